@@ -1,0 +1,58 @@
+# The two commands: `make demo` and `make test`. Both make .venv on their first call and reuse it afterwards.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-distributed test-slow lint docs check clean distclean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
+
+install: $(STAMP)  ## the environment in .venv with the tested versions (constraints.txt)
+
+# torch goes first, exactly pinned: an index may then serve the build that fits the machine,
+# and nothing installed later can replace it.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): name another one: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) could not make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "Installing $(TORCH) into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@echo "Installing rlhf_ppo and the versions of constraints.txt ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## SFT, reward model, PPO and evaluation on movie reviews; options: make demo ARGS="--seed 1"
+	@$(BIN)/accelerate launch recipes/ppo_gpt2_sentiment.py $(ARGS)
+
+test: $(STAMP)  ## the fast tier; options: make test ARGS="-k gae"
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-distributed: $(STAMP)  ## the tests that start several processes
+	@$(BIN)/python -m pytest -m distributed $(ARGS)
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	@$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+
+lint: $(STAMP)  ## ruff, mypy --strict, the layers
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+docs: $(STAMP)  ## the documentation into site/
+	@$(BIN)/python -m mkdocs build --strict --quiet
+
+check: lint test test-distributed docs  ## everything that a change must pass (what .ci/run calls)
+
+clean:  ## caches and builds
+	rm -rf site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## also the environment
+	rm -rf $(VENV)
