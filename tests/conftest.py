@@ -50,27 +50,28 @@ def _made(folder: Path) -> Path:
     return folder
 
 
+def _refuse_unless_local(host: object) -> None:
+    if host and not str(host).startswith(LOOPBACK) and host != socket.gethostname():
+        raise RuntimeError(f"This test wants to reach {host!r}: tests use no network. Build what it needs in code.")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_network() -> Iterator[None]:
     """A connection that leaves this machine is an error naming its address, not a slow or flaky test."""
-    connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
 
-    def check(self: socket.socket, address: Any) -> None:
-        host = address[0] if isinstance(address, tuple) else ""
-        if self.family != socket.AF_UNIX and not str(host).startswith(LOOPBACK):
-            raise RuntimeError(f"This test wants to connect to {address!r}: tests use no network. Build what it needs in code.")
-
-    def guarded_connect(self: socket.socket, address: Any) -> None:
-        check(self, address)
+    def local_connect(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX:
+            _refuse_unless_local(address[0])
         connect(self, address)
 
-    def guarded_connect_ex(self: socket.socket, address: Any) -> int:
-        check(self, address)
-        return connect_ex(self, address)
+    def local_look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_unless_local(host)
+        return look_up(host, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", guarded_connect)
-        patch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+        patch.setattr(socket.socket, "connect", local_connect)
+        patch.setattr(socket, "getaddrinfo", local_look_up)
         yield
 
 
