@@ -1,0 +1,1 @@
+"""Where the data of an iteration comes from: prompts, samplers, reward sources."""

@@ -1,0 +1,363 @@
+"""Our own sampling loop over a `transformers` causal LM and its key-value cache."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.generation import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from rlhf_ppo.rollout.draw import best_tokens, draw_tokens
+from rlhf_ppo.rollout.kv_cache import bytes_per_token, drop_rows, is_supported, new_cache, select_rows
+from rlhf_ppo.rollout.sampling import (
+    EvalMode,
+    Sampler,
+    Samples,
+    SamplingConfig,
+    SamplingWork,
+    check_prompts,
+    unwrap_causal_lm,
+)
+from rlhf_ppo.rollout.transformers_generate import TransformersGenerate
+
+NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
+
+
+@dataclass(kw_only=True)
+class DecodeLoop:
+    """Sampler that draws token by token, and computes nothing for rows that have ended.
+
+    Against `model.generate`: tokens are drawn by inversion of the cumulative distribution, finished rows leave the
+    batch, the responses to one prompt share its prefill, prompts of like length share a batch, and each token's
+    log-probability is kept. The same generator state gives the same uniforms however rows are cut into batches.
+    Models it does not fit (encoder-decoder, recurrent state, prompt tuning) go to `fallback`, with one warning.
+
+    All processes of a model whose parameters are sharded must gather them first: rows end at different times.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Needed for `stop_strings` only."""
+    max_rows: int = 512
+    """Rows decoded at once, at most. It bounds logits (rows x vocabulary) and cache; it does not change the result."""
+    kv_budget_bytes: int = 4 * 2**30
+    """Bytes of keys and values alive at once, at most; one row is decoded even when it takes more."""
+    compact: bool = True
+    """Whether finished rows leave the batch; False is the plain loop to compare with."""
+    fallback: Sampler | None = None
+    """Sampler for models that the loop does not fit; None: `TransformersGenerate`."""
+    on_progress: Callable[[int, int], None] | None = None
+    """Called with (finished responses, all responses) after each batch."""
+    _warned: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_rows", self.max_rows), ("kv_budget_bytes", self.kv_budget_bytes)):
+            if value < 1:
+                raise ValueError(f"DecodeLoop.{name} must be >= 1, got {value}: no row could ever be decoded.")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Int[Tensor, "_"]],
+        config: SamplingConfig,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Samples:
+        """Draw responses; see `Sampler`.
+
+        Raises:
+            ValueError: an unusable prompt, a position beyond the model's table, or logits that are not numbers.
+        """
+        check_prompts(prompts)
+        causal_lm = unwrap_causal_lm(model)
+        misfit = why_unsupported(causal_lm)
+        if misfit is not None:
+            return self._fall_back(misfit)(model, prompts, config, generator=generator)
+        lengths = [len(prompt) for prompt in prompts]
+        _check_positions(causal_lm.config, max(lengths, default=0) + config.max_new_tokens)
+        rules = _Rules.build(config, self.tokenizer, causal_lm.device)
+        results = _Results.empty(len(prompts) * config.num_return_sequences, config, generator, causal_lm.device)
+        finished = 0
+        with EvalMode(causal_lm), torch.no_grad():
+            for batch in self._cut(lengths, config, causal_lm):
+                decode = _Decode(causal_lm, config, rules, results, compact=self.compact)
+                decode.run([prompts[row // config.num_return_sequences] for row in batch], batch)
+                finished += len(batch)
+                if self.on_progress is not None:
+                    self.on_progress(finished, len(results.lengths))
+        return results.samples(prompts, config)
+
+    def _fall_back(self, misfit: str) -> Sampler:
+        if misfit not in self._warned:
+            self._warned.add(misfit)
+            warnings.warn(
+                f"DecodeLoop does not fit this model: {misfit}. Falling back to "
+                f"{'TransformersGenerate' if self.fallback is None else self.fallback!r}: slower, and "
+                "without log-probabilities of the drawn tokens.",
+                stacklevel=3,
+            )
+        return TransformersGenerate(tokenizer=self.tokenizer) if self.fallback is None else self.fallback
+
+    def _cut(self, lengths: list[int], config: SamplingConfig, model: Any) -> Iterator[list[int]]:
+        """Rows of one batch each: longest prompts first, as many rows as the limits allow, copies side by side."""
+        copies = config.num_return_sequences
+        per_token = bytes_per_token(model.config, model.dtype)
+        order = sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt))
+        rows = [prompt * copies + copy for prompt in order for copy in range(copies)]
+        start = 0
+        while start < len(rows):
+            width = lengths[rows[start] // copies] + config.max_new_tokens
+            count = max(1, min(self.max_rows, self.kv_budget_bytes // (per_token * width)))
+            yield rows[start : start + count]
+            start += count
+
+
+def why_unsupported(model: Any) -> str | None:
+    """What about the model DecodeLoop does not fit, in words; None if it fits."""
+    config = getattr(model, "config", None)
+    if config is None or not isinstance(model, nn.Module):
+        return f"{type(model).__name__} is not a transformers model (it has no config)"
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    name = type(base).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder"
+    peft_config = getattr(model, "active_peft_config", None)
+    if peft_config is not None and peft_config.is_prompt_learning:
+        return f"{name} has virtual prompt tokens ({peft_config.peft_type})"
+    parameters = inspect.signature(base.forward).parameters
+    missing = [argument for argument in NEEDED_ARGUMENTS if argument not in parameters]
+    if missing:
+        return f"{name}.forward does not take {', '.join(missing)}"
+    if not is_supported(config):
+        return f"{name} keeps a state other than full or sliding-window attention's keys and values"
+    return None
+
+
+def _check_positions(config: Any, length: int) -> None:
+    """A model with a learned table of positions has no entry beyond its end."""
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    relative = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if limit is not None and length > limit and not relative:
+        raise ValueError(
+            f"The longest prompt plus max_new_tokens must be at most max_position_embeddings = {limit}, got {length}: "
+            "the model has no embedding for the positions beyond. Shorten the prompts or lower max_new_tokens."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rules:
+    """What is done to logits, and what ends a response; the same for all batches of a call."""
+
+    config: SamplingConfig
+    stop_tokens: Int[Tensor, "stops"]
+    stop_strings: StopStringCriteria | None
+    device: torch.device
+
+    @classmethod
+    def build(cls, config: SamplingConfig, tokenizer: PreTrainedTokenizerBase | None, device: torch.device) -> "_Rules":
+        if config.stop_strings and tokenizer is None:
+            raise ValueError(
+                f"SamplingConfig.stop_strings = {config.stop_strings} needs a tokenizer, got none: only it knows which "
+                "tokens complete a string. Build the sampler as DecodeLoop(tokenizer=tokenizer)."
+            )
+        return cls(
+            config=config,
+            stop_tokens=torch.tensor(config.stop_token_ids, dtype=torch.long, device=device),
+            stop_strings=StopStringCriteria(tokenizer, list(config.stop_strings)) if config.stop_strings else None,
+            device=device,
+        )
+
+    def processors(self, prompt_width: int) -> LogitsProcessorList:
+        """The logits processors of `transformers`, in its own order."""
+        config = self.config
+        rules = LogitsProcessorList()
+        if config.repetition_penalty != 1.0:
+            rules.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        if config.min_new_tokens > 0 and config.stop_token_ids:
+            stops = list(config.stop_token_ids)
+            rules.append(
+                MinNewTokensLengthLogitsProcessor(prompt_width, config.min_new_tokens, stops, device=self.device)
+            )
+        if config.do_sample:
+            if config.temperature != 1.0:
+                rules.append(TemperatureLogitsWarper(float(config.temperature)))
+            if config.top_k > 0:
+                rules.append(TopKLogitsWarper(config.top_k))
+            if config.top_p < 1.0:
+                rules.append(TopPLogitsWarper(config.top_p))
+        return rules
+
+    def stopped(self, response: Int[Tensor, "rows step"]) -> Bool[Tensor, "rows"]:
+        """Whether the last token of each row ends it."""
+        tokens = response[:, -1]
+        ends = (tokens[:, None] == self.stop_tokens).any(dim=1)
+        if self.stop_strings is not None and response.shape[1] >= self.config.min_new_tokens:
+            ends |= self.stop_strings(response, None)
+        return ends
+
+
+@dataclass(kw_only=True)
+class _Results:
+    """Where drawn tokens are put down, in the caller's order, and the uniforms that draw them."""
+
+    tokens: Int[Tensor, "rows steps"]
+    logprobs: Float[Tensor, "rows steps"]
+    lengths: Int[Tensor, "rows"]
+    finished: Bool[Tensor, "rows"]
+    uniforms: Float[Tensor, "rows steps"]
+    work: SamplingWork = field(default_factory=SamplingWork)
+
+    @classmethod
+    def empty(
+        cls, rows: int, config: SamplingConfig, generator: torch.Generator | None, device: torch.device
+    ) -> "_Results":
+        """Uniforms are drawn here for every row and step, so that no cut into batches changes who gets which."""
+        steps = config.max_new_tokens
+        source = "cpu" if generator is None else generator.device
+        shape = (rows, steps) if config.do_sample else (rows, 0)
+        return cls(
+            tokens=torch.zeros(rows, steps, dtype=torch.long, device=device),
+            logprobs=torch.zeros(rows, steps, dtype=torch.float32, device=device),
+            lengths=torch.full((rows,), steps, dtype=torch.long, device=device),
+            finished=torch.zeros(rows, dtype=torch.bool, device=device),
+            uniforms=torch.rand(shape, dtype=torch.float64, generator=generator, device=source).to(device),
+        )
+
+    def samples(self, prompts: Sequence[Tensor], config: SamplingConfig) -> Samples:
+        lengths = self.lengths.tolist()
+        drawn = torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
+        bad = ((~self.logprobs.isfinite()) & drawn).any(dim=1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"The model's logits must be numbers, got nan or inf while sampling responses {bad[:8]}: no token can "
+                "be drawn from them. The weights have probably diverged: go back to the last checkpoint, lower the "
+                "learning rate."
+            )
+        return Samples(
+            prompts=[prompt for prompt in prompts for _ in range(config.num_return_sequences)],
+            responses=[row[:n].clone() for row, n in zip(self.tokens, lengths, strict=True)],
+            logprobs=[row[:n].clone() for row, n in zip(self.logprobs, lengths, strict=True)],
+            finished=self.finished.tolist(),
+            work=self.work + SamplingWork(response_tokens=sum(lengths)),
+        )
+
+
+class _Decode:
+    """The live rows of one batch. Everything that has a row axis here shrinks as rows finish."""
+
+    def __init__(self, model: Any, config: SamplingConfig, rules: _Rules, results: _Results, *, compact: bool) -> None:
+        self.model, self.config, self.rules, self.results, self.compact = model, config, rules, results, compact
+        self.last_only = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+
+    def run(self, prompts: list[Tensor], rows: list[int]) -> None:
+        """Decode `rows` of the results, whose prompts stand in `prompts`, equal ones side by side."""
+        logits = self._prefill(prompts, rows)
+        processors = self.rules.processors(self.width)
+        for step in range(self.config.max_new_tokens):
+            tokens = self._draw(processors, logits, step)
+            alive = self._put_down(tokens, step)
+            if step + 1 == self.config.max_new_tokens:
+                return
+            living = int(alive.sum())
+            if living == 0:
+                return
+            if self.compact and living < len(alive):
+                self._drop(alive)
+            logits = self._advance(step)
+
+    def _prefill(self, prompts: list[Tensor], rows: list[int]) -> Float[Tensor, "rows vocab"]:
+        """One forward over the distinct prompts, left-padded; then one row per response."""
+        copies = self.config.num_return_sequences
+        first = [i for i, row in enumerate(rows) if i == 0 or row // copies != rows[i - 1] // copies]
+        distinct = [prompts[i].to(self.rules.device) for i in first]
+        self.width = max(len(prompt) for prompt in distinct)
+        ids, mask = _left_pad(distinct)
+        positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
+        self.cache: DynamicCache = new_cache(self.model.config, self.width + self.config.max_new_tokens)
+        logits = self._forward(ids, mask, positions)
+        real = sum(len(prompt) for prompt in distinct)
+        self._count(prompt_tokens=real, prefill_tokens=ids.numel(), lm_head_rows=len(distinct), forwards=1)
+
+        self.rows = torch.tensor(rows, device=ids.device)
+        if len(first) < len(rows):
+            ends = [*first[1:], len(rows)]
+            counts = torch.tensor([end - begin for begin, end in zip(first, ends, strict=True)], device=ids.device)
+            source = torch.arange(len(first), device=ids.device).repeat_interleave(counts)
+            select_rows(self.cache, source)
+            ids, mask, positions, logits = ids[source], mask[source], positions[source], logits[source]
+        spare = (len(rows), self.config.max_new_tokens)
+        self.ids = torch.cat([ids, ids.new_zeros(spare)], dim=1)
+        self.mask = torch.cat([mask, mask.new_ones(spare)], dim=1)
+        self.positions = positions[:, -1:]
+        self.alive = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
+        return logits
+
+    def _draw(self, processors: LogitsProcessorList, logits: Tensor, step: int) -> Int[Tensor, "rows"]:
+        """Tokens of this step, put down with their log-probabilities for the rows still alive."""
+        history = self.ids[:, : self.width + step]
+        scores = processors(history, logits.float()) if processors else logits.float()
+        if self.config.do_sample:
+            tokens, logprobs = draw_tokens(scores, self.results.uniforms[self.rows, step])
+        else:
+            tokens, logprobs = best_tokens(scores)
+        self.results.tokens[self.rows, step] = tokens
+        self.results.logprobs[self.rows, step] = logprobs
+        self.ids[:, self.width + step] = tokens
+        return tokens
+
+    def _put_down(self, tokens: Tensor, step: int) -> Bool[Tensor, "rows"]:
+        """Mark the rows that end here; which rows go on."""
+        ends = self.rules.stopped(self.ids[:, self.width : self.width + step + 1]) & self.alive
+        self.alive = self.alive & ~ends
+        ended = self.rows[ends]
+        self.results.lengths[ended] = step + 1
+        self.results.finished[ended] = True
+        return self.alive
+
+    def _drop(self, alive: Bool[Tensor, "rows"]) -> None:
+        kept = drop_rows(self.cache, alive)
+        for name in ("rows", "ids", "mask", "positions", "alive"):
+            setattr(self, name, getattr(self, name)[kept])
+
+    def _advance(self, step: int) -> Float[Tensor, "rows vocab"]:
+        """Run the token just drawn through the model."""
+        end = self.width + step + 1
+        self.positions = self.positions + 1
+        self._count(decode_row_steps=len(self.rows), lm_head_rows=len(self.rows), forwards=1)
+        return self._forward(self.ids[:, end - 1 : end], self.mask[:, :end], self.positions)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "rows vocab"]:
+        output = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
+            use_cache=True, return_dict=True, **self.last_only,
+        )  # fmt: skip
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _count(self, **work: int) -> None:
+        self.results.work = self.results.work + SamplingWork(**work)
+
+
+def _keeps_logits(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def _left_pad(prompts: list[Tensor]) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
+    """Token ids and attention mask. Padding repeats a token of the row's own: no penalty then counts it as new."""
+    ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left").long()
+    mask = ids >= 0
+    return torch.where(mask, ids, ids[:, -1:]), mask.long()
