@@ -1,0 +1,80 @@
+"""Pure tensor mathematics: tensors in, tensors out; no configuration, no state, no I/O."""
+
+from rlhf_ppo.functional.advantages import discounted_returns, gae, grpo_advantages, rloo_advantages
+from rlhf_ppo.functional.kl import KLKind, categorical_kl, kl_estimate
+from rlhf_ppo.functional.logprobs import (
+    Head,
+    TokenStatistics,
+    chunked_categorical_kl,
+    chunked_token_statistics,
+    entropy_from_logits,
+    token_logprobs,
+)
+from rlhf_ppo.functional.losses import (
+    Metrics,
+    compute_ppo_total_loss,
+    entropy_bonus,
+    kl_penalty_loss,
+    ppo_clip_loss,
+    reinforce_loss,
+    surrogate_loss,
+    value_loss,
+)
+from rlhf_ppo.functional.masked import (
+    Count,
+    ReduceSum,
+    identity,
+    last_action,
+    masked_mean,
+    masked_sum,
+    masked_var,
+    sequence_mean_count,
+    whiten,
+    zero_outside,
+)
+from rlhf_ppo.functional.rewards import (
+    PenaltyMode,
+    classic_whiten_rewards,
+    clip_scores,
+    kl_shaped_rewards,
+    missing_eos_penalty,
+)
+
+__all__ = [
+    "Count",
+    "Head",
+    "KLKind",
+    "Metrics",
+    "PenaltyMode",
+    "ReduceSum",
+    "TokenStatistics",
+    "categorical_kl",
+    "chunked_categorical_kl",
+    "chunked_token_statistics",
+    "classic_whiten_rewards",
+    "clip_scores",
+    "compute_ppo_total_loss",
+    "discounted_returns",
+    "entropy_bonus",
+    "entropy_from_logits",
+    "gae",
+    "grpo_advantages",
+    "identity",
+    "kl_estimate",
+    "kl_penalty_loss",
+    "kl_shaped_rewards",
+    "last_action",
+    "masked_mean",
+    "masked_sum",
+    "masked_var",
+    "missing_eos_penalty",
+    "ppo_clip_loss",
+    "reinforce_loss",
+    "rloo_advantages",
+    "sequence_mean_count",
+    "surrogate_loss",
+    "token_logprobs",
+    "value_loss",
+    "whiten",
+    "zero_outside",
+]

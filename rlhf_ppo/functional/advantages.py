@@ -1,0 +1,176 @@
+"""How much better than expected each action was: GAE, returns, and group baselines."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf_ppo.functional.masked import zero_outside
+
+
+def gae(
+    rewards: Float[Tensor, "batch time"],
+    values: Float[Tensor, "batch time+1"],
+    terminated: Bool[Tensor, "batch time"],
+    truncated: Bool[Tensor, "batch time"],
+    *,
+    gamma: float,
+    lam: float | Float[Tensor, " batch"],
+    mask: Bool[Tensor, "batch time"] | None = None,
+) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+    """Generalised advantage estimates (Schulman et al. 2016, eq. 16) and their value targets.
+
+        δ_t = r_t + γ (1 - terminated_t) V(s_{t'}) - V(s_t)
+        Â_t = δ_t + γ λ (1 - done_t) Â_{t'},        done_t = terminated_t or truncated_t
+        R_t = Â_t + V(s_t)
+
+    A terminated step has no future. A truncated one has a future that we did not watch: it bootstraps from
+    V(s_{t+1}), and only the recursion stops. Nothing after `done` is read, nan included.
+
+    t' is the next step of ours: t + 1, or further where masked steps (a tool's output, an auto-reset) lie between.
+    They are passed over without decay. The last action of a row that is neither terminated nor truncated bootstraps
+    from `values[:, t + 1]`, as at the end of a rollout.
+
+    Args:
+        rewards: r_t.
+        values: V(s_0) ... V(s_T), one more than rewards.
+        terminated: The episode ended in t: V behind it is 0.
+        truncated: The episode was cut in t: V behind it counts.
+        gamma: Discount γ in [0, 1].
+        lam: λ in [0, 1]; one number, or one per row (length-adaptive).
+        mask: True = an action of ours; all steps where None. Flags and numbers outside are not read.
+
+    Returns:
+        Advantages and value targets, 0 outside the mask, without gradient.
+
+    Raises:
+        ValueError: `values` is not one longer than `rewards`.
+    """
+    _check_length(rewards, values)
+    with torch.no_grad():
+        mask = torch.ones_like(terminated) if mask is None else mask
+        done = terminated | truncated
+        following, is_last = _next_action(mask)
+        index = torch.where(truncated | is_last, torch.arange(1, mask.shape[1] + 1, device=mask.device), following)
+        bootstrap = values.gather(1, index).masked_fill(terminated, 0)
+        delta = zero_outside(rewards + gamma * bootstrap - values[:, :-1], mask)
+        decay = gamma * (lam.unsqueeze(1) if isinstance(lam, Tensor) else lam) * (~done).to(delta.dtype)
+        advantages = _backward_recursion(delta, decay, mask)
+        return advantages, zero_outside(advantages + values[:, :-1], mask)
+
+
+def discounted_returns(
+    rewards: Float[Tensor, "batch time"],
+    terminated: Bool[Tensor, "batch time"],
+    truncated: Bool[Tensor, "batch time"],
+    *,
+    gamma: float,
+    values: Float[Tensor, "batch time+1"] | None = None,
+    mask: Bool[Tensor, "batch time"] | None = None,
+) -> Float[Tensor, "batch time"]:
+    """Monte-Carlo returns (Williams 1992): G_t = r_t + γ (1 - done_t) G_{t'}.
+
+    It is `gae` with λ = 1, plus V(s_t). With `values`, a truncated step and the end of the rollout add γ V(s_{t+1})
+    for the future that was not watched; without, that future counts as 0.
+
+    Args:
+        rewards: r_t.
+        terminated: The episode ended in t.
+        truncated: The episode was cut in t.
+        gamma: Discount γ in [0, 1].
+        values: V(s_0) ... V(s_T), read only behind truncated and last steps.
+        mask: True = an action of ours; all steps where None. Others are passed over without decay.
+
+    Raises:
+        ValueError: `values` is not one longer than `rewards`.
+    """
+    with torch.no_grad():
+        mask = torch.ones_like(terminated) if mask is None else mask
+        total = zero_outside(rewards, mask)
+        if values is not None:
+            _check_length(rewards, values)
+            unwatched = (truncated | _next_action(mask)[1]) & ~terminated & mask
+            total = total + gamma * zero_outside(values[:, 1:], unwatched)
+        return _backward_recursion(total, gamma * (~(terminated | truncated)).to(total.dtype), mask)
+
+
+def rloo_advantages(scores: Float[Tensor, " batch"], group_size: int) -> Float[Tensor, " batch"]:
+    """Leave-one-out advantages (Kool et al. 2019; Ahmadian et al. 2024): score minus the mean of the group's others.
+
+    Args:
+        scores: Groups one after the other: the `group_size` responses to a prompt are neighbours.
+        group_size: Responses per prompt, >= 2.
+
+    Raises:
+        ValueError: The group size is below 2, or does not divide the batch.
+    """
+    groups = _grouped(scores, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def grpo_advantages(
+    scores: Float[Tensor, " batch"], group_size: int, *, normalize_std: bool, eps: float
+) -> Float[Tensor, " batch"]:
+    """Group-relative advantages (Shao et al. 2024, §4.1): (score - mean) / (std + eps) within each group.
+
+    A group whose scores are all equal says nothing and gets exactly 0.
+
+    Args:
+        scores: Groups one after the other: the `group_size` responses to a prompt are neighbours.
+        group_size: Responses per prompt, >= 2.
+        normalize_std: False leaves the standard deviation out (Liu et al. 2025, "Dr. GRPO"): dividing by it weighs
+            up prompts that are almost always, or almost never, solved.
+        eps: Added to the standard deviation (n - 1 in its denominator), in units of the score.
+
+    Raises:
+        ValueError: The group size is below 2, or does not divide the batch.
+    """
+    groups = _grouped(scores, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if normalize_std:
+        centred = centred / (groups.std(1, keepdim=True) + eps)
+    constant = (groups == groups[:, :1]).all(1, keepdim=True)
+    return centred.masked_fill(constant, 0).flatten()
+
+
+def _check_length(rewards: Tensor, values: Tensor) -> None:
+    if values.shape != (rewards.shape[0], rewards.shape[1] + 1):
+        raise ValueError(
+            f"values must be [batch, time + 1] = {(rewards.shape[0], rewards.shape[1] + 1)}, got {tuple(values.shape)}: "
+            "V of the state after the last step is what a truncated step bootstraps from. "
+            "Append it, or zeros where every row terminates."
+        )
+
+
+def _next_action(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the first True after each step (time where there is none), and whether there is none."""
+    time = mask.shape[1]
+    index = torch.where(mask, torch.arange(time, device=mask.device), time)
+    from_here = index.flip(1).cummin(1).values.flip(1)
+    following = torch.cat([from_here[:, 1:], torch.full_like(from_here[:, :1], time)], dim=1)
+    return following, following == time
+
+
+def _backward_recursion(terms: Tensor, decay: Tensor, mask: Tensor) -> Tensor:
+    """x_t = terms_t + decay_t x_{t+1}; a masked step hands on x_{t+1} unchanged and reads 0 in the result."""
+    terms, decay = zero_outside(terms, mask), decay.masked_fill(~mask, 1)
+    following = torch.zeros_like(terms[:, 0]) if terms.shape[1] else terms.new_zeros(len(terms))
+    results = []
+    for t in reversed(range(terms.shape[1])):
+        following = terms[:, t] + decay[:, t] * following
+        results.append(following)
+    return zero_outside(torch.stack(results[::-1], dim=1), mask) if results else terms
+
+
+def _grouped(scores: Tensor, group_size: int) -> Tensor:
+    if group_size < 2:
+        raise ValueError(
+            f"group_size must be at least 2, got {group_size}: the baseline of a response is its siblings. "
+            "Sample several responses per prompt (num_return_sequences), or use an algorithm with a critic."
+        )
+    if len(scores) % group_size:
+        raise ValueError(
+            f"the batch must consist of whole groups of {group_size}, got {len(scores)} scores: a response would be "
+            "compared with those of another prompt. Make the batch size a multiple of group_size."
+        )
+    return scores.view(-1, group_size)

@@ -1,0 +1,69 @@
+"""How far one policy is from another: estimators from the drawn tokens, and the exact divergence."""
+
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf_ppo.functional.masked import at_least_float32, zero_outside
+
+KLKind: TypeAlias = Literal["k1", "abs", "k2", "k3"]
+
+
+def kl_estimate(
+    logprobs: Float[Tensor, "*shape"],
+    ref_logprobs: Float[Tensor, "*shape"],
+    kind: KLKind,
+    *,
+    mask: Bool[Tensor, "*shape"] | None = None,
+) -> Float[Tensor, "*shape"]:
+    """Per-token estimate of KL(π || reference) from tokens drawn by π (Schulman 2020, "Approximating KL divergence").
+
+        k1 = log π - log π_ref      k2 = k1² / 2      k3 = exp(-k1) - 1 + k1      abs = |k1|
+
+    k1 is unbiased and of either sign; k2 is biased and >= 0; k3 is unbiased and >= 0. *Where* one stands matters more
+    than its value: as a reward k1 gives the exact gradient of the sequence KL; as a loss k1's gradient has mean zero,
+    k2's is exact per state, and k3's is that of the reversed KL.
+
+    Args:
+        logprobs: log π of the drawn tokens, nats.
+        ref_logprobs: log π_ref of the same tokens, nats.
+        kind: The estimator.
+        mask: Where given, positions outside become 0 and get no gradient.
+
+    Raises:
+        ValueError: The kind is unknown.
+    """
+    if mask is not None:
+        logprobs, ref_logprobs = zero_outside(logprobs, mask), zero_outside(ref_logprobs, mask)
+    difference = logprobs - ref_logprobs
+    match kind:
+        case "k1":
+            return difference
+        case "abs":
+            return difference.abs()
+        case "k2":
+            return 0.5 * difference.square()
+        case "k3":
+            return torch.expm1(-difference) + difference
+        case _:
+            raise ValueError(
+                f"kind must be one of 'k1', 'abs', 'k2', 'k3', got {kind!r}: it decides the sign and the bias of every "
+                "KL term. The exact divergence over the vocabulary is `categorical_kl`, which needs logits."
+            )
+
+
+def categorical_kl(
+    p_logits: Float[Tensor, "*shape vocab"], q_logits: Float[Tensor, "*shape vocab"]
+) -> Float[Tensor, "*shape"]:
+    """Exact KL(p || q) = Σ_v p_v (log p_v - log q_v) over the last dimension, nats, at least float32.
+
+    Entries with p = 0 contribute 0, whatever q is there; q = 0 where p > 0 gives inf.
+    """
+    log_p = torch.log_softmax(at_least_float32(p_logits), dim=-1)
+    log_q = torch.log_softmax(at_least_float32(q_logits), dim=-1)
+    impossible = log_p == -torch.inf
+    # inf - inf is nan even where it is multiplied by p = 0, so both logarithms are taken out first.
+    difference = log_p.masked_fill(impossible, 0) - log_q.masked_fill(impossible, 0)
+    return (log_p.exp() * difference).sum(-1)

@@ -1,0 +1,138 @@
+"""From scores and KL to a reward for every step."""
+
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf_ppo.functional.masked import ReduceSum, identity, last_action, whitening, zero_outside
+
+PenaltyMode: TypeAlias = Literal["replace", "subtract"]
+
+
+def kl_shaped_rewards(
+    kl: Float[Tensor, "batch time"],
+    scores: Float[Tensor, " batch"] | Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    kl_coef: float,
+) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+    """Rewards of the KL-regularised objective (Ziegler et al. 2019, eq. 2), spread over the tokens.
+
+        r_t = -kl_coef · kl_t + score_t
+
+    A score per response counts at its last action, where the text that it judges is complete.
+
+    Args:
+        kl: Per-token KL to the reference, nats (k1 gives the exact policy gradient).
+        scores: One per response, or one per token.
+        mask: True = an action of ours. Outside, rewards are 0 and nothing is read.
+        kl_coef: Weight of the KL to the reference, >= 0.
+
+    Returns:
+        Rewards, and their share without the score.
+
+    Raises:
+        ValueError: A row has no action, or the shape of the scores is neither [batch] nor [batch, time].
+    """
+    non_score = -kl_coef * zero_outside(kl, mask)
+    if scores.shape == mask.shape:
+        return non_score + zero_outside(scores, mask), non_score
+    if scores.shape != mask.shape[:1]:
+        raise ValueError(
+            f"scores must be [batch] = {tuple(mask.shape[:1])} or [batch, time] = {tuple(mask.shape)}, got "
+            f"{tuple(scores.shape)}: they would be spread over the wrong steps. "
+            "Squeeze a trailing dimension, or pad token scores to the width of mask."
+        )
+    index = last_action(mask).unsqueeze(1)
+    return non_score.scatter_add(1, index, scores.to(non_score.dtype).unsqueeze(1)), non_score
+
+
+def missing_eos_penalty(
+    scores: Float[Tensor, " batch"], finished: Bool[Tensor, " batch"], *, penalty: float, mode: PenaltyMode
+) -> Float[Tensor, " batch"]:
+    """Penalise responses that ran into the length limit.
+
+    "replace" sets their score to -penalty, whatever the text (Ziegler et al. 2019 with penalty 1); "subtract" takes
+    the penalty off their score.
+
+    Args:
+        scores: From the reward source.
+        finished: True = the response stopped by itself.
+        penalty: In units of the score, >= 0.
+        mode: "replace" or "subtract".
+
+    Raises:
+        ValueError: The penalty is negative, or the mode is unknown.
+    """
+    if not penalty >= 0:
+        raise ValueError(
+            f"penalty must be >= 0, got {penalty}: a negative one would reward responses that never end. "
+            "The sign is applied here; pass its absolute value."
+        )
+    if mode not in ("replace", "subtract"):
+        raise ValueError(
+            f"mode must be 'replace' or 'subtract', got {mode!r}: the two differ by the whole score. "
+            "'replace' sets the score to -penalty, 'subtract' takes penalty off it."
+        )
+    penalised = torch.full_like(scores, -penalty) if mode == "replace" else scores - penalty
+    return torch.where(finished, scores, penalised)
+
+
+def clip_scores(scores: Float[Tensor, "*shape"], limit: float) -> Float[Tensor, "*shape"]:
+    """Scores cut to [-limit, limit].
+
+    Raises:
+        ValueError: The limit is not positive.
+    """
+    if not limit > 0:
+        raise ValueError(
+            f"limit must be > 0, got {limit}: every score would be cut to the same number. Pass e.g. 10.0."
+        )
+    return scores.clamp(-limit, limit)
+
+
+def classic_whiten_rewards(
+    rewards: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    tail: Int[Tensor, " batch"],
+    gamma: float,
+    lam: float,
+    reduce_sum: ReduceSum = identity,
+) -> Float[Tensor, "batch time"]:
+    """Whitened rewards under which `gae` gives the advantages of TRL's classic trainer.
+
+    It exists for parity only: `whiten(rewards, mask, shift_mean=False)` is the meaningful operation. The classic one
+    whitened the padded array with the mean kept, which turns the zeros of its padding into
+
+        c = mean · (1 - 1/std),
+
+    and then ran GAE over the whole width. With V = 0 there, the k-th position behind the last action adds
+    (γλ)^k c to that action's advantage. This function adds the sum in closed form to the last action's reward, so
+    that nobody else has to see padding:
+
+        r'_last += c · Σ_{k=1}^{tail} (γλ)^k
+
+    The result depends on how far the batch was padded, which no estimate should: the longest row gets nothing,
+    the shortest most.
+
+    Args:
+        rewards: Shaped rewards, junk allowed outside the mask.
+        mask: True = an action of ours.
+        tail: Positions between each row's last action and the end of the classic's padded array, >= 0.
+        gamma: γ of the GAE that follows.
+        lam: λ of the GAE that follows.
+        reduce_sum: Sums over processes; the classic whitened on each alone.
+
+    Raises:
+        ValueError: A row has no action.
+    """
+    mean, scale = whitening(rewards, mask, reduce_sum=reduce_sum)
+    whitened = zero_outside((zero_outside(rewards, mask) - mean) * scale + mean, mask)
+    padding = mean - mean * scale
+    steps = torch.arange(1, int(tail.max()) + 1, device=rewards.device) if len(tail) else tail
+    weights = torch.where(steps <= tail.unsqueeze(1), (gamma * lam) ** steps.to(mean.dtype), 0)
+    leaked = padding * weights.sum(1, keepdim=True)
+    return whitened.scatter_add(1, last_action(mask).unsqueeze(1), leaked.to(whitened.dtype))

@@ -1,0 +1,109 @@
+"""Running mean and standard deviation of scores, observations and returns."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_ppo.functional.masked import ReduceSum, identity
+
+
+class RunningMoments:
+    """Mean and standard deviation of everything seen so far (Chan et al. 1979), equal on all processes.
+
+    Before two samples the standard deviation is 1, so that dividing by it does nothing.
+
+    Args:
+        shape: Of one sample: () for scores, the observation's for observations. Each entry has its own moments.
+    """
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        self.shape = shape
+        self.count = 0
+        """Samples seen, over all processes."""
+        self.mean: Tensor = torch.zeros(shape, dtype=torch.float64)
+        """float64, on the CPU."""
+        self._squares = torch.zeros(shape, dtype=torch.float64)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation with n - 1 in the denominator, float64, on the CPU; 1 before two samples."""
+        return _std(self._squares, self.count)
+
+    def update(self, x: Float[Tensor, "samples ..."], reduce_sum: ReduceSum = identity) -> tuple[Tensor, Tensor]:
+        """Take in a batch, and return its own mean and standard deviation over all processes.
+
+        Args:
+            x: Samples of this process, any floating dtype and device.
+            reduce_sum: Sums over processes; every process must call with its own samples, even when it has none.
+
+        Raises:
+            ValueError: The shape of a sample differs, or a sample is not finite.
+        """
+        self._check(x)
+        x = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
+        count = int(reduce_sum(torch.tensor(len(x), device=x.device)))
+        if count == 0:
+            return torch.zeros(self.shape, dtype=torch.float64), torch.ones(self.shape, dtype=torch.float64)
+        mean = reduce_sum(x.sum(0)) / count
+        squares = reduce_sum((x - mean).square().sum(0)).cpu().double()
+        mean = mean.cpu().double()
+        total, delta = self.count + count, mean - self.mean
+        self._squares = self._squares + squares + delta.square() * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+        return mean, _std(squares, count)
+
+    def normalize(
+        self, x: Float[Tensor, "..."], *, shift_mean: bool, clip: float | None = None, eps: float = 1e-8
+    ) -> Float[Tensor, "..."]:
+        """x / (std + eps), or (x - mean) / (std + eps), in the dtype and on the device of `x`; nothing is updated.
+
+        Args:
+            x: One sample or many.
+            shift_mean: False for rewards, whose zero has a meaning.
+            clip: Cut the result to [-clip, clip].
+            eps: Added to the standard deviation, in units of `x`.
+        """
+        scale = (self.std + eps).to(x)
+        normalized = (x - self.mean.to(x)) / scale if shift_mean else x / scale
+        return normalized if clip is None else normalized.clamp(-clip, clip)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Count, mean and sum of squares around it."""
+        return {
+            "count": torch.tensor(self.count, dtype=torch.int64),
+            "mean": self.mean.clone(),
+            "squares": self._squares.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from saved moments.
+
+        Raises:
+            ValueError: They are of samples of another shape.
+        """
+        if tuple(state["mean"].shape) != self.shape:
+            raise ValueError(
+                f"expected moments of shape {self.shape}, got {tuple(state['mean'].shape)}: they were saved for other "
+                "observations. Build the environment that the checkpoint was made with."
+            )
+        self.count = int(state["count"])
+        self.mean = state["mean"].cpu().double().clone()
+        self._squares = state["squares"].cpu().double().clone()
+
+    def _check(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"expected samples of shape {self.shape} behind the batch dimension, got {tuple(x.shape)}: moments of "
+                "different quantities would be mixed. Pass [samples, *shape]."
+            )
+        if not bool(torch.isfinite(x).all()):
+            rows = (~torch.isfinite(x.reshape(len(x), -1)).all(1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"expected finite samples, got nan or inf in sample(s) {rows}: one would spoil the moments for the rest "
+                "of the run. Leave these samples out, or repair their source."
+            )
+
+
+def _std(squares: Tensor, count: int) -> Tensor:
+    return (squares / (count - 1)).sqrt() if count > 1 else torch.ones_like(squares)
