@@ -59,8 +59,8 @@ class AdaptiveKLController:
     def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
         if not (target > 0 and horizon > 0):
             raise ValueError(
-                f"target and horizon must be > 0, got target={target}, horizon={horizon}: the coefficient would move the "
-                "wrong way. For a constant coefficient use FixedKLController."
+                f"target and horizon must be > 0, got target={target}, horizon={horizon}: the coefficient would move "
+                "the wrong way. For a constant coefficient use FixedKLController."
             )
         self.value = init_kl_coef
         self.target = target
@@ -106,8 +106,8 @@ class PenaltyBeta:
     def __init__(self, beta: float, target: float) -> None:
         if not (beta > 0 and target > 0):
             raise ValueError(
-                f"beta and target must be > 0, got beta={beta}, target={target}: β only doubles and halves, so from 0 it "
-                "never moves. The article starts at beta=1.0 with targets of 0.003 to 0.03."
+                f"beta and target must be > 0, got beta={beta}, target={target}: β only doubles and halves, so "
+                "from 0 it never moves. The article starts at beta=1.0 with targets of 0.003 to 0.03."
             )
         self.value = beta
         self.target = target

@@ -56,7 +56,7 @@ class RunningMoments:
     def normalize(
         self, x: Float[Tensor, "..."], *, shift_mean: bool, clip: float | None = None, eps: float = 1e-8
     ) -> Float[Tensor, "..."]:
-        """x / (std + eps), or (x - mean) / (std + eps), in the dtype and on the device of `x`; nothing is updated.
+        """Scaled samples x / (std + eps), or (x - mean) / (std + eps), in the dtype and on the device of `x`.
 
         Args:
             x: One sample or many.
@@ -100,8 +100,8 @@ class RunningMoments:
         if not bool(torch.isfinite(x).all()):
             rows = (~torch.isfinite(x.reshape(len(x), -1)).all(1)).nonzero().flatten().tolist()
             raise ValueError(
-                f"expected finite samples, got nan or inf in sample(s) {rows}: one would spoil the moments for the rest "
-                "of the run. Leave these samples out, or repair their source."
+                f"expected finite samples, got nan or inf in sample(s) {rows}: one would spoil the moments for the "
+                "rest of the run. Leave these samples out, or repair their source."
             )
 
 

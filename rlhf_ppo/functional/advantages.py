@@ -136,7 +136,8 @@ def grpo_advantages(
 def _check_length(rewards: Tensor, values: Tensor) -> None:
     if values.shape != (rewards.shape[0], rewards.shape[1] + 1):
         raise ValueError(
-            f"values must be [batch, time + 1] = {(rewards.shape[0], rewards.shape[1] + 1)}, got {tuple(values.shape)}: "
+            f"values must be [batch, time + 1], one longer than rewards {tuple(rewards.shape)}, got "
+            f"{tuple(values.shape)}: "
             "V of the state after the last step is what a truncated step bootstraps from. "
             "Append it, or zeros where every row terminates."
         )

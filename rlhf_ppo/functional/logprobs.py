@@ -29,7 +29,7 @@ class TokenStatistics:
 def token_logprobs(
     logits: Float[Tensor, "*shape vocab"], tokens: Int[Tensor, "*shape"], *, temperature: float = 1.0
 ) -> Float[Tensor, "*shape"]:
-    """log π(token) under softmax(logits / temperature), nats, at least float32.
+    """Log-probability log π(token) under softmax(logits / temperature), nats, at least float32.
 
     Args:
         logits: Raw scores of the vocabulary at the position *before* each token.

@@ -247,8 +247,8 @@ def _ratio_metrics(log_ratio: Tensor, mask: Tensor, count: Count) -> Metrics:
 def _check_clip(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
     if not (0 <= clip_low < 1 and clip_high >= 0):
         raise ValueError(
-            f"expected 0 <= clip_low < 1 and clip_high >= 0, got clip_low={clip_low}, clip_high={clip_high}: ratios are "
-            "clipped to [1 - clip_low, 1 + clip_high], which must contain 1 and stay above 0. The usual value is 0.2."
+            f"expected 0 <= clip_low < 1 and clip_high >= 0, got clip_low={clip_low}, clip_high={clip_high}: ratios "
+            "are clipped to [1 - clip_low, 1 + clip_high], which must contain 1 and stay above 0. Usual: 0.2."
         )
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(

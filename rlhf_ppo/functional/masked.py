@@ -36,8 +36,8 @@ def zero_outside(x: Tensor, mask: Bool[Tensor, "*shape"]) -> Tensor:
     """
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"mask must have dtype torch.bool (True = an action of ours), got {mask.dtype}: a mask of numbers may be an "
-            "attention mask or have the opposite polarity. Pass `mask.bool()` if it really marks actions."
+            f"mask must have dtype torch.bool (True = an action of ours), got {mask.dtype}: a mask of numbers may be "
+            "an attention mask or have the opposite polarity. Pass `mask.bool()` if it really marks actions."
         )
     if x.shape != mask.shape:
         raise ValueError(
@@ -149,8 +149,8 @@ def last_action(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, " batch"]:
     if bool((last < 0).any()):
         rows = (last < 0).nonzero().flatten().tolist()
         raise ValueError(
-            f"every row of mask needs at least one action, got none in row(s) {rows}: a score has no step to belong to. "
-            "Drop these samples, or let the sampler emit at least one token (min_new_tokens=1)."
+            f"every row of mask needs at least one action, got none in row(s) {rows}: a score has no step to belong "
+            "to. Drop these samples, or let the sampler emit at least one token (min_new_tokens=1)."
         )
     return last
 
