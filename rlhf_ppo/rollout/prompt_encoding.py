@@ -1,0 +1,121 @@
+"""From the rows of a dataset to the token ids of prompts: which column, what it holds, and what fits."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+Truncation = Literal["keep_end", "keep_start", "drop", "error"]
+Form = Literal["tokens", "text", "conversation"]
+
+_DEFAULT_COLUMNS = ("input_ids", "prompt", "query")
+_RESERVED_COLUMNS = frozenset({"prompts", "responses"})
+_CHUNK = 1024
+
+
+def check_dataset(dataset: object) -> None:
+    """TypeError unless this is one split with random access."""
+    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise TypeError(f"Expected one split, got a dataset with splits {', '.join(map(str, dataset))}: pass one.")
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"Expected a datasets.Dataset, got {type(dataset).__name__}: prompts are shuffled and resumed by position. "
+            "For a list of texts use PromptDataset.from_texts; for a stream, take a part of it with "
+            "`datasets.Dataset.from_list(list(stream.take(n)))`."
+        )
+
+
+def find_prompt_column(dataset: datasets.Dataset, column: str | None) -> str:
+    """The named column, or the first of the usual names that exists."""
+    names = dataset.column_names
+    if clash := _RESERVED_COLUMNS.intersection(names):
+        raise ValueError(
+            f"Column {min(clash)!r} has the name of a keyword that reward sources are called with. Rename the column."
+        )
+    wanted = _DEFAULT_COLUMNS if column is None else (column,)
+    for name in wanted:
+        if name in names and len(dataset):
+            return name
+    if not len(dataset):
+        raise ValueError("The prompt dataset has no rows. Check the split and the filters before it.")
+    raise ValueError(
+        f"No column {' or '.join(map(repr, wanted))} in the prompt dataset; it has {', '.join(map(repr, names))}. "
+        "Name the prompt column with `column=`."
+    )
+
+
+def form_of(value: object, column: str) -> Form:
+    """What a value of the prompt column is; TypeError if it is nothing that can be a prompt."""
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and all(isinstance(item, int) for item in value):
+        return "tokens"
+    if isinstance(value, list) and all(isinstance(item, Mapping) and "role" in item for item in value):
+        return "conversation"
+    raise TypeError(
+        f"Column {column!r} must hold texts, token ids, or conversations (lists of {{'role', 'content'}}), "
+        f"got {type(value).__name__} in the first row: {str(value)[:60]!r}."
+    )
+
+
+def encode_prompts(
+    values: Sequence[Any],
+    column: str,
+    form: Form,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> Iterator[Sequence[int]]:
+    """Token ids row by row; texts go to the tokenizer in chunks."""
+    if form == "conversation" and not tokenizer.chat_template:
+        raise ValueError(
+            f"Column {column!r} holds conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
+            "template. Set `tokenizer.chat_template`, or turn the conversations into plain texts yourself."
+        )
+    vocabulary = len(tokenizer)
+    for start in range(0, len(values), _CHUNK):
+        chunk = list(values[start : start + _CHUNK])
+        for row, value in enumerate(chunk, start):
+            _check_row(value, row, column, form, vocabulary)
+        if form == "tokens":
+            yield from chunk
+            continue
+        if form == "conversation":
+            options = dict(chat_template_kwargs or {})
+            chunk = [
+                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+                for turns in chunk
+            ]
+        # A chat template writes the special tokens itself; a second BOS would be off the training distribution.
+        encoded = tokenizer(chunk, add_special_tokens=form == "text", verbose=False)
+        yield from encoded["input_ids"]
+
+
+def _check_row(value: Any, row: int, column: str, form: Form, vocabulary: int) -> None:
+    if value is None or (value != [] and form_of(value, column) != form):
+        raise TypeError(f"Row {row} of column {column!r} holds {type(value).__name__}, but row 0 holds {form}.")
+    if form == "tokens" and value and not 0 <= min(value) <= max(value) < vocabulary:
+        raise ValueError(
+            f"Row {row} of column {column!r} has token ids from {min(value)} to {max(value)}, but the tokenizer knows "
+            f"0 to {vocabulary - 1}. Was it encoded with another tokenizer?"
+        )
+    if form == "conversation" and (not value or value[-1]["role"] == "assistant"):
+        found = "no turns" if not value else "an assistant turn at its end"
+        raise ValueError(
+            f"The conversation in row {row} of column {column!r} has {found}: there is nothing to answer. "
+            "A prompt ends with the user's or the tool's turn; leave the answer out."
+        )
+
+
+def fit_prompt(ids: Sequence[int], row: int, limit: int | None, truncation: Truncation) -> Sequence[int] | None:
+    """The prompt within the limit, or None where the rule is to leave it out."""
+    if limit is None or len(ids) <= limit:
+        return ids
+    if truncation == "error":
+        raise ValueError(
+            f"The prompt in row {row} has {len(ids)} tokens, max_prompt_tokens is {limit}. "
+            "Raise the limit, or choose truncation 'keep_end', 'keep_start' or 'drop'."
+        )
+    if truncation == "drop":
+        return None
+    return ids[-limit:] if truncation == "keep_end" else ids[:limit]
