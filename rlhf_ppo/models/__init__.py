@@ -1,0 +1,21 @@
+"""Policies: language models with a value head, and their frozen references."""
+
+from rlhf_ppo.models.pretrained import (
+    SUPPORTED_ARCHITECTURES,
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    PreTrainedModelWrapper,
+)
+from rlhf_ppo.models.reference import create_reference_model, prepare_reference_adapter, reference_adapter
+from rlhf_ppo.models.value_head import ValueHead
+
+__all__ = [
+    "SUPPORTED_ARCHITECTURES",
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "PreTrainedModelWrapper",
+    "ValueHead",
+    "create_reference_model",
+    "prepare_reference_adapter",
+    "reference_adapter",
+]

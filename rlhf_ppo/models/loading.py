@@ -1,0 +1,138 @@
+"""From a name, a folder or an object to a language model, with or without adapters, quantised or not."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from rlhf_ppo.models.value_head import HUB_ARGUMENTS, VALUE_HEAD_PREFIX, find_file
+
+logger = logging.getLogger(__name__)
+
+LanguageModel = PreTrainedModel | PeftModel
+KBIT_ARGUMENTS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
+
+
+def load_language_model(
+    parent_class: Any,
+    source: str | os.PathLike[str] | LanguageModel,
+    *model_args: Any,
+    peft_config: PeftConfig | None,
+    is_trainable: bool,
+    arguments: dict[str, Any],
+) -> LanguageModel:
+    """Load what `source` names, wrapped in the adapter saved there or in a fresh one.
+
+    Args:
+        parent_class: An `AutoModelFor...` class.
+        source: A hub name, a folder (of a model or of an adapter), or a model.
+        model_args: Positional arguments of `from_pretrained`.
+        peft_config: Of a fresh adapter; ignored, with a log line, when `source` already is an adapter.
+        is_trainable: Whether an adapter that is loaded goes on training.
+        arguments: The other keyword arguments of `from_pretrained`; weights are float32 unless `dtype` is among them.
+
+    Raises:
+        ValueError: For anything else than these.
+    """
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise ValueError(
+            f"The `peft_config` argument should be an instance of `peft.PeftConfig` class, got {type(peft_config)}: "
+            "there is nothing to build an adapter from. Pass e.g. LoraConfig(task_type='CAUSAL_LM')."
+        )
+    arguments = dict(arguments)
+    kbit = {name: arguments.pop(name) for name in KBIT_ARGUMENTS if name in arguments}
+    if isinstance(source, PeftModel):
+        return source
+    if isinstance(source, str | os.PathLike):
+        hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+        arguments = with_quantisation(arguments)
+        if find_file(source, "adapter_config.json", **hub) is not None:
+            if peft_config is not None:
+                logger.warning(
+                    "`peft_config` is ignored: %s already holds an adapter, which is loaded instead.", source
+                )
+            return _load_adapter(parent_class, source, *model_args, is_trainable=is_trainable, hub=hub, **arguments)
+        with _quiet_about_the_value_head():
+            model = parent_class.from_pretrained(source, *model_args, **arguments)
+    elif isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        raise ValueError(
+            "pretrained_model_name_or_path should be a string or a PreTrainedModel, "
+            f"but is {type(source)}: nothing can be loaded. Pass a hub name, a folder or a transformers model."
+        )
+    if peft_config is None:
+        return model  # type: ignore[no-any-return]
+    if is_quantised(model):
+        model = prepare_model_for_kbit_training(model, **kbit)
+    return get_peft_model(model, peft_config)
+
+
+def with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Write `load_in_8bit`/`load_in_4bit` as the `quantization_config` that transformers 5 takes in their place.
+
+    A quantised model goes whole onto this process's device unless `device_map` says otherwise. One that is not is
+    loaded in float32 unless `dtype` is given: PPO's small steps vanish in the rounding of bfloat16 weights.
+    """
+    arguments = dict(arguments)
+    bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if arguments.pop(name, False)}
+    if bits:
+        arguments.setdefault("quantization_config", BitsAndBytesConfig(**bits))
+    if arguments.get("quantization_config") is not None:
+        place = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+        arguments.setdefault("device_map", {"": place})
+    elif "torch_dtype" not in arguments:
+        arguments.setdefault("dtype", torch.float32)
+    return arguments
+
+
+def is_quantised(model: LanguageModel) -> bool:
+    """Whether the weights are stored in 8 or 4 bits."""
+    return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
+
+
+def _load_adapter(
+    parent_class: Any,
+    source: str | os.PathLike[str],
+    *model_args: Any,
+    is_trainable: bool,
+    hub: dict[str, Any],
+    **arguments: Any,
+) -> PeftModel:
+    """The base model that the adapter in `source` names, with that adapter on it."""
+    config = PeftConfig.from_pretrained(os.fspath(source), **hub)
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"The adapter in {source} does not say which base model it belongs to (base_model_name_or_path is "
+            f"{config.base_model_name_or_path!r}): it cannot be loaded by its own name. Load the base model, put the "
+            "adapter on it with PeftModel.from_pretrained(base, adapter), and pass that object."
+        )
+    base_arguments = {name: value for name, value in arguments.items() if name not in ("revision", "subfolder")}
+    with _quiet_about_the_value_head():
+        base = parent_class.from_pretrained(config.base_model_name_or_path, *model_args, **base_arguments)
+    return PeftModel.from_pretrained(base, os.fspath(source), is_trainable=is_trainable, **hub)
+
+
+class _ValueHeadReport(logging.Filter):
+    """Drops transformers' loading report when all it reports is our value head."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        rows = [line for line in text.splitlines() if "|" in line and not line.startswith("Key")]
+        return "LOAD REPORT" not in text or not all(row.startswith(VALUE_HEAD_PREFIX) for row in rows)
+
+
+@contextmanager
+def _quiet_about_the_value_head() -> Iterator[None]:
+    """The language model's loader calls `v_head.*` unexpected; here it is not: we read it right after."""
+    report, filter_ = logging.getLogger("transformers.modeling_utils"), _ValueHeadReport()
+    report.addFilter(filter_)
+    try:
+        yield
+    finally:
+        report.removeFilter(filter_)

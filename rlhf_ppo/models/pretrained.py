@@ -1,0 +1,343 @@
+"""Language models with a value head: load, run, save. Folders written here also load as plain transformers models."""
+
+import inspect
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from rlhf_ppo.models import adapters
+from rlhf_ppo.models.loading import LanguageModel, load_language_model
+from rlhf_ppo.models.value_head import (
+    HUB_ARGUMENTS,
+    VALUE_HEAD_PREFIX,
+    ValueHead,
+    find_file,
+    load_value_head,
+    read_value_head,
+)
+
+Wrapper = TypeVar("Wrapper", bound="PreTrainedModelWrapper")
+Forward = tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, Tensor | None, Tensor, Any]
+
+OWN_MODULES = ("pretrained_model", "v_head", "score")
+VALUE_HEAD_FILE = "pytorch_model.bin"
+
+
+class PreTrainedModelWrapper(nn.Module):
+    """A language model (`pretrained_model`) and its value head (`v_head`) on one trunk.
+
+    Attributes that are not the wrapper's own are the language model's: `wrapper.device`, `wrapper.generation_config`.
+
+    Args:
+        pretrained_model: A transformers model with output embeddings, or a PEFT model around one.
+        score_module: Head of a reward adapter, see `from_pretrained`.
+        rm_adapter_name: Name of that adapter.
+        value_head_arguments: For `ValueHead`.
+
+    Raises:
+        ValueError: For a model without output embeddings, with a prompt-learning adapter, or offloaded.
+    """
+
+    transformers_parent_class: ClassVar[Any] = AutoModelForCausalLM
+    lm_head_namings: ClassVar[tuple[str, ...]] = ("lm_head", "embed_out", "output_projection")
+    supported_args: ClassVar[tuple[str, ...]] = (
+        "summary_dropout_prob",
+        "v_head_init_strategy",
+        "v_head_initializer_range",
+    )
+    is_encoder_decoder: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        pretrained_model: LanguageModel,
+        *,
+        score_module: nn.Module | None = None,
+        rm_adapter_name: str | None = None,
+        **value_head_arguments: Any,
+    ) -> None:
+        super().__init__()
+        _check_language_model(pretrained_model)
+        self.pretrained_model = pretrained_model
+        self.config = pretrained_model.config
+        self.is_peft_model = isinstance(pretrained_model, PeftModel)
+        self.is_loaded_in_8bit = bool(getattr(pretrained_model, "is_loaded_in_8bit", False))
+        self.is_loaded_in_4bit = bool(getattr(pretrained_model, "is_loaded_in_4bit", False))
+        self.is_sequential_parallel = len(set(_device_map(pretrained_model).values())) > 1
+        self.policy_adapter_name: str | None = pretrained_model.active_adapter if self.is_peft_model else None
+        self.supports_rm_adapter = score_module is not None
+        self.rm_adapter_name = rm_adapter_name
+        self.value_head_was_loaded = False
+        self.v_head = ValueHead(self.config, **value_head_arguments)
+        output_device = pretrained_model.get_output_embeddings().weight.device
+        if output_device.type != "meta":
+            self.v_head.to(output_device)
+        if score_module is not None:
+            self.score = score_module
+        self._takes_position_ids = not self.is_encoder_decoder and _takes_position_ids(pretrained_model)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Wrapper],
+        pretrained_model_name_or_path: str | os.PathLike[str] | LanguageModel,
+        *model_args: Any,
+        peft_config: Any = None,
+        reward_adapter: str | None = None,
+        reward_adapter_name: str = "reward_adapter",
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> Wrapper:
+        """Load a language model and, when one is saved there, its value head; otherwise the head starts fresh.
+
+        Args:
+            pretrained_model_name_or_path: A hub name, a folder (of a model, of this class, or of an adapter), a
+                transformers model or a PEFT model.
+            model_args: Passed on to the model's `from_pretrained`.
+            peft_config: Trains a fresh adapter of this kind instead of the model's own weights.
+            reward_adapter: Folder or hub name of a reward model's adapter on the same base: `compute_reward_score`.
+            reward_adapter_name: What to call it.
+            is_trainable: Whether an adapter loaded from a folder or the hub goes on training. Its starting state is
+                then the reference, see `rlhf_ppo.models.reference`.
+            kwargs: Arguments of `ValueHead`; `load_in_8bit`, `load_in_4bit`; and those of the model's
+                `from_pretrained`, whose `dtype` is float32 here unless you say otherwise.
+
+        Raises:
+            ValueError: For what cannot be trained by PPO; each message names the remedy.
+        """
+        source = pretrained_model_name_or_path
+        if reward_adapter is not None and not isinstance(reward_adapter, str):
+            raise ValueError(
+                "The `reward_adapter` argument should be a string representing the name of local path or the Hub id "
+                f"to the Reward Modeling adapter, got {type(reward_adapter)}: nothing can be loaded. "
+                "Save the reward model's adapter and pass its folder."
+            )
+        head_arguments = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        language_model = load_language_model(
+            cls.transformers_parent_class,
+            source,
+            *model_args,
+            peft_config=peft_config,
+            is_trainable=is_trainable,
+            arguments=kwargs,
+        )
+        score = None
+        if reward_adapter is not None:
+            if not isinstance(language_model, PeftModel):
+                raise ValueError(
+                    f"reward_adapter can only be used with a PeftModel, got {type(language_model)}: the reward model's "
+                    "adapter needs a base shared with the policy's. Pass `peft_config=LoraConfig(...)` too."
+                )
+            token = {"token": kwargs["token"]} if kwargs.get("token") is not None else {}
+            score = adapters.add_reward_adapter(language_model, reward_adapter, reward_adapter_name, **token)
+        model = cls(language_model, score_module=score, rm_adapter_name=reward_adapter_name, **head_arguments)
+        if isinstance(source, str | os.PathLike):
+            model._load_saved_parts(source, hub, is_trainable=is_trainable)
+        return model
+
+    def _load_saved_parts(self, source: str | os.PathLike[str], hub: dict[str, Any], *, is_trainable: bool) -> None:
+        """The value head beside the model or adapter and, when training goes on, the adapter saved as reference."""
+        tensors = read_value_head(source, **hub)
+        if tensors is not None:
+            load_value_head(self.v_head, tensors, source=source)
+            self.value_head_was_loaded = True
+        subfolder = os.path.join(hub.get("subfolder") or "", adapters.REFERENCE_ADAPTER)  # noqa: PTH118
+        saved = find_file(source, "adapter_config.json", **{**hub, "subfolder": subfolder})
+        if self.is_peft_model and is_trainable and saved is not None:
+            with adapters.unchanged_requires_grad(self.pretrained_model):
+                self.pretrained_model.load_adapter(
+                    os.fspath(saved.parent), adapters.REFERENCE_ADAPTER, is_trainable=False
+                )
+            adapters.freeze_adapter(self.pretrained_model, adapters.REFERENCE_ADAPTER)
+
+    def __getattr__(self, name: str) -> Any:
+        """Public attributes (and the one FSDP wraps layers by) that the wrapper lacks are the language model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "pretrained_model" or (name.startswith("_") and name != "_no_split_modules"):
+                raise
+            return getattr(self.pretrained_model, name)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch time"] | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> Forward:
+        """Logits for the next token, the language model's loss, and the value after each token.
+
+        Args:
+            input_ids: Tokens.
+            past_key_values: Cache of earlier tokens.
+            attention_mask: 1 at tokens, 0 at padding; position ids follow from it, so padding may stand on the left.
+            return_past_key_values: Whether to append the cache to the result.
+            kwargs: Passed on to the language model; `labels` makes it compute its loss.
+
+        Returns:
+            `(logits, loss, values)`: logits [batch, time, vocabulary] in float32 at least, loss a scalar or None, values
+            [batch, time] of the value head's dtype; and the cache, when asked for.
+        """
+        if self._takes_position_ids and attention_mask is not None and input_ids is not None:
+            kwargs.setdefault("position_ids", position_ids_of(attention_mask)[:, -input_ids.shape[1] :])
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        output = self.pretrained_model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden = (output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states)[-1]
+        values = self.v_head(hidden.to(self.v_head.summary.weight.device)).squeeze(-1)
+        logits = output.logits
+        if self.is_sequential_parallel:
+            logits = logits.to(values.device)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        loss = output.loss if "loss" in output else None
+        if return_past_key_values:
+            return logits, loss, values, output.past_key_values
+        return logits, loss, values
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The language model's own `generate`."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def compute_reward_score(
+        self, input_ids: Int[Tensor, "batch time"], attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Float[Tensor, "batch time labels"]:
+        """Scores of the reward adapter after each token; a reward model reads the one at the last token.
+
+        The policy's adapter, its `requires_grad` flags and the training mode are as before afterwards.
+
+        Raises:
+            ValueError: When the model was loaded without `reward_adapter`.
+        """
+        if not self.supports_rm_adapter or self.rm_adapter_name is None:
+            raise ValueError(
+                "This model does not support reward modeling adapter: it was loaded without one, so there is nothing "
+                "to score with. Pass `reward_adapter='folder'` to from_pretrained."
+            )
+        was_training = self.pretrained_model.training
+        self.pretrained_model.eval()
+        with adapters.active_adapter(self.pretrained_model, self.rm_adapter_name), torch.no_grad():
+            if self._takes_position_ids and attention_mask is not None:
+                kwargs.setdefault("position_ids", position_ids_of(attention_mask))
+            kwargs |= {"output_hidden_states": True, "return_dict": True}
+            output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            scores: Tensor = self.score(output.hidden_states[-1].to(self.score.weight.dtype))
+        self.pretrained_model.train(was_training)
+        return scores
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """The language model's entries under its own names, and `v_head.*`: a plain model can load it."""
+        state = self.pretrained_model.state_dict(*args, prefix=prefix, **kwargs)
+        head = self.v_head.state_dict(prefix=prefix + VALUE_HEAD_PREFIX, keep_vars=kwargs.get("keep_vars", False))
+        state.update(head)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Put the names of `state_dict()` back under the submodule they belong to."""
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            rest = name.removeprefix(prefix)
+            if rest.split(".", 1)[0] not in OWN_MODULES:
+                state_dict[f"{prefix}pretrained_model.{rest}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Write a folder that loads as this class and as a plain transformers model (or PEFT adapter).
+
+        The value head goes into the model's safetensors as `v_head.*`. Beside an adapter it goes, alone, into
+        `pytorch_model.bin`.
+
+        Args:
+            save_directory: Made when missing.
+            state_dict: Instead of `self.state_dict()`, for weights gathered from several processes.
+            kwargs: Passed on to the language model's `save_pretrained`, such as `max_shard_size`.
+        """
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        if not self.is_peft_model:
+            self.pretrained_model.save_pretrained(save_directory, state_dict=state, **kwargs)
+            return
+        if kwargs.get("is_main_process", True):
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            head = {name: tensor.detach().cpu() for name, tensor in state.items() if name.startswith(VALUE_HEAD_PREFIX)}
+            torch.save(head, folder / VALUE_HEAD_FILE)
+        self.pretrained_model.save_pretrained(os.fspath(save_directory), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload model with value head",
+        private: bool | None = None,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Upload what `save_pretrained` writes to the hub repository `repo_id`, made when missing."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
+    """A causal language model with a value head."""
+
+
+class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
+    """An encoder-decoder language model with a value head on its decoder."""
+
+    transformers_parent_class = AutoModelForSeq2SeqLM
+    is_encoder_decoder = True
+
+
+SUPPORTED_ARCHITECTURES = (AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead)
+
+
+def position_ids_of(attention_mask: Tensor) -> Tensor:
+    """How many tokens stand before each one: 0 at the first real token, wherever the padding is."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _takes_position_ids(model: LanguageModel) -> bool:
+    """Whether 2-D position ids can be passed: not to ALiBi models, nor to those with positions of images."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    text_only = base.config.get_text_config() is base.config
+    return text_only and "position_ids" in inspect.signature(base.forward).parameters
+
+
+def _device_map(model: LanguageModel) -> dict[str, Any]:
+    return getattr(model, "hf_device_map", None) or {}
+
+
+def _check_language_model(model: LanguageModel) -> None:
+    """Raise ValueError for a model that PPO cannot train."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"PromptLearningConfig is not supported for PPO training, got {type(model.active_peft_config).__name__}: "
+            "its virtual tokens shift every position of the value head. Use LoraConfig."
+        )
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        raise ValueError(
+            "The model does not have a language model head, please use a model that has one: "
+            f"{type(model).__name__} gives no probabilities of tokens. Load it with AutoModelForCausalLM (or "
+            "AutoModelForSeq2SeqLM)."
+        )
+    places = {str(place) for place in _device_map(model).values()}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ValueError(
+            f"The model is offloaded on CPU or disk (device map: {sorted(places)}) - CPU & disk offloading is not "
+            "supported for ValueHead models: offloaded weights cannot be trained. Use a smaller model, more devices, "
+            "`load_in_4bit=True` with LoRA, or FSDP."
+        )

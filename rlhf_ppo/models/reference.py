@@ -1,0 +1,122 @@
+"""The frozen reference policy: a copy that may share its lower layers, or the policy with another adapter."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import PeftModel
+from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from rlhf_ppo.models import adapters
+from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+
+LAYER_PATTERNS = (
+    "transformer.h.{layer}",
+    "model.decoder.layers.{layer}",
+    "gpt_neox.layers.{layer}",
+    "model.layers.{layer}",
+    "transformer.blocks.{layer}",
+    "transformer.layers.{layer}",
+)
+"""Where the layers of the common architectures are found, by a part of their parameters' names."""
+
+
+def create_reference_model(
+    model: PreTrainedModelWrapper, num_shared_layers: int | None = None, pattern: str | None = None
+) -> PreTrainedModelWrapper:
+    """A frozen copy of `model` in eval mode, the π_ref of the KL penalty.
+
+    With `num_shared_layers`, everything below layer n (embeddings too) is one memory for both: it is frozen in `model`
+    as well, and the copy costs only the layers above. Embeddings tied to the output are then frozen there too.
+
+    Args:
+        model: The policy at its start.
+        num_shared_layers: n, how many of the lowest layers to share. None copies all.
+        pattern: Where layers are found, for an architecture not in `LAYER_PATTERNS`, such as
+            "transformer.h.{layer}".
+
+    Raises:
+        ValueError: Under DeepSpeed ZeRO-3, whose parameters cannot be copied, and when there is no layer n.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed ZeRO-3 is enabled and is not compatible with `create_reference_model()`: this process holds only "
+            "a part of each parameter, so the copy would be empty. Load the reference with `from_pretrained()`."
+        )
+    shared = [] if num_shared_layers is None else _parameters_below(model, num_shared_layers, pattern)
+    for parameter in shared:
+        parameter.requires_grad_(False)
+    reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+    return reference.requires_grad_(False).eval()
+
+
+def _parameters_below(model: nn.Module, layer: int, pattern: str | None) -> list[nn.Parameter]:
+    """The parameters that stand before layer `layer` in the order of the model."""
+    named = list(model.named_parameters())
+    patterns = LAYER_PATTERNS if pattern is None else (pattern,)
+    for candidate in patterns:
+        part = candidate.format(layer=layer) + "."
+        starts = [index for index, (name, _) in enumerate(named) if part in name]
+        if starts:
+            return [parameter for _, parameter in named[: starts[0]]]
+    raise ValueError(
+        f"Layer pattern could not be matched: no parameter's name holds layer {layer} by {list(patterns)}, the names "
+        f"look like {[name for name, _ in named[2:5]]}. Nothing can be shared. Pass num_shared_layers below the number "
+        'of layers, or a `pattern` for this architecture such as "transformer.h.{layer}".'
+    )
+
+
+def prepare_reference_adapter(model: PreTrainedModelWrapper) -> str | None:
+    """Settle, before training, which adapter stands for the reference, and keep a frozen copy of it when need be.
+
+    - A fresh LoRA adapter starts as the base model exactly: the reference is the base, adapters off.
+    - An adapter trained before (supervised fine-tuning) is where PPO starts: a frozen copy of it, named "reference",
+      is added. Without it the KL would be measured to the base and start large.
+    - A folder saved by PPO (value head beside the adapter) tells: with a "reference" adapter saved, that one; without
+      one, the base.
+
+    Calling it again changes nothing.
+
+    Returns:
+        The name of the reference adapter, or None when the reference is the base model.
+
+    Raises:
+        ValueError: For a model without adapters.
+    """
+    peft_model = _peft_model(model)
+    if adapters.REFERENCE_ADAPTER in peft_model.peft_config:
+        return adapters.REFERENCE_ADAPTER
+    name = str(model.policy_adapter_name)
+    if model.value_head_was_loaded or not adapters.changes_the_base(peft_model, name):
+        return None
+    adapters.add_reference_adapter(peft_model, name)
+    return adapters.REFERENCE_ADAPTER
+
+
+@contextmanager
+def reference_adapter(model: PreTrainedModelWrapper) -> Iterator[None]:
+    """Inside, `model` is its own reference: adapters off, or its "reference" adapter on.
+
+    Call `prepare_reference_adapter(model)` once before training. On leaving, the policy's adapter is active again and
+    every parameter has its `requires_grad` back.
+
+    Raises:
+        ValueError: For a model without adapters.
+    """
+    peft_model = _peft_model(model)
+    if adapters.REFERENCE_ADAPTER in peft_model.peft_config:
+        with adapters.active_adapter(peft_model, adapters.REFERENCE_ADAPTER):
+            yield
+    else:
+        with adapters.no_adapter(peft_model):
+            yield
+
+
+def _peft_model(model: PreTrainedModelWrapper) -> PeftModel:
+    if not isinstance(model.pretrained_model, PeftModel):
+        raise ValueError(
+            f"Only a model with adapters can be its own reference, got {type(model.pretrained_model).__name__}: its "
+            "weights change in training, and with them the reference. Use create_reference_model(model)."
+        )
+    return model.pretrained_model

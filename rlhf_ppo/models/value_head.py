@@ -1,0 +1,149 @@
+"""The value head: one linear map from the last hidden state of a language model to V(s_t)."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.utils import cached_file
+
+logger = logging.getLogger(__name__)
+
+VALUE_HEAD_PREFIX = "v_head."
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class ValueHead(nn.Module):
+    """V(s_t) from the hidden state after token t: dropout, then `summary`, a linear map with one output.
+
+    Args:
+        config: Of the language model; names the width of its last hidden state. Its `summary_dropout_prob`, when it
+            has one, is the default of the argument.
+        summary_dropout_prob: Dropout before the map. None: the config's, else 0.1. It acts in training mode only.
+        v_head_init_strategy: None keeps torch's default for a linear layer; "normal" draws the weight from
+            N(0, `v_head_initializer_range`²) and sets the bias to 0.
+        v_head_initializer_range: Standard deviation of "normal"; 0 starts V at 0 everywhere (Ziegler et al. 2019).
+
+    Raises:
+        ValueError: For an unknown strategy.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        summary_dropout_prob: float | None = None,
+        v_head_init_strategy: str | None = None,
+        v_head_initializer_range: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if v_head_init_strategy not in (None, "normal"):
+            raise ValueError(
+                f"v_head_init_strategy must be None or 'normal', got {v_head_init_strategy!r}: the value head would "
+                "start from weights nobody asked for. Pass None for torch's default, or 'normal' with "
+                "`v_head_initializer_range`."
+            )
+        if summary_dropout_prob is None:
+            summary_dropout_prob = getattr(config, "summary_dropout_prob", 0.1)
+        self.dropout = nn.Dropout(summary_dropout_prob or 0.0)
+        self.summary = nn.Linear(last_hidden_width(config), 1)
+        if v_head_init_strategy == "normal":
+            nn.init.normal_(self.summary.weight, mean=0.0, std=v_head_initializer_range)
+            nn.init.zeros_(self.summary.bias)
+
+    def forward(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"]:
+        """Values in the head's own dtype: a float32 head on a bfloat16 trunk computes in float32."""
+        values: Tensor = self.summary(self.dropout(hidden).to(self.summary.weight.dtype))
+        return values
+
+
+def last_hidden_width(config: PretrainedConfig) -> int:
+    """Width of the hidden state that the output embeddings read: the decoder's, after any projection (OPT-350m)."""
+    decoder = getattr(config, "decoder", None)
+    text = decoder if hasattr(decoder, "hidden_size") else config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
+
+
+def read_value_head(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[str, Tensor] | None:
+    """The tensors of a value head saved in a folder or hub repository, or None when there is none.
+
+    Safetensors come first, then the classic's `pytorch_model.bin` (read with `weights_only=True`), whole or sharded;
+    only the value head's own tensors are read. A hub repository is not searched beyond its first kind of weight file,
+    so that no second copy of a large model is downloaded.
+
+    Args:
+        source: A folder, or the name of a hub repository.
+        hub_arguments: `cache_dir`, `revision`, `token`, ... for a hub repository.
+    """
+    for filename in WEIGHT_FILES:
+        path = find_file(source, filename, **hub_arguments)
+        if path is None:
+            continue
+        files = _shards(source, path, **hub_arguments) if filename.endswith(".json") else [path]
+        tensors = {name: tensor for file in files for name, tensor in _read_head_tensors(file).items()}
+        if tensors:
+            return tensors
+        if not Path(source).is_dir():
+            return None
+    return None
+
+
+def find_file(source: str | os.PathLike[str], filename: str, **hub_arguments: Any) -> Path | None:
+    """Where `filename` of a folder or hub repository lies on this machine (downloaded if need be), or None."""
+    known = {name: value for name, value in hub_arguments.items() if name in HUB_ARGUMENTS and value is not None}
+    path = cached_file(
+        source,
+        filename,
+        **known,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path)
+
+
+def load_value_head(head: ValueHead, tensors: dict[str, Tensor], *, source: object) -> None:
+    """Copy saved tensors into `head`.
+
+    Raises:
+        ValueError: When they are of another architecture or width.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if got != expected:
+        raise ValueError(
+            f"The value head saved in {source} has the tensors {got}, this model needs {expected}: it belongs to "
+            "another model or was made by another library. Load the language model alone "
+            "(AutoModelForCausalLM.from_pretrained) and pass that object, to start from a fresh value head."
+        )
+    head.load_state_dict(tensors)
+
+
+def _shards(source: str | os.PathLike[str], index: Path, **hub_arguments: Any) -> list[Path]:
+    """The files of a sharded checkpoint that hold the value head."""
+    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    names = sorted({file for name, file in weight_map.items() if VALUE_HEAD_PREFIX in name})
+    found = [find_file(source, name, **hub_arguments) for name in names]
+    return [path for path in found if path is not None]
+
+
+def _read_head_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of `path` whose names hold "v_head.", named from there on."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            named = {name: file.get_tensor(name) for name in file.keys() if VALUE_HEAD_PREFIX in name}  # noqa: SIM118
+    else:
+        named = torch.load(path, map_location="cpu", weights_only=True)
+    return {name.split(VALUE_HEAD_PREFIX, 1)[1]: tensor for name, tensor in named.items() if VALUE_HEAD_PREFIX in name}
