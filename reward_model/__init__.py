@@ -1,0 +1,23 @@
+"""Reward models from preference data: train, judge, normalise, serve, and score inside PPO."""
+
+from reward_model.config import RewardModelConfig
+from reward_model.contract import Contract, ContractError, Normalisation, TextRule
+from reward_model.data import BadRow, Comparison
+from reward_model.model import RewardModel
+from reward_model.pairs import excerpt, pairs_from_labels
+from reward_model.trainer import TrainedRewardModel, train_reward_model
+
+__all__ = [
+    "BadRow",
+    "Comparison",
+    "Contract",
+    "ContractError",
+    "Normalisation",
+    "RewardModel",
+    "RewardModelConfig",
+    "TextRule",
+    "TrainedRewardModel",
+    "excerpt",
+    "pairs_from_labels",
+    "train_reward_model",
+]

@@ -1,0 +1,123 @@
+"""A sequence classifier with one label and its tokenizer, ready to be trained as a reward model."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+logger = logging.getLogger(__name__)
+
+PAD_TOKEN = "<|pad|>"
+
+
+def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer of `name` with a scalar head, in float32.
+
+    A causal LM, an encoder without a head and a classifier with another number of labels get a fresh head
+    (`initialise_head`); a one-label classifier keeps its own.
+
+    Args:
+        name: Hub name or folder.
+        seed: Seed of the fresh head; the global random state is left alone.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ValueError: The model cannot be loaded as a sequence classifier; the message says what to try.
+    """
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=1,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The model {name!r} could not be loaded as a sequence classifier with its tokenizer: {_first_line(error)} "
+            "Expected a hub name or a folder made by save_pretrained that holds config.json, weights and tokenizer "
+            "files. Check the spelling, and that the hub can be reached."
+        ) from error
+    missing = {str(key) for key in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
+    if head_name(model) in missing or head_name(model).removesuffix(".weight") + ".bias" in missing:
+        initialise_head(model, seed=seed)
+    separate_padding(model, tokenizer)
+    return model, tokenizer
+
+
+def head_name(model: nn.Module) -> str:
+    """Parameter name of the scalar head's weight, as it stands in the checkpoint.
+
+    Raises:
+        ValueError: The model has no linear layer with one output.
+    """
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.out_features == 1
+    ]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer with one output, so there is no reward to read. "
+            "Use a model class that AutoModelForSequenceClassification knows, loaded with num_labels=1."
+        )
+    return f"{names[-1]}.weight"
+
+
+def initialise_head(model: nn.Module, *, seed: int) -> None:
+    """Draw the head's weight from N(0, 1 / (d + 1)), that is standard deviation 1/sqrt(d + 1), and set its bias to 0.
+
+    The first rewards then have a variance near 1, whatever the width d (Ziegler et al. 2019, their code; the 2020
+    paper prints the standard deviation without the root).
+    """
+    head = model.get_submodule(head_name(model).removesuffix(".weight"))
+    weight = head.get_parameter("weight")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
+        if head.bias is not None:
+            head.get_parameter("bias").zero_()
+
+
+def separate_padding(model: Any, tokenizer: Any) -> None:
+    """Give the tokenizer a padding token of its own where it has none or pads with the end-of-text token.
+
+    Decoder classifiers read the score at the last token that is not padding. With pad = eos they would pass over
+    the end-of-text token that the text rule appends, and a text could not be told from its unfinished beginning.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        logger.info("Padding token %s (id %d) added: it was %s.", PAD_TOKEN, tokenizer.pad_token_id, "eos or missing")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set the rate of every dropout layer to 0: a score is a function of the text alone."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def longest_input(model: Any) -> int | None:
+    """Most positions of a model with absolute position embeddings, or None where its config names no limit."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    padding_offset = 2 if config.model_type in {"roberta", "xlm-roberta", "camembert"} else 0
+    return None if limit is None else int(limit) - padding_offset
+
+
+def short_name(name: str) -> str:
+    """A hub name as it is; of a folder only the last part, so that no path of a machine lands in a contract."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,146 @@
+"""The contract file of a reward model: what a score means and which text it is a score of.
+
+It lies beside the weights as `reward_model.json`. Serving reads it and refuses what does not match, because a reward
+model fed with another template, tokenizer or end-of-text rule returns plausible numbers that mean nothing.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+CONTRACT_FILE = "reward_model.json"
+FORMAT_VERSION = 1
+
+Template = Literal["plain", "chat"]
+
+_PROBES = (
+    "Hello world! It's 2024, isn't it?",
+    "  two  spaces\nand a\ttab\n\n",
+    "naïve café 東京 🙂 <|endoftext|> </s> [SEP]",
+)
+
+
+class ContractError(ValueError):
+    """An artifact that must not be used: the message names the field, what was expected and what was found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRule:
+    """How a prompt and a response become the token ids that are scored: one rule for training and serving."""
+
+    template: Template = "plain"
+    """`plain`: prompt + response as they are. `chat`: through the tokenizer's chat template, response as assistant."""
+    append_eos: bool = True
+    """Whether the end-of-text token closes every text (once; a text that already ends with it gets no second one)."""
+    max_length: int = 1024
+    """Most tokens of prompt + response. Training drops and counts longer texts, serving cuts their start."""
+
+    def __post_init__(self) -> None:
+        if self.template not in ("plain", "chat"):
+            raise ContractError(f"text.template must be 'plain' or 'chat', got {self.template!r}.")
+        if not isinstance(self.max_length, int) or self.max_length < 2:
+            raise ContractError(f"text.max_length must be an integer >= 2, got {self.max_length!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """score = gain · raw + bias, chosen so that reference texts have mean 0 and standard deviation 1."""
+
+    gain: float = 1.0
+    bias: float = 0.0
+    reference: str = "none"
+    """Whose samples were used: `none`, `evaluation` (held-out completions) or the name of a reference policy."""
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.gain > 0:
+            raise ContractError(
+                f"normalisation.gain must be > 0, got {self.gain!r}: it would turn the order of all scores around."
+            )
+
+    def apply(self, raw: float) -> float:
+        """The normalised score of a raw one."""
+        return self.gain * raw + self.bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """Everything that `reward_model.json` holds."""
+
+    kind: Literal["single", "ensemble"] = "single"
+    format_version: int = FORMAT_VERSION
+    base: str = ""
+    """What the training started from: a hub name or the last part of a folder's path."""
+    head: str = ""
+    """Parameter name of the scalar head: a checkpoint without it is refused."""
+    text: TextRule = field(default_factory=TextRule)
+    tokenizer_sha256: str = ""
+    normalisation: Normalisation = field(default_factory=Normalisation)
+    members: tuple[str, ...] = ()
+    """Sub-folders of an ensemble's members."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Fingerprint and counts of the training data."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics at the end of training."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Library versions at training time."""
+
+    def write(self, folder: Path) -> None:
+        """Write the file into `folder`, whole or not at all."""
+        target = folder / CONTRACT_FILE
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(target)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Contract":
+        """Read and check the file of `folder`.
+
+        Raises:
+            ContractError: The file is missing, is no JSON, lacks or misspells a field, or is of another version.
+        """
+        path = folder / CONTRACT_FILE
+        if not path.is_file():
+            raise ContractError(
+                f"{path} does not exist: {folder} is not a reward model made by this package, so its template, "
+                "end-of-text rule and normalisation are unknown. Train one with `python -m reward_model.train`."
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ContractError(f"{path} is not valid JSON ({error}). Restore it or train the model again.") from error
+        return cls.parse(values, path)
+
+    @classmethod
+    def parse(cls, values: Any, path: Path) -> "Contract":
+        """Build the contract from decoded JSON; `path` is named in errors."""
+        if not isinstance(values, dict):
+            raise ContractError(f"{path} must hold a JSON object, got {type(values).__name__}.")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ContractError(
+                f"{path}: field format_version is {version!r}, this version of the package reads {FORMAT_VERSION}. "
+                "Use the version named in its field `versions`, or train the model again."
+            )
+        known = {item.name for item in fields(cls)}
+        wrong = sorted(set(values) ^ known)
+        if wrong:
+            raise ContractError(f"{path}: missing or unknown fields {wrong}; expected exactly {sorted(known)}.")
+        try:
+            parts = {"text": TextRule(**values["text"]), "normalisation": Normalisation(**values["normalisation"])}
+        except TypeError as error:
+            raise ContractError(f"{path}: field text or normalisation is malformed: {error}.") from error
+        return cls(**(values | parts | {"members": tuple(values["members"])}))
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Fingerprint of what a tokenizer does: vocabulary, special tokens, chat template and the ids of probe texts."""
+    content = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+        "chat_template": tokenizer.chat_template,
+        "probes": [tokenizer(probe)["input_ids"] for probe in _PROBES],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

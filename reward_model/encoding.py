@@ -1,0 +1,147 @@
+"""Comparisons as token ids, and batches of them: what the trainer's data loader reads."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from reward_model.contract import TextRule
+from reward_model.data import Comparison
+from reward_model.text import encode
+from rlhf_ppo.batch import pad_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Token ids of the comparisons that fit, and what became of the others."""
+
+    dataset: Dataset
+    kept: list[Comparison]
+    too_long: int
+    """Comparisons dropped because a text has more than `max_length` tokens."""
+
+
+def encode_comparisons(comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule) -> Encoded:
+    """Tokenise each comparison and drop those with a text above `rule.max_length`, counted.
+
+    The columns are those of trl's preference collator (`chosen_ids`, `rejected_ids`: best and worst) plus the label
+    details and, for more than two completions, `middle_ids` and `ranks`.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    rows, kept = [], []
+    for comparison in comparisons:
+        ids = [encode(tokenizer, rule, comparison.prompt, text, truncate=False) for text in comparison.completions]
+        if max(map(len, ids)) > rule.max_length:
+            continue
+        kept.append(comparison)
+        rows.append(_row(comparison, ids))
+    if not rows:
+        raise ValueError(
+            f"None of the {len(comparisons)} comparisons can be used: every one has a text above max_length="
+            f"{rule.max_length} tokens, or the data is empty. Raise max_length or check the columns."
+        )
+    dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
+    return Encoded(dataset=dataset, kept=kept, too_long=len(comparisons) - len(kept))
+
+
+def fingerprint(comparisons: Sequence[Comparison]) -> str:
+    """SHA-256 of what the comparisons say, in order."""
+    digest = hashlib.sha256()
+    for comparison in comparisons:
+        digest.update(f"{comparison.key()}|{comparison.margin}|{comparison.weight}\n".encode())
+    return digest.hexdigest()
+
+
+def _row(comparison: Comparison, ids: list[list[int]]) -> dict[str, Any]:
+    return {
+        "chosen_ids": ids[0],
+        "rejected_ids": ids[-1],
+        "middle_ids": ids[1:-1],
+        "ranks": list(comparison.ranks),
+        "margin": comparison.margin,
+        "weight": comparison.weight,
+        "preference": comparison.preference,
+        "tie": comparison.is_tie,
+        "length": max(map(len, ids)),
+    }
+
+
+@dataclass
+class ComparisonCollator(DataCollatorForPreference):
+    """trl's collator (chosen rows, then rejected rows, padded on the right) with our label columns.
+
+    Rankings add the middle completions below, and `groups` [rows, K] says which rows form a comparison, best first.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pad and stack `examples`."""
+        batch: dict[str, Any] = super().torch_call(examples)
+        for name in ("weight", "preference"):
+            batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float)
+        batch["tie"] = torch.tensor([bool(example["tie"]) for example in examples])
+        if any(example["middle_ids"] for example in examples):
+            self._add_rankings(batch, examples)
+        return batch
+
+    def _add_rankings(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> None:
+        middles = [torch.tensor(ids) for example in examples for ids in example["middle_ids"]]
+        ends = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        rows = [row[mask.bool()] for row, mask in ends] + middles
+        batch["input_ids"] = pad_rows(rows, value=self.pad_token_id)
+        batch["attention_mask"] = pad_rows([torch.ones_like(row) for row in rows], value=0)
+        groups, position = [], 2 * len(examples)
+        for index, example in enumerate(examples):
+            between = range(position, position + len(example["middle_ids"]))
+            position += len(between)
+            groups.append(torch.tensor([index, *between, len(examples) + index]))
+        batch["groups"] = pad_rows(groups, value=-1)
+        batch["ranks"] = pad_rows([torch.tensor(example["ranks"]) for example in examples], value=-1)
+
+
+class LengthGroupedBatches(Sampler[int]):
+    """A fresh order each epoch in which an optimiser step sees texts of similar length, and padding stays small.
+
+    Unlike transformers' sampler, the order depends on seed and epoch alone, neither on the number of processes nor on
+    how a step is cut into micro-batches, and steps of long and short texts come in random order.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, pool: int = 32) -> None:
+        """Set up the order.
+
+        Args:
+            lengths: Tokens of each example.
+            batch_size: Examples in one optimiser step, over all processes.
+            seed: Seed of the order.
+            pool: Steps that are drawn together and sorted by length; larger pads less and mixes less.
+        """
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.pool = pool * batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        steps: list[list[int]] = []
+        for start in range(0, len(order), self.pool):
+            block = sorted(order[start : start + self.pool], key=lambda index: self.lengths[index])
+            steps += [block[at : at + self.batch_size] for at in range(0, len(block), self.batch_size)]
+        partial = [step for step in steps if len(step) < self.batch_size]
+        whole = [step for step in steps if len(step) == self.batch_size]
+        mixed = [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
+        return iter([index for step in mixed + partial for index in step])

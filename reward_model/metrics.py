@@ -1,0 +1,75 @@
+"""How well scores agree with preferences: pure functions of score differences."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A share of successes with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def wilson(successes: float, count: int, *, z: float = 1.959964) -> Share:
+    """Share of successes with the score interval of Wilson (1927): sound near 0 and 1 and for small counts."""
+    if count == 0:
+        return Share(value=math.nan, low=math.nan, high=math.nan, count=0)
+    share = successes / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return Share(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), count=count)
+
+
+def pair_accuracy(differences: Sequence[float]) -> Share:
+    """Share of pairs whose chosen completion scores higher; equal scores count one half."""
+    wins = sum(1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences)
+    return wilson(wins, len(differences))
+
+
+def log_loss(differences: Tensor) -> float:
+    """Mean negative log-likelihood of the preferences under Bradley-Terry, in nats (coin: 0.693)."""
+    return float(F.softplus(-differences).mean())
+
+
+def expected_calibration_error(differences: Tensor, *, bins: int = 10) -> float:
+    """Mean gap between confidence and accuracy over equally filled bins (Naeini et al. 2015).
+
+    The confidence of a pair is σ(|d|), in [0.5, 1]; it is right if the chosen completion scores higher.
+    """
+    table = reliability(differences, bins=bins)
+    total = sum(row[2] for row in table)
+    return sum(abs(row[0] - row[1]) * row[2] for row in table) / total if total else math.nan
+
+
+def reliability(differences: Tensor, *, bins: int = 10) -> list[tuple[float, float, int]]:
+    """(mean confidence, accuracy, pairs) of equally filled bins of growing confidence."""
+    confidence = torch.sigmoid(differences.abs().double())
+    order = torch.argsort(confidence)
+    right = ((differences > 0).double() + 0.5 * (differences == 0).double())[order]
+    parts = zip(torch.tensor_split(confidence[order], bins), torch.tensor_split(right, bins), strict=True)
+    return [(float(c.mean()), float(r.mean()), len(c)) for c, r in parts if len(c)]
+
+
+def best_temperature(differences: Tensor) -> float:
+    """T > 0 under which σ(d / T) fits the preferences best (Guo et al. 2017); below 1 the scores are too timid.
+
+    Found by bisection: the log loss is convex in 1/T. Infinite where no scale fits (half of the pairs or more wrong).
+    """
+    values = differences.double()
+    low, high = 0.0, 1e4
+    if float(values.mean()) <= 0:
+        return math.inf
+    for _ in range(100):
+        middle = (low + high) / 2
+        slope = float((-values * torch.sigmoid(-middle * values)).mean())
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return 1 / high

@@ -1,0 +1,182 @@
+"""The trained reward model as PPO uses it: texts in, one float a text out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from reward_model.backbone import head_name, longest_input
+from reward_model.contract import Contract, ContractError, tokenizer_sha256
+from reward_model.text import Text, encode, prepare_tokenizer
+from rlhf_ppo.batch import cut, pad_rows
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+class RewardModel:
+    """Scores of prompt-response texts by one trained model with its own tokenizer.
+
+    An instance is a reward source: `reward_model(prompts=..., responses=...)` returns a list of floats. It is never
+    in training mode, takes no gradient, and its scores do not depend on what else stands in the batch.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, contract: Contract, *, max_tokens: int = 16_384) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: Sequence classifier with one label.
+            tokenizer: Its own tokenizer, whatever the policy's is.
+            contract: Text rule and normalisation.
+            max_tokens: Most padded tokens in one forward pass.
+        """
+        self.model = model.eval()
+        self.tokenizer = prepare_tokenizer(tokenizer, contract.text, source=contract.base or "the reward model")
+        self.contract = contract
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        max_tokens: int = 16_384,
+    ) -> "RewardModel":
+        """Load a folder that `train_reward_model` wrote: plain weights, or a LoRA adapter beside its contract.
+
+        Args:
+            path: The folder.
+            device: Where to compute; None is the first GPU if there is one, else the CPU.
+            dtype: Of the weights. float32 gives the scores that were measured in training.
+            max_tokens: Most padded tokens in one forward pass.
+
+        Raises:
+            ContractError: The contract is missing or malformed, the head is missing from the checkpoint, the
+                tokenizer is not the one of the training, or text.max_length exceeds the model's positions.
+        """
+        folder = Path(path)
+        contract = Contract.read(folder)
+        if contract.kind != "single":
+            raise ContractError(f"{folder}: field kind is {contract.kind!r}: load it with `load_reward_model(path)`.")
+        model = load_classifier(folder, contract, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        check_tokenizer(tokenizer, model, contract, folder)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(model.to(device), tokenizer, contract, max_tokens=max_tokens)
+
+    def __call__(self, prompts: Sequence[Text], responses: Sequence[Text], **_columns: Any) -> list[float]:
+        """Normalised scores, gain · raw + bias, one for each prompt-response text.
+
+        Args:
+            prompts: Texts, or lists of chat messages; "" where the response stands alone.
+            responses: Texts, or lists of chat messages.
+
+        Raises:
+            ValueError: Unequal numbers, or a score that is not finite; names the sample.
+            TypeError: A prompt or response that is neither text nor messages; names the sample.
+        """
+        return [self.contract.normalisation.apply(raw) for raw in self.raw_scores(prompts, responses)]
+
+    def raw_scores(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[float]:
+        """The logits themselves: what AutoModelForSequenceClassification gives for the same folder and token ids."""
+        _check_texts(prompts, responses)
+        rule = self.contract.text
+        pairs = zip(prompts, responses, strict=True)
+        return self.score_ids([encode(self.tokenizer, rule, prompt, answer, truncate=True) for prompt, answer in pairs])
+
+    def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Raw scores of token ids: sorted by length, cut into batches of at most `max_tokens` padded tokens."""
+        if not rows:
+            return []
+        for index, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"Sample {index} has no tokens (prompt and response are empty): nothing to score.")
+        scores = torch.zeros(len(rows))
+        for piece in cut(torch.tensor([len(row) for row in rows]), token_budget=self.max_tokens):
+            scores[piece] = self._forward([rows[index] for index in piece.tolist()])
+        bad = [index for index, score in enumerate(scores.tolist()) if not math.isfinite(score)]
+        if bad:
+            raise ValueError(
+                f"The reward model gives a score that is not finite for sample {bad[0]} ({len(bad)} of {len(rows)} in "
+                "all). Its weights may hold nan, or float16 overflows: load it with dtype=torch.float32."
+            )
+        return scores.tolist()
+
+    def with_normalisation(self, gain: float, bias: float, *, reference: str, samples: int) -> "RewardModel":
+        """The same model under another normalisation."""
+        normalisation = replace(self.contract.normalisation, gain=gain, bias=bias, reference=reference, samples=samples)
+        contract = replace(self.contract, normalisation=normalisation)
+        return RewardModel(self.model, self.tokenizer, contract, max_tokens=self.max_tokens)
+
+    @torch.inference_mode()
+    def _forward(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        ids = [torch.tensor(row) for row in rows]
+        mask = pad_rows([torch.ones_like(row) for row in ids], value=0)
+        padded = pad_rows(ids, value=self.tokenizer.pad_token_id)
+        device = self.model.device
+        logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
+        return logits.squeeze(-1).float().cpu()  # type: ignore[no-any-return]
+
+
+def load_classifier(folder: Path, contract: Contract, *, dtype: torch.dtype) -> Any:
+    """The classifier of `folder`, refused where its checkpoint does not hold the head.
+
+    transformers draws a missing head at random and only logs it: rewards would be noise, silently.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        from reward_model.lora import load_adapter
+
+        return load_adapter(folder, contract, dtype=dtype)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{folder} holds a contract, but no model that can be loaded: {error}") from error
+    missing = {str(key) for key in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
+    if missing:
+        raise ContractError(
+            f"{folder}: field head names {contract.head!r}, but the checkpoint lacks or misshapes {sorted(missing)}: "
+            "they would be random numbers. Save the reward model again with save_pretrained, head included."
+        )
+    if head_name(model) != contract.head:
+        raise ContractError(
+            f"{folder}: field head names {contract.head!r}, but the model's scalar head is {head_name(model)!r}: the "
+            "weights do not belong to this contract. Restore the folder that training wrote."
+        )
+    return model
+
+
+def check_tokenizer(tokenizer: Any, model: Any, contract: Contract, folder: Path) -> None:
+    """Refuse a tokenizer or a length limit that is not the one of the training."""
+    found = tokenizer_sha256(tokenizer)
+    if found != contract.tokenizer_sha256:
+        raise ContractError(
+            f"{folder}: field tokenizer_sha256 is {contract.tokenizer_sha256[:12]}..., the tokenizer in the folder has "
+            f"{found[:12]}...: it would make other tokens than the training did. Restore the tokenizer files that "
+            "training wrote; the policy's tokenizer does not belong here."
+        )
+    limit = longest_input(model)
+    if limit is not None and contract.text.max_length > limit:
+        raise ContractError(
+            f"{folder}: field text.max_length is {contract.text.max_length}, the model has {limit} positions."
+        )
+
+
+def _check_texts(prompts: Sequence[Text], responses: Sequence[Text]) -> None:
+    if isinstance(prompts, str) or isinstance(responses, str):
+        raise TypeError("prompts and responses must be lists with one text a sample, got a single string.")
+    if len(prompts) != len(responses):
+        raise ValueError(f"Each sample needs a prompt and a response, got {len(prompts)} and {len(responses)}.")
+    for name, texts in (("prompts", prompts), ("responses", responses)):
+        for index, text in enumerate(texts):
+            messages = isinstance(text, list | tuple) and all(isinstance(message, dict) for message in text)
+            if not isinstance(text, str) and not messages:
+                kind = type(text).__name__
+                raise TypeError(f"{name}[{index}] must be a text or a list of chat messages, got {kind}: {text!r:.80}.")

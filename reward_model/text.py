@@ -1,0 +1,75 @@
+"""From a prompt and a response to token ids: the one place where training and serving meet the tokenizer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reward_model.contract import ContractError, TextRule
+
+Message = Mapping[str, Any]
+Text = str | Sequence[Message]
+
+
+def encode(tokenizer: Any, rule: TextRule, prompt: Text, response: Text, *, truncate: bool) -> list[int]:
+    """Token ids of prompt + response under `rule`.
+
+    Prompt and response are joined as text and tokenised once, as in training: tokens that span the boundary are the
+    same in both. The end-of-text token is added by id, so it never depends on how its text would be tokenised.
+
+    Args:
+        tokenizer: The reward model's own.
+        rule: Template, end-of-text rule and length limit.
+        prompt: Text, or the messages before the response.
+        response: Text, or the messages that answer.
+        truncate: Cut the start of a text longer than `rule.max_length` (serving); otherwise return it whole, and the
+            caller drops and counts it (training).
+    """
+    room = rule.max_length - 1 if rule.append_eos else rule.max_length
+    limits: dict[str, Any] = {"truncation": True, "max_length": room} if truncate else {}
+    text, special = _render(tokenizer, rule, prompt, response)
+    ids = list(tokenizer(text, add_special_tokens=special, **limits)["input_ids"])
+    if rule.append_eos and (not ids or ids[-1] != tokenizer.eos_token_id):
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def prepare_tokenizer(tokenizer: Any, rule: TextRule, *, source: str) -> Any:
+    """Check that `tokenizer` can carry out `rule`, and set the sides that scoring relies on.
+
+    Raises:
+        ContractError: No chat template, no end-of-text token or no padding token where the rule needs one.
+    """
+    if rule.template == "chat" and not tokenizer.chat_template:
+        raise ContractError(
+            f"text.template is 'chat', but the tokenizer of {source} has no chat template: conversations cannot be "
+            "turned into text. Use a model that has one, set tokenizer.chat_template and save it, or give plain text."
+        )
+    if rule.append_eos and tokenizer.eos_token_id is None:
+        raise ContractError(
+            f"text.append_eos is true, but the tokenizer of {source} has no eos_token. Set append_eos=False (encoders "
+            "close a text by a separator of their own) or give the tokenizer an eos_token."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ContractError(f"The tokenizer of {source} has no pad_token: texts of unequal length cannot be batched.")
+    tokenizer.padding_side = "right"
+    tokenizer.truncation_side = "left"  # the response stands at the end and is what the score is about
+    return tokenizer
+
+
+def as_messages(text: Text, role: str) -> list[dict[str, Any]]:
+    """`text` as chat messages: a string becomes one message of `role`, an empty one none."""
+    if isinstance(text, str):
+        return [{"role": role, "content": text}] if text or role == "assistant" else []
+    return [dict(message) for message in text]
+
+
+def _render(tokenizer: Any, rule: TextRule, prompt: Text, response: Text) -> tuple[str, bool]:
+    """The text to tokenise, and whether the tokenizer adds its own special tokens (a template already did)."""
+    if rule.template == "chat":
+        messages = as_messages(prompt, "user") + as_messages(response, "assistant")
+        return str(tokenizer.apply_chat_template(messages, tokenize=False)), False
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        raise ContractError(
+            "text.template is 'plain', got a conversation (a list of messages): this reward model was trained on plain "
+            "text. Give strings, or train one with template='chat'."
+        )
+    return prompt + response, True

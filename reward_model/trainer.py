@@ -1,0 +1,270 @@
+"""Train a reward model: load, encode, run trl's trainer, judge on held-out comparisons, normalise, save."""
+
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl.trainer.reward_config import RewardConfig
+
+from reward_model.backbone import disable_dropout, head_name, load_backbone, longest_input, short_name
+from reward_model.config import RewardModelConfig
+from reward_model.contract import Contract, Normalisation, TextRule, tokenizer_sha256
+from reward_model.data import Comparison, Row, as_comparisons
+from reward_model.encoding import ComparisonCollator, Encoded, encode_comparisons, fingerprint
+from reward_model.metrics import log_loss, pair_accuracy
+from reward_model.model import RewardModel
+from reward_model.preference_trainer import PreferenceTrainer
+from reward_model.text import Text, prepare_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRewardModel:
+    """A finished reward model: its folder and what was measured on held-out comparisons."""
+
+    path: Path
+    metrics: dict[str, float]
+
+
+def train_reward_model(
+    config: RewardModelConfig,
+    *,
+    train: Iterable[Row | Comparison],
+    evaluation: Iterable[Row | Comparison],
+    reference_samples: Sequence[tuple[Text, Text]] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    data_report: dict[str, Any] | None = None,
+) -> TrainedRewardModel:
+    """Train, judge, normalise and save a reward model.
+
+    Args:
+        config: The settings.
+        train: A `datasets.Dataset` or rows in a format of `reward_model.data`, or comparisons.
+        evaluation: Held-out comparisons, likewise.
+        reference_samples: Prompt-response pairs of the reference policy, on which scores shall have mean 0 and
+            standard deviation 1; None: the held-out completions.
+        callbacks: Callbacks of transformers.Trainer.
+        data_report: Counts from reading the data, kept in the contract.
+
+    Returns:
+        The folder and the held-out metrics.
+
+    Raises:
+        ValueError: Something about the settings, the model or the data; nothing has been written then.
+        FileExistsError: The output folder exists and `overwrite` is off.
+    """
+    output = Path(config.output_dir)
+    if output.exists() and any(output.iterdir()) and not (config.overwrite or config.resume):
+        raise FileExistsError(f"The folder {output} exists. Choose another output_dir, or set overwrite=True.")
+    train_rows, held_out = as_comparisons(train, "train"), as_comparisons(evaluation, "evaluation")
+    model, tokenizer = load_backbone(config.model, seed=config.seed, trust_remote_code=config.trust_remote_code)
+    rule = _text_rule(config, tokenizer, model, train_rows)
+    prepare_tokenizer(tokenizer, rule, source=config.model)
+    disable_dropout(model)
+    encoded = encode_comparisons(train_rows, tokenizer, rule)
+    encoded_held_out = encode_comparisons(held_out, tokenizer, rule)
+    trainer = _build_trainer(config, model, tokenizer, encoded, encoded_held_out, callbacks)
+    _run(trainer, config)
+    contract = Contract(
+        base=short_name(config.model),
+        text=rule,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        data=_data_facts(encoded, encoded_held_out, data_report),
+        versions={name: version(name) for name in ("torch", "transformers", "trl", "accelerate")},
+    )
+    return _finish(trainer, config, contract, encoded_held_out.kept, reference_samples)
+
+
+def held_out_metrics(reward_model: RewardModel, comparisons: Sequence[Comparison]) -> dict[str, float]:
+    """Accuracy (best against worst, ties left out), its interval, margin and log loss, from raw scores."""
+    decided = [comparison for comparison in comparisons if not comparison.is_tie]
+    if not decided:
+        return {}
+    prompts = [comparison.prompt for comparison in decided]
+    best = reward_model.raw_scores(prompts, [comparison.completions[0] for comparison in decided])
+    worst = reward_model.raw_scores(prompts, [comparison.completions[-1] for comparison in decided])
+    differences = torch.tensor(best) - torch.tensor(worst)
+    accuracy = pair_accuracy(differences.tolist())
+    return {
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "pairs": float(accuracy.count),
+        "margin": float(differences.mean()),
+        "log_loss": log_loss(differences),
+    }
+
+
+def fit_normalisation(reward_model: RewardModel, samples: Sequence[tuple[Text, Text]], reference: str) -> Normalisation:
+    """Gain and bias that give the raw scores of `samples` mean 0 and standard deviation 1.
+
+    Raises:
+        ValueError: All scores are equal, or there are fewer than two.
+    """
+    raw = torch.tensor(reward_model.raw_scores([s[0] for s in samples], [s[1] for s in samples]), dtype=torch.float64)
+    std = float(raw.std()) if len(raw) > 1 else 0.0
+    if std == 0.0:
+        raise ValueError(
+            f"The raw scores of the {len(raw)} reference samples are all equal: no scale can be read from them. "
+            "Give at least two different samples."
+        )
+    return Normalisation(gain=1 / std, bias=-float(raw.mean()) / std, reference=reference, samples=len(raw))
+
+
+def _text_rule(config: RewardModelConfig, tokenizer: Any, model: Any, rows: Sequence[Comparison]) -> TextRule:
+    chats = any(not isinstance(row.completions[0], str) for row in rows)
+    template = config.template if config.template != "auto" else "chat" if chats else "plain"
+    eos = config.append_eos
+    if eos is None:  # a chat template closes its turns itself
+        eos = template == "plain" and tokenizer.eos_token_id is not None
+    limit = longest_input(model)
+    return TextRule(template=template, append_eos=eos, max_length=min(config.max_length, limit or config.max_length))
+
+
+def _build_trainer(
+    config: RewardModelConfig,
+    model: Any,
+    tokenizer: Any,
+    train: Encoded,
+    evaluation: Encoded,
+    callbacks: Sequence[TrainerCallback],
+) -> PreferenceTrainer:
+    stop = [EarlyStoppingCallback(config.early_stop_patience)] if config.early_stop_patience else []
+    peft_config = None
+    if config.lora_rank:
+        from reward_model.lora import lora_config
+
+        peft_config = lora_config(model, rank=config.lora_rank, alpha=config.lora_alpha)
+    return PreferenceTrainer(
+        settings=config,
+        has_ties=any(row.is_tie for row in train.kept),
+        model=model,
+        args=_arguments(config, len(train.kept)),
+        train_dataset=train.dataset,
+        eval_dataset=evaluation.dataset,
+        processing_class=tokenizer,
+        data_collator=ComparisonCollator(pad_token_id=tokenizer.pad_token_id),
+        callbacks=[*stop, *callbacks],
+        peft_config=peft_config,
+    )
+
+
+def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
+    """Our settings in trl's words."""
+    micro, accumulation = config.accumulation(PartialState().num_processes)
+    steps = max(1, int(-(-rows // config.batch_size) * config.epochs))
+    evaluate = max(1, steps // config.evaluations) if config.evaluations > 1 else None
+    save = max(1, steps // config.checkpoints) if config.checkpoints else None
+    if config.early_stop_patience:
+        save = evaluate
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return RewardConfig(
+        output_dir=str(training_folder(config)),
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=int(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=bf16 if config.precision == "auto" else config.precision == "bfloat16",
+        activation_checkpointing=config.gradient_checkpointing,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        max_length=None,  # encode_comparisons has filtered and counted
+        remove_unused_columns=False,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=evaluate,
+        save_strategy="steps" if save else "no",
+        save_steps=save or 500,
+        save_total_limit=2,
+        load_best_model_at_end=config.early_stop_patience > 0,
+        metric_for_best_model="accuracy",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        disable_tqdm=not config.progress,
+        report_to=[name.strip() for name in config.trackers.split(",")],
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def training_folder(config: RewardModelConfig) -> Path:
+    """Where checkpoints lie while the run is on; removed when it has ended well."""
+    output = Path(config.output_dir)
+    return output.with_name(output.name + ".training")
+
+
+def _run(trainer: PreferenceTrainer, config: RewardModelConfig) -> None:
+    checkpoint = None
+    if config.resume:
+        folder = training_folder(config)
+        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if checkpoint is None:
+            raise FileNotFoundError(f"resume=True, but {folder} holds no checkpoint. Start without resume.")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if not result.training_loss < float("inf"):
+        raise ValueError(
+            f"The training loss is {result.training_loss}: the weights are spoilt and nothing was saved. Lower "
+            "learning_rate or use precision='float32'."
+        )
+
+
+def _data_facts(train: Encoded, evaluation: Encoded, report: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "fingerprint": fingerprint(train.kept),
+        "train": len(train.kept),
+        "train_too_long": train.too_long,
+        "evaluation": len(evaluation.kept),
+        "evaluation_too_long": evaluation.too_long,
+        **(report or {}),
+    }
+
+
+def _finish(
+    trainer: PreferenceTrainer,
+    config: RewardModelConfig,
+    contract: Contract,
+    held_out: Sequence[Comparison],
+    reference_samples: Sequence[tuple[Text, Text]] | None,
+) -> TrainedRewardModel:
+    """Judge, normalise and save on the main process; the folder appears by one rename."""
+    output = Path(config.output_dir)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    metrics: dict[str, float] = {}
+    if trainer.accelerator.is_main_process:
+        from reward_model.lora import plain_model
+
+        scored, saved = plain_model(trained, merge=config.merge_adapter)
+        contract = replace(contract, head=head_name(scored))
+        reward_model = RewardModel(scored, trainer.processing_class, contract)
+        metrics = held_out_metrics(reward_model, held_out)
+        samples = reference_samples or [(row.prompt, text) for row in held_out for text in row.completions]
+        reference = "reference policy" if reference_samples else "evaluation"
+        contract = replace(contract, metrics=metrics, normalisation=fit_normalisation(reward_model, samples, reference))
+        _save(saved, trainer.processing_class, contract, output)
+        shutil.rmtree(training_folder(config), ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return TrainedRewardModel(path=output, metrics=metrics or Contract.read(output).metrics)
+
+
+def _save(model: Any, tokenizer: Any, contract: Contract, output: Path) -> None:
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    contract.write(partial)
+    if output.exists():
+        shutil.rmtree(output)
+    partial.rename(output)
