@@ -52,8 +52,8 @@ def unflatten(vector: Vector, like: Sequence[Tensor]) -> list[Tensor]:
     sizes = [tensor.numel() for tensor in like]
     if vector.numel() != sum(sizes):
         raise ValueError(
-            f"expected a vector of {sum(sizes)} entries, got {vector.numel()}: pieces would belong to other parameters. "
-            "Flatten and unflatten with the same list, trainable parameters only."
+            f"expected a vector of {sum(sizes)} entries, got {vector.numel()}: pieces would belong to other "
+            "parameters. Flatten and unflatten with the same list, trainable parameters only."
         )
     return [piece.view_as(tensor) for piece, tensor in zip(vector.split(sizes), like, strict=True)]
 
