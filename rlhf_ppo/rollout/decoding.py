@@ -1,27 +1,20 @@
 """Our own sampling loop over a `transformers` causal LM and its key-value cache."""
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
-from transformers.generation import (
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import LogitsProcessorList
 
+from rlhf_ppo.rollout.decode_rules import DecodeRules
+from rlhf_ppo.rollout.decode_support import check_positions, keeps_logits, why_unsupported
 from rlhf_ppo.rollout.draw import best_tokens, draw_tokens
-from rlhf_ppo.rollout.kv_cache import bytes_per_token, drop_rows, is_supported, new_cache, select_rows
+from rlhf_ppo.rollout.kv_cache import bytes_per_token, drop_rows, new_cache, select_rows
 from rlhf_ppo.rollout.sampling import (
     EvalMode,
     Sampler,
@@ -29,14 +22,13 @@ from rlhf_ppo.rollout.sampling import (
     SamplingConfig,
     SamplingWork,
     check_prompts,
+    pad_prompts,
     unwrap_causal_lm,
 )
 from rlhf_ppo.rollout.transformers_generate import TransformersGenerate
 
-NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
 
-
-@dataclass(kw_only=True)
+@dataclass
 class DecodeLoop:
     """Sampler that draws token by token, and computes nothing for rows that have ended.
 
@@ -50,6 +42,7 @@ class DecodeLoop:
 
     tokenizer: PreTrainedTokenizerBase | None = None
     """Needed for `stop_strings` only."""
+    _: KW_ONLY
     max_rows: int = 512
     """Rows decoded at once, at most. It bounds logits (rows x vocabulary) and cache; it does not change the result."""
     kv_budget_bytes: int = 4 * 2**30
@@ -74,8 +67,16 @@ class DecodeLoop:
         config: SamplingConfig,
         *,
         generator: torch.Generator | None = None,
+        limits: Sequence[int] | None = None,
     ) -> Samples:
         """Draw responses; see `Sampler`.
+
+        Args:
+            model: see `Sampler`.
+            prompts: see `Sampler`.
+            config: see `Sampler`.
+            generator: see `Sampler`.
+            limits: a maximum of new tokens for each prompt; `config.max_new_tokens` still bounds them all.
 
         Raises:
             ValueError: an unusable prompt, a position beyond the model's table, or logits that are not numbers.
@@ -83,12 +84,14 @@ class DecodeLoop:
         check_prompts(prompts)
         causal_lm = unwrap_causal_lm(model)
         misfit = why_unsupported(causal_lm)
-        if misfit is not None:
+        if misfit is not None and limits is None:
             return self._fall_back(misfit)(model, prompts, config, generator=generator)
+        if misfit is not None:
+            raise ValueError(f"Limits per prompt need a model that DecodeLoop fits, but {misfit}. Pass limits=None.")
         lengths = [len(prompt) for prompt in prompts]
-        _check_positions(causal_lm.config, max(lengths, default=0) + config.max_new_tokens)
-        rules = _Rules.build(config, self.tokenizer, causal_lm.device)
-        results = _Results.empty(len(prompts) * config.num_return_sequences, config, generator, causal_lm.device)
+        check_positions(causal_lm.config, max(lengths, default=0) + config.max_new_tokens)
+        rules = DecodeRules.build(config, self.tokenizer, causal_lm.device)
+        results = _Results.empty(len(prompts), config, generator, causal_lm.device, limits)
         finished = 0
         with EvalMode(causal_lm), torch.no_grad():
             for batch in self._cut(lengths, config, causal_lm):
@@ -124,91 +127,6 @@ class DecodeLoop:
             start += count
 
 
-def why_unsupported(model: Any) -> str | None:
-    """What about the model DecodeLoop does not fit, in words; None if it fits."""
-    config = getattr(model, "config", None)
-    if config is None or not isinstance(model, nn.Module):
-        return f"{type(model).__name__} is not a transformers model (it has no config)"
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    name = type(base).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        return f"{name} is an encoder-decoder"
-    peft_config = getattr(model, "active_peft_config", None)
-    if peft_config is not None and peft_config.is_prompt_learning:
-        return f"{name} has virtual prompt tokens ({peft_config.peft_type})"
-    parameters = inspect.signature(base.forward).parameters
-    missing = [argument for argument in NEEDED_ARGUMENTS if argument not in parameters]
-    if missing:
-        return f"{name}.forward does not take {', '.join(missing)}"
-    if not is_supported(config):
-        return f"{name} keeps a state other than full or sliding-window attention's keys and values"
-    return None
-
-
-def _check_positions(config: Any, length: int) -> None:
-    """A model with a learned table of positions has no entry beyond its end."""
-    text = config.get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
-    relative = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_scaling", "rope_theta"))
-    if limit is not None and length > limit and not relative:
-        raise ValueError(
-            f"The longest prompt plus max_new_tokens must be at most max_position_embeddings = {limit}, got {length}: "
-            "the model has no embedding for the positions beyond. Shorten the prompts or lower max_new_tokens."
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rules:
-    """What is done to logits, and what ends a response; the same for all batches of a call."""
-
-    config: SamplingConfig
-    stop_tokens: Int[Tensor, "stops"]
-    stop_strings: StopStringCriteria | None
-    device: torch.device
-
-    @classmethod
-    def build(cls, config: SamplingConfig, tokenizer: PreTrainedTokenizerBase | None, device: torch.device) -> "_Rules":
-        if config.stop_strings and tokenizer is None:
-            raise ValueError(
-                f"SamplingConfig.stop_strings = {config.stop_strings} needs a tokenizer, got none: only it knows which "
-                "tokens complete a string. Build the sampler as DecodeLoop(tokenizer=tokenizer)."
-            )
-        return cls(
-            config=config,
-            stop_tokens=torch.tensor(config.stop_token_ids, dtype=torch.long, device=device),
-            stop_strings=StopStringCriteria(tokenizer, list(config.stop_strings)) if config.stop_strings else None,
-            device=device,
-        )
-
-    def processors(self, prompt_width: int) -> LogitsProcessorList:
-        """The logits processors of `transformers`, in its own order."""
-        config = self.config
-        rules = LogitsProcessorList()
-        if config.repetition_penalty != 1.0:
-            rules.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-        if config.min_new_tokens > 0 and config.stop_token_ids:
-            stops = list(config.stop_token_ids)
-            rules.append(
-                MinNewTokensLengthLogitsProcessor(prompt_width, config.min_new_tokens, stops, device=self.device)
-            )
-        if config.do_sample:
-            if config.temperature != 1.0:
-                rules.append(TemperatureLogitsWarper(float(config.temperature)))
-            if config.top_k > 0:
-                rules.append(TopKLogitsWarper(config.top_k))
-            if config.top_p < 1.0:
-                rules.append(TopPLogitsWarper(config.top_p))
-        return rules
-
-    def stopped(self, response: Int[Tensor, "rows step"]) -> Bool[Tensor, "rows"]:
-        """Whether the last token of each row ends it."""
-        tokens = response[:, -1]
-        ends = (tokens[:, None] == self.stop_tokens).any(dim=1)
-        if self.stop_strings is not None and response.shape[1] >= self.config.min_new_tokens:
-            ends |= self.stop_strings(response, None)
-        return ends
-
-
 @dataclass(kw_only=True)
 class _Results:
     """Where drawn tokens are put down, in the caller's order, and the uniforms that draw them."""
@@ -217,22 +135,35 @@ class _Results:
     logprobs: Float[Tensor, "rows steps"]
     lengths: Int[Tensor, "rows"]
     finished: Bool[Tensor, "rows"]
+    limits: Int[Tensor, "rows"]
     uniforms: Float[Tensor, "rows steps"]
     work: SamplingWork = field(default_factory=SamplingWork)
 
     @classmethod
     def empty(
-        cls, rows: int, config: SamplingConfig, generator: torch.Generator | None, device: torch.device
+        cls,
+        prompts: int,
+        config: SamplingConfig,
+        generator: torch.Generator | None,
+        device: torch.device,
+        limits: Sequence[int] | None,
     ) -> "_Results":
         """Uniforms are drawn here for every row and step, so that no cut into batches changes who gets which."""
-        steps = config.max_new_tokens
+        steps, rows = config.max_new_tokens, prompts * config.num_return_sequences
+        at_most = torch.full((prompts,), steps) if limits is None else torch.tensor(limits).clamp(max=steps)
+        if at_most.shape != (prompts,) or bool((at_most < 1).any()):
+            raise ValueError(
+                f"limits must be one number >= 1 for each of the {prompts} prompts, got {limits}: at least one token "
+                "is drawn for every prompt."
+            )
         source = "cpu" if generator is None else generator.device
         shape = (rows, steps) if config.do_sample else (rows, 0)
         return cls(
             tokens=torch.zeros(rows, steps, dtype=torch.long, device=device),
             logprobs=torch.zeros(rows, steps, dtype=torch.float32, device=device),
-            lengths=torch.full((rows,), steps, dtype=torch.long, device=device),
+            lengths=torch.zeros(rows, dtype=torch.long, device=device),
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
+            limits=at_most.repeat_interleave(config.num_return_sequences).to(device),
             uniforms=torch.rand(shape, dtype=torch.float64, generator=generator, device=source).to(device),
         )
 
@@ -258,33 +189,34 @@ class _Results:
 class _Decode:
     """The live rows of one batch. Everything that has a row axis here shrinks as rows finish."""
 
-    def __init__(self, model: Any, config: SamplingConfig, rules: _Rules, results: _Results, *, compact: bool) -> None:
+    def __init__(
+        self, model: Any, config: SamplingConfig, rules: DecodeRules, results: _Results, *, compact: bool
+    ) -> None:
         self.model, self.config, self.rules, self.results, self.compact = model, config, rules, results, compact
-        self.last_only = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+        self.last_only = {"logits_to_keep": 1} if keeps_logits(model) else {}
 
     def run(self, prompts: list[Tensor], rows: list[int]) -> None:
         """Decode `rows` of the results, whose prompts stand in `prompts`, equal ones side by side."""
         logits = self._prefill(prompts, rows)
         processors = self.rules.processors(self.width)
-        for step in range(self.config.max_new_tokens):
-            tokens = self._draw(processors, logits, step)
-            alive = self._put_down(tokens, step)
-            if step + 1 == self.config.max_new_tokens:
-                return
-            living = int(alive.sum())
+        step = 0
+        while True:
+            self._draw(processors, logits, step)
+            living = self._end(step)
             if living == 0:
                 return
-            if self.compact and living < len(alive):
-                self._drop(alive)
+            if self.compact and living < len(self.alive):
+                self._drop()
             logits = self._advance(step)
+            step += 1
 
     def _prefill(self, prompts: list[Tensor], rows: list[int]) -> Float[Tensor, "rows vocab"]:
         """One forward over the distinct prompts, left-padded; then one row per response."""
         copies = self.config.num_return_sequences
         first = [i for i, row in enumerate(rows) if i == 0 or row // copies != rows[i - 1] // copies]
-        distinct = [prompts[i].to(self.rules.device) for i in first]
-        self.width = max(len(prompt) for prompt in distinct)
-        ids, mask = _left_pad(distinct)
+        distinct = [prompts[i] for i in first]
+        ids, mask = pad_prompts(distinct, self.rules.device, side="left")
+        self.width = ids.shape[1]
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         self.cache: DynamicCache = new_cache(self.model.config, self.width + self.config.max_new_tokens)
         logits = self._forward(ids, mask, positions)
@@ -305,10 +237,11 @@ class _Decode:
         self.alive = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
         return logits
 
-    def _draw(self, processors: LogitsProcessorList, logits: Tensor, step: int) -> Int[Tensor, "rows"]:
-        """Tokens of this step, put down with their log-probabilities for the rows still alive."""
-        history = self.ids[:, : self.width + step]
-        scores = processors(history, logits.float()) if processors else logits.float()
+    def _draw(self, processors: LogitsProcessorList, logits: Float[Tensor, "rows vocab"], step: int) -> None:
+        """Draw the tokens of this step and put them down with their log-probabilities."""
+        scores = logits.float()
+        if processors:
+            scores = processors(cast("torch.LongTensor", self.ids[:, : self.width + step]), scores)
         if self.config.do_sample:
             tokens, logprobs = draw_tokens(scores, self.results.uniforms[self.rows, step])
         else:
@@ -316,19 +249,18 @@ class _Decode:
         self.results.tokens[self.rows, step] = tokens
         self.results.logprobs[self.rows, step] = logprobs
         self.ids[:, self.width + step] = tokens
-        return tokens
 
-    def _put_down(self, tokens: Tensor, step: int) -> Bool[Tensor, "rows"]:
-        """Mark the rows that end here; which rows go on."""
-        ends = self.rules.stopped(self.ids[:, self.width : self.width + step + 1]) & self.alive
-        self.alive = self.alive & ~ends
-        ended = self.rows[ends]
-        self.results.lengths[ended] = step + 1
-        self.results.finished[ended] = True
-        return self.alive
+    def _end(self, step: int) -> int:
+        """Mark the rows that end at this step; how many go on."""
+        stopped = self.rules.stopped(self.ids[:, self.width : self.width + step + 1]) & self.alive
+        ended = stopped | ((self.results.limits[self.rows] == step + 1) & self.alive)
+        self.results.finished[self.rows[stopped]] = True
+        self.results.lengths[self.rows[ended]] = step + 1
+        self.alive = self.alive & ~ended
+        return int(self.alive.sum())
 
-    def _drop(self, alive: Bool[Tensor, "rows"]) -> None:
-        kept = drop_rows(self.cache, alive)
+    def _drop(self) -> None:
+        kept = drop_rows(self.cache, self.alive)
         for name in ("rows", "ids", "mask", "positions", "alive"):
             setattr(self, name, getattr(self, name)[kept])
 
@@ -349,15 +281,3 @@ class _Decode:
 
     def _count(self, **work: int) -> None:
         self.results.work = self.results.work + SamplingWork(**work)
-
-
-def _keeps_logits(model: Any) -> bool:
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
-
-
-def _left_pad(prompts: list[Tensor]) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
-    """Token ids and attention mask. Padding repeats a token of the row's own: no penalty then counts it as new."""
-    ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left").long()
-    mask = ids >= 0
-    return torch.where(mask, ids, ids[:, -1:]), mask.long()

@@ -11,12 +11,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 GROWTH = 128  # columns added at least, when the storage is full
 
 
-class InPlaceLayer(DynamicLayer):  # type: ignore[misc]  # transformers' layer is untyped
+class InPlaceLayer(DynamicLayer):
     """`DynamicLayer` that writes new keys into spare columns instead of copying the whole cache at every token."""
 
     def __init__(self, columns: int) -> None:
         """Reserve `columns` positions; more are added when they are used up."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers' own
         self.columns = columns
         self.length = 0
 
@@ -31,8 +31,7 @@ class InPlaceLayer(DynamicLayer):  # type: ignore[misc]  # transformers' layer i
             self._store = [self._moved(store, store[:, :, :start]) for store in self._store]
         self._store[0][:, :, start : self.length] = key_states
         self._store[1][:, :, start : self.length] = value_states
-        self._show()
-        return self.keys, self.values
+        return self._show()
 
     def batch_select_indices(self, indices: Int[Tensor, "rows"]) -> None:
         """Make row i what row `indices[i]` was; rows may repeat."""
@@ -46,8 +45,10 @@ class InPlaceLayer(DynamicLayer):  # type: ignore[misc]  # transformers' layer i
         self._store = [store[:count] for store in self._store]
         self._show()
 
-    def _show(self) -> None:
-        self.keys, self.values = (store[:, :, : self.length] for store in self._store)
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = (store[:, :, : self.length] for store in self._store)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def _new_store(self, like: Tensor) -> Tensor:
         rows, heads, _, width = like.shape
@@ -66,15 +67,19 @@ def new_cache(config: PreTrainedConfig, columns: int) -> DynamicCache:
     return cache
 
 
-def is_supported(config: PreTrainedConfig) -> bool:
+def has_selectable_rows(config: PreTrainedConfig) -> bool:
     """Whether rows can be selected from every layer's cache: full or sliding-window attention, no recurrent state."""
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
+def _attention_layers(cache: DynamicCache) -> list[DynamicLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+
+
 def select_rows(cache: DynamicCache, indices: Int[Tensor, "rows"]) -> None:
     """Make row i of every layer what row `indices[i]` was."""
-    for layer in cache.layers:
+    for layer in _attention_layers(cache):
         layer.batch_select_indices(indices)
 
 
@@ -88,7 +93,7 @@ def drop_rows(cache: DynamicCache, alive: Bool[Tensor, "rows"]) -> Int[Tensor, "
     movers = alive[count:].nonzero().squeeze(1) + count
     kept = torch.arange(count, device=alive.device)
     kept[holes] = movers
-    for layer in cache.layers:
+    for layer in _attention_layers(cache):
         if isinstance(layer, InPlaceLayer):
             layer.keep_front(count, holes, movers)
         else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -101,6 +101,7 @@ class Samples:
     """Deterministic counts of what was computed."""
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Draws responses to prompts from a model."""
 
@@ -136,6 +137,16 @@ def check_prompts(prompts: Sequence[Tensor]) -> None:
                 f"{tuple(prompt.shape)} and {prompt.dtype}: a response is drawn given at least one token. "
                 "Begin an empty prompt with the tokenizer's bos token."
             )
+
+
+def pad_prompts(
+    prompts: Sequence[Tensor], device: torch.device, *, side: str
+) -> tuple[Int[Tensor, "prompts width"], Int[Tensor, "prompts width"]]:
+    """Token ids and attention mask. Padding repeats the row's own tokens: no repetition penalty sees a new one."""
+    on_device = [prompt.to(device) for prompt in prompts]
+    ids = nn.utils.rnn.pad_sequence(on_device, batch_first=True, padding_value=-1, padding_side=side).long()
+    mask = ids >= 0
+    return torch.where(mask, ids, ids.amax(dim=1, keepdim=True)), mask.long()
 
 
 def unwrap_causal_lm(model: nn.Module) -> Any:

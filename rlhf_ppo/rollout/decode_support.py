@@ -1,0 +1,52 @@
+"""Which models the decode loop fits."""
+
+import inspect
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from rlhf_ppo.rollout.kv_cache import has_selectable_rows
+
+NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
+
+
+def why_unsupported(model: Any) -> str | None:
+    """What about the model DecodeLoop does not fit, in words; None if it fits."""
+    config = getattr(model, "config", None)
+    if config is None or not isinstance(model, nn.Module):
+        return f"{type(model).__name__} is not a transformers model (it has no config)"
+    base = _without_adapters(model)
+    name = type(base).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder"
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return f"{name} has virtual prompt tokens ({model.active_peft_config.peft_type})"
+    parameters = inspect.signature(base.forward).parameters
+    missing = [argument for argument in NEEDED_ARGUMENTS if argument not in parameters]
+    if missing:
+        return f"{name}.forward does not take {', '.join(missing)}"
+    if not has_selectable_rows(config):
+        return f"{name} keeps a state other than full or sliding-window attention's keys and values"
+    return None
+
+
+def check_positions(config: Any, length: int) -> None:
+    """A model with a learned table of positions has no entry beyond its end."""
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    relative = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if limit is not None and length > limit and not relative:
+        raise ValueError(
+            f"The longest prompt plus max_new_tokens must be at most max_position_embeddings = {limit}, got {length}: "
+            "the model has no embedding for the positions beyond. Shorten the prompts or lower max_new_tokens."
+        )
+
+
+def keeps_logits(model: Any) -> bool:
+    """Whether the model can be told to run its LM head on the last position only."""
+    return "logits_to_keep" in inspect.signature(_without_adapters(model).forward).parameters
+
+
+def _without_adapters(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
