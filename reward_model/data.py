@@ -6,7 +6,7 @@ messages), `completions` with `ranks` or `scores`, and `text` with `label` (see 
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -97,15 +97,6 @@ def parse_row(row: Row, where: str) -> Comparison:
         source=_source(row, where),
         where=where,
     )
-
-
-def parse_rows(rows: Iterable[tuple[str, Row]]) -> Iterator[Comparison | BadRow]:
-    """Each located row as a comparison or as the error that it raised, in order."""
-    for where, row in rows:
-        try:
-            yield parse_row(row, where)
-        except BadRow as error:
-            yield error
 
 
 def as_comparisons(rows: Iterable[Row | Comparison], name: str) -> list[Comparison]:
