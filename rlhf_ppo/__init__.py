@@ -1,0 +1,44 @@
+"""RLHF fine-tuning of language models: token-level PPO with a value head, a frozen reference and a reward model."""
+
+from rlhf_ppo.algorithms import GAE, GRPO, RLOO, AlgorithmConfig, Critic, PPOClip, PPOPenalty, Reinforce
+from rlhf_ppo.best_of_n import BestOfNSampler
+from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
+from rlhf_ppo.extras import LengthSampler, respond_to_batch, set_seed
+from rlhf_ppo.functional import compute_ppo_total_loss
+from rlhf_ppo.models import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    PreTrainedModelWrapper,
+    create_reference_model,
+)
+from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.training import TrainConfig, TrainState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GAE",
+    "GRPO",
+    "RLOO",
+    "AdaptiveKLController",
+    "AlgorithmConfig",
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "BestOfNSampler",
+    "Critic",
+    "FixedKLController",
+    "LengthSampler",
+    "PPOClip",
+    "PPOConfig",
+    "PPOPenalty",
+    "PPOTrainer",
+    "PreTrainedModelWrapper",
+    "Reinforce",
+    "TrainConfig",
+    "TrainState",
+    "compute_ppo_total_loss",
+    "create_reference_model",
+    "respond_to_batch",
+    "set_seed",
+]

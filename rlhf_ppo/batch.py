@@ -1,0 +1,163 @@
+"""The typed batches that flow through one iteration: inputs -> `Rollout` -> `TrainBatch`.
+
+A stage returns a new frozen batch; nothing is "not yet computed" and filled in later. Rows are episodes (one response
+each), columns are time steps (one response token each). `mask` is True exactly at *our* actions.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Rows = Int[Tensor, " rows"]
+
+@runtime_checkable
+class PolicyInputs(Protocol):
+    """What a policy needs to score the actions of a batch again; rows can be selected and weighed."""
+
+    def select(self, rows: Rows) -> "PolicyInputs":
+        """The same inputs for `rows` alone."""
+        ...
+
+    def costs(self) -> Int[Tensor, " batch"]:
+        """Work of each row in tokens (or steps): what micro-batches are cut and sorted by."""
+        ...
+
+    def width(self) -> int:
+        """T: time steps of the longest row, hence columns of every [batch, time] tensor."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenInputs:
+    """Ragged prompts and responses: the tokens as they were sampled, never decoded and tokenised again."""
+
+    prompts: Sequence[Tensor]
+    """One Long [P_i] a row, without padding."""
+    responses: Sequence[Tensor]
+    """One Long [T_i] a row, the stop token included, without padding."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: Rows) -> "TokenInputs":
+        picked = rows.tolist()
+        return TokenInputs(prompts=[self.prompts[i] for i in picked], responses=[self.responses[i] for i in picked])
+
+    def costs(self) -> Int[Tensor, " batch"]:
+        pairs = zip(self.prompts, self.responses, strict=True)
+        return torch.tensor([len(prompt) + len(response) for prompt, response in pairs])
+
+    def width(self) -> int:
+        return max(len(response) for response in self.responses)
+
+    def response_lengths(self) -> Int[Tensor, " batch"]:
+        """Tokens of each response, [B]."""
+        return torch.tensor([len(response) for response in self.responses])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOutput:
+    """The policy's view of a batch of actions, padded to the longest row with zeros."""
+
+    logprobs: Float[Tensor, "batch time"]
+    """log π(a_t | s_t) in nats, float32."""
+    values: Float[Tensor, "batch time+1"]
+    """V(s_0) ... V(s_T): one more than there are actions."""
+    entropy: Float[Tensor, "batch time"] | None = None
+    """Shannon entropy of π(. | s_t) in nats over the full vocabulary, float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """What happened under the policy that acted: B episodes of at most T actions."""
+
+    inputs: PolicyInputs
+    mask: Bool[Tensor, "batch time"]
+    """True where a step is an action of ours: not prompt, padding, tool output or auto-reset step."""
+    logprobs: Float[Tensor, "batch time"]
+    values: Float[Tensor, "batch time+1"]
+    rewards: Float[Tensor, "batch time"]
+    """Final reward of each step, KL penalty included."""
+    terminated: Bool[Tensor, "batch time"]
+    """The episode ended here: there is no future."""
+    truncated: Bool[Tensor, "batch time"]
+    """We stopped watching here: the future exists and V(s_{t+1}) stands for it."""
+    ref_logprobs: Float[Tensor, "batch time"] | None = None
+    scores: Float[Tensor, " batch"] | None = None
+    """Undiscounted score of each episode, before shaping; what group baselines compare."""
+    group_size: int = 1
+    """Rows of one prompt stand side by side in groups of this many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """What an update learns from."""
+
+    inputs: PolicyInputs
+    mask: Bool[Tensor, "batch time"]
+    logprobs: Float[Tensor, "batch time"]
+    """Under the policy that acted: the denominator of the probability ratio."""
+    values: Float[Tensor, "batch time"]
+    """V of the policy that acted: the centre of value clipping."""
+    advantages: Float[Tensor, "batch time"]
+    returns: Float[Tensor, "batch time"]
+    """Targets of the value function."""
+    ref_logprobs: Float[Tensor, "batch time"] | None = None
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def select(self, rows: Rows) -> "TrainBatch":
+        """The same batch for `rows` alone, its columns cut to the longest of them."""
+        inputs = self.inputs.select(rows)
+        width = inputs.width()
+        changes: dict[str, Tensor] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changes[item.name] = value[rows][:, :width]
+        return replace(self, inputs=inputs, **changes)  # type: ignore[arg-type]
+
+    def micro_batches(self, rows: Rows, *, size: int | None, token_budget: int | None) -> "Iterator[TrainBatch]":
+        """Cut `rows` into pieces sorted by length, so that a piece pads little.
+
+        Args:
+            rows: Rows of one optimiser step.
+            size: Most rows in a piece; None for no bound.
+            token_budget: Most padded tokens (rows x longest row) in a piece; None for no bound.
+        """
+        for piece in cut(self.inputs.costs()[rows.cpu()], size=size, token_budget=token_budget):
+            yield self.select(rows[piece.to(rows.device)])
+
+
+def cut(
+    costs: Int[Tensor, " rows"], *, size: int | None = None, token_budget: int | None = None
+) -> list[Int[Tensor, " piece"]]:
+    """Positions 0 ... n-1 sorted by cost, longest first, in pieces of bounded rows and padded tokens.
+
+    A single row longer than the budget makes a piece of its own: nothing is dropped.
+    """
+    pieces: list[list[int]] = []
+    longest = 0
+    for position in torch.argsort(costs, descending=True, stable=True).tolist():
+        if pieces:
+            rows = len(pieces[-1]) + 1
+            if (size is None or rows <= size) and (token_budget is None or rows * longest <= token_budget):
+                pieces[-1].append(position)
+                continue
+        pieces.append([position])
+        longest = int(costs[position])
+    return [torch.tensor(piece) for piece in pieces]
+
+
+def pad_rows(rows: Sequence[Tensor], *, width: int | None = None, value: float = 0.0) -> Tensor:
+    """Stack 1-D rows of unequal length into [B, width], padded on the right with `value`."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    if width is None or width <= padded.shape[1]:
+        return padded
+    return torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=value)
+

@@ -1,0 +1,60 @@
+"""Held-out evaluation: sample, score, and say how far the policy has gone from its reference, with standard errors."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.metrics import row_sums
+from rlhf_ppo.rollout.experience import Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Responses to held-out prompts with one number each for every measure."""
+
+    prompts: list[str]
+    responses: list[str]
+    measures: dict[str, list[float]] = field(default_factory=dict)
+    """Measure -> one number a response."""
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Mean and standard error of the mean of each measure, over responses."""
+        return {name: mean_and_error(values) for name, values in self.measures.items()}
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, float]:
+    """Mean and its standard error (n - 1 in the deviation), nan left out."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return {"mean": math.nan, "stderr": math.nan}
+    mean = math.fsum(known) / len(known)
+    if len(known) == 1:
+        return {"mean": mean, "stderr": math.nan}
+    variance = math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1)
+    return {"mean": mean, "stderr": math.sqrt(variance / len(known))}
+
+
+@torch.no_grad()
+def reference_measures(scorer: Scorer, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> dict[str, list[float]]:
+    """KL to the reference and perplexity under it, one number a response.
+
+    `kl` is the k1 estimate summed over a response, nats; `kl_k3` its non-negative relative (Schulman 2020);
+    `reference_nll` the mean negative log-likelihood of a token under the reference, nats: its exponential is the
+    perplexity.
+    """
+    inputs = TokenInputs(prompts=list(prompts), responses=list(responses))
+    scored = scorer(inputs)
+    lengths = inputs.response_lengths().to(scored.logprobs.device)
+    mask = torch.arange(inputs.width(), device=lengths.device)[None, :] < lengths[:, None]
+    log_ratio = (scored.ref_logprobs - scored.logprobs).masked_fill(~mask, 0.0)
+    measures: Mapping[str, Tensor] = {
+        "kl": row_sums(-log_ratio, mask),
+        "kl_k3": row_sums(torch.expm1(log_ratio) - log_ratio, mask),
+        "reference_nll": row_sums(-scored.ref_logprobs, mask) / lengths,
+        "length": lengths.float(),
+    }
+    return {name: values.tolist() for name, values in measures.items()}

@@ -1,0 +1,134 @@
+"""A language model seen as a policy over tokens: (prompts, responses) -> log-probabilities, values, entropy.
+
+Only what a loss reads is computed: rows are trimmed to the longest of the batch, the LM head runs on response tokens
+alone, and its logits live one chunk at a time. The same module scores rollouts and updates, policy and reference.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_ppo.batch import PolicyOutput, TokenInputs, pad_rows
+from rlhf_ppo.functional import chunked_categorical_kl, chunked_token_statistics
+from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+
+Head = Callable[[Tensor], Tensor]
+
+
+class TokenPolicy(nn.Module):
+    """The policy of a causal language model, with values when the model carries a value head.
+
+    Args:
+        model: A value-head wrapper, or a plain causal language model (values are then zero).
+        temperature: What logits are divided by before the softmax, in rollout and update alike (Ziegler et al. 2019).
+        chunk_size: Response tokens whose [chunk, vocabulary] logits may live at once.
+    """
+
+    def __init__(
+        self, model: PreTrainedModelWrapper | PreTrainedModel, *, temperature: float = 1.0, chunk_size: int = 1024
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+        self.checkpointing = False
+        """Gradient checkpointing, which the layers only do in training mode; all dropout must then be 0."""
+        self.work: Counter[str] = Counter()
+        """Deterministic work counters, summed until the owner clears them."""
+
+    def forward(self, inputs: TokenInputs, *, with_entropy: bool = False) -> PolicyOutput:
+        """Score every response token of `inputs` in one pass over the shared trunk.
+
+        Args:
+            inputs: B prompts with their responses, on the device of the model.
+            with_entropy: Also the exact full-vocabulary entropy; it costs one more pass over each chunk of logits.
+
+        Returns:
+            Log-probabilities and entropy [B, T], values [B, T+1], zero beyond each row's end.
+        """
+        # Dropout stays off, so that the first pass of an update has probability ratio 1 exactly.
+        self.model.train(self.checkpointing and torch.is_grad_enabled())
+        hidden = self._hidden(inputs)
+        acting = _gather(hidden, inputs, extra=0)
+        tokens = torch.cat(list(inputs.responses))
+        statistics = chunked_token_statistics(
+            self._head(), acting, tokens, temperature=self.temperature, chunk_size=self.chunk_size,
+            with_entropy=with_entropy,
+        )  # fmt: skip
+        self.work["head_rows"] += len(tokens)
+        lengths = inputs.response_lengths().tolist()
+        values = self._values(_gather(hidden, inputs, extra=1))
+        entropy = statistics.entropy
+        return PolicyOutput(
+            logprobs=pad_rows(statistics.logprobs.split(lengths)),
+            values=pad_rows(values.split([length + 1 for length in lengths])),
+            entropy=None if entropy is None else pad_rows(entropy.split(lengths)),
+        )
+
+    def kl_to(self, reference: "TokenPolicy", inputs: TokenInputs) -> Float[Tensor, "batch time"]:
+        """Exact KL(π || reference) over the full vocabulary at each response token, nats, [B, T]."""
+        own = _gather(self._hidden(inputs), inputs, extra=0)
+        other = _gather(reference._hidden(inputs), inputs, extra=0)
+        kl = chunked_categorical_kl(
+            self._head(), own, reference._head(), other, temperature=self.temperature, chunk_size=self.chunk_size
+        )
+        return pad_rows(kl.split(inputs.response_lengths().tolist()))
+
+    def _language_model(self) -> nn.Module:
+        model = self.model
+        language_model = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
+        # PEFT injects its layers into the base model, so the base model is the adapted policy.
+        return language_model.get_base_model() if hasattr(language_model, "get_base_model") else language_model
+
+    def _head(self) -> Head:
+        language_model = self._language_model()
+        head: nn.Module = language_model.get_output_embeddings()
+        softcap = getattr(language_model.config, "final_logit_softcapping", None)
+        if softcap is None:
+            return head
+        return lambda hidden: torch.tanh(head(hidden) / softcap) * softcap
+
+    def _hidden(self, inputs: TokenInputs) -> Float[Tensor, "batch length hidden"]:
+        rows = [torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)]
+        input_ids = pad_rows(rows)
+        self.work["trunk_tokens"] += input_ids.numel()
+        self.work["real_tokens"] += sum(len(row) for row in rows)
+        # Padding stands on the right, where a causal model cannot see it: no mask, no position ids are needed.
+        output = self._language_model().base_model(input_ids=input_ids, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _values(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, " rows"]:
+        if not isinstance(self.model, PreTrainedModelWrapper):
+            return hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+        values: Tensor = self.model.v_head(hidden).squeeze(-1).float()
+        return values
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of `model` to 0, modules and plain attributes alike."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _gather(
+    hidden: Float[Tensor, "batch length hidden"], inputs: TokenInputs, *, extra: int
+) -> Float[Tensor, "rows hidden"]:
+    """Hidden states at which the response tokens were drawn: positions P_i - 1 ... P_i + T_i - 2 (+ `extra`)."""
+    return hidden.flatten(0, 1).index_select(0, _positions(inputs, hidden.shape[1], extra).to(hidden.device))
+
+
+def _positions(inputs: TokenInputs, length: int, extra: int) -> Int[Tensor, " rows"]:
+    spans = []
+    for row, (prompt, response) in enumerate(zip(inputs.prompts, inputs.responses, strict=True)):
+        first = row * length + len(prompt) - 1
+        spans.append(torch.arange(first, first + len(response) + extra))
+    return torch.cat(spans)

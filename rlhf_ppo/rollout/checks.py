@@ -1,0 +1,157 @@
+"""Everything that can be wrong with a batch handed to `step()`, found before any state moves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.batch import TokenInputs, pad_rows
+from rlhf_ppo.rollout.experience import Responses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the model can take."""
+
+    batch_size: int | None
+    """Rows expected; None: any number."""
+    vocab_size: int | None
+    """Token ids must lie below; None: unknown."""
+    max_positions: int | None
+    """Most tokens of prompt and response together; None: no bound."""
+
+
+def check_step_inputs(
+    queries: list[Tensor],
+    responses: list[Tensor],
+    scores: list[Tensor],
+    masks: list[Tensor] | None,
+    *,
+    limits: Limits,
+    device: torch.device,
+) -> Responses:
+    """Validate a batch and move it to the device.
+
+    Args:
+        queries: One Long [P_i] a sample.
+        responses: One Long [T_i] a sample, without the prompt.
+        scores: One number a sample (0-dim or [1]; integers are taken), or one a response token [T_i].
+        masks: One 0/1 [T_i] a sample: 0 marks tokens that the policy did not choose. None: all ones.
+        limits: What the model can take.
+        device: Where to.
+
+    Raises:
+        ValueError: Naming the first sample that is wrong, what was expected and what came.
+    """
+    named: dict[str, Sequence[Tensor]] = {"queries": queries, "responses": responses, "scores": scores}
+    if masks is not None:
+        named["response_masks"] = masks
+    for name, tensors in named.items():
+        _check_list(name, tensors, limits.batch_size if limits.batch_size is not None else len(queries))
+    for name in ("queries", "responses"):
+        for index, tokens in enumerate(named[name]):
+            _check_tokens(name, index, tokens, limits.vocab_size)
+    for index, (query, response) in enumerate(zip(queries, responses, strict=True)):
+        _check_length(index, len(query) + len(response), limits.max_positions)
+    rows = [_check_mask(i, masks[i] if masks else None, response) for i, response in enumerate(responses)]
+    checked = [_check_score(i, score, responses[i]) for i, score in enumerate(scores)]
+    return Responses(
+        inputs=TokenInputs(
+            prompts=[query.long().to(device) for query in queries],
+            responses=[response.long().to(device) for response in responses],
+        ),
+        mask=pad_rows([row.float() for row in rows]).bool().to(device),
+        scores=_together(checked, responses).to(device),
+    )
+
+
+def _check_list(name: str, tensors: object, expected: int) -> None:
+    if not isinstance(tensors, list):
+        raise ValueError(f"{name} must be a list of tensors - got {type(tensors)}")
+    if len(tensors) != expected:
+        raise ValueError(
+            f"Batch size ({expected}) does not match number of examples - but got {len(tensors)} for: {name}. "
+            "Pass as many as `config.batch_size`, or set that to your number."
+        )
+    if not tensors:
+        raise ValueError(f"{name} must hold at least one sample, got an empty list: there is nothing to learn from")
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"Elements in {name} must be tensors - got {type(tensor)} (sample {index})")
+
+
+def _check_tokens(name: str, index: int, tokens: Tensor, vocab_size: int | None) -> None:
+    if tokens.dim() != 1 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise ValueError(
+            f"{name}[{index}] must be a 1-D tensor of token ids, got shape {tuple(tokens.shape)} of {tokens.dtype}. "
+            "Pass one tensor a sample, without batch dimension."
+        )
+    if len(tokens) == 0:
+        raise ValueError(
+            f"{name}[{index}] is empty: a sample needs at least one prompt token (give it the BOS token) and one "
+            "response token. Drop the sample or raise min_new_tokens."
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        raise ValueError(
+            f"{name}[{index}] holds token ids from {low} to {high}, but the model knows 0 to "
+            f"{'its vocabulary' if vocab_size is None else vocab_size - 1}: was it made by another tokenizer?"
+        )
+
+
+def _check_length(index: int, length: int, max_positions: int | None) -> None:
+    if max_positions is not None and length > max_positions:
+        raise ValueError(
+            f"sample {index} has {length} tokens of prompt and response, but the model has {max_positions} positions. "
+            "Shorten the prompt or max_new_tokens."
+        )
+
+
+def _check_mask(index: int, mask: Tensor | None, response: Tensor) -> Tensor:
+    if mask is None:
+        return torch.ones(len(response), dtype=torch.bool)
+    if mask.shape != response.shape:
+        raise ValueError(
+            f"response_masks[{index}] must have one entry for each of the {len(response)} response tokens, "
+            f"got shape {tuple(mask.shape)}"
+        )
+    row = mask.cpu().bool()
+    if not row.any():
+        raise ValueError(
+            f"response_masks[{index}] masks every token: there is no action to learn from. Drop the sample."
+        )
+    if not torch.isin(mask.cpu().float(), torch.tensor([0.0, 1.0])).all():
+        raise ValueError(f"response_masks[{index}] must hold zeros and ones, got {mask.tolist()}")
+    return row
+
+
+def _check_score(index: int, score: Tensor, response: Tensor) -> Tensor:
+    if score.dim() > 1:
+        raise ValueError(f"Scores must be 1-dimensional - got {score.dim()} for {score} (sample {index})")
+    if score.numel() != 1 and score.shape != response.shape:
+        raise ValueError(
+            f"scores[{index}] must be one number, or one for each of the {len(response)} response tokens, "
+            f"got {score.numel()} numbers"
+        )
+    if score.dtype.is_complex or not torch.isfinite(score.float()).all():
+        raise ValueError(
+            f"scores[{index}] must be finite, got {score.tolist()}: one such score would turn every weight into nan. "
+            "Mend the reward source or drop the sample."
+        )
+    return score.detach().cpu().float()
+
+
+def _together(scores: list[Tensor], responses: list[Tensor]) -> Tensor:
+    """[B] when every score is one number, else [B, T] with single numbers at the last token."""
+    if all(score.dim() == 0 or score.numel() == 1 for score in scores):
+        return torch.stack([score.reshape(()) for score in scores])
+    rows = []
+    for score, response in zip(scores, responses, strict=True):
+        if score.numel() == 1 and len(response) > 1:
+            row = torch.zeros(len(response))
+            row[-1] = score.reshape(())
+            rows.append(row)
+        else:
+            rows.append(score.reshape(-1))
+    return pad_rows(rows)

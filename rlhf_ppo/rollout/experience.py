@@ -1,0 +1,155 @@
+"""From sampled tokens and their scores to a `Rollout`: score under policy and reference, shape the reward."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from rlhf_ppo.batch import PolicyOutput, Rollout, TokenInputs, cut, pad_rows
+from rlhf_ppo.functional import classic_whiten_rewards, kl_estimate, kl_shaped_rewards, last_action
+from rlhf_ppo.models.scoring import TokenPolicy
+
+KLPenalty: TypeAlias = Literal["kl", "abs", "mse", "full"]
+_ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """One batch of responses, checked: what `step()` and `train()` both hand to the trainer."""
+
+    inputs: TokenInputs
+    mask: Bool[Tensor, "batch time"]
+    """True at our tokens: False at padding and at tokens that others wrote (tool output)."""
+    scores: Float[Tensor, " batch"] | Float[Tensor, "batch time"]
+    """One score a response, or one a token."""
+    truncated: Bool[Tensor, " batch"] | None = None
+    """Responses whose future we did not watch; their last value is bootstrapped. None: every response ended."""
+    group_size: int = 1
+    """Responses to one prompt, side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A batch of responses under policy and reference, without gradients."""
+
+    logprobs: Float[Tensor, "batch time"]
+    values: Float[Tensor, "batch time+1"]
+    ref_logprobs: Float[Tensor, "batch time"]
+    kl: Float[Tensor, "batch time"]
+    """The penalised estimate of KL(policy || reference) at each token, nats; 0 beyond the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Policy and reference side by side.
+
+    Args:
+        policy: The policy's module, as prepared for its device and precision.
+        reference: The frozen reference; None when it is the policy itself inside `reference_context`.
+        reference_context: Turns the policy into the reference (LoRA adapters off).
+        kl_penalty: Which estimate the reward pays for.
+        rows: Most rows of one pass.
+        token_budget: Most padded tokens of one pass.
+    """
+
+    policy: nn.Module
+    reference: nn.Module | None
+    reference_context: Callable[[], AbstractContextManager[object]] = nullcontext
+    kl_penalty: KLPenalty = "kl"
+    rows: int | None = None
+    token_budget: int | None = None
+
+    @torch.no_grad()
+    def __call__(self, inputs: TokenInputs) -> Scored:
+        """Score every response once under the policy and once under the reference, rows sorted by length."""
+        own = self._passes(self.policy, inputs)
+        with self.reference_context():
+            other = self._passes(self.reference or self.policy, inputs)
+        if self.kl_penalty == "full":
+            kl = self._exact_kl(inputs)
+        else:
+            kl = kl_estimate(own.logprobs, other.logprobs, _ESTIMATORS[self.kl_penalty])  # type: ignore[arg-type]
+        return Scored(logprobs=own.logprobs, values=own.values, ref_logprobs=other.logprobs, kl=kl)
+
+    def _passes(self, module: nn.Module, inputs: TokenInputs) -> PolicyOutput:
+        logprobs: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
+        for piece in cut(inputs.costs(), size=self.rows, token_budget=self.token_budget):
+            output: PolicyOutput = module(inputs.select(piece))
+            for row, position in enumerate(piece.tolist()):
+                logprobs[position], values[position] = output.logprobs[row], output.values[row]
+        width = inputs.width()
+        order = range(len(inputs))
+        return PolicyOutput(
+            logprobs=pad_rows([logprobs[row] for row in order], width=width),
+            values=pad_rows([values[row] for row in order], width=width + 1),
+        )
+
+    def _exact_kl(self, inputs: TokenInputs) -> Float[Tensor, "batch time"]:
+        if self.reference is None:
+            raise ValueError(
+                "kl_penalty='full' needs both distributions of a token at once, but the reference is the policy with "
+                "its adapters off. Pass a separate `ref_model`, or use kl_penalty='kl'."
+            )
+        policy, reference = _plain(self.policy), _plain(self.reference)
+        kl: dict[int, Tensor] = {}
+        for piece in cut(inputs.costs(), size=self.rows, token_budget=self.token_budget):
+            output = policy.kl_to(reference, inputs.select(piece))
+            kl.update(zip(piece.tolist(), output, strict=True))
+        return pad_rows([kl[row] for row in range(len(inputs))], width=inputs.width())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaping:
+    """How scores and KL become rewards."""
+
+    kl_coef: float
+    whiten_rewards: bool = False
+    gamma: float = 1.0
+    lam: float = 0.95
+    reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    reduce_max: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+def shape_rollout(responses: Responses, scored: Scored, shaping: Shaping) -> tuple[Rollout, Float[Tensor, "batch time"]]:
+    """Rewards of each token: -kl_coef x KL everywhere, plus the score at the last action (Ziegler et al. 2019).
+
+    Returns:
+        The rollout and the non-score part of its rewards, [B, T].
+    """
+    mask = responses.mask
+    rewards, penalty = kl_shaped_rewards(scored.kl, responses.scores, mask, kl_coef=shaping.kl_coef)
+    last = last_action(mask)
+    if shaping.whiten_rewards:
+        tail = _tail(responses.inputs, last, shaping.reduce_max)
+        rewards = classic_whiten_rewards(
+            rewards, mask, tail=tail, gamma=shaping.gamma, lam=shaping.lam, reduce_sum=shaping.reduce_sum
+        )
+    ends = torch.zeros_like(mask)
+    ends[torch.arange(len(last), device=last.device), last] = True
+    cut_off = torch.zeros_like(last, dtype=torch.bool) if responses.truncated is None else responses.truncated
+    totals = rewards.masked_fill(~mask, 0.0).sum(dim=1)
+    rollout = Rollout(
+        inputs=responses.inputs, mask=mask, logprobs=scored.logprobs, values=scored.values, rewards=rewards,
+        terminated=ends & ~cut_off[:, None], truncated=ends & cut_off[:, None], ref_logprobs=scored.ref_logprobs,
+        scores=totals, group_size=responses.group_size,
+    )  # fmt: skip
+    return rollout, penalty
+
+
+def _tail(inputs: TokenInputs, last: Tensor, reduce_max: Callable[[Tensor], Tensor]) -> Tensor:
+    """Padded columns behind each row's last action in the classic's right-padded layout."""
+    widest = reduce_max(inputs.costs().max().to(last.device))
+    lengths = torch.tensor([len(prompt) for prompt in inputs.prompts], device=last.device)
+    return widest - lengths - last - 1
+
+
+def _plain(module: nn.Module) -> TokenPolicy:
+    inner = getattr(module, "module", module)
+    if not isinstance(inner, TokenPolicy):
+        raise TypeError(f"kl_penalty='full' needs a TokenPolicy, got {type(inner).__name__}: use kl_penalty='kl'")
+    return inner

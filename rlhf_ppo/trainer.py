@@ -1,0 +1,371 @@
+"""`PPOTrainer`: `generate`, `step`, `train`. One iteration reads like the paper's algorithm box, see `learn`."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+
+from rlhf_ppo.algorithms import AlgorithmConfig, build_algorithm
+from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.classic import ClassicSurface
+from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
+from rlhf_ppo.extras import set_seed
+from rlhf_ppo.functional import clip_scores
+from rlhf_ppo.metrics import StepFacts, Statistics, classic_statistics, extra_metrics, rows_of
+from rlhf_ppo.models import (
+    PreTrainedModelWrapper,
+    create_reference_model,
+    prepare_reference_adapter,
+    reference_adapter,
+)
+from rlhf_ppo.models.scoring import TokenPolicy, switch_off_dropout
+from rlhf_ppo.normalizers import RunningMoments
+from rlhf_ppo.rollout.checks import Limits, check_step_inputs
+from rlhf_ppo.rollout.experience import Responses, Scored, Scorer, Shaping, shape_rollout
+from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.rollout.reward_sources import Sources
+from rlhf_ppo.rollout.sampling import Sampler
+from rlhf_ppo.training import Callback, TrainConfig, TrainingLoop, TrainState
+from rlhf_ppo.updates import MinibatchConfig
+
+
+class PPOTrainer(ClassicSurface):
+    """Fine-tune a language model with a value head against scores, by PPO or its relatives.
+
+    `step(queries, responses, scores)` serves a loop of your own; `train(...)` is the managed loop. Both run `learn`.
+
+    Args:
+        config: Settings; sizes are those of one process.
+        model: The policy with its value head.
+        ref_model: The frozen reference of the KL penalty. None: a frozen copy of `model`, or `model` itself with its
+            adapters off (or switched to the adapter that training started from) when it carries LoRA adapters.
+        tokenizer: Of `model`. Must have a padding token.
+        dataset: Rows for `dataloader`; None when you bring your own.
+        optimizer: Over the trainable parameters of `model`; None: Adam with `config.learning_rate`.
+        data_collator: Of `dataloader`.
+        num_shared_layers: Lower layers that policy and copied reference share in memory, frozen.
+        lr_scheduler: Stepped once a `step()`.
+        training_data_collator: Kept for the classic methods that pad a batch.
+        algorithm: What is optimised; None: PPO with the clipped surrogate, from the classic fields of `config`.
+
+    Raises:
+        ValueError: For an argument of the wrong kind, before anything is moved or changed.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        model: PreTrainedModelWrapper,
+        ref_model: PreTrainedModelWrapper | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dataset: torch.utils.data.Dataset[Any] | datasets.Dataset | None = None,
+        optimizer: Optimizer | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        num_shared_layers: int | None = None,
+        lr_scheduler: LRScheduler | None = None,
+        training_data_collator: Callable[..., Any] | None = None,
+        *,
+        algorithm: AlgorithmConfig | None = None,
+    ) -> None:
+        _check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler)
+        assert tokenizer is not None  # narrowed by the check above
+        set_seed(config.seed)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.accelerator = _accelerator(config)
+        self.is_distributed = self.accelerator.num_processes > 1
+        self.current_device = self.accelerator.device
+        self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
+        self.is_peft_model = bool(model.is_peft_model)
+        _fill_in(config, self.accelerator.num_processes, self.is_encoder_decoder, self.is_peft_model)
+        if dataset is None:
+            warnings.warn(_NO_DATASET, UserWarning, stacklevel=2)
+        if ref_model is not None and num_shared_layers is not None:
+            warnings.warn("num_shared_layers is ignored when ref_model is provided.", UserWarning, stacklevel=2)
+        if ref_model is None and not self.is_peft_model:
+            ref_model = create_reference_model(model, num_shared_layers=num_shared_layers)
+        if ref_model is None:
+            prepare_reference_adapter(model)
+        self.model, self.ref_model = model, ref_model
+        self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        self.dataset = dataset
+        self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        self.kl_ctl = (
+            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+            if config.adap_kl_ctrl
+            else FixedKLController(config.init_kl_coef)
+        )
+        self.running = RunningMoments()
+        self.lr_scheduler = lr_scheduler
+        self.optimizer: Optimizer = optimizer or _adam(model, config)
+        self._prepare(algorithm or config.algorithm())
+        self.metrics: dict[str, float] = {}
+        """What the last step measured beyond the classic's 40 statistics."""
+        self.current_step = 0
+        self._init_trackers()
+
+    def step(
+        self,
+        queries: list[Tensor],
+        responses: list[Tensor],
+        scores: list[Tensor],
+        response_masks: list[Tensor] | None = None,
+    ) -> Statistics:
+        """One optimisation step on responses that you sampled and scored.
+
+        Args:
+            queries: One Long [P_i] a sample: prompt tokens.
+            responses: One Long [T_i] a sample: response tokens, stop token included, without the prompt.
+            scores: One number a sample, or one a response token [T_i]. A single number is earned by the last action.
+            response_masks: One 0/1 [T_i] a sample; 0 marks tokens that the policy did not choose (tool output).
+
+        Returns:
+            The classic's 40 statistics; `self.metrics` holds further ones.
+
+        Raises:
+            ValueError: If anything is wrong with the batch; nothing has changed then.
+        """
+        batch = check_step_inputs(
+            queries, responses, scores, response_masks, limits=self.limits, device=self.current_device
+        )
+        statistics = self.learn(batch)
+        self._push_if_best(batch.scores)
+        return statistics
+
+    def learn(self, responses: Responses) -> Statistics:
+        """One iteration on checked responses: score, shape, credit, update (Schulman et al. 2017, Algorithm 1)."""
+        timing: dict[str, float] = {}
+        with _timed(timing, "total"), self._device_cache():
+            scores = self._normalised(responses.scores)
+            with _timed(timing, "forward_pass"):
+                scored: Scored = self.scorer(responses.inputs)  # log π_old, V, log π_ref
+            with _timed(timing, "compute_rewards"):
+                rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())
+            with _timed(timing, "compute_advantages"):
+                batch = self.algorithm.estimate_advantages(rollout)  # Â_t and value targets R_t
+            with _timed(timing, "optimize_step"):
+                record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ
+            with _timed(timing, "calc_stats"):
+                facts = _facts(responses, scores, scored, penalty)
+                gathered = {name: self._gather(rows) for name, rows in rows_of(facts).items()}
+                rate = float(self.optimizer.param_groups[0]["lr"])
+                kl_coef = float(self.kl_ctl.value)
+                statistics = classic_statistics(facts, gathered, record, kl_coef=kl_coef, learning_rate=rate)
+                self.metrics = extra_metrics(facts, record) | self._work()
+            self._warn_of_negative_kl(float(gathered["kl"].mean()))
+            self.kl_ctl.update(float(gathered["kl"].mean()), len(gathered["kl"]))
+            if self.lr_scheduler is not None:
+                # Accelerate's wrapper would step once a process.
+                getattr(self.lr_scheduler, "scheduler", self.lr_scheduler).step()
+        return statistics | {f"time/ppo/{name}": seconds for name, seconds in timing.items()}
+
+    def train(
+        self,
+        prompts: PromptDataset,
+        rewards: Sources,
+        config: TrainConfig,
+        *,
+        eval_prompts: PromptDataset | None = None,
+        judges: Sources | None = None,
+        callbacks: Sequence[Callback] = (),
+        sampler: Sampler | None = None,
+    ) -> TrainState:
+        """The managed loop: prompts -> responses -> scores -> `learn`, until `config.iterations`.
+
+        Args:
+            prompts: What is answered.
+            rewards: One text callable, or several by name with weights; `(prompts=, responses=, **columns) -> scores`.
+            config: How long, how often to evaluate and save, where to.
+            eval_prompts: Held-out prompts for the periodic evaluation.
+            judges: Sources asked in the evaluation only: the policy is not rewarded by them.
+            callbacks: Called after every iteration with the trainer and the state; True stops.
+            sampler: Who draws responses; None: the own decode loop.
+        """
+        return TrainingLoop(self, prompts, rewards, config, eval_prompts, judges, callbacks, sampler).run()
+
+    @property
+    def limits(self) -> Limits:
+        """What `step()` refuses to exceed."""
+        model_config = self.model.pretrained_model.config
+        return Limits(
+            batch_size=self.config.batch_size,
+            vocab_size=getattr(model_config, "vocab_size", None),
+            max_positions=getattr(model_config, "max_position_embeddings", None),
+        )
+
+    @property
+    def scorer(self) -> Scorer:
+        """Policy and reference side by side, with the settings of this moment."""
+        own = self._reference is None
+        return Scorer(
+            policy=self.policy, reference=self._reference, kl_penalty=self.config.kl_penalty,
+            reference_context=partial(reference_adapter, self.model) if own else nullcontext,
+            rows=self.config.mini_batch_size, token_budget=self.config.token_budget,
+        )  # fmt: skip
+
+    def _prepare(self, algorithm: AlgorithmConfig) -> None:
+        """Hand models and optimiser to Accelerate and build the algorithm on them."""
+        config = self.config
+        policy = TokenPolicy(self.model, temperature=config.temperature, chunk_size=config.logits_chunk_size)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            switch_off_dropout(self.model)
+            policy.checkpointing = True
+        self.policy, self.optimizer = self.accelerator.prepare(policy, self.optimizer)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler = self.accelerator.prepare_scheduler(self.lr_scheduler)
+        self._reference = None
+        if self.ref_model is not None:
+            reference = TokenPolicy(
+                self.ref_model, temperature=config.temperature, chunk_size=config.logits_chunk_size
+            ).requires_grad_(False)
+            self._reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.algorithm = build_algorithm(
+            algorithm, policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator,
+            minibatch=self._minibatch, seed=config.seed,
+        )  # fmt: skip
+
+    def _minibatch(self) -> MinibatchConfig:
+        config = self.config
+        return MinibatchConfig(
+            epochs=config.ppo_epochs,
+            minibatch_size=config.mini_batch_size * config.gradient_accumulation_steps,
+            micro_batch_size=config.mini_batch_size,
+            token_budget=config.token_budget,
+            max_grad_norm=config.max_grad_norm,
+            ratio_threshold=config.ratio_threshold,
+            target_kl=config.target_kl if config.early_stopping else None,
+        )
+
+    def _normalised(self, scores: Tensor) -> Tensor:
+        """Scores scaled by running moments and clipped, as configured; per-token scores by their row sums' moments."""
+        if self.config.use_score_scaling:
+            totals = scores if scores.dim() == 1 else scores.sum(dim=1)
+            self.running.update(totals, self._reduce_sum)
+            scale = float(self.running.std) + torch.finfo(scores.dtype).eps
+            scores = (scores - float(self.running.mean) if self.config.use_score_norm else scores) / scale
+        return scores if self.config.score_clip is None else clip_scores(scores, self.config.score_clip)
+
+    def _shaping(self) -> Shaping:
+        return Shaping(
+            kl_coef=float(self.kl_ctl.value), whiten_rewards=self.config.whiten_rewards, gamma=self.config.gamma,
+            lam=self.config.lam, reduce_sum=self._reduce_sum, reduce_max=lambda tensor: self._gather(tensor).max(),
+        )  # fmt: skip
+
+    def _reduce_sum(self, tensor: Tensor) -> Tensor:
+        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return reduced
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        gathered: Tensor = self.accelerator.gather(tensor.to(self.current_device))
+        return gathered.cpu()
+
+    def _work(self) -> dict[str, float]:
+        """The policy's work counters since the last step, cleared."""
+        policy: TokenPolicy = self.accelerator.unwrap_model(self.policy)
+        work = {f"work/{name}": float(count) for name, count in policy.work.items()}
+        policy.work.clear()
+        return work
+
+    def _warn_of_negative_kl(self, kl: float) -> None:
+        # |log-ratio| and exact KL cannot be negative; only the k1 estimate of a wrong sampler can.
+        if kl < -1.0 and self.config.kl_penalty == "kl":
+            warnings.warn(
+                f"KL divergence is starting to become negative: {kl:.2f} nats a response. The responses are less "
+                "likely under the policy than under the reference, so they were probably not drawn from the policy "
+                "as it is scored: check temperature, top_k, top_p, min_length and the padding of generation.",
+                stacklevel=3,
+            )
+
+    def _device_cache(self) -> AbstractContextManager[None]:
+        return _emptied_cache() if self.config.optimize_device_cache else nullcontext()
+
+
+_NO_DATASET = "No dataset is provided. Make sure to set config.batch_size to the correct value before training."
+
+
+def _facts(responses: Responses, scores: Tensor, scored: Scored, penalty: Tensor) -> StepFacts:
+    inputs: TokenInputs = responses.inputs
+    return StepFacts(
+        scores=scores if scores.dim() == 1 else scores.sum(dim=1), kl=scored.kl, logprobs=scored.logprobs,
+        ref_logprobs=scored.ref_logprobs, non_score_rewards=penalty, mask=responses.mask,
+        query_lengths=torch.tensor([float(len(prompt)) for prompt in inputs.prompts]),
+        response_lengths=torch.tensor([float(len(response)) for response in inputs.responses]),
+    )  # fmt: skip
+
+
+def _check_arguments(
+    config: object, model: object, ref_model: object, tokenizer: object, dataset: object, lr_scheduler: object
+) -> None:
+    if not isinstance(config, PPOConfig):
+        raise ValueError(f"config must be a PPOConfig, got {type(config)}")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or a PreTrainedTokenizerFast, "
+            f"got {type(tokenizer)}"
+        )
+    if not isinstance(model, PreTrainedModelWrapper):
+        raise ValueError(
+            f"model must be a PreTrainedModelWrapper, got {type(model)} - wrap it: "
+            "`AutoModelForCausalLMWithValueHead.from_pretrained(model)`"
+        )
+    if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
+        raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)}")
+    if ref_model is model:
+        raise ValueError(
+            "model and ref_model are the same object: the reference would move with the policy and the KL penalty "
+            "would always be 0. Pass `ref_model=None` for a frozen copy."
+        )
+    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | datasets.Dataset):
+        raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
+    if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
+        raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
+
+
+def _accelerator(config: PPOConfig) -> Accelerator:
+    return Accelerator(
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
+        **config.accelerator_kwargs,  # type: ignore[arg-type]
+    )
+
+
+def _fill_in(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft_model: bool) -> None:
+    config.world_size = processes
+    config.global_batch_size = config.batch_size * processes
+    config.global_backward_batch_size = (config.backward_batch_size or config.mini_batch_size) * processes
+    config.is_encoder_decoder = is_encoder_decoder
+    config.is_peft_model = is_peft_model
+
+
+def _adam(model: torch.nn.Module, config: PPOConfig) -> Adam:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = config.fused_adam and all(parameter.is_floating_point() for parameter in parameters)
+    return Adam(parameters, lr=config.learning_rate, fused=fused or None)
+
+
+@contextmanager
+def _timed(timing: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timing[name] = time.perf_counter() - start
+
+
+@contextmanager
+def _emptied_cache() -> Iterator[None]:
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,197 @@
+"""K epochs of minibatch gradient steps: how PPO reuses a batch (Schulman et al. 2017, Algorithm 1)."""
+
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rlhf_ppo.batch import TrainBatch
+from rlhf_ppo.functional import masked_mean, masked_var
+from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinibatchConfig:
+    """How a batch is cut and how often it is passed over. Sizes are rows of one process."""
+
+    epochs: int = 4
+    """K: passes over the batch."""
+    minibatch_size: int = 128
+    """Rows of one optimiser step."""
+    micro_batch_size: int | None = None
+    """Most rows of one forward and backward pass. Never changes a result, only memory."""
+    token_budget: int | None = None
+    """Most padded tokens of one forward and backward pass. Never changes a result, only memory."""
+    max_grad_norm: float | None = None
+    """Gradients are scaled down to this norm."""
+    ratio_threshold: float = 10.0
+    """A minibatch whose mean probability ratio exceeds this is dropped: the optimiser does not move."""
+    target_kl: float | None = None
+    """Stop after an epoch whose last minibatch has mean(log π_old - log π_θ) above 1.5 times this, nats."""
+    most_skips_in_a_row: int = 5
+    """Raise after this many minibatches in a row whose loss or gradient was not finite."""
+
+
+class MinibatchUpdate:
+    """Minimise an objective over shuffled minibatches.
+
+    The gradient of one optimiser step depends neither on its cut into micro-batches nor on the number of processes:
+    each piece divides its sums by the action count of the whole step.
+
+    Args:
+        policy: The prepared module that scores a batch: `policy(inputs, with_entropy=...) -> PolicyOutput`.
+        optimizer: The prepared optimiser of its parameters.
+        accelerator: Processes, precision, gradient synchronisation.
+        objective: What is minimised.
+        config: Gives the sizes and guards; asked at each call, so that a user may change them between steps.
+        seed: Of the shuffles. The same on all processes.
+        with_entropy: Whether the objective reads the entropy.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: nn.Module,
+        optimizer: Optimizer,
+        accelerator: Accelerator,
+        objective: Objective,
+        config: Callable[[], MinibatchConfig],
+        seed: int,
+        with_entropy: bool = True,
+    ) -> None:
+        self.policy = policy
+        self.optimizer = optimizer
+        self.accelerator = accelerator
+        self.objective = objective
+        self._read_config = config
+        self.config = config()
+        self.with_entropy = with_entropy
+        self.rng = np.random.RandomState(seed)
+        self._skips_in_a_row = 0
+
+    def __call__(self, batch: TrainBatch) -> UpdateRecord:
+        """Run the epochs; π_old ← π_θ is left to the caller, who collects the next rollout."""
+        self.config = self._read_config()
+        record = UpdateRecord()
+        for _ in range(self.config.epochs):
+            for rows in self._shuffled(len(batch), batch.mask.device):
+                self._step(batch, rows, record)
+            if self._moved_too_far(record):
+                record.stopped_early = True
+                break
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to draw the same minibatches."""
+        state: Any = self.rng.get_state(legacy=False)
+        keys = [int(key) for key in state["state"]["key"]]
+        return {"keys": keys, "position": int(state["state"]["pos"]), "skips_in_a_row": self._skips_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.rng.set_state(("MT19937", np.asarray(state["keys"], dtype=np.uint32), state["position"]))
+        self._skips_in_a_row = int(state["skips_in_a_row"])
+
+    def _shuffled(self, rows: int, device: torch.device) -> list[Tensor]:
+        order = torch.as_tensor(self.rng.permutation(rows), device=device)
+        return list(order.split(self.config.minibatch_size))
+
+    def _step(self, batch: TrainBatch, rows: Tensor, record: UpdateRecord) -> None:
+        pieces = list(
+            batch.micro_batches(rows, size=self.config.micro_batch_size, token_budget=self.config.token_budget)
+        )
+        count = self._sum(batch.mask[rows].sum().float())
+        terms = [
+            self._backward(piece, count, last=position == len(pieces) - 1) for position, piece in enumerate(pieces)
+        ]
+        metrics = self._reduced(terms)
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), limit)
+        metrics["policy/grad_norm"] = math.nan if norm is None else float(norm)
+        if self._accept(metrics):
+            self.optimizer.step()
+        else:
+            record.skipped += 1
+            for name in ("loss/policy", "loss/value", "loss/total"):
+                metrics[name] = 0.0
+        self.optimizer.zero_grad()
+        record.metrics.append(metrics | self._batch_statistics(batch, rows))
+        record.ratios.extend(term.ratio for term in terms)
+        record.advantages.append(batch.advantages[rows][batch.mask[rows]])
+
+    def _backward(self, piece: TrainBatch, count: Tensor, *, last: bool) -> Terms:
+        # DDP averages gradients over processes; the share of a global count must be summed, hence the factor.
+        scale = self.accelerator.num_processes
+        synchronise: AbstractContextManager[object] = (
+            nullcontext() if last else self.accelerator.no_sync(self.policy)  # type: ignore[no-untyped-call]
+        )
+        with synchronise:
+            output = self.policy(piece.inputs, with_entropy=self.with_entropy)
+            terms = self.objective(output, piece, count)
+            self.accelerator.backward(terms.loss * scale)
+        return terms
+
+    def _accept(self, metrics: dict[str, float]) -> bool:
+        # Under ZeRO the norm is the engine's affair and reads as nan or None; the loss is always known.
+        broken = not math.isfinite(metrics["loss/total"]) or math.isinf(metrics["policy/grad_norm"])
+        broken |= math.isnan(metrics["policy/grad_norm"]) and not self._engine_owns_gradients()
+        self._skips_in_a_row = self._skips_in_a_row + 1 if broken else 0
+        if broken and self._skips_in_a_row >= self.config.most_skips_in_a_row:
+            self.optimizer.zero_grad()
+            raise FloatingPointError(
+                f"expected finite losses and gradients, got loss {metrics['loss/total']} and gradient norm "
+                f"{metrics['policy/grad_norm']} in {self._skips_in_a_row} minibatches in a row: nothing was learned "
+                "from them, the parameters are those of the last good one. Lower the learning rate, set "
+                "`max_grad_norm`, or look for extreme scores."
+            )
+        if broken:
+            warnings.warn(
+                f"Skipped a minibatch whose loss ({metrics['loss/total']}) or gradient norm "
+                f"({metrics['policy/grad_norm']}) is not finite; the optimiser did not move.",
+                stacklevel=4,
+            )
+            return False
+        if metrics["policy/ratio_mean"] > self.config.ratio_threshold:
+            warnings.warn(
+                f"The average ratio of batch ({metrics['policy/ratio_mean']:.2f}) exceeds threshold "
+                f"{self.config.ratio_threshold:.2f}. Skipping batch; the optimiser did not move.",
+                stacklevel=4,
+            )
+            return False
+        return True
+
+    def _engine_owns_gradients(self) -> bool:
+        return str(self.accelerator.distributed_type).endswith("DEEPSPEED")
+
+    def _moved_too_far(self, record: UpdateRecord) -> bool:
+        if self.config.target_kl is None or not record.metrics:
+            return False
+        return record.metrics[-1]["policy/policykl"] > 1.5 * self.config.target_kl
+
+    def _reduced(self, terms: list[Terms]) -> dict[str, float]:
+        names = list(terms[0].metrics)
+        totals = torch.stack([torch.stack([term.metrics[name].float() for term in terms]).sum() for name in names])
+        return dict(zip(names, self._sum(totals).tolist(), strict=True))
+
+    def _batch_statistics(self, batch: TrainBatch, rows: Tensor) -> dict[str, float]:
+        mask = batch.mask[rows]
+        returns, values, advantages = batch.returns[rows], batch.values[rows], batch.advantages[rows]
+        return {
+            "policy/advantages_mean": float(masked_mean(advantages, mask)),
+            "returns/mean": float(masked_mean(returns, mask)),
+            "returns/var": float(masked_var(returns, mask)),
+            "val/mean": float(masked_mean(values, mask)),
+            "val/var": float(masked_var(values, mask)),
+        }
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-untyped-call]
+        return reduced

@@ -1,0 +1,64 @@
+"""What an update and an objective say to each other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.batch import PolicyOutput, TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """One piece's share of an objective: every entry adds up over micro-batches and processes."""
+
+    loss: Tensor
+    """Scalar to minimise: a sum over the piece's actions divided by the count of the whole optimiser step."""
+    metrics: dict[str, Tensor]
+    """Detached scalars, divided by the same count."""
+    ratio: Tensor
+    """π_θ / π_old at the piece's actions, 1-D, detached."""
+
+
+Objective: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], Terms]
+"""(new policy output, batch, count of actions in the whole optimiser step) -> terms to minimise."""
+
+
+@dataclass(kw_only=True)
+class UpdateRecord:
+    """What an update did: one entry an optimiser step in every list."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    ratios: list[Tensor] = field(default_factory=list)
+    advantages: list[Tensor] = field(default_factory=list)
+    skipped: int = 0
+    """Optimiser steps that were dropped by the ratio guard or a non-finite gradient; the optimiser did not move."""
+    stopped_early: bool = False
+
+    def mean(self) -> dict[str, float]:
+        """Each metric averaged over optimiser steps."""
+        names = self.metrics[0].keys() if self.metrics else ()
+        return {name: sum(step[name] for step in self.metrics) / len(self.metrics) for name in names}
+
+    def ratio(self) -> Tensor:
+        """All probability ratios of the update, 1-D."""
+        return torch.cat(self.ratios)
+
+
+@runtime_checkable
+class Update(Protocol):
+    """Moves the parameters, given a batch; its state resumes exactly."""
+
+    def __call__(self, batch: TrainBatch) -> UpdateRecord:
+        """Learn from one batch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state of shuffles and coefficients."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        ...
