@@ -1,0 +1,66 @@
+"""The pages of the documentation, as the tests read them."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
+
+_FENCE = re.compile(r"^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=fence)[ ]*$", re.MULTILINE | re.DOTALL)
+_NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*\Z")
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    """One fenced ```python block."""
+
+    line: int
+    text: str
+    skipped: bool
+    """Whether the line before says `<!-- not run: reason -->`."""
+
+
+def python_blocks(page: str) -> list[CodeBlock]:
+    """The ```python blocks of a page, in order."""
+    return [
+        CodeBlock(
+            line=page.count("\n", 0, match.start("text")) + 1,
+            text=match["text"],
+            skipped=_NOT_RUN.search(page[: match.start()]) is not None,
+        )
+        for match in _FENCE.finditer(page)
+        if match["language"] == "python"
+    ]
+
+
+def without_code(page: str) -> str:
+    """The page without its fenced blocks and inline code, where brackets mean something else."""
+    return re.sub(r"`[^`\n]*`", "", _FENCE.sub("", page))
+
+
+def links(page: str) -> Iterator[str]:
+    """Targets of Markdown links and images that stay inside the repository."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def anchors(page: str) -> set[str]:
+    """The ids of a page's headings, as Python-Markdown and GitHub form them for plain headings."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page), re.MULTILINE)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def documented(package: str) -> set[str]:
+    """Names of `package` that the API pages show: `::: package` followed by `members: [...]`, or `::: package.name`."""
+    names: set[str] = set()
+    for page in API_PAGES:
+        text = page.read_text()
+        for block in re.findall(rf"^::: {re.escape(package)}\n((?:    .*\n?)*)", text, re.MULTILINE):
+            for members in re.findall(r"members: \[([^\]]*)\]", block):
+                names |= {name.strip() for name in members.split(",")}
+        names |= set(re.findall(rf"^::: {re.escape(package)}\.(\w+)$", text, re.MULTILINE))
+    return names

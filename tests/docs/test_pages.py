@@ -1,0 +1,43 @@
+"""The documentation keeps its promises: links lead somewhere, public names are there."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT, anchors, documented, links
+
+PACKAGES = [
+    "rlhf_ppo",
+    "rlhf_ppo.functional",
+    "rlhf_ppo.models",
+    "rlhf_ppo.algorithms",
+    "rlhf_ppo.report",
+    "reward_model",
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_inside_the_repository_lead_to_a_file_and_a_heading(page: Path) -> None:
+    for link in links(page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page if not path else (page.parent / path).resolve()
+        assert target.exists(), f"{link}: there is no such file"
+        if anchor:
+            found = anchors(target.read_text())
+            assert anchor in found, f"{link}: the headings of that page are {sorted(found)}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_in_the_api_pages(package: str) -> None:
+    """A name that a page of a subpackage documents counts for its parent, which re-exports it."""
+    module = importlib.import_module(package)
+    everywhere = set().union(*(documented(name) for name in (package, *_sources(module))))
+    missing = {name for name in module.__all__ if not name.startswith("__")} - everywhere
+    assert not missing, f"add to docs/api: {sorted(missing)}"
+
+
+def _sources(module: object) -> set[str]:
+    """Modules that a package re-exports from, and their parents."""
+    homes = {str(getattr(getattr(module, name), "__module__", "")) for name in module.__all__}  # type: ignore[attr-defined]
+    return homes | {home.rpartition(".")[0] for home in homes if "." in home}
