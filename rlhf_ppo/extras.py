@@ -24,13 +24,13 @@ class LengthSampler:
     def __init__(self, min_value: int, max_value: int) -> None:
         if min_value >= max_value:
             raise ValueError(
-                f"LengthSampler needs min_value < max_value, got {min_value} and {max_value}: max_value itself is never "
-                "drawn, so there is no length to draw. For a fixed length n pass (n, n + 1)."
+                f"LengthSampler needs min_value < max_value, got {min_value} and {max_value}: max_value itself is "
+                "never drawn, so there is no length to draw. For a fixed length n pass (n, n + 1)."
             )
         self.values = list(range(min_value, max_value))
 
     def __call__(self) -> int:
-        return int(np.random.choice(self.values))  # noqa: NPY002: `set_seed` seeds the global generator
+        return int(np.random.choice(self.values))  # noqa: NPY002
 
 
 def set_seed(seed: int) -> None:

@@ -69,6 +69,13 @@ def add_reference_adapter(model: PeftModel, source: str) -> None:
     freeze_adapter(model, REFERENCE_ADAPTER)
 
 
+def load_reference_adapter(model: PeftModel, folder: str) -> None:
+    """Load the adapter saved in `folder` as the frozen "reference"."""
+    with unchanged_requires_grad(model):
+        model.load_adapter(folder, REFERENCE_ADAPTER, is_trainable=False)
+    freeze_adapter(model, REFERENCE_ADAPTER)
+
+
 def freeze_adapter(model: PeftModel, name: str) -> None:
     """Take the adapter `name` out of training."""
     for key, parameter in model.named_parameters():

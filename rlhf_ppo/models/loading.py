@@ -1,13 +1,15 @@
 """From a name, a folder or an object to a language model, with or without adapters, quantised or not."""
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_ppo.models.value_head import HUB_ARGUMENTS, VALUE_HEAD_PREFIX, find_file
@@ -20,9 +22,9 @@ KBIT_ARGUMENTS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
 
 def load_language_model(
     parent_class: Any,
-    source: str | os.PathLike[str] | LanguageModel,
+    source: Any,
     *model_args: Any,
-    peft_config: PeftConfig | None,
+    peft_config: Any,
     is_trainable: bool,
     arguments: dict[str, Any],
 ) -> LanguageModel:
@@ -61,6 +63,8 @@ def load_language_model(
             model = parent_class.from_pretrained(source, *model_args, **arguments)
     elif isinstance(source, PreTrainedModel):
         model = source
+        if arguments:
+            logger.warning("Ignored %s: the model is loaded already.", sorted(arguments))
     else:
         raise ValueError(
             "pretrained_model_name_or_path should be a string or a PreTrainedModel, "
@@ -69,7 +73,7 @@ def load_language_model(
     if peft_config is None:
         return model  # type: ignore[no-any-return]
     if is_quantised(model):
-        model = prepare_model_for_kbit_training(model, **kbit)
+        model = prepare_model_for_kbit_training(model, **kbit)  # type: ignore[no-untyped-call]
     return get_peft_model(model, peft_config)
 
 
@@ -94,6 +98,54 @@ def with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
 def is_quantised(model: LanguageModel) -> bool:
     """Whether the weights are stored in 8 or 4 bits."""
     return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
+
+
+def position_ids_of(attention_mask: Tensor) -> Tensor:
+    """How many tokens stand before each one: 0 at the first real token, wherever the padding is."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def takes_position_ids(model: LanguageModel) -> bool:
+    """Whether 2-D position ids can be passed: not to ALiBi models, nor to those with positions of images."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    text_only = base.config.get_text_config() is base.config
+    return text_only and "position_ids" in inspect.signature(base.forward).parameters
+
+
+def device_map_of(model: LanguageModel) -> dict[str, Any]:
+    """Where `device_map` put each part of the model; empty when it was not used."""
+    return getattr(model, "hf_device_map", None) or {}
+
+
+def check_language_model(model: LanguageModel) -> None:
+    """Raise ValueError for a model that PPO cannot train."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"PromptLearningConfig is not supported for PPO training, got {type(model.active_peft_config).__name__}: "
+            "its virtual tokens shift every position of the value head. Use LoraConfig."
+        )
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        raise ValueError(
+            "The model does not have a language model head, please use a model that has one: "
+            f"{type(model).__name__} gives no probabilities of tokens. Load it with AutoModelForCausalLM (or "
+            "AutoModelForSeq2SeqLM)."
+        )
+    places = {str(place) for place in device_map_of(model).values()}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ValueError(
+            f"The model is offloaded on CPU or disk (device map: {sorted(places)}) - CPU & disk offloading is not "
+            "supported for ValueHead models: offloaded weights cannot be trained. Use a smaller model, more devices, "
+            "`load_in_4bit=True` with LoRA, or FSDP."
+        )
+
+
+def switch_checkpointing(
+    model: LanguageModel, switch: Literal["enable", "disable"], settings: dict[str, Any] | None = None
+) -> None:
+    """Turn recomputation of activations on or off, under its present name or the one before."""
+    present = getattr(model, f"activation_checkpointing_{switch}", None)
+    change = getattr(model, f"gradient_checkpointing_{switch}") if present is None else present
+    change(*([] if settings is None else [settings]))
 
 
 def _load_adapter(

@@ -1,6 +1,5 @@
 """Language models with a value head: load, run, save. Folders written here also load as plain transformers models."""
 
-import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -13,8 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from rlhf_ppo.models import adapters
-from rlhf_ppo.models.loading import LanguageModel, load_language_model
+from rlhf_ppo.models import adapters, loading
 from rlhf_ppo.models.value_head import (
     HUB_ARGUMENTS,
     VALUE_HEAD_PREFIX,
@@ -22,13 +20,13 @@ from rlhf_ppo.models.value_head import (
     find_file,
     load_value_head,
     read_value_head,
+    write_value_head,
 )
 
 Wrapper = TypeVar("Wrapper", bound="PreTrainedModelWrapper")
 Forward = tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, Tensor | None, Tensor, Any]
 
 OWN_MODULES = ("pretrained_model", "v_head", "score")
-VALUE_HEAD_FILE = "pytorch_model.bin"
 
 
 class PreTrainedModelWrapper(nn.Module):
@@ -54,24 +52,28 @@ class PreTrainedModelWrapper(nn.Module):
         "v_head_initializer_range",
     )
     is_encoder_decoder: ClassVar[bool] = False
+    pretrained_model: Any
+    config: Any
+    score: nn.Linear
+    policy_adapter_name: str | None
 
     def __init__(
         self,
-        pretrained_model: LanguageModel,
+        pretrained_model: loading.LanguageModel,
         *,
-        score_module: nn.Module | None = None,
+        score_module: nn.Linear | None = None,
         rm_adapter_name: str | None = None,
         **value_head_arguments: Any,
     ) -> None:
         super().__init__()
-        _check_language_model(pretrained_model)
+        loading.check_language_model(pretrained_model)
         self.pretrained_model = pretrained_model
         self.config = pretrained_model.config
         self.is_peft_model = isinstance(pretrained_model, PeftModel)
         self.is_loaded_in_8bit = bool(getattr(pretrained_model, "is_loaded_in_8bit", False))
         self.is_loaded_in_4bit = bool(getattr(pretrained_model, "is_loaded_in_4bit", False))
-        self.is_sequential_parallel = len(set(_device_map(pretrained_model).values())) > 1
-        self.policy_adapter_name: str | None = pretrained_model.active_adapter if self.is_peft_model else None
+        self.is_sequential_parallel = len(set(loading.device_map_of(pretrained_model).values())) > 1
+        self.policy_adapter_name = self.pretrained_model.active_adapter if self.is_peft_model else None
         self.supports_rm_adapter = score_module is not None
         self.rm_adapter_name = rm_adapter_name
         self.value_head_was_loaded = False
@@ -81,15 +83,15 @@ class PreTrainedModelWrapper(nn.Module):
             self.v_head.to(output_device)
         if score_module is not None:
             self.score = score_module
-        self._takes_position_ids = not self.is_encoder_decoder and _takes_position_ids(pretrained_model)
+        self._takes_position_ids = not self.is_encoder_decoder and loading.takes_position_ids(pretrained_model)
 
     @classmethod
     def from_pretrained(
         cls: type[Wrapper],
-        pretrained_model_name_or_path: str | os.PathLike[str] | LanguageModel,
+        pretrained_model_name_or_path: Any,
         *model_args: Any,
         peft_config: Any = None,
-        reward_adapter: str | None = None,
+        reward_adapter: Any = None,
         reward_adapter_name: str = "reward_adapter",
         is_trainable: bool = False,
         **kwargs: Any,
@@ -120,7 +122,7 @@ class PreTrainedModelWrapper(nn.Module):
             )
         head_arguments = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        language_model = load_language_model(
+        language_model = loading.load_language_model(
             cls.transformers_parent_class,
             source,
             *model_args,
@@ -151,11 +153,7 @@ class PreTrainedModelWrapper(nn.Module):
         subfolder = os.path.join(hub.get("subfolder") or "", adapters.REFERENCE_ADAPTER)  # noqa: PTH118
         saved = find_file(source, "adapter_config.json", **{**hub, "subfolder": subfolder})
         if self.is_peft_model and is_trainable and saved is not None:
-            with adapters.unchanged_requires_grad(self.pretrained_model):
-                self.pretrained_model.load_adapter(
-                    os.fspath(saved.parent), adapters.REFERENCE_ADAPTER, is_trainable=False
-                )
-            adapters.freeze_adapter(self.pretrained_model, adapters.REFERENCE_ADAPTER)
+            adapters.load_reference_adapter(self.pretrained_model, os.fspath(saved.parent))
 
     def __getattr__(self, name: str) -> Any:
         """Public attributes (and the one FSDP wraps layers by) that the wrapper lacks are the language model's."""
@@ -184,15 +182,9 @@ class PreTrainedModelWrapper(nn.Module):
             kwargs: Passed on to the language model; `labels` makes it compute its loss.
 
         Returns:
-            `(logits, loss, values)`: logits [batch, time, vocabulary] in float32 at least, loss a scalar or None, values
-            [batch, time] of the value head's dtype; and the cache, when asked for.
+            Logits [batch, time, vocabulary], float32 at least; loss or None; values [batch, time]; any cache asked for.
         """
-        if self._takes_position_ids and attention_mask is not None and input_ids is not None:
-            kwargs.setdefault("position_ids", position_ids_of(attention_mask)[:, -input_ids.shape[1] :])
-        kwargs |= {"output_hidden_states": True, "return_dict": True}
-        output = self.pretrained_model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        output = self._run(input_ids, attention_mask, past_key_values=past_key_values, **kwargs)
         hidden = (output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states)[-1]
         values = self.v_head(hidden.to(self.v_head.summary.weight.device)).squeeze(-1)
         logits = output.logits
@@ -204,6 +196,21 @@ class PreTrainedModelWrapper(nn.Module):
         if return_past_key_values:
             return logits, loss, values, output.past_key_values
         return logits, loss, values
+
+    def _run(self, input_ids: Tensor | None, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        """The language model's output with its hidden states, at positions that padding does not shift."""
+        if self._takes_position_ids and attention_mask is not None and input_ids is not None:
+            kwargs.setdefault("position_ids", loading.position_ids_of(attention_mask)[:, -input_ids.shape[1] :])
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        return self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute the layers' activations in the backward pass (in training mode) instead of keeping them."""
+        loading.switch_checkpointing(self.pretrained_model, "enable", gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        loading.switch_checkpointing(self.pretrained_model, "disable")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The language model's own `generate`."""
@@ -227,10 +234,7 @@ class PreTrainedModelWrapper(nn.Module):
         was_training = self.pretrained_model.training
         self.pretrained_model.eval()
         with adapters.active_adapter(self.pretrained_model, self.rm_adapter_name), torch.no_grad():
-            if self._takes_position_ids and attention_mask is not None:
-                kwargs.setdefault("position_ids", position_ids_of(attention_mask))
-            kwargs |= {"output_hidden_states": True, "return_dict": True}
-            output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            output = self._run(input_ids, attention_mask, **kwargs)
             scores: Tensor = self.score(output.hidden_states[-1].to(self.score.weight.dtype))
         self.pretrained_model.train(was_training)
         return scores
@@ -268,24 +272,15 @@ class PreTrainedModelWrapper(nn.Module):
             self.pretrained_model.save_pretrained(save_directory, state_dict=state, **kwargs)
             return
         if kwargs.get("is_main_process", True):
-            folder = Path(save_directory)
-            folder.mkdir(parents=True, exist_ok=True)
-            head = {name: tensor.detach().cpu() for name, tensor in state.items() if name.startswith(VALUE_HEAD_PREFIX)}
-            torch.save(head, folder / VALUE_HEAD_FILE)
+            write_value_head(Path(save_directory), state)
         self.pretrained_model.save_pretrained(os.fspath(save_directory), **kwargs)
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload model with value head",
-        private: bool | None = None,
-        token: str | None = None,
-        **kwargs: Any,
+        self, repo_id: str, commit_message: str = "Upload model with value head", **kwargs: Any
     ) -> CommitInfo:
-        """Upload what `save_pretrained` writes to the hub repository `repo_id`, made when missing."""
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        """Upload what `save_pretrained(**kwargs)` writes to `repo_id`, made when missing (`private`, `token`)."""
+        api = HfApi(token=kwargs.pop("token", None))
+        repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
@@ -303,41 +298,3 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
 
 
 SUPPORTED_ARCHITECTURES = (AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead)
-
-
-def position_ids_of(attention_mask: Tensor) -> Tensor:
-    """How many tokens stand before each one: 0 at the first real token, wherever the padding is."""
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def _takes_position_ids(model: LanguageModel) -> bool:
-    """Whether 2-D position ids can be passed: not to ALiBi models, nor to those with positions of images."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    text_only = base.config.get_text_config() is base.config
-    return text_only and "position_ids" in inspect.signature(base.forward).parameters
-
-
-def _device_map(model: LanguageModel) -> dict[str, Any]:
-    return getattr(model, "hf_device_map", None) or {}
-
-
-def _check_language_model(model: LanguageModel) -> None:
-    """Raise ValueError for a model that PPO cannot train."""
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"PromptLearningConfig is not supported for PPO training, got {type(model.active_peft_config).__name__}: "
-            "its virtual tokens shift every position of the value head. Use LoraConfig."
-        )
-    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-        raise ValueError(
-            "The model does not have a language model head, please use a model that has one: "
-            f"{type(model).__name__} gives no probabilities of tokens. Load it with AutoModelForCausalLM (or "
-            "AutoModelForSeq2SeqLM)."
-        )
-    places = {str(place) for place in _device_map(model).values()}
-    if "disk" in places or ("cpu" in places and len(places) > 1):
-        raise ValueError(
-            f"The model is offloaded on CPU or disk (device map: {sorted(places)}) - CPU & disk offloading is not "
-            "supported for ValueHead models: offloaded weights cannot be trained. Use a smaller model, more devices, "
-            "`load_in_4bit=True` with LoRA, or FSDP."
-        )

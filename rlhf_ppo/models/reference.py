@@ -41,8 +41,8 @@ def create_reference_model(
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError(
-            "DeepSpeed ZeRO-3 is enabled and is not compatible with `create_reference_model()`: this process holds only "
-            "a part of each parameter, so the copy would be empty. Load the reference with `from_pretrained()`."
+            "DeepSpeed ZeRO-3 is enabled and is not compatible with `create_reference_model()`: this process holds "
+            "only a part of each parameter, so the copy would be empty. Load the reference with `from_pretrained()`."
         )
     shared = [] if num_shared_layers is None else _parameters_below(model, num_shared_layers, pattern)
     for parameter in shared:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class ValueHead(nn.Module):
 def last_hidden_width(config: PretrainedConfig) -> int:
     """Width of the hidden state that the output embeddings read: the decoder's, after any projection (OPT-350m)."""
     decoder = getattr(config, "decoder", None)
-    text = decoder if hasattr(decoder, "hidden_size") else config.get_text_config()
+    text: Any = decoder if hasattr(decoder, "hidden_size") else config.get_text_config()
     return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
 
@@ -131,6 +131,13 @@ def load_value_head(head: ValueHead, tensors: dict[str, Tensor], *, source: obje
     head.load_state_dict(tensors)
 
 
+def write_value_head(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write the value head's entries of `state` alone, where `read_value_head` and the classic find them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {name: tensor.detach().cpu() for name, tensor in state.items() if name.startswith(VALUE_HEAD_PREFIX)}
+    torch.save(head, folder / "pytorch_model.bin")
+
+
 def _shards(source: str | os.PathLike[str], index: Path, **hub_arguments: Any) -> list[Path]:
     """The files of a sharded checkpoint that hold the value head."""
     weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -142,7 +149,7 @@ def _shards(source: str | os.PathLike[str], index: Path, **hub_arguments: Any) -
 def _read_head_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of `path` whose names hold "v_head.", named from there on."""
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             named = {name: file.get_tensor(name) for name in file.keys() if VALUE_HEAD_PREFIX in name}  # noqa: SIM118
     else:
         named = torch.load(path, map_location="cpu", weights_only=True)
