@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 _WORTHWHILE = 0.8  # more threads must take at most this part of the time
+_LONG_ENOUGH = 0.3  # seconds for one number of threads, on a machine so busy that every repeat is slow
 
 
 def choose_threads(
@@ -62,8 +63,8 @@ def _product_seconds(threads: int, *, repeats: int = 15, products: int = 12) -> 
     torch.set_num_threads(threads)
     try:
         x, w = torch.ones(512, 256), torch.full((256, 256), 1 / 256)
-        seconds = []
-        for _ in range(repeats):
+        seconds: list[float] = []
+        while len(seconds) < repeats and (len(seconds) < 3 or sum(seconds) < _LONG_ENOUGH):
             start = time.perf_counter()
             for _ in range(products):
                 x = x @ w
