@@ -1,9 +1,10 @@
 """Coefficients that follow a measured KL: to the reference (in the reward), or to the old policy (in the loss)."""
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Controller(Protocol):
     """A coefficient that a trainer reads, then updates once per iteration, and saves."""
 

@@ -53,8 +53,8 @@ def gae(
         index = torch.where(truncated | is_last, torch.arange(1, mask.shape[1] + 1, device=mask.device), following)
         bootstrap = values.gather(1, index).masked_fill(terminated, 0)
         delta = zero_outside(rewards + gamma * bootstrap - values[:, :-1], mask)
-        decay = gamma * (lam.unsqueeze(1) if isinstance(lam, Tensor) else lam) * (~done).to(delta.dtype)
-        advantages = _backward_recursion(delta, decay, mask)
+        decay = gamma * (lam.unsqueeze(1).to(delta) if isinstance(lam, Tensor) else lam)
+        advantages = _backward_recursion(delta, decay, done, mask)
         return advantages, zero_outside(advantages + values[:, :-1], mask)
 
 
@@ -90,7 +90,7 @@ def discounted_returns(
             _check_length(rewards, values)
             unwatched = (truncated | _next_action(mask)[1]) & ~terminated & mask
             total = total + gamma * zero_outside(values[:, 1:], unwatched)
-        return _backward_recursion(total, gamma * (~(terminated | truncated)).to(total.dtype), mask)
+        return _backward_recursion(total, gamma, terminated | truncated, mask)
 
 
 def rloo_advantages(scores: Float[Tensor, " batch"], group_size: int) -> Float[Tensor, " batch"]:
@@ -152,15 +152,19 @@ def _next_action(mask: Tensor) -> tuple[Tensor, Tensor]:
     return following, following == time
 
 
-def _backward_recursion(terms: Tensor, decay: Tensor, mask: Tensor) -> Tensor:
-    """x_t = terms_t + decay_t x_{t+1}; a masked step hands on x_{t+1} unchanged and reads 0 in the result."""
-    terms, decay = zero_outside(terms, mask), decay.masked_fill(~mask, 1)
-    following = torch.zeros_like(terms[:, 0]) if terms.shape[1] else terms.new_zeros(len(terms))
-    results = []
-    for t in reversed(range(terms.shape[1])):
-        following = terms[:, t] + decay[:, t] * following
+def _backward_recursion(terms: Tensor, decay: float | Tensor, done: Tensor, mask: Tensor) -> Tensor:
+    """x_t = terms_t + decay (1 - done_t) x_{t'}; a masked step hands on x_{t'} unchanged and reads 0 in the result."""
+    if not terms.shape[1]:
+        return terms
+    # A selection, not a product: 0 times the nan of a later episode is nan.
+    stops = (done & mask).unbind(1)
+    factors = torch.where(mask, torch.as_tensor(decay, dtype=terms.dtype, device=terms.device), 1).unbind(1)
+    steps = zero_outside(terms, mask).unbind(1)
+    following, results = torch.zeros_like(steps[0]), []
+    for step, factor, stop in zip(reversed(steps), reversed(factors), reversed(stops), strict=True):
+        following = step + (factor * following).masked_fill(stop, 0)
         results.append(following)
-    return zero_outside(torch.stack(results[::-1], dim=1), mask) if results else terms
+    return zero_outside(torch.stack(results[::-1], dim=1), mask)
 
 
 def _grouped(scores: Tensor, group_size: int) -> Tensor:
