@@ -29,6 +29,8 @@ import numpy as np
 import pytest
 import torch
 
+import tests.typechecking  # noqa: F401  the type checker that pyproject.toml names, which is looked up as an attribute
+
 torch.set_num_threads(1)
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")

@@ -19,11 +19,6 @@ else:
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
-    "sklearn": "scikit-learn",
-    "yaml": "pyyaml",
-    "huggingface_hub": "transformers",
-    "tokenizers": "transformers",
-}
 """Import names that differ from their distribution."""
 OWN = {"rlhf_ppo", "reward_model", "sentiment", "recipes", "tests"}
 
@@ -45,7 +40,8 @@ def imported(folder: Path) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 names.add(node.module.split(".")[0])
     local = {path.stem for path in folder.glob("*.py")}
-    return {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in names - set(sys.stdlib_module_names) - OWN - local}
+    foreign = names - set(sys.stdlib_module_names) - OWN - local
+    return {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in foreign}
 
 
 @pytest.mark.parametrize(
