@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.metrics import row_sums
+from rlhf_ppo.rollout.collect import Collector
 from rlhf_ppo.rollout.experience import Scorer
+from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.rollout.reward_sources import Sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,38 @@ class Evaluation:
     def summary(self) -> dict[str, dict[str, float]]:
         """Mean and standard error of the mean of each measure, over responses."""
         return {name: mean_and_error(values) for name, values in self.measures.items()}
+
+
+def evaluate(
+    collector: Collector,
+    scorer: Scorer,
+    prompts: PromptDataset,
+    rewards: Sources,
+    *,
+    judges: Sources | None = None,
+    rows: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Answer held-out prompts with the policy as it is, once each; the same seed draws the same random numbers.
+
+    Args:
+        collector: Draws and scores.
+        scorer: Policy and reference.
+        prompts: Held-out prompts.
+        rewards: What the policy is trained on: measure `score`.
+        judges: Sources that take no part in training, each a measure of its own name.
+        rows: Rows of `prompts` that this process answers; None: all.
+        seed: Of the draws.
+    """
+    one_each = replace(collector, sampling=replace(collector.sampling, num_return_sequences=1))
+    batch = prompts.batch(list(range(len(prompts))) if rows is None else list(rows))
+    collected = one_each.draw(batch, torch.Generator().manual_seed(seed))
+    measures = {"score": one_each.score(collected, rewards).total.tolist()}
+    if judges is not None:
+        for name, values in one_each.score(collected, judges).per_source.items():
+            measures[name] = values.tolist()
+    measures |= reference_measures(scorer, collected.samples.prompts, collected.samples.responses)
+    return Evaluation(prompts=collected.prompts, responses=collected.responses, measures=measures)
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, float]:

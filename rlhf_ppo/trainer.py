@@ -22,6 +22,7 @@ from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.classic import ClassicSurface
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
+from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.extras import set_seed
 from rlhf_ppo.functional import clip_scores
 from rlhf_ppo.metrics import StepFacts, Statistics, classic_statistics, extra_metrics, rows_of
@@ -37,7 +38,7 @@ from rlhf_ppo.rollout.checks import Limits, check_step_inputs
 from rlhf_ppo.rollout.experience import Responses, Scored, Scorer, Shaping, shape_rollout
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.reward_sources import Sources
-from rlhf_ppo.rollout.sampling import Sampler
+from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig
 from rlhf_ppo.training import Callback, TrainConfig, TrainingLoop, TrainState
 from rlhf_ppo.updates import MinibatchConfig
 
@@ -195,6 +196,22 @@ class PPOTrainer(ClassicSurface):
             sampler: Who draws responses; None: the own decode loop.
         """
         return TrainingLoop(self, prompts, rewards, config, eval_prompts, judges, callbacks, sampler).run()
+
+    def evaluate(
+        self,
+        prompts: PromptDataset,
+        rewards: Sources,
+        sampling: SamplingConfig,
+        *,
+        judges: Sources | None = None,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+    ) -> Evaluation:
+        """Answer held-out prompts, score and judge the answers, measure KL and perplexity under the reference."""
+        loop = TrainingLoop(
+            self, prompts, rewards, TrainConfig(sampling=sampling), eval_prompts=prompts, judges=judges, sampler=sampler
+        )
+        return loop.evaluate(seed=seed)
 
     @property
     def limits(self) -> Limits:

@@ -2,23 +2,21 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from tqdm.auto import tqdm
 
-from rlhf_ppo.batch import TokenInputs, pad_rows
-from rlhf_ppo.evaluation import Evaluation, reference_measures
-from rlhf_ppo.functional import missing_eos_penalty
+from rlhf_ppo.evaluation import Evaluation, evaluate
 from rlhf_ppo.metrics import scalars
 from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.resume import restore_checkpoint, save_checkpoint
+from rlhf_ppo.rollout.collect import Collector, MissingEOS
 from rlhf_ppo.rollout.decoding import DecodeLoop
-from rlhf_ppo.rollout.experience import Responses
-from rlhf_ppo.rollout.prompts import PromptBatch, PromptDataset, PromptSampler
-from rlhf_ppo.rollout.reward_sources import RewardRequest, Scores, Sources, score_batch
-from rlhf_ppo.rollout.sampling import Sampler, Samples, SamplingConfig
+from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
+from rlhf_ppo.rollout.reward_sources import Sources
+from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig
 from rlhf_ppo.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -45,10 +43,8 @@ class TrainConfig:
     """Measure of the held-out evaluation, e.g. "score": its best model is kept in `best/`. None: none is."""
     max_kl: float | None = None
     """KL budget, nats a response: stop when a rollout exceeds it, and never keep a "best" model beyond it."""
-    missing_eos_penalty: float | None = None
+    missing_eos: MissingEOS | None = None
     """What a response costs that ran to `max_new_tokens` without a stop token; None: nothing."""
-    missing_eos_mode: Literal["replace", "subtract"] = "replace"
-    """Whether the penalty replaces the score by its negative or is subtracted from it."""
     max_time: float | None = None
     """Seconds after which the loop checkpoints and stops."""
     resume: bool = True
@@ -126,7 +122,10 @@ class TrainingLoop:
         if trainer.algorithm.needs_groups and sampling.num_return_sequences < 2:
             raise ValueError("this algorithm compares responses to one prompt: set num_return_sequences to 2 or more")
         accelerator, seed = trainer.accelerator, trainer.config.seed
-        self.sampler = self.sampler or DecodeLoop(trainer.tokenizer)
+        self.collector = Collector(
+            model=trainer.model, tokenizer=trainer.tokenizer, sampling=sampling, device=trainer.current_device,
+            sampler=self.sampler or DecodeLoop(trainer.tokenizer),
+        )  # fmt: skip
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.order = PromptSampler(
             len(self.prompts), batch_size=trainer.config.batch_size // sampling.num_return_sequences, seed=seed,
@@ -155,17 +154,16 @@ class TrainingLoop:
     def _iterate(self) -> None:
         trainer = self.trainer
         start = time.perf_counter()
-        batch = self.prompts.batch(next(self.order))
-        samples = self.sample(batch, self.generator)
+        collected = self.collector.draw(self.prompts.batch(next(self.order)), self.generator)
         generated = time.perf_counter()
-        scores = self.score(batch, samples)
+        scores = self.collector.score(collected, self.rewards, self.config.missing_eos)
         scored = time.perf_counter()
-        statistics = trainer.learn(self._responses(samples, scores))
+        statistics = trainer.learn(self.collector.responses(collected.samples, scores))
         self.state.iteration += 1
         metrics = scalars(statistics) | trainer.metrics | scores.metrics()
         metrics |= {
             "env/reward_mean": float(scores.total[~scores.skipped].mean()),
-            "tokens/finished_share": sum(samples.finished) / len(samples.finished),
+            "tokens/finished_share": sum(collected.samples.finished) / len(collected.responses),
             "time/generate": generated - start,
             "time/reward": scored - generated,
             "time/iteration": time.perf_counter() - start,
@@ -180,65 +178,17 @@ class TrainingLoop:
         if self.folder is not None and trainer.accelerator.is_main_process:
             self.folder.append_metrics(self.state.iteration, metrics)
 
-    def sample(self, batch: PromptBatch, generator: torch.Generator) -> Samples:
-        """Responses of the policy to a batch of prompts, on the trainer's device."""
-        assert self.sampler is not None
-        prompts = [prompt.to(self.trainer.current_device) for prompt in batch.input_ids]
-        return self.sampler(self.trainer.model, prompts, self.config.sampling, generator=generator)
-
-    def score(self, batch: PromptBatch, samples: Samples, sources: Sources | None = None) -> Scores:
-        """Ask the sources about the decoded responses; the tokens themselves are never made again from text."""
-        repeat = self.config.sampling.num_return_sequences
-        request = RewardRequest(
-            prompts=[text for text in batch.texts for _ in range(repeat)],
-            responses=self.trainer.tokenizer.batch_decode(samples.responses, skip_special_tokens=True),
-            columns={name: [item for item in column for _ in range(repeat)] for name, column in batch.columns.items()},
-            response_lengths=[len(response) for response in samples.responses],
-        )
-        scores = score_batch(self.rewards if sources is None else sources, request)
-        if self.config.missing_eos_penalty is None or sources is not None or scores.per_token is not None:
-            return scores
-        total = missing_eos_penalty(
-            scores.total, torch.tensor(samples.finished),
-            penalty=self.config.missing_eos_penalty, mode=self.config.missing_eos_mode,
-        )  # fmt: skip
-        return replace(scores, total=total)
-
     def evaluate(self, *, seed: int = 0) -> Evaluation:
-        """Answer the held-out prompts with the policy as it is; the same seed draws the same numbers."""
+        """Answer the held-out prompts with the policy as it is; every process takes its share."""
         if self.eval_prompts is None:
-            raise ValueError("there are no held-out prompts: pass `eval_prompts` to train()")
-        one_each = replace(self.config, sampling=replace(self.config.sampling, num_return_sequences=1))
-        loop = replace(self, config=replace(one_each, output_dir=None))
+            raise ValueError("there are no held-out prompts: pass `eval_prompts`")
         accelerator = self.trainer.accelerator
-        mine = list(range(len(self.eval_prompts)))[accelerator.process_index :: accelerator.num_processes]
-        generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
-        batch = self.eval_prompts.batch(mine)
-        samples = loop.sample(batch, generator)
-        scores = loop.score(batch, samples, self.rewards)
-        measures: dict[str, list[float]] = {"score": scores.total.tolist()}
-        if self.judges is not None:
-            for name, values in loop.score(batch, samples, self.judges).per_source.items():
-                measures[name] = values.tolist()
-        measures |= reference_measures(self.trainer.scorer, samples.prompts, samples.responses)
-        texts = self.trainer.tokenizer.batch_decode(samples.responses, skip_special_tokens=True)
-        found = Evaluation(prompts=batch.texts, responses=texts, measures=measures)
+        rows = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
+        found = evaluate(
+            self.collector, self.trainer.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
+            seed=seed + 100003 * accelerator.process_index,
+        )  # fmt: skip
         return found if accelerator.num_processes == 1 else _gathered(found, self.trainer)
-
-    def _responses(self, samples: Samples, scores: Scores) -> Responses:
-        """The samples that were not skipped, as `learn` takes them."""
-        kept = [row for row, skipped in enumerate(scores.skipped.tolist()) if not skipped]
-        if not kept:
-            raise ValueError("every sample of the batch was skipped by a reward source: there is nothing to learn from")
-        device = self.trainer.current_device
-        responses = [samples.responses[row].to(device) for row in kept]
-        mask = pad_rows([torch.ones(len(response)) for response in responses]).bool()
-        return Responses(
-            inputs=TokenInputs(prompts=[samples.prompts[row].to(device) for row in kept], responses=responses),
-            mask=mask.to(device),
-            scores=scores.scores[kept].to(device),
-            group_size=self.config.sampling.num_return_sequences,
-        )
 
     def _after_iteration(self, request: StopRequest, deadline: float | None) -> None:
         config, state = self.config, self.state

@@ -1,0 +1,103 @@
+"""Prompts -> responses -> scores: what happens before `learn`, in training and evaluation alike."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ppo.batch import TokenInputs, pad_rows
+from rlhf_ppo.functional import missing_eos_penalty
+from rlhf_ppo.rollout.experience import Responses
+from rlhf_ppo.rollout.prompts import PromptBatch
+from rlhf_ppo.rollout.reward_sources import RewardRequest, Scores, Sources, score_batch
+from rlhf_ppo.rollout.sampling import Sampler, Samples, SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingEOS:
+    """What a response costs that ran to its limit without a stop token."""
+
+    penalty: float
+    mode: Literal["replace", "subtract"] = "replace"
+    """Whether the negative penalty replaces the score (Ziegler et al. 2019) or is subtracted from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """Responses with their texts."""
+
+    samples: Samples
+    prompts: list[str]
+    """One a response."""
+    responses: list[str]
+    """Decoded once, for people and reward sources; training goes on with the sampled tokens."""
+    columns: dict[str, list[object]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collector:
+    """Draws and scores responses.
+
+    Args:
+        model: The policy.
+        tokenizer: Its tokenizer.
+        sampler: Who draws.
+        sampling: How.
+        device: Where the policy is.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler
+    sampling: SamplingConfig
+    device: torch.device
+
+    def draw(self, batch: PromptBatch, generator: torch.Generator) -> Collected:
+        """`num_return_sequences` responses to each prompt, side by side."""
+        prompts = [prompt.to(self.device) for prompt in batch.input_ids]
+        samples = self.sampler(self.model, prompts, self.sampling, generator=generator)
+        repeat = self.sampling.num_return_sequences
+        return Collected(
+            samples=samples,
+            prompts=[text for text in batch.texts for _ in range(repeat)],
+            responses=self.tokenizer.batch_decode(samples.responses, skip_special_tokens=True),
+            columns={name: [item for item in column for _ in range(repeat)] for name, column in batch.columns.items()},
+        )
+
+    def score(self, collected: Collected, sources: Sources, missing_eos: MissingEOS | None = None) -> Scores:
+        """Ask the sources about the texts; then charge responses that never stopped."""
+        request = RewardRequest(
+            prompts=collected.prompts,
+            responses=collected.responses,
+            columns=collected.columns,
+            response_lengths=[len(response) for response in collected.samples.responses],
+        )
+        scores = score_batch(sources, request)
+        if missing_eos is None:
+            return scores
+        if scores.per_token is not None:
+            raise ValueError("missing_eos takes one score a response, the reward source gave one a token")
+        finished = torch.tensor(collected.samples.finished)
+        total = missing_eos_penalty(scores.total, finished, penalty=missing_eos.penalty, mode=missing_eos.mode)
+        return Scores(
+            total=total, per_token=None, per_source=scores.per_source, skipped=scores.skipped
+        )
+
+    def responses(self, samples: Samples, scores: Scores) -> Responses:
+        """The samples that no source skipped, as `learn` takes them.
+
+        Raises:
+            ValueError: If every sample was skipped.
+        """
+        kept = [row for row, skipped in enumerate(scores.skipped.tolist()) if not skipped]
+        if not kept:
+            raise ValueError("every sample of the batch was skipped by a reward source: there is nothing to learn from")
+        responses: list[Tensor] = [samples.responses[row].to(self.device) for row in kept]
+        return Responses(
+            inputs=TokenInputs(prompts=[samples.prompts[row].to(self.device) for row in kept], responses=responses),
+            mask=pad_rows([torch.ones(len(response)) for response in responses]).bool().to(self.device),
+            scores=scores.scores[kept].to(self.device),
+            group_size=self.sampling.num_return_sequences,
+        )
