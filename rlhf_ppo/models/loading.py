@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_ppo.models.value_head import HUB_ARGUMENTS, VALUE_HEAD_PREFIX, find_file
@@ -72,7 +72,7 @@ def load_language_model(
         )
     if peft_config is None:
         return model  # type: ignore[no-any-return]
-    if is_quantised(model):
+    if any(quantised_bits(model)):
         model = prepare_model_for_kbit_training(model, **kbit)  # type: ignore[no-untyped-call]
     return get_peft_model(model, peft_config)
 
@@ -95,9 +95,9 @@ def with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def is_quantised(model: LanguageModel) -> bool:
-    """Whether the weights are stored in 8 or 4 bits."""
-    return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
+def quantised_bits(model: LanguageModel) -> tuple[bool, bool]:
+    """Whether the weights are stored in 8 bits, and whether in 4."""
+    return bool(getattr(model, "is_loaded_in_8bit", False)), bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def position_ids_of(attention_mask: Tensor) -> Tensor:
@@ -146,6 +146,11 @@ def switch_checkpointing(
     present = getattr(model, f"activation_checkpointing_{switch}", None)
     change = getattr(model, f"gradient_checkpointing_{switch}") if present is None else present
     change(*([] if settings is None else [settings]))
+
+
+def report_public_names(_: nn.Module, keys: Any) -> None:
+    """Name missing entries as `state_dict()` does: safetensors forgives a tied weight only under that name."""
+    keys.missing_keys[:] = [name.replace("pretrained_model.", "", 1) for name in keys.missing_keys]
 
 
 def _load_adapter(

@@ -70,8 +70,7 @@ class PreTrainedModelWrapper(nn.Module):
         self.pretrained_model = pretrained_model
         self.config = pretrained_model.config
         self.is_peft_model = isinstance(pretrained_model, PeftModel)
-        self.is_loaded_in_8bit = bool(getattr(pretrained_model, "is_loaded_in_8bit", False))
-        self.is_loaded_in_4bit = bool(getattr(pretrained_model, "is_loaded_in_4bit", False))
+        self.is_loaded_in_8bit, self.is_loaded_in_4bit = loading.quantised_bits(pretrained_model)
         self.is_sequential_parallel = len(set(loading.device_map_of(pretrained_model).values())) > 1
         self.policy_adapter_name = self.pretrained_model.active_adapter if self.is_peft_model else None
         self.supports_rm_adapter = score_module is not None
@@ -83,6 +82,7 @@ class PreTrainedModelWrapper(nn.Module):
             self.v_head.to(output_device)
         if score_module is not None:
             self.score = score_module
+        self.register_load_state_dict_post_hook(loading.report_public_names)
         self._takes_position_ids = not self.is_encoder_decoder and loading.takes_position_ids(pretrained_model)
 
     @classmethod

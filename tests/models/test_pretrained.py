@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import CommitInfo
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model, save_model
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -166,6 +166,16 @@ def test_state_dicts_load_back_alone_copied_and_inside_another_module() -> None:
     assert "policy.transformer.wte.weight" in holder.state_dict()
     assert "policy.v_head.summary.bias" in holder.state_dict()
     holder.load_state_dict(holder.state_dict())
+
+
+def test_a_model_with_tied_weights_loads_from_one_safetensors_file(tmp_path: Path) -> None:
+    """Accelerate's checkpoints are such files; the tied copy is left out of them."""
+    holder = torch.nn.ModuleDict({"module": small_value_head(tiny_gpt2())})
+    save_model(holder, str(tmp_path / "model.safetensors"))
+    other = torch.nn.ModuleDict({"module": small_value_head(tiny_gpt2(seed=1))})
+    missing, unexpected = load_model(other, tmp_path / "model.safetensors")
+    assert not missing and not unexpected
+    assert_close(other["module"](TOKENS), holder["module"](TOKENS))
 
 
 def test_a_missing_or_unknown_entry_of_a_state_dict_is_an_error() -> None:
