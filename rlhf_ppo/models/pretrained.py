@@ -82,7 +82,7 @@ class PreTrainedModelWrapper(nn.Module):
             self.v_head.to(output_device)
         if score_module is not None:
             self.score = score_module
-        self.register_load_state_dict_post_hook(loading.report_public_names)
+        self.register_load_state_dict_post_hook(loading.report_public_names)  # type: ignore[no-untyped-call]
         self._takes_position_ids = not self.is_encoder_decoder and loading.takes_position_ids(pretrained_model)
 
     @classmethod
