@@ -1,0 +1,131 @@
+"""The report page of a run: one HTML file that needs nothing else, readable on a phone, light and dark."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_ppo.report.model_card import model_card
+from rlhf_ppo.report.plots import DARK, LIGHT, Plot, draw_plots
+from rlhf_ppo.report.run_data import RunData, read_run
+from rlhf_ppo.report.run_folder import RunFolder, Sample
+from rlhf_ppo.report.settings import setting_rows
+from rlhf_ppo.report.summary import JUDGES, evaluation_rows, findings, headline, tiles
+from rlhf_ppo.report.templates import render
+from rlhf_ppo.report.token_view import QUANTITIES, token_view
+from rlhf_ppo.report.wording import label_of, number
+
+FIRST_SAMPLES = 6
+EXTREME_SAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRow:
+    """A sample with its scores as short texts, judge by judge."""
+
+    prompt: str
+    before: str
+    after: str
+    before_scores: list[tuple[str, str]]
+    after_scores: list[tuple[str, str]]
+
+
+def write_report(run_dir: Path | str, *, title: str) -> Path:
+    """Write plots/*.png, README.md (the model card) and report.html into a run folder.
+
+    Whatever the folder lacks is named in the page and left out. Running it again replaces what it wrote.
+
+    Args:
+        run_dir: the folder that training wrote into.
+        title: heading of the page and of the model card.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        RunFolderError: there is no such folder.
+    """
+    run = RunFolder.open(run_dir)
+    data = read_run(run)
+    plots, missing, notes = _plots(data)
+    for plot in plots:
+        run.write_bytes(f"plots/{plot.name}.png", plot.light)
+    run.write_text("README.md", model_card(data, title=title))
+    return run.write_text("report.html", _page(data, title, plots, missing, [*data.notes, *notes]))
+
+
+def _plots(data: RunData) -> tuple[list[Plot], list[str], list[str]]:
+    try:
+        return *draw_plots(data), []
+    except ImportError:
+        return [], [], ["Plots need matplotlib: pip install matplotlib, then write the report again."]
+
+
+def _page(data: RunData, title: str, plots: Sequence[Plot], missing: Sequence[str], notes: Sequence[str]) -> str:
+    first, risen, fallen = _choose(data.samples)
+    responses, scales = token_view(data.tokens)
+    return render(
+        "report.html.j2",
+        light=LIGHT,
+        dark=DARK,
+        title=title,
+        headline=headline(data),
+        tiles=tiles(data),
+        notes=notes,
+        findings=findings(data),
+        judged=bool(data.metrics or data.after),
+        evaluation=evaluation_rows(data),
+        plots=[(plot, _uri(plot.light), _uri(plot.dark)) for plot in plots],
+        missing=missing,
+        sample_count=len(data.samples),
+        sample_groups=[
+            (f"The first {len(first)} of {len(data.samples)}, not chosen", first, True),
+            (f"The {len(risen)} that rose most", risen, False),
+            (f"The {len(fallen)} that fell most", fallen, False),
+        ],
+        judge=label_of(_judge(data.samples)),
+        responses=responses,
+        quantities=QUANTITIES,
+        scales=scales,
+        settings=setting_rows(data.config),
+        name=data.name,
+    )
+
+
+def _choose(samples: Sequence[Sample]) -> tuple[list[SampleRow], list[SampleRow], list[SampleRow]]:
+    """The first samples, and those that the first judge says changed most, upwards and downwards."""
+    judge = _judge(samples)
+    changes = [
+        (sample.after_scores[judge] - sample.before_scores[judge], index)
+        for index, sample in enumerate(samples)
+        if judge in sample.before_scores and judge in sample.after_scores
+    ]
+    up = sorted((change for change in changes if change[0] > 0), reverse=True)[:EXTREME_SAMPLES]
+    down = sorted(change for change in changes if change[0] < 0)[:EXTREME_SAMPLES]
+    return (
+        [_row(sample) for sample in samples[:FIRST_SAMPLES]],
+        [_row(samples[index]) for _, index in up],
+        [_row(samples[index]) for _, index in down],
+    )
+
+
+def _judge(samples: Sequence[Sample]) -> str:
+    """The judge that samples are ordered by: an independent one before the training reward."""
+    names = [name for sample in samples[:1] for name in sample.after_scores]
+    return next((name for name in (*JUDGES, *names) if name in names), "")
+
+
+def _row(sample: Sample) -> SampleRow:
+    return SampleRow(
+        prompt=sample.prompt,
+        before=sample.before,
+        after=sample.after,
+        before_scores=[(label_of(name), number(score)) for name, score in sample.before_scores.items()],
+        after_scores=[(label_of(name), number(score)) for name, score in sample.after_scores.items()],
+    )
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,0 +1,241 @@
+"""The plots of a run, in one style, in a light and a dark version; matplotlib only, no display, no global state."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ppo.report.figures import (
+    FIGURES,
+    FRONTIER_READING,
+    FRONTIER_TITLE,
+    HISTOGRAM_READING,
+    HISTOGRAM_TITLE,
+    Panel,
+)
+from rlhf_ppo.report.run_data import RunData
+from rlhf_ppo.report.run_folder import Sample
+from rlhf_ppo.report.wording import label_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+SMOOTHED_FROM = 40
+"""Iterations from which on a curve is drawn thin with its moving average over it."""
+MOST_HISTOGRAMS = 4
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of one version of the plots; the page uses the same."""
+
+    ink: str
+    faint: str
+    grid: str
+    paper: str
+    first: str
+    second: str
+    colormap: str
+
+
+LIGHT = Palette("#1c2430", "#5d6778", "#e4e8ee", "#ffffff", "#2f62c8", "#d9622b", "viridis")
+DARK = Palette("#e6eaf1", "#9aa5b5", "#2d3542", "#171c24", "#7aa5f7", "#f0955c", "viridis")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One finished plot as PNG in both versions."""
+
+    name: str
+    title: str
+    reading: str
+    light: bytes
+    dark: bytes
+
+
+Painter = Callable[["Canvas", Palette], None]
+
+
+def draw_plots(data: RunData) -> tuple[list[Plot], list[str]]:
+    """Every plot that the run has data for, and the titles of those that it has none for.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    rows = data.metrics
+    jobs: list[tuple[str, str, str, Painter | None, float]] = []
+    for figure in FIGURES:
+        panels = [panel for panel in figure.panels if _metric_of(panel, rows)]
+        painter = _curves(panels, rows) if panels else None
+        jobs.append((figure.name, figure.title, figure.reading, painter, _height(panels)))
+    jobs.append(("frontier", FRONTIER_TITLE, FRONTIER_READING, _frontier(rows), 4.0))
+    histograms = _score_pairs(data.samples)
+    painter = _histograms(histograms) if histograms else None
+    jobs.append(("scores", HISTOGRAM_TITLE, HISTOGRAM_READING, painter, max(4.0, 1.0 + 2.1 * len(histograms))))
+    plots = [
+        Plot(name, title, reading, _png(painter, LIGHT, height), _png(painter, DARK, height))
+        for name, title, reading, painter, height in jobs
+        if painter is not None
+    ]
+    return plots, [title for _, title, _, painter, _ in jobs if painter is None]
+
+
+def smoothed(values: Sequence[float], *, window: int) -> list[float]:
+    """Centred moving average; near the ends the window shrinks, so that the curve keeps both its ends."""
+    half = [min(window // 2, index, len(values) - 1 - index) for index in range(len(values))]
+    return [sum(values[i - h : i + h + 1]) / (2 * h + 1) for i, h in enumerate(half)]
+
+
+def _metric_of(panel: Panel, rows: Sequence[dict[str, float]]) -> str:
+    """The first name of the panel with at least two finite values; "" if there is none."""
+    for name in panel.metrics:
+        if sum(math.isfinite(row.get(name, math.nan)) for row in rows) >= 2:
+            return name
+    return ""
+
+
+def _series(rows: Sequence[dict[str, float]], *names: str) -> list[tuple[float, ...]]:
+    """(iteration, value, ...) of the rows where all these metrics are finite."""
+    found = [(row["iteration"], *(row.get(name, math.nan) for name in names)) for row in rows]
+    return [row for row in found if all(map(math.isfinite, row))]
+
+
+def _height(panels: Sequence[Panel]) -> float:
+    return 4.0 if len(panels) < 2 else 5.2
+
+
+def _curves(panels: Sequence[Panel], rows: Sequence[dict[str, float]]) -> Painter:
+    def paint(canvas: Canvas, palette: Palette) -> None:
+        axes = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, panel, color in zip(axes, panels, (palette.first, palette.second), strict=False):
+            _curve(axis, panel, rows, palette, color)
+        axes[-1].set_xlabel("iteration")
+
+    return paint
+
+
+def _curve(axis: Axes, panel: Panel, rows: Sequence[dict[str, float]], palette: Palette, color: str) -> None:
+    metric = _metric_of(panel, rows)
+    points = _series(rows, metric)
+    x, y = [point[0] for point in points], [point[1] for point in points]
+    banded = _series(rows, metric, panel.band) if panel.band else []
+    if banded:
+        low, high = [m - s for _, m, s in banded], [m + s for _, m, s in banded]
+        axis.fill_between([point[0] for point in banded], low, high, color=color, alpha=0.14, linewidth=0)
+    if len(y) >= SMOOTHED_FROM:
+        axis.plot(x, y, color=color, alpha=0.35, linewidth=0.9)
+        axis.plot(x, smoothed(y, window=max(5, len(y) // 15)), color=color, linewidth=2.2)
+    else:
+        axis.plot(x, y, color=color, linewidth=2.0, marker="o" if len(y) < 16 else None, markersize=4)
+    if panel.zero:
+        axis.axhline(0.0, color=palette.faint, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axis.set_ylabel(panel.label)
+    axis.margins(x=0.01)
+
+
+def _frontier(rows: Sequence[dict[str, float]]) -> Painter | None:
+    points = _series(rows, "objective/kl", "ppo/mean_scores")
+    if len(points) < 2:
+        return None
+
+    def paint(canvas: Canvas, palette: Palette) -> None:
+        axis = canvas.subplots()
+        iterations, kl, scores = ([point[index] for point in points] for index in range(3))
+        window = max(5, len(points) // 15) if len(points) >= SMOOTHED_FROM else 1
+        path = smoothed(kl, window=window), smoothed(scores, window=window)
+        axis.plot(*path, color=palette.faint, linewidth=1.2, alpha=0.7, zorder=2)
+        dots = axis.scatter(kl, scores, c=iterations, cmap=palette.colormap, s=20, zorder=3, linewidths=0)
+        for index, text in ((0, "start"), (-1, "end")):
+            at = (path[0][index], path[1][index])
+            axis.plot(*at, "o", markersize=9, markerfacecolor="none", markeredgecolor=palette.second, zorder=4)
+            axis.annotate(
+                text, at, xytext=(0, -16), textcoords="offset points", ha="center", color=palette.second, zorder=4
+            )
+        bar = canvas.colorbar(dots, ax=axis, pad=0.02, aspect=28)
+        bar.set_label("iteration")
+        bar.outline.set_visible(False)
+        axis.set_xlabel("KL to the reference (nats per response)")
+        axis.set_ylabel("mean score")
+        axis.margins(0.06, 0.12)
+
+    return paint
+
+
+def _score_pairs(samples: Sequence[Sample]) -> dict[str, tuple[list[float], list[float]]]:
+    """Finite scores before and after, by judge, for judges with at least two of each."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for sample in samples:
+        for index, scores in enumerate((sample.before_scores, sample.after_scores)):
+            for judge, score in scores.items():
+                if math.isfinite(score):
+                    found.setdefault(judge, ([], []))[index].append(score)
+    enough = {judge: pair for judge, pair in found.items() if min(map(len, pair)) >= 2}
+    return dict(list(enough.items())[:MOST_HISTOGRAMS])
+
+
+def _histograms(pairs: dict[str, tuple[list[float], list[float]]]) -> Painter:
+    def paint(canvas: Canvas, palette: Palette) -> None:
+        axes = canvas.subplots(len(pairs), 1, squeeze=False)[:, 0]
+        for axis, (judge, pair) in zip(axes, pairs.items(), strict=True):
+            edges = _edges([*pair[0], *pair[1]])
+            for scores, color, when in zip(pair, (palette.faint, palette.first), ("before", "after"), strict=True):
+                mean = sum(scores) / len(scores)
+                weights = [100.0 / len(scores)] * len(scores)
+                label = f"{when} (mean {mean:.2f})"
+                axis.hist(scores, edges, weights=weights, color=color, alpha=0.45, label=label)
+                axis.hist(scores, edges, weights=weights, color=color, histtype="step", linewidth=1.4)
+                axis.axvline(mean, color=color, linewidth=1.4, linestyle=(0, (4, 3)))
+            axis.set_xlabel(label_of(judge))
+            axis.set_ylabel("% of responses")
+            axis.legend(loc="best")
+
+    return paint
+
+
+def _edges(values: Sequence[float], *, bins: int = 30) -> list[float]:
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    return [low + (high - low) * index / bins for index in range(bins + 1)]
+
+
+def _png(painter: Painter, palette: Palette, height: float) -> bytes:
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context(_style(palette)):
+        canvas = Canvas(figsize=(7.2, height), dpi=150, layout="constrained")
+        painter(canvas, palette)
+        canvas.align_ylabels()
+        target = io.BytesIO()
+        canvas.savefig(target, format="png", metadata={"Software": None})
+    return target.getvalue()
+
+
+def _style(palette: Palette) -> Any:  # matplotlib types rcParams by a list of all their names
+    return {
+        "axes.axisbelow": True,
+        "axes.edgecolor": palette.grid,
+        "axes.facecolor": palette.paper,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.labelcolor": palette.faint,
+        "axes.spines.left": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "figure.facecolor": palette.paper,
+        "font.family": "DejaVu Sans",
+        "font.size": 11,
+        "grid.color": palette.grid,
+        "legend.frameon": False,
+        "legend.labelcolor": palette.ink,
+        "savefig.facecolor": palette.paper,
+        "text.color": palette.ink,
+        "xtick.color": palette.faint,
+        "ytick.color": palette.faint,
+        "ytick.major.size": 0,
+    }
