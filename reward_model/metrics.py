@@ -73,3 +73,26 @@ def best_temperature(differences: Tensor) -> float:
         slope = float((-values * torch.sigmoid(-middle * values)).mean())
         low, high = (middle, high) if slope < 0 else (low, middle)
     return 1 / high
+
+
+def length_slope(differences: Tensor, length_gaps: Tensor) -> float:
+    """Score gained per token of extra length: least squares of d on the length gap, through the origin.
+
+    A pair and its mirror image say the same, so there is no intercept. With labels that do not depend on length, a
+    slope away from 0 is a bias.
+    """
+    gaps, values = length_gaps.double(), differences.double()
+    norm = float((gaps**2).sum())
+    return float((gaps * values).sum()) / norm if norm else 0.0
+
+
+def best_of_n(proxy: Tensor, gold: Tensor, n: int) -> float:
+    """Expected gold score of the proxy's favourite among `n` samples drawn without replacement from a pool.
+
+    The estimator of Nakano et al. (2021, app. I): the i-th lowest of m samples by proxy is the favourite in
+    C(i-1, n-1) of the C(m, n) draws.
+    """
+    order = torch.argsort(proxy, stable=True)
+    count = len(order)
+    chances = torch.tensor([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)], dtype=torch.float64)
+    return float((chances * gold.double()[order]).sum())

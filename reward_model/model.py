@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_model.backbone import head_name, longest_input
 from reward_model.contract import Contract, ContractError, tokenizer_sha256
-from reward_model.text import Text, encode, prepare_tokenizer
+from reward_model.text import Texts, encode, prepare_tokenizer
 from rlhf_ppo.batch import cut, pad_rows
 
 ADAPTER_FILE = "adapter_config.json"
@@ -70,7 +70,7 @@ class RewardModel:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), tokenizer, contract, max_tokens=max_tokens)
 
-    def __call__(self, prompts: Sequence[Text], responses: Sequence[Text], **_columns: Any) -> list[float]:
+    def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
         """Normalised scores, gain · raw + bias, one for each prompt-response text.
 
         Args:
@@ -83,7 +83,7 @@ class RewardModel:
         """
         return [self.contract.normalisation.apply(raw) for raw in self.raw_scores(prompts, responses)]
 
-    def raw_scores(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[float]:
+    def raw_scores(self, prompts: Texts, responses: Texts) -> list[float]:
         """The logits themselves: what AutoModelForSequenceClassification gives for the same folder and token ids."""
         _check_texts(prompts, responses)
         rule = self.contract.text
@@ -113,6 +113,24 @@ class RewardModel:
         normalisation = replace(self.contract.normalisation, gain=gain, bias=bias, reference=reference, samples=samples)
         contract = replace(self.contract, normalisation=normalisation)
         return RewardModel(self.model, self.tokenizer, contract, max_tokens=self.max_tokens)
+
+    @torch.inference_mode()
+    def left_padded_scores(self, rows: Sequence[Sequence[int]]) -> list[float] | None:
+        """Raw scores with the padding in front and positions counted from the first real token, in one batch.
+
+        A check that padding does not leak into scores; None for models that cannot be padded on the left (encoders,
+        which read the score at the first position).
+        """
+        if not getattr(self.model.config, "is_decoder", False) and not hasattr(self.model, "score"):
+            return None
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(row)) + list(row) for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        device = self.model.device
+        logits = self.model(**{name: value.to(device) for name, value in batch.items()}).logits
+        return logits.squeeze(-1).float().tolist()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -169,7 +187,7 @@ def check_tokenizer(tokenizer: Any, model: Any, contract: Contract, folder: Path
         )
 
 
-def _check_texts(prompts: Sequence[Text], responses: Sequence[Text]) -> None:
+def _check_texts(prompts: Any, responses: Any) -> None:
     if isinstance(prompts, str) or isinstance(responses, str):
         raise TypeError("prompts and responses must be lists with one text a sample, got a single string.")
     if len(prompts) != len(responses):

@@ -7,6 +7,8 @@ from reward_model.contract import ContractError, TextRule
 
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
+Texts = Sequence[Any]
+"""One `Text` a sample; checked where they enter, with an error that names the sample."""
 
 
 def encode(tokenizer: Any, rule: TextRule, prompt: Text, response: Text, *, truncate: bool) -> list[int]:

@@ -1,0 +1,100 @@
+"""Several reward models as one: the mean of their normalised scores, or a cautious lower bound of it."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reward_model.contract import Contract, ContractError
+from reward_model.model import RewardModel
+from reward_model.text import Texts
+
+
+class EnsembleRewardModel:
+    """Mean of the members' normalised scores, less `caution` standard deviations over the members.
+
+    Every member is normalised to mean 0 and standard deviation 1 on its reference samples, so the scores are on one
+    scale. A positive caution penalises texts that the members disagree on (Coste et al. 2024, eq. 6), which is where
+    a policy finds rewards that are not there.
+    """
+
+    def __init__(self, members: Sequence[RewardModel], *, caution: float = 0.0) -> None:
+        """Combine `members`, each with its own tokenizer and contract.
+
+        Raises:
+            ValueError: Fewer than two members, or a negative caution.
+        """
+        if len(members) < 2:
+            raise ValueError(f"An ensemble needs two or more members, got {len(members)}.")
+        if caution < 0:
+            raise ValueError(f"caution must be >= 0, got {caution}: below 0 it would reward disagreement.")
+        self.members = list(members)
+        self.caution = caution
+
+    def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
+        """One score for each prompt-response text."""
+        if not len(prompts) and not len(responses):
+            return []
+        scores = torch.tensor(self.member_scores(prompts, responses), dtype=torch.float64)
+        return (scores.mean(dim=0) - self.caution * scores.std(dim=0)).tolist()
+
+    def member_scores(self, prompts: Texts, responses: Texts) -> list[list[float]]:
+        """Normalised scores of each member, [members][samples]."""
+        return [member(prompts, responses) for member in self.members]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleFolder:
+    """An ensemble on disk: `member-0`, `member-1`, ... and a contract that names them."""
+
+    path: Path
+    metrics: dict[str, float]
+
+
+def save_ensemble(members: Sequence[Path], output: Path, metrics: dict[str, float]) -> EnsembleFolder:
+    """Move finished members into one folder with a contract of kind `ensemble`.
+
+    Args:
+        members: Folders of trained reward models; they are moved.
+        output: The folder to make; it appears by one rename.
+        metrics: Held-out metrics of the ensemble.
+    """
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    names = tuple(f"member-{index}" for index in range(len(members)))
+    first = Contract.read(members[0])
+    for name, member in zip(names, members, strict=True):
+        shutil.move(str(member), partial / name)
+    replace(first, kind="ensemble", members=names, metrics=metrics).write(partial)
+    if output.exists():
+        shutil.rmtree(output)
+    partial.rename(output)
+    return EnsembleFolder(path=output, metrics=metrics)
+
+
+def load_reward_model(
+    path: str | Path, *, device: str | torch.device | None = None, caution: float = 0.0, max_tokens: int = 16_384
+) -> RewardModel | EnsembleRewardModel:
+    """A reward model or an ensemble, whichever the folder holds.
+
+    Args:
+        path: The folder.
+        device: Where to compute; None is the first GPU if there is one.
+        caution: Standard deviations over the members that an ensemble's score is lowered by.
+        max_tokens: Most padded tokens in one forward pass.
+
+    Raises:
+        ContractError: As `RewardModel.from_pretrained`; also when caution is asked of a single model.
+    """
+    folder = Path(path)
+    contract = Contract.read(folder)
+    if contract.kind == "single":
+        if caution:
+            raise ContractError(f"{folder}: field kind is 'single', so caution={caution} has nothing to compare.")
+        return RewardModel.from_pretrained(folder, device=device, max_tokens=max_tokens)
+    members = [RewardModel.from_pretrained(folder / n, device=device, max_tokens=max_tokens) for n in contract.members]
+    return EnsembleRewardModel(members, caution=caution)

@@ -1,0 +1,55 @@
+"""A tiny reward model, trained once for all tests that only look at one."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reward_model import RewardModel, RewardModelConfig, train_reward_model
+from tests.helpers import tiny_gpt2, tiny_tokenizer
+
+GOOD = ["good", "great", "lovely", "wonderful"]
+BAD = ["bad", "boring", "terrible", "awful"]
+
+
+def preference_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs that a tiny model can learn: kind words against unkind ones."""
+    draw = random.Random(seed)
+    words = lambda pool: " ".join(draw.choices(pool, k=draw.randint(1, 6)))
+    return [{"prompt": "The movie was ", "chosen": words(GOOD), "rejected": words(BAD)} for _ in range(count)]
+
+
+def tiny_config(base: Path, output: Path, **changes: Any) -> RewardModelConfig:
+    """Seconds of training."""
+    settings: dict[str, Any] = {
+        "model": str(base),
+        "output_dir": str(output),
+        "learning_rate": 1e-3,
+        "batch_size": 16,
+        "max_length": 64,
+        "progress": False,
+    }
+    return RewardModelConfig(**(settings | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal LM folder with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_gpt2().save_pretrained(folder)
+    tiny_tokenizer(chat=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that train_reward_model wrote."""
+    rows = preference_rows(260)
+    config = tiny_config(tiny_base, tmp_path_factory.mktemp("trained") / "reward_model")
+    return train_reward_model(config, train=rows[:200], evaluation=rows[200:]).path
+
+
+@pytest.fixture
+def reward_model(trained_folder: Path) -> RewardModel:
+    return RewardModel.from_pretrained(trained_folder)
