@@ -136,7 +136,7 @@ class _Results:
     lengths: Int[Tensor, "rows"]
     finished: Bool[Tensor, "rows"]
     limits: Int[Tensor, "rows"]
-    uniforms: Float[Tensor, "rows steps"]
+    uniforms: Float[Tensor, "rows draws"]
     work: SamplingWork = field(default_factory=SamplingWork)
 
     @classmethod

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +26,7 @@ TOP_K_OF_TRANSFORMERS = 50  # what `generate(do_sample=True)` uses when nobody s
 def generate_responses(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    query_tensor: Int[Tensor, "_"] | Sequence[Int[Tensor, "_"]],
+    query_tensor: Tensor | Sequence[Tensor],
     *,
     length_sampler: Callable[[], int] | None = None,
     batch_size: int = 4,
