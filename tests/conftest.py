@@ -81,5 +81,5 @@ def _no_network() -> Iterator[None]:
 def _seeded() -> None:
     """Each test starts from the same random state, whatever ran before it."""
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002  third parties draw from the global state
+    np.random.seed(0)  # third parties draw from the global state
     torch.manual_seed(0)
