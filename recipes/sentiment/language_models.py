@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from .adaptation import adapted_model
 from .assets import SMOLLM2, fetch
 from .cache import build_once, cache_root
 from .reviews import Review, load_reviews, split_reviews
@@ -17,7 +18,7 @@ from .sft import SFTConfig, small_language_model
 SMALL_GPT2 = "gpt2-small-reviews"
 """A GPT-2 of 4 million weights, trained from nothing on review openings; serves on any machine."""
 SMOLLM2_135M = "smollm2-135m"
-"""SmolLM2-135M-Instruct from a package: writes real sentences, at thirty times the cost."""
+"""SmolLM2-135M-Instruct from a package, adapted to review openings: writes real sentences, at thirty times the cost."""
 EMBEDDED_MODELS = (SMALL_GPT2, SMOLLM2_135M)
 
 
@@ -28,19 +29,19 @@ def model_location(
 
     Args:
         name: One of `EMBEDDED_MODELS`, a folder, or a name on the model hub.
-        reviews: What the small GPT-2 is trained on; the language-model part of the embedded reviews by default.
-        sft: How it is trained.
-        threads: PyTorch threads to train it with; measured by default.
+        reviews: What an embedded model is trained on; the language-model part of the embedded reviews by default.
+        sft: How the small GPT-2 is trained.
+        threads: PyTorch threads to train an embedded model with; measured by default.
 
     Raises:
         ValueError: When a folder is named that does not exist.
         AssetError: When an embedded model needs a package that cannot be fetched.
     """
-    if name == SMALL_GPT2:
+    if name in EMBEDDED_MODELS:
         texts = split_reviews(load_reviews()).language_model if reviews is None else reviews
-        return str(small_language_model(texts, sft, threads=threads))
-    if name == SMOLLM2_135M:
-        return str(smollm2_folder())
+        if name == SMALL_GPT2:
+            return str(small_language_model(texts, sft, threads=threads))
+        return str(adapted_model(smollm2_folder(), texts, threads=threads))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
@@ -61,7 +62,7 @@ def load_language_model(
 
     Args:
         name: See [`model_location`][sentiment.language_models.model_location], as for the other arguments.
-        reviews: Training text of the small GPT-2.
+        reviews: Training text of an embedded model.
         sft: How the small GPT-2 is trained.
         threads: PyTorch threads for that.
         dtype: Of the weights.

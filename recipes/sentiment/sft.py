@@ -9,8 +9,7 @@ AdamW, which keeps the embeddings, norms and biases.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from .cache import build_once, cache_root, fingerprint
 from .reviews import Review
 from .threads import choose_threads
+from .training import batches, mixed_precision
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 _SENTENCE_ENDS = (".", "!", "?")
@@ -242,20 +242,3 @@ def learning_rate(step: int, config: SFTConfig) -> float:
     done = (step + 1) / config.steps
     rise = min(1.0, done / config.warmup_fraction) if config.warmup_fraction else 1.0
     return rise * (1.0 - done * (1.0 - config.final_learning_rate))
-
-
-def batches(rows: torch.Tensor, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Batches of rows without end, each pass in a new order; what is left of a pass is dropped."""
-    while True:
-        order = torch.randperm(len(rows), generator=generator)
-        for begin in range(0, len(rows) - size + 1, size):
-            yield rows[order[begin : begin + size]]
-
-
-def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 if the device computes with it; a CPU that only imitates it would be slower."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = bool(torch.cpu._is_avx512_bf16_supported())
-    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()

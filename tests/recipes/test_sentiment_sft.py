@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from sentiment.adaptation import AdaptationConfig, adapted_model
 from sentiment.cache import cache_root
 from sentiment.language_models import fit_tokenizer, load_language_model, model_location
 from sentiment.reviews import Review
 from sentiment.sft import (
     SFTConfig,
-    batches,
     learning_rate,
     make_optimizers,
     new_model,
@@ -21,7 +21,8 @@ from sentiment.sft import (
     training_rows,
 )
 from sentiment.threads import choose_threads
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from sentiment.training import batches
+from tests.helpers import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 TINY = SFTConfig(
     vocabulary_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32, row_length=12, batch_size=4, steps=40
@@ -183,3 +184,23 @@ def test_the_saved_small_model_is_an_ordinary_folder(tmp_path: Path, monkeypatch
     folder = small_language_model(REVIEWS, replace(TINY, steps=1), threads=1)
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder), GPT2LMHeadModel)
     assert AutoTokenizer.from_pretrained(folder).pad_token == "<|pad|>"
+
+
+def test_a_pretrained_model_is_adapted_once_and_saved_without_its_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_PPO_CACHE", str(tmp_path / "cache"))
+    base = tmp_path / "toy-0123"
+    saved(base, tiny_llama(), tiny_tokenizer())
+    config = AdaptationConfig(row_length=12, batch_size=4, steps=12, rank=4, learning_rate=1e-2)
+    folder = adapted_model(base, REVIEWS, config, threads=1)
+    assert adapted_model(base, REVIEWS, config) == folder and folder.name.startswith("toy-reviews-")
+    assert not (folder / "adapter_config.json").exists()
+    ids = tiny_tokenizer()(REVIEWS[0].text, return_tensors="pt").input_ids[:, :12]
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(input_ids=ids, labels=ids).loss.item()
+        for path in (base, folder)
+    )
+    assert after < before - 0.5
+    with pytest.raises(ValueError, match="One step needs 4 reviews of at least 12 tokens, got 0 of 1"):
+        adapted_model(base, [Review("Short.", 1)], config, threads=1)
