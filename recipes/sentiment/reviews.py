@@ -190,11 +190,12 @@ def labelled_excerpts(
 
 
 def preference_pairs(
-    reviews: Sequence[Review], *, min_words: int = 12, max_words: int = 64, per_review: int = 1
+    reviews: Sequence[Review], *, min_words: int = 12, max_words: int = 40, per_review: int = 1
 ) -> Dataset:
     """Pairs without a prompt: an excerpt of a positive review is `chosen` over one of a negative review.
 
-    Both texts of a pair are cut to the same number of words, so that length tells nothing. Excerpts begin where
+    Both texts of a pair are cut to the same number of words, so that length tells nothing; forty words stay within the
+    positions that the small language model was trained on. Excerpts begin where
     [`labelled_excerpts`][sentiment.reviews.labelled_excerpts] begins them.
 
     Returns:
