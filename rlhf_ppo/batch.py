@@ -14,6 +14,7 @@ from torch import Tensor
 
 Rows = Int[Tensor, " rows"]
 
+
 @runtime_checkable
 class PolicyInputs(Protocol):
     """What a policy needs to score the actions of a batch again; rows can be selected and weighed."""
@@ -120,7 +121,7 @@ class TrainBatch:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 changes[item.name] = value[rows][:, :width]
-        return replace(self, inputs=inputs, **changes)  # type: ignore[arg-type]
+        return replace(self, inputs=inputs, **changes)
 
     def micro_batches(self, rows: Rows, *, size: int | None, token_budget: int | None) -> "Iterator[TrainBatch]":
         """Cut `rows` into pieces sorted by length, so that a piece pads little.
@@ -160,4 +161,3 @@ def pad_rows(rows: Sequence[Tensor], *, width: int | None = None, value: float =
     if width is None or width <= padded.shape[1]:
         return padded
     return torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=value)
-

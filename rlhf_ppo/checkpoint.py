@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 
 def rng_state(generator: torch.Generator) -> dict[str, Any]:
     """Random states of this process: torch, CUDA, NumPy, Python, and the sampler's own generator."""
-    numpy_state = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

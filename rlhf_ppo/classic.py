@@ -80,7 +80,7 @@ class ClassicSurface(ClassicPieces):
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset)
         loader = DataLoader(
-            dataset,  # type: ignore[arg-type]
+            dataset,
             batch_size=self.config.batch_size,
             collate_fn=data_collator,
             shuffle=True,
@@ -104,9 +104,10 @@ class ClassicSurface(ClassicPieces):
             rewards: One score a sample.
             columns_to_log: Columns of the table `game_log` (Weights & Biases only).
         """
-        if not isinstance(rewards, Tensor):
-            rewards = torch.stack([torch.as_tensor(reward).float().reshape(()) for reward in rewards])
-        rewards = self.accelerator.gather(rewards.to(self.current_device)).flatten().float().cpu()
+        own = (
+            rewards if isinstance(rewards, Tensor) else torch.stack([reward.float().reshape(()) for reward in rewards])
+        )
+        scores: Tensor = self.accelerator.gather(own.to(self.current_device)).flatten().float().cpu()
         columns = list(columns_to_log)
         table: list[list[Any]] = []
         if self.config.log_with == "wandb":
@@ -124,11 +125,11 @@ class ClassicSurface(ClassicPieces):
                 stacklevel=2,
             )
         logs = {name: value.float() if isinstance(value, Tensor) else value for name, value in stats.items()}
-        logs["env/reward_mean"] = float(rewards.mean())
-        logs["env/reward_std"] = float(rewards.std()) if len(rewards) > 1 else 0.0
-        logs["env/reward_dist"] = rewards.numpy()
+        logs["env/reward_mean"] = float(scores.mean())
+        logs["env/reward_std"] = float(scores.std()) if len(scores) > 1 else 0.0
+        logs["env/reward_dist"] = scores.numpy()
         if table:
-            logs["game_log"] = _wandb_table([*columns, "reward"], [*table, rewards.tolist()])
+            logs["game_log"] = _wandb_table([*columns, "reward"], [*table, scores.tolist()])
         self.current_step += 1
         self._track(logs)
 
@@ -203,7 +204,7 @@ class ClassicSurface(ClassicPieces):
 
 
 def _wandb_table(columns: list[str], values: list[list[Any]]) -> Any:
-    import wandb  # noqa: PLC0415  # only there when the tracker is
+    import wandb  # only there when the tracker is
 
     return wandb.Table(columns=columns, rows=[list(row) for row in zip(*values, strict=True)])
 

@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
@@ -18,7 +18,7 @@ class PPOConfig:
     that does not exist cannot be set: a misspelt name raises instead of being ignored.
     """
 
-    exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py") or "rlhf_ppo"
+    exp_name: str = Path(sys.argv[0]).stem or "rlhf_ppo"
     """Name of the experiment."""
     seed: int = 0
     """Seeds Python, NumPy, torch and the minibatch shuffles."""
@@ -152,7 +152,9 @@ class PPOConfig:
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _FIELD_NAMES:
-            raise AttributeError(f"PPOConfig has no setting {name!r}; its settings are {', '.join(sorted(_FIELD_NAMES))}")
+            raise AttributeError(
+                f"PPOConfig has no setting {name!r}; its settings are {', '.join(sorted(_FIELD_NAMES))}"
+            )
         super().__setattr__(name, value)
 
     def algorithm(self) -> PPOClip:

@@ -74,7 +74,9 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def reference_measures(scorer: Scorer, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> dict[str, list[float]]:
+def reference_measures(
+    scorer: Scorer, prompts: Sequence[Tensor], responses: Sequence[Tensor]
+) -> dict[str, list[float]]:
     """KL to the reference and perplexity under it, one number a response.
 
     `kl` is the k1 estimate summed over a response, nats; `kl_k3` its non-negative relative (Schulman 2020);

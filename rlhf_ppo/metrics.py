@@ -17,7 +17,7 @@ from rlhf_ppo.updates import UpdateRecord
 
 TIMINGS = ("forward_pass", "compute_rewards", "compute_advantages", "optimize_step", "calc_stats", "total")
 
-Statistics = dict[str, float | np.ndarray]  # type: ignore[type-arg]
+Statistics = dict[str, float | np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,8 @@ def scalars(statistics: Mapping[str, object]) -> dict[str, float]:
     return {name: float(value) for name, value in statistics.items() if isinstance(value, int | float | np.floating)}
 
 
-def _array(tensor: Tensor) -> np.ndarray:  # type: ignore[type-arg]
-    array: np.ndarray = tensor.detach().float().cpu().numpy()  # type: ignore[type-arg]
+def _array(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().float().cpu().numpy()
     return array
 
 

@@ -25,7 +25,7 @@ from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
 from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.extras import set_seed
 from rlhf_ppo.functional import clip_scores
-from rlhf_ppo.metrics import StepFacts, Statistics, classic_statistics, extra_metrics, rows_of
+from rlhf_ppo.metrics import Statistics, StepFacts, classic_statistics, extra_metrics, rows_of
 from rlhf_ppo.models import (
     PreTrainedModelWrapper,
     create_reference_model,
@@ -54,7 +54,7 @@ class PPOTrainer(ClassicSurface):
         ref_model: The frozen reference of the KL penalty. None: a frozen copy of `model`, or `model` itself with its
             adapters off (or switched to the adapter that training started from) when it carries LoRA adapters.
         tokenizer: Of `model`. Must have a padding token.
-        dataset: Rows for `dataloader`; None when you bring your own.
+        dataset: Rows for `dataloader`, or the prompts of `train`; None when you bring your own.
         optimizer: Over the trainable parameters of `model`; None: Adam with `config.learning_rate`.
         data_collator: Of `dataloader`.
         num_shared_layers: Lower layers that policy and copied reference share in memory, frozen.
@@ -72,7 +72,7 @@ class PPOTrainer(ClassicSurface):
         model: PreTrainedModelWrapper,
         ref_model: PreTrainedModelWrapper | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dataset: torch.utils.data.Dataset[Any] | datasets.Dataset | None = None,
+        dataset: torch.utils.data.Dataset[Any] | datasets.Dataset | PromptDataset | None = None,
         optimizer: Optimizer | None = None,
         data_collator: Callable[..., Any] | None = None,
         num_shared_layers: int | None = None,
@@ -103,7 +103,8 @@ class PPOTrainer(ClassicSurface):
         self.model, self.ref_model = model, ref_model
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.dataset = dataset
-        self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        own_loop = dataset is not None and not isinstance(dataset, PromptDataset)
+        self.dataloader = self.prepare_dataloader(dataset, data_collator) if own_loop else None
         self.kl_ctl = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
             if config.adap_kl_ctrl
@@ -175,10 +176,10 @@ class PPOTrainer(ClassicSurface):
 
     def train(
         self,
-        prompts: PromptDataset,
         rewards: Sources,
         config: TrainConfig,
         *,
+        prompts: PromptDataset | None = None,
         eval_prompts: PromptDataset | None = None,
         judges: Sources | None = None,
         callbacks: Sequence[Callback] = (),
@@ -187,14 +188,18 @@ class PPOTrainer(ClassicSurface):
         """The managed loop: prompts -> responses -> scores -> `learn`, until `config.iterations`.
 
         Args:
-            prompts: What is answered.
             rewards: One text callable, or several by name with weights; `(prompts=, responses=, **columns) -> scores`.
             config: How long, how often to evaluate and save, where to.
+            prompts: What is answered; None: the `PromptDataset` that the trainer was built with.
             eval_prompts: Held-out prompts for the periodic evaluation.
             judges: Sources asked in the evaluation only: the policy is not rewarded by them.
             callbacks: Called after every iteration with the trainer and the state; True stops.
             sampler: Who draws responses; None: the own decode loop.
         """
+        if prompts is None:
+            if not isinstance(self.dataset, PromptDataset):
+                raise ValueError("train() needs prompts: pass `prompts`, or build the trainer with a PromptDataset")
+            prompts = self.dataset
         return TrainingLoop(self, prompts, rewards, config, eval_prompts, judges, callbacks, sampler).run()
 
     def evaluate(
@@ -346,7 +351,7 @@ def _check_arguments(
             "model and ref_model are the same object: the reference would move with the policy and the KL penalty "
             "would always be 0. Pass `ref_model=None` for a frozen copy."
         )
-    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | datasets.Dataset):
+    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | datasets.Dataset | PromptDataset):
         raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
     if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
         raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
@@ -356,7 +361,7 @@ def _accelerator(config: PPOConfig) -> Accelerator:
     return Accelerator(
         log_with=config.log_with,
         project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
-        **config.accelerator_kwargs,  # type: ignore[arg-type]
+        **config.accelerator_kwargs,
     )
 
 

@@ -210,7 +210,7 @@ class TrainingLoop:
         )
         if float(asked.sum()) > 0:
             state.stopped = list(reasons)[int(asked.argmax())]
-        periodic = config.save_every and state.iteration % config.save_every == 0
+        periodic = config.save_every and (due or state.iteration % config.save_every == 0)
         if self.folder is not None and (periodic or state.stopped is not None):
             save_checkpoint(self, self.folder.path)
 

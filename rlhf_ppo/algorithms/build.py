@@ -41,7 +41,7 @@ def build_algorithm(
     """The algorithm that `config` names, over one policy, optimiser and set of processes."""
 
     def reduce_sum(tensor: Tensor) -> Tensor:
-        reduced: Tensor = accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-untyped-call]
+        reduced: Tensor = accelerator.reduce(tensor, reduction="sum")
         return reduced
 
     def update(terms: Objective, sizes: Callable[[], MinibatchConfig] = minibatch) -> MinibatchUpdate:

@@ -41,9 +41,7 @@ def penalised(beta: Callable[[], float]) -> PolicyTerm:
     """The surrogate minus β KL(π_old || π_θ)."""
 
     def term(logprobs: Tensor, batch: TrainBatch, count: Tensor) -> Tensor:
-        loss, _ = kl_penalty_loss(
-            logprobs, batch.logprobs, batch.advantages, batch.mask, beta=beta(), count=count
-        )
+        loss, _ = kl_penalty_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, beta=beta(), count=count)
         return loss
 
     return term
@@ -96,8 +94,10 @@ def objective(
         if ent_coef:
             loss = loss - ent_coef * entropy
         with torch.no_grad():
-            old = {"clip_low": clip_low, "clip_high": clip_high, "count": count}
-            _, policy_metrics = ppo_clip_loss(output.logprobs, batch.logprobs, batch.advantages, mask, **old)
+            _, policy_metrics = ppo_clip_loss(
+                output.logprobs, batch.logprobs, batch.advantages, mask,
+                clip_low=clip_low, clip_high=clip_high, count=count,
+            )  # fmt: skip
             ratio = (output.logprobs - batch.logprobs)[mask].exp()
         metrics = {
             "loss/policy": policy_loss,

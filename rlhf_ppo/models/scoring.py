@@ -6,9 +6,11 @@ alone, and its logits live one chunk at a time. The same module scores rollouts 
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -78,14 +80,14 @@ class TokenPolicy(nn.Module):
         )
         return pad_rows(kl.split(inputs.response_lengths().tolist()))
 
-    def _language_model(self) -> nn.Module:
+    def _language_model(self) -> Any:
         model = self.model
         language_model = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
         # PEFT injects its layers into the base model, so the base model is the adapted policy.
-        return language_model.get_base_model() if hasattr(language_model, "get_base_model") else language_model
+        return language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
 
     def _head(self) -> Head:
-        language_model = self._language_model()
+        language_model: Any = self._language_model()
         head: nn.Module = language_model.get_output_embeddings()
         softcap = getattr(language_model.config, "final_logit_softcapping", None)
         if softcap is None:

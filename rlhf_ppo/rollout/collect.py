@@ -62,7 +62,9 @@ class Collector:
         return Collected(
             samples=samples,
             prompts=[text for text in batch.texts for _ in range(repeat)],
-            responses=self.tokenizer.batch_decode(samples.responses, skip_special_tokens=True),
+            responses=self.tokenizer.batch_decode(
+                [response.tolist() for response in samples.responses], skip_special_tokens=True
+            ),
             columns={name: [item for item in column for _ in range(repeat)] for name, column in batch.columns.items()},
         )
 
@@ -81,9 +83,7 @@ class Collector:
             raise ValueError("missing_eos takes one score a response, the reward source gave one a token")
         finished = torch.tensor(collected.samples.finished)
         total = missing_eos_penalty(scores.total, finished, penalty=missing_eos.penalty, mode=missing_eos.mode)
-        return Scores(
-            total=total, per_token=None, per_source=scores.per_source, skipped=scores.skipped
-        )
+        return Scores(total=total, per_token=None, per_source=scores.per_source, skipped=scores.skipped)
 
     def responses(self, samples: Samples, scores: Scores) -> Responses:
         """The samples that no source skipped, as `learn` takes them.

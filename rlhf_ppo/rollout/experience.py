@@ -115,7 +115,9 @@ class Shaping:
     reduce_max: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
-def shape_rollout(responses: Responses, scored: Scored, shaping: Shaping) -> tuple[Rollout, Float[Tensor, "batch time"]]:
+def shape_rollout(
+    responses: Responses, scored: Scored, shaping: Shaping
+) -> tuple[Rollout, Float[Tensor, "batch time"]]:
     """Rewards of each token: -kl_coef x KL everywhere, plus the score at the last action (Ziegler et al. 2019).
 
     Returns:

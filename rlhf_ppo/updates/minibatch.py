@@ -97,7 +97,7 @@ class MinibatchUpdate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self.rng.set_state(("MT19937", np.asarray(state["keys"], dtype=np.uint32), state["position"]))
+        self.rng.set_state(("MT19937", np.asarray(state["keys"], dtype=np.uint32), state["position"], 0, 0.0))
         self._skips_in_a_row = int(state["skips_in_a_row"])
 
     def _shuffled(self, rows: int, device: torch.device) -> list[Tensor]:
@@ -131,7 +131,7 @@ class MinibatchUpdate:
         # DDP averages gradients over processes; the share of a global count must be summed, hence the factor.
         scale = self.accelerator.num_processes
         synchronise: AbstractContextManager[object] = (
-            nullcontext() if last else self.accelerator.no_sync(self.policy)  # type: ignore[no-untyped-call]
+            nullcontext() if last else self.accelerator.no_sync(self.policy)
         )
         with synchronise:
             output = self.policy(piece.inputs, with_entropy=self.with_entropy)
@@ -193,5 +193,5 @@ class MinibatchUpdate:
         }
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-untyped-call]
+        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return reduced
