@@ -41,6 +41,11 @@ class EnsembleRewardModel:
         scores = torch.tensor(self.member_scores(prompts, responses), dtype=torch.float64)
         return (scores.mean(dim=0) - self.caution * scores.std(dim=0)).tolist()
 
+    def raw_scores(self, prompts: Texts, responses: Texts) -> list[float]:
+        """Mean of the members' raw scores: their differences are the ensemble's log-odds."""
+        raw = [member.raw_scores(prompts, responses) for member in self.members]
+        return torch.tensor(raw, dtype=torch.float64).mean(dim=0).tolist()
+
     def member_scores(self, prompts: Texts, responses: Texts) -> list[list[float]]:
         """Normalised scores of each member, [members][samples]."""
         return [member(prompts, responses) for member in self.members]

@@ -96,12 +96,15 @@ def score_pairs(model: RewardModel | EnsembleRewardModel, comparisons: Sequence[
     best, worst = [pair.completions[0] for pair in pairs], [pair.completions[-1] for pair in pairs]
     first = first_member(model)
     chosen, rejected = torch.tensor(model(prompts, best)), torch.tensor(model(prompts, worst))
-    gain = 1.0 if isinstance(model, EnsembleRewardModel) else first.contract.normalisation.gain
+    if isinstance(model, EnsembleRewardModel):
+        raw = torch.tensor(model.raw_scores(prompts, best)) - torch.tensor(model.raw_scores(prompts, worst))
+    else:
+        raw = (chosen - rejected) / model.contract.normalisation.gain
     return Scored(
         pairs=pairs,
         chosen=chosen,
         rejected=rejected,
-        raw_differences=(chosen - rejected) / gain,
+        raw_differences=raw,
         chosen_tokens=_token_counts(first, prompts, best),
         rejected_tokens=_token_counts(first, prompts, worst),
     )

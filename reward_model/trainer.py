@@ -19,6 +19,7 @@ from reward_model.config import RewardModelConfig
 from reward_model.contract import Contract, Normalisation, TextRule, tokenizer_sha256
 from reward_model.data import Comparison, Row, as_comparisons
 from reward_model.encoding import ComparisonCollator, Encoded, encode_comparisons, fingerprint
+from reward_model.ensemble import EnsembleRewardModel
 from reward_model.metrics import log_loss, pair_accuracy
 from reward_model.model import RewardModel
 from reward_model.preference_trainer import PreferenceTrainer
@@ -84,7 +85,9 @@ def train_reward_model(
     return _finish(trainer, config, contract, encoded_held_out.kept, reference_samples)
 
 
-def held_out_metrics(reward_model: RewardModel, comparisons: Sequence[Comparison]) -> dict[str, float]:
+def held_out_metrics(
+    reward_model: RewardModel | EnsembleRewardModel, comparisons: Sequence[Comparison]
+) -> dict[str, float]:
     """Accuracy (best against worst, ties left out), its interval, margin and log loss, from raw scores."""
     decided = [comparison for comparison in comparisons if not comparison.is_tie]
     if not decided:

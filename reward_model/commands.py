@@ -1,0 +1,99 @@
+"""What the four commands share: parsing flags and a YAML file, and errors in one line."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+
+def parse(types: Sequence[Any], arguments: Sequence[str] | None, *, program: str, description: str) -> tuple[Any, ...]:
+    """Dataclasses from the command line; `--config FILE.yaml` gives defaults that flags override.
+
+    Args:
+        types: Dataclasses with documented fields.
+        arguments: The command line; None is the process's.
+        program: Shown in the usage line.
+        description: First lines of the help.
+
+    Raises:
+        ValueError: An unreadable configuration file, an unknown key, or a value that a dataclass refuses.
+    """
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _Parser(list(types), prog=program, description=description)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same names; flags override it")
+    for action in parser._actions:
+        if action.help is None and action.dest != "help":
+            action.help = " "
+    settings = _config_file(line)
+    unknown = sorted(set(settings) - {action.dest for action in parser._actions})
+    if unknown:
+        raise ValueError(f"The configuration file has unknown keys {unknown}. --help lists the known ones.")
+    for action in parser._actions:
+        if action.dest in settings:
+            action.required = False
+    parser.set_defaults(**settings)
+    *parsed, _ = parser.parse_args_into_dataclasses(line, look_for_args_file=False)
+    return tuple(parsed)
+
+
+class _Parser(HfArgumentParser):
+    """Errors in one line: the usage of forty flags would hide the reason."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}. {self.prog} --help lists the flags.\n")
+
+
+def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str] | None = None) -> None:
+    """Call a command; what is the user's to mend ends in one line on stderr and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("httpx", "datasets", "accelerate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        sys.exit("Interrupted: nothing was saved but the checkpoints.")
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  a command's answer
+        sys.exit(2)
+
+
+def column_names(pairs: Sequence[str] | None) -> dict[str, str]:
+    """`["chosen=better", ...]` as a mapping from our column names to the source's."""
+    mapping = {}
+    for pair in pairs or []:
+        ours, equals, theirs = pair.partition("=")
+        if not (ours and equals and theirs):
+            raise ValueError(f"--columns takes ours=theirs, such as chosen=better, got {pair!r}.")
+        mapping[ours] = theirs
+    return mapping
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """Two columns of text, aligned."""
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _config_file(line: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    paths = [after for flag, after in pairwise(line) if flag == "--config"]
+    paths += [flag.removeprefix("--config=") for flag in line if flag.startswith("--config=")]
+    if not paths:
+        return {}
+    path = Path(paths[-1])
+    if not path.is_file():
+        raise ValueError(f"There is no configuration file {path}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold names and values, got {type(content).__name__}.")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}

@@ -1,0 +1,127 @@
+"""Judge a reward model on held-out comparisons: `python -m reward_model.evaluate --help`."""
+
+import importlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from reward_model.card_page import text_table, write_page
+from reward_model.commands import column_names, parse, run
+from reward_model.contract import CONTRACT_FILE, Contract
+from reward_model.documented import documented
+from reward_model.ensemble import load_reward_model
+from reward_model.preparation import load_comparisons
+from reward_model.report_card import Scorer, report_card
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What to judge, on what, and where to write."""
+
+    model: str
+    """Folder of a reward model or an ensemble (or its first argument)."""
+    data: str
+    """Held-out preferences, in any format that training takes."""
+    split: str = "test"
+    """Which split of a folder or hub dataset."""
+    columns: list[str] = field(default_factory=list)
+    """Names of the source's columns: ours=theirs."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """At a malformed row: stop with its place, or leave it out and count it."""
+    judge: str | None = None
+    """Independent scorer for the best-of-N curve: another reward model's folder, or module:function."""
+    page: str | None = None
+    """HTML page to write, its picture beside it; default: report_card.html in the model's folder; none: no page."""
+    json: str | None = None
+    """File for the numbers; default: report_card.json in the model's folder."""
+    seed: int = 0
+    """Seed of the pairs drawn from labelled texts."""
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print the table, write JSON and page, and return the numbers."""
+    (config,) = parse(
+        (EvaluateConfig,),
+        _named_model(arguments),
+        program="python -m reward_model.evaluate",
+        description="Judge a reward model on held-out comparisons: accuracy, calibration, biases, stability.",
+    )
+    folder = Path(config.model)
+    model = load_reward_model(folder)
+    loaded = load_comparisons(
+        config.data,
+        split=config.split,
+        columns=column_names(config.columns),
+        on_bad_row=config.on_bad_row,
+        seed=config.seed,
+    )
+    card = report_card(model, loaded.comparisons, judge=load_judge(config.judge))
+    card["data"] = loaded.report.as_dict()
+    print(text_table(card))  # noqa: T201  the command's answer
+    target = Path(config.json) if config.json else folder / "report_card.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(_finite(card), indent=1) + "\n", encoding="utf-8")
+    if config.page != "none":
+        page = Path(config.page) if config.page else folder / "report_card.html"
+        write_page(card, page, title=folder.name, facts=contract_facts(Contract.read(folder)))
+        print(f"page: {page}")  # noqa: T201
+    return card
+
+
+def load_judge(name: str | None) -> Scorer | None:
+    """A scorer by the folder of a reward model or by `module:function`.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if name is None:
+        return None
+    if (Path(name) / CONTRACT_FILE).is_file():
+        return load_reward_model(name)
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"--judge takes the folder of a reward model or module:function, got {name!r}.")
+    try:
+        scorer: Scorer = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--judge {name}: {error}.") from error
+    return scorer
+
+
+def contract_facts(contract: Contract) -> dict[str, str]:
+    """What a reader of the page wants to know of a contract."""
+    return {
+        "trained from": contract.base,
+        "kind": contract.kind if contract.kind == "single" else f"ensemble of {len(contract.members)}",
+        "template": contract.text.template,
+        "end-of-text token": "appended" if contract.text.append_eos else "not appended",
+        "longest text": f"{contract.text.max_length} tokens",
+        "training comparisons": str(contract.data.get("train", "unknown")),
+        "training data": str(contract.data.get("fingerprint", "unknown"))[:16],
+        "normalised on": f"{contract.normalisation.samples} samples ({contract.normalisation.reference})",
+    }
+
+
+def _named_model(arguments: Sequence[str] | None) -> list[str] | None:
+    """`evaluate MODEL --data ...` as `evaluate --model MODEL --data ...`."""
+    import sys
+
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    return ["--model", *line] if line and not line[0].startswith("-") else line
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither nan nor infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+if __name__ == "__main__":
+    run(main)

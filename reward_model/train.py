@@ -1,0 +1,141 @@
+"""Train a reward model from a preference dataset: `python -m reward_model.train --help`."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+
+from reward_model.commands import column_names, parse, run, table
+from reward_model.config import RewardModelConfig
+from reward_model.data import Comparison
+from reward_model.documented import documented
+from reward_model.ensemble import EnsembleRewardModel, save_ensemble
+from reward_model.model import RewardModel
+from reward_model.preparation import Loaded, load_comparisons, split_by_prompt, write_bad_rows
+from reward_model.trainer import TrainedRewardModel, held_out_metrics, train_reward_model
+
+logger = logging.getLogger(__name__)
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the preferences come from."""
+
+    data: str
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub name."""
+    split: str = "train"
+    """Which split of a folder or hub dataset to train on."""
+    evaluation_data: str | None = None
+    """Held-out source; without it a part of the data is held out by prompt."""
+    evaluation_split: str = "test"
+    """Which split of the held-out folder or hub dataset."""
+    held_out: float = 0.1
+    """Share of the comparisons that is held out when there is no evaluation_data."""
+    columns: list[str] = field(default_factory=list)
+    """Names of the source's columns: ours=theirs, such as chosen=better rejected=worse."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """At a malformed row: stop with its place, or skip it into a side file beside the output."""
+    pair_rounds: int = 1
+    """How many pairs each labelled text may appear in (only for text, label data)."""
+    max_comparisons: int = 0
+    """Use only that many training comparisons, the first ones after a shuffle; 0 uses all."""
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class EnsembleConfig:
+    """How many models to train."""
+
+    ensemble: int = 1
+    """Number of members; they differ in the seed of head and data order and are combined at the end."""
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Read the data, train, print what was measured, and return the folder."""
+    data, config, many = parse(
+        (DataConfig, RewardModelConfig, EnsembleConfig),
+        arguments,
+        program="python -m reward_model.train",
+        description="Train a reward model from preferences: pairs, rankings or labelled texts.",
+    )
+    loaded = _load(data, data.data, data.split, config.seed)
+    train, evaluation = loaded.comparisons, None
+    if data.evaluation_data:
+        evaluation = _load(data, data.evaluation_data, data.evaluation_split, config.seed).comparisons
+    else:
+        train, evaluation = split_by_prompt(train, fraction=data.held_out, seed=config.seed)
+    if data.max_comparisons:
+        train = train[: data.max_comparisons]
+    facts = loaded.report.as_dict()
+    trained = train_ensemble if many.ensemble > 1 else _train_one
+    result = trained(config, many.ensemble, train, evaluation, facts)
+    if PartialState().is_main_process:
+        if loaded.bad_rows:
+            write_bad_rows(loaded.bad_rows, Path(f"{config.output_dir}.bad_rows.jsonl"))
+        numbers = {name: f"{value:.4g}" for name, value in result.metrics.items()}
+        print(table({"reward model": str(result.path), "data": str(loaded.report), **numbers}))  # noqa: T201
+    return result.path
+
+
+def train_ensemble(
+    config: RewardModelConfig,
+    members: int,
+    train: Sequence[Comparison],
+    evaluation: Sequence[Comparison],
+    facts: dict[str, Any],
+) -> TrainedRewardModel:
+    """Train `members` models that differ in their seed and save them as one ensemble.
+
+    Raises:
+        ValueError: Fewer than two members.
+        FileExistsError: The output folder exists and `overwrite` is off.
+    """
+    if members < 2:
+        raise ValueError(f"An ensemble needs two or more members, got {members}.")
+    output = Path(config.output_dir)
+    if output.exists() and not config.overwrite:
+        raise FileExistsError(f"The folder {output} exists. Choose another output_dir, or set overwrite=True.")
+    parts = output.with_name(output.name + ".members")
+    folders = []
+    for index in range(members):
+        one = replace(config, seed=config.seed + index, output_dir=str(parts / str(index)), overwrite=True)
+        folders.append(train_reward_model(one, train=train, evaluation=evaluation, data_report=facts).path)
+    state = PartialState()
+    metrics: dict[str, float] = {}
+    if state.is_main_process:
+        ensemble = EnsembleRewardModel([RewardModel.from_pretrained(folder) for folder in folders])
+        metrics = held_out_metrics(ensemble, evaluation)
+        save_ensemble(folders, output, metrics)
+        shutil.rmtree(parts, ignore_errors=True)
+    state.wait_for_everyone()
+    return TrainedRewardModel(path=output, metrics=metrics)
+
+
+def _train_one(
+    config: RewardModelConfig,
+    _members: int,
+    train: Sequence[Comparison],
+    evaluation: Sequence[Comparison],
+    facts: dict[str, Any],
+) -> TrainedRewardModel:
+    return train_reward_model(config, train=train, evaluation=evaluation, data_report=facts)
+
+
+def _load(data: DataConfig, source: str, split: str, seed: int) -> Loaded:
+    return load_comparisons(
+        source,
+        split=split,
+        columns=column_names(data.columns),
+        on_bad_row=data.on_bad_row,
+        seed=seed,
+        pair_rounds=data.pair_rounds,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
