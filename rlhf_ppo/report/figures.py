@@ -17,6 +17,8 @@ class Panel:
     """A metric whose ± is drawn as a band around the curve."""
     zero: bool = False
     """Whether zero means something here and is marked."""
+    noisy: bool = True
+    """Whether a long curve gets a moving average."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ FIGURES = (
         "plateau is healthy; a clearly negative value means that sampling and scoring disagree.",
         (
             Panel(("objective/kl",), "KL (nats per response)", zero=True),
-            Panel(("objective/kl_coef",), "KL coefficient"),
+            Panel(("objective/kl_coef",), "KL coefficient", noisy=False),
         ),
     ),
     Figure(

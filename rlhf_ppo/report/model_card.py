@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from rlhf_ppo.report.run_data import RunData
 from rlhf_ppo.report.settings import base_model, is_hub_name, setting_rows
@@ -10,14 +11,15 @@ from rlhf_ppo.report.summary import evaluation_rows, findings, headline
 from rlhf_ppo.report.templates import render
 
 
-def model_card(data: RunData, *, title: str) -> str:
-    """The card as Markdown with a YAML header."""
+def model_card(data: RunData, *, title: str, plots: Sequence[tuple[str, str]] = ()) -> str:
+    """The card as Markdown with a YAML header; `plots` are (title, path within the folder)."""
     origin = base_model(data.config)
     return render(
         "model_card.md.j2",
         header=_header(origin),
         title=" ".join(title.split()),
         headline=headline(data),
+        plots=plots,
         base_model=origin,
         folder=f"{data.name}/{data.model_folder or 'model'}",
         has_model=bool(data.model_folder),

@@ -19,6 +19,7 @@ from rlhf_ppo.report.wording import label_of, number
 
 FIRST_SAMPLES = 6
 EXTREME_SAMPLES = 3
+CARD_PLOTS = ("reward", "kl", "frontier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ def write_report(run_dir: Path | str, *, title: str) -> Path:
     plots, missing, notes = _plots(data)
     for plot in plots:
         run.write_bytes(f"plots/{plot.name}.png", plot.light)
-    run.write_text("README.md", model_card(data, title=title))
+    shown = [(plot.title, f"plots/{plot.name}.png") for plot in plots if plot.name in CARD_PLOTS]
+    run.write_text("README.md", model_card(data, title=title, plots=shown))
     return run.write_text("report.html", _page(data, title, plots, missing, [*data.notes, *notes]))
 
 

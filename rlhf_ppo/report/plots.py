@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 SMOOTHED_FROM = 40
 """Iterations from which on a curve is drawn thin with its moving average over it."""
 MOST_HISTOGRAMS = 4
+HEIGHT = 4.7
+"""Inches of a plot that is 7.2 inches wide."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,11 @@ def draw_plots(data: RunData) -> tuple[list[Plot], list[str]]:
     for figure in FIGURES:
         panels = [panel for panel in figure.panels if _metric_of(panel, rows)]
         painter = _curves(panels, rows) if panels else None
-        jobs.append((figure.name, figure.title, figure.reading, painter, _height(panels)))
-    jobs.append(("frontier", FRONTIER_TITLE, FRONTIER_READING, _frontier(rows), 4.0))
+        jobs.append((figure.name, figure.title, figure.reading, painter, HEIGHT))
+    jobs.append(("frontier", FRONTIER_TITLE, FRONTIER_READING, _frontier(rows), HEIGHT))
     histograms = _score_pairs(data.samples)
     painter = _histograms(histograms) if histograms else None
-    jobs.append(("scores", HISTOGRAM_TITLE, HISTOGRAM_READING, painter, max(4.0, 1.0 + 2.1 * len(histograms))))
+    jobs.append(("scores", HISTOGRAM_TITLE, HISTOGRAM_READING, painter, HEIGHT / 2 * max(2, len(histograms))))
     plots = [
         Plot(name, title, reading, _png(painter, LIGHT, height), _png(painter, DARK, height))
         for name, title, reading, painter, height in jobs
@@ -85,9 +88,11 @@ def draw_plots(data: RunData) -> tuple[list[Plot], list[str]]:
 
 
 def smoothed(values: Sequence[float], *, window: int) -> list[float]:
-    """Centred moving average; near the ends the window shrinks, so that the curve keeps both its ends."""
-    half = [min(window // 2, index, len(values) - 1 - index) for index in range(len(values))]
-    return [sum(values[i - h : i + h + 1]) / (2 * h + 1) for i, h in enumerate(half)]
+    """Moving average over the neighbours within half a window on each side, as far as there are any."""
+    half = window // 2
+    sums = list(itertools.accumulate(values, initial=0.0))
+    ranges = [(max(0, index - half), min(len(values), index + half + 1)) for index in range(len(values))]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in ranges]
 
 
 def _metric_of(panel: Panel, rows: Sequence[dict[str, float]]) -> str:
@@ -102,10 +107,6 @@ def _series(rows: Sequence[dict[str, float]], *names: str) -> list[tuple[float, 
     """(iteration, value, ...) of the rows where all these metrics are finite."""
     found = [(row["iteration"], *(row.get(name, math.nan) for name in names)) for row in rows]
     return [row for row in found if all(map(math.isfinite, row))]
-
-
-def _height(panels: Sequence[Panel]) -> float:
-    return 4.0 if len(panels) < 2 else 5.2
 
 
 def _curves(panels: Sequence[Panel], rows: Sequence[dict[str, float]]) -> Painter:
@@ -126,7 +127,7 @@ def _curve(axis: Axes, panel: Panel, rows: Sequence[dict[str, float]], palette: 
     if banded:
         low, high = [m - s for _, m, s in banded], [m + s for _, m, s in banded]
         axis.fill_between([point[0] for point in banded], low, high, color=color, alpha=0.14, linewidth=0)
-    if len(y) >= SMOOTHED_FROM:
+    if panel.noisy and len(y) >= SMOOTHED_FROM:
         axis.plot(x, y, color=color, alpha=0.35, linewidth=0.9)
         axis.plot(x, smoothed(y, window=max(5, len(y) // 15)), color=color, linewidth=2.2)
     else:
@@ -143,6 +144,8 @@ def _frontier(rows: Sequence[dict[str, float]]) -> Painter | None:
         return None
 
     def paint(canvas: Canvas, palette: Palette) -> None:
+        from matplotlib.patheffects import withStroke
+
         axis = canvas.subplots()
         iterations, kl, scores = ([point[index] for point in points] for index in range(3))
         window = max(5, len(points) // 15) if len(points) >= SMOOTHED_FROM else 1
@@ -152,9 +155,9 @@ def _frontier(rows: Sequence[dict[str, float]]) -> Painter | None:
         for index, text in ((0, "start"), (-1, "end")):
             at = (path[0][index], path[1][index])
             axis.plot(*at, "o", markersize=9, markerfacecolor="none", markeredgecolor=palette.second, zorder=4)
-            axis.annotate(
-                text, at, xytext=(0, -16), textcoords="offset points", ha="center", color=palette.second, zorder=4
-            )
+            label = axis.annotate(text, at, xytext=(0, -18), textcoords="offset points", ha="center", zorder=5)
+            label.set(color=palette.second, fontweight="bold")
+            label.set_path_effects([withStroke(linewidth=3, foreground=palette.paper)])
         bar = canvas.colorbar(dots, ax=axis, pad=0.02, aspect=28)
         bar.set_label("iteration")
         bar.outline.set_visible(False)

@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -159,10 +159,11 @@ class RunFolder:
 
     def evaluation(self) -> dict[str, Estimates]:
         """Mean and standard error of each metric under "before" and "after"; either may be missing."""
+        content = self._read_object(EVALUATION)
         try:
             return {
                 when: {name: (_number(item["mean"]), _number(item.get("stderr"))) for name, item in dict(found).items()}
-                for when, found in self._read_object(EVALUATION).items()
+                for when, found in content.items()
             }
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise RunFolderError(
@@ -269,7 +270,13 @@ def _iteration(row: Mapping[str, Any]) -> int:
 
 
 def _build(kind: type[Any], row: Mapping[str, Any], name: str) -> Any:
+    known = {f.name for f in fields(kind)}
+    lacking = [
+        f.name for f in fields(kind) if f.name not in row and f.default_factory is MISSING and f.default is MISSING
+    ]
+    if lacking:
+        raise RunFolderError(f"A line of {name} lacks {', '.join(map(repr, lacking))}: it is no {kind.__name__}.")
     try:
-        return kind(**{key: value for key, value in row.items() if key in kind.__dataclass_fields__})
+        return kind(**{key: value for key, value in row.items() if key in known})
     except (TypeError, ValueError) as error:
-        raise RunFolderError(f"A line of {name} is no {kind.__name__}: {str(error).split('() ')[-1]}") from error
+        raise RunFolderError(f"A line of {name} is no {kind.__name__}: {error}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rlhf_ppo.report.run_data import RunData
 from rlhf_ppo.report.run_folder import Estimates
-from rlhf_ppo.report.wording import EVALUATION_LABELS, explanation_of, label_of, number, signed, with_error
+from rlhf_ppo.report.wording import EVALUATION_LABELS, decimals_for, explanation_of, label_of, number, with_error
 
 JUDGES = ("vader", "classifier", "score")
 
@@ -42,8 +42,8 @@ def evaluation_rows(data: RunData) -> list[EvaluationRow]:
             metric=name,
             label=label_of(name),
             explanation=explanation_of(name),
-            before=_estimate(data.before, name),
-            after=_estimate(data.after, name),
+            before=_estimate(data, data.before, name),
+            after=_estimate(data, data.after, name),
             change=_change(data, name),
         )
         for name in names
@@ -61,10 +61,10 @@ def headline(data: RunData) -> str:
     judge = judges[0]
     change = data.after[judge][0] - data.before[judge][0]
     verb = "rose" if change > 0 else "fell"
-    cost = f", at a KL of {_estimate(data.after, 'kl')} nats per response" if "kl" in data.after else ""
+    cost = f", at a KL of {_estimate(data, data.after, 'kl')} nats per response" if "kl" in data.after else ""
     return (
-        f"{count}. On held-out prompts {label_of(judge)} {verb} from {_estimate(data.before, judge)} to "
-        f"{_estimate(data.after, judge)}{cost}."
+        f"{count}. On held-out prompts {label_of(judge)} {verb} from {_estimate(data, data.before, judge)} to "
+        f"{_estimate(data, data.after, judge)}{cost}."
     )
 
 
@@ -145,15 +145,15 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _estimate(estimates: Estimates, name: str) -> str:
-    return with_error(*estimates[name]) if name in estimates else number(math.nan)
+def _estimate(data: RunData, when: Estimates, name: str) -> str:
+    """Mean ± standard error, before and after with the same decimals."""
+    errors = [estimates[name][1] for estimates in (data.before, data.after) if name in estimates]
+    return with_error(*when.get(name, (math.nan, math.nan)), decimals=decimals_for(*errors))
 
 
 def _change(data: RunData, name: str) -> str:
     if name not in data.before or name not in data.after:
         return number(math.nan)
     (mean_0, error_0), (mean_1, error_1) = data.before[name], data.after[name]
-    if not math.isfinite(mean_1 - mean_0):
-        return number(math.nan)
-    text = with_error(mean_1 - mean_0, math.hypot(error_0, error_1))
-    return "+" + text if mean_1 > mean_0 else text if " ± " in text else signed(mean_1 - mean_0)
+    text = with_error(mean_1 - mean_0, math.hypot(error_0, error_1), decimals=decimals_for(error_0, error_1))
+    return "+" + text if mean_1 > mean_0 else text

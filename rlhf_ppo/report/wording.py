@@ -6,11 +6,11 @@ import math
 
 EVALUATION_LABELS = {
     "score": ("score", "what the training reward itself says of held-out responses"),
-    "vader": ("VADER compound", "lexicon sentiment from -1 to 1; took no part in training"),
-    "classifier": ("classifier P(positive)", "a second classifier, trained on other data; took no part in training"),
-    "kl": ("KL to the reference", "nats per response; how far the policy has moved"),
+    "vader": ("VADER compound", "sentiment by a lexicon, from −1 to 1"),
+    "classifier": ("P(positive)", "sentiment by a second classifier, from 0 to 1"),
+    "kl": ("KL to reference", "nats per response; how far the policy has moved"),
     "distinct_1": ("distinct-1", "share of different words; low means repetition"),
-    "distinct_2": ("distinct-2", "share of different word pairs; a collapsed policy falls below 0.5"),
+    "distinct_2": ("distinct-2", "share of different word pairs; low means repetition"),
     "perplexity": ("perplexity", "under the reference; high means unusual text, very low means repetition"),
     "length": ("length", "tokens per response"),
 }
@@ -41,14 +41,16 @@ def number(value: float) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def signed(value: float) -> str:
-    """The same with a plus sign."""
-    return number(value) if not value > 0 else "+" + number(value)
+def decimals_for(*errors: float) -> int:
+    """Decimals that show the first significant digit of each of these standard errors, at most 4; 3 without any."""
+    known = [-math.floor(math.log10(error)) for error in errors if math.isfinite(error) and error > 0]
+    return min(max(0, *known), 4) if known else 3
 
 
-def with_error(mean: float, stderr: float) -> str:
-    """As in 0.642 ± 0.011: the error with two significant digits at most, the mean with the same decimals."""
-    if not math.isfinite(mean) or not math.isfinite(stderr) or stderr <= 0:
-        return number(mean)
-    decimals = min(max(0, 1 - math.floor(math.log10(stderr))), 4)
-    return f"{mean:,.{decimals}f} ± {stderr:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+def with_error(mean: float, stderr: float, *, decimals: int) -> str:
+    """As in 0.642 ± 0.011; without the error where it is not known."""
+    if not math.isfinite(mean):
+        return "–"
+    known = math.isfinite(stderr) and stderr > 0
+    text = f"{mean:,.{decimals}f} ± {stderr:,.{decimals}f}" if known else f"{mean:,.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
