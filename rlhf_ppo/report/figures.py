@@ -70,7 +70,7 @@ FIGURES = (
         "value",
         "Value function",
         "The critic's error and the share of the variance of the returns that it explains. Explained variance should "
-        "climb above 0; at or below 0 the critic is worse than a constant.",
+        "climb above 0; at 0 or below the critic is no better than a constant.",
         (
             Panel(("ppo/loss/value",), "value loss"),
             Panel(("ppo/val/var_explained",), "explained variance", zero=True),
