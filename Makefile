@@ -17,15 +17,15 @@ help:  ## this list
 install: $(STAMP)  ## the environment in .venv with the tested versions (constraints.txt)
 
 # torch goes first, exactly pinned: an index may then serve the build that fits the machine,
-# and nothing installed later can replace it.
+# and nothing installed later can replace it. --no-compile: most modules are never imported; those that are compile then.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): name another one: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) could not make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "Installing $(TORCH) into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
 	@echo "Installing rlhf_ppo and the versions of constraints.txt ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP)  ## SFT, reward model, PPO and evaluation on movie reviews; options: make demo ARGS="--seed 1"
