@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from reward_model.contract import Contract, ContractError
 from reward_model.model import RewardModel
@@ -38,13 +40,11 @@ class EnsembleRewardModel:
         """One score for each prompt-response text."""
         if not len(prompts) and not len(responses):
             return []
-        scores = torch.tensor(self.member_scores(prompts, responses), dtype=torch.float64)
-        return (scores.mean(dim=0) - self.caution * scores.std(dim=0)).tolist()
+        return self.combine(torch.tensor(self.member_scores(prompts, responses), dtype=torch.float64)).tolist()
 
-    def raw_scores(self, prompts: Texts, responses: Texts) -> list[float]:
-        """Mean of the members' raw scores: their differences are the ensemble's log-odds."""
-        raw = [member.raw_scores(prompts, responses) for member in self.members]
-        return torch.tensor(raw, dtype=torch.float64).mean(dim=0).tolist()
+    def combine(self, scores: Float[Tensor, "members samples"]) -> Float[Tensor, " samples"]:
+        """Mean over members, less `caution` standard deviations."""
+        return scores.mean(dim=0) - self.caution * scores.std(dim=0)
 
     def member_scores(self, prompts: Texts, responses: Texts) -> list[list[float]]:
         """Normalised scores of each member, [members][samples]."""

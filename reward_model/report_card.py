@@ -18,8 +18,10 @@ from reward_model.metrics import (
     log_loss,
     pair_accuracy,
     reliability,
+    wilson,
 )
 from reward_model.model import RewardModel
+from reward_model.scoring import CompletionScores, score_completions
 from reward_model.text import Text, Texts, encode
 
 Scorer = Callable[[Texts, Texts], list[float]]
@@ -28,21 +30,25 @@ BALANCED = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
-    """Pairs (best and worst of each comparison that is no tie) with their scores and lengths."""
+class Pairs:
+    """Best and worst of each comparison that is no tie."""
 
-    pairs: list[Comparison]
+    comparisons: list[Comparison]
     chosen: Tensor
-    """Normalised scores [pairs]."""
+    """Scores [pairs]."""
     rejected: Tensor
     raw_differences: Tensor
-    """Differences of raw scores: the log-odds that the loss was fitted to."""
+    """Differences of raw scores: log-odds [pairs]."""
+    member_votes: Tensor
+    """True where a member prefers the chosen completion [members, pairs]."""
+    spread: float
+    """Standard deviation of a score over the members, mean over texts; nan without an ensemble."""
     chosen_tokens: Tensor
     rejected_tokens: Tensor
 
     @property
     def differences(self) -> Tensor:
-        """Normalised score of chosen less that of rejected."""
+        """Score of chosen less that of rejected [pairs]."""
         return self.chosen - self.rejected
 
 
@@ -59,10 +65,11 @@ def report_card(
     Raises:
         ValueError: No comparison is decided.
     """
-    scored = score_pairs(model, comparisons)
+    everything = score_completions(model, comparisons)
+    scored = decided_pairs(model, everything)
     differences = scored.raw_differences
     card: dict[str, Any] = {
-        "pairs": len(scored.pairs),
+        "pairs": len(scored.comparisons),
         "ties": sum(comparison.is_tie for comparison in comparisons),
         "accuracy": asdict(pair_accuracy(differences.tolist())),
         "log_loss": log_loss(differences),
@@ -79,34 +86,34 @@ def report_card(
         "stability": stability(first_member(model), scored),
     }
     if isinstance(model, EnsembleRewardModel):
-        card["ensemble"] = agreement(model, scored)
+        card["ensemble"] = agreement(scored)
     if judge is not None:
-        card["best_of_n"] = _best_of_n(model, comparisons, judge)
+        card["best_of_n"] = _best_of_n(everything, judge)
     return card
 
 
-def score_pairs(model: RewardModel | EnsembleRewardModel, comparisons: Sequence[Comparison]) -> Scored:
-    """Score best and worst of every decided comparison."""
-    pairs = [comparison for comparison in comparisons if not comparison.is_tie]
-    if not pairs:
-        raise ValueError(
-            f"No decided comparison among {len(comparisons)}: accuracy needs a better and a worse completion."
-        )
-    prompts = [pair.prompt for pair in pairs]
-    best, worst = [pair.completions[0] for pair in pairs], [pair.completions[-1] for pair in pairs]
-    first = first_member(model)
-    chosen, rejected = torch.tensor(model(prompts, best)), torch.tensor(model(prompts, worst))
-    if isinstance(model, EnsembleRewardModel):
-        raw = torch.tensor(model.raw_scores(prompts, best)) - torch.tensor(model.raw_scores(prompts, worst))
-    else:
-        raw = (chosen - rejected) / model.contract.normalisation.gain
-    return Scored(
-        pairs=pairs,
-        chosen=chosen,
-        rejected=rejected,
-        raw_differences=raw,
-        chosen_tokens=_token_counts(first, prompts, best),
-        rejected_tokens=_token_counts(first, prompts, worst),
+def decided_pairs(model: RewardModel | EnsembleRewardModel, scored: CompletionScores) -> Pairs:
+    """Best and worst of every decided comparison.
+
+    Raises:
+        ValueError: All are ties.
+    """
+    decided = [index for index, comparison in enumerate(scored.comparisons) if not comparison.is_tie]
+    if not decided:
+        count = len(scored.comparisons)
+        raise ValueError(f"All {count} comparisons are ties: accuracy needs a better and a worse completion.")
+    comparisons = [scored.comparisons[index] for index in decided]
+    best, worst = [scored.first[index] for index in decided], [scored.last[index] for index in decided]
+    reader = first_member(model)
+    return Pairs(
+        comparisons=comparisons,
+        chosen=scored.scores[best],
+        rejected=scored.scores[worst],
+        raw_differences=scored.raw_differences()[decided],
+        member_votes=scored.members[:, best] > scored.members[:, worst],
+        spread=float(scored.members.std(dim=0).mean()) if len(scored.members) > 1 else math.nan,
+        chosen_tokens=_token_counts(reader, comparisons, 0),
+        rejected_tokens=_token_counts(reader, comparisons, -1),
     )
 
 
@@ -115,13 +122,13 @@ def first_member(model: RewardModel | EnsembleRewardModel) -> RewardModel:
     return model.members[0] if isinstance(model, EnsembleRewardModel) else model
 
 
-def stability(model: RewardModel, scored: Scored, *, samples: int = 64) -> dict[str, float | None]:
+def stability(model: RewardModel, scored: Pairs, *, samples: int = 64) -> dict[str, float | None]:
     """Largest change of a raw score when only the packing of the batch changes, and the mean one without its EOS.
 
     The first two must be 0 up to rounding: a score is a function of the text alone.
     """
     rule = model.contract.text
-    pairs = scored.pairs[:samples]
+    pairs = scored.comparisons[:samples]
     rows = [encode(model.tokenizer, rule, p.prompt, text, truncate=True) for p in pairs for text in p.completions[:1]]
     together = torch.tensor(model.score_ids(rows))
     alone = torch.tensor([model.score_ids([row])[0] for row in rows])
@@ -135,37 +142,32 @@ def stability(model: RewardModel, scored: Scored, *, samples: int = 64) -> dict[
     }
 
 
-def agreement(model: EnsembleRewardModel, scored: Scored) -> dict[str, Any]:
+def agreement(scored: Pairs) -> dict[str, Any]:
     """Accuracy of each member, and how often two members agree on a pair."""
-    prompts = [pair.prompt for pair in scored.pairs]
-    best = torch.tensor(model.member_scores(prompts, [pair.completions[0] for pair in scored.pairs]))
-    worst = torch.tensor(model.member_scores(prompts, [pair.completions[-1] for pair in scored.pairs]))
-    differences = best - worst
-    votes = (differences > 0).float()
-    share = votes.mean(dim=0)
-    count = len(votes)
+    votes = scored.member_votes.double()
+    share, count = votes.mean(dim=0), len(votes)
     # of the ordered pairs of different members, those that vote alike
     alike = (count * (share**2 + (1 - share) ** 2) - 1) / (count - 1)
     return {
-        "members": [asdict(pair_accuracy(row.tolist())) for row in differences],
+        "members": [asdict(wilson(float(row.sum()), len(row))) for row in votes],
         "pairwise_agreement": float(alike.mean()),
-        "score_std": float(torch.cat((best, worst), dim=1).std(dim=0).mean()),
+        "score_std": scored.spread,
     }
 
 
-def _token_counts(model: RewardModel, prompts: Texts, texts: Texts) -> Tensor:
+def _token_counts(model: RewardModel, comparisons: Sequence[Comparison], index: int) -> Tensor:
     rule = model.contract.text
-    pairs = zip(prompts, texts, strict=True)
-    return torch.tensor([float(len(encode(model.tokenizer, rule, p, text, truncate=True))) for p, text in pairs])
+    rows = [encode(model.tokenizer, rule, c.prompt, c.completions[index], truncate=True) for c in comparisons]
+    return torch.tensor([float(len(row)) for row in rows])
 
 
-def _by_source(scored: Scored) -> dict[str, Any]:
-    sources = sorted({pair.source for pair in scored.pairs})
-    rows = {name: [i for i, pair in enumerate(scored.pairs) if pair.source == name] for name in sources}
+def _by_source(scored: Pairs) -> dict[str, Any]:
+    sources = sorted({pair.source for pair in scored.comparisons})
+    rows = {name: [i for i, pair in enumerate(scored.comparisons) if pair.source == name] for name in sources}
     return {name or "all": asdict(pair_accuracy(scored.raw_differences[rows[name]].tolist())) for name in sources}
 
 
-def _by_quartile(scored: Scored, values: Tensor, unit: str) -> dict[str, Any]:
+def _by_quartile(scored: Pairs, values: Tensor, unit: str) -> dict[str, Any]:
     """Accuracy in four buckets of equal size, keyed by their range."""
     table = {}
     for part in torch.tensor_split(torch.argsort(values, stable=True), min(4, len(values))):
@@ -174,15 +176,15 @@ def _by_quartile(scored: Scored, values: Tensor, unit: str) -> dict[str, Any]:
     return table
 
 
-def _by_margin(scored: Scored) -> dict[str, Any]:
+def _by_margin(scored: Pairs) -> dict[str, Any]:
     """Buckets of the labelled margin where the data has one, else of the model's own."""
-    margins = torch.tensor([pair.margin for pair in scored.pairs])
+    margins = torch.tensor([pair.margin for pair in scored.comparisons])
     if len(set(margins.tolist())) > 1:
         return {"kind": "labelled", "buckets": _by_quartile(scored, margins, "labelled")}
     return {"kind": "predicted", "buckets": _by_quartile(scored, scored.differences.abs(), "std")}
 
 
-def _length_bias(scored: Scored) -> dict[str, Any]:
+def _length_bias(scored: Pairs) -> dict[str, Any]:
     gap = scored.chosen_tokens - scored.rejected_tokens
     longer = torch.maximum(scored.chosen_tokens, scored.rejected_tokens)
     balanced = gap.abs() <= BALANCED * longer
@@ -196,22 +198,21 @@ def _length_bias(scored: Scored) -> dict[str, Any]:
     }
 
 
-def _best_of_n(
-    model: RewardModel | EnsembleRewardModel, comparisons: Sequence[Comparison], judge: Scorer
-) -> list[dict[str, float]]:
-    """Mean judge score of the completion that the model ranks first among N; one pool where prompts do not repeat."""
-    texts = {(c.prompt_key(), str(text)): (c.prompt, text) for c in comparisons for text in c.completions}
-    by_prompt: dict[str, list[tuple[Text, Text]]] = {}
-    for (key, _), sample in texts.items():
-        by_prompt.setdefault(key, []).append(sample)
-    pools = [pool for pool in by_prompt.values() if len(pool) > 1]
-    largest = min(64, max(len(pool) for pool in pools))
+def _best_of_n(scored: CompletionScores, judge: Scorer) -> list[dict[str, float]]:
+    """Mean judge score of the completion that the model ranks first among N; one pool where there are no prompts."""
+    pools: dict[str, dict[str, tuple[Text, Text, int]]] = {}
+    for comparison, first in zip(scored.comparisons, scored.first, strict=True):
+        pool = pools.setdefault(comparison.prompt_key(), {})
+        for offset, text in enumerate(comparison.completions):
+            pool[str(text)] = (comparison.prompt, text, first + offset)
+    samples = [list(pool.values()) for pool in pools.values()]
+    largest = min(64, max(map(len, samples)))
     sizes = [2**power for power in range(int(math.log2(largest)) + 1)]
     curves = []
-    for pool in pools:
-        prompts, answers = [prompt for prompt, _ in pool], [answer for _, answer in pool]
-        proxy, gold = torch.tensor(model(prompts, answers)), torch.tensor(judge(prompts, answers))
-        curves.append([best_of_n(proxy, gold, n) for n in sizes if n <= len(pool)])
+    for sample in samples:
+        gold = torch.tensor(judge([entry[0] for entry in sample], [entry[1] for entry in sample]))
+        proxy = scored.scores[[entry[2] for entry in sample]]
+        curves.append([best_of_n(proxy, gold, n) for n in sizes if n <= len(sample)])
     curve = []
     for index, n in enumerate(sizes):
         values = [values[index] for values in curves if len(values) > index]

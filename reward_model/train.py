@@ -16,7 +16,8 @@ from reward_model.documented import documented
 from reward_model.ensemble import EnsembleRewardModel, save_ensemble
 from reward_model.model import RewardModel
 from reward_model.preparation import Loaded, load_comparisons, split_by_prompt, write_bad_rows
-from reward_model.trainer import TrainedRewardModel, held_out_metrics, train_reward_model
+from reward_model.scoring import held_out_metrics, score_completions
+from reward_model.trainer import TrainedRewardModel, train_reward_model
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def train_ensemble(
     metrics: dict[str, float] = {}
     if state.is_main_process:
         ensemble = EnsembleRewardModel([RewardModel.from_pretrained(folder) for folder in folders])
-        metrics = held_out_metrics(ensemble, evaluation)
+        metrics = held_out_metrics(score_completions(ensemble, evaluation))
         save_ensemble(folders, output, metrics)
         shutil.rmtree(parts, ignore_errors=True)
     state.wait_for_everyone()

@@ -16,13 +16,12 @@ from trl.trainer.reward_config import RewardConfig
 
 from reward_model.backbone import disable_dropout, head_name, load_backbone, longest_input, short_name
 from reward_model.config import RewardModelConfig
-from reward_model.contract import Contract, Normalisation, TextRule, tokenizer_sha256
+from reward_model.contract import Contract, TextRule, tokenizer_sha256
 from reward_model.data import Comparison, Row, as_comparisons
 from reward_model.encoding import ComparisonCollator, Encoded, encode_comparisons, fingerprint
-from reward_model.ensemble import EnsembleRewardModel
-from reward_model.metrics import log_loss, pair_accuracy
 from reward_model.model import RewardModel
 from reward_model.preference_trainer import PreferenceTrainer
+from reward_model.scoring import fit_normalisation, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -83,44 +82,6 @@ def train_reward_model(
         versions={name: version(name) for name in ("torch", "transformers", "trl", "accelerate")},
     )
     return _finish(trainer, config, contract, encoded_held_out.kept, reference_samples)
-
-
-def held_out_metrics(
-    reward_model: RewardModel | EnsembleRewardModel, comparisons: Sequence[Comparison]
-) -> dict[str, float]:
-    """Accuracy (best against worst, ties left out), its interval, margin and log loss, from raw scores."""
-    decided = [comparison for comparison in comparisons if not comparison.is_tie]
-    if not decided:
-        return {}
-    prompts = [comparison.prompt for comparison in decided]
-    best = reward_model.raw_scores(prompts, [comparison.completions[0] for comparison in decided])
-    worst = reward_model.raw_scores(prompts, [comparison.completions[-1] for comparison in decided])
-    differences = torch.tensor(best) - torch.tensor(worst)
-    accuracy = pair_accuracy(differences.tolist())
-    return {
-        "accuracy": accuracy.value,
-        "accuracy_low": accuracy.low,
-        "accuracy_high": accuracy.high,
-        "pairs": float(accuracy.count),
-        "margin": float(differences.mean()),
-        "log_loss": log_loss(differences),
-    }
-
-
-def fit_normalisation(reward_model: RewardModel, samples: Sequence[tuple[Text, Text]], reference: str) -> Normalisation:
-    """Gain and bias that give the raw scores of `samples` mean 0 and standard deviation 1.
-
-    Raises:
-        ValueError: All scores are equal, or there are fewer than two.
-    """
-    raw = torch.tensor(reward_model.raw_scores([s[0] for s in samples], [s[1] for s in samples]), dtype=torch.float64)
-    std = float(raw.std()) if len(raw) > 1 else 0.0
-    if std == 0.0:
-        raise ValueError(
-            f"The raw scores of the {len(raw)} reference samples are all equal: no scale can be read from them. "
-            "Give at least two different samples."
-        )
-    return Normalisation(gain=1 / std, bias=-float(raw.mean()) / std, reference=reference, samples=len(raw))
 
 
 def _text_rule(config: RewardModelConfig, tokenizer: Any, model: Any, rows: Sequence[Comparison]) -> TextRule:
@@ -248,13 +209,16 @@ def _finish(
     if trainer.accelerator.is_main_process:
         from reward_model.lora import plain_model
 
-        scored, saved = plain_model(trained, merge=config.merge_adapter)
-        contract = replace(contract, head=head_name(scored))
-        reward_model = RewardModel(scored, trainer.processing_class, contract)
-        metrics = held_out_metrics(reward_model, held_out)
-        samples = reference_samples or [(row.prompt, text) for row in held_out for text in row.completions]
-        reference = "reference policy" if reference_samples else "evaluation"
-        contract = replace(contract, metrics=metrics, normalisation=fit_normalisation(reward_model, samples, reference))
+        classifier, saved = plain_model(trained, merge=config.merge_adapter)
+        contract = replace(contract, head=head_name(classifier))
+        reward_model = RewardModel(classifier, trainer.processing_class, contract)
+        scored = score_completions(reward_model, held_out)
+        metrics = held_out_metrics(scored)
+        raw, reference = scored.raw[0].tolist(), "evaluation"
+        if reference_samples:
+            prompts, responses = zip(*reference_samples, strict=True)
+            raw, reference = reward_model.raw_scores(prompts, responses), "reference policy"
+        contract = replace(contract, metrics=metrics, normalisation=fit_normalisation(raw, reference))
         _save(saved, trainer.processing_class, contract, output)
         shutil.rmtree(training_folder(config), ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

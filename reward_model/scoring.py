@@ -1,0 +1,96 @@
+"""Scores of all completions of some comparisons, each text scored once, and what follows from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reward_model.contract import Normalisation
+from reward_model.data import Comparison
+from reward_model.ensemble import EnsembleRewardModel
+from reward_model.metrics import log_loss, pair_accuracy
+from reward_model.model import RewardModel
+from reward_model.text import Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionScores:
+    """Scores of every completion of some comparisons, side by side in their order."""
+
+    comparisons: list[Comparison]
+    raw: Float[Tensor, "members completions"]
+    """Raw scores of each member (one, where there is no ensemble)."""
+    members: Float[Tensor, "members completions"]
+    """Normalised scores of each member."""
+    scores: Float[Tensor, " completions"]
+    """What the model returns for the text."""
+    first: list[int]
+    """Index of each comparison's best completion."""
+    last: list[int]
+    """Index of each comparison's worst completion."""
+
+    def raw_differences(self) -> Float[Tensor, " comparisons"]:
+        """Raw score of best less worst, mean over members: the log-odds that the loss was fitted to."""
+        raw = self.raw.mean(dim=0)
+        return raw[self.first] - raw[self.last]
+
+
+def score_completions(model: RewardModel | EnsembleRewardModel, comparisons: Sequence[Comparison]) -> CompletionScores:
+    """Score every completion of `comparisons` once with every member."""
+    prompts: list[Text] = []
+    texts: list[Text] = []
+    first, last = [], []
+    for comparison in comparisons:
+        first.append(len(texts))
+        texts += comparison.completions
+        prompts += [comparison.prompt] * len(comparison.completions)
+        last.append(len(texts) - 1)
+    members = model.members if isinstance(model, EnsembleRewardModel) else [model]
+    raw = torch.tensor([member.raw_scores(prompts, texts) for member in members], dtype=torch.float64)
+    scales = [member.contract.normalisation for member in members]
+    normalised = torch.stack([scale.gain * row + scale.bias for scale, row in zip(scales, raw, strict=True)])
+    scores = normalised[0]
+    if isinstance(model, EnsembleRewardModel):
+        scores = model.combine(normalised)
+    return CompletionScores(
+        comparisons=list(comparisons), raw=raw, members=normalised, scores=scores, first=first, last=last
+    )
+
+
+def held_out_metrics(scored: CompletionScores) -> dict[str, float]:
+    """Accuracy (best against worst, ties left out), its interval, margin and log loss, from raw scores."""
+    decided = [index for index, comparison in enumerate(scored.comparisons) if not comparison.is_tie]
+    if not decided:
+        return {}
+    differences = scored.raw_differences()[decided]
+    accuracy = pair_accuracy(differences.tolist())
+    return {
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "pairs": float(accuracy.count),
+        "margin": float(differences.mean()),
+        "log_loss": log_loss(differences),
+    }
+
+
+def fit_normalisation(raw: Sequence[float], reference: str) -> Normalisation:
+    """Gain and bias that give the raw scores of reference samples mean 0 and standard deviation 1.
+
+    Args:
+        raw: Raw scores of the samples.
+        reference: Whose samples they are, for the contract.
+
+    Raises:
+        ValueError: All scores are equal, or there are fewer than two.
+    """
+    values = torch.tensor(raw, dtype=torch.float64)
+    std = float(values.std()) if len(values) > 1 else 0.0
+    if std == 0.0:
+        raise ValueError(
+            f"The raw scores of the {len(values)} reference samples are all equal: no scale can be read from them. "
+            "Give at least two different samples."
+        )
+    return Normalisation(gain=1 / std, bias=-float(values.mean()) / std, reference=reference, samples=len(values))
