@@ -2,12 +2,15 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +32,15 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
         ValueError: The model cannot be loaded as a sequence classifier; the message says what to try.
     """
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=1,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with _quiet_transformers():  # its report of the missing head: we read the loading info ourselves
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                num_labels=1,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -116,6 +120,16 @@ def longest_input(model: Any) -> int | None:
 def short_name(name: str) -> str:
     """A hub name as it is; of a folder only the last part, so that no path of a machine lands in a contract."""
     return Path(name).name if Path(name).exists() else name
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,13 +2,14 @@
 
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
 
 
 def parse(types: Sequence[Any], arguments: Sequence[str] | None, *, program: str, description: str) -> tuple[Any, ...]:
@@ -53,7 +54,8 @@ def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("httpx", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         main(arguments)
     except KeyboardInterrupt:
