@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from reward_model.backbone import head_name, separate_padding
 from reward_model.contract import Contract, ContractError
@@ -29,6 +30,7 @@ def lora_config(model: Any, *, rank: int, alpha: int) -> LoraConfig:
         lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's weights are transposed
         modules_to_save=[head],
     )
 
