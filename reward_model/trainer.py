@@ -70,12 +70,14 @@ def train_reward_model(
     rule = _text_rule(config, tokenizer, model, train_rows)
     prepare_tokenizer(tokenizer, rule, source=config.model)
     disable_dropout(model)
+    head = head_name(model)  # before adapters wrap it
     encoded = encode_comparisons(train_rows, tokenizer, rule)
     encoded_held_out = encode_comparisons(held_out, tokenizer, rule)
     trainer = _build_trainer(config, model, tokenizer, encoded, encoded_held_out, callbacks)
     _run(trainer, config)
     contract = Contract(
         base=short_name(config.model),
+        head=head,
         text=rule,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         data=_data_facts(encoded, encoded_held_out, data_report),
@@ -210,7 +212,6 @@ def _finish(
         from reward_model.lora import plain_model
 
         classifier, saved = plain_model(trained, merge=config.merge_adapter)
-        contract = replace(contract, head=head_name(classifier))
         reward_model = RewardModel(classifier, trainer.processing_class, contract)
         scored = score_completions(reward_model, held_out)
         metrics = held_out_metrics(scored)

@@ -79,8 +79,6 @@ def test_the_known_utilities_are_recovered(base: Path, utilities: torch.Tensor, 
     """Held-out accuracy within 1.5 points of the Bayes rate, utilities correlate >= 0.98, ECE <= 0.03."""
     model = trained(base, tmp_path / "rm", drawn_pairs(utilities, 16_000, seed=1))
     found = scores_of_items(model)
-    assert correlation(found, utilities) >= 0.98
-
     held_out = drawn_pairs(utilities, 20_000, seed=2)
     index = {word: position for position, word in enumerate(WORDS)}
     best = torch.tensor([index[str(c.completions[0])] for c in held_out])
@@ -88,10 +86,10 @@ def test_the_known_utilities_are_recovered(base: Path, utilities: torch.Tensor, 
     bayes = float((utilities[best] > utilities[worst]).double().mean())
     accuracy = float((found[best] > found[worst]).double().mean())
     ece = expected_calibration_error(found[best] - found[worst])
-    print(
-        f"accuracy {accuracy:.4f}, Bayes rate {bayes:.4f}, correlation {correlation(found, utilities):.4f}, ECE {ece:.4f}"
-    )
+    together = correlation(found, utilities)
+    print(f"accuracy {accuracy:.4f}, Bayes rate {bayes:.4f}, correlation {together:.4f}, ECE {ece:.4f}")
     assert accuracy >= bayes - 0.015
+    assert together >= 0.98
     assert ece <= 0.03
 
 
