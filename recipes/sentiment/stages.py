@@ -25,10 +25,10 @@ from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.report.run_folder import Estimates, RunFolder, Sample
 from rlhf_ppo.rollout.prompts import PromptDataset
 
-from .assets import AssetError
+from .assets import MINILM, AssetError, fetch
 from .cache import build_once, cache_root, fingerprint
 from .judges import ReviewClassifier, VaderJudge, distinct_ngrams, repetition
-from .language_models import SMALL_GPT2, SMOLLM2_135M, load_language_model, model_location
+from .language_models import SMALL_GPT2, SMOLLM2_135M, load_language_model
 from .reviews import ReviewParts, preference_pairs, prompt_texts
 
 TRAIN_REWARD_MODEL = "train"
@@ -155,21 +155,21 @@ def reward_source(choice: str, parts: ReviewParts, *, seed: int = 0) -> tuple[Ca
 
 
 def _trained_reward_model(parts: ReviewParts, seed: int) -> Path:
+    """MiniLM, a pretrained encoder of 23 million weights, tuned on pairs of excerpts about as long as the responses."""
     reviews = parts.reward_model
-    held_out = max(1, len(reviews) // 10)
-    base = model_location(SMALL_GPT2)
+    held_out = max(2, len(reviews) // 10)
+    base = str(fetch(MINILM))
     settings: dict[str, Any] = {
-        "model": base, "seed": seed, "learning_rate": 1e-3, "epochs": 1.0, "batch_size": 32, "max_length": 128,
-        "precision": "bfloat16",
-        "append_eos": False,
+        "seed": seed, "learning_rate": 2e-4, "epochs": 1.0, "batch_size": 32, "max_length": 128, "precision": "bfloat16",
     }  # fmt: skip
-    key = fingerprint("sentiment reward model 1", settings, [review.text for review in reviews])
+    words = {"min_words": 16, "max_words": 40}
+    key = fingerprint("sentiment reward model 2", settings, words, MINILM.wheel_sha256, [r.text for r in reviews])
 
     def build(target: Path) -> None:
         train_reward_model(
-            RewardModelConfig(output_dir=str(target), overwrite=True, **settings),
-            train=preference_pairs(reviews[held_out:], max_words=32, per_review=3),
-            evaluation=preference_pairs(reviews[:held_out], max_words=32),
+            RewardModelConfig(model=base, output_dir=str(target), overwrite=True, **settings),
+            train=preference_pairs(reviews[held_out:], **words),
+            evaluation=preference_pairs(reviews[:held_out], **words),
         )
 
     return build_once(cache_root() / "models" / f"sentiment-reward-model-{key}", build)
