@@ -55,6 +55,10 @@ class EnsembleConfig:
     ensemble: int = 1
     """Number of members; they differ in the seed of head and data order and are combined at the end."""
 
+    def __post_init__(self) -> None:
+        if self.ensemble < 1:
+            raise ValueError(f"ensemble must be >= 1, got {self.ensemble}.")
+
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Read the data, train, print what was measured, and return the folder."""

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -65,6 +66,7 @@ def train_reward_model(
     output = Path(config.output_dir)
     if output.exists() and any(output.iterdir()) and not (config.overwrite or config.resume):
         raise FileExistsError(f"The folder {output} exists. Choose another output_dir, or set overwrite=True.")
+    checkpoint = _checkpoint(config)
     train_rows, held_out = as_comparisons(train, "train"), as_comparisons(evaluation, "evaluation")
     model, tokenizer = load_backbone(config.model, seed=config.seed, trust_remote_code=config.trust_remote_code)
     rule = _text_rule(config, tokenizer, model, train_rows)
@@ -73,8 +75,13 @@ def train_reward_model(
     head = head_name(model)  # before adapters wrap it
     encoded = encode_comparisons(train_rows, tokenizer, rule)
     encoded_held_out = encode_comparisons(held_out, tokenizer, rule)
-    trainer = _build_trainer(config, model, tokenizer, encoded, encoded_held_out, callbacks)
-    _run(trainer, config)
+    try:
+        trainer = _build_trainer(config, model, tokenizer, encoded, encoded_held_out, callbacks)
+        _run(trainer, checkpoint)
+    except BaseException:
+        with suppress(OSError):
+            training_folder(config).rmdir()  # stays if it holds checkpoints
+        raise
     contract = Contract(
         base=short_name(config.model),
         head=head,
@@ -171,13 +178,17 @@ def training_folder(config: RewardModelConfig) -> Path:
     return output.with_name(output.name + ".training")
 
 
-def _run(trainer: PreferenceTrainer, config: RewardModelConfig) -> None:
-    checkpoint = None
-    if config.resume:
-        folder = training_folder(config)
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if checkpoint is None:
-            raise FileNotFoundError(f"resume=True, but {folder} holds no checkpoint. Start without resume.")
+def _checkpoint(config: RewardModelConfig) -> str | None:
+    if not config.resume:
+        return None
+    folder = training_folder(config)
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is None:
+        raise FileNotFoundError(f"resume=True, but {folder} holds no checkpoint. Start without resume.")
+    return str(checkpoint)
+
+
+def _run(trainer: PreferenceTrainer, checkpoint: str | None) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if not result.training_loss < float("inf"):
         raise ValueError(
