@@ -32,7 +32,7 @@ from rlhf_ppo.models import (
     prepare_reference_adapter,
     reference_adapter,
 )
-from rlhf_ppo.models.scoring import TokenPolicy, switch_off_dropout
+from rlhf_ppo.models.scoring import TokenPolicy, start_token_of, switch_off_dropout
 from rlhf_ppo.normalizers import RunningMoments
 from rlhf_ppo.rollout.checks import Limits, check_step_inputs
 from rlhf_ppo.rollout.experience import Responses, Scored, Scorer, Shaping, shape_rollout
@@ -226,6 +226,7 @@ class PPOTrainer(ClassicSurface):
             batch_size=self.config.batch_size,
             vocab_size=getattr(model_config, "vocab_size", None),
             max_positions=getattr(model_config, "max_position_embeddings", None),
+            start_token_id=start_token_of(self.model.pretrained_model) if self.is_encoder_decoder else None,
         )
 
     @property
@@ -284,7 +285,8 @@ class PPOTrainer(ClassicSurface):
     def _shaping(self) -> Shaping:
         return Shaping(
             kl_coef=float(self.kl_ctl.value), whiten_rewards=self.config.whiten_rewards, gamma=self.config.gamma,
-            lam=self.config.lam, reduce_sum=self._reduce_sum, reduce_max=lambda tensor: self._gather(tensor).max(),
+            lam=self.config.lam, separate_prompts=self.is_encoder_decoder, reduce_sum=self._reduce_sum,
+            reduce_max=lambda tensor: self._gather(tensor).max(),
         )  # fmt: skip
 
     def _reduce_sum(self, tensor: Tensor) -> Tensor:

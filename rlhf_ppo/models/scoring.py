@@ -22,10 +22,11 @@ Head = Callable[[Tensor], Tensor]
 
 
 class TokenPolicy(nn.Module):
-    """The policy of a causal language model, with values when the model carries a value head.
+    """The policy of a language model, with values when the model carries a value head.
 
     Args:
-        model: A value-head wrapper, or a plain causal language model (values are then zero).
+        model: A value-head wrapper, or a plain language model (values are then zero). Causal, or an encoder-decoder:
+            its encoder reads the prompt, its decoder the response after a start token.
         temperature: What logits are divided by before the softmax, in rollout and update alike (Ziegler et al. 2019).
         chunk_size: Response tokens whose [chunk, vocabulary] logits may live at once.
     """
@@ -54,8 +55,7 @@ class TokenPolicy(nn.Module):
         """
         # Dropout stays off, so that the first pass of an update has probability ratio 1 exactly.
         self.model.train(self.checkpointing and torch.is_grad_enabled())
-        hidden = self._hidden(inputs)
-        acting = _gather(hidden, inputs, extra=0)
+        acting, states = self._rows(inputs)
         tokens = torch.cat(list(inputs.responses))
         statistics = chunked_token_statistics(
             self._head(), acting, tokens, temperature=self.temperature, chunk_size=self.chunk_size,
@@ -63,7 +63,7 @@ class TokenPolicy(nn.Module):
         )  # fmt: skip
         self.work["head_rows"] += len(tokens)
         lengths = inputs.response_lengths().tolist()
-        values = self._values(_gather(hidden, inputs, extra=1))
+        values = self._values(states)
         entropy = statistics.entropy
         return PolicyOutput(
             logprobs=pad_rows(statistics.logprobs.split(lengths)),
@@ -73,8 +73,8 @@ class TokenPolicy(nn.Module):
 
     def kl_to(self, reference: "TokenPolicy", inputs: TokenInputs) -> Float[Tensor, "batch time"]:
         """Exact KL(π || reference) over the full vocabulary at each response token, nats, [B, T]."""
-        own = _gather(self._hidden(inputs), inputs, extra=0)
-        other = _gather(reference._hidden(inputs), inputs, extra=0)
+        own, _ = self._rows(inputs)
+        other, _ = reference._rows(inputs)
         kl = chunked_categorical_kl(
             self._head(), own, reference._head(), other, temperature=self.temperature, chunk_size=self.chunk_size
         )
@@ -88,11 +88,42 @@ class TokenPolicy(nn.Module):
 
     def _head(self) -> Head:
         language_model: Any = self._language_model()
+        if language_model.config.is_encoder_decoder:
+            return nn.Identity()
         head: nn.Module = language_model.get_output_embeddings()
         softcap = getattr(language_model.config, "final_logit_softcapping", None)
         if softcap is None:
             return head
         return lambda hidden: torch.tanh(head(hidden) / softcap) * softcap
+
+    def _rows(
+        self, inputs: TokenInputs
+    ) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
+        """What the head turns into logits at each action, and the hidden states behind V(s_0) ... V(s_T)."""
+        if self._language_model().config.is_encoder_decoder:
+            return self._decoder_rows(inputs)
+        hidden = self._hidden(inputs)
+        return _gather(hidden, inputs, extra=0), _gather(hidden, inputs, extra=1)
+
+    def _decoder_rows(
+        self, inputs: TokenInputs
+    ) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
+        """The same of an encoder-decoder, whose features are logits already.
+
+        What stands before the LM head (a scale, a bias) differs by architecture, so the model makes its logits itself.
+        """
+        model, prompts = self._language_model(), list(inputs.prompts)
+        starts = [prompt.new_full((1,), start_token_of(model)) for prompt in prompts]
+        decoded = pad_rows([torch.cat(pair) for pair in zip(starts, inputs.responses, strict=True)])
+        input_ids = pad_rows(prompts)
+        self.work["trunk_tokens"] += input_ids.numel() + decoded.numel()
+        self.work["real_tokens"] += int(inputs.costs().sum()) + len(starts)
+        output = model(
+            input_ids=input_ids, attention_mask=pad_rows([torch.ones_like(prompt) for prompt in prompts]),
+            decoder_input_ids=decoded, use_cache=False, output_hidden_states=True,
+        )  # fmt: skip
+        shown = TokenInputs(prompts=starts, responses=inputs.responses)
+        return _gather(output.logits, shown, extra=0), _gather(output.decoder_hidden_states[-1], shown, extra=1)
 
     def _hidden(self, inputs: TokenInputs) -> Float[Tensor, "batch length hidden"]:
         rows = [torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)]
@@ -109,6 +140,22 @@ class TokenPolicy(nn.Module):
             return hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
         values: Tensor = self.model.v_head(hidden).squeeze(-1).float()
         return values
+
+
+def start_token_of(model: Any) -> int:
+    """What an encoder-decoder's decoder reads before a response.
+
+    Raises:
+        ValueError: If neither its configuration nor its generation settings name one.
+    """
+    for settings in (model.config, model.generation_config):
+        token: int | None = getattr(settings, "decoder_start_token_id", None)
+        if token is not None:
+            return token
+    raise ValueError(
+        f"{type(model).__name__} names no decoder_start_token_id: its decoder has nothing to begin a response with. "
+        "Set `model.config.decoder_start_token_id`."
+    )
 
 
 def switch_off_dropout(model: nn.Module) -> None:

@@ -19,7 +19,9 @@ class Limits:
     vocab_size: int | None
     """Token ids must lie below; None: unknown."""
     max_positions: int | None
-    """Most tokens of prompt and response together; None: no bound."""
+    """Most tokens of prompt and response together (of each, with an encoder-decoder); None: no bound."""
+    start_token_id: int | None = None
+    """What `generate` puts before the responses of an encoder-decoder: no action, so it is taken off. None: nothing."""
 
 
 def check_step_inputs(
@@ -53,7 +55,12 @@ def check_step_inputs(
         for index, tokens in enumerate(named[name]):
             _check_tokens(name, index, tokens, limits.vocab_size)
     for index, (query, response) in enumerate(zip(queries, responses, strict=True)):
-        _check_length(index, len(query) + len(response), limits.max_positions)
+        lengths = len(query), len(response)
+        _check_length(index, sum(lengths) if limits.start_token_id is None else max(lengths), limits.max_positions)
+    if limits.start_token_id is not None:
+        responses, scores, masks = _without_start(limits.start_token_id, responses, scores, masks)
+        for index, tokens in enumerate(responses):
+            _check_tokens("responses", index, tokens, limits.vocab_size)
     rows = [_check_mask(i, masks[i] if masks else None, response) for i, response in enumerate(responses)]
     checked = [_check_score(i, score, responses[i]) for i, score in enumerate(scores)]
     return Responses(
@@ -64,6 +71,23 @@ def check_step_inputs(
         mask=pad_rows([row.float() for row in rows]).bool().to(device),
         scores=_together(checked, responses).to(device),
     )
+
+
+def _without_start(
+    token: int, responses: list[Tensor], scores: list[Tensor], masks: list[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+    """Responses without the decoder's start token; its entries in masks and token scores go with it."""
+    offsets = [int(bool(response[0] == token)) for response in responses]
+    cut = [
+        score[offset:] if score.shape == response.shape and score.numel() > 1 else score
+        for offset, score, response in zip(offsets, scores, responses, strict=True)
+    ]
+    if masks is not None:
+        masks = [
+            mask[offset:] if mask.shape == response.shape else mask
+            for offset, mask, response in zip(offsets, masks, responses, strict=True)
+        ]
+    return [response[offset:] for offset, response in zip(offsets, responses, strict=True)], cut, masks
 
 
 def _check_list(name: str, tensors: object, expected: int) -> None:

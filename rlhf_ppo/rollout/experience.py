@@ -111,6 +111,8 @@ class Shaping:
     whiten_rewards: bool = False
     gamma: float = 1.0
     lam: float = 0.95
+    separate_prompts: bool = False
+    """Whether prompts stand in an encoder instead of before the responses."""
     reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
     reduce_max: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
@@ -127,7 +129,7 @@ def shape_rollout(
     rewards, penalty = kl_shaped_rewards(scored.kl, responses.scores, mask, kl_coef=shaping.kl_coef)
     last = last_action(mask)
     if shaping.whiten_rewards:
-        tail = _tail(responses.inputs, last, shaping.reduce_max)
+        tail = _tail(responses.inputs, last, shaping)
         rewards = classic_whiten_rewards(
             rewards, mask, tail=tail, gamma=shaping.gamma, lam=shaping.lam, reduce_sum=shaping.reduce_sum
         )
@@ -143,11 +145,12 @@ def shape_rollout(
     return rollout, penalty
 
 
-def _tail(inputs: TokenInputs, last: Tensor, reduce_max: Callable[[Tensor], Tensor]) -> Tensor:
+def _tail(inputs: TokenInputs, last: Tensor, shaping: Shaping) -> Tensor:
     """Padded columns behind each row's last action in the classic's right-padded layout."""
-    widest = reduce_max(inputs.costs().max().to(last.device))
-    lengths = torch.tensor([len(prompt) for prompt in inputs.prompts], device=last.device)
-    return widest - lengths - last - 1
+    before = [0 if shaping.separate_prompts else len(prompt) for prompt in inputs.prompts]
+    prompts = torch.tensor(before, device=last.device)
+    widest = shaping.reduce_max((prompts + inputs.response_lengths().to(last.device)).max())
+    return widest - prompts - last - 1
 
 
 def _plain(module: nn.Module) -> TokenPolicy:
