@@ -55,6 +55,8 @@ class Config:
     """KL of a response, nats, that the adaptive controller aims at."""
     kl_horizon: float | None = None
     """Responses over which the adaptive controller acts; smaller is quicker."""
+    ppo_epochs: int | None = None
+    """Passes over a rollout."""
     vf_coef: float | None = None
     """Weight of the value loss."""
     score_clip: float | None = None
@@ -101,7 +103,8 @@ def main(config: Config) -> dict[str, Estimates]:
         PPOConfig(
             seed=config.seed, batch_size=chosen.batch_size, mini_batch_size=chosen.mini_batch_size,
             init_kl_coef=chosen.kl_coef, target=chosen.kl_target, horizon=chosen.kl_horizon, vf_coef=chosen.vf_coef,
-            score_clip=chosen.score_clip, max_grad_norm=1.0, log_with=config.log_with,
+            score_clip=chosen.score_clip, ppo_epochs=chosen.ppo_epochs, accelerator_kwargs=stages.precision(),
+            max_grad_norm=1.0, log_with=config.log_with,
             tracker_project_name="ppo_gpt2_sentiment", project_kwargs={"logging_dir": config.output_dir},
         ),
         policy, tokenizer=tokenizer, dataset=prompts, optimizer=optimizer, lr_scheduler=anneal,

@@ -44,8 +44,9 @@ class Preset:
     learning_rate: float
     kl_coef: float
     kl_target: float
-    kl_horizon: float = 2000.0
-    vf_coef: float = 0.1
+    kl_horizon: float = 4000.0
+    ppo_epochs: int = 2
+    vf_coef: float = 0.5
     score_clip: float = 3.0
     lora_rank: int = 0
     bfloat16: bool = False
@@ -55,15 +56,16 @@ def preset(model: str) -> Preset:
     """Settings for an embedded model; for any other those of the classic sentiment example."""
     if model == SMALL_GPT2:
         return Preset(
-            iterations=60, batch_size=128, mini_batch_size=32, learning_rate=1.5e-4, kl_coef=0.05, kl_target=12.0
+            iterations=60, batch_size=128, mini_batch_size=32, learning_rate=3e-4, kl_coef=0.045, kl_target=14.0
         )
     if model == SMOLLM2_135M:
         return Preset(
-            iterations=40, batch_size=64, mini_batch_size=16, learning_rate=3e-4, kl_coef=0.05, kl_target=12.0,
+            iterations=60, batch_size=64, mini_batch_size=16, learning_rate=4e-4, kl_coef=0.045, kl_target=14.0,
             lora_rank=16, bfloat16=True,
         )  # fmt: skip
     return Preset(
-        iterations=100, batch_size=128, mini_batch_size=128, learning_rate=1.41e-5, kl_coef=0.2, kl_target=6.0
+        iterations=100, batch_size=128, mini_batch_size=128, learning_rate=1.41e-5, kl_coef=0.2, kl_target=6.0,
+        kl_horizon=10_000.0, ppo_epochs=4,
     )
 
 
@@ -120,6 +122,15 @@ def run(main: Callable[[Any], object], config: type[Any], description: str | Non
         main(settings)
     except (AssetError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def precision() -> dict[str, str]:
+    """bfloat16 arithmetic where the processor computes in it, for `Accelerator`; weights stay in their own type."""
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = bool(torch.cpu._is_avx512_bf16_supported())
+    return {"mixed_precision": "bf16"} if fast else {}
 
 
 def load_policy(

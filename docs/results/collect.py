@@ -1,0 +1,74 @@
+"""Collect finished run folders into docs/results/<name>.json and the table docs/results/<name>.md.
+
+python docs/results/collect.py sentiment runs/seed0 runs/seed1 runs/seed2 --title "..." --command "..."
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "datasets")
+MEASURES = ("vader", "classifier", "score", "kl", "distinct_1", "distinct_2", "repetition", "perplexity", "length")
+
+
+def collect(folders: list[Path], command: str) -> dict[str, Any]:
+    """Everything needed to read the figures later: settings, commit, versions, machine, every seed."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    runs = []
+    for folder in folders:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        runs.append(
+            {
+                "config": {k: v for k, v in _read(folder / "config.json").items() if k not in ("output_dir", "threads")},
+                "evaluation": _read(folder / "evaluation.json"),
+                "seconds_in_ppo": sum(row["time/iteration"] for row in rows),
+                "largest_rollout_kl": max(row["objective/kl"] for row in rows),
+            }
+        )
+    return {
+        "command": command,
+        "commit": commit,
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "machine": f"{platform.machine()} CPU, no GPU",
+        "runs": runs,
+    }
+
+
+def table(title: str, found: dict[str, Any]) -> str:
+    """Markdown: one row a seed and measure pair, before -> after."""
+    head = ["seed", *MEASURES, "PPO, s"]
+    lines = [f"# {title}", "", f"`{found['command']}`", "", "Held-out prompts, before → after, ± standard error.", ""]
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for run in found["runs"]:
+        before, after = run["evaluation"]["before"], run["evaluation"]["after"]
+        cells = [_cell(before.get(name), after.get(name)) for name in MEASURES]
+        lines.append(f"| {run['config']['seed']} | {' | '.join(cells)} | {run['seconds_in_ppo']:.0f} |")
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return "\n".join([*lines, "", f"Commit {found['commit'][:12]}; {found['machine']}; {versions}.", ""])
+
+
+def _cell(before: dict[str, float] | None, after: dict[str, float] | None) -> str:
+    if before is None or after is None:
+        return "–"
+    return f"{before['mean']:.3g} → **{after['mean']:.3g}** ± {after['stderr']:.2g}"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--title", required=True)
+    parser.add_argument("--command", required=True)
+    wishes = parser.parse_args()
+    here = Path(__file__).parent
+    result = collect(wishes.folders, wishes.command)
+    (here / f"{wishes.name}.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+    (here / f"{wishes.name}.md").write_text(table(wishes.title, result))
