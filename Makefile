@@ -35,10 +35,10 @@ test: $(STAMP)  ## the fast tier; options: make test ARGS="-k gae"
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-distributed: $(STAMP)  ## the tests that start several processes
-	@$(BIN)/python -m pytest -m distributed $(ARGS)
+	@$(BIN)/python -m pytest -m distributed $(ARGS) || test $$? -eq 5  # 5: there are none
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	@$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+	@$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS) || test $$? -eq 5
 
 lint: $(STAMP)  ## ruff, mypy --strict, the layers
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
