@@ -1,10 +1,12 @@
-"""Which models the decode loop fits."""
+"""Which models the decode loop fits, and how their LM head is fed."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_ppo.rollout.kv_cache import has_selectable_rows
 
@@ -29,6 +31,24 @@ def why_unsupported(model: Any) -> str | None:
     if not has_selectable_rows(config):
         return f"{name} keeps a state other than full or sliding-window attention's keys and values"
     return None
+
+
+@contextmanager
+def contiguous_head(model: Any) -> Iterator[None]:
+    """Hand the LM head its rows in one piece.
+
+    The last position of a prefill is a slice with gaps. On such a slice torch multiplies batch by batch and copies the
+    head's weights for every row: gigabytes at a vocabulary of 50,000.
+    """
+
+    def tidy(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].contiguous(), *inputs[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(tidy)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_positions(config: Any, length: int) -> None:

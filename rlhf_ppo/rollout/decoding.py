@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessorList
 
 from rlhf_ppo.rollout.decode_rules import DecodeRules
-from rlhf_ppo.rollout.decode_support import check_positions, keeps_logits, why_unsupported
+from rlhf_ppo.rollout.decode_support import check_positions, contiguous_head, keeps_logits, why_unsupported
 from rlhf_ppo.rollout.draw import best_tokens, draw_tokens
 from rlhf_ppo.rollout.kv_cache import bytes_per_token, drop_rows, new_cache, select_rows
 from rlhf_ppo.rollout.sampling import (
@@ -197,6 +197,10 @@ class _Decode:
 
     def run(self, prompts: list[Tensor], rows: list[int]) -> None:
         """Decode `rows` of the results, whose prompts stand in `prompts`, equal ones side by side."""
+        with contiguous_head(self.model):
+            self._run(prompts, rows)
+
+    def _run(self, prompts: list[Tensor], rows: list[int]) -> None:
         logits = self._prefill(prompts, rows)
         processors = self.rules.processors(self.width)
         step = 0
