@@ -1,0 +1,49 @@
+"""Trains a tiny reward model under torchrun and writes losses, first gradients and metrics to a file."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from reward_model import train_reward_model
+from reward_model.data import as_comparisons
+from tests.reward_model.conftest import preference_rows, tiny_config
+
+
+class Recorder(TrainerCallback):
+    """Keeps the gradient of every optimiser step and the logged losses."""
+
+    def __init__(self) -> None:
+        self.gradients: list[torch.Tensor] = []
+        self.losses: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def main(base: str, output: str, micro_batch_size: int) -> None:
+    rows = preference_rows(96)
+    for index, row in enumerate(rows):  # weights and ties make a mean of means differ from the mean
+        row["weight"] = [0.5, 1.0, 4.0][index % 3]
+        row["tie"] = index % 5 == 0
+    recorder = Recorder()
+    config = tiny_config(
+        Path(base), Path(output), batch_size=16, micro_batch_size=micro_batch_size, log_every=1, centring=0.01
+    )
+    comparisons = as_comparisons(rows, "rows")
+    trained = train_reward_model(config, train=comparisons[:64], evaluation=comparisons[64:], callbacks=[recorder])
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    content = {"gradients": recorder.gradients, "losses": recorder.losses, "metrics": trained.metrics}
+    torch.save(content, f"{output}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
