@@ -46,7 +46,7 @@ lint: $(STAMP)  ## ruff, mypy --strict, the layers
 	@$(BIN)/lint-imports
 
 docs: $(STAMP)  ## the documentation into site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # not --quiet: it would hide the warnings from --strict, too
 
 check: lint test test-distributed docs  ## everything that a change must pass (what .ci/run calls)
 
