@@ -14,6 +14,7 @@ Results: docs/results/sentiment.md.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 
@@ -22,6 +23,7 @@ from rlhf_ppo.report import write_report
 from rlhf_ppo.report.run_folder import Estimates
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from sentiment import stages
+from sentiment.command_line import FloatByModel, IntByModel, Measured, SwitchByModel
 from sentiment.language_models import SMALL_GPT2
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, split_reviews
 from sentiment.threads import choose_threads
@@ -41,29 +43,29 @@ class Config:
     """Run folder: model, metrics, samples, plots, report."""
     seed: int = 0
     """Of everything that is drawn."""
-    iterations: int | None = None
+    iterations: IntByModel = None
     """Rollouts."""
-    batch_size: int | None = None
+    batch_size: IntByModel = None
     """Responses of one rollout, on each process."""
-    mini_batch_size: int | None = None
+    mini_batch_size: IntByModel = None
     """Responses of one optimiser step, on each process."""
-    learning_rate: float | None = None
+    learning_rate: FloatByModel = None
     """Peak; it falls to 0 along a straight line."""
-    kl_coef: float | None = None
+    kl_coef: FloatByModel = None
     """Initial coefficient of the KL penalty in the reward."""
-    kl_target: float | None = None
+    kl_target: FloatByModel = None
     """KL of a response, nats, that the adaptive controller aims at."""
-    kl_horizon: float | None = None
+    kl_horizon: FloatByModel = None
     """Responses over which the adaptive controller acts; smaller is quicker."""
-    ppo_epochs: int | None = None
+    ppo_epochs: IntByModel = None
     """Passes over a rollout."""
-    vf_coef: float | None = None
+    vf_coef: FloatByModel = None
     """Weight of the value loss."""
-    score_clip: float | None = None
+    score_clip: FloatByModel = None
     """Scores are clipped to this range, so that an extreme score is no better than a good one."""
-    bfloat16: bool | None = None
+    bfloat16: SwitchByModel = None
     """Frozen weights in bfloat16; adapters and value head stay in float32."""
-    lora_rank: int | None = None
+    lora_rank: IntByModel = None
     """Rank of LoRA adapters; 0 trains every weight."""
     new_tokens: int = 24
     """Tokens of a response."""
@@ -73,10 +75,13 @@ class Config:
     """Iterations between two checkpoints."""
     fresh: bool = False
     """Ignore checkpoints in the run folder."""
-    threads: int | None = None
-    """PyTorch threads; None: measured."""
-    log_with: str | None = "tensorboard"
-    """Tracker: tensorboard, wandb, or None."""
+    threads: Measured = None
+    """PyTorch threads."""
+    log_with: Literal["tensorboard", "wandb"] | None = "tensorboard"
+    """Tracker."""
+
+    def __post_init__(self) -> None:
+        stages.at_least(self, seed=0, new_tokens=1, eval_prompts=2, save_every=0)
 
 
 def main(config: Config) -> dict[str, Estimates]:
@@ -84,6 +89,7 @@ def main(config: Config) -> dict[str, Estimates]:
     torch.set_num_threads(choose_threads(requested=config.threads))
     chosen = stages.chosen(config.model, config)
     folder = stages.open_run_folder(config.output_dir, asdict(config) | asdict(chosen), fresh=config.fresh)
+    stages.check_reward_source(config.reward_model)
     phase = stages.Phases(5)
 
     phase("language model")
@@ -125,7 +131,8 @@ def main(config: Config) -> dict[str, Estimates]:
         ),
     )  # fmt: skip
     if state.stopped:
-        raise SystemExit(f"Stopped by {state.stopped} after {state.iteration} iterations; the same command goes on.")
+        done = f"{state.iteration} of {chosen.iterations} iterations"
+        raise SystemExit(f"Stopped by {state.stopped} after {done}, checkpoint written; the same command goes on.")
 
     phase("held-out evaluation after PPO, report")
     after = trainer.evaluate(held_out, reward, sampling, judges=judges)

