@@ -1,4 +1,4 @@
-"""Claims of docs/migrating-from-trl.md beyond its table of defects, which tests/test_classic_defects.py goes through."""
+"""Claims of docs/migrating-from-trl.md beyond its table of defects, which has tests/test_classic_defects.py."""
 
 import pytest
 import torch
