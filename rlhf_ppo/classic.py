@@ -38,6 +38,10 @@ class ClassicSurface(ClassicPieces):
     optimizer: "Optimizer"
     current_device: torch.device
     current_step: int
+    compare_step: int = 0
+    """Steps that `push_to_hub_if_best_kwargs` has seen."""
+    highest_reward: float = -float("inf")
+    """Best mean score among those compared."""
     is_distributed: bool
 
     def generate(
@@ -180,14 +184,16 @@ class ClassicSurface(ClassicPieces):
         return gathered
 
     def _push_if_best(self, scores: Tensor) -> None:
+        """Push the policy that earned these scores, before it is updated, if no batch scored better."""
         settings: Any = self.config.push_to_hub_if_best_kwargs
         if not settings:
             return
-        if self.current_step % self.config.compare_steps == 0:
+        if self.compare_step % self.config.compare_steps == 0:
             mean = float(self.accelerator.gather(scores.sum(dim=-1) if scores.dim() > 1 else scores).mean())
-            if mean > getattr(self, "highest_reward", -float("inf")):
+            if mean > self.highest_reward:
                 self.highest_reward = mean
                 self.push_to_hub(**settings)
+        self.compare_step += 1
 
     def _remove_unused_columns(self, dataset: datasets.Dataset) -> datasets.Dataset:
         if not self.config.remove_unused_columns:

@@ -143,9 +143,8 @@ class PPOTrainer(ClassicSurface):
         batch = check_step_inputs(
             queries, responses, scores, response_masks, limits=self.limits, device=self.current_device
         )
-        statistics = self.learn(batch)
         self._push_if_best(batch.scores)
-        return statistics
+        return self.learn(batch)
 
     def learn(self, responses: Responses) -> Statistics:
         """One iteration on checked responses: score, shape, credit, update (Schulman et al. 2017, Algorithm 1)."""
@@ -336,6 +335,11 @@ def _check_arguments(
 ) -> None:
     if not isinstance(config, PPOConfig):
         raise ValueError(f"config must be a PPOConfig, got {type(config)}")
+    if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
+        raise ValueError(
+            "You have to specify repo_id in order to push the model to the hub! Got push_to_hub_if_best_kwargs = "
+            f"{config.push_to_hub_if_best_kwargs}: add {{'repo_id': 'user/name'}}."
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
             "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or a PreTrainedTokenizerFast, "

@@ -96,9 +96,7 @@ class TokenPolicy(nn.Module):
             return head
         return lambda hidden: torch.tanh(head(hidden) / softcap) * softcap
 
-    def _rows(
-        self, inputs: TokenInputs
-    ) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
+    def _rows(self, inputs: TokenInputs) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
         """What the head turns into logits at each action, and the hidden states behind V(s_0) ... V(s_T)."""
         if self._language_model().config.is_encoder_decoder:
             return self._decoder_rows(inputs)
@@ -130,8 +128,11 @@ class TokenPolicy(nn.Module):
         input_ids = pad_rows(rows)
         self.work["trunk_tokens"] += input_ids.numel()
         self.work["real_tokens"] += sum(len(row) for row in rows)
-        # Padding stands on the right, where a causal model cannot see it: no mask, no position ids are needed.
-        output = self._language_model().base_model(input_ids=input_ids, use_cache=False)
+        # Padding stands on the right, where a causal model cannot see it. A mask of ones keeps the fast causal kernels,
+        # and without any, some models warn of padding.
+        output = self._language_model().base_model(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
+        )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
