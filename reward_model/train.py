@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
-
 from reward_model.commands import column_names, parse, run, table
 from reward_model.config import RewardModelConfig
 from reward_model.data import Comparison
@@ -17,7 +15,7 @@ from reward_model.ensemble import EnsembleRewardModel, save_ensemble
 from reward_model.model import RewardModel
 from reward_model.preparation import Loaded, load_comparisons, split_by_prompt, write_bad_rows
 from reward_model.scoring import held_out_metrics, score_completions
-from reward_model.trainer import TrainedRewardModel, train_reward_model
+from reward_model.trainer import TrainedRewardModel, processes, train_reward_model
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     facts = loaded.report.as_dict()
     trained = train_ensemble if many.ensemble > 1 else _train_one
     result = trained(config, many.ensemble, train, evaluation, facts)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         if loaded.bad_rows:
             write_bad_rows(loaded.bad_rows, Path(f"{config.output_dir}.bad_rows.jsonl"))
         numbers = {name: f"{value:.4g}" for name, value in result.metrics.items()}
@@ -110,7 +108,7 @@ def train_ensemble(
     for index in range(members):
         one = replace(config, seed=config.seed + index, output_dir=str(parts / str(index)), overwrite=True)
         folders.append(train_reward_model(one, train=train, evaluation=evaluation, data_report=facts).path)
-    state = PartialState()
+    state = processes()
     metrics: dict[str, float] = {}
     if state.is_main_process:
         ensemble = EnsembleRewardModel([RewardModel.from_pretrained(folder) for folder in folders])

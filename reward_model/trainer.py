@@ -133,7 +133,7 @@ def _build_trainer(
 
 def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
     """Our settings in trl's words."""
-    micro, accumulation = config.accumulation(PartialState().num_processes)
+    micro, accumulation = config.accumulation(processes().num_processes)
     steps = max(1, int(-(-rows // config.batch_size) * config.epochs))
     evaluate = max(1, steps // config.evaluations) if config.evaluations > 1 else None
     save = max(1, steps // config.checkpoints) if config.checkpoints else None
@@ -170,6 +170,11 @@ def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
         report_to=[name.strip() for name in config.trackers.split(",")],
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def processes() -> PartialState:
+    """The processes of this run. Without a GPU that must be said, or accelerate counts one process under torchrun."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def training_folder(config: RewardModelConfig) -> Path:
