@@ -20,6 +20,9 @@ from rlhf_ppo import (
     LengthSampler,
     PPOConfig,
     PPOTrainer,
+    core,
+    respond_to_batch,
+    set_seed,
 )
 from tests.helpers import EOS_TOKEN_ID, tiny_gpt2, tiny_t5, tiny_tokenizer
 
@@ -342,3 +345,7 @@ def test_an_encoder_decoder_is_scored_as_its_own_forward_does() -> None:
     assert again["ppo/returns/mean"] == statistics["ppo/returns/mean"]
     with pytest.raises(ValueError, match=r"responses\[1\] is empty"):
         bare.step(QUERIES, [responses[0], torch.tensor([0])], SCORES)
+
+
+def test_helpers_are_found_where_the_classic_kept_them() -> None:
+    assert (core.LengthSampler, core.respond_to_batch, core.set_seed) == (LengthSampler, respond_to_batch, set_seed)
