@@ -1,0 +1,97 @@
+"""A reward model behind HTTP, used like a local one: time-outs, retries with back-off, bounded concurrency."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from reward_model.text import Texts
+
+_TRANSIENT = (429, 500, 502, 503, 504)
+
+
+class RemoteRewardModel:
+    """Scores from a server started by `python -m reward_model.serve`; an instance is a reward source."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 4,
+        backoff: float = 0.5,
+        batch_size: int = 128,
+        concurrency: int = 4,
+    ) -> None:
+        """Remember where to ask; nothing is sent yet.
+
+        Args:
+            url: The server's address, such as http://127.0.0.1:8018 (with or without /score).
+            token: The server's token.
+            timeout: Seconds to wait for the connection and for each answer.
+            retries: Further attempts after a failed one (no connection, a time-out, status 429 or 5xx).
+            backoff: Seconds before the second retry; doubled before each later one.
+            batch_size: Samples in one request.
+            concurrency: Most requests under way at once.
+
+        Raises:
+            ValueError: The address is not http(s), or a number is out of range.
+        """
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"A reward URL begins with http:// or https://, got {url!r}.")
+        if batch_size < 1 or concurrency < 1 or retries < 0 or timeout <= 0:
+            raise ValueError(
+                f"batch_size, concurrency >= 1, retries >= 0 and timeout > 0 are needed, got {batch_size}, "
+                f"{concurrency}, {retries} and {timeout}."
+            )
+        self.url = url.rstrip("/").removesuffix("/score") + "/score"
+        self.timeout = timeout
+        self.attempts = retries + 1
+        self.batch_size = batch_size
+        self.concurrency = concurrency
+        retry = Retry(
+            total=retries, backoff_factor=backoff, status_forcelist=_TRANSIENT, allowed_methods=["POST"],
+            raise_on_status=False,
+        )  # fmt: skip
+        self._session = requests.Session()
+        self._session.mount(self.url, HTTPAdapter(max_retries=retry, pool_maxsize=concurrency))
+        self._session.headers.update({"Authorization": f"Bearer {token}"} if token else {})
+
+    def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
+        """One score for each prompt-response text, in order.
+
+        Raises:
+            ConnectionError: No usable answer after the last attempt; names the server and the reason.
+            ValueError: The server refused the request, or sent the wrong number of scores.
+        """
+        if len(prompts) != len(responses):
+            raise ValueError(f"Each sample needs a prompt and a response, got {len(prompts)} and {len(responses)}.")
+        starts = range(0, len(responses), self.batch_size)
+        parts = [(prompts[at : at + self.batch_size], responses[at : at + self.batch_size]) for at in starts]
+        with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
+            answers = list(pool.map(lambda part: self._ask(*part), parts))
+        return [score for answer in answers for score in answer]
+
+    def _ask(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+        body = {"prompts": list(prompts), "responses": list(responses)}
+        try:
+            answer = self._session.post(self.url, json=body, timeout=self.timeout)
+        except requests.RequestException as error:
+            raise ConnectionError(
+                f"The reward server {self.url} gave no answer in {self.attempts} attempts of {self.timeout:g} s: "
+                f"{type(error).__name__}. Is `python -m reward_model.serve` running there?"
+            ) from error
+        if answer.status_code in _TRANSIENT:
+            raise ConnectionError(
+                f"The reward server {self.url} answered {answer.status_code} {self.attempts} times: {answer.text:.200}"
+            )
+        if answer.status_code != 200:
+            raise ValueError(f"The reward server {self.url} refused ({answer.status_code}): {answer.text:.200}")
+        scores = answer.json().get("scores")
+        if not isinstance(scores, list) or len(scores) != len(responses):
+            raise ValueError(f"The reward server {self.url} sent no {len(responses)} scores: {answer.text:.200}")
+        return [float(score) for score in scores]
