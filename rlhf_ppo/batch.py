@@ -4,9 +4,9 @@ A stage returns a new frozen batch; nothing is "not yet computed" and filled in 
 each), columns are time steps (one response token each). `mask` is True exactly at *our* actions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +29,14 @@ class PolicyInputs(Protocol):
 
     def width(self) -> int:
         """T: time steps of the longest row, hence columns of every [batch, time] tensor."""
+        ...
+
+    def to(self, device: torch.device) -> "PolicyInputs":
+        """The same inputs on a device."""
+        ...
+
+    def joined(self, others: Sequence[Any]) -> "PolicyInputs":
+        """These rows, then those of `others`, which are of the same kind."""
         ...
 
 
@@ -54,6 +62,19 @@ class TokenInputs:
 
     def width(self) -> int:
         return max(len(response) for response in self.responses)
+
+    def to(self, device: torch.device) -> "TokenInputs":
+        return TokenInputs(
+            prompts=[prompt.to(device) for prompt in self.prompts],
+            responses=[response.to(device) for response in self.responses],
+        )
+
+    def joined(self, others: Sequence["TokenInputs"]) -> "TokenInputs":
+        parts = [self, *others]
+        return TokenInputs(
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            responses=[response for part in parts for response in part.responses],
+        )
 
     def response_lengths(self) -> Int[Tensor, " batch"]:
         """Tokens of each response, [B]."""
@@ -116,23 +137,27 @@ class TrainBatch:
         """The same batch for `rows` alone, its columns cut to the longest of them."""
         inputs = self.inputs.select(rows)
         width = inputs.width()
-        changes: dict[str, Tensor] = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Tensor):
-                changes[item.name] = value[rows][:, :width]
-        return replace(self, inputs=inputs, **changes)
+        return replace(self, inputs=inputs, **self._each(lambda value: value[rows][:, :width]))
 
-    def micro_batches(self, rows: Rows, *, size: int | None, token_budget: int | None) -> "Iterator[TrainBatch]":
-        """Cut `rows` into pieces sorted by length, so that a piece pads little.
+    def without_actions(self) -> "TrainBatch":
+        """The same rows with nothing to learn from: a pass over them adds 0 to every sum and gradient."""
+        return replace(self, mask=torch.zeros_like(self.mask))
 
-        Args:
-            rows: Rows of one optimiser step.
-            size: Most rows in a piece; None for no bound.
-            token_budget: Most padded tokens (rows x longest row) in a piece; None for no bound.
-        """
-        for piece in cut(self.inputs.costs()[rows.cpu()], size=size, token_budget=token_budget):
-            yield self.select(rows[piece.to(rows.device)])
+    def to(self, device: torch.device) -> "TrainBatch":
+        """The same batch on a device."""
+        return replace(self, inputs=self.inputs.to(device), **self._each(lambda value: value.to(device)))
+
+    def joined(self, others: Sequence["TrainBatch"]) -> "TrainBatch":
+        """These rows, then those of `others`, padded to the longest of all."""
+        changes: dict[str, Any] = {
+            name: join_rows([value, *(getattr(other, name) for other in others)])
+            for name, value in self._each(lambda value: value).items()
+        }
+        return replace(self, inputs=self.inputs.joined([other.inputs for other in others]), **changes)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def cut(
@@ -161,3 +186,11 @@ def pad_rows(rows: Sequence[Tensor], *, width: int | None = None, value: float =
     if width is None or width <= padded.shape[1]:
         return padded
     return torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=value)
+
+
+def join_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Rows below rows: [B_i] to [ΣB_i], or [B_i, T_i] to [ΣB_i, max T_i], padded on the right with zeros."""
+    width = max(part.shape[-1] for part in parts)
+    return torch.cat(
+        [part if part.dim() == 1 else torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+    )

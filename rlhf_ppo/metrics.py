@@ -4,14 +4,15 @@
 `train()` adds. docs/metrics.md says what each means and where it should stay.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rlhf_ppo.batch import join_rows
 from rlhf_ppo.functional import masked_mean
 from rlhf_ppo.updates import UpdateRecord
 
@@ -22,7 +23,7 @@ Statistics = dict[str, float | np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
-    """What the statistics of a step are made from: this process's rows."""
+    """What the statistics of a step are made from."""
 
     scores: Float[Tensor, " batch"]
     kl: Float[Tensor, "batch time"]
@@ -33,37 +34,45 @@ class StepFacts:
     query_lengths: Float[Tensor, " batch"]
     response_lengths: Float[Tensor, " batch"]
 
+    def cpu(self) -> "StepFacts":
+        """The same facts in main memory."""
+        return StepFacts(**{item.name: getattr(self, item.name).cpu() for item in fields(self)})
 
-def classic_statistics(
-    facts: StepFacts, gathered: Mapping[str, Tensor], record: UpdateRecord, *, kl_coef: float, learning_rate: float
-) -> Statistics:
+    def joined(self, others: Sequence["StepFacts"]) -> "StepFacts":
+        """The rows of several processes, one below the other."""
+        parts = [self, *others]
+        return StepFacts(
+            **{item.name: join_rows([getattr(part, item.name) for part in parts]) for item in fields(self)}
+        )
+
+
+def classic_statistics(facts: StepFacts, record: UpdateRecord, *, kl_coef: float, learning_rate: float) -> Statistics:
     """The classic's statistics, without the timings.
 
     Args:
-        facts: This process's rows: the arrays are local.
-        gathered: `rows_of(facts)` gathered over all processes: means and deviations are global.
+        facts: Rows of all processes.
         record: What the update did, already global.
         kl_coef: The coefficient *used* in this step.
         learning_rate: Of the first parameter group.
     """
-    means = record.mean()
+    rows, means = rows_of(facts), record.mean()
     ppo = {f"ppo/{name}": value for name, value in means.items() if name in _UPDATE_NAMES}
     variance = ppo["ppo/returns/var"]
     return {
-        "objective/kl": float(gathered["kl"].mean()),
-        "objective/kl_dist": _array(row_sums(facts.kl, facts.mask)),
+        "objective/kl": float(rows["kl"].mean()),
+        "objective/kl_dist": _array(rows["kl"]),
         "objective/logprobs": _array(facts.logprobs),
         "objective/ref_logprobs": _array(facts.ref_logprobs),
         "objective/kl_coef": kl_coef,
-        "objective/entropy": float(gathered["nll"].mean()),
-        "ppo/mean_non_score_reward": float(gathered["penalty"].sum() / gathered["actions"].sum()),
-        "ppo/mean_scores": float(gathered["scores"].mean()),
-        "ppo/std_scores": _deviation(gathered["scores"]),
-        "tokens/queries_len_mean": float(gathered["query_lengths"].mean()),
-        "tokens/queries_len_std": _deviation(gathered["query_lengths"]),
+        "objective/entropy": float(rows["nll"].mean()),
+        "ppo/mean_non_score_reward": float(rows["penalty"].sum() / rows["actions"].sum()),
+        "ppo/mean_scores": float(rows["scores"].mean()),
+        "ppo/std_scores": _deviation(rows["scores"]),
+        "tokens/queries_len_mean": float(rows["query_lengths"].mean()),
+        "tokens/queries_len_std": _deviation(rows["query_lengths"]),
         "tokens/queries_dist": _array(facts.query_lengths),
-        "tokens/responses_len_mean": float(gathered["response_lengths"].mean()),
-        "tokens/responses_len_std": _deviation(gathered["response_lengths"]),
+        "tokens/responses_len_mean": float(rows["response_lengths"].mean()),
+        "tokens/responses_len_std": _deviation(rows["response_lengths"]),
         "tokens/responses_dist": _array(facts.response_lengths),
         **ppo,
         "ppo/policy/advantages": _array(torch.cat(record.advantages)),
@@ -74,7 +83,7 @@ def classic_statistics(
 
 
 def rows_of(facts: StepFacts) -> dict[str, Tensor]:
-    """One number a row for everything that is averaged over the rows of all processes, each [B]."""
+    """One number a row for everything that is averaged over rows, each [B]."""
     return {
         "kl": row_sums(facts.kl, facts.mask),
         "nll": row_sums(-facts.logprobs, facts.mask),

@@ -18,14 +18,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from rlhf_ppo.algorithms import AlgorithmConfig, build_algorithm
-from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.classic import ClassicSurface
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
 from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.extras import set_seed
 from rlhf_ppo.functional import clip_scores
-from rlhf_ppo.metrics import Statistics, StepFacts, classic_statistics, extra_metrics, rows_of
+from rlhf_ppo.metrics import Statistics, StepFacts, classic_statistics, extra_metrics
 from rlhf_ppo.models import (
     PreTrainedModelWrapper,
     create_reference_model,
@@ -116,6 +116,8 @@ class PPOTrainer(ClassicSurface):
         self._prepare(algorithm or config.algorithm())
         self.metrics: dict[str, float] = {}
         """What the last step measured beyond the classic's 40 statistics."""
+        self.newest: tuple[TrainBatch, Scored] | None = None
+        """The last step's batch as its update saw it, with the KL terms, for the token view of the report."""
         self.current_step = 0
         self._init_trackers()
 
@@ -159,15 +161,16 @@ class PPOTrainer(ClassicSurface):
                 batch = self.algorithm.estimate_advantages(rollout)  # Â_t and value targets R_t
             with _timed(timing, "optimize_step"):
                 record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ
+            self.newest = batch, scored
             with _timed(timing, "calc_stats"):
-                facts = _facts(responses, scores, scored, penalty)
-                gathered = {name: self._gather(rows) for name, rows in rows_of(facts).items()}
+                first, *others = self._gather_objects([_facts(responses, scores, scored, penalty).cpu()])
+                facts: StepFacts = first.joined(others)  # rows of all processes: what follows is the same on each
                 rate = float(self.optimizer.param_groups[0]["lr"])
-                kl_coef = float(self.kl_ctl.value)
-                statistics = classic_statistics(facts, gathered, record, kl_coef=kl_coef, learning_rate=rate)
+                statistics = classic_statistics(facts, record, kl_coef=float(self.kl_ctl.value), learning_rate=rate)
                 self.metrics = extra_metrics(facts, record) | self._work()
-            self._warn_of_negative_kl(float(gathered["kl"].mean()))
-            self.kl_ctl.update(float(gathered["kl"].mean()), len(gathered["kl"]))
+            kl = float(statistics["objective/kl"])
+            self._warn_of_negative_kl(kl)
+            self.kl_ctl.update(kl, len(facts.scores))
             if self.lr_scheduler is not None:
                 # Accelerate's wrapper would step once a process.
                 getattr(self.lr_scheduler, "scheduler", self.lr_scheduler).step()

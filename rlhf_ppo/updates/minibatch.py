@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import masked_mean, masked_var
 from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord
+from rlhf_ppo.updates.shares import everyones, own_pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,8 @@ class MinibatchConfig:
 class MinibatchUpdate:
     """Minimise an objective over shuffled minibatches.
 
-    The gradient of one optimiser step depends neither on its cut into micro-batches nor on the number of processes:
-    each piece divides its sums by the action count of the whole step.
+    An optimiser step depends neither on its cut into micro-batches nor on the number of processes: minibatches are
+    drawn from the rows of all processes, and each piece divides its sums by the action count of the whole step.
 
     Args:
         policy: The prepared module that scores a batch: `policy(inputs, with_entropy=...) -> PolicyOutput`.
@@ -81,12 +83,15 @@ class MinibatchUpdate:
         """Run the epochs; π_old ← π_θ is left to the caller, who collects the next rollout."""
         self.config = self._read_config()
         record = UpdateRecord()
+        batch = everyones(batch, self.accelerator)
         for _ in range(self.config.epochs):
             for rows in self._shuffled(len(batch), batch.mask.device):
                 self._step(batch, rows, record)
             if self._moved_too_far(record):
                 record.stopped_early = True
                 break
+        if self.accelerator.num_processes > 1:
+            record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
         return record
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,13 +107,14 @@ class MinibatchUpdate:
 
     def _shuffled(self, rows: int, device: torch.device) -> list[Tensor]:
         order = torch.as_tensor(self.rng.permutation(rows), device=device)
-        return list(order.split(self.config.minibatch_size))
+        return list(order.split(self.config.minibatch_size * self.accelerator.num_processes))
 
     def _step(self, batch: TrainBatch, rows: Tensor, record: UpdateRecord) -> None:
-        pieces = list(
-            batch.micro_batches(rows, size=self.config.micro_batch_size, token_budget=self.config.token_budget)
-        )
-        count = self._sum(batch.mask[rows].sum().float())
+        pieces = own_pieces(
+            batch, rows, size=self.config.micro_batch_size, token_budget=self.config.token_budget,
+            process=self.accelerator.process_index, processes=self.accelerator.num_processes,
+        )  # fmt: skip
+        count = batch.mask[rows].sum().float()
         terms = [
             self._backward(piece, count, last=position == len(pieces) - 1) for position, piece in enumerate(pieces)
         ]
@@ -128,15 +134,16 @@ class MinibatchUpdate:
         record.advantages.append(batch.advantages[rows][batch.mask[rows]])
 
     def _backward(self, piece: TrainBatch, count: Tensor, *, last: bool) -> Terms:
-        # DDP averages gradients over processes; the share of a global count must be summed, hence the factor.
-        scale = self.accelerator.num_processes
-        synchronise: AbstractContextManager[object] = (
-            nullcontext() if last else self.accelerator.no_sync(self.policy)
-        )
+        processes = self.accelerator.num_processes
+        synchronise: AbstractContextManager[object] = nullcontext() if last else self.accelerator.no_sync(self.policy)
         with synchronise:
             output = self.policy(piece.inputs, with_entropy=self.with_entropy)
             terms = self.objective(output, piece, count)
-            self.accelerator.backward(terms.loss * scale)
+            # Gradients are averaged over processes; shares of a global count must be summed, hence the factor.
+            loss = terms.loss * processes
+            if processes > 1:  # DDP waits for a gradient of the value head even where no critic is trained
+                loss = loss + 0.0 * output.values.sum()
+            self.accelerator.backward(loss)
         return terms
 
     def _accept(self, metrics: dict[str, float]) -> bool:

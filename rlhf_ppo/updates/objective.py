@@ -32,6 +32,7 @@ class UpdateRecord:
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     ratios: list[Tensor] = field(default_factory=list)
+    """Of all processes once the update is done, in no particular order."""
     advantages: list[Tensor] = field(default_factory=list)
     skipped: int = 0
     """Optimiser steps that were dropped by the ratio guard or a non-finite gradient; the optimiser did not move."""

@@ -1,0 +1,51 @@
+"""Start a script on several processes, with a hard end: a hang is a failure with its output, never a stuck suite."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(processes: int, script: Path, *arguments: str, timeout: float = 120, use_cpu: bool = True) -> str:
+    """Run `script` under torchrun; returns its output.
+
+    Args:
+        processes: How many.
+        script: A Python file.
+        arguments: Of the script.
+        timeout: Seconds until all processes are killed.
+        use_cpu: Tell Accelerate to; under DeepSpeed that would silently switch DeepSpeed off.
+    """
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    return launch((*launcher, str(script), *arguments), timeout=timeout, use_cpu=use_cpu)
+
+
+def launch(command: Sequence[str], *, timeout: float, use_cpu: bool = True, expect: int = 0) -> str:
+    """Run `python` with these arguments in a process group of its own; returns what it printed.
+
+    Raises:
+        AssertionError: If it does not end in time, or ends with another status than `expect`.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "recipes")))}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "GLOO_SOCKET_IFNAME": "lo"}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    if use_cpu:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"no end after {timeout} s:\n{output[-6000:]}") from None
+    assert (process.returncode == 0) == (expect == 0), f"status {process.returncode}:\n{output[-6000:]}"
+    return output

@@ -1,0 +1,167 @@
+"""Three PPO iterations on forced responses of very unequal lengths: on one process here, on several under torchrun.
+
+Run as a script (scenarios as JSON, folder), each process takes its share of the rows and saves what it saw. One start
+serves many scenarios, because it takes longer than they do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from rlhf_ppo import (
+    GRPO,
+    RLOO,
+    AlgorithmConfig,
+    AutoModelForCausalLMWithValueHead,
+    PPOConfig,
+    PPOPenalty,
+    PPOTrainer,
+    Reinforce,
+)
+from rlhf_ppo.batch import TokenInputs, pad_rows
+from rlhf_ppo.rollout.experience import Responses
+from tests.helpers import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
+
+ITERATIONS = 3
+ALGORITHMS: dict[str, AlgorithmConfig | None] = {
+    "ppo": None, "penalty": PPOPenalty(target=1e-4), "reinforce": Reinforce(), "rloo": RLOO(), "grpo": GRPO(),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One run; the same on any number of processes."""
+
+    shares: tuple[int, ...]
+    """Rows of each process."""
+    rows_of_a_pass: int = 2
+    passes_of_a_step: int = 1
+    algorithm: str = "ppo"
+    model: str = "llama"
+    """Or "gpt2", by plain gradient descent: its key biases have gradient 0, whose rounding Adam would scale up."""
+    learning_rate: float = 1e-3
+    settings: dict[str, Any] | None = None
+    """Further fields of PPOConfig."""
+    group_size: int = 1
+    sabotage: str | None = None
+    """What is made local instead of global: "count" or "whitening"."""
+    broken_row: bool = False
+    """The first score is so large that losses overflow."""
+    zero_stage: int = 0
+    """DeepSpeed's; 0: not used."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What one process saw."""
+
+    statistics: list[dict[str, Any]]
+    parameters: dict[str, Tensor]
+    kl_coef: float
+    passes: list[int]
+    """Passes over the policy in each optimiser step."""
+
+
+def batch(scenario: Scenario, iteration: int, first: int, count: int) -> Responses:
+    """Rows `first` ... `first + count - 1` of the global batch of this iteration."""
+    draw = torch.Generator().manual_seed(100 + iteration)
+    prompts, responses, scores = [], [], []
+    for row in range(sum(scenario.shares)):
+        length = 40 if row % 5 == 0 else 1 + row % 4
+        prompts.append(torch.randint(2, VOCAB_SIZE, (1 + row % 3,), generator=draw))
+        responses.append(torch.randint(2, VOCAB_SIZE, (length,), generator=draw))
+        scores.append(torch.randn((), generator=draw) + row)
+    if scenario.broken_row:
+        scores[0] = torch.tensor(1e25)  # its square is infinite in float32
+    own = slice(first, first + count)
+    return Responses(
+        inputs=TokenInputs(prompts=prompts[own], responses=responses[own]),
+        mask=pad_rows([torch.ones(len(response)) for response in responses[own]]).bool(),
+        scores=torch.stack(scores[own]),
+        group_size=scenario.group_size,
+    )
+
+
+def build(scenario: Scenario) -> PPOTrainer:
+    """The trainer, policy and reference of unequal weights."""
+    make = tiny_llama if scenario.model == "llama" else tiny_gpt2
+    policy, reference = (AutoModelForCausalLMWithValueHead.from_pretrained(make(seed=seed)) for seed in (0, 1))
+    for model in (policy, reference):
+        torch.nn.init.normal_(model.v_head.summary.weight, std=0.1, generator=torch.Generator().manual_seed(2))
+        torch.nn.init.zeros_(model.v_head.summary.bias)
+    minibatch = scenario.rows_of_a_pass * scenario.passes_of_a_step
+    config = PPOConfig(
+        batch_size=4 * minibatch, mini_batch_size=scenario.rows_of_a_pass, ppo_epochs=2,
+        gradient_accumulation_steps=scenario.passes_of_a_step, learning_rate=scenario.learning_rate,
+        fused_adam=False, **scenario.settings or {},
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(policy.parameters(), lr=scenario.learning_rate) if scenario.model == "gpt2" else None
+    algorithm = ALGORITHMS[scenario.algorithm]
+    return PPOTrainer(config, policy, reference, tiny_tokenizer(), optimizer=optimizer, algorithm=algorithm)
+
+
+def run(scenario: Scenario) -> Outcome:
+    """Three iterations on this process's share of the rows."""
+    trainer = build(scenario)
+    rank = trainer.accelerator.process_index
+    passes = _counted_passes(trainer)
+    _sabotage(trainer, scenario.sabotage)
+    statistics = []
+    for iteration in range(ITERATIONS):
+        own = batch(scenario, iteration, sum(scenario.shares[:rank]), scenario.shares[rank])
+        statistics.append(trainer.learn(own) | trainer.metrics)
+    named = trainer.model.named_parameters()
+    return Outcome(
+        statistics=statistics,
+        parameters={name: parameter.detach().clone() for name, parameter in named},
+        kl_coef=trainer.kl_ctl.value,
+        passes=passes,
+    )
+
+
+def _counted_passes(trainer: PPOTrainer) -> list[int]:
+    """How often each optimiser step calls the objective, kept up to date while the trainer runs."""
+    update: Any = trainer.algorithm.update
+    update = getattr(update, "inner", update)
+    passes: list[int] = []
+    objective, step = update.objective, update._step
+
+    def counted_objective(*arguments: Any) -> Any:
+        passes[-1] += 1
+        return objective(*arguments)
+
+    def counted_step(*arguments: Any) -> None:
+        passes.append(0)
+        step(*arguments)
+
+    update.objective, update._step = counted_objective, counted_step
+    return passes
+
+
+def _sabotage(trainer: PPOTrainer, what: str | None) -> None:
+    """The classic mistakes of data-parallel PPO, for tests that must notice them."""
+    if what == "whitening":
+        trainer._reduce_sum = lambda tensor: tensor  # type: ignore[method-assign]
+    if what == "count":
+        update: Any = trainer.algorithm.update
+        objective, processes = update.objective, trainer.accelerator.num_processes
+        update.objective = lambda output, piece, count: objective(
+            output, piece, (piece.mask.sum() * processes).clamp(min=1)
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for number, wished in enumerate(json.loads(sys.argv[1])):
+        print(f"scenario {number}: {wished}", flush=True)
+        outcome = run(Scenario(**{**wished, "shares": tuple(wished["shares"])}))
+        torch.save(asdict(outcome), Path(sys.argv[2]) / f"{number}-{PartialState().process_index}.pt")
+    PartialState().destroy_process_group()
