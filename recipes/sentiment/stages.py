@@ -40,7 +40,7 @@ class Preset:
     learning_rate: float
     kl_coef: float
     kl_target: float
-    kl_horizon: float = 4000.0
+    kl_horizon: float = 2000.0
     ppo_epochs: int = 2
     vf_coef: float = 0.5
     score_clip: float = 3.0
@@ -77,11 +77,11 @@ def preset(model: str) -> Preset:
     """Settings for an embedded model; for any other those of the classic sentiment example."""
     if model == SMALL_GPT2:
         return Preset(
-            iterations=60, batch_size=128, mini_batch_size=32, learning_rate=3e-4, kl_coef=0.045, kl_target=14.0
+            iterations=50, batch_size=128, mini_batch_size=32, learning_rate=3e-4, kl_coef=0.06, kl_target=11.0
         )
     if model == SMOLLM2_135M:
         return Preset(
-            iterations=60, batch_size=64, mini_batch_size=16, learning_rate=4e-4, kl_coef=0.045, kl_target=14.0,
+            iterations=60, batch_size=64, mini_batch_size=16, learning_rate=4e-4, kl_coef=0.06, kl_target=11.0,
             lora_rank=16, bfloat16=True,
         )  # fmt: skip
     return Preset(
