@@ -13,8 +13,9 @@ def pairs_from_labels(
 ) -> list[Comparison]:
     """Pairs of texts with different labels; in each round no text is used twice.
 
-    The texts are shuffled and sorted by label, and text i meets text i + M, M being the size of the largest class:
-    two positions that far apart never have one label. Balanced binary labels use every text.
+    The texts are shuffled and sorted by label, and text i meets text i + M, M being the size of the largest class or
+    half of all, whichever is more: so far apart no label is the same, and no text is met twice. Balanced labels use
+    every text.
 
     Args:
         texts: The labelled texts.
@@ -31,7 +32,7 @@ def pairs_from_labels(
     counts = Counter(labels)
     if len(counts) < 2:
         raise ValueError(f"Pairs need texts of at least two different labels, got {dict(counts)}.")
-    largest = max(counts.values())
+    offset = max(*counts.values(), (len(texts) + 1) // 2)
     generator = random.Random(seed)
     pairs: dict[tuple[str, str], Comparison] = {}
     for _ in range(rounds):
@@ -40,7 +41,7 @@ def pairs_from_labels(
         order.sort(key=lambda index: labels[index])
         drawn = [
             Comparison(prompt="", completions=(texts[better], texts[worse]), source=source)
-            for worse, better in zip(order, order[largest:], strict=False)
+            for worse, better in zip(order, order[offset:], strict=False)
         ]
         generator.shuffle(drawn)
         pairs |= {(str(pair.completions[0]), str(pair.completions[1])): pair for pair in drawn}
