@@ -15,17 +15,19 @@ PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "datasets")
 MEASURES = ("vader", "classifier", "score", "kl", "distinct_1", "distinct_2", "repetition", "perplexity", "length")
 
 
-def collect(folders: list[Path], command: str) -> dict[str, Any]:
+def collect(folders: list[Path], command: str, revision: str) -> dict[str, Any]:
     """Everything needed to read the figures later: settings, commit, versions, machine, every seed."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", revision], capture_output=True, text=True, check=True).stdout.strip()
     runs = []
     for folder in folders:
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = _rows(folder / "metrics.jsonl")
+        settings = _read(folder / "config.json")
         runs.append(
             {
-                "config": {k: v for k, v in _read(folder / "config.json").items() if k not in ("output_dir", "threads")},
+                "config": {name: value for name, value in settings.items() if name not in ("output_dir", "threads")},
                 "evaluation": _read(folder / "evaluation.json"),
                 "seconds_in_ppo": sum(row["time/iteration"] for row in rows),
+                "samples": _rows(folder / "samples.jsonl")[:5],
                 "largest_rollout_kl": max(row["objective/kl"] for row in rows),
             }
         )
@@ -47,6 +49,9 @@ def table(title: str, found: dict[str, Any]) -> str:
         before, after = run["evaluation"]["before"], run["evaluation"]["after"]
         cells = [_cell(before.get(name), after.get(name)) for name in MEASURES]
         lines.append(f"| {run['config']['seed']} | {' | '.join(cells)} | {run['seconds_in_ppo']:.0f} |")
+    lines += ["", "The first five held-out prompts, not chosen:", "", "| prompt | before | after |", "|---|---|---|"]
+    for sample in found["runs"][0]["samples"]:
+        lines.append(f"| {_text(sample['prompt'])} | {_text(sample['before'])} | {_text(sample['after'])} |")
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return "\n".join([*lines, "", f"Commit {found['commit'][:12]}; {found['machine']}; {versions}.", ""])
 
@@ -55,6 +60,14 @@ def _cell(before: dict[str, float] | None, after: dict[str, float] | None) -> st
     if before is None or after is None:
         return "–"
     return f"{before['mean']:.3g} → **{after['mean']:.3g}** ± {after['stderr']:.2g}"
+
+
+def _text(words: str) -> str:
+    return " ".join(words.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _rows(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _read(path: Path) -> Any:
@@ -67,8 +80,9 @@ if __name__ == "__main__":
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--title", required=True)
     parser.add_argument("--command", required=True)
+    parser.add_argument("--commit", default="HEAD", help="what the runs were made with")
     wishes = parser.parse_args()
     here = Path(__file__).parent
-    result = collect(wishes.folders, wishes.command)
+    result = collect(wishes.folders, wishes.command, wishes.commit)
     (here / f"{wishes.name}.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     (here / f"{wishes.name}.md").write_text(table(wishes.title, result))
