@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Import names that differ from their distribution."""
-OWN = {"rlhf_ppo", "reward_model", "sentiment", "recipes", "tests"}
+OWN = {"rlhf_ppo", "reward_model", "recipes", "tests"} | {path.stem for path in (ROOT / "recipes").iterdir()}
 
 
 def requirements(*extras: str) -> set[str]:
