@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM ask for a stop at the end of the iteration; a second one leaves at once."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if request.asked:
             raise KeyboardInterrupt
         request.name = signal.Signals(number).name
+        os.write(2, b"\nStopping after this iteration, with a checkpoint. Once more: at once, without.\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -12,12 +12,13 @@ from rlhf_ppo.evaluation import Evaluation, evaluate
 from rlhf_ppo.metrics import scalars
 from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.resume import restore_checkpoint, save_checkpoint
-from rlhf_ppo.rollout.collect import Collector, MissingEOS
+from rlhf_ppo.rollout.collect import Collected, Collector, MissingEOS
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
-from rlhf_ppo.rollout.reward_sources import Sources
+from rlhf_ppo.rollout.reward_sources import Scores, Sources
 from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig
 from rlhf_ppo.signals import StopRequest, stop_on_signals
+from rlhf_ppo.traces import token_traces
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer
@@ -133,6 +134,7 @@ class TrainingLoop:
         )  # fmt: skip
         self.folder = None if self.config.output_dir is None else RunFolder.create(self.config.output_dir)
         self.state = TrainState()
+        self.newest: tuple[Collected, Scores] | None = None
 
     def run(self) -> TrainState:
         """Iterate until the budget, a callback, a guard or a signal says stop."""
@@ -159,6 +161,7 @@ class TrainingLoop:
         scores = self.collector.score(collected, self.rewards, self.config.missing_eos)
         scored = time.perf_counter()
         statistics = trainer.learn(self.collector.responses(collected.samples, scores))
+        self.newest = collected, scores
         self.state.iteration += 1
         metrics = scalars(statistics) | trainer.metrics | scores.metrics()
         metrics |= {
@@ -210,9 +213,26 @@ class TrainingLoop:
         )
         if float(asked.sum()) > 0:
             state.stopped = list(reasons)[int(asked.argmax())]
+        if due or state.stopped is not None:
+            self._write_traces()
         periodic = config.save_every and (due or state.iteration % config.save_every == 0)
         if self.folder is not None and (periodic or state.stopped is not None):
             save_checkpoint(self, self.folder.path)
+
+    def _write_traces(self) -> None:
+        """Some responses of the newest iteration, token by token."""
+        trainer = self.trainer
+        if self.folder is None or self.newest is None or trainer.newest is None:
+            return
+        if trainer.accelerator.is_main_process:
+            collected, scores = self.newest
+            kept = [row for row, skipped in enumerate(scores.skipped.tolist()) if not skipped]
+            self.folder.append_tokens(
+                token_traces(
+                    *trainer.newest, trainer.tokenizer, iteration=self.state.iteration,
+                    prompts=[collected.prompts[row] for row in kept], scores=scores.total[kept].tolist(),
+                )
+            )  # fmt: skip
 
     def _evaluate_and_keep_best(self) -> None:
         config, state = self.config, self.state
