@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,10 @@ class ClassicSurface(ClassicPieces):
     """Best mean score among those compared."""
     is_distributed: bool
 
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """The trainer's, for models of which a process holds only parts."""
+        raise NotImplementedError
+
     def generate(
         self,
         query_tensor: Tensor | list[Tensor],
@@ -69,7 +73,8 @@ class ClassicSurface(ClassicPieces):
             "length_sampler": length_sampler, "batch_size": batch_size, "return_prompt": return_prompt,
             "device": self.current_device, **generation_kwargs,
         }  # fmt: skip
-        responses = generate_responses(self.model, self.tokenizer, query_tensor, **settings)
+        with self.whole_parameters():
+            responses = generate_responses(self.model, self.tokenizer, query_tensor, **settings)
         if not generate_ref_response:
             return responses
         own = self.ref_model is None
@@ -139,9 +144,11 @@ class ClassicSurface(ClassicPieces):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model, value head, tokenizer and a model card; the folder loads as a plain causal LM too."""
+        with self.whole_parameters():
+            if self.accelerator.is_main_process:
+                self.model.save_pretrained(save_directory)
         if not self.accelerator.is_main_process:
             return
-        self.model.save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
         self.create_model_card(str(save_directory))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from trl.models.utils import unwrap_model_for_generation
 
 from rlhf_ppo.algorithms import AlgorithmConfig, build_algorithm
 from rlhf_ppo.batch import TokenInputs, TrainBatch
@@ -220,6 +221,18 @@ class PPOTrainer(ClassicSurface):
         )
         return loop.evaluate(seed=seed)
 
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Inside, `model` holds every parameter whole on every process: for sampling and saving under ZeRO-3.
+
+        All processes enter it together; one copy of the model must fit beside the parts.
+        """
+        if self._has_zero3:
+            with unwrap_model_for_generation(self.policy, self.accelerator):
+                yield
+        else:
+            yield
+
     @property
     def limits(self) -> Limits:
         """What `step()` refuses to exceed."""
@@ -239,6 +252,7 @@ class PPOTrainer(ClassicSurface):
             policy=self.policy, reference=self._reference, kl_penalty=self.config.kl_penalty,
             reference_context=partial(reference_adapter, self.model) if own else nullcontext,
             rows=self.config.mini_batch_size, token_budget=self.config.token_budget,
+            most=(lambda passes: int(self._gather(torch.tensor(passes)).max())) if self._sharded else int,
         )  # fmt: skip
 
     def _prepare(self, algorithm: AlgorithmConfig) -> None:
@@ -249,6 +263,11 @@ class PPOTrainer(ClassicSurface):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             switch_off_dropout(self.model)
             policy.checkpointing = True
+        engine = self.accelerator.state.deepspeed_plugin
+        self._has_zero3 = engine is not None and engine.zero_stage == 3
+        self._sharded = self._has_zero3 or str(self.accelerator.distributed_type).endswith("FSDP")
+        if engine is not None:
+            engine.deepspeed_config["train_micro_batch_size_per_gpu"] = config.mini_batch_size
         self.policy, self.optimizer = self.accelerator.prepare(policy, self.optimizer)
         if self.lr_scheduler is not None:
             self.lr_scheduler = self.accelerator.prepare_scheduler(self.lr_scheduler)
@@ -257,7 +276,12 @@ class PPOTrainer(ClassicSurface):
             reference = TokenPolicy(
                 self.ref_model, temperature=config.temperature, chunk_size=config.logits_chunk_size
             ).requires_grad_(False)
-            self._reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            # Under ZeRO every process keeps a whole reference: it takes no part in the engine.
+            self._reference = (
+                self.accelerator.prepare_model(reference, evaluation_mode=True)
+                if engine is None
+                else reference.to(self.current_device).eval()
+            )
         self.algorithm = build_algorithm(
             algorithm, policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator,
             minibatch=self._minibatch, seed=config.seed,
@@ -300,11 +324,13 @@ class PPOTrainer(ClassicSurface):
         return gathered.cpu()
 
     def _work(self) -> dict[str, float]:
-        """The policy's work counters since the last step, cleared."""
+        """The policy's work since the last step, over all processes, and how evenly it was shared; clears counters."""
         policy: TokenPolicy = self.accelerator.unwrap_model(self.policy)
-        work = {f"work/{name}": float(count) for name, count in policy.work.items()}
+        shares = self._gather_objects([dict(policy.work)])
         policy.work.clear()
-        return work
+        work = {f"work/{name}": float(sum(share[name] for share in shares)) for name in shares[0]}
+        tokens = [float(share["trunk_tokens"]) for share in shares]
+        return work | {"work/imbalance": max(tokens) * len(tokens) / sum(tokens)}
 
     def _warn_of_negative_kl(self, kl: float) -> None:
         # |log-ratio| and exact KL cannot be negative; only the k1 estimate of a wrong sampler can.
@@ -367,11 +393,17 @@ def _check_arguments(
 
 
 def _accelerator(config: PPOConfig) -> Accelerator:
-    return Accelerator(
+    accelerator = Accelerator(
         log_with=config.log_with,
         project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
         **config.accelerator_kwargs,
     )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: gradients would "
+            "be divided by it once more. Set it to 1 there, and `PPOConfig.gradient_accumulation_steps` to your number."
+        )
+    return accelerator
 
 
 def _fill_in(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft_model: bool) -> None:

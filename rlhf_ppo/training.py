@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -156,17 +157,21 @@ class TrainingLoop:
     def _iterate(self) -> None:
         trainer = self.trainer
         start = time.perf_counter()
-        collected = self.collector.draw(self.prompts.batch(next(self.order)), self.generator)
+        with trainer.whole_parameters():
+            collected = self.collector.draw(self.prompts.batch(next(self.order)), self.generator)
         generated = time.perf_counter()
         scores = self.collector.score(collected, self.rewards, self.config.missing_eos)
         scored = time.perf_counter()
         statistics = trainer.learn(self.collector.responses(collected.samples, scores))
         self.newest = collected, scores
         self.state.iteration += 1
-        metrics = scalars(statistics) | trainer.metrics | scores.metrics()
+        first, *others = trainer._gather_objects([scores])
+        everyones: Scores = first.joined(others)
+        finished = trainer._gather_objects(collected.samples.finished)
+        metrics = scalars(statistics) | trainer.metrics | everyones.metrics()
         metrics |= {
-            "env/reward_mean": float(scores.total[~scores.skipped].mean()),
-            "tokens/finished_share": sum(collected.samples.finished) / len(collected.responses),
+            "env/reward_mean": float(everyones.total[~everyones.skipped].mean()),
+            "tokens/finished_share": sum(finished) / len(finished),
             "time/generate": generated - start,
             "time/reward": scored - generated,
             "time/iteration": time.perf_counter() - start,
@@ -186,10 +191,15 @@ class TrainingLoop:
         if self.eval_prompts is None:
             raise ValueError("there are no held-out prompts: pass `eval_prompts`")
         accelerator = self.trainer.accelerator
+        if len(self.eval_prompts) < accelerator.num_processes:
+            raise ValueError(
+                f"{accelerator.num_processes} processes share {len(self.eval_prompts)} held-out prompts: each needs "
+                "one at least. Give more prompts, or evaluate on fewer processes."
+            )
         rows = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
         found = evaluate(
             self.collector, self.trainer.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
-            seed=seed + 100003 * accelerator.process_index,
+            seed=seed + 100003 * accelerator.process_index, whole_parameters=self.trainer.whole_parameters,
         )  # fmt: skip
         return found if accelerator.num_processes == 1 else _gathered(found, self.trainer)
 
@@ -262,13 +272,21 @@ def _check_tokenizer(trainer: "rlhf_ppo.trainer.PPOTrainer") -> None:
 
 
 def _gathered(found: Evaluation, trainer: "rlhf_ppo.trainer.PPOTrainer") -> Evaluation:
-    parts: list[Any] = trainer._gather_objects([found])
-    measures = {name: [value for part in parts for value in part.measures[name]] for name in found.measures}
+    """The evaluations of all processes in the order of the prompts, which were dealt out one by one."""
+    parts: list[Evaluation] = trainer._gather_objects([found])
+
+    def merged(columns: list[list[Any]]) -> list[Any]:
+        rows = zip_longest(*columns, fillvalue=_NOTHING)
+        return [item for row in rows for item in row if item is not _NOTHING]
+
     return Evaluation(
-        prompts=[text for part in parts for text in part.prompts],
-        responses=[text for part in parts for text in part.responses],
-        measures=measures,
+        prompts=merged([part.prompts for part in parts]),
+        responses=merged([part.responses for part in parts]),
+        measures={name: merged([part.measures[name] for part in parts]) for name in found.measures},
     )
+
+
+_NOTHING = object()
 
 
 def _postfix(metrics: dict[str, float]) -> dict[str, str]:

@@ -39,7 +39,8 @@ def create_reference_model(
     Raises:
         ValueError: Under DeepSpeed ZeRO-3, whose parameters cannot be copied, and when there is no layer n.
     """
-    if is_deepspeed_zero3_enabled():
+    # A model loaded before Accelerate was set up is still whole, whatever the stage.
+    if is_deepspeed_zero3_enabled() and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             "DeepSpeed ZeRO-3 is enabled and is not compatible with `create_reference_model()`: this process holds "
             "only a part of each parameter, so the copy would be empty. Load the reference with `from_pretrained()`."

@@ -62,6 +62,8 @@ class Scorer:
     kl_penalty: KLPenalty = "kl"
     rows: int | None = None
     token_budget: int | None = None
+    most: Callable[[int], int] = lambda passes: passes
+    """The largest number over processes, where passes are collective because parameters are sharded."""
 
     @torch.no_grad()
     def __call__(self, inputs: TokenInputs) -> Scored:
@@ -78,7 +80,9 @@ class Scorer:
     def _passes(self, module: nn.Module, inputs: TokenInputs) -> PolicyOutput:
         logprobs: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
-        for piece in cut(inputs.costs(), size=self.rows, token_budget=self.token_budget):
+        pieces = cut(inputs.costs(), size=self.rows, token_budget=self.token_budget)
+        pieces += pieces[-1:] * (self.most(len(pieces)) - len(pieces))
+        for piece in pieces:
             output: PolicyOutput = module(inputs.select(piece))
             for row, position in enumerate(piece.tolist()):
                 logprobs[position], values[position] = output.logprobs[row], output.values[row]

@@ -58,6 +58,16 @@ class Scores:
         """`per_token` where there is one, else `total`: what reward shaping takes."""
         return self.total if self.per_token is None else self.per_token
 
+    def joined(self, others: "Sequence[Scores]") -> "Scores":
+        """These samples, then those of `others`, from the same sources; without what each token earned."""
+        parts = [self, *others]
+        return Scores(
+            total=torch.cat([part.total for part in parts]),
+            per_token=None,
+            per_source={name: torch.cat([part.per_source[name] for part in parts]) for name in self.per_source},
+            skipped=torch.cat([part.skipped for part in parts]),
+        )
+
     def metrics(self) -> dict[str, float]:
         """Mean and standard deviation of each source over the samples that it scored, and the fraction skipped."""
         found = {"env/reward_skipped": self.skipped.double().mean().item()}

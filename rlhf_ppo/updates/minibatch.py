@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import masked_mean, masked_var
 from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord
 from rlhf_ppo.updates.shares import everyones, own_pieces
+from rlhf_ppo.updates.steps import steps_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class MinibatchUpdate:
         with_entropy: bool = True,
     ) -> None:
         self.policy = policy
-        self.optimizer = optimizer
+        self.steps = steps_of(policy, optimizer, accelerator)
         self.accelerator = accelerator
         self.objective = objective
         self._read_config = config
@@ -119,40 +119,37 @@ class MinibatchUpdate:
             self._backward(piece, count, last=position == len(pieces) - 1) for position, piece in enumerate(pieces)
         ]
         metrics = self._reduced(terms)
-        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), limit)
-        metrics["policy/grad_norm"] = math.nan if norm is None else float(norm)
+        metrics["policy/grad_norm"] = self.steps.clip(self.config.max_grad_norm)
         if self._accept(metrics):
-            self.optimizer.step()
+            metrics["policy/grad_norm"] = self.steps.apply()
+            record.skipped += math.isinf(metrics["policy/grad_norm"])
         else:
+            self.steps.drop()
             record.skipped += 1
             for name in ("loss/policy", "loss/value", "loss/total"):
                 metrics[name] = 0.0
-        self.optimizer.zero_grad()
         record.metrics.append(metrics | self._batch_statistics(batch, rows))
         record.ratios.extend(term.ratio for term in terms)
         record.advantages.append(batch.advantages[rows][batch.mask[rows]])
 
     def _backward(self, piece: TrainBatch, count: Tensor, *, last: bool) -> Terms:
         processes = self.accelerator.num_processes
-        synchronise: AbstractContextManager[object] = nullcontext() if last else self.accelerator.no_sync(self.policy)
-        with synchronise:
+        with self.steps.piece(last=last):
             output = self.policy(piece.inputs, with_entropy=self.with_entropy)
             terms = self.objective(output, piece, count)
             # Gradients are averaged over processes; shares of a global count must be summed, hence the factor.
             loss = terms.loss * processes
             if processes > 1:  # DDP waits for a gradient of the value head even where no critic is trained
                 loss = loss + 0.0 * output.values.sum()
-            self.accelerator.backward(loss)
+            self.steps.backward(loss)
         return terms
 
     def _accept(self, metrics: dict[str, float]) -> bool:
-        # Under ZeRO the norm is the engine's affair and reads as nan or None; the loss is always known.
-        broken = not math.isfinite(metrics["loss/total"]) or math.isinf(metrics["policy/grad_norm"])
-        broken |= math.isnan(metrics["policy/grad_norm"]) and not self._engine_owns_gradients()
+        broken = not math.isfinite(metrics["loss/total"])
+        broken |= self.steps.norm_is_known and not math.isfinite(metrics["policy/grad_norm"])
         self._skips_in_a_row = self._skips_in_a_row + 1 if broken else 0
         if broken and self._skips_in_a_row >= self.config.most_skips_in_a_row:
-            self.optimizer.zero_grad()
+            self.steps.drop()
             raise FloatingPointError(
                 f"expected finite losses and gradients, got loss {metrics['loss/total']} and gradient norm "
                 f"{metrics['policy/grad_norm']} in {self._skips_in_a_row} minibatches in a row: nothing was learned "
@@ -174,9 +171,6 @@ class MinibatchUpdate:
             )
             return False
         return True
-
-    def _engine_owns_gradients(self) -> bool:
-        return str(self.accelerator.distributed_type).endswith("DEEPSPEED")
 
     def _moved_too_far(self, record: UpdateRecord) -> bool:
         if self.config.target_kl is None or not record.metrics:

@@ -101,11 +101,29 @@ def build(scenario: Scenario) -> PPOTrainer:
     config = PPOConfig(
         batch_size=4 * minibatch, mini_batch_size=scenario.rows_of_a_pass, ppo_epochs=2,
         gradient_accumulation_steps=scenario.passes_of_a_step, learning_rate=scenario.learning_rate,
-        fused_adam=False, **scenario.settings or {},
+        fused_adam=False, accelerator_kwargs=deepspeed_arguments(scenario.zero_stage), **scenario.settings or {},
     )  # fmt: skip
     optimizer = torch.optim.SGD(policy.parameters(), lr=scenario.learning_rate) if scenario.model == "gpt2" else None
     algorithm = ALGORITHMS[scenario.algorithm]
     return PPOTrainer(config, policy, reference, tiny_tokenizer(), optimizer=optimizer, algorithm=algorithm)
+
+
+def deepspeed_arguments(stage: int) -> dict[str, Any]:
+    """Arguments of `Accelerator` for ZeRO over gloo, without anything that would have to be compiled."""
+    if not stage:
+        return {}
+    import deepspeed
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    plugin = DeepSpeedPlugin(zero_stage=stage, zero3_save_16bit_model=stage == 3)
+    return {"deepspeed_plugin": plugin, "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}
+
+
+def whole_weights(trainer: PPOTrainer) -> dict[str, Tensor]:
+    """Every parameter, gathered where processes hold parts."""
+    with trainer.whole_parameters():
+        return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
 def run(scenario: Scenario) -> Outcome:
@@ -118,10 +136,9 @@ def run(scenario: Scenario) -> Outcome:
     for iteration in range(ITERATIONS):
         own = batch(scenario, iteration, sum(scenario.shares[:rank]), scenario.shares[rank])
         statistics.append(trainer.learn(own) | trainer.metrics)
-    named = trainer.model.named_parameters()
     return Outcome(
         statistics=statistics,
-        parameters={name: parameter.detach().clone() for name, parameter in named},
+        parameters=whole_weights(trainer),
         kl_coef=trainer.kl_ctl.value,
         passes=passes,
     )

@@ -81,5 +81,8 @@ def test_a_layer_that_is_not_there_is_an_error(kwargs: dict[str, Any]) -> None:
 
 def test_zero_3_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "is_deepspeed_zero3_enabled", lambda: True)
+    model = wrapped()
+    create_reference_model(model)  # loaded before the engine: whole
+    next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="ZeRO-3"):
-        create_reference_model(wrapped())
+        create_reference_model(model)

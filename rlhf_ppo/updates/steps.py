@@ -1,0 +1,113 @@
+"""How gradients become a step: under our hand with Accelerate, or inside a DeepSpeed engine.
+
+Accelerate's own `backward` would let the engine step before anybody could look at the minibatch. Here the engine waits
+for `apply`, so that the ratio guard and the non-finite guard decide under ZeRO as they do elsewhere.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """One optimiser step: pieces, each with a backward pass, then `apply` or `drop`."""
+
+    norm_is_known: bool
+    """Whether `clip` can say the gradient norm before `apply`."""
+
+    def piece(self, *, last: bool) -> AbstractContextManager[object]:
+        """Surrounds the passes of one piece; gradients meet those of other processes at the last one."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+
+    def clip(self, limit: float | None) -> float:
+        """Scale gradients down to this norm; their norm before, nan where it is not known yet."""
+
+    def apply(self) -> float:
+        """Move the parameters, forget the gradients; their norm, infinite where the step was refused."""
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+
+
+class PlainSteps:
+    """DDP, FSDP, or one process."""
+
+    norm_is_known = True
+
+    def __init__(self, policy: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> None:
+        self.policy, self.optimizer, self.accelerator = policy, optimizer, accelerator
+        self._norm = math.nan
+
+    def piece(self, *, last: bool) -> AbstractContextManager[object]:
+        synchronise: AbstractContextManager[object] = nullcontext() if last else self.accelerator.no_sync(self.policy)
+        return synchronise
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip(self, limit: float | None) -> float:
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), math.inf if limit is None else limit)
+        self._norm = math.nan if norm is None else float(norm)
+        return self._norm
+
+    def apply(self) -> float:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self._norm
+
+    def drop(self) -> None:
+        self.optimizer.zero_grad()
+
+
+class EngineSteps:
+    """DeepSpeed ZeRO. The engine averages, clips and steps; it tells the norm afterwards."""
+
+    norm_is_known = False
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def piece(self, *, last: bool) -> AbstractContextManager[object]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def clip(self, limit: float | None) -> float:
+        self.engine.optimizer.clip_grad = limit or 0.0
+        return math.nan
+
+    def apply(self) -> float:
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return math.inf if not self.engine.was_step_applied() else math.nan if norm is None else float(norm)
+
+    def drop(self) -> None:
+        # The only way through the engine that clears every partition's buffers is the one an overflow takes.
+        optimizer = self.engine.optimizer
+        known = optimizer.check_overflow, optimizer.check_grad_overflow
+
+        def refuse(*_: object, **__: object) -> None:
+            optimizer.overflow = True
+
+        optimizer.check_overflow, optimizer.check_grad_overflow = refuse, True
+        try:
+            self.engine.step()
+        finally:
+            optimizer.check_overflow, optimizer.check_grad_overflow = known
+
+
+def steps_of(policy: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> Steps:
+    """What fits the processes."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return EngineSteps(policy)
+    return PlainSteps(policy, optimizer, accelerator)

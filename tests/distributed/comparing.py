@@ -1,0 +1,85 @@
+"""One process against several: how to run a scenario both ways, and how far apart the outcomes are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.distributed import scenario as scenarios
+from tests.distributed.launching import torchrun
+from tests.distributed.scenario import Outcome, Scenario
+
+TOLERANCE = 1e-5
+LOCAL = ("time/", "work/")
+
+
+def alone(scenario: Scenario) -> Outcome:
+    """The scenario on one process: the same rows, and as many of them in an optimiser step."""
+    processes = len(scenario.shares)
+    return scenarios.run(
+        replace(
+            scenario,
+            shares=(sum(scenario.shares),),
+            passes_of_a_step=scenario.passes_of_a_step * processes,
+            sabotage=None,
+            zero_stage=0,
+        )
+    )
+
+
+def together(scenarios_: dict[str, Scenario], folder: Path) -> dict[str, list[Outcome]]:
+    """Scenarios on as many processes as they have shares, in one start; one outcome a process."""
+    first = next(iter(scenarios_.values()))
+    ranks = range(len(first.shares))
+    wishes = json.dumps([asdict(scenario) for scenario in scenarios_.values()])
+    torchrun(len(ranks), Path(scenarios.__file__), wishes, str(folder), timeout=200, use_cpu=not first.zero_stage)
+    return {
+        name: [Outcome(**torch.load(folder / f"{number}-{rank}.pt", weights_only=False)) for rank in ranks]
+        for number, name in enumerate(scenarios_)
+    }
+
+
+def differences(one: Outcome, other: Outcome) -> dict[str, float]:
+    """How far apart two outcomes are, statistic by statistic and weight by weight; relative above 1."""
+    found = {name: distance(value, other.parameters[name]) for name, value in one.parameters.items()}
+    for step, (row, compared) in enumerate(zip(one.statistics, other.statistics, strict=True)):
+        assert row.keys() == compared.keys()
+        for name in row:
+            if not name.startswith(LOCAL):
+                found[f"{step} {name}"] = distance(ordered(name, row[name]), ordered(name, compared[name]))
+    return found | {"kl_coef": abs(one.kl_coef - other.kl_coef)}
+
+
+def distance(one: Any, other: Any) -> float:
+    """Largest |a - b| / max(1, |a|); nan equals nan, inf equals inf."""
+    first, second = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    if first.shape != second.shape:
+        return float("inf")
+    same = (first == second) | (np.isnan(first) & np.isnan(second))
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0.0, np.abs(first - second) / np.maximum(1.0, np.abs(first)))
+    return float("inf") if np.isnan(gap).any() else float(gap.max(initial=0.0))
+
+
+def ordered(name: str, value: Any) -> Any:
+    """Probability ratios come in the order of the passes, which depends on the processes."""
+    return np.sort(value) if name == "ppo/policy/ratio" else value
+
+
+def worst(expected: Outcome, outcomes: list[Outcome]) -> tuple[str, float]:
+    """What differs most between one process and several, after the processes were found to agree."""
+    for other in outcomes[1:]:
+        assert max(differences(outcomes[0], other).values()) == 0.0
+        assert other.passes == outcomes[0].passes
+    return max(differences(expected, outcomes[0]).items(), key=lambda item: item[1])
+
+
+EVERYTHING_GLOBAL = {
+    "use_score_scaling": True, "use_score_norm": True, "score_clip": 2.0, "whiten_rewards": True, "max_grad_norm": 0.5,
+    "init_kl_coef": 0.05, "horizon": 50.0, "ent_coef": 0.01,
+}  # fmt: skip

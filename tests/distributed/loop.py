@@ -1,0 +1,79 @@
+"""The managed loop on several processes: whole, interrupted and resumed; or with one process that fails."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.rollout.sampling import SamplingConfig
+from tests.distributed.scenario import deepspeed_arguments, whole_weights
+from tests.helpers import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
+
+TEXTS = ["The movie", "This film was", "I liked", "My morning began with", "What a story"]
+SAMPLING = SamplingConfig(max_new_tokens=6, stop_token_ids=(EOS_TOKEN_ID,))
+
+
+def share_of_e(prompts: Sequence[str], responses: Sequence[str], **_: Any) -> list[float | None]:
+    """A reward that a random policy can climb; process 1 leaves one sample out."""
+    scores: list[float | None] = [response.count("e") / max(1, len(response)) for response in responses]
+    return [None, *scores[1:]] if PartialState().process_index == 1 else scores
+
+
+def fails_on_process_one(prompts: Sequence[str], responses: Sequence[str], **_: Any) -> list[float]:
+    """A reward source that breaks for one process only."""
+    if PartialState().process_index == 1:
+        raise RuntimeError("the reward model of process 1 has lost its connection")
+    return [0.0] * len(responses)
+
+
+def trainer(stage: int) -> PPOTrainer:
+    """A tiny trainer with its prompts."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)  # of the value head
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=0))
+    config = PPOConfig(
+        batch_size=4, mini_batch_size=2, learning_rate=1e-3, ppo_epochs=2, accelerator_kwargs=deepspeed_arguments(stage)
+    )  # fmt: skip
+    return PPOTrainer(config, model, tokenizer=tokenizer, dataset=PromptDataset.from_texts(TEXTS, tokenizer))
+
+
+def config(folder: Path) -> TrainConfig:
+    """Four iterations with a checkpoint after each."""
+    return TrainConfig(
+        iterations=4, sampling=SAMPLING, output_dir=str(folder), save_every=1, eval_every=2, keep_best="score",
+        progress=False,
+    )  # fmt: skip
+
+
+def main(folder: Path, stage: int) -> None:
+    """One run without and one with an interruption; every process saves what it ended with."""
+    held_out = PromptDataset.from_texts(TEXTS, tiny_tokenizer())
+    whole = trainer(stage)
+    whole.train(share_of_e, config(folder / "whole"), eval_prompts=held_out)
+    trainer(stage).train(
+        share_of_e, config(folder / "resumed"), eval_prompts=held_out,
+        # Only one process wants to stop: all must.
+        callbacks=[lambda at, state: at.accelerator.process_index == 1 and state.iteration == 2],
+    )  # fmt: skip
+    resumed = trainer(stage)
+    state = resumed.train(share_of_e, config(folder / "resumed"), eval_prompts=held_out)
+    found = resumed.evaluate(held_out, share_of_e, SAMPLING)
+    ends = {"whole": whole_weights(whole), "resumed": whole_weights(resumed)}
+    outcome = {**ends, "history": state.history, "prompts": found.prompts, "measures": found.measures}
+    torch.save(outcome, folder / f"{PartialState().process_index}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "fail":
+        trainer(0).train(fails_on_process_one, config(Path(sys.argv[2])))
+    else:
+        main(Path(sys.argv[2]), int(sys.argv[3]))
+    PartialState().destroy_process_group()

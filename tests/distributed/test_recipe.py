@@ -1,0 +1,42 @@
+"""The sentiment recipe, unchanged, on two processes under `accelerate launch`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import ROOT, launch
+from tests.recipes.tiny_world import save_gpt2, save_reward_model, write_reviews
+
+pytestmark = pytest.mark.distributed
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def test_the_recipe_runs_on_two_processes_and_resumes(tmp_path: Path) -> None:
+    """Metrics are written once, by process 0; a run that lost its last checkpoint repeats that iteration exactly."""
+    gpt2 = save_gpt2(tmp_path / "gpt2")
+    options = {
+        "model": gpt2, "reward-model": save_reward_model(tmp_path / "reward_model", gpt2),
+        "dataset": write_reviews(tmp_path / "reviews.csv"), "output-dir": tmp_path / "run", "iterations": 3,
+        "batch-size": 8, "mini-batch-size": 4, "learning-rate": 1e-3, "new-tokens": 6, "eval-prompts": 9,
+        "save-every": 1, "threads": 1, "log-with": "tensorboard",
+    }  # fmt: skip
+    recipe = str(ROOT / "recipes" / "ppo_gpt2_sentiment.py")
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/launch/cpu_2.yaml"))
+    output = launch((*launcher, recipe, *arguments), timeout=280)
+    assert output.count("[4/5] PPO") == 1
+    first = rows(tmp_path / "run")
+    assert [row["iteration"] for row in first] == [1, 2, 3]
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 9
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    launch((*launcher, recipe, *arguments), timeout=280)
+    assert rows(tmp_path / "run") == first

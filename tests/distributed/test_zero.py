@@ -1,0 +1,45 @@
+"""DeepSpeed ZeRO takes the steps of one plain process: gradients, guards, clipping, statistics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+
+from tests.distributed.comparing import EVERYTHING_GLOBAL, TOLERANCE, alone, together, worst
+from tests.distributed.scenario import Scenario
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra: pip install 'rlhf_ppo[deepspeed]'"),
+    pytest.mark.filterwarnings("ignore:No dataset is provided"),
+    pytest.mark.filterwarnings("ignore:KL divergence is starting to become negative"),
+    pytest.mark.filterwarnings("ignore:The average ratio of batch"),
+    pytest.mark.filterwarnings("ignore:Skipped a minibatch"),
+]
+
+# Half of the steps of "the ratio guard acts" are dropped: what the engine forgets must not come back in the next one.
+CASES = {
+    "gradient accumulation": Scenario(shares=(5, 4), rows_of_a_pass=1, passes_of_a_step=2),
+    "whitening, moments, clipping, controller, entropy": Scenario(shares=(5, 4), settings=EVERYTHING_GLOBAL),
+    "the ratio guard acts": Scenario(shares=(5, 4), settings={"ratio_threshold": 1.0}),
+    "a score that overflows the loss": Scenario(shares=(5, 4), broken_row=True),
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_processes_under_zero_take_the_steps_of_one(stage: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The engine's gradient norm is left out where a step was dropped: it is not measured there."""
+    cases = {name: replace(scenario, zero_stage=stage) for name, scenario in CASES.items()}
+    outcomes = together(cases, tmp_path_factory.mktemp(f"zero{stage}"))
+    for name, scenario in cases.items():
+        expected = alone(scenario)
+        skipped = [row["ppo/updates_skipped"] for row in expected.statistics]
+        assert (sum(skipped) > 0) == (name in ("the ratio guard acts", "a score that overflows the loss"))
+        if any(skipped):
+            for row in (*expected.statistics, *(row for outcome in outcomes[name] for row in outcome.statistics)):
+                row.pop("ppo/policy/grad_norm")
+        what, difference = worst(expected, outcomes[name])
+        print(f"ZeRO-{stage}, {name}: {difference:.1e} ({what})")
+        assert difference <= TOLERANCE, f"{name}: {what} differs by {difference:.2g}"
