@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -93,6 +94,7 @@ def _trained_reward_model(parts: ReviewParts, seed: int) -> Path:
             train=pairs.select(range(min(len(pairs), PAIRS))),
             evaluation=preference_pairs(reviews[:held_out], **words),
         )
+        AcceleratorState._reset_state()  # PPO has a precision of its own, whether or not this was cached
 
     return build_once(cache_root() / "models" / f"sentiment-reward-model-{key}", build)
 
