@@ -81,7 +81,7 @@ def preset(model: str) -> Preset:
         )
     if model == SMOLLM2_135M:
         return Preset(
-            iterations=45, batch_size=64, mini_batch_size=16, learning_rate=4e-4, kl_coef=0.04, kl_target=14.0,
+            iterations=40, batch_size=64, mini_batch_size=16, learning_rate=4e-4, kl_coef=0.04, kl_target=14.0,
             lora_rank=16, bfloat16=True,
         )  # fmt: skip
     return Preset(
