@@ -1,6 +1,5 @@
 """`PPOTrainer`: `generate`, `step`, `train`. One iteration reads like the paper's algorithm box, see `learn`."""
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,15 +9,14 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 from trl.models.utils import unwrap_model_for_generation
 
 from rlhf_ppo.algorithms import AlgorithmConfig, build_algorithm
+from rlhf_ppo.arguments import check_arguments, default_optimizer, fill_in, make_accelerator
 from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.classic import ClassicSurface
 from rlhf_ppo.config import PPOConfig
@@ -40,6 +38,7 @@ from rlhf_ppo.rollout.experience import Responses, Scored, Scorer, Shaping, shap
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.reward_sources import Sources
 from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig
+from rlhf_ppo.timing import emptied_cache, timed
 from rlhf_ppo.training import Callback, TrainConfig, TrainingLoop, TrainState
 from rlhf_ppo.updates import MinibatchConfig
 
@@ -82,17 +81,17 @@ class PPOTrainer(ClassicSurface):
         *,
         algorithm: AlgorithmConfig | None = None,
     ) -> None:
-        _check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler)
+        check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler)
         assert tokenizer is not None  # narrowed by the check above
         set_seed(config.seed)
         self.config = config
         self.tokenizer = tokenizer
-        self.accelerator = _accelerator(config)
+        self.accelerator = make_accelerator(config)
         self.is_distributed = self.accelerator.num_processes > 1
         self.current_device = self.accelerator.device
         self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
         self.is_peft_model = bool(model.is_peft_model)
-        _fill_in(config, self.accelerator.num_processes, self.is_encoder_decoder, self.is_peft_model)
+        fill_in(config, self.accelerator.num_processes, self.is_encoder_decoder, self.is_peft_model)
         if dataset is None:
             warnings.warn(_NO_DATASET, UserWarning, stacklevel=2)
         if ref_model is not None and num_shared_layers is not None:
@@ -113,7 +112,7 @@ class PPOTrainer(ClassicSurface):
         )
         self.running = RunningMoments()
         self.lr_scheduler = lr_scheduler
-        self.optimizer: Optimizer = optimizer or _adam(model, config)
+        self.optimizer: Optimizer = optimizer or default_optimizer(model, config)
         self._prepare(algorithm or config.algorithm())
         self.metrics: dict[str, float] = {}
         """What the last step measured beyond the classic's 40 statistics."""
@@ -152,18 +151,19 @@ class PPOTrainer(ClassicSurface):
     def learn(self, responses: Responses) -> Statistics:
         """One iteration on checked responses: score, shape, credit, update (Schulman et al. 2017, Algorithm 1)."""
         timing: dict[str, float] = {}
-        with _timed(timing, "total"), self._device_cache():
+        self.accelerator.unwrap_model(self.policy).work.clear()  # an evaluation may have counted in between
+        with timed(timing, "total"), self._device_cache():
             scores = self._normalised(responses.scores)
-            with _timed(timing, "forward_pass"):
+            with timed(timing, "forward_pass"):
                 scored: Scored = self.scorer(responses.inputs)  # log π_old, V, log π_ref
-            with _timed(timing, "compute_rewards"):
+            with timed(timing, "compute_rewards"):
                 rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())
-            with _timed(timing, "compute_advantages"):
+            with timed(timing, "compute_advantages"):
                 batch = self.algorithm.estimate_advantages(rollout)  # Â_t and value targets R_t
-            with _timed(timing, "optimize_step"):
+            with timed(timing, "optimize_step"):
                 record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ
             self.newest = batch, scored
-            with _timed(timing, "calc_stats"):
+            with timed(timing, "calc_stats"):
                 first, *others = self._gather_objects([_facts(responses, scores, scored, penalty).cpu()])
                 facts: StepFacts = first.joined(others)  # rows of all processes: what follows is the same on each
                 rate = float(self.optimizer.param_groups[0]["lr"])
@@ -343,7 +343,7 @@ class PPOTrainer(ClassicSurface):
             )
 
     def _device_cache(self) -> AbstractContextManager[None]:
-        return _emptied_cache() if self.config.optimize_device_cache else nullcontext()
+        return emptied_cache() if self.config.optimize_device_cache else nullcontext()
 
 
 _NO_DATASET = "No dataset is provided. Make sure to set config.batch_size to the correct value before training."
@@ -357,78 +357,3 @@ def _facts(responses: Responses, scores: Tensor, scored: Scored, penalty: Tensor
         query_lengths=torch.tensor([float(len(prompt)) for prompt in inputs.prompts]),
         response_lengths=torch.tensor([float(len(response)) for response in inputs.responses]),
     )  # fmt: skip
-
-
-def _check_arguments(
-    config: object, model: object, ref_model: object, tokenizer: object, dataset: object, lr_scheduler: object
-) -> None:
-    if not isinstance(config, PPOConfig):
-        raise ValueError(f"config must be a PPOConfig, got {type(config)}")
-    if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
-        raise ValueError(
-            "You have to specify repo_id in order to push the model to the hub! Got push_to_hub_if_best_kwargs = "
-            f"{config.push_to_hub_if_best_kwargs}: add {{'repo_id': 'user/name'}}."
-        )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(
-            "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or a PreTrainedTokenizerFast, "
-            f"got {type(tokenizer)}"
-        )
-    if not isinstance(model, PreTrainedModelWrapper):
-        raise ValueError(
-            f"model must be a PreTrainedModelWrapper, got {type(model)} - wrap it: "
-            "`AutoModelForCausalLMWithValueHead.from_pretrained(model)`"
-        )
-    if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
-        raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)}")
-    if ref_model is model:
-        raise ValueError(
-            "model and ref_model are the same object: the reference would move with the policy and the KL penalty "
-            "would always be 0. Pass `ref_model=None` for a frozen copy."
-        )
-    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | datasets.Dataset | PromptDataset):
-        raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
-    if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
-        raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
-
-
-def _accelerator(config: PPOConfig) -> Accelerator:
-    accelerator = Accelerator(
-        log_with=config.log_with,
-        project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
-        **config.accelerator_kwargs,
-    )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: gradients would "
-            "be divided by it once more. Set it to 1 there, and `PPOConfig.gradient_accumulation_steps` to your number."
-        )
-    return accelerator
-
-
-def _fill_in(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft_model: bool) -> None:
-    config.world_size = processes
-    config.global_batch_size = config.batch_size * processes
-    config.global_backward_batch_size = (config.backward_batch_size or config.mini_batch_size) * processes
-    config.is_encoder_decoder = is_encoder_decoder
-    config.is_peft_model = is_peft_model
-
-
-def _adam(model: torch.nn.Module, config: PPOConfig) -> Adam:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = config.fused_adam and all(parameter.is_floating_point() for parameter in parameters)
-    return Adam(parameters, lr=config.learning_rate, fused=fused or None)
-
-
-@contextmanager
-def _timed(timing: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    timing[name] = time.perf_counter() - start
-
-
-@contextmanager
-def _emptied_cache() -> Iterator[None]:
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

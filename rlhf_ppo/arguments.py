@@ -1,0 +1,86 @@
+"""The arguments of `PPOTrainer`: checked, and completed by what follows from them."""
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.models import PreTrainedModelWrapper
+from rlhf_ppo.rollout.prompts import PromptDataset
+
+
+def check_arguments(
+    config: object, model: object, ref_model: object, tokenizer: object, dataset: object, lr_scheduler: object
+) -> None:
+    """Refuse what `PPOTrainer` cannot work with, before anything is moved or changed.
+
+    Raises:
+        ValueError: Naming the first argument that is wrong.
+    """
+    if not isinstance(config, PPOConfig):
+        raise ValueError(f"config must be a PPOConfig, got {type(config)}")
+    if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
+        raise ValueError(
+            "You have to specify repo_id in order to push the model to the hub! Got push_to_hub_if_best_kwargs = "
+            f"{config.push_to_hub_if_best_kwargs}: add {{'repo_id': 'user/name'}}."
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or a PreTrainedTokenizerFast, "
+            f"got {type(tokenizer)}"
+        )
+    if not isinstance(model, PreTrainedModelWrapper):
+        raise ValueError(
+            f"model must be a PreTrainedModelWrapper, got {type(model)} - wrap it: "
+            "`AutoModelForCausalLMWithValueHead.from_pretrained(model)`"
+        )
+    if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
+        raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)}")
+    if ref_model is model:
+        raise ValueError(
+            "model and ref_model are the same object: the reference would move with the policy and the KL penalty "
+            "would always be 0. Pass `ref_model=None` for a frozen copy."
+        )
+    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | datasets.Dataset | PromptDataset):
+        raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
+    if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
+        raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
+
+
+def make_accelerator(config: PPOConfig) -> Accelerator:
+    """Processes, precision and trackers as `config` says.
+
+    Raises:
+        ValueError: If Accelerate would divide gradients a second time.
+    """
+    accelerator = Accelerator(
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
+        **config.accelerator_kwargs,
+    )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: gradients would "
+            "be divided by it once more. Set it to 1 there, and `PPOConfig.gradient_accumulation_steps` to your number."
+        )
+    return accelerator
+
+
+def fill_in(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft_model: bool) -> None:
+    """Set the fields of the classic configuration that are known only now."""
+    config.world_size = processes
+    config.global_batch_size = config.batch_size * processes
+    config.global_backward_batch_size = (config.backward_batch_size or config.mini_batch_size) * processes
+    config.is_encoder_decoder = is_encoder_decoder
+    config.is_peft_model = is_peft_model
+
+
+def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Adam:
+    """Adam over the trainable parameters, fused where they allow it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = config.fused_adam and all(parameter.is_floating_point() for parameter in parameters)
+    return Adam(parameters, lr=config.learning_rate, fused=fused or None)
