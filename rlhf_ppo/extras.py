@@ -30,13 +30,13 @@ class LengthSampler:
         self.values = list(range(min_value, max_value))
 
     def __call__(self) -> int:
-        return int(np.random.choice(self.values))  # noqa: NPY002
+        return int(np.random.choice(self.values))
 
 
 def set_seed(seed: int) -> None:
     """Seed Python's, numpy's and torch's global generators (every device's)."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import tiny_tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from tests.helpers import tiny_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "classic_ppo.json").read_text())["C_end_to_end"]
 SETTINGS: dict[str, dict[str, Any]] = {
