@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_ppo import PPOTrainer
 from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.metrics import StepFacts
 from rlhf_ppo.rollout.experience import Responses, Scored, shape_rollout
 from tests.helpers import EOS_TOKEN_ID
 from tests.test_classic import QUERIES, RESPONSES, SCORES, policy, trainer_of, weights
@@ -193,9 +194,12 @@ def test_d12_statistics_are_those_of_all_rows_of_all_processes(monkeypatch: pyte
     """A second process with scores 10 higher moves the mean by 5, and rows are listed, not averaged one by one."""
     alone = trainer_of(ppo_epochs=1).step(QUERIES, RESPONSES, SCORES)
     trainer = trainer_of(ppo_epochs=1)
-    monkeypatch.setattr(
-        trainer, "_gather_objects", lambda facts: [*facts, *(replace(part, scores=part.scores + 10) for part in facts)]
-    )
+
+    def gathered(parts: list[Any]) -> list[Any]:
+        others = [replace(part, scores=part.scores + 10) for part in parts if isinstance(part, StepFacts)]
+        return [*parts, *others]
+
+    monkeypatch.setattr(trainer, "_gather_objects", gathered)
     together = trainer.step(QUERIES, RESPONSES, SCORES)
     assert math.isclose(float(together["ppo/mean_scores"]), float(alone["ppo/mean_scores"]) + 5, abs_tol=1e-5)
     assert math.isclose(float(together["objective/entropy"]), float(alone["objective/entropy"]), abs_tol=1e-4)

@@ -37,7 +37,7 @@ def test_an_empty_range_of_lengths_is_an_error() -> None:
 
 def test_a_seed_fixes_all_three_generators() -> None:
     def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
 
     set_seed(7)
     first = draw()
