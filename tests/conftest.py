@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import tests.typechecking  # noqa: F401  the type checker that pyproject.toml names, which is looked up as an attribute
 
@@ -75,6 +76,12 @@ def _no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "connect", local_connect)
         patch.setattr(socket, "getaddrinfo", local_look_up)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_precision() -> None:
+    """Accelerate keeps one precision for a whole process; a module's bfloat16 must not reach the next module."""
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(autouse=True)
