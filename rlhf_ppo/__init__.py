@@ -1,6 +1,6 @@
 """RLHF fine-tuning of language models: token-level PPO with a value head, a frozen reference and a reward model."""
 
-from rlhf_ppo.algorithms import GAE, GRPO, RLOO, AlgorithmConfig, Critic, PPOClip, PPOPenalty, Reinforce
+from rlhf_ppo.algorithms import GAE, GRPO, RLOO, TRPO, AlgorithmConfig, Critic, PPOClip, PPOPenalty, Reinforce
 from rlhf_ppo.best_of_n import BestOfNSampler
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
@@ -21,6 +21,7 @@ __all__ = [
     "GAE",
     "GRPO",
     "RLOO",
+    "TRPO",
     "AdaptiveKLController",
     "AlgorithmConfig",
     "AutoModelForCausalLMWithValueHead",

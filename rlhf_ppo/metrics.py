@@ -112,6 +112,7 @@ def extra_metrics(facts: StepFacts, record: UpdateRecord) -> dict[str, float]:
         "ppo/updates": float(len(record.metrics)),
         "ppo/updates_skipped": float(record.skipped),
         "ppo/stopped_early": float(record.stopped_early),
+        **{f"ppo/{name}": value for name, value in record.extras.items()},
     }
 
 

@@ -10,11 +10,12 @@ from torch.optim import Optimizer
 from typing_extensions import assert_never
 
 from rlhf_ppo.algorithms.advantages import EstimateAdvantages, from_groups, from_returns, from_values
-from rlhf_ppo.algorithms.config import GRPO, RLOO, AlgorithmConfig, PPOClip, PPOPenalty, Reinforce
-from rlhf_ppo.algorithms.objectives import clipped, likelihood, objective, penalised, with_reference
+from rlhf_ppo.algorithms.config import GRPO, RLOO, TRPO, AlgorithmConfig, PPOClip, PPOPenalty, Reinforce
+from rlhf_ppo.algorithms.objectives import clipped, likelihood, objective, penalised, unbounded, with_reference
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.controllers import PenaltyBeta
-from rlhf_ppo.updates import MinibatchConfig, MinibatchUpdate, Objective, Update, UpdateRecord
+from rlhf_ppo.updates import MinibatchConfig, MinibatchUpdate, Objective, TrustRegionUpdate, Update, UpdateRecord
+from rlhf_ppo.updates.measure import reached_kl
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ def build_algorithm(
             beta = PenaltyBeta(config.beta, config.target)
             terms = objective(penalised(lambda: beta.value), critic=config.critic, ent_coef=config.ent_coef)
             return Algorithm(from_values(config.gae, reduce_sum), AdaptPenalty(update(terms), beta))
+        case TRPO():
+            natural = TrustRegionUpdate(
+                policy=policy, optimizer=optimizer, accelerator=accelerator, config=minibatch, seed=seed,
+                objective=objective(unbounded, critic=None, ent_coef=config.ent_coef), region=config,
+                clip_range_value=config.clip_range_value,
+            )  # fmt: skip
+            return Algorithm(from_values(config.gae, reduce_sum), natural)
         case Reinforce():
             critic = config.critic if config.learned_baseline else None
             terms = objective(likelihood, critic=critic, ent_coef=config.ent_coef)
@@ -84,9 +92,15 @@ class AdaptPenalty:
         self.beta = beta
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """One update, then β x 2 or β / 2 outside the band around the target."""
-        record = self.inner(batch)
-        self.beta.update(record.metrics[-1]["policy/approxkl"])
+        """One update, then β x 2 or β / 2 outside the band around the target, by the KL after its last step."""
+        inner = self.inner
+        record = inner(batch)
+        kl = reached_kl(
+            inner.policy, batch, inner.accelerator,
+            size=inner.config.micro_batch_size, token_budget=inner.config.token_budget,
+        )  # fmt: skip
+        record.extras = {"policy/beta": self.beta.value, "policy/reached_kl": kl}
+        self.beta.update(kl)
         return record
 
     def state_dict(self) -> dict[str, Any]:

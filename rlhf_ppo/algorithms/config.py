@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from rlhf_ppo.updates import TrustRegion
+
 
 @dataclass(frozen=True, kw_only=True)
 class GAE:
@@ -63,6 +65,22 @@ class PPOPenalty:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TRPO(TrustRegion):
+    """Trust region policy optimisation (Schulman et al. 2015), for policies of up to about 100 M parameters.
+
+    One natural-gradient step on each batch, whatever the learning rate: that and `ppo_epochs`, `mini_batch_size` are
+    those of the value head, which is fitted after the step on hidden states that stay as they are. Refused under
+    FSDP and ZeRO and with parameters or autocast of low precision.
+    """
+
+    ent_coef: float = 0.0
+    """c_2: weight of the exact full-vocabulary entropy."""
+    gae: GAE = field(default_factory=GAE)
+    clip_range_value: float | None = None
+    """Of the value loss, as in `Critic`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reinforce:
     """REINFORCE (Williams 1992): one pass over the batch, discounted returns, optionally minus a learned value."""
 
@@ -103,4 +121,4 @@ class GRPO:
     """c_2: weight of the exact full-vocabulary entropy."""
 
 
-AlgorithmConfig: TypeAlias = PPOClip | PPOPenalty | Reinforce | RLOO | GRPO
+AlgorithmConfig: TypeAlias = PPOClip | PPOPenalty | TRPO | Reinforce | RLOO | GRPO

@@ -15,6 +15,7 @@ from rlhf_ppo.functional import (
     masked_mean,
     ppo_clip_loss,
     reinforce_loss,
+    surrogate_loss,
     value_loss,
 )
 from rlhf_ppo.updates import Objective, Terms
@@ -45,6 +46,12 @@ def penalised(beta: Callable[[], float]) -> PolicyTerm:
         return loss
 
     return term
+
+
+def unbounded(logprobs: Tensor, batch: TrainBatch, count: Tensor) -> Tensor:
+    """The bare surrogate, which something else must bound."""
+    loss, _ = surrogate_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, count=count)
+    return loss
 
 
 def likelihood(logprobs: Tensor, batch: TrainBatch, count: Tensor) -> Tensor:

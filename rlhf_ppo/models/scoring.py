@@ -4,18 +4,21 @@ Only what a loss reads is computed: rows are trimmed to the longest of the batch
 alone, and its logits live one chunk at a time. The same module scores rollouts and updates, policy and reference.
 """
 
+import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, pad_rows
-from rlhf_ppo.functional import chunked_categorical_kl, chunked_token_statistics
+from rlhf_ppo.functional import categorical_metric, chunked_categorical_kl, chunked_token_statistics
+from rlhf_ppo.functional.trust_region import Metric
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 
 Head = Callable[[Tensor], Tensor]
@@ -80,17 +83,88 @@ class TokenPolicy(nn.Module):
         )
         return pad_rows(kl.split(inputs.response_lengths().tolist()))
 
+    def check_curvature(self) -> None:
+        """Refuse models whose forward pass cannot be differentiated twice.
+
+        Raises:
+            ValueError: Attention runs in a kernel without second derivative.
+        """
+        kernel = getattr(self._language_model().config, "_attn_implementation", None)
+        if kernel not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f"expected attention 'sdpa' or 'eager', got {kernel!r}: its kernel has no second derivative, which "
+                "Fisher products need. Load the model with attn_implementation='sdpa', or use PPOClip."
+            )
+
+    def curvature(
+        self, inputs: TokenInputs, weights: Float[Tensor, "batch time"]
+    ) -> tuple[tuple[Float[Tensor, "actions vocab"]], Metric]:
+        """The logits of every response token, with a graph that can be differentiated twice, and their Fisher metric.
+
+        Fused attention has no second derivative, so this pass alone runs PyTorch's plain one.
+
+        Args:
+            inputs: A piece whose [actions, vocabulary] logits fit into memory several times.
+            weights: Of each response token in the metric.
+        """
+        self.model.eval()
+        with sdpa_kernel(SDPBackend.MATH):
+            acting, _ = self._rows(inputs)
+            logits = self._head()(acting).float() / self.temperature
+        pairs = zip(weights, inputs.response_lengths().tolist(), strict=True)
+        return (logits,), categorical_metric(logits, torch.cat([row[:length] for row, length in pairs]))
+
+    @torch.no_grad()
+    def kl_from_here(self, pieces: Sequence[TokenInputs]) -> list[Callable[[], Float[Tensor, "batch time"]]]:
+        """For each piece, a function that measures the exact KL(π_here || π) of whatever π has become by then.
+
+        It keeps hidden states and a copy of the LM head when that is trained, instead of logits.
+        """
+        self.model.eval()
+        head = self._head()
+        if any(parameter.requires_grad for parameter in self._language_model().get_output_embeddings().parameters()):
+            head = self._head(copied=True)
+
+        def distance(inputs: TokenInputs, states: Tensor) -> Callable[[], Tensor]:
+            def measure() -> Tensor:
+                self.model.eval()
+                acting, _ = self._rows(inputs)
+                kl = chunked_categorical_kl(
+                    head, states, self._head(), acting, temperature=self.temperature, chunk_size=self.chunk_size
+                )
+                return pad_rows(kl.split(inputs.response_lengths().tolist()))
+
+            return measure
+
+        return [distance(inputs, self._rows(inputs)[0]) for inputs in pieces]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Those of the value head alone."""
+        return list(self.model.v_head.parameters()) if isinstance(self.model, PreTrainedModelWrapper) else []
+
+    def critic_states(self, inputs: TokenInputs) -> list[Float[Tensor, "actions hidden"]]:
+        """What the value head reads for V(s_0) ... V(s_{T-1}), one tensor a row."""
+        self.model.eval()
+        _, states = self._rows(inputs)
+        return [row[:-1] for row in states.split([length + 1 for length in inputs.response_lengths().tolist()])]
+
+    def values_of(self, states: Float[Tensor, "actions hidden"]) -> Float[Tensor, " actions"]:
+        """V at states of `critic_states`."""
+        return self._values(states)
+
     def _language_model(self) -> Any:
         model = self.model
         language_model = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
         # PEFT injects its layers into the base model, so the base model is the adapted policy.
         return language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
 
-    def _head(self) -> Head:
+    def _head(self, *, copied: bool = False) -> Head:
         language_model: Any = self._language_model()
         if language_model.config.is_encoder_decoder:
             return nn.Identity()
         head: nn.Module = language_model.get_output_embeddings()
+        if copied:
+            head = copy.deepcopy(head).requires_grad_(False)
         softcap = getattr(language_model.config, "final_logit_softcapping", None)
         if softcap is None:
             return head

@@ -2,5 +2,10 @@
 
 from rlhf_ppo.updates.minibatch import MinibatchConfig, MinibatchUpdate
 from rlhf_ppo.updates.objective import Objective, Terms, Update, UpdateRecord
+from rlhf_ppo.updates.region import TrustRegion
+from rlhf_ppo.updates.trust_region import TrustRegionUpdate
 
-__all__ = ["MinibatchConfig", "MinibatchUpdate", "Objective", "Terms", "Update", "UpdateRecord"]
+__all__ = [
+    "MinibatchConfig", "MinibatchUpdate", "Objective", "Terms", "TrustRegion", "TrustRegionUpdate", "Update",
+    "UpdateRecord",
+]  # fmt: skip

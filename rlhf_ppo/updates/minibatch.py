@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_ppo.batch import TrainBatch
-from rlhf_ppo.functional import masked_mean, masked_var
-from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord
+from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord, batch_statistics
 from rlhf_ppo.updates.shares import everyones, own_pieces
 from rlhf_ppo.updates.steps import steps_of
 
@@ -128,7 +127,7 @@ class MinibatchUpdate:
             record.skipped += 1
             for name in ("loss/policy", "loss/value", "loss/total"):
                 metrics[name] = 0.0
-        record.metrics.append(metrics | self._batch_statistics(batch, rows))
+        record.metrics.append(metrics | batch_statistics(batch, rows))
         record.ratios.extend(term.ratio for term in terms)
         record.advantages.append(batch.advantages[rows][batch.mask[rows]])
 
@@ -181,17 +180,6 @@ class MinibatchUpdate:
         names = list(terms[0].metrics)
         totals = torch.stack([torch.stack([term.metrics[name].float() for term in terms]).sum() for name in names])
         return dict(zip(names, self._sum(totals).tolist(), strict=True))
-
-    def _batch_statistics(self, batch: TrainBatch, rows: Tensor) -> dict[str, float]:
-        mask = batch.mask[rows]
-        returns, values, advantages = batch.returns[rows], batch.values[rows], batch.advantages[rows]
-        return {
-            "policy/advantages_mean": float(masked_mean(advantages, mask)),
-            "returns/mean": float(masked_mean(returns, mask)),
-            "returns/var": float(masked_var(returns, mask)),
-            "val/mean": float(masked_mean(values, mask)),
-            "val/var": float(masked_var(values, mask)),
-        }
 
     def _sum(self, tensor: Tensor) -> Tensor:
         reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.batch import PolicyOutput, TrainBatch
+from rlhf_ppo.functional import masked_mean, masked_var
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class UpdateRecord:
     skipped: int = 0
     """Optimiser steps that were dropped by the ratio guard or a non-finite gradient; the optimiser did not move."""
     stopped_early: bool = False
+    extras: dict[str, float] = field(default_factory=dict)
+    """What only this algorithm measures, one number an update."""
 
     def mean(self) -> dict[str, float]:
         """Each metric averaged over optimiser steps."""
@@ -63,3 +66,16 @@ class Update(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         ...
+
+
+def batch_statistics(batch: TrainBatch, rows: Tensor) -> dict[str, float]:
+    """What is known of an optimiser step's rows before the step."""
+    mask = batch.mask[rows]
+    returns, values, advantages = batch.returns[rows], batch.values[rows], batch.advantages[rows]
+    return {
+        "policy/advantages_mean": float(masked_mean(advantages, mask)),
+        "returns/mean": float(masked_mean(returns, mask)),
+        "returns/var": float(masked_var(returns, mask)),
+        "val/mean": float(masked_mean(values, mask)),
+        "val/var": float(masked_var(values, mask)),
+    }

@@ -1,0 +1,260 @@
+"""The natural-gradient update within a trust region (Schulman et al. 2015), for policies up to about 100 M parameters.
+
+One step on the whole batch: gradient of the surrogate, conjugate gradient on Fisher products, line search on the exact
+mean KL(π_old || π_θ). The value head is fitted afterwards, on hidden states that no longer change: a value loss that
+moved a shared trunk would move the policy too, and out of the trust region.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rlhf_ppo.batch import TokenInputs, TrainBatch, cut, pad_rows
+from rlhf_ppo.functional import (
+    LineSearchResult,
+    conjugate_gradient,
+    fisher_vector_product,
+    flatten,
+    line_search,
+    masked_mean,
+    step_weights,
+    trust_region_step,
+    unflatten,
+    value_loss,
+)
+from rlhf_ppo.functional.trust_region import MatrixProduct
+from rlhf_ppo.models.scoring import TokenPolicy
+from rlhf_ppo.updates.minibatch import MinibatchConfig
+from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord, batch_statistics
+from rlhf_ppo.updates.region import TrustRegion, check_parameters, check_processes
+from rlhf_ppo.updates.shares import deal, everyones, own_pieces
+
+
+class TrustRegionUpdate:
+    """One natural-gradient step of the policy, then epochs of the value head alone.
+
+    Works on one process or several with whole copies of the model. Where the line search accepts nothing, the policy's
+    parameters are those from before, bit for bit. Peak memory beyond a PPO pass: a handful of vectors as long as the
+    trainable parameters (LoRA keeps them short), the response tokens' hidden states, a copy of the LM head when it is
+    trained, and the graph of one piece of at most `policy.chunk_size` padded tokens, or one row.
+
+    Args:
+        policy: The prepared `TokenPolicy`.
+        optimizer: The prepared optimiser; it steps the value head alone, with its learning rate.
+        accelerator: Of both.
+        objective: The surrogate, to minimise; without value term.
+        region: The trust region.
+        config: Sizes of passes; `epochs` and `minibatch_size` are those of the value head's fit.
+        seed: Of the choice of curvature rows and of the shuffles. The same on all processes.
+        clip_range_value: Of the value loss; None: the plain squared error.
+
+    Raises:
+        ValueError: Parameters are sharded, of low precision or all frozen; or attention has no second derivative.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: nn.Module,
+        optimizer: Optimizer,
+        accelerator: Accelerator,
+        objective: Objective,
+        region: TrustRegion,
+        config: Callable[[], MinibatchConfig],
+        seed: int,
+        clip_range_value: float | None = None,
+    ) -> None:
+        check_processes(accelerator)
+        module: TokenPolicy = accelerator.unwrap_model(policy)
+        critic = module.critic_parameters()
+        theirs = {id(parameter) for parameter in critic}
+        self.critic = [parameter for parameter in critic if parameter.requires_grad]
+        self.parameters = [item for item in module.parameters() if item.requires_grad and id(item) not in theirs]
+        check_parameters(self.parameters)
+        module.check_curvature()
+        self.policy, self.optimizer, self.accelerator = module, optimizer, accelerator
+        self.objective, self.region = objective, region
+        self._read_config = config
+        self.config = config()
+        self.clip_range_value = clip_range_value
+        self.rng = np.random.RandomState(seed)
+        self._skips_in_a_row = 0
+
+    def __call__(self, batch: TrainBatch) -> UpdateRecord:
+        """One step of the policy, then the fit of the value head."""
+        self.config = self._read_config()
+        batch = everyones(batch, self.accelerator)
+        everything = torch.arange(len(batch), device=batch.mask.device)
+        pieces, count = self._pieces(batch, everything), batch.mask.sum().float()
+        found, (gradient, terms) = None, self._gradient(pieces, count)
+        if self._usable(norm := float(gradient.norm())):
+            found, terms = self._search(batch, pieces, count, gradient, terms)
+        record = UpdateRecord(skipped=int(found is None or not found.accepted))
+        statistics = batch_statistics(batch, everything) | {"policy/grad_norm": norm}
+        record.metrics.append(self._reduced(terms) | statistics)
+        record.ratios.extend(term.ratio for term in terms)
+        record.advantages.append(batch.advantages[batch.mask])
+        record.extras = {
+            "policy/accepted": float(found is not None and found.accepted),
+            "policy/backtracks": float(0 if found is None else found.backtracks),
+            "policy/reached_kl": 0.0 if found is None else found.kl,
+            "policy/improvement": 0.0 if found is None else found.improvement,
+        }
+        if self.critic:
+            self._fit_critic(batch)
+        if self.accelerator.num_processes > 1:
+            record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to draw the same rows."""
+        state: Any = self.rng.get_state(legacy=False)
+        keys = [int(key) for key in state["state"]["key"]]
+        return {"keys": keys, "position": int(state["state"]["pos"]), "skips_in_a_row": self._skips_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.rng.set_state(("MT19937", np.asarray(state["keys"], dtype=np.uint32), state["position"], 0, 0.0))
+        self._skips_in_a_row = int(state["skips_in_a_row"])
+
+    def curvature(self, batch: TrainBatch, rows: Tensor) -> MatrixProduct:
+        """The map v -> (F + damping) v over `rows` of the batch, one piece at a time; equal on all processes."""
+        pieces = self._pieces(batch, rows, token_budget=self.policy.chunk_size)
+        count = batch.mask[rows].sum().clamp(min=1)
+
+        def of(piece: TrainBatch) -> MatrixProduct:
+            outputs, metric = self.policy.curvature(_tokens(piece), step_weights(piece.mask, count))
+            return fisher_vector_product(outputs, self.parameters, metric=metric)
+
+        with torch.enable_grad():
+            kept = of(pieces[0]) if len(pieces) == 1 else None  # several graphs at once would not fit
+
+        def product(vector: Tensor) -> Tensor:
+            total = torch.zeros_like(vector)
+            with torch.enable_grad():
+                for piece in pieces:
+                    total += (kept or of(piece))(vector)
+            return self._sum(total) + self.region.damping * vector
+
+        return product
+
+    def _gradient(self, pieces: list[TrainBatch], count: Tensor) -> tuple[Tensor, list[Terms]]:
+        """Of the objective that is minimised, over the whole batch, with its terms."""
+        total, found = torch.zeros_like(flatten(self.parameters)), []
+        for piece in pieces:
+            terms = self.objective(self.policy(piece.inputs, with_entropy=True), piece, count)
+            gradients = torch.autograd.grad(terms.loss, self.parameters, allow_unused=True)
+            total += flatten(gradients, like=self.parameters)
+            found.append(Terms(loss=terms.loss.detach(), metrics=terms.metrics, ratio=terms.ratio))
+        return self._sum(total), found
+
+    @torch.no_grad()
+    def _search(
+        self, batch: TrainBatch, pieces: list[TrainBatch], count: Tensor, gradient: Tensor, before: list[Terms]
+    ) -> tuple[LineSearchResult | None, list[Terms]]:
+        """The accepted step with the terms behind it; or the terms before it."""
+        start = flatten(self.parameters).clone()
+        share = math.ceil(self.region.curvature_fraction * len(batch))
+        rows = torch.as_tensor(self.rng.permutation(len(batch))[:share], device=batch.mask.device)
+        product = self.curvature(batch, rows)
+        direction = conjugate_gradient(product, -gradient, iterations=self.region.cg_iterations)
+        curved = product(direction)
+        del product
+        bend = float(direction.dot(curved))
+        if not (math.isfinite(bend) and bend > 0):
+            return None, before
+        step = trust_region_step(direction, curved, self.region.max_kl)
+        distances = self.policy.kl_from_here([_tokens(piece) for piece in pieces])
+        loss_before, after, region = self._reduced(before)["loss/total"], before, self.region
+
+        def evaluate(candidate: Tensor) -> tuple[float, float]:
+            nonlocal after
+            self._write(candidate)
+            after = [self.objective(self.policy(piece.inputs, with_entropy=True), piece, count) for piece in pieces]
+            parts = [masked_mean(kl(), piece.mask, count) for kl, piece in zip(distances, pieces, strict=True)]
+            return loss_before - self._reduced(after)["loss/total"], float(self._sum(torch.stack(parts).sum()))
+
+        found = line_search(
+            evaluate, start, step,
+            max_kl=1.5 * region.max_kl, shrink=region.shrink, max_backtracks=region.max_backtracks,
+        )  # fmt: skip
+        self._write(found.parameters)
+        return found, after if found.accepted else before
+
+    def _write(self, vector: Tensor) -> None:
+        for parameter, value in zip(self.parameters, unflatten(vector, self.parameters), strict=True):
+            parameter.copy_(value)
+
+    def _fit_critic(self, batch: TrainBatch) -> None:
+        """Epochs of the value head on the hidden states of the new policy, which are computed once."""
+        states = self._own_states(batch)
+        config, width = self.config, batch.mask.shape[1]
+        for _ in range(config.epochs):
+            order = torch.as_tensor(self.rng.permutation(len(batch)))
+            for rows in order.split(config.minibatch_size * self.accelerator.num_processes):
+                own = [row for row in rows.tolist() if row in states]
+                loss = torch.stack([parameter.sum() for parameter in self.critic]).sum() * 0.0
+                if own:
+                    values = pad_rows([self.policy.values_of(states[row]) for row in own], width=width)
+                    share, _ = value_loss(
+                        values, batch.values[own], batch.returns[own], batch.mask[own],
+                        clip_range=self.clip_range_value, count=batch.mask[rows.to(batch.mask.device)].sum().float(),
+                    )  # fmt: skip
+                    loss = loss + share
+                for parameter, gradient in zip(self.critic, torch.autograd.grad(loss, self.critic), strict=True):
+                    parameter.grad = self._sum(gradient)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _own_states(self, batch: TrainBatch) -> dict[int, Tensor]:
+        costs = batch.inputs.costs()
+        share = deal(costs, self.accelerator.num_processes)[self.accelerator.process_index]
+        states: dict[int, Tensor] = {}
+        for piece in cut(costs[share], size=self.config.micro_batch_size, token_budget=self.config.token_budget):
+            rows = share[piece]
+            states |= dict(zip(rows.tolist(), self.policy.critic_states(_tokens(batch).select(rows)), strict=True))
+        return states
+
+    def _usable(self, norm: float) -> bool:
+        """Whether the gradient leads anywhere; nan and inf are counted."""
+        broken = not math.isfinite(norm)
+        self._skips_in_a_row = self._skips_in_a_row + 1 if broken else 0
+        if broken and self._skips_in_a_row >= self.config.most_skips_in_a_row:
+            raise FloatingPointError(
+                f"expected finite gradients, got norm {norm} in {self._skips_in_a_row} updates in a row: nothing was "
+                "learned from them, the policy is that of the last good one. Look for extreme scores."
+            )
+        if broken:
+            warnings.warn(f"Skipped a step whose gradient norm is {norm}; the policy did not move.", stacklevel=4)
+        return not broken and norm > 0
+
+    def _pieces(self, batch: TrainBatch, rows: Tensor, *, token_budget: int | None = None) -> list[TrainBatch]:
+        budgets = [budget for budget in (self.config.token_budget, token_budget) if budget is not None]
+        return own_pieces(
+            batch, rows, size=self.config.micro_batch_size, token_budget=min(budgets, default=None),
+            process=self.accelerator.process_index, processes=self.accelerator.num_processes,
+        )  # fmt: skip
+
+    def _reduced(self, terms: list[Terms]) -> dict[str, float]:
+        names = list(terms[0].metrics)
+        totals = torch.stack([torch.stack([term.metrics[name].float() for term in terms]).sum() for name in names])
+        return dict(zip(names, self._sum(totals).tolist(), strict=True))
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return reduced
+
+
+def _tokens(batch: TrainBatch) -> TokenInputs:
+    inputs: Any = batch.inputs
+    tokens: TokenInputs = inputs
+    return tokens
