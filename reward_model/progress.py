@@ -8,13 +8,13 @@ from transformers.trainer_callback import ProgressCallback
 _SHOWN = ("loss", "accuracy", "eval_accuracy")
 
 
-class TidyProgress(ProgressCallback):  # type: ignore[misc]  # transformers' callback is untyped
+class TidyProgress(ProgressCallback):
     """The Trainer's bar; numbers go behind it instead of above it."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is not None:
             self.training_bar.set_description("Reward model")
 
