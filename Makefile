@@ -31,8 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## SFT, reward model, PPO and evaluation on movie reviews; options: make demo ARGS="--seed 1"
 	@$(BIN)/accelerate launch --quiet recipes/ppo_gpt2_sentiment.py $(ARGS)
 
-test: $(STAMP)  ## the fast tier; options: make test ARGS="-k gae"
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## the fast tier on two processes; options: make test ARGS="-k gae"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-distributed: $(STAMP)  ## the tests that start several processes
 	@$(BIN)/python -m pytest -m distributed $(ARGS) || test $$? -eq 5  # 5: there are none

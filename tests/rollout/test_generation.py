@@ -166,7 +166,7 @@ def test_settings_of_generate_are_read_as_generate_reads_them() -> None:
         {"stopping_criteria": [lambda *_: True]},
         {"max_new_tokens": None},
     ],
-    ids=str,
+    ids=lambda setting: next(iter(setting)),
 )
 def test_settings_beyond_the_decode_loop_are_left_to_generate(setting: dict[str, Any]) -> None:
     assert as_sampling_config(tiny_gpt2(), {"max_new_tokens": 4, **setting}) is None
