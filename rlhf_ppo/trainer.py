@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
-from trl.models.utils import unwrap_model_for_generation
+from trl.models.utils import add_hooks, remove_hooks
 
 from rlhf_ppo.algorithms import AlgorithmConfig, build_algorithm
 from rlhf_ppo.arguments import check_arguments, default_optimizer, fill_in, make_accelerator
@@ -227,11 +227,17 @@ class PPOTrainer(ClassicSurface):
 
         All processes enter it together; one copy of the model must fit beside the parts.
         """
-        if self._has_zero3:
-            with unwrap_model_for_generation(self.policy, self.accelerator):
-                yield
-        else:
+        if not self._has_zero3:
             yield
+            return
+        import deepspeed  # an extra
+
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+            remove_hooks(self.policy)  # they would gather and release each layer once more
+            try:
+                yield
+            finally:
+                add_hooks(self.policy)
 
     @property
     def limits(self) -> Limits:
@@ -267,7 +273,9 @@ class PPOTrainer(ClassicSurface):
         self._has_zero3 = engine is not None and engine.zero_stage == 3
         self._sharded = self._has_zero3 or str(self.accelerator.distributed_type).endswith("FSDP")
         if engine is not None:
-            engine.deepspeed_config["train_micro_batch_size_per_gpu"] = config.mini_batch_size
+            # Sizes that the engine checks against each other and otherwise only reports.
+            sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": self.accelerator.num_processes}
+            engine.deepspeed_config.update(sizes)
         self.policy, self.optimizer = self.accelerator.prepare(policy, self.optimizer)
         if self.lr_scheduler is not None:
             self.lr_scheduler = self.accelerator.prepare_scheduler(self.lr_scheduler)

@@ -111,6 +111,11 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         trainer, sampling = self.trainer, self.config.sampling
         _check_tokenizer(trainer)
+        if str(trainer.accelerator.distributed_type).endswith("FSDP"):
+            raise ValueError(
+                "train() does not run under FSDP: a rollout and a checkpoint would see parts of each parameter. "
+                "Launch with DDP or DeepSpeed ZeRO (recipes/launch), or write your own loop around step()."
+            )
         if sampling.temperature != trainer.config.temperature:
             raise ValueError(
                 f"sampling.temperature is {sampling.temperature}, PPOConfig.temperature {trainer.config.temperature}: "

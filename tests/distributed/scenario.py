@@ -110,7 +110,7 @@ def build(scenario: Scenario) -> PPOTrainer:
 
 def deepspeed_arguments(stage: int) -> dict[str, Any]:
     """Arguments of `Accelerator` for ZeRO over gloo, without anything that would have to be compiled."""
-    if not stage:
+    if not stage or PartialState._shared_state:  # every Accelerator of a process shares the first one's engine settings
         return {}
     import deepspeed
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
