@@ -125,6 +125,9 @@ class PPOConfig:
     """Weight of the exact full-vocabulary entropy in the loss."""
     temperature: float = 1.0
     """What logits are divided by in rollout, reference and update alike."""
+    importance_sampling_cap: float | None = None
+    """C >= 1: weigh each token's policy loss by min(trainer's / sampler's probability, C), for tokens that another
+    engine drew; None: do not weigh."""
     token_budget: int | None = None
     """Most padded tokens of one forward and backward pass; cuts minibatches by work instead of by rows."""
     logits_chunk_size: int = 1024
@@ -185,6 +188,11 @@ class PPOConfig:
         for name in ("temperature", "cliprange", "horizon", "ratio_threshold"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.importance_sampling_cap is not None and not self.importance_sampling_cap >= 1:
+            raise ValueError(
+                f"importance_sampling_cap must be at least 1 (or None), got {self.importance_sampling_cap}: where "
+                "sampler and trainer agree the ratio is 1, and a lower cap would shrink each such token. Usual: 2."
+            )
         if self.kl_penalty not in ("kl", "abs", "mse", "full"):
             raise ValueError(f"kl_penalty must be one of 'kl', 'abs', 'mse', 'full', got {self.kl_penalty!r}")
         if self.learning_rate < 0 or not math.isfinite(self.learning_rate):

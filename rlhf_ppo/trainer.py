@@ -21,6 +21,7 @@ from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.classic import ClassicSurface
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
+from rlhf_ppo.correction import check_correctable, corrected, mismatch_metrics, own_ratios
 from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.extras import set_seed
 from rlhf_ppo.functional import clip_scores
@@ -151,6 +152,8 @@ class PPOTrainer(ClassicSurface):
     def learn(self, responses: Responses) -> Statistics:
         """One iteration on checked responses: score, shape, credit, update (Schulman et al. 2017, Algorithm 1)."""
         timing: dict[str, float] = {}
+        cap = self.config.importance_sampling_cap
+        check_correctable(responses, cap)
         self.accelerator.unwrap_model(self.policy).work.clear()  # an evaluation may have counted in between
         with timed(timing, "total"), self._device_cache():
             scores = self._normalised(responses.scores)
@@ -160,6 +163,7 @@ class PPOTrainer(ClassicSurface):
                 rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())
             with timed(timing, "compute_advantages"):
                 batch = self.algorithm.estimate_advantages(rollout)  # Â_t and value targets R_t
+                batch = corrected(batch, responses, cap)  # where another engine drew
             with timed(timing, "optimize_step"):
                 record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ
             self.newest = batch, scored
@@ -168,7 +172,8 @@ class PPOTrainer(ClassicSurface):
                 facts: StepFacts = first.joined(others)  # rows of all processes: what follows is the same on each
                 rate = float(self.optimizer.param_groups[0]["lr"])
                 statistics = classic_statistics(facts, record, kl_coef=float(self.kl_ctl.value), learning_rate=rate)
-                self.metrics = extra_metrics(facts, record) | self._work()
+                ratios = self._gather_objects([own_ratios(batch, responses)])
+                self.metrics = extra_metrics(facts, record) | self._work() | mismatch_metrics(ratios, cap)
             kl = float(statistics["objective/kl"])
             self._warn_of_negative_kl(kl)
             self.kl_ctl.update(kl, len(facts.scores))

@@ -1,6 +1,7 @@
 """Pure tensor mathematics: tensors in, tensors out; no configuration, no state, no I/O."""
 
 from rlhf_ppo.functional.advantages import discounted_returns, gae, grpo_advantages, rloo_advantages
+from rlhf_ppo.functional.importance import importance_ratio, truncated_importance_weights
 from rlhf_ppo.functional.kl import KLKind, categorical_kl, kl_estimate
 from rlhf_ppo.functional.logprobs import (
     Head,
@@ -78,6 +79,7 @@ __all__ = [
     "gaussian_metric",
     "grpo_advantages",
     "identity",
+    "importance_ratio",
     "kl_estimate",
     "kl_penalty_loss",
     "kl_shaped_rewards",
@@ -95,6 +97,7 @@ __all__ = [
     "surrogate_loss",
     "token_logprobs",
     "trust_region_step",
+    "truncated_importance_weights",
     "unflatten",
     "value_loss",
     "whiten",

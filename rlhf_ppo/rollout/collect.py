@@ -95,9 +95,11 @@ class Collector:
         if not kept:
             raise ValueError("every sample of the batch was skipped by a reward source: there is nothing to learn from")
         responses: list[Tensor] = [samples.responses[row].to(self.device) for row in kept]
+        known = samples.logprobs
         return Responses(
             inputs=TokenInputs(prompts=[samples.prompts[row].to(self.device) for row in kept], responses=responses),
             mask=pad_rows([torch.ones(len(response)) for response in responses]).bool().to(self.device),
             scores=scores.scores[kept].to(self.device),
             group_size=self.sampling.num_return_sequences,
+            sampler_logprobs=None if known is None else pad_rows([known[row].to(self.device) for row in kept]),
         )

@@ -30,6 +30,8 @@ class Responses:
     """Responses whose future we did not watch; their last value is bootstrapped. None: every response ended."""
     group_size: int = 1
     """Responses to one prompt, side by side."""
+    sampler_logprobs: Float[Tensor, "batch time"] | None = None
+    """log μ of each token under the sampler as it drew, nats; None where nobody knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
