@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.classic_pieces import ClassicPieces
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper, reference_adapter
+from rlhf_ppo.processes import Processes
 from rlhf_ppo.rollout.generation import generate_responses
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class ClassicSurface(ClassicPieces):
     highest_reward: float = -float("inf")
     """Best mean score among those compared."""
     is_distributed: bool
+    processes: Processes
 
     def whole_parameters(self) -> AbstractContextManager[None]:
         """The trainer's, for models of which a process holds only parts."""
@@ -124,7 +125,7 @@ class ClassicSurface(ClassicPieces):
                 raise ValueError(
                     f"Columns to log {columns} are not present in the batch {list(batch)}: {missing} missing"
                 )
-            table = [self._gather_objects(list(batch[column])) for column in columns]
+            table = [self.processes.gather_objects(list(batch[column])) for column in columns]
         if not self.accelerator.is_main_process:
             return
         if "query" not in batch and "response" not in batch:
@@ -185,10 +186,6 @@ class ClassicSurface(ClassicPieces):
                     writer.add_histogram(name, value, self.current_step)
             values = {name: value for name, value in values.items() if name not in arrays}
         self.accelerator.log(values, step=self.current_step)
-
-    def _gather_objects(self, values: list[Any]) -> list[Any]:
-        gathered: list[Any] = gather_object(values) if self.is_distributed else values
-        return gathered
 
     def _push_if_best(self, scores: Tensor) -> None:
         """Push the policy that earned these scores, before it is updated, if no batch scored better."""

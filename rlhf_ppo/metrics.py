@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_ppo.batch import join_rows
 from rlhf_ppo.functional import masked_mean
+from rlhf_ppo.rollout.experience import Responses, Scored
 from rlhf_ppo.updates import UpdateRecord
 
 TIMINGS = ("forward_pass", "compute_rewards", "compute_advantages", "optimize_step", "calc_stats", "total")
@@ -33,6 +34,16 @@ class StepFacts:
     mask: Bool[Tensor, "batch time"]
     query_lengths: Float[Tensor, " batch"]
     response_lengths: Float[Tensor, " batch"]
+
+    @classmethod
+    def of(cls, responses: Responses, scores: Tensor, scored: Scored, penalty: Tensor) -> "StepFacts":
+        """Gathered from the stages of an iteration; `scores` are the normalised ones, [B] or [B, T]."""
+        return cls(
+            scores=scores if scores.dim() == 1 else scores.sum(dim=1), kl=scored.kl, logprobs=scored.logprobs,
+            ref_logprobs=scored.ref_logprobs, non_score_rewards=penalty, mask=responses.mask,
+            query_lengths=torch.tensor([float(len(prompt)) for prompt in responses.inputs.prompts]),
+            response_lengths=torch.tensor([float(len(response)) for response in responses.inputs.responses]),
+        )  # fmt: skip
 
     def cpu(self) -> "StepFacts":
         """The same facts in main memory."""
@@ -114,6 +125,17 @@ def extra_metrics(facts: StepFacts, record: UpdateRecord) -> dict[str, float]:
         "ppo/stopped_early": float(record.stopped_early),
         **{f"ppo/{name}": value for name, value in record.extras.items()},
     }
+
+
+def work_metrics(shares: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """The policy's work in a step over all processes, and how evenly it was shared.
+
+    Args:
+        shares: The counts of each process, the same names in each, `trunk_tokens` among them.
+    """
+    tokens = [float(share["trunk_tokens"]) for share in shares]
+    work = {f"work/{name}": float(sum(share[name] for share in shares)) for name in shares[0]}
+    return work | {"work/imbalance": max(tokens) * len(tokens) / sum(tokens)}
 
 
 def scalars(statistics: Mapping[str, object]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_ppo.functional import clip_scores
 from rlhf_ppo.functional.masked import ReduceSum, identity
 
 
@@ -107,3 +108,29 @@ class RunningMoments:
 
 def _std(squares: Tensor, count: int) -> Tensor:
     return (squares / (count - 1)).sqrt() if count > 1 else torch.ones_like(squares)
+
+
+def normalised_scores(
+    scores: Float[Tensor, "..."],
+    moments: RunningMoments,
+    *,
+    scale: bool,
+    shift: bool,
+    clip: float | None,
+    reduce_sum: ReduceSum = identity,
+) -> Float[Tensor, "..."]:
+    """Scores divided by their running deviation, then clipped; per-token scores by the moments of their row sums.
+
+    Args:
+        scores: [B], or [B, T] a token.
+        moments: Of the scores of earlier steps; takes these in first.
+        scale: Whether to divide; False leaves `moments` alone.
+        shift: Whether to subtract the running mean too.
+        clip: Largest absolute score afterwards; None: any.
+        reduce_sum: Sums over processes.
+    """
+    if scale:
+        moments.update(scores if scores.dim() == 1 else scores.sum(dim=1), reduce_sum)
+        deviation = float(moments.std) + torch.finfo(scores.dtype).eps
+        scores = (scores - float(moments.mean) if shift else scores) / deviation
+    return scores if clip is None else clip_scores(scores, clip)

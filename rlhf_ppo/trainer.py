@@ -13,27 +13,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
-from trl.models.utils import add_hooks, remove_hooks
 
 from rlhf_ppo.algorithms import AlgorithmConfig, build_algorithm
 from rlhf_ppo.arguments import check_arguments, default_optimizer, fill_in, make_accelerator
-from rlhf_ppo.batch import TokenInputs, TrainBatch
+from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.classic import ClassicSurface
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
 from rlhf_ppo.correction import check_correctable, corrected, mismatch_metrics, own_ratios
 from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.extras import set_seed
-from rlhf_ppo.functional import clip_scores
-from rlhf_ppo.metrics import Statistics, StepFacts, classic_statistics, extra_metrics
+from rlhf_ppo.metrics import Statistics, StepFacts, classic_statistics, extra_metrics, work_metrics
 from rlhf_ppo.models import (
     PreTrainedModelWrapper,
     create_reference_model,
     prepare_reference_adapter,
     reference_adapter,
 )
-from rlhf_ppo.models.scoring import TokenPolicy, start_token_of, switch_off_dropout
-from rlhf_ppo.normalizers import RunningMoments
+from rlhf_ppo.models.scoring import start_token_of
+from rlhf_ppo.normalizers import RunningMoments, normalised_scores
+from rlhf_ppo.preparation import prepare
+from rlhf_ppo.processes import Processes
 from rlhf_ppo.rollout.checks import Limits, check_step_inputs
 from rlhf_ppo.rollout.experience import Responses, Scored, Scorer, Shaping, shape_rollout
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -112,9 +112,15 @@ class PPOTrainer(ClassicSurface):
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments()
-        self.lr_scheduler = lr_scheduler
         self.optimizer: Optimizer = optimizer or default_optimizer(model, config)
-        self._prepare(algorithm or config.algorithm())
+        self.processes = Processes(self.accelerator)
+        prepared = prepare(self.accelerator, config, model, ref_model, self.optimizer, lr_scheduler)
+        self.policy, self._reference = prepared.policy, prepared.reference
+        self.optimizer, self.lr_scheduler = prepared.optimizer, prepared.lr_scheduler
+        self.algorithm = build_algorithm(
+            algorithm or config.algorithm(), policy=self.policy, optimizer=self.optimizer,
+            accelerator=self.accelerator, minibatch=self._minibatch, seed=config.seed,
+        )  # fmt: skip
         self.metrics: dict[str, float] = {}
         """What the last step measured beyond the classic's 40 statistics."""
         self.newest: tuple[TrainBatch, Scored] | None = None
@@ -154,9 +160,13 @@ class PPOTrainer(ClassicSurface):
         timing: dict[str, float] = {}
         cap = self.config.importance_sampling_cap
         check_correctable(responses, cap)
-        self.accelerator.unwrap_model(self.policy).work.clear()  # an evaluation may have counted in between
+        work = self.accelerator.unwrap_model(self.policy).work
+        work.clear()  # an evaluation may have counted in between
         with timed(timing, "total"), self._device_cache():
-            scores = self._normalised(responses.scores)
+            scores = normalised_scores(
+                responses.scores, self.running, scale=self.config.use_score_scaling, shift=self.config.use_score_norm,
+                clip=self.config.score_clip, reduce_sum=self.processes.reduce_sum,
+            )  # fmt: skip
             with timed(timing, "forward_pass"):
                 scored: Scored = self.scorer(responses.inputs)  # log π_old, V, log π_ref
             with timed(timing, "compute_rewards"):
@@ -168,12 +178,13 @@ class PPOTrainer(ClassicSurface):
                 record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ
             self.newest = batch, scored
             with timed(timing, "calc_stats"):
-                first, *others = self._gather_objects([_facts(responses, scores, scored, penalty).cpu()])
+                first, *others = self.processes.gather_objects([StepFacts.of(responses, scores, scored, penalty).cpu()])
                 facts: StepFacts = first.joined(others)  # rows of all processes: what follows is the same on each
                 rate = float(self.optimizer.param_groups[0]["lr"])
                 statistics = classic_statistics(facts, record, kl_coef=float(self.kl_ctl.value), learning_rate=rate)
-                ratios = self._gather_objects([own_ratios(batch, responses)])
-                self.metrics = extra_metrics(facts, record) | self._work() | mismatch_metrics(ratios, cap)
+                gathered = self.processes.gather_objects([(dict(work), own_ratios(batch, responses))])
+                self.metrics = extra_metrics(facts, record) | work_metrics([counts for counts, _ in gathered])
+                self.metrics |= mismatch_metrics([ratios for _, ratios in gathered], cap)
             kl = float(statistics["objective/kl"])
             self._warn_of_negative_kl(kl)
             self.kl_ctl.update(kl, len(facts.scores))
@@ -228,21 +239,9 @@ class PPOTrainer(ClassicSurface):
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
-        """Inside, `model` holds every parameter whole on every process: for sampling and saving under ZeRO-3.
-
-        All processes enter it together; one copy of the model must fit beside the parts.
-        """
-        if not self._has_zero3:
+        """Inside, `model` holds every parameter whole on every process; all processes enter it together."""
+        with self.processes.whole_parameters(self.model, self.policy):
             yield
-            return
-        import deepspeed  # an extra
-
-        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
-            remove_hooks(self.policy)  # they would gather and release each layer once more
-            try:
-                yield
-            finally:
-                add_hooks(self.policy)
 
     @property
     def limits(self) -> Limits:
@@ -263,41 +262,7 @@ class PPOTrainer(ClassicSurface):
             policy=self.policy, reference=self._reference, kl_penalty=self.config.kl_penalty,
             reference_context=partial(reference_adapter, self.model) if own else nullcontext,
             rows=self.config.mini_batch_size, token_budget=self.config.token_budget,
-            most=(lambda passes: int(self._gather(torch.tensor(passes)).max())) if self._sharded else int,
-        )  # fmt: skip
-
-    def _prepare(self, algorithm: AlgorithmConfig) -> None:
-        """Hand models and optimiser to Accelerate and build the algorithm on them."""
-        config = self.config
-        policy = TokenPolicy(self.model, temperature=config.temperature, chunk_size=config.logits_chunk_size)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            switch_off_dropout(self.model)
-            policy.checkpointing = True
-        engine = self.accelerator.state.deepspeed_plugin
-        self._has_zero3 = engine is not None and engine.zero_stage == 3
-        self._sharded = self._has_zero3 or str(self.accelerator.distributed_type).endswith("FSDP")
-        if engine is not None:
-            # Sizes that the engine checks against each other and otherwise only reports.
-            sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": self.accelerator.num_processes}
-            engine.deepspeed_config.update(sizes)
-        self.policy, self.optimizer = self.accelerator.prepare(policy, self.optimizer)
-        if self.lr_scheduler is not None:
-            self.lr_scheduler = self.accelerator.prepare_scheduler(self.lr_scheduler)
-        self._reference = None
-        if self.ref_model is not None:
-            reference = TokenPolicy(
-                self.ref_model, temperature=config.temperature, chunk_size=config.logits_chunk_size
-            ).requires_grad_(False)
-            # Under ZeRO every process keeps a whole reference: it takes no part in the engine.
-            self._reference = (
-                self.accelerator.prepare_model(reference, evaluation_mode=True)
-                if engine is None
-                else reference.to(self.current_device).eval()
-            )
-        self.algorithm = build_algorithm(
-            algorithm, policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator,
-            minibatch=self._minibatch, seed=config.seed,
+            most=self.processes.most_passes,
         )  # fmt: skip
 
     def _minibatch(self) -> MinibatchConfig:
@@ -312,38 +277,12 @@ class PPOTrainer(ClassicSurface):
             target_kl=config.target_kl if config.early_stopping else None,
         )
 
-    def _normalised(self, scores: Tensor) -> Tensor:
-        """Scores scaled by running moments and clipped, as configured; per-token scores by their row sums' moments."""
-        if self.config.use_score_scaling:
-            totals = scores if scores.dim() == 1 else scores.sum(dim=1)
-            self.running.update(totals, self._reduce_sum)
-            scale = float(self.running.std) + torch.finfo(scores.dtype).eps
-            scores = (scores - float(self.running.mean) if self.config.use_score_norm else scores) / scale
-        return scores if self.config.score_clip is None else clip_scores(scores, self.config.score_clip)
-
     def _shaping(self) -> Shaping:
         return Shaping(
             kl_coef=float(self.kl_ctl.value), whiten_rewards=self.config.whiten_rewards, gamma=self.config.gamma,
-            lam=self.config.lam, separate_prompts=self.is_encoder_decoder, reduce_sum=self._reduce_sum,
-            reduce_max=lambda tensor: self._gather(tensor).max(),
+            lam=self.config.lam, separate_prompts=self.is_encoder_decoder, reduce_sum=self.processes.reduce_sum,
+            reduce_max=self.processes.reduce_max,
         )  # fmt: skip
-
-    def _reduce_sum(self, tensor: Tensor) -> Tensor:
-        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
-        return reduced
-
-    def _gather(self, tensor: Tensor) -> Tensor:
-        gathered: Tensor = self.accelerator.gather(tensor.to(self.current_device))
-        return gathered.cpu()
-
-    def _work(self) -> dict[str, float]:
-        """The policy's work since the last step, over all processes, and how evenly it was shared; clears counters."""
-        policy: TokenPolicy = self.accelerator.unwrap_model(self.policy)
-        shares = self._gather_objects([dict(policy.work)])
-        policy.work.clear()
-        work = {f"work/{name}": float(sum(share[name] for share in shares)) for name in shares[0]}
-        tokens = [float(share["trunk_tokens"]) for share in shares]
-        return work | {"work/imbalance": max(tokens) * len(tokens) / sum(tokens)}
 
     def _warn_of_negative_kl(self, kl: float) -> None:
         # |log-ratio| and exact KL cannot be negative; only the k1 estimate of a wrong sampler can.
@@ -360,13 +299,3 @@ class PPOTrainer(ClassicSurface):
 
 
 _NO_DATASET = "No dataset is provided. Make sure to set config.batch_size to the correct value before training."
-
-
-def _facts(responses: Responses, scores: Tensor, scored: Scored, penalty: Tensor) -> StepFacts:
-    inputs: TokenInputs = responses.inputs
-    return StepFacts(
-        scores=scores if scores.dim() == 1 else scores.sum(dim=1), kl=scored.kl, logprobs=scored.logprobs,
-        ref_logprobs=scored.ref_logprobs, non_score_rewards=penalty, mask=responses.mask,
-        query_lengths=torch.tensor([float(len(prompt)) for prompt in inputs.prompts]),
-        response_lengths=torch.tensor([float(len(response)) for response in inputs.responses]),
-    )  # fmt: skip

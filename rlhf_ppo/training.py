@@ -170,9 +170,9 @@ class TrainingLoop:
         statistics = trainer.learn(self.collector.responses(collected.samples, scores))
         self.newest = collected, scores
         self.state.iteration += 1
-        first, *others = trainer._gather_objects([scores])
+        first, *others = trainer.processes.gather_objects([scores])
         everyones: Scores = first.joined(others)
-        finished = trainer._gather_objects(collected.samples.finished)
+        finished = trainer.processes.gather_objects(collected.samples.finished)
         metrics = scalars(statistics) | trainer.metrics | everyones.metrics()
         metrics |= {
             "env/reward_mean": float(everyones.total[~everyones.skipped].mean()),
@@ -223,7 +223,7 @@ class TrainingLoop:
             f"KL budget: {kl:.1f} nats": config.max_kl is not None and kl > config.max_kl,
         }
         # A wish of one process is a wish of all: nobody may go on alone.
-        asked = self.trainer._reduce_sum(
+        asked = self.trainer.processes.reduce_sum(
             torch.tensor([float(wish) for wish in reasons.values()], device=self.trainer.current_device)
         )
         if float(asked.sum()) > 0:
@@ -278,7 +278,7 @@ def _check_tokenizer(trainer: "rlhf_ppo.trainer.PPOTrainer") -> None:
 
 def _gathered(found: Evaluation, trainer: "rlhf_ppo.trainer.PPOTrainer") -> Evaluation:
     """The evaluations of all processes in the order of the prompts, which were dealt out one by one."""
-    parts: list[Evaluation] = trainer._gather_objects([found])
+    parts: list[Evaluation] = trainer.processes.gather_objects([found])
 
     def merged(columns: list[list[Any]]) -> list[Any]:
         rows = zip_longest(*columns, fillvalue=_NOTHING)

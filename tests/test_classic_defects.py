@@ -199,7 +199,7 @@ def test_d12_statistics_are_those_of_all_rows_of_all_processes(monkeypatch: pyte
         others = [replace(part, scores=part.scores + 10) for part in parts if isinstance(part, StepFacts)]
         return [*parts, *others]
 
-    monkeypatch.setattr(trainer, "_gather_objects", gathered)
+    monkeypatch.setattr(trainer.processes, "gather_objects", gathered)
     together = trainer.step(QUERIES, RESPONSES, SCORES)
     assert math.isclose(float(together["ppo/mean_scores"]), float(alone["ppo/mean_scores"]) + 5, abs_tol=1e-5)
     assert math.isclose(float(together["objective/entropy"]), float(alone["objective/entropy"]), abs_tol=1e-4)

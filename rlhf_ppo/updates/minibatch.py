@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord, batch_statistics
 from rlhf_ppo.updates.shares import everyones, own_pieces
+from rlhf_ppo.updates.shuffle import Shuffle
 from rlhf_ppo.updates.steps import steps_of
 
 
@@ -75,7 +75,7 @@ class MinibatchUpdate:
         self._read_config = config
         self.config = config()
         self.with_entropy = with_entropy
-        self.rng = np.random.RandomState(seed)
+        self.shuffle = Shuffle(seed)
         self._skips_in_a_row = 0
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
@@ -95,18 +95,15 @@ class MinibatchUpdate:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to draw the same minibatches."""
-        state: Any = self.rng.get_state(legacy=False)
-        keys = [int(key) for key in state["state"]["key"]]
-        return {"keys": keys, "position": int(state["state"]["pos"]), "skips_in_a_row": self._skips_in_a_row}
+        return {**self.shuffle.state_dict(), "skips_in_a_row": self._skips_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self.rng.set_state(("MT19937", np.asarray(state["keys"], dtype=np.uint32), state["position"], 0, 0.0))
+        self.shuffle.load_state_dict(state)
         self._skips_in_a_row = int(state["skips_in_a_row"])
 
     def _shuffled(self, rows: int, device: torch.device) -> list[Tensor]:
-        order = torch.as_tensor(self.rng.permutation(rows), device=device)
-        return list(order.split(self.config.minibatch_size * self.accelerator.num_processes))
+        return list(self.shuffle(rows, device).split(self.config.minibatch_size * self.accelerator.num_processes))
 
     def _step(self, batch: TrainBatch, rows: Tensor, record: UpdateRecord) -> None:
         pieces = own_pieces(

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -36,6 +35,7 @@ from rlhf_ppo.updates.minibatch import MinibatchConfig
 from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord, batch_statistics
 from rlhf_ppo.updates.region import TrustRegion, check_parameters, check_processes
 from rlhf_ppo.updates.shares import deal, everyones, own_pieces
+from rlhf_ppo.updates.shuffle import Shuffle
 
 
 class TrustRegionUpdate:
@@ -85,7 +85,7 @@ class TrustRegionUpdate:
         self._read_config = config
         self.config = config()
         self.clip_range_value = clip_range_value
-        self.rng = np.random.RandomState(seed)
+        self.shuffle = Shuffle(seed)
         self._skips_in_a_row = 0
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
@@ -116,13 +116,11 @@ class TrustRegionUpdate:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to draw the same rows."""
-        state: Any = self.rng.get_state(legacy=False)
-        keys = [int(key) for key in state["state"]["key"]]
-        return {"keys": keys, "position": int(state["state"]["pos"]), "skips_in_a_row": self._skips_in_a_row}
+        return {**self.shuffle.state_dict(), "skips_in_a_row": self._skips_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self.rng.set_state(("MT19937", np.asarray(state["keys"], dtype=np.uint32), state["position"], 0, 0.0))
+        self.shuffle.load_state_dict(state)
         self._skips_in_a_row = int(state["skips_in_a_row"])
 
     def curvature(self, batch: TrainBatch, rows: Tensor) -> MatrixProduct:
@@ -163,7 +161,7 @@ class TrustRegionUpdate:
         """The accepted step with the terms behind it; or the terms before it."""
         start = flatten(self.parameters).clone()
         share = math.ceil(self.region.curvature_fraction * len(batch))
-        rows = torch.as_tensor(self.rng.permutation(len(batch))[:share], device=batch.mask.device)
+        rows = self.shuffle(len(batch), batch.mask.device)[:share]
         product = self.curvature(batch, rows)
         direction = conjugate_gradient(product, -gradient, iterations=self.region.cg_iterations)
         curved = product(direction)
@@ -198,7 +196,7 @@ class TrustRegionUpdate:
         states = self._own_states(batch)
         config, width = self.config, batch.mask.shape[1]
         for _ in range(config.epochs):
-            order = torch.as_tensor(self.rng.permutation(len(batch)))
+            order = self.shuffle(len(batch), torch.device("cpu"))
             for rows in order.split(config.minibatch_size * self.accelerator.num_processes):
                 own = [row for row in rows.tolist() if row in states]
                 loss = torch.stack([parameter.sum() for parameter in self.critic]).sum() * 0.0

@@ -166,7 +166,7 @@ def _counted_passes(trainer: PPOTrainer) -> list[int]:
 def _sabotage(trainer: PPOTrainer, what: str | None) -> None:
     """The classic mistakes of data-parallel PPO, for tests that must notice them."""
     if what == "whitening":
-        trainer._reduce_sum = lambda tensor: tensor  # type: ignore[method-assign]
+        trainer.processes.reduce_sum = lambda tensor: tensor  # type: ignore[method-assign]
     if what == "count":
         update: Any = trainer.algorithm.update
         objective, processes = update.objective, trainer.accelerator.num_processes

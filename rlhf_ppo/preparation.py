@@ -1,0 +1,59 @@
+"""Policy, reference and optimiser handed to Accelerate, as processes and engine need them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.models import PreTrainedModelWrapper
+from rlhf_ppo.models.scoring import TokenPolicy, switch_off_dropout
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the trainer works with."""
+
+    policy: Any
+    """Scores batches: a `TokenPolicy`, wrapped where several processes train it (by DDP, FSDP or DeepSpeed)."""
+    optimizer: Optimizer
+    lr_scheduler: Any
+    """Accelerate's wrapper of the given one, or None."""
+    reference: nn.Module | None
+    """Like `policy`, frozen; None where the model is its own reference, with its adapters off."""
+
+
+def prepare(
+    accelerator: Accelerator,
+    config: PPOConfig,
+    model: PreTrainedModelWrapper,
+    ref_model: PreTrainedModelWrapper | None,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler | None,
+) -> Prepared:
+    """Move everything to its device and wrap it for the processes."""
+    scoring: dict[str, Any] = {"temperature": config.temperature, "chunk_size": config.logits_chunk_size}
+    token_policy = TokenPolicy(model, **scoring)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        switch_off_dropout(model)
+        token_policy.checkpointing = True
+    engine = accelerator.state.deepspeed_plugin
+    if engine is not None:
+        # Sizes that the engine checks against each other and otherwise only reports.
+        sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes}
+        engine.deepspeed_config.update(sizes)
+    policy, optimizer = accelerator.prepare(token_policy, optimizer)
+    scheduler = None if lr_scheduler is None else accelerator.prepare_scheduler(lr_scheduler)
+    reference: nn.Module | None = None
+    if ref_model is not None:
+        reference = TokenPolicy(ref_model, **scoring).requires_grad_(False)
+        # Under ZeRO every process keeps a whole reference: it takes no part in the engine.
+        if engine is None:
+            reference = accelerator.prepare_model(reference, evaluation_mode=True)
+        else:
+            reference.to(accelerator.device).eval()
+    return Prepared(policy, optimizer, scheduler, reference)

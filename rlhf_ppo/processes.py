@@ -1,0 +1,68 @@
+"""What the processes of a run agree on: sums, gathered rows, parameters made whole."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from trl.models.utils import add_hooks, remove_hooks
+
+
+class Processes:
+    """The collective operations of the trainer. Every process calls each of them, in the same order.
+
+    Args:
+        accelerator: Knows the processes.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        engine = accelerator.state.deepspeed_plugin
+        self.has_zero3 = engine is not None and engine.zero_stage == 3
+        """Whether a process holds only parts of each parameter, in DeepSpeed's way."""
+        self.sharded = self.has_zero3 or str(accelerator.distributed_type).endswith("FSDP")
+        """Whether a forward pass of one process needs all the others."""
+
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, on each of them."""
+        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return reduced
+
+    def reduce_max(self, tensor: Tensor) -> Tensor:
+        """The largest entry over processes, on each of them, in main memory."""
+        return self.gather(tensor).max()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, one below the other, in main memory."""
+        gathered: Tensor = self.accelerator.gather(tensor.to(self.accelerator.device))
+        return gathered.cpu()
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """The entries of all processes' lists, in the order of the processes."""
+        gathered: list[Any] = gather_object(values) if self.accelerator.num_processes > 1 else values
+        return gathered
+
+    def most_passes(self, passes: int) -> int:
+        """Forward passes that this process must make: where models are sharded, as many as the busiest one."""
+        return int(self.gather(torch.tensor(passes)).max()) if self.sharded else passes
+
+    @contextmanager
+    def whole_parameters(self, model: nn.Module, policy: nn.Module) -> Iterator[None]:
+        """Inside, `model` holds every parameter whole on every process: for sampling and saving under ZeRO-3.
+
+        One copy of the model must fit beside the parts. `policy` is the prepared module around it.
+        """
+        if not self.has_zero3:
+            yield
+            return
+        import deepspeed  # an extra
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            remove_hooks(policy)  # they would gather and release each layer once more
+            try:
+                yield
+            finally:
+                add_hooks(policy)
