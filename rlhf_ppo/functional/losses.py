@@ -191,7 +191,7 @@ def value_loss(
 def entropy_bonus(
     entropy: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, count: Count = None
 ) -> Float[Tensor, ""]:
-    """Mean entropy S[π_θ](s_t) in nats, to *maximise*: subtract ent_coef times it from the loss."""
+    """Mean entropy `S[π_θ](s_t)` in nats, to *maximise*: subtract ent_coef times it from the loss."""
     return masked_mean(entropy, mask, count)
 
 
@@ -217,7 +217,7 @@ def compute_ppo_total_loss(
         advantages: Â_t.
         state_values: V_θ(s_t).
         return_targets: R_t.
-        entropy: S[π_θ](s_t), nats.
+        entropy: `S[π_θ](s_t)`, nats.
         epsilon: ε of the clipped ratio.
         c1: Weight of the squared error, which here is taken in full (`value_loss` takes half of it).
         c2: Weight of the entropy.
