@@ -57,7 +57,8 @@ def evaluate(
     batch = prompts.batch(list(range(len(prompts))) if rows is None else list(rows))
     with whole_parameters():
         collected = one_each.draw(batch, torch.Generator().manual_seed(seed))
-    measures = {"score": one_each.score(collected, rewards).total.tolist()}
+    scores = one_each.score(collected, rewards)
+    measures = {"score": scores.total.masked_fill(scores.skipped, math.nan).tolist()}
     if judges is not None:
         for name, values in one_each.score(collected, judges).per_source.items():
             measures[name] = values.tolist()

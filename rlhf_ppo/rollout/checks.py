@@ -92,7 +92,10 @@ def _without_start(
 
 def _check_list(name: str, tensors: object, expected: int) -> None:
     if not isinstance(tensors, list):
-        raise ValueError(f"{name} must be a list of tensors - got {type(tensors)}")
+        raise ValueError(
+            f"{name} must be a list of tensors - got {type(tensors)}: samples differ in length, so one tensor cannot "
+            "hold them. Pass one tensor a sample, e.g. `list(tensor)`."
+        )
     if len(tensors) != expected:
         raise ValueError(
             f"Batch size ({expected}) does not match number of examples - but got {len(tensors)} for: {name}. "
@@ -102,33 +105,46 @@ def _check_list(name: str, tensors: object, expected: int) -> None:
         raise ValueError(f"{name} must hold at least one sample, got an empty list: there is nothing to learn from")
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"Elements in {name} must be tensors - got {type(tensor)} (sample {index})")
+            raise ValueError(
+                f"Elements in {name} must be tensors - got {type(tensor)} (sample {index}): nothing could be computed "
+                "with it. Wrap it: `torch.tensor(...)`."
+            )
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.dtype in _UNREADABLE:
+            raise ValueError(
+                f"{name}[{index}] must be a dense tensor with values, got layout {tensor.layout} of {tensor.dtype} on "
+                f"{tensor.device}: its numbers cannot be read. Use `.to_dense()`, or a tensor that is not on 'meta'."
+            )
+
+
+_UNREADABLE = frozenset({torch.complex32, torch.complex64, torch.complex128, torch.quint8, torch.qint8, torch.qint32})
 
 
 def _check_tokens(name: str, index: int, tokens: Tensor, vocab_size: int | None) -> None:
     if tokens.dim() != 1 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise ValueError(
-            f"{name}[{index}] must be a 1-D tensor of token ids, got shape {tuple(tokens.shape)} of {tokens.dtype}. "
-            "Pass one tensor a sample, without batch dimension."
+            f"{name}[{index}] must be a 1-D tensor of token ids, got shape {tuple(tokens.shape)} of {tokens.dtype}: "
+            "the model could not look them up. Pass one integer tensor a sample, without batch dimension."
         )
     if len(tokens) == 0:
         raise ValueError(
             f"{name}[{index}] is empty: a sample needs at least one prompt token (give it the BOS token) and one "
             "response token. Drop the sample or raise min_new_tokens."
         )
+    tokens = tokens.long()  # few operations know unsigned tensors
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         raise ValueError(
             f"{name}[{index}] holds token ids from {low} to {high}, but the model knows 0 to "
-            f"{'its vocabulary' if vocab_size is None else vocab_size - 1}: was it made by another tokenizer?"
+            f"{'its vocabulary' if vocab_size is None else vocab_size - 1}: it would look up rows that do not exist. "
+            "Was it made by another tokenizer, or padded with -100? Encode it with the model's own, without padding."
         )
 
 
 def _check_length(index: int, length: int, max_positions: int | None) -> None:
     if max_positions is not None and length > max_positions:
         raise ValueError(
-            f"sample {index} has {length} tokens of prompt and response, but the model has {max_positions} positions. "
-            "Shorten the prompt or max_new_tokens."
+            f"sample {index} has {length} tokens of prompt and response, but the model has {max_positions} positions: "
+            "it cannot tell where the tokens beyond them stand. Shorten the prompt or max_new_tokens."
         )
 
 
@@ -138,32 +154,43 @@ def _check_mask(index: int, mask: Tensor | None, response: Tensor) -> Tensor:
     if mask.shape != response.shape:
         raise ValueError(
             f"response_masks[{index}] must have one entry for each of the {len(response)} response tokens, "
-            f"got shape {tuple(mask.shape)}"
+            f"got shape {tuple(mask.shape)}: nobody would know whose tokens are ours. Leave out the prompt's entries."
         )
-    row = mask.cpu().bool()
-    if not row.any():
+    values = mask.detach().cpu().double()
+    if not torch.isin(values, torch.tensor([0.0, 1.0], dtype=torch.double)).all():
+        raise ValueError(
+            f"response_masks[{index}] must hold zeros and ones, got {_short(mask)}: it selects tokens, it does not "
+            "weigh them. Use 1 where the policy chose the token, else 0."
+        )
+    if not values.any():
         raise ValueError(
             f"response_masks[{index}] masks every token: there is no action to learn from. Drop the sample."
         )
-    if not torch.isin(mask.cpu().float(), torch.tensor([0.0, 1.0])).all():
-        raise ValueError(f"response_masks[{index}] must hold zeros and ones, got {mask.tolist()}")
-    return row
+    return values.bool()
 
 
 def _check_score(index: int, score: Tensor, response: Tensor) -> Tensor:
     if score.dim() > 1:
-        raise ValueError(f"Scores must be 1-dimensional - got {score.dim()} for {score} (sample {index})")
+        raise ValueError(
+            f"Scores must be 1-dimensional - got {score.dim()} for {_short(score)} (sample {index}): one number, or one "
+            "a response token, is what can be learned from. Use `score.squeeze()`."
+        )
     if score.numel() != 1 and score.shape != response.shape:
         raise ValueError(
             f"scores[{index}] must be one number, or one for each of the {len(response)} response tokens, "
-            f"got {score.numel()} numbers"
+            f"got {score.numel()} numbers: it is unknown which token earns what. Sum them, or score each token."
         )
-    if score.dtype.is_complex or not torch.isfinite(score.float()).all():
+    if not torch.isfinite(score.detach().float()).all():
         raise ValueError(
-            f"scores[{index}] must be finite, got {score.tolist()}: one such score would turn every weight into nan. "
+            f"scores[{index}] must be finite, got {_short(score)}: one such score would turn every weight into nan. "
             "Mend the reward source or drop the sample."
         )
     return score.detach().cpu().float()
+
+
+def _short(tensor: Tensor) -> str:
+    text = str(tensor.tolist())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _together(scores: list[Tensor], responses: list[Tensor]) -> Tensor:

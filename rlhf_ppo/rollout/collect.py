@@ -1,6 +1,6 @@
 """Prompts -> responses -> scores: what happens before `learn`, in training and evaluation alike."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.functional import missing_eos_penalty
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptBatch
+from rlhf_ppo.rollout.reward_failures import RAISE, RewardFailures
 from rlhf_ppo.rollout.reward_sources import RewardRequest, Scores, Sources, score_batch
 from rlhf_ppo.rollout.sampling import Sampler, Samples, SamplingConfig
 
@@ -46,6 +47,7 @@ class Collector:
         sampler: Who draws.
         sampling: How.
         device: Where the policy is.
+        failures: What happens when a reward source fails.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class Collector:
     sampler: Sampler
     sampling: SamplingConfig
     device: torch.device
+    failures: RewardFailures = RAISE
 
     def draw(self, batch: PromptBatch, generator: torch.Generator) -> Collected:
         """`num_return_sequences` responses to each prompt, side by side."""
@@ -76,22 +79,32 @@ class Collector:
             columns=collected.columns,
             response_lengths=[len(response) for response in collected.samples.responses],
         )
-        scores = score_batch(sources, request)
+        scores = score_batch(sources, request, self.failures)
         if missing_eos is None:
             return scores
         if scores.per_token is not None:
             raise ValueError("missing_eos takes one score a response, the reward source gave one a token")
         finished = torch.tensor(collected.samples.finished)
         total = missing_eos_penalty(scores.total, finished, penalty=missing_eos.penalty, mode=missing_eos.mode)
-        return Scores(total=total, per_token=None, per_source=scores.per_source, skipped=scores.skipped)
+        return replace(scores, total=total)
+
+    def kept(self, scores: Scores) -> list[int]:
+        """Rows to learn from: no source skipped them, nor another response to the same prompt where those are compared.
+
+        A group that lost a member would be compared with the responses to another prompt.
+        """
+        groups = scores.skipped.view(-1, self.sampling.num_return_sequences)
+        return [
+            row for row, skipped in enumerate(groups.any(1).repeat_interleave(groups.shape[1]).tolist()) if not skipped
+        ]
 
     def responses(self, samples: Samples, scores: Scores) -> Responses:
-        """The samples that no source skipped, as `learn` takes them.
+        """The samples to learn from, as `learn` takes them.
 
         Raises:
             ValueError: If every sample was skipped.
         """
-        kept = [row for row, skipped in enumerate(scores.skipped.tolist()) if not skipped]
+        kept = self.kept(scores)
         if not kept:
             raise ValueError("every sample of the batch was skipped by a reward source: there is nothing to learn from")
         responses: list[Tensor] = [samples.responses[row].to(self.device) for row in kept]

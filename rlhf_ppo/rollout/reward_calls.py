@@ -6,9 +6,9 @@ import inspect
 import math
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, CancelledError, Future, wait
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 Reward: TypeAlias = float | Sequence[float] | None
 RewardSource: TypeAlias = Callable[..., Sequence[Reward] | Awaitable[Sequence[Reward]]]
@@ -58,40 +58,113 @@ class WeightedSource:
             raise ValueError(f"The weight of reward source {self.name!r} must be finite, got {self.weight}.")
 
 
-def ask_sources(named: Sequence[WeightedSource], request: RewardRequest) -> list[object]:
+def ask_sources(
+    named: Sequence[WeightedSource],
+    request: RewardRequest,
+    *,
+    timeout: float | None = None,
+    keep_going: bool = False,
+) -> list[object]:
     """Every source's raw answer; coroutines run on the background loop while ordinary functions run here.
 
+    Args:
+        named: The sources.
+        request: What they are asked about.
+        timeout: Seconds that each source has; None: as long as it likes. An ordinary function then runs in a thread
+            of its own, which is left behind when it does not come back.
+        keep_going: Whether a `RewardSourceError` stands in place of the answer of a source that failed; otherwise the
+            first failure is raised and the others are cancelled.
+
     Raises:
-        RewardSourceError: a source raised; coroutines that still run are cancelled.
+        RewardSourceError: a source failed; coroutines that still run are cancelled.
         TypeError: a source wants an argument that is no column.
     """
+    keywords = [_keywords(item, request) for item in named]
     answers: dict[int, object] = {}
     pending: dict[int, Future[object]] = {}
+
+    def failed(index: int, error: BaseException) -> None:
+        answers[index] = failure = _failure(named[index].name, request, error)
+        if not keep_going:
+            raise failure from error
+
     try:
         for index in sorted(range(len(named)), key=lambda index: not _is_async(named[index].source)):
-            keywords = _keywords(named[index], request)
             try:
-                answer = named[index].source(**keywords)
+                answer = _called(named[index].source, keywords[index], timeout)
             except Exception as error:
-                _fail(named[index].name, request, error)
+                failed(index, error)
+                continue
             if inspect.isawaitable(answer):
-                pending[index] = asyncio.run_coroutine_threadsafe(_wait_for(answer), _background_loop())
+                pending[index] = asyncio.run_coroutine_threadsafe(_wait_for(answer, timeout), _background_loop())
             else:
                 answers[index] = answer
-        done, _ = wait(pending.values(), return_when=FIRST_EXCEPTION)
-        for index, future in pending.items():
-            raised = CancelledError() if future.cancelled() else future.exception() if future in done else None
-            if isinstance(raised, Exception):
-                _fail(named[index].name, request, raised)
-        answers |= {index: future.result() for index, future in pending.items()}
+        for index, raised in _failures(pending, timeout, keep_going=keep_going).items():
+            failed(index, raised)
+        answers |= {index: future.result() for index, future in pending.items() if index not in answers}
     finally:
         for future in pending.values():
             future.cancel()
     return [answers[index] for index in range(len(named))]
 
 
-async def _wait_for(answer: Awaitable[object]) -> object:
-    return await answer
+def _called(source: RewardSource, keywords: Mapping[str, Any], timeout: float | None) -> object:
+    """What an ordinary function returns, within the time it has; an asynchronous one returns at once."""
+    if timeout is None or _is_async(source):
+        return source(**keywords)
+    future: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(source(**keywords))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="reward-source", daemon=True).start()
+    done, _ = wait([future], timeout)
+    if not done:
+        raise _no_answer(timeout)
+    return future.result()
+
+
+def _failures(
+    pending: Mapping[int, Future[object]], timeout: float | None, *, keep_going: bool
+) -> dict[int, BaseException]:
+    """Wait for the coroutines, or only until the first one fails; who failed, and how."""
+    # Each coroutine keeps its own time; ours only ends when one of them blocks their loop.
+    patience = None if timeout is None else timeout + _GRACE
+    done, _ = wait(pending.values(), patience, return_when=ALL_COMPLETED if keep_going else FIRST_EXCEPTION)
+    found: dict[int, BaseException] = {}
+    for index, future in pending.items():
+        error = CancelledError() if future.cancelled() else future.exception() if future in done else None
+        if error is not None:
+            found[index] = error
+    late = [index for index, future in pending.items() if future not in done]
+    if timeout is not None and late and (keep_going or not found):
+        _background_loop.cache_clear()  # a loop that is blocked answers nobody: the next call gets a new one
+        found |= {index: _no_answer(timeout) for index in late}
+    return found
+
+
+def _no_answer(timeout: float) -> TimeoutError:
+    return TimeoutError(f"no answer within {timeout:g} s")
+
+
+async def _wait_for(answer: Awaitable[object], timeout: float | None) -> object:
+    if timeout is None:
+        return await answer
+    task = asyncio.ensure_future(answer)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=timeout)
+        if not done:
+            raise _no_answer(timeout)
+        return task.result()
+    finally:
+        task.cancel()
+
+
+_GRACE = 5.0
+"""Seconds beyond the time-out after which coroutines are given up that do not even notice it."""
 
 
 @functools.cache
@@ -129,8 +202,11 @@ def _keywords(item: WeightedSource, request: RewardRequest) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in accepted}
 
 
-def _fail(name: str, request: RewardRequest, error: Exception) -> NoReturn:
-    raise RewardSourceError(
+def _failure(name: str, request: RewardRequest, error: BaseException) -> RewardSourceError:
+    failure = RewardSourceError(
         f"Reward source {name!r} raised {type(error).__name__} on {len(request.prompts)} samples: {error}. "
-        "To leave single samples out, let it return None for them."
-    ) from error
+        "To leave single samples out, let it return None for them; to try again, or to go on without the samples, set "
+        "`TrainConfig.reward_failures`."
+    )
+    failure.__cause__ = error
+    return failure

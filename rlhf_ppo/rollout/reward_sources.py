@@ -21,11 +21,12 @@ from rlhf_ppo.rollout.reward_calls import (
     RewardSource,
     RewardSourceError,
     WeightedSource,
-    ask_sources,
 )
+from rlhf_ppo.rollout.reward_failures import RAISE, Answers, RewardFailures, Row, collect_answers
 
 __all__ = [
     "Reward",
+    "RewardFailures",
     "RewardRequest",
     "RewardSource",
     "RewardSourceError",
@@ -51,7 +52,11 @@ class Scores:
     per_source: dict[str, Float[Tensor, " batch"]]
     """Each source's own unweighted score, summed over tokens; nan where it returned None."""
     skipped: Bool[Tensor, " batch"]
-    """True where at least one source returned None: the sample takes no part in the update."""
+    """True where at least one source returned None or failed: the sample takes no part in the update."""
+    dropped: Bool[Tensor, " batch"]
+    """True where a source failed: it raised, was late, or said what is no score. Every one of them is skipped too."""
+    failed_calls: int = 0
+    """Attempts of sources that failed, those that a later attempt made good included."""
 
     @property
     def scores(self) -> Float[Tensor, " batch"] | Float[Tensor, "batch time"]:
@@ -66,11 +71,17 @@ class Scores:
             per_token=None,
             per_source={name: torch.cat([part.per_source[name] for part in parts]) for name in self.per_source},
             skipped=torch.cat([part.skipped for part in parts]),
+            dropped=torch.cat([part.dropped for part in parts]),
+            failed_calls=sum(part.failed_calls for part in parts),
         )
 
     def metrics(self) -> dict[str, float]:
-        """Mean and standard deviation of each source over the samples that it scored, and the fraction skipped."""
-        found = {"env/reward_skipped": self.skipped.double().mean().item()}
+        """Mean and standard deviation of each source over the samples that it scored; what was skipped and why."""
+        found = {
+            "env/reward_skipped": self.skipped.double().mean().item(),
+            "env/reward_dropped": self.dropped.double().mean().item(),
+            "env/reward_failed_calls": float(self.failed_calls),
+        }
         for name, values in self.per_source.items():
             scored = values[~values.isnan()].double()
             if scored.numel():
@@ -101,22 +112,27 @@ def combine(sources: Sources) -> tuple[WeightedSource, ...]:
     return named
 
 
-def score_batch(sources: Sources, request: RewardRequest) -> Scores:
+def score_batch(sources: Sources, request: RewardRequest, failures: RewardFailures = RAISE) -> Scores:
     """Ask every source, check every answer, and add them up: total_i = Σ_s weight_s · score_{s,i}.
 
     If any source returns None for a sample, that sample is skipped as a whole: half a sum would be a different
-    reward. A source that merely has nothing to say about a sample returns 0.0.
+    reward. A source that merely has nothing to say about a sample returns 0.0. No failure ever becomes a score.
+
+    Args:
+        sources: Who is asked.
+        request: About what.
+        failures: How often a source is asked that fails, and what becomes of the samples.
 
     Raises:
-        RewardSourceError: a source raised; the others are cancelled.
+        RewardSourceError: a source raised or was late; the others are cancelled.
         TypeError, ValueError: an answer of the wrong length, type or value; source and sample are named.
     """
     named = combine(sources)
-    answers = ask_sources(named, request)
-    rows = {item.name: _check(item.name, answer, request) for item, answer in zip(named, answers, strict=True)}
+    answers = collect_answers(named, request, failures, check=_check, check_sample=_check_sample)
+    rows = answers.rows
     per_source = {
-        name: torch.tensor([math.nan if row is None else math.fsum(_as_list(row)) for row in found])
-        for name, found in rows.items()
+        item.name: torch.tensor([math.nan if row is None else math.fsum(_as_list(row)) for row in rows[item.name]])
+        for item in named
     }
     size = len(request.prompts)
     skipped = torch.zeros(size, dtype=torch.bool)
@@ -128,12 +144,32 @@ def score_batch(sources: Sources, request: RewardRequest) -> Scores:
     if any(isinstance(row, list) for found in rows.values() for row in found):
         per_token = _lay_out(named, rows, request, skipped)
     total = total.masked_fill(skipped, 0.0).float()
-    return Scores(total=total, per_token=per_token, per_source=per_source, skipped=skipped)
+    return Scores(
+        total=_finite(total), per_token=per_token, per_source=per_source, skipped=skipped,
+        dropped=_dropped(answers, size), failed_calls=answers.failed_calls,
+    )  # fmt: skip
+
+
+def _dropped(answers: Answers, size: int) -> Bool[Tensor, " batch"]:
+    lost = torch.zeros(size, dtype=torch.bool)
+    for samples in answers.failed_on.values():
+        lost[samples] = True
+    return lost
+
+
+def _finite(total: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    if not torch.isfinite(total).all():
+        index = int((~torch.isfinite(total)).nonzero()[0])
+        raise ValueError(
+            f"The weighted sum of all reward sources must be finite, got {float(total[index])} for sample {index}: it "
+            "would destroy the weights in one step. Scale the sources or their weights down."
+        )
+    return total
 
 
 def _lay_out(
     named: Sequence[WeightedSource],
-    rows: Mapping[str, Sequence[float | list[float] | None]],
+    rows: Mapping[str, Sequence[Row]],
     request: RewardRequest,
     skipped: Bool[Tensor, " batch"],
 ) -> Float[Tensor, "batch time"]:
@@ -149,7 +185,7 @@ def _lay_out(
     return laid_out.float()
 
 
-def _check(name: str, answer: object, request: RewardRequest) -> list[float | list[float] | None]:
+def _check(name: str, answer: object, request: RewardRequest) -> list[Row]:
     """The answer as plain Python numbers, or an error that names the source and the sample."""
     answer = answer.tolist() if hasattr(answer, "tolist") else answer
     if not isinstance(answer, Sequence) or isinstance(answer, (str, bytes)):
@@ -165,7 +201,7 @@ def _check(name: str, answer: object, request: RewardRequest) -> list[float | li
     return [_check_sample(name, index, entry, request) for index, entry in enumerate(answer)]
 
 
-def _check_sample(name: str, index: int, entry: object, request: RewardRequest) -> float | list[float] | None:
+def _check_sample(name: str, index: int, entry: object, request: RewardRequest) -> Row:
     entry = entry.tolist() if hasattr(entry, "tolist") else entry
     if entry is None:
         return None

@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from reward_model import RewardModel
-from reward_model.client import RemoteRewardModel
+from reward_model.client import RemoteRewardModel, read_scores
 from reward_model.serve import ServeConfig, application, is_loopback
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -115,3 +115,13 @@ def test_no_server_is_an_error_that_names_it() -> None:
         RemoteRewardModel("http://127.0.0.1:9", retries=1, backoff=0.01, timeout=1)(["a"], ["b"])
     with pytest.raises(ValueError, match="begins with http"):
         RemoteRewardModel("ftp://x")
+
+
+LIES = ["", "<html>", "[1.0]", "{}", '{"scores": 1}', '{"scores": []}', '{"scores": [null]}', '{"scores": ["1"]}']
+LIES += ['{"scores": [NaN]}', '{"scores": [1e999]}', '{"scores": [true]}', '{"scores": [[1]]}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("body", LIES)
+def test_an_answer_that_is_no_score_is_an_error_that_names_the_server(body: str) -> None:
+    with pytest.raises(ValueError, match="The reward server http://there sent "):
+        read_scores(body, 1, "http://there")

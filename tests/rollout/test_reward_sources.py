@@ -85,7 +85,7 @@ def test_a_sample_without_a_score_is_skipped_as_a_whole_and_no_nan_is_left() -> 
 
 def test_metrics_of_a_source_that_skipped_everything_are_left_out_and_not_nan() -> None:
     metrics = score_batch(lambda **_: [None] * 3, REQUEST).metrics()
-    assert metrics == {"env/reward_skipped": 1.0}
+    assert metrics == {"env/reward_skipped": 1.0, "env/reward_dropped": 0.0, "env/reward_failed_calls": 0.0}
 
 
 def test_per_token_scores_lie_at_their_tokens_and_sample_scores_at_the_last() -> None:

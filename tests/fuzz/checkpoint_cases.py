@@ -1,0 +1,146 @@
+"""Checkpoint folders that somebody has cut, flipped, emptied, swapped or rewritten, their checksums made to fit or not."""
+
+import hashlib
+import json
+import shutil
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo.checkpoint import MANIFEST
+from rlhf_ppo.resume import restore_checkpoint
+from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.training import TrainingLoop
+from tests.fuzz.config_cases import trees
+from tests.fuzz.harness import Target
+from tests.helpers import tiny_gpt2, tiny_tokenizer
+
+SHM = Path("/dev/shm")
+DAMAGES = ["flip", "flip", "cut", "empty", "grow", "remove", "swap", "json", "json", "key", "key", "folder"]
+
+damage = st.fixed_dictionaries(
+    {
+        "how": st.sampled_from(DAMAGES), "file": st.integers(0, 30), "other": st.integers(0, 30),
+        "at": st.floats(0, 1), "bit": st.integers(0, 7), "bytes": st.binary(max_size=8), "tree": trees,
+        "key": st.integers(0, 30), "checkpoint": st.integers(0, 1),
+    }
+)  # fmt: skip
+cases = st.tuples(st.lists(damage, min_size=1, max_size=3), st.booleans())
+
+
+def _damage(folder: Path, wish: dict[str, Any]) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        return
+    path = files[wish["file"] % len(files)]
+    content = path.read_bytes()
+    at = int(wish["at"] * max(0, len(content) - 1))
+    match wish["how"]:
+        case "flip" if content:
+            path.write_bytes(content[:at] + bytes([content[at] ^ (1 << wish["bit"])]) + content[at + 1 :])
+        case "cut":
+            path.write_bytes(content[:at])
+        case "empty":
+            path.write_bytes(b"")
+        case "grow":
+            path.write_bytes(content[:at] + wish["bytes"] + content[at:])
+        case "remove":
+            path.unlink()
+        case "swap":
+            path.write_bytes(files[wish["other"] % len(files)].read_bytes())
+        case "folder":
+            path.unlink()
+            path.mkdir()
+        case "json":
+            jsons = [each for each in files if each.suffix == ".json"]
+            if jsons:
+                jsons[wish["file"] % len(jsons)].write_text(json.dumps(wish["tree"]))
+        case "key":
+            _change_key(folder, wish)
+
+
+def _change_key(folder: Path, wish: dict[str, Any]) -> None:
+    """Replace or remove one key of a settings file, in reach of the first three levels."""
+    for path in sorted(folder.glob("*.json"), key=lambda each: (wish["file"] % 2 == 0) == (each.name == MANIFEST)):
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:
+            continue
+        inner, spots = content, []
+        todo = [content]
+        while todo:
+            inner = todo.pop()
+            if isinstance(inner, dict):
+                spots += [(inner, key) for key in inner]
+                todo += list(inner.values())
+        if spots:
+            holder, key = spots[wish["key"] % len(spots)]
+            if wish["bit"] % 2:
+                holder[key] = wish["tree"]
+            else:
+                del holder[key]
+            path.write_text(json.dumps(content))
+        return
+
+
+def _make_checksums_fit(folder: Path) -> None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name in manifest["files"]:
+            manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return
+
+
+def target() -> Target:
+    """A run of two iterations with two checkpoints; each case damages a copy and resumes from it."""
+    keep = TemporaryDirectory(prefix="fuzz-checkpoint-", dir=SHM if SHM.is_dir() else None)
+    good, copy = Path(keep.name) / "good", Path(keep.name) / "copy"
+    tokenizer = tiny_tokenizer()
+    model = tiny_gpt2(vocab_size=len(tokenizer), n_layer=1, n_embd=4, n_head=1, n_positions=12)
+    config = TrainConfig(
+        iterations=2, sampling=SamplingConfig(max_new_tokens=3), output_dir=str(good), save_every=1, progress=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = PPOTrainer(
+            PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1), AutoModelForCausalLMWithValueHead.from_pretrained(model),
+            tokenizer=tokenizer, dataset=PromptDataset.from_texts(["The", "I liked"], tokenizer),
+        )  # fmt: skip
+        trainer.train(lambda responses: [1.0] * len(responses), config)
+    loop = TrainingLoop(trainer, trainer.dataset, lambda responses: [1.0] * len(responses), config)  # type: ignore[arg-type]
+    parameters = list(trainer.model.parameters())
+    before: list[Any] = []
+
+    def state() -> list[Any]:
+        optimizer = [value for each in trainer.optimizer.state.values() for value in each.values()]
+        tensors = [torch.as_tensor(value).clone() for value in [*parameters, *optimizer, torch.get_rng_state()]]
+        plain = [trainer.kl_ctl.value, repr(trainer.algorithm.update.state_dict()), repr(loop.order.state_dict())]
+        return [*plain, loop.state.iteration, tensors]
+
+    def attempt(case: tuple[list[dict[str, Any]], bool], _keep: object = keep) -> None:
+        wishes, fitting = case
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(good, copy)
+        for wish in wishes:
+            checkpoint = copy / f"checkpoint-{2 - wish['checkpoint']}"
+            _damage(checkpoint, wish)
+        if fitting:
+            for checkpoint in copy.glob("checkpoint-*"):
+                _make_checksums_fit(checkpoint)
+        before[:] = state()
+        restore_checkpoint(loop, copy)
+
+    def unchanged() -> bool:
+        now = state()
+        same = len(now[-1]) == len(before[-1]) and all(map(torch.equal, now[-1], before[-1]))
+        return same and now[:-1] == before[:-1]
+
+    return Target(cases=cases, attempt=attempt, unchanged=unchanged)
