@@ -6,6 +6,7 @@ model fed with another template, tokenizer or end-of-text rule returns plausible
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,8 @@ class TextRule:
     def __post_init__(self) -> None:
         if self.template not in ("plain", "chat"):
             raise ContractError(f"text.template must be 'plain' or 'chat', got {self.template!r}.")
+        if not isinstance(self.append_eos, bool):
+            raise ContractError(f"text.append_eos must be true or false, got {self.append_eos!r:.40}.")
         if not isinstance(self.max_length, int) or self.max_length < 2:
             raise ContractError(f"text.max_length must be an integer >= 2, got {self.max_length!r}.")
 
@@ -55,6 +58,11 @@ class Normalisation:
     samples: int = 0
 
     def __post_init__(self) -> None:
+        if not (_is_number(self.gain) and _is_number(self.bias)):
+            raise ContractError(
+                f"normalisation.gain and .bias must be finite numbers, got {self.gain!r:.40} and {self.bias!r:.40}: "
+                "scores would mean nothing. Restore the file or train the model again."
+            )
         if not self.gain > 0:
             raise ContractError(
                 f"normalisation.gain must be > 0, got {self.gain!r}: it would turn the order of all scores around."
@@ -128,11 +136,27 @@ class Contract:
         wrong = sorted(set(values) ^ known)
         if wrong:
             raise ContractError(f"{path}: missing or unknown fields {wrong}; expected exactly {sorted(known)}.")
+        for name, kind in _KINDS.items():
+            if not isinstance(values[name], kind):
+                raise ContractError(
+                    f"{path}: field {name} must be {kind.__name__}, got {type(values[name]).__name__}: the file is not "
+                    "as it was written. Restore it or train the model again."
+                )
         try:
             parts = {"text": TextRule(**values["text"]), "normalisation": Normalisation(**values["normalisation"])}
         except TypeError as error:
             raise ContractError(f"{path}: field text or normalisation is malformed: {error}.") from error
         return cls(**(values | parts | {"members": tuple(values["members"])}))
+
+
+_KINDS: dict[str, type] = {
+    "base": str, "head": str, "text": dict, "tokenizer_sha256": str, "normalisation": dict, "members": list,
+    "data": dict, "metrics": dict, "versions": dict,
+}  # fmt: skip
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

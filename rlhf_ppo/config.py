@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
+from rlhf_ppo.field_types import check_fields
 
 
 @dataclass
@@ -138,7 +139,8 @@ class PPOConfig:
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs"):
             value = getattr(self, name)
-            setattr(self, name, json.loads(value) if isinstance(value, str) else value or {})
+            setattr(self, name, _object(name, value) if isinstance(value, str) else value or {})
+        check_fields(self)
         if self.forward_batch_size is not None:
             self.mini_batch_size = self.forward_batch_size
         if self.optimize_cuda_cache is not None:
@@ -181,6 +183,10 @@ class PPOConfig:
         return flat
 
     def _validate(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"seed must be in [0, 2^32), got {self.seed}: NumPy's generator takes no other. Use e.g. seed=0."
+            )
         positive = ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "logits_chunk_size")
         for name in positive:
             if getattr(self, name) < 1:
@@ -197,6 +203,23 @@ class PPOConfig:
             raise ValueError(f"kl_penalty must be one of 'kl', 'abs', 'mse', 'full', got {self.kl_penalty!r}")
         if self.learning_rate < 0 or not math.isfinite(self.learning_rate):
             raise ValueError(f"learning_rate must be finite and not negative, got {self.learning_rate}")
+
+
+def _object(name: str, text: str) -> dict[str, Any]:
+    """A JSON object from the command line."""
+    try:
+        content = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"PPOConfig.{name} must be a dict or its JSON, got {text!r:.80} ({error}): nothing could be passed on. "
+            'Write e.g. {"key": "value"}.'
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"PPOConfig.{name} must be a dict or its JSON, got JSON of a {type(content).__name__}: it names no "
+            'settings. Write e.g. {"key": "value"}.'
+        )
+    return content
 
 
 _FIELD_NAMES = frozenset(item.name for item in fields(PPOConfig))

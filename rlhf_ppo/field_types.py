@@ -18,13 +18,14 @@ def check_fields(config: Any) -> None:
         TypeError: A value of another type; names the field, what it takes and what it got.
         ValueError: A number that is nan.
     """
-    kind = type(config)
+    kind: Any = type(config)
     hints = _hints(kind)
     for item in fields(config):
         value, wanted = getattr(config, item.name), hints[item.name]
         if not _fits(value, wanted):
             expected = " or ".join(_described(wanted))
-            raise TypeError(
+            chosen = isinstance(value, str) and any(get_origin(option) is Literal for option in _options(wanted))
+            raise (ValueError if chosen else TypeError)(
                 f"{kind.__name__}.{item.name} must be {expected}, got {value!r:.80} of type {type(value).__name__}: a "
                 "run would fail on it later, or mean something else. Look the setting up in the docstring of "
                 f"{kind.__name__}."
@@ -36,7 +37,7 @@ def check_fields(config: Any) -> None:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from rlhf_ppo.field_types import check_fields
 from rlhf_ppo.updates import TrustRegion
 
 
@@ -16,6 +17,7 @@ class GAE:
     """λ in [0, 1]: 0 is one-step TD, 1 is Monte Carlo."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("gamma", "lam"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(

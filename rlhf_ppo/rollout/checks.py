@@ -172,8 +172,8 @@ def _check_mask(index: int, mask: Tensor | None, response: Tensor) -> Tensor:
 def _check_score(index: int, score: Tensor, response: Tensor) -> Tensor:
     if score.dim() > 1:
         raise ValueError(
-            f"Scores must be 1-dimensional - got {score.dim()} for {_short(score)} (sample {index}): one number, or one "
-            "a response token, is what can be learned from. Use `score.squeeze()`."
+            f"Scores must be 1-dimensional - got {score.dim()} for {_short(score)} (sample {index}): one number, or "
+            "one for each response token, is what can be learned from. Use `score.squeeze()`."
         )
     if score.numel() != 1 and score.shape != response.shape:
         raise ValueError(

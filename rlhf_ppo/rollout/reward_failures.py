@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from rlhf_ppo.field_types import check_fields
 from rlhf_ppo.rollout.reward_calls import RewardRequest, RewardSourceError, WeightedSource, ask_sources
 
 Row: TypeAlias = float | list[float] | None
@@ -26,6 +27,7 @@ class RewardFailures:
     """After the last attempt: end the run with an error, or leave the samples out of the update and count them."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.attempts < 1:
             raise ValueError(
                 f"RewardFailures.attempts must be >= 1, got {self.attempts}: nobody would be asked. Use 1."
@@ -37,11 +39,6 @@ class RewardFailures:
             )
         if not self.backoff >= 0:
             raise ValueError(f"RewardFailures.backoff must be >= 0 seconds, got {self.backoff}. Use 0 for no pause.")
-        if self.on_failure not in ("raise", "drop"):
-            raise ValueError(
-                f"RewardFailures.on_failure must be 'raise' or 'drop', got {self.on_failure!r}: what to do with the "
-                "samples would be unknown. Use 'raise' to end the run, 'drop' to go on without them."
-            )
 
 
 RAISE = RewardFailures()

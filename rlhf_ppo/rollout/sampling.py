@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rlhf_ppo.field_types import check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -35,6 +37,7 @@ class SamplingConfig:
     """False takes the likeliest token; temperature, top-k and top-p are then without effect."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
         _require(
             0 <= self.min_new_tokens <= self.max_new_tokens,

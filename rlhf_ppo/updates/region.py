@@ -7,6 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from rlhf_ppo.field_types import check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrustRegion:
@@ -26,6 +28,7 @@ class TrustRegion:
     """Shorter steps that are tried before the update is given up."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.max_kl > 0:
             raise ValueError(f"max_kl must be > 0, got {self.max_kl}: no step would be allowed. Usual: 0.01.")
         if not self.damping >= 0:

@@ -1,11 +1,10 @@
-"""Checkpoint folders that somebody has cut, flipped, emptied, swapped or rewritten, their checksums made to fit or not."""
+"""Checkpoint folders that somebody has cut, flipped, emptied, swapped or rewritten, checksums fitting or not."""
 
 import hashlib
 import json
 import shutil
 import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from tests.fuzz.config_cases import trees
 from tests.fuzz.harness import Target
 from tests.helpers import tiny_gpt2, tiny_tokenizer
 
-SHM = Path("/dev/shm")
 DAMAGES = ["flip", "flip", "cut", "empty", "grow", "remove", "swap", "json", "json", "key", "key", "folder"]
 
 damage = st.fixed_dictionaries(
@@ -99,10 +97,9 @@ def _make_checksums_fit(folder: Path) -> None:
         return
 
 
-def target() -> Target:
+def target(folder: Path) -> Target:
     """A run of two iterations with two checkpoints; each case damages a copy and resumes from it."""
-    keep = TemporaryDirectory(prefix="fuzz-checkpoint-", dir=SHM if SHM.is_dir() else None)
-    good, copy = Path(keep.name) / "good", Path(keep.name) / "copy"
+    good, copy = folder / "good", folder / "copy"
     tokenizer = tiny_tokenizer()
     model = tiny_gpt2(vocab_size=len(tokenizer), n_layer=1, n_embd=4, n_head=1, n_positions=12)
     config = TrainConfig(
@@ -111,7 +108,8 @@ def target() -> Target:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = PPOTrainer(
-            PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1), AutoModelForCausalLMWithValueHead.from_pretrained(model),
+            PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1),
+            AutoModelForCausalLMWithValueHead.from_pretrained(model),
             tokenizer=tokenizer, dataset=PromptDataset.from_texts(["The", "I liked"], tokenizer),
         )  # fmt: skip
         trainer.train(lambda responses: [1.0] * len(responses), config)
@@ -125,7 +123,7 @@ def target() -> Target:
         plain = [trainer.kl_ctl.value, repr(trainer.algorithm.update.state_dict()), repr(loop.order.state_dict())]
         return [*plain, loop.state.iteration, tensors]
 
-    def attempt(case: tuple[list[dict[str, Any]], bool], _keep: object = keep) -> None:
+    def attempt(case: tuple[list[dict[str, Any]], bool]) -> None:
         wishes, fitting = case
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(good, copy)

@@ -1,10 +1,9 @@
-"""Settings of every configuration, right names with wrong values and the other way round; and JSON files of settings."""
+"""Settings of every configuration, right names with wrong values and the reverse; and JSON files of settings."""
 
 import json
 import math
 from dataclasses import fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from hypothesis import strategies as st
@@ -79,12 +78,10 @@ def cases(draw: st.DrawFn) -> tuple[str, Any, Any]:
     raise AssertionError(what)
 
 
-def target() -> Target:
+def target(folder: Path) -> Target:
     """Every configuration and every settings file that is read."""
-    folder = TemporaryDirectory(prefix="fuzz-config-")
-    path = Path(folder.name)
 
-    def attempt(case: tuple[str, Any, Any], _keep: object = folder) -> None:
+    def attempt(case: tuple[str, Any, Any]) -> None:
         what, kind, content = case
         match what:
             case "keywords":
@@ -99,12 +96,12 @@ def target() -> Target:
                     except AttributeError as error:
                         raise ValueError(f"{error}") from error
             case "contract" | "contract bytes":
-                (path / CONTRACT_FILE).write_bytes(content)
-                Contract.read(path)
+                (folder / CONTRACT_FILE).write_bytes(content)
+                Contract.read(folder)
             case "run folder":
                 for name in ("config.json", "metrics.jsonl", "evaluation.json", "samples.jsonl", "tokens.jsonl"):
-                    (path / name).write_bytes(content)
-                run = RunFolder.open(path)
+                    (folder / name).write_bytes(content)
+                run = RunFolder.open(folder)
                 for read in (run.config, run.metrics, run.evaluation, run.samples, run.tokens, run.unreadable_lines):
                     read()
 

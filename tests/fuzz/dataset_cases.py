@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -27,8 +26,10 @@ turns = st.fixed_dictionaries(
     },
 )
 cells = st.one_of(
-    st.none(), st.booleans(), st.integers(-5, 400), st.floats(), texts, texts, st.lists(st.integers(-2, 330), max_size=4),
-    st.lists(turns, max_size=3), st.lists(st.none() | texts, max_size=2), st.dictionaries(texts, st.integers(), max_size=2),
+    st.none(), st.booleans(), st.integers(-5, 400), st.floats(), texts, texts,
+    st.lists(st.integers(-2, 330), max_size=4),
+    st.lists(turns, max_size=3), st.lists(st.none() | texts, max_size=2),
+    st.dictionaries(texts, st.integers(), max_size=2),
     st.lists(st.floats(), max_size=2), st.lists(st.lists(st.integers(), max_size=2), max_size=2),
 )  # fmt: skip
 columns = st.sampled_from(["prompt", "query", "input_ids", "text", "prompts", "responses", "label", ""])
@@ -64,8 +65,11 @@ def cases(draw: st.DrawFn) -> tuple[str, Any, dict[str, Any]]:
             )
         )
         table = draw(st.dictionaries(columns, st.lists(kind, min_size=height, max_size=height), min_size=1, max_size=2))
+        if draw(st.booleans()):
+            table = {"prompt": draw(st.lists(kind, min_size=height, max_size=height)), **table}
         options = draw(st.fixed_dictionaries({}, optional={
-            "column": st.sampled_from([None, "prompt", "text", "x"]), "max_prompt_tokens": st.sampled_from([None, 1, 3, 0, -1]),
+            "column": st.sampled_from([None, "prompt", "text", "x"]),
+            "max_prompt_tokens": st.sampled_from([None, 1, 3, 0, -1]),
             "truncation": st.sampled_from(["keep_end", "keep_start", "drop", "error", "x"]),
         }))  # fmt: skip
         return what, table, options
@@ -90,12 +94,11 @@ def cases(draw: st.DrawFn) -> tuple[str, Any, dict[str, Any]]:
     )
 
 
-def target() -> Target:
+def target(folder: Path) -> Target:
     """`PromptDataset`, `parse_row`, and the readers of files."""
     plain, chat = tiny_tokenizer(), tiny_tokenizer(chat=True)
-    folder = TemporaryDirectory(prefix="fuzz-data-")
 
-    def attempt(case: tuple[str, Any, dict[str, Any]], _keep: object = folder) -> None:
+    def attempt(case: tuple[str, Any, dict[str, Any]]) -> None:
         what, content, options = case
         match what:
             case "prompts":
@@ -112,7 +115,7 @@ def target() -> Target:
             case "pairs":
                 as_comparisons(content, "data")
             case "file":
-                path = Path(folder.name) / f"data{options['suffix']}"
+                path = folder / f"data{options['suffix']}"
                 path.write_bytes(content)
                 for where, row in read_rows(str(path)):
                     if isinstance(row, BadRow):

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def batches(draw: st.DrawFn) -> list[Any]:
     return case
 
 
-def target() -> Target:
+def target(_folder: Path) -> Target:
     """A trainer of a few hundred parameters; `unchanged` compares all that a step may move."""
     model = tiny_gpt2(vocab_size=VOCABULARY, n_layer=1, n_embd=8, n_head=1, n_positions=POSITIONS)
     with warnings.catch_warnings():

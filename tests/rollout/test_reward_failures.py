@@ -151,5 +151,5 @@ def test_drops_of_several_processes_are_counted_together() -> None:
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a user runs without type checks
-    with pytest.raises(ValueError, match=f"RewardFailures.{next(iter(wrong))} must be"):
+    with pytest.raises(ValueError, match=rf"RewardFailures\.{next(iter(wrong))} must be"):
         RewardFailures(**wrong)
