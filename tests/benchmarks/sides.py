@@ -1,0 +1,234 @@
+"""One side of the comparison, in a process of its own: reads commands, runs them, answers with what they cost.
+
+    python -m tests.benchmarks.sides ours FOLDER
+
+`tests.benchmarks.ppo` starts it with the Python of its environment. A command is a JSON list on standard input, the
+answer a JSON object on standard output.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks.workloads import Task, Workload
+
+PHASES = {"score": "time/ppo/forward_pass", "update": "time/ppo/optimize_step", "step": "time/ppo/total"}
+
+
+class Side:
+    """What the sides have in common: the same weights, the same batch, both as at the start before every step."""
+
+    model: Any
+    trainer: Any
+
+    def __init__(self, task: Task, options: dict[str, Any]) -> None:
+        self.task, self.workload, self.options = task, task.workload, options
+        self.prompts = self.workload.prompts()
+        self.stats: dict[str, Any] = {}
+        self.build()
+        self.reset()
+
+    def build(self) -> None:
+        """Set `model` and `trainer`."""
+        raise NotImplementedError
+
+    def generate(self, rows_per_call: int | None = None) -> None:
+        """Sample a response of the forced length to every prompt."""
+        raise NotImplementedError
+
+    def reshuffle(self) -> None:
+        """Let the step draw the same minibatches again."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The classic configuration of this workload, everything else at its default."""
+        workload = self.workload
+        sizes = {"batch_size": workload.rows, "mini_batch_size": workload.minibatch, "ppo_epochs": workload.epochs}
+        return sizes | self.options
+
+    def reset(self) -> None:
+        """Weights, optimiser and shuffles as at the start."""
+        from safetensors.torch import load_file
+
+        weights = load_file(self.task.folder / "model.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.model.pretrained_model.named_parameters():
+                parameter.copy_(weights[name])
+        self.model.v_head.load_state_dict(self.task.value_head())
+        getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer).state.clear()
+        self.trainer.kl_ctl.value = self.trainer.config.init_kl_coef
+        self.reshuffle()
+
+    def step(self) -> dict[str, float]:
+        """One PPO step on the task's responses; CPU seconds of its phases."""
+        self.stats = self.trainer.step(self.prompts, self.task.responses, self.workload.scores())
+        return {phase: float(self.stats[name]) for phase, name in PHASES.items()}
+
+    def save(self, path: str) -> None:
+        """For the comparison: scalar statistics of the last step, log-probabilities, parameters after it."""
+        scalars = {name: float(value) for name, value in self.stats.items() if getattr(value, "size", 1) == 1}
+        parameters = {name: value.detach().float().clone() for name, value in self.model.named_parameters()}
+        torch.save({"statistics": scalars, "logprobs": self.logprobs(), "parameters": parameters}, path)
+
+    def logprobs(self) -> Tensor:
+        """Of the response tokens before the update, one row below the other."""
+        padded, first = torch.as_tensor(self.stats["objective/logprobs"]), self.first_action()
+        pairs = zip(padded, self.task.responses, strict=True)
+        return torch.cat([row[first : first + len(response)] for row, response in pairs])
+
+    def first_action(self) -> int:
+        """The column of the first response token: the classic keeps a column for every prompt token but the first."""
+        return self.workload.prompt - 1
+
+
+class Ours(Side):
+    """rlhf_ppo as it is used."""
+
+    def build(self) -> None:
+        from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+        self.model = AutoModelForCausalLMWithValueHead.from_pretrained(str(self.task.folder))
+        self.trainer = PPOTrainer(PPOConfig(**self.settings()), self.model, None, self.task.tokenizer())
+
+    def generate(self, rows_per_call: int | None = None) -> None:
+        from rlhf_ppo.rollout.decoding import DecodeLoop
+        from rlhf_ppo.rollout.sampling import SamplingConfig
+
+        config = SamplingConfig(max_new_tokens=self.workload.cap)
+        DecodeLoop()(self.model, self.prompts, config, limits=self.workload.lengths())
+
+    def reshuffle(self) -> None:
+        update = self.trainer.algorithm.update
+        self.first_shuffle = getattr(self, "first_shuffle", update.state_dict())
+        update.load_state_dict(self.first_shuffle)
+
+    def first_action(self) -> int:
+        return 0
+
+    def work(self) -> dict[str, float]:
+        """Counters of the last step."""
+        return {name: value for name, value in self.trainer.metrics.items() if name.startswith("work/")}
+
+    def floor(self) -> dict[str, float]:
+        """The bare matrix products of the update."""
+        from tests.benchmarks.floor import update_floor
+
+        return {"floor": update_floor(self.model.pretrained_model, self.workload)}
+
+
+class Plain(Ours):
+    """rlhf_ppo without what is faster: see `tests.benchmarks.plain`."""
+
+    def build(self) -> None:
+        from rlhf_ppo import AutoModelForCausalLMWithValueHead
+        from tests.benchmarks.plain import PlainTrainer, plain_config
+
+        self.model = AutoModelForCausalLMWithValueHead.from_pretrained(str(self.task.folder))
+        self.trainer = PlainTrainer(plain_config(**self.settings()), self.model, None, self.task.tokenizer())
+
+    def generate(self, rows_per_call: int | None = None) -> None:
+        ids = torch.stack(self.prompts)
+        self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **generation_settings(self.workload))
+
+    def first_action(self) -> int:
+        return Side.first_action(self)
+
+
+class Classic(Side):
+    """TRL 0.11.4, its `generate` with the default of 4 prompts a call unless told otherwise."""
+
+    def build(self) -> None:
+        from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+        self.model = AutoModelForCausalLMWithValueHead.from_pretrained(str(self.task.folder))
+        self.trainer = PPOTrainer(PPOConfig(**self.settings()), self.model, None, self.task.tokenizer())
+
+    def generate(self, rows_per_call: int | None = None) -> None:
+        size = {} if rows_per_call is None else {"batch_size": rows_per_call}
+        settings = generation_settings(self.workload) | size
+        self.trainer.generate(self.prompts, return_prompt=False, remove_padding=False, **settings)
+
+    def reshuffle(self) -> None:
+        import numpy as np
+
+        np.random.seed(self.trainer.config.seed)
+
+
+class EndAt:
+    """A stopping criterion of transformers: ends each row after its own number of new tokens, batch after batch."""
+
+    def __init__(self, lengths: list[int], prompt: int) -> None:
+        self.eos_token_id: list[int] = []  # generate pads finished rows only where a criterion has this name
+        self.widths, self.first = torch.tensor(lengths) + prompt, 0
+
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
+        rows, width = input_ids.shape
+        done = self.widths[self.first : self.first + rows].to(input_ids.device) <= width
+        if bool(done.all()):
+            self.first += rows  # the next call is of the next batch
+        return done
+
+
+def generation_settings(workload: Workload, *, do_sample: bool = True) -> dict[str, Any]:
+    """Of transformers' `generate`: the whole vocabulary, responses of the forced lengths."""
+    from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+    criteria: Any = [EndAt(workload.lengths(), workload.prompt)]
+    filters = {"top_k": 0, "top_p": 1.0} if do_sample else {}
+    return {
+        "max_new_tokens": workload.cap, "do_sample": do_sample, "pad_token_id": 0, "eos_token_id": None,
+        "stopping_criteria": StoppingCriteriaList(criteria), **filters,
+    }  # fmt: skip
+
+
+def cost(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
+    """CPU and wall seconds of a call, the highest resident memory in it, MiB, and what it answered."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak
+    wall, cpu = time.perf_counter(), time.process_time()
+    answer = function(*arguments) or {}
+    spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+    return spent | {"peak_mib": memory("VmHWM")} | answer
+
+
+def count_cpu_seconds(side: str) -> None:
+    """Let the trainer's own clock, which times the phases of a step, count CPU seconds."""
+    if side == "classic":
+        import trl.trainer.ppo_trainer
+
+        trl.trainer.ppo_trainer.time = SimpleNamespace(time=time.process_time)
+    else:
+        import rlhf_ppo.timing
+
+        rlhf_ppo.timing.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
+
+
+def memory(name: str) -> float:
+    """An entry of this process's status, MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def main() -> None:
+    """Serve commands until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    name, folder, options = sys.argv[1:]
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    count_cpu_seconds(name)
+    side = {"ours": Ours, "plain": Plain, "classic": Classic}[name](Task.read(Path(folder)), json.loads(options))
+    print(json.dumps({"resident_mib": memory("VmRSS")}), file=answers, flush=True)
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        print(json.dumps(cost(getattr(side, command), *arguments)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

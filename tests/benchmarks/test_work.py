@@ -1,0 +1,72 @@
+"""Counted work of one PPO iteration on responses of very unequal lengths: gates that no machine's mood can move."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ppo.rollout.decoding import DecodeLoop
+from rlhf_ppo.rollout.sampling import SamplingConfig
+from tests.benchmarks.allocations import peak_bytes
+from tests.benchmarks.ppo import prepare
+from tests.benchmarks.sides import Ours
+from tests.benchmarks.workloads import WORKLOADS, Workload
+
+pytestmark = [pytest.mark.filterwarnings("ignore:No dataset is provided")]
+
+TINY = WORKLOADS["tiny"]
+"""The lengths of cpu-skew: 32 prompts of 64 tokens, responses of 5 to 128, 40 on average."""
+
+
+def side(workload: Workload, folder: Path, **options: Any) -> Ours:
+    """Ours on this workload, the step not yet made."""
+    return Ours(prepare(workload, folder), options)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Counters of one step."""
+    ours = side(TINY, tmp_path_factory.mktemp("work"), token_budget=512)
+    ours.step()
+    return ours.work()
+
+
+def test_padding_adds_at_most_15_percent_to_the_trunk(work: dict[str, float]) -> None:
+    assert work["work/trunk_tokens"] <= 1.15 * work["work/real_tokens"]
+
+
+def test_the_lm_head_runs_on_the_response_tokens_of_each_pass_alone(work: dict[str, float]) -> None:
+    passes = work["work/real_tokens"] / (sum(TINY.lengths()) + TINY.rows * TINY.prompt)
+    assert passes == 1 + TINY.epochs  # once to know the old log-probabilities and values, then the epochs
+    assert work["work/head_rows"] == passes * sum(TINY.lengths())
+
+
+def test_the_decode_loop_computes_at_most_a_quarter_more_than_the_response_tokens() -> None:
+    """The fewest possible: a row's first token comes from the prefill, so that its other tokens are its row-steps."""
+    config = SamplingConfig(max_new_tokens=TINY.cap)
+    samples = DecodeLoop()(TINY.model(), TINY.prompts(), config, limits=TINY.lengths())
+    work, tokens = samples.work, sum(TINY.lengths())
+    assert work.response_tokens == tokens
+    assert work.decode_row_steps == tokens - TINY.rows
+    assert work.prefill_tokens == TINY.rows * TINY.prompt
+    assert work.lm_head_rows == tokens
+
+
+def test_memory_does_not_grow_with_the_rollout(tmp_path: Path) -> None:
+    """Only one minibatch's activations and one chunk's logits live at a time: twice the rows need hardly more."""
+    rows = {}
+    for count in (16, 32):
+        (folder := tmp_path / str(count)).mkdir()
+        equal = replace(TINY, vocab=4000, rows=count, prompt=8, cap=24, lengths_are="full", epochs=1)
+        rows[count] = peak_bytes(side(equal, folder).step)
+    assert rows[32] <= 1.05 * rows[16]
+
+
+def test_the_gate_on_memory_notices_a_kept_logit_of_every_token() -> None:
+    kept: list[torch.Tensor] = []
+    few, many = (peak_bytes(lambda count=count: kept.append(torch.ones(count, 4000))) for count in (16, 32))
+    assert (few, many) == (16 * 16_000, 32 * 16_000)
