@@ -1,48 +1,27 @@
 """Checkpoints that are either whole or absent: written aside, flushed, then renamed.
 
-A checkpoint is a folder `checkpoint-<iteration>` with the model (safetensors), the optimiser, the random states of
-every process, and `state.json`. `manifest.json` is written last and lists every file with its SHA-256: a folder
-without it, or with a file that does not match, is passed over and the one before is used.
+A checkpoint is a folder `checkpoint-<iteration>` of safetensors files and one JSON file. `manifest.json` is written
+last and lists every file with its SHA-256, and its own: a folder without it, or with a file that does not match, is
+passed over, and the one before is used. What a name begins with a dot for is unfinished or on its way out.
 """
 
 import hashlib
 import json
 import os
-import random
+import re
 import shutil
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import torch
-
-FORMAT = 1
+FORMAT = 2
+"""1: optimiser and random states by `torch.save`. 2: safetensors only, with a checksum of the manifest itself."""
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d{1,12})")
 
 
-def rng_state(generator: torch.Generator) -> dict[str, Any]:
-    """Random states of this process: torch, CUDA, NumPy, Python, and the sampler's own generator."""
-    numpy_state: Any = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (numpy_state[0], torch.as_tensor(numpy_state[1].astype(np.int64)), *numpy_state[2:]),
-        "python": random.getstate(),
-        "sampler": generator.get_state(),
-    }
-
-
-def set_rng_state(state: dict[str, Any], generator: torch.Generator) -> None:
-    """Continue every random stream where `rng_state` was taken."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    generator.set_state(state["sampler"])
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used in this run; the message says why and what helps. Nothing has changed."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -55,63 +34,146 @@ def write_json(path: Path, content: Any) -> None:
     aside.replace(path)
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def begin(folder: Path, iteration: int) -> Path:
     """An empty folder aside, for the files of a checkpoint; `commit` makes it one."""
+    for left in [*folder.glob(".checkpoint-*.partial"), *folder.glob(".checkpoint-*.removed")]:
+        shutil.rmtree(left)  # of a run that was killed
     aside = folder / f".checkpoint-{iteration}.partial"
-    if aside.exists():
-        shutil.rmtree(aside)
     aside.mkdir(parents=True)
     return aside
 
 
 def commit(aside: Path, *, keep_last: int) -> Path:
-    """Write the manifest, flush, rename to `checkpoint-<iteration>`, then remove all but the newest `keep_last`."""
-    files = {str(path.relative_to(aside)): _digest(path) for path in sorted(aside.rglob("*")) if path.is_file()}
-    write_json(aside / MANIFEST, {"format": FORMAT, "files": files})
+    """Flush, write the manifest, rename to `checkpoint-<iteration>`, then remove what is not to be kept.
+
+    Kept are the newest `keep_last` up to this one. Those of later iterations belong to a run that this one has
+    replaced, or are damaged: this run was resumed from before them.
+    """
+    content = {"format": FORMAT, "files": _digests(aside)}
+    for path in (*aside.rglob("*"), aside):
+        flush(path)
+    write_json(aside / MANIFEST, content | {"sha256": _digest_of(content)})
+    flush(aside)
     final = aside.with_name(aside.name.removeprefix(".").removesuffix(".partial"))
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
-    for old in checkpoints(final.parent)[:-keep_last]:
-        shutil.rmtree(old)
+    replace_folder(aside, final)
+    number = _iteration(final)
+    earlier = [path for path in checkpoints(final.parent) if _iteration(path) <= number]
+    for path in checkpoints(final.parent):
+        if path not in earlier[-keep_last:]:
+            remove_folder(path)
     return final
 
 
+def replace_folder(aside: Path, final: Path) -> None:
+    """Rename a finished folder into place; what stood there gives way only then."""
+    old = final.with_name(f".{final.name}.removed")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    aside.rename(final)
+    flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(final: Path) -> None:
+    """Undo a `replace_folder` that was killed between its two renames."""
+    old = final.with_name(f".{final.name}.removed")
+    if old.is_dir() and not final.exists():
+        old.rename(final)
+
+
+def remove_folder(path: Path) -> None:
+    """Take a folder away in one step for every reader, then delete it; a failure to delete is no harm."""
+    gone = path.with_name(f".{path.name}.removed")
+    try:
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        warnings.warn(f"{path.name} could not be deleted ({error}); it takes up space, no more.", stacklevel=2)
+
+
+def flush(path: Path) -> None:
+    """Have a file or folder written to the disk itself: a rename must not be there before what it names."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    """Committed checkpoints, oldest first; folders with other names are left alone."""
+    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if (path / MANIFEST).is_file()), key=_iteration)
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
+    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over.
+
+    Raises:
+        CheckpointError: The newest whole one was written by a newer version.
+    """
     for path in reversed(checkpoints(folder)):
         if (damage := find_damage(path)) is None:
+            if (written := format_of(path)) > FORMAT:
+                raise CheckpointError(
+                    f"{path.name} has format {written}, this version of rlhf_ppo reads 1 to {FORMAT}: going on from "
+                    "an older one would throw work away. Update rlhf_ppo, or choose another output_dir."
+                )
             return path
         warnings.warn(f"{path.name} cannot be used: {damage}. Trying the one before.", stacklevel=2)
     return None
 
 
+def format_of(path: Path) -> int:
+    """The format of a checkpoint without damage."""
+    return int(read_json(path / MANIFEST)["format"])
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = read_json(path / MANIFEST)
+        written, files = int(manifest["format"]), dict(manifest["files"])
+        signed = written > 1 or "sha256" in manifest
+        if signed and manifest["sha256"] != _digest_of({"format": written, "files": files}):
+            return f"{MANIFEST} has changed since it was written"
+        return next((found for name, digest in files.items() if (found := _file_damage(path, name, digest))), None)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{MANIFEST} is unreadable ({error})"
-    if manifest.get("format") != FORMAT:
-        return f"its format is {manifest.get('format')}, this version reads {FORMAT}"
-    for name, digest in files.items():
+
+
+def _file_damage(path: Path, name: str, digest: str) -> str | None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        return f"{MANIFEST} names {name!r}, which is no file of this folder"
+    try:
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _digest(path / name) != digest:
-            return f"{name} has changed since it was written"
-    return None
+        return None if _digest(path / name) == digest else f"{name} has changed since it was written"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def _iteration(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+
+
+def _digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +66,20 @@ def evaluate(
             measures[name] = values.tolist()
     measures |= reference_measures(scorer, collected.samples.prompts, collected.samples.responses)
     return Evaluation(prompts=collected.prompts, responses=collected.responses, measures=measures)
+
+
+def merged(parts: Sequence[Evaluation]) -> Evaluation:
+    """The evaluations of all processes in the order of the prompts, which were dealt out one by one."""
+    nothing = object()
+
+    def dealt(columns: list[list[Any]]) -> list[Any]:
+        return [item for row in zip_longest(*columns, fillvalue=nothing) for item in row if item is not nothing]
+
+    return Evaluation(
+        prompts=dealt([part.prompts for part in parts]),
+        responses=dealt([part.responses for part in parts]),
+        measures={name: dealt([part.measures[name] for part in parts]) for name in parts[0].measures},
+    )
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, float]:

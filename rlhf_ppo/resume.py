@@ -1,105 +1,208 @@
-"""What a checkpoint of the training loop holds, and how it comes back."""
+"""What a checkpoint of a run holds, and how it comes back. Everything is read and checked before anything moves."""
 
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from rlhf_ppo import checkpoint
+from rlhf_ppo.checkpoint import CheckpointError
+from rlhf_ppo.random_streams import RandomStreams
+from rlhf_ppo.saved import ENGINE, FACTS, LOOP, MODEL, OPTIMIZER, PROCESSES, Saved, read
+from rlhf_ppo.sameness import check_sameness, facts_of_the_run, trained_parameters
+from rlhf_ppo.trees import save_tree, write_tensors
 
 if TYPE_CHECKING:
-    import rlhf_ppo.training
+    import rlhf_ppo.trainer
 
 
-_ENGINE = "engine"
-"""Folder of a DeepSpeed engine's own files: parameters and optimiser states, in parts."""
+@runtime_checkable
+class Stateful(Protocol):
+    """Whatever a run must find again as it was: a prompt order, a reward source that counts, a callback."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, texts and None, in lists, tuples and dicts."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue where `state_dict` was taken."""
 
 
-def save_checkpoint(loop: "rlhf_ppo.training.TrainingLoop", folder: Path) -> None:
-    """Write a whole checkpoint of the loop into `folder`; all processes call it, the main one writes the weights."""
-    accelerator = loop.trainer.accelerator
-    aside = folder / f".checkpoint-{loop.state.iteration}.partial"
-    if accelerator.is_main_process:
-        aside = checkpoint.begin(folder, loop.state.iteration)
-        if not _has_engine(loop):
-            save_file(_trained(loop), aside / "model.safetensors")
-            torch.save(loop.trainer.optimizer.state_dict(), aside / "optimizer.pt")
-        checkpoint.write_json(aside / "state.json", _state(loop))
-    accelerator.wait_for_everyone()
-    if _has_engine(loop):
-        loop.trainer.policy.save_checkpoint(str(aside), tag=_ENGINE)
-    torch.save(checkpoint.rng_state(loop.generator), aside / f"rng-{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        checkpoint.commit(aside, keep_last=loop.config.keep_last)
-    accelerator.wait_for_everyone()
+class CheckpointNotWrittenError(OSError):
+    """A checkpoint could not be written; those before are as they were."""
 
 
-def restore_checkpoint(loop: "rlhf_ppo.training.TrainingLoop", folder: Path) -> Path | None:
-    """Bring the loop to the newest whole checkpoint in `folder`, if there is one."""
-    path = checkpoint.latest(folder)
+Parts = Mapping[str, Stateful]
+_NONE: Parts = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """Where a run goes on."""
+
+    path: Path
+    iteration: int
+    exact: bool
+    """Whether every random stream continues: not under another number of processes."""
+
+
+def save_checkpoint(
+    trainer: "rlhf_ppo.trainer.PPOTrainer",
+    folder: Path,
+    *,
+    iteration: int,
+    shared: Parts = _NONE,
+    own: Parts = _NONE,
+    keep_last: int = 2,
+) -> Path:
+    """Write `checkpoint-<iteration>` into `folder`, whole or not at all. All processes call it; the main one writes.
+
+    Args:
+        trainer: Its weights, optimiser, schedule, controller, moments and shuffles are saved.
+        folder: On a file system that all processes share.
+        iteration: Iterations finished.
+        shared: Further state that is the same on every process.
+        own: Further state that each process has for itself. `random` should be among it.
+        keep_last: Checkpoints kept.
+
+    Raises:
+        CheckpointNotWrittenError: On every process, if one could not write; what it wrote is removed again.
+        TypeError: A `state_dict` holds something that safetensors and JSON do not; it is named.
+    """
+    everyones = trainer.processes.gather_objects([{name: part.state_dict() for name, part in own.items()}])
+    aside = folder / f".checkpoint-{iteration}.partial"
+    has_engine = _has_engine(trainer)
+
+    def write() -> None:
+        checkpoint.begin(folder, iteration)
+        if not has_engine:
+            write_tensors(trained_parameters(trainer), aside / MODEL)
+            save_tree(trainer.optimizer.state_dict(), aside / OPTIMIZER)
+        save_tree({name: part.state_dict() for name, part in _all(trainer, shared).items()}, aside / LOOP)
+        save_tree(everyones, aside / PROCESSES)
+        checkpoint.write_json(aside / FACTS, {"iteration": iteration, **facts_of_the_run(trainer)})
+
+    def write_engine() -> None:
+        try:
+            trainer.policy.save_checkpoint(str(aside), tag=ENGINE)
+        except RuntimeError as error:  # what torch.save says of a full disk
+            raise OSError(str(error)) from error
+
+    main = trainer.accelerator.is_main_process
+    _together(trainer, write if main else None, aside)
+    if has_engine:
+        _together(trainer, write_engine, aside)
+    _together(trainer, (lambda: checkpoint.commit(aside, keep_last=keep_last)) if main else None, aside)
+    return folder / f"checkpoint-{iteration}"
+
+
+def restore_checkpoint(
+    trainer: "rlhf_ppo.trainer.PPOTrainer", folder: Path, *, shared: Parts = _NONE, own: Parts = _NONE
+) -> Restored | None:
+    """Bring everything to the newest whole checkpoint in `folder`, if there is one. All processes call it.
+
+    Raises:
+        CheckpointError: It does not belong to this run, or holds something else; nothing has changed then.
+    """
+    path = _agreed(trainer, folder)
     if path is None:
         return None
-    trainer = loop.trainer
-    if _has_engine(loop) != (path / _ENGINE).is_dir():
-        raise ValueError(
-            f"{path.name} was written {'without' if _has_engine(loop) else 'by'} DeepSpeed, this run differs: the "
-            "optimiser's parts and whole do not replace each other. Resume with the first run's launch configuration."
-        )
-    if _has_engine(loop):
-        trainer.policy.load_checkpoint(str(path), tag=_ENGINE)
-    else:
-        _load_whole(loop, path)
-    state = checkpoint.read_json(path / "state.json")
-    trainer.kl_ctl.load_state_dict(state["kl_controller"])
-    trainer.running.load_state_dict({name: torch.tensor(value) for name, value in state["running"].items()})
-    trainer.algorithm.update.load_state_dict(state["update"])
-    loop.order.load_state_dict(state["prompts"])
-    if trainer.lr_scheduler is not None and state["lr_scheduler"] is not None:
-        trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    loop.state.iteration, loop.state.best = state["iteration"], state["best"]
-    rng = path / f"rng-{trainer.accelerator.process_index}.pt"
-    if rng.is_file():
-        checkpoint.set_rng_state(torch.load(rng, weights_only=True), loop.generator)
-    if loop.folder is not None and trainer.accelerator.is_main_process:
-        loop.folder.resume_from(state["iteration"])
+    try:
+        saved = read(path, engine=_has_engine(trainer), processes=trainer.accelerator.num_processes)
+        check_sameness(trainer, saved)
+        exact = saved.processes == trainer.accelerator.num_processes
+        mine = saved.own[trainer.accelerator.process_index % saved.processes]
+        parts: dict[str, tuple[Stateful, Any]] = {}
+        for known, states in ((_all(trainer, shared), saved.shared), (own, mine)):
+            parts |= {name: (part, states[name]) for name, part in known.items() if name in states}
+        if not exact:
+            parts.pop("random", None)
+        _load(parts)
+        _load_parameters(trainer, saved)
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name} does not fit this run ({type(error).__name__}: {error}). Resume with the model, data and "
+            "settings that it was written with, choose another output_dir, or set resume=False."
+        ) from error
+    if not exact and isinstance(streams := own.get("random"), RandomStreams):
+        streams.restart(trainer.config.seed, saved.iteration, trainer.accelerator.process_index)
     trainer.accelerator.wait_for_everyone()
-    return path
+    return Restored(path=path, iteration=saved.iteration, exact=exact)
 
 
-def _has_engine(loop: "rlhf_ppo.training.TrainingLoop") -> bool:
-    return bool(loop.trainer.accelerator.distributed_type == DistributedType.DEEPSPEED)
+def _all(trainer: "rlhf_ppo.trainer.PPOTrainer", shared: Parts) -> dict[str, Stateful]:
+    """The trainer's state beside parameters and optimiser, and what the caller adds."""
+    known: dict[str, Stateful] = {
+        "kl_controller": trainer.kl_ctl, "running": trainer.running, "update": trainer.algorithm.update, **shared,
+    }  # fmt: skip
+    return known if trainer.lr_scheduler is None else {**known, "lr_scheduler": trainer.lr_scheduler}
 
 
-def _load_whole(loop: "rlhf_ppo.training.TrainingLoop", path: Path) -> None:
-    parameters = dict(loop.trainer.model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in load_file(path / "model.safetensors").items():
-            if name not in parameters or parameters[name].shape != tensor.shape:
-                raise ValueError(
-                    f"{path.name} holds {name} of shape {tuple(tensor.shape)}, which this model does not have: it was "
-                    "written by a run of another model. Choose another output_dir, or resume=False."
-                )
-            parameters[name].copy_(tensor)
-    loop.trainer.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+def _has_engine(trainer: "rlhf_ppo.trainer.PPOTrainer") -> bool:
+    return bool(trainer.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
-def _trained(loop: "rlhf_ppo.training.TrainingLoop") -> dict[str, torch.Tensor]:
-    named = loop.trainer.model.named_parameters()
-    return {name: parameter.detach().contiguous() for name, parameter in named if parameter.requires_grad}
+def _together(trainer: "rlhf_ppo.trainer.PPOTrainer", action: Callable[[], object] | None, aside: Path) -> None:
+    """Do something on some processes; if it fails for one, give the space back and raise on all."""
+    problem: OSError | None = None
+    try:
+        if action is not None:
+            action()
+    except OSError as error:
+        problem = error
+    reasons = [text for text in trainer.processes.gather_objects([str(problem or "")]) if text]
+    if reasons:
+        if trainer.accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        name = aside.name.removeprefix(".").removesuffix(".partial")
+        raise CheckpointNotWrittenError(
+            f"{name} could not be written in {aside.parent}: {reasons[0]}. The checkpoint before is as it was. Make "
+            "room or give the right to write there."
+        ) from problem
 
 
-def _state(loop: "rlhf_ppo.training.TrainingLoop") -> dict[str, Any]:
-    trainer = loop.trainer
-    scheduler = trainer.lr_scheduler
-    return {
-        "iteration": loop.state.iteration,
-        "best": loop.state.best,
-        "kl_controller": trainer.kl_ctl.state_dict(),
-        "running": {name: value.tolist() for name, value in trainer.running.state_dict().items()},
-        "update": trainer.algorithm.update.state_dict(),
-        "prompts": loop.order.state_dict(),
-        "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
-    }
+def _agreed(trainer: "rlhf_ppo.trainer.PPOTrainer", folder: Path) -> Path | None:
+    """The checkpoint to go on from: the main process looks, the others believe it."""
+    found: list[Any] = [None, None]
+    if trainer.accelerator.is_main_process:
+        try:
+            newest = checkpoint.latest(folder)
+            found = [None if newest is None else newest.name, None]
+        except CheckpointError as error:
+            found = [None, str(error)]
+    name, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise CheckpointError(problem)
+    if name is not None and not (folder / name).is_dir():
+        raise CheckpointError(
+            f"process {trainer.accelerator.process_index} does not see {folder / name}, which the main process has "
+            "found: processes would go on from different states. Put output_dir on a file system that all nodes share."
+        )
+    return None if name is None else folder / name
+
+
+def _load(parts: Mapping[str, tuple[Stateful, Any]]) -> None:
+    """Load each part; if one refuses, those before it are put back."""
+    done: list[tuple[Stateful, Any]] = []
+    try:
+        for part, state in parts.values():
+            done.append((part, part.state_dict()))
+            part.load_state_dict(state)
+    except Exception:
+        for part, before in reversed(done):
+            part.load_state_dict(before)
+        raise
+
+
+def _load_parameters(trainer: "rlhf_ppo.trainer.PPOTrainer", saved: Saved) -> None:
+    if _has_engine(trainer):
+        trainer.policy.load_checkpoint(str(saved.path), tag=ENGINE)
+        return
+    trainer.optimizer.load_state_dict(saved.optimizer)
+    for name, parameter in trained_parameters(trainer).items():
+        parameter.copy_(saved.weights[name])

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask for a stop at the end of the iteration; a second one leaves at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1 ask for a stop after the phase that runs; a second one leaves at once."""
 
 import os
 import signal
@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+EXIT_FINISHED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+EXIT_RESUMABLE = 75
+"""Stopped by a signal or the time limit, checkpoint written: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+EXIT_AT_ONCE = 130
+"""Left at once, by a second signal or by Ctrl-C outside of training."""
 
 
 @dataclass
@@ -23,7 +29,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note the first SIGINT or SIGTERM, raise KeyboardInterrupt on the second; restore the handlers afterwards."""
+    """Note the first SIGINT, SIGTERM or SIGUSR1, raise KeyboardInterrupt on the second; restore the handlers."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # signal handlers belong to the main thread
@@ -33,11 +39,13 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if request.asked:
             raise KeyboardInterrupt
         request.name = signal.Signals(number).name
-        os.write(2, b"\nStopping after this iteration, with a checkpoint. Once more: at once, without.\n")
+        os.write(2, b"\nStopping after this phase, with a checkpoint. Once more: at once, without.\n")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # SIGUSR1 is what `sbatch --signal=USR1@120` sends before the time of a job is up; Windows does not have it.
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    before = {known: signal.signal(known, note) for name in names if (known := getattr(signal, name, None)) is not None}
     try:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

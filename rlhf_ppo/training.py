@@ -1,87 +1,33 @@
 """The managed loop: prompts -> responses -> scores -> `learn`, with evaluation, checkpoints and early stop."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, TypeAlias
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
-from rlhf_ppo.evaluation import Evaluation, evaluate
+from rlhf_ppo.best import BestModels
+from rlhf_ppo.evaluation import Evaluation, evaluate, merged
 from rlhf_ppo.metrics import scalars
+from rlhf_ppo.random_streams import RandomStreams
 from rlhf_ppo.report.run_folder import RunFolder
-from rlhf_ppo.resume import restore_checkpoint, save_checkpoint
-from rlhf_ppo.rollout.collect import Collected, Collector, MissingEOS
+from rlhf_ppo.resume import CheckpointNotWrittenError, Stateful, restore_checkpoint, save_checkpoint
+from rlhf_ppo.rollout.collect import Collected, Collector
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
-from rlhf_ppo.rollout.reward_sources import Scores, Sources
-from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig
+from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine
+from rlhf_ppo.rollout.sampling import Sampler
 from rlhf_ppo.signals import StopRequest, stop_on_signals
 from rlhf_ppo.traces import token_traces
+from rlhf_ppo.train_config import Callback, TrainConfig, TrainState
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Settings of `PPOTrainer.train`."""
-
-    iterations: int = 100
-    """Rollouts, each of `PPOConfig.batch_size` responses a process."""
-    sampling: SamplingConfig
-    """How responses are drawn; its temperature must be that of `PPOConfig`."""
-    output_dir: str | None = None
-    """Run folder; None: nothing is written."""
-    eval_every: int = 0
-    """Evaluate on the held-out prompts every so many iterations; 0: never inside the loop."""
-    save_every: int = 0
-    """Checkpoint every so many iterations; 0: only when the loop is stopped from outside."""
-    keep_last: int = 2
-    """Checkpoints kept."""
-    keep_best: str | None = None
-    """Measure of the held-out evaluation, e.g. "score": its best model is kept in `best/`. None: none is."""
-    max_kl: float | None = None
-    """KL budget, nats a response: stop when a rollout exceeds it, and never keep a "best" model beyond it."""
-    missing_eos: MissingEOS | None = None
-    """What a response costs that ran to `max_new_tokens` without a stop token; None: nothing."""
-    max_time: float | None = None
-    """Seconds after which the loop checkpoints and stops."""
-    resume: bool = True
-    """Go on from the newest whole checkpoint in `output_dir`."""
-    progress: bool = True
-    """Show a progress bar on the main process."""
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if self.keep_best is not None and not self.eval_every:
-            raise ValueError("keep_best needs held-out evaluations to compare: set eval_every")
-
-
-@dataclass(kw_only=True)
-class TrainState:
-    """Where the loop stands; what callbacks see."""
-
-    iteration: int = 0
-    """Iterations finished."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last iteration."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """Of all iterations of this call."""
-    evaluation: Evaluation | None = None
-    """The newest."""
-    best: float | None = None
-    """Best held-out mean of `keep_best` so far."""
-    stopped: str | None = None
-    """Why the loop ended before its last iteration."""
-
-
-Callback: TypeAlias = Callable[["rlhf_ppo.trainer.PPOTrainer", TrainState], object]
-"""Called after every iteration; returning True stops the loop."""
+__all__ = ["Callback", "TrainConfig", "TrainState", "TrainingLoop"]
 
 
 @dataclass
@@ -109,25 +55,8 @@ class TrainingLoop:
     sampler: Sampler | None = None
 
     def __post_init__(self) -> None:
-        trainer, sampling = self.trainer, self.config.sampling
-        _check_tokenizer(trainer)
-        if str(trainer.accelerator.distributed_type).endswith("FSDP"):
-            raise ValueError(
-                "train() does not run under FSDP: a rollout and a checkpoint would see parts of each parameter. "
-                "Launch with DDP or DeepSpeed ZeRO (recipes/launch), or write your own loop around step()."
-            )
-        if sampling.temperature != trainer.config.temperature:
-            raise ValueError(
-                f"sampling.temperature is {sampling.temperature}, PPOConfig.temperature {trainer.config.temperature}: "
-                "probability ratios and KL would be those of another distribution. Give both the same value."
-            )
-        if trainer.config.batch_size % sampling.num_return_sequences:
-            raise ValueError(
-                f"batch_size {trainer.config.batch_size} must be a multiple of num_return_sequences "
-                f"{sampling.num_return_sequences}: a prompt's responses stand in one batch"
-            )
-        if trainer.algorithm.needs_groups and sampling.num_return_sequences < 2:
-            raise ValueError("this algorithm compares responses to one prompt: set num_return_sequences to 2 or more")
+        trainer, sampling, config = self.trainer, self.config.sampling, self.config
+        _check(trainer, config)
         accelerator, seed = trainer.accelerator, trainer.config.seed
         self.collector = Collector(
             model=trainer.model, tokenizer=trainer.tokenizer, sampling=sampling, device=trainer.current_device,
@@ -138,48 +67,114 @@ class TrainingLoop:
             len(self.prompts), batch_size=trainer.config.batch_size // sampling.num_return_sequences, seed=seed,
             rank=accelerator.process_index, world_size=accelerator.num_processes,
         )  # fmt: skip
-        self.folder = None if self.config.output_dir is None else RunFolder.create(self.config.output_dir)
+        self.folder = None if config.output_dir is None else RunFolder.create(config.output_dir)
+        self.best = BestModels(
+            folder=None if self.folder is None else self.folder.path, measure=config.keep_best or "score",
+            most=config.keep_frontier, max_kl=config.max_kl, save=trainer.save_pretrained,
+            is_main_process=accelerator.is_main_process,
+        )  # fmt: skip
         self.state = TrainState()
         self.newest: tuple[Collected, Scores] | None = None
+        self._request = StopRequest()
+        self._saved: int | None = None
+        """Iteration of the newest checkpoint of this call."""
+        self._owed = False
+        """Whether a checkpoint could not be written when it was due."""
 
     def run(self) -> TrainState:
         """Iterate until the budget, a callback, a guard or a signal says stop."""
         if self.config.resume and self.folder is not None:
-            restore_checkpoint(self, self.folder.path)
+            self._restore(self.folder)
         deadline = None if self.config.max_time is None else time.monotonic() + self.config.max_time
         bar = tqdm(
             total=self.config.iterations, initial=self.state.iteration, desc="PPO", unit="it",
             disable=not (self.config.progress and self.trainer.accelerator.is_main_process),
         )  # fmt: skip
-        with bar, stop_on_signals() as request:
+        with bar, stop_on_signals() as self._request:
             while self.state.iteration < self.config.iterations and self.state.stopped is None:
-                self._iterate()
+                rollout = self._roll_out()
+                if rollout is None:
+                    break
+                self._learn(*rollout)
                 bar.update()
                 bar.set_postfix(_postfix(self.state.metrics))
-                self._after_iteration(request, deadline)
+                self._after_iteration(deadline)
         return self.state
 
-    def _iterate(self) -> None:
+    def own_parts(self) -> dict[str, Stateful]:
+        """What each process has for itself: random streams, and whatever of the user's has a state."""
+        users: dict[str, object] = {f"rewards/{item.name}": item.source for item in combine(self.rewards)}
+        users |= {f"callbacks/{index}": callback for index, callback in enumerate(self.callbacks)}
+        users["sampler"] = self.sampler
+        return {
+            "random": RandomStreams(self.generator),
+            **{name: part for name, part in users.items() if isinstance(part, Stateful)},
+        }
+
+    def shared_parts(self) -> dict[str, Stateful]:
+        """What is the same on every process, beside the trainer's own."""
+        return {"prompts": self.order, "best": self.best}
+
+    def _restore(self, folder: RunFolder) -> None:
+        found = restore_checkpoint(self.trainer, folder.path, shared=self.shared_parts(), own=self.own_parts())
+        if found is None:
+            return
+        self.state.iteration, self.state.best, self._saved = found.iteration, self.best.best, found.iteration
+        if self.trainer.accelerator.is_main_process:
+            folder.resume_from(found.iteration)
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _roll_out(self) -> tuple[Collected, Scores, dict[str, float]] | None:
+        """Responses and scores. None after a stop: they are dropped, and drawn again when the run is resumed."""
+        parts: dict[str, Stateful] = {**self.own_parts(), "prompts": self.order}
+        before = {name: part.state_dict() for name, part in parts.items()}
+        start = time.perf_counter()
+        try:
+            with self.trainer.whole_parameters():
+                collected = self.collector.draw(self.prompts.batch(next(self.order)), self.generator)
+            generated = time.perf_counter()
+            if self._asked_to_stop():
+                return self._drop(parts, before)
+            scores = self.collector.score(collected, self.rewards, self.config.missing_eos)
+        except Exception:
+            self._rescue(parts, before)
+            raise
+        times = {"time/generate": generated - start, "time/reward": time.perf_counter() - generated}
+        return self._drop(parts, before) if self._asked_to_stop() else (collected, scores, times)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was sent a signal."""
+        asked = torch.tensor(float(self._request.asked), device=self.trainer.current_device)
+        return float(self.trainer.processes.reduce_sum(asked)) > 0
+
+    def _drop(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
+        """Forget a rollout as if it had never begun, and stop."""
+        for name, part in parts.items():
+            part.load_state_dict(before[name])
+        self.state.stopped, self.state.interrupted = self._request.name or "signal", True
+        self._save(must=True)
+
+    def _rescue(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
+        """Before an error in a rollout ends the run: save what was finished. Several processes cannot agree here."""
+        if self.trainer.accelerator.num_processes == 1:
+            for name, part in parts.items():
+                part.load_state_dict(before[name])
+            self._save(must=False)
+
+    def _learn(self, collected: Collected, scores: Scores, times: dict[str, float]) -> None:
         trainer = self.trainer
         start = time.perf_counter()
-        with trainer.whole_parameters():
-            collected = self.collector.draw(self.prompts.batch(next(self.order)), self.generator)
-        generated = time.perf_counter()
-        scores = self.collector.score(collected, self.rewards, self.config.missing_eos)
-        scored = time.perf_counter()
         statistics = trainer.learn(self.collector.responses(collected.samples, scores))
         self.newest = collected, scores
         self.state.iteration += 1
         first, *others = trainer.processes.gather_objects([scores])
         everyones: Scores = first.joined(others)
         finished = trainer.processes.gather_objects(collected.samples.finished)
-        metrics = scalars(statistics) | trainer.metrics | everyones.metrics()
+        metrics = scalars(statistics) | trainer.metrics | everyones.metrics() | times
         metrics |= {
             "env/reward_mean": float(everyones.total[~everyones.skipped].mean()),
             "tokens/finished_share": sum(finished) / len(finished),
-            "time/generate": generated - start,
-            "time/reward": scored - generated,
-            "time/iteration": time.perf_counter() - start,
+            "time/iteration": sum(times.values()) + time.perf_counter() - start,
         }
         self.state.metrics = metrics
         self.state.history.append(metrics)
@@ -188,8 +183,7 @@ class TrainingLoop:
         trainer, metrics = self.trainer, self.state.metrics
         trainer.current_step = self.state.iteration
         trainer._track(metrics)
-        if self.folder is not None and trainer.accelerator.is_main_process:
-            self.folder.append_metrics(self.state.iteration, metrics)
+        self._write(lambda folder: folder.append_metrics(self.state.iteration, metrics))
 
     def evaluate(self, *, seed: int = 0) -> Evaluation:
         """Answer the held-out prompts with the policy as it is; every process takes its share."""
@@ -206,19 +200,32 @@ class TrainingLoop:
             self.collector, self.trainer.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
             seed=seed + 100003 * accelerator.process_index, whole_parameters=self.trainer.whole_parameters,
         )  # fmt: skip
-        return found if accelerator.num_processes == 1 else _gathered(found, self.trainer)
+        return merged(self.trainer.processes.gather_objects([found]))
 
-    def _after_iteration(self, request: StopRequest, deadline: float | None) -> None:
+    def _after_iteration(self, deadline: float | None) -> None:
         config, state = self.config, self.state
         due = state.iteration == config.iterations
         if config.eval_every and (due or state.iteration % config.eval_every == 0) and self.eval_prompts is not None:
             self._evaluate_and_keep_best()
         self._record()
+        self._find_reason_to_stop(deadline)
+        if due or state.stopped is not None:
+            self._write_traces()
+        periodic = config.save_every and (due or state.iteration % config.save_every == 0)
+        if periodic or self._owed or state.stopped is not None:
+            self._save(must=state.interrupted)
+
+    def _find_reason_to_stop(self, deadline: float | None) -> None:
+        config, state = self.config, self.state
         wishes = [bool(callback(self.trainer, state)) for callback in self.callbacks]
         kl = state.metrics["objective/kl"]
-        reasons = {
-            request.name or "signal": request.asked,
-            "time limit": deadline is not None and time.monotonic() > deadline,
+        left = state.iteration < config.iterations
+        longest = max(row["time/iteration"] for row in state.history)
+        interruptions = {
+            self._request.name or "signal": self._request.asked,
+            "time limit": left and deadline is not None and time.monotonic() + longest > deadline,
+        }
+        reasons = interruptions | {
             "callback": any(wishes),
             f"KL budget: {kl:.1f} nats": config.max_kl is not None and kl > config.max_kl,
         }
@@ -227,71 +234,84 @@ class TrainingLoop:
             torch.tensor([float(wish) for wish in reasons.values()], device=self.trainer.current_device)
         )
         if float(asked.sum()) > 0:
-            state.stopped = list(reasons)[int(asked.argmax())]
-        if due or state.stopped is not None:
-            self._write_traces()
-        periodic = config.save_every and (due or state.iteration % config.save_every == 0)
-        if self.folder is not None and (periodic or state.stopped is not None):
-            save_checkpoint(self, self.folder.path)
+            first = int(asked.argmax())
+            state.stopped, state.interrupted = list(reasons)[first], first < len(interruptions)
+
+    def _save(self, *, must: bool) -> None:
+        """Write a checkpoint of this iteration, unless there is one; if it must not fail, raise when it does."""
+        if self.folder is None or self._saved == self.state.iteration:
+            return
+        try:
+            save_checkpoint(
+                self.trainer, self.folder.path, iteration=self.state.iteration, shared=self.shared_parts(),
+                own=self.own_parts(), keep_last=self.config.keep_last,
+            )  # fmt: skip
+        except CheckpointNotWrittenError as error:
+            if must:
+                raise
+            self._owed = True
+            warnings.warn(f"{error} Training goes on and tries again after the next iteration.", stacklevel=2)
+        else:
+            self._saved, self._owed = self.state.iteration, False
+
+    def _write(self, action: Callable[[RunFolder], object]) -> None:
+        """Write into the run folder from the main process; a full disk costs lines of it, not the run."""
+        if self.folder is None or not self.trainer.accelerator.is_main_process:
+            return
+        try:
+            action(self.folder)
+        except OSError as error:
+            warnings.warn(f"iteration {self.state.iteration} is missing from {self.folder.path}: {error}", stacklevel=2)
 
     def _write_traces(self) -> None:
         """Some responses of the newest iteration, token by token."""
         trainer = self.trainer
-        if self.folder is None or self.newest is None or trainer.newest is None:
+        if self.newest is None or trainer.newest is None:
             return
-        if trainer.accelerator.is_main_process:
-            collected, scores = self.newest
-            kept = [row for row, skipped in enumerate(scores.skipped.tolist()) if not skipped]
-            self.folder.append_tokens(
-                token_traces(
-                    *trainer.newest, trainer.tokenizer, iteration=self.state.iteration,
-                    prompts=[collected.prompts[row] for row in kept], scores=scores.total[kept].tolist(),
-                )
-            )  # fmt: skip
+        collected, scores = self.newest
+        kept = [row for row, skipped in enumerate(scores.skipped.tolist()) if not skipped]
+        traces = token_traces(
+            *trainer.newest, trainer.tokenizer, iteration=self.state.iteration,
+            prompts=[collected.prompts[row] for row in kept], scores=scores.total[kept].tolist(),
+        )  # fmt: skip
+        self._write(lambda folder: folder.append_tokens(traces))
 
     def _evaluate_and_keep_best(self) -> None:
-        config, state = self.config, self.state
+        state = self.state
         state.evaluation = self.evaluate()
         summary = state.evaluation.summary()
-        means = {f"eval/{name}": value["mean"] for name, value in summary.items()}
-        state.metrics.update(means)
-        if config.keep_best is None:
-            return
-        if config.keep_best not in summary:
-            raise ValueError(f"keep_best names {config.keep_best!r}, the evaluation has {sorted(summary)}")
-        within = config.max_kl is None or summary["kl"]["mean"] <= config.max_kl
-        mean = summary[config.keep_best]["mean"]
-        if within and (state.best is None or mean > state.best):
-            state.best = mean
-            if self.folder is not None:
-                self.trainer.save_pretrained(self.folder.path / "best")
+        state.metrics.update({f"eval/{name}": value["mean"] for name, value in summary.items()})
+        if self.config.keep_best is not None:
+            self.best.take(state.iteration, summary)
+            state.best = self.best.best
 
 
-def _check_tokenizer(trainer: "rlhf_ppo.trainer.PPOTrainer") -> None:
+def _check(trainer: "rlhf_ppo.trainer.PPOTrainer", config: TrainConfig) -> None:
+    """Refuse settings that do not go together."""
+    sampling = config.sampling
     vocab_size = trainer.limits.vocab_size
     if vocab_size is not None and len(trainer.tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer's ids go up to {len(trainer.tokenizer) - 1}, but the model has {vocab_size} embeddings: "
             "they do not belong together. Load the model's own tokenizer, or resize the model's token embeddings."
         )
-
-
-def _gathered(found: Evaluation, trainer: "rlhf_ppo.trainer.PPOTrainer") -> Evaluation:
-    """The evaluations of all processes in the order of the prompts, which were dealt out one by one."""
-    parts: list[Evaluation] = trainer.processes.gather_objects([found])
-
-    def merged(columns: list[list[Any]]) -> list[Any]:
-        rows = zip_longest(*columns, fillvalue=_NOTHING)
-        return [item for row in rows for item in row if item is not _NOTHING]
-
-    return Evaluation(
-        prompts=merged([part.prompts for part in parts]),
-        responses=merged([part.responses for part in parts]),
-        measures={name: merged([part.measures[name] for part in parts]) for name in found.measures},
-    )
-
-
-_NOTHING = object()
+    if str(trainer.accelerator.distributed_type).endswith("FSDP"):
+        raise ValueError(
+            "train() does not run under FSDP: a rollout and a checkpoint would see parts of each parameter. "
+            "Launch with DDP or DeepSpeed ZeRO (recipes/launch), or write your own loop around step()."
+        )
+    if sampling.temperature != trainer.config.temperature:
+        raise ValueError(
+            f"sampling.temperature is {sampling.temperature}, PPOConfig.temperature {trainer.config.temperature}: "
+            "probability ratios and KL would be those of another distribution. Give both the same value."
+        )
+    if trainer.config.batch_size % sampling.num_return_sequences:
+        raise ValueError(
+            f"batch_size {trainer.config.batch_size} must be a multiple of num_return_sequences "
+            f"{sampling.num_return_sequences}: a prompt's responses stand in one batch"
+        )
+    if trainer.algorithm.needs_groups and sampling.num_return_sequences < 2:
+        raise ValueError("this algorithm compares responses to one prompt: set num_return_sequences to 2 or more")
 
 
 def _postfix(metrics: dict[str, float]) -> dict[str, str]:

@@ -206,6 +206,7 @@ class RunFolder:
                     file.write(b"\n")  # A crash left half a line: keep it from swallowing this one.
             file.write(_json(row).encode("utf-8", errors="replace") + b"\n")
             file.flush()
+            os.fsync(file.fileno())  # a checkpoint of this iteration must not outlive its line
 
     def _lines(self, name: str) -> tuple[list[dict[str, Any]], int]:
         """The objects in a file of lines, and how many lines are none."""

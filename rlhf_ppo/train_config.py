@@ -1,0 +1,81 @@
+"""Settings of the managed loop, and where it stands."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from rlhf_ppo.evaluation import Evaluation
+from rlhf_ppo.rollout.collect import MissingEOS
+from rlhf_ppo.rollout.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    import rlhf_ppo.trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of `PPOTrainer.train`."""
+
+    iterations: int = 100
+    """Rollouts, each of `PPOConfig.batch_size` responses a process."""
+    sampling: SamplingConfig
+    """How responses are drawn; its temperature must be that of `PPOConfig`."""
+    output_dir: str | None = None
+    """Run folder; None: nothing is written."""
+    eval_every: int = 0
+    """Evaluate on the held-out prompts every so many iterations; 0: never inside the loop."""
+    save_every: int = 0
+    """Checkpoint every so many iterations; 0: only when the loop is stopped from outside."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    keep_best: str | None = None
+    """Measure of the held-out evaluation, e.g. "score": its best model is kept in `best/`. None: none is."""
+    keep_frontier: int = 0
+    """Models kept in `frontier/` of those that no other beats in both `keep_best` and KL to the reference."""
+    max_kl: float | None = None
+    """KL budget, nats a response: stop when a rollout exceeds it, and never keep a "best" model beyond it."""
+    missing_eos: MissingEOS | None = None
+    """What a response costs that ran to `max_new_tokens` without a stop token; None: nothing."""
+    max_time: float | None = None
+    """Seconds within which the loop ends: it stops, with a checkpoint, when one more iteration would not fit."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint in `output_dir`."""
+    progress: bool = True
+    """Show a progress bar on the main process."""
+
+    def __post_init__(self) -> None:
+        for name, least in {
+            "iterations": 1, "keep_last": 1, "eval_every": 0, "save_every": 0, "keep_frontier": 0,
+        }.items():  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"TrainConfig.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.max_time is not None and not self.max_time > 0:
+            raise ValueError(f"TrainConfig.max_time must be a positive number of seconds, got {self.max_time}")
+        if self.keep_best is not None and not self.eval_every:
+            raise ValueError("keep_best needs held-out evaluations to compare: set eval_every")
+        if self.keep_frontier and self.keep_best is None:
+            raise ValueError('keep_frontier compares models by `keep_best` and KL: set keep_best, e.g. to "score"')
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Where the loop stands; what callbacks see."""
+
+    iteration: int = 0
+    """Iterations finished."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last iteration."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Of all iterations of this call."""
+    evaluation: Evaluation | None = None
+    """The newest."""
+    best: float | None = None
+    """Best held-out mean of `keep_best` so far."""
+    stopped: str | None = None
+    """Why the loop ended before its last iteration."""
+    interrupted: bool = False
+    """Whether it was stopped by a signal or the time limit: the same call goes on from the checkpoint."""
+
+
+Callback: TypeAlias = Callable[["rlhf_ppo.trainer.PPOTrainer", TrainState], object]
+"""Called after every iteration; returning True stops the loop. With `state_dict` and `load_state_dict`, it is saved."""
