@@ -128,4 +128,3 @@ class BestModels:
             for point in self.points
         ]
         checkpoint.write_json(self.folder / "frontier.json", {"measure": self.measure, "evaluations": rows})
-

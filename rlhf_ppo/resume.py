@@ -12,8 +12,8 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from rlhf_ppo import checkpoint
 from rlhf_ppo.checkpoint import CheckpointError
 from rlhf_ppo.random_streams import RandomStreams
-from rlhf_ppo.saved import ENGINE, FACTS, LOOP, MODEL, OPTIMIZER, PROCESSES, Saved, read
 from rlhf_ppo.sameness import check_sameness, facts_of_the_run, trained_parameters
+from rlhf_ppo.saved import ENGINE, FACTS, LOOP, MODEL, OPTIMIZER, PROCESSES, Saved, read
 from rlhf_ppo.trees import save_tree, write_tensors
 
 if TYPE_CHECKING:

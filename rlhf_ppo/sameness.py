@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_ppo.checkpoint import CheckpointError
+from rlhf_ppo.models.value_head import VALUE_HEAD_PREFIX
 from rlhf_ppo.saved import Saved
 
 if TYPE_CHECKING:
@@ -37,13 +38,17 @@ def facts_of_the_run(trainer: "rlhf_ppo.trainer.PPOTrainer") -> dict[str, Any]:
 
 
 def frozen_fingerprint(trainer: "rlhf_ppo.trainer.PPOTrainer") -> str | None:
-    """A digest of some entries of every frozen parameter of policy and reference; None where a process holds parts."""
+    """A digest of some entries of every frozen parameter of policy and reference; None where a process holds parts.
+
+    A reference's value head is a copy of one that may start from anything, and nobody asks it.
+    """
     if trainer.processes.sharded:
         return None
     digest = hashlib.sha256()
     for module in (trainer.model, trainer.ref_model):
         for name, parameter in [] if module is None else module.named_parameters():
-            if not parameter.requires_grad or module is trainer.ref_model:
+            frozen = not parameter.requires_grad or module is trainer.ref_model
+            if frozen and not name.startswith(VALUE_HEAD_PREFIX):
                 flat = parameter.detach().flatten()
                 entries = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
                 digest.update(f"{name} {tuple(parameter.shape)} {entries.float().tolist()}".encode())

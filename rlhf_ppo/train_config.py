@@ -79,3 +79,35 @@ class TrainState:
 
 Callback: TypeAlias = Callable[["rlhf_ppo.trainer.PPOTrainer", TrainState], object]
 """Called after every iteration; returning True stops the loop. With `state_dict` and `load_state_dict`, it is saved."""
+
+
+def check_settings(trainer: "rlhf_ppo.trainer.PPOTrainer", config: TrainConfig) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        ValueError: Naming both, before anything is drawn.
+    """
+    sampling = config.sampling
+    vocab_size = trainer.limits.vocab_size
+    if vocab_size is not None and len(trainer.tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer's ids go up to {len(trainer.tokenizer) - 1}, but the model has {vocab_size} embeddings: "
+            "they do not belong together. Load the model's own tokenizer, or resize the model's token embeddings."
+        )
+    if str(trainer.accelerator.distributed_type).endswith("FSDP"):
+        raise ValueError(
+            "train() does not run under FSDP: a rollout and a checkpoint would see parts of each parameter. "
+            "Launch with DDP or DeepSpeed ZeRO (recipes/launch), or write your own loop around step()."
+        )
+    if sampling.temperature != trainer.config.temperature:
+        raise ValueError(
+            f"sampling.temperature is {sampling.temperature}, PPOConfig.temperature {trainer.config.temperature}: "
+            "probability ratios and KL would be those of another distribution. Give both the same value."
+        )
+    if trainer.config.batch_size % sampling.num_return_sequences:
+        raise ValueError(
+            f"batch_size {trainer.config.batch_size} must be a multiple of num_return_sequences "
+            f"{sampling.num_return_sequences}: a prompt's responses stand in one batch"
+        )
+    if trainer.algorithm.needs_groups and sampling.num_return_sequences < 2:
+        raise ValueError("this algorithm compares responses to one prompt: set num_return_sequences to 2 or more")

@@ -22,7 +22,7 @@ from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine
 from rlhf_ppo.rollout.sampling import Sampler
 from rlhf_ppo.signals import StopRequest, stop_on_signals
 from rlhf_ppo.traces import token_traces
-from rlhf_ppo.train_config import Callback, TrainConfig, TrainState
+from rlhf_ppo.train_config import Callback, TrainConfig, TrainState, check_settings
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer
@@ -56,7 +56,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         trainer, sampling, config = self.trainer, self.config.sampling, self.config
-        _check(trainer, config)
+        check_settings(trainer, config)
         accelerator, seed = trainer.accelerator, trainer.config.seed
         self.collector = Collector(
             model=trainer.model, tokenizer=trainer.tokenizer, sampling=sampling, device=trainer.current_device,
@@ -134,13 +134,17 @@ class TrainingLoop:
                 collected = self.collector.draw(self.prompts.batch(next(self.order)), self.generator)
             generated = time.perf_counter()
             if self._asked_to_stop():
-                return self._drop(parts, before)
+                self._drop(parts, before)
+                return None
             scores = self.collector.score(collected, self.rewards, self.config.missing_eos)
         except Exception:
             self._rescue(parts, before)
             raise
         times = {"time/generate": generated - start, "time/reward": time.perf_counter() - generated}
-        return self._drop(parts, before) if self._asked_to_stop() else (collected, scores, times)
+        if self._asked_to_stop():
+            self._drop(parts, before)
+            return None
+        return collected, scores, times
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was sent a signal."""
@@ -284,34 +288,6 @@ class TrainingLoop:
         if self.config.keep_best is not None:
             self.best.take(state.iteration, summary)
             state.best = self.best.best
-
-
-def _check(trainer: "rlhf_ppo.trainer.PPOTrainer", config: TrainConfig) -> None:
-    """Refuse settings that do not go together."""
-    sampling = config.sampling
-    vocab_size = trainer.limits.vocab_size
-    if vocab_size is not None and len(trainer.tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer's ids go up to {len(trainer.tokenizer) - 1}, but the model has {vocab_size} embeddings: "
-            "they do not belong together. Load the model's own tokenizer, or resize the model's token embeddings."
-        )
-    if str(trainer.accelerator.distributed_type).endswith("FSDP"):
-        raise ValueError(
-            "train() does not run under FSDP: a rollout and a checkpoint would see parts of each parameter. "
-            "Launch with DDP or DeepSpeed ZeRO (recipes/launch), or write your own loop around step()."
-        )
-    if sampling.temperature != trainer.config.temperature:
-        raise ValueError(
-            f"sampling.temperature is {sampling.temperature}, PPOConfig.temperature {trainer.config.temperature}: "
-            "probability ratios and KL would be those of another distribution. Give both the same value."
-        )
-    if trainer.config.batch_size % sampling.num_return_sequences:
-        raise ValueError(
-            f"batch_size {trainer.config.batch_size} must be a multiple of num_return_sequences "
-            f"{sampling.num_return_sequences}: a prompt's responses stand in one batch"
-        )
-    if trainer.algorithm.needs_groups and sampling.num_return_sequences < 2:
-        raise ValueError("this algorithm compares responses to one prompt: set num_return_sequences to 2 or more")
 
 
 def _postfix(metrics: dict[str, float]) -> dict[str, str]:

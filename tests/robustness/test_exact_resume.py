@@ -1,0 +1,158 @@
+"""A run of N iterations and one of k, stopped and resumed to N, are the same run: weights, metrics, samples."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.optim.lr_scheduler import LinearLR
+
+from rlhf_ppo import (
+    GRPO,
+    AlgorithmConfig,
+    AutoModelForCausalLMWithValueHead,
+    PPOConfig,
+    PPOTrainer,
+    Reinforce,
+    TrainConfig,
+)
+from rlhf_ppo.checkpoint import CheckpointError, checkpoints, read_json
+from rlhf_ppo.report.run_folder import RunFolder
+from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.rollout.sampling import SamplingConfig
+from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.tiny_run import TEXTS, config, parameters, share_of_e, trainer
+
+PAIRS = SamplingConfig(max_new_tokens=6, num_return_sequences=2)
+
+
+class Diary:
+    """A reward source that keeps what it was shown, and whose rewards depend on how often it was asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.texts: list[str] = []
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **_: Any) -> list[float]:
+        self.calls += 1
+        self.texts += responses
+        return [0.01 * self.calls + response.count("e") / max(1, len(response)) for response in responses]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+
+
+def compare(build: Callable[[], PPOTrainer], folder: Path, **settings: Any) -> None:
+    """Four iterations at once; two, and two more by another trainer from the checkpoint."""
+
+    def train(diary: Diary, name: str, seed: int, stop_at: int | None = None) -> PPOTrainer:
+        torch.manual_seed(seed)  # of the value head, and of whatever draws from the global stream
+        own = build()
+        wishes = {"iterations": 4, "sampling": PAIRS, "progress": False, "output_dir": str(folder / name), **settings}
+        own.train(diary, TrainConfig(**wishes), callbacks=[lambda _, state: state.iteration == stop_at])
+        return own
+
+    whole, first, second = Diary(), Diary(), Diary()
+    expected = train(whole, "whole", seed=5)
+    train(first, "resumed", seed=5, stop_at=2)
+    resumed = train(second, "resumed", seed=6)
+    assert torch.equal(parameters(resumed), parameters(expected))
+    assert first.texts + second.texts == whole.texts
+    assert untimed(folder / "resumed") == untimed(folder / "whole")
+
+
+def untimed(folder: Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in RunFolder.open(folder).metrics()
+    ]
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [*(kind() for kind in get_args(AlgorithmConfig)), Reinforce(learned_baseline=True), GRPO(kl_in_loss=0.1)],
+    ids=lambda algorithm: type(algorithm).__name__,
+)
+def test_resumed_equals_uninterrupted_bit_for_bit_with_every_algorithm(
+    algorithm: AlgorithmConfig, tmp_path: Path
+) -> None:
+    compare(lambda: trainer(algorithm=algorithm), tmp_path)
+
+
+def build_with_everything() -> PPOTrainer:
+    """LoRA, a schedule, running moments, an adaptive controller, whitening, dropout in the adapters."""
+    tokenizer = tiny_tokenizer()
+    adapters = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", lora_dropout=0.1, fan_in_fan_out=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=0), peft_config=adapters)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, amsgrad=True)
+    settings = PPOConfig(
+        batch_size=8, mini_batch_size=4, ppo_epochs=2, horizon=50, target=0.05, whiten_rewards=True,
+        use_score_scaling=True, use_score_norm=True, score_clip=2.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    return PPOTrainer(
+        settings, model, tokenizer=tokenizer, dataset=PromptDataset.from_texts(TEXTS, tokenizer),
+        optimizer=optimizer, lr_scheduler=LinearLR(optimizer, total_iters=4),
+    )  # fmt: skip
+
+
+def test_resumed_equals_uninterrupted_with_lora_a_schedule_and_running_moments(tmp_path: Path) -> None:
+    compare(build_with_everything, tmp_path)
+
+
+def test_the_best_so_far_and_the_frontier_survive_a_resume(tmp_path: Path) -> None:
+    """Else the first model evaluated after a resume would count as the best."""
+    settings: dict[str, Any] = {"eval_every": 1, "keep_best": "score", "keep_frontier": 2}
+    found = {}
+    for name, stop_at in (("whole", None), ("resumed", 2), ("resumed", None)):
+        own = trainer()
+        held_out = PromptDataset.from_texts(TEXTS, own.tokenizer)
+        state = own.train(
+            share_of_e, config(tmp_path / name, **settings), eval_prompts=held_out,
+            callbacks=[lambda _, state, stop_at=stop_at: state.iteration == stop_at],
+        )  # fmt: skip
+        found[name] = (state.best, read_json(tmp_path / name / "frontier.json"))
+    assert found["resumed"] == found["whole"]
+    assert len(found["whole"][1]["evaluations"]) == 4
+
+
+def test_changed_settings_are_named_when_a_run_goes_on_with_them(tmp_path: Path) -> None:
+    trainer().train(share_of_e, config(tmp_path, iterations=1, save_every=1))
+    with pytest.warns(UserWarning, match=r"other settings: ppo_epochs=3 \(was 2\)"):
+        trainer(ppo_epochs=3).train(share_of_e, config(tmp_path, iterations=2))
+
+
+def test_a_reference_of_other_weights_is_refused(tmp_path: Path) -> None:
+    """Who starts from the trained model instead of the first one would measure the KL from there."""
+    trainer().train(share_of_e, config(tmp_path, iterations=1, save_every=1))
+    own = trainer()
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=3))
+    other = PPOTrainer(own.config, model, tokenizer=own.tokenizer, dataset=own.dataset)
+    before = parameters(other).clone()
+    with pytest.raises(CheckpointError, match="other frozen weights"):
+        other.train(share_of_e, config(tmp_path, iterations=2))
+    assert torch.equal(parameters(other), before)
+
+
+def test_prompts_of_another_number_are_refused_and_nothing_has_changed(tmp_path: Path) -> None:
+    trainer().train(share_of_e, config(tmp_path, iterations=1, save_every=1))
+    own = trainer()
+    before, coefficient = parameters(own).clone(), own.kl_ctl.value
+    fewer = PromptDataset.from_texts(TEXTS[:3], own.tokenizer)
+    with pytest.raises(CheckpointError, match="The saved prompt order has length 4, this run has 3"):
+        own.train(share_of_e, config(tmp_path, iterations=2), prompts=fewer)
+    assert torch.equal(parameters(own), before)
+    assert own.kl_ctl.value == coefficient
+
+
+def test_resume_false_leaves_no_checkpoint_of_the_run_before_it_to_go_on_from(tmp_path: Path) -> None:
+    trainer().train(share_of_e, config(tmp_path, iterations=3, save_every=1))
+    trainer().train(share_of_e, config(tmp_path, iterations=1, save_every=1, resume=False))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
