@@ -28,12 +28,16 @@ def from_values(config: GAE, reduce_sum: ReduceSum) -> EstimateAdvantages:
 
 
 def from_returns(config: Reinforce, reduce_sum: ReduceSum) -> EstimateAdvantages:
-    """Discounted returns G_t minus a baseline: V(s_t) when it is learned, else the batch mean (by whitening)."""
+    """Discounted returns G_t minus a baseline: V(s_t) when it is learned, else the batch mean (by whitening).
+
+    A learned V also stands for the future that was not watched, behind truncated and last steps.
+    """
 
     def estimate(rollout: Rollout) -> TrainBatch:
         returns = discounted_returns(
-            rollout.rewards, rollout.terminated, rollout.truncated, gamma=config.gamma, mask=rollout.mask
-        )
+            rollout.rewards, rollout.terminated, rollout.truncated, gamma=config.gamma, mask=rollout.mask,
+            values=rollout.values if config.learned_baseline else None,
+        )  # fmt: skip
         baseline = rollout.values[:, :-1] if config.learned_baseline else torch.zeros_like(returns)
         return _batch(rollout, whiten(returns - baseline, rollout.mask, reduce_sum=reduce_sum), returns)
 

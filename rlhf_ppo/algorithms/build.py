@@ -1,5 +1,6 @@
 """The one place that chooses an algorithm: a `match`, closed by `assert_never`."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from rlhf_ppo.algorithms.config import GRPO, RLOO, TRPO, AlgorithmConfig, PPOCli
 from rlhf_ppo.algorithms.objectives import clipped, likelihood, objective, penalised, unbounded, with_reference
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.controllers import PenaltyBeta
-from rlhf_ppo.updates import MinibatchConfig, MinibatchUpdate, Objective, TrustRegionUpdate, Update, UpdateRecord
+from rlhf_ppo.updates import Gradients, MinibatchConfig, MinibatchUpdate, Objective, TrustRegionUpdate, Update, UpdateRecord
 from rlhf_ppo.updates.measure import reached_kl
 
 
@@ -38,8 +39,12 @@ def build_algorithm(
     accelerator: Accelerator,
     minibatch: Callable[[], MinibatchConfig],
     seed: int,
+    gradients: Gradients | None = None,
 ) -> Algorithm:
-    """The algorithm that `config` names, over one policy, optimiser and set of processes."""
+    """The algorithm that `config` names, over one policy, optimiser and set of processes.
+
+    `gradients` replaces autograd's passes in the minibatch updates.
+    """
 
     def reduce_sum(tensor: Tensor) -> Tensor:
         reduced: Tensor = accelerator.reduce(tensor, reduction="sum")
@@ -47,8 +52,9 @@ def build_algorithm(
 
     def update(terms: Objective, sizes: Callable[[], MinibatchConfig] = minibatch) -> MinibatchUpdate:
         return MinibatchUpdate(
-            policy=policy, optimizer=optimizer, accelerator=accelerator, objective=terms, config=sizes, seed=seed
-        )
+            policy=policy, optimizer=optimizer, accelerator=accelerator, objective=terms, config=sizes, seed=seed,
+            gradients=gradients,
+        )  # fmt: skip
 
     match config:
         case PPOClip():
@@ -59,8 +65,11 @@ def build_algorithm(
             return Algorithm(from_values(config.gae, reduce_sum), update(terms))
         case PPOPenalty():
             beta = PenaltyBeta(config.beta, config.target)
-            terms = objective(penalised(lambda: beta.value), critic=config.critic, ent_coef=config.ent_coef)
-            return Algorithm(from_values(config.gae, reduce_sum), AdaptPenalty(update(terms), beta))
+
+            def penalty(value: float) -> Objective:
+                return objective(penalised(value), critic=config.critic, ent_coef=config.ent_coef)
+
+            return Algorithm(from_values(config.gae, reduce_sum), AdaptPenalty(update(penalty(beta.value)), beta, penalty))
         case TRPO():
             natural = TrustRegionUpdate(
                 policy=policy, optimizer=optimizer, accelerator=accelerator, config=minibatch, seed=seed,
@@ -85,15 +94,23 @@ def build_algorithm(
 
 
 class AdaptPenalty:
-    """Run an update, then adapt β to the KL it reached (Schulman et al. 2017, §4)."""
+    """Run an update, then adapt β to the KL it reached (Schulman et al. 2017, §4).
 
-    def __init__(self, update: MinibatchUpdate, beta: PenaltyBeta) -> None:
+    Args:
+        update: Minimises the objective of the present β.
+        beta: Follows the KL.
+        objective: Of a β.
+    """
+
+    def __init__(self, update: MinibatchUpdate, beta: PenaltyBeta, objective: Callable[[float], Objective]) -> None:
         self.inner = update
         self.beta = beta
+        self.objective = functools.cache(objective)
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
         """One update, then β x 2 or β / 2 outside the band around the target, by the KL after its last step."""
         inner = self.inner
+        inner.objective = self.objective(self.beta.value)
         record = inner(batch)
         kl = reached_kl(
             inner.policy, batch, inner.accelerator,

@@ -38,11 +38,11 @@ def clipped(config: PPOClip | RLOO | GRPO) -> PolicyTerm:
     return term
 
 
-def penalised(beta: Callable[[], float]) -> PolicyTerm:
+def penalised(beta: float) -> PolicyTerm:
     """The surrogate minus β KL(π_old || π_θ)."""
 
     def term(logprobs: Tensor, batch: TrainBatch, count: Tensor) -> Tensor:
-        loss, _ = kl_penalty_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, beta=beta(), count=count)
+        loss, _ = kl_penalty_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, beta=beta, count=count)
         return loss
 
     return term

@@ -1,6 +1,7 @@
 """Pure tensor mathematics: tensors in, tensors out; no configuration, no state, no I/O."""
 
 from rlhf_ppo.functional.advantages import discounted_returns, gae, grpo_advantages, rloo_advantages
+from rlhf_ppo.functional.gaussian import gaussian_entropy, gaussian_kl, gaussian_logprobs
 from rlhf_ppo.functional.importance import importance_ratio, truncated_importance_weights
 from rlhf_ppo.functional.kl import KLKind, categorical_kl, kl_estimate
 from rlhf_ppo.functional.logprobs import (
@@ -76,6 +77,9 @@ __all__ = [
     "fisher_vector_product",
     "flatten",
     "gae",
+    "gaussian_entropy",
+    "gaussian_kl",
+    "gaussian_logprobs",
     "gaussian_metric",
     "grpo_advantages",
     "identity",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_ppo.batch import TrainBatch
-from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord, batch_statistics
+from rlhf_ppo.updates.objective import Gradients, Objective, Terms, UpdateRecord, batch_statistics
 from rlhf_ppo.updates.shares import everyones, own_pieces
 from rlhf_ppo.updates.shuffle import Shuffle
 from rlhf_ppo.updates.steps import steps_of
@@ -55,6 +55,7 @@ class MinibatchUpdate:
         config: Gives the sizes and guards; asked at each call, so that a user may change them between steps.
         seed: Of the shuffles. The same on all processes.
         with_entropy: Whether the objective reads the entropy.
+        gradients: Another way to the gradients of an optimiser step; None: passes over micro-batches with autograd.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class MinibatchUpdate:
         config: Callable[[], MinibatchConfig],
         seed: int,
         with_entropy: bool = True,
+        gradients: Gradients | None = None,
     ) -> None:
         self.policy = policy
         self.steps = steps_of(policy, optimizer, accelerator)
@@ -75,6 +77,7 @@ class MinibatchUpdate:
         self._read_config = config
         self.config = config()
         self.with_entropy = with_entropy
+        self.gradients = gradients or self._passes
         self.shuffle = Shuffle(seed)
         self._skips_in_a_row = 0
 
@@ -106,15 +109,7 @@ class MinibatchUpdate:
         return list(self.shuffle(rows, device).split(self.config.minibatch_size * self.accelerator.num_processes))
 
     def _step(self, batch: TrainBatch, rows: Tensor, record: UpdateRecord) -> None:
-        pieces = own_pieces(
-            batch, rows, size=self.config.micro_batch_size, token_budget=self.config.token_budget,
-            process=self.accelerator.process_index, processes=self.accelerator.num_processes,
-        )  # fmt: skip
-        count = batch.mask[rows].sum().float()
-        terms = [
-            self._backward(piece, count, last=position == len(pieces) - 1) for position, piece in enumerate(pieces)
-        ]
-        metrics = self._reduced(terms)
+        metrics, ratios = self.gradients(self.objective, batch, rows)
         metrics["policy/grad_norm"] = self.steps.clip(self.config.max_grad_norm)
         if self._accept(metrics):
             metrics["policy/grad_norm"] = self.steps.apply()
@@ -125,14 +120,24 @@ class MinibatchUpdate:
             for name in ("loss/policy", "loss/value", "loss/total"):
                 metrics[name] = 0.0
         record.metrics.append(metrics | batch_statistics(batch, rows))
-        record.ratios.extend(term.ratio for term in terms)
+        record.ratios.extend(ratios)
         record.advantages.append(batch.advantages[rows][batch.mask[rows]])
 
-    def _backward(self, piece: TrainBatch, count: Tensor, *, last: bool) -> Terms:
+    def _passes(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
+        pieces = own_pieces(
+            batch, rows, size=self.config.micro_batch_size, token_budget=self.config.token_budget,
+            process=self.accelerator.process_index, processes=self.accelerator.num_processes,
+        )  # fmt: skip
+        count = batch.mask[rows].sum().float()
+        last = len(pieces) - 1
+        terms = [self._backward(objective, piece, count, last=index == last) for index, piece in enumerate(pieces)]
+        return self._reduced(terms), [term.ratio for term in terms]
+
+    def _backward(self, objective: Objective, piece: TrainBatch, count: Tensor, *, last: bool) -> Terms:
         processes = self.accelerator.num_processes
         with self.steps.piece(last=last):
             output = self.policy(piece.inputs, with_entropy=self.with_entropy)
-            terms = self.objective(output, piece, count)
+            terms = objective(output, piece, count)
             # Gradients are averaged over processes; shares of a global count must be summed, hence the factor.
             loss = terms.loss * processes
             if processes > 1:  # DDP waits for a gradient of the value head even where no critic is trained

@@ -52,6 +52,15 @@ class UpdateRecord:
 
 
 @runtime_checkable
+class Gradients(Protocol):
+    """How the gradients of one optimiser step come about, other than by passes with autograd."""
+
+    def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
+        """Set the gradient of every parameter to that of `objective` over `rows`; its metrics and the ratios."""
+        ...
+
+
+@runtime_checkable
 class Update(Protocol):
     """Moves the parameters, given a batch; its state resumes exactly."""
 

@@ -1,11 +1,52 @@
 """The trust region of an update: its size, and what cannot have one."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
+
+from rlhf_ppo.batch import PolicyOutput
+from rlhf_ppo.functional.trust_region import Metric
+
+
+@runtime_checkable
+class CurvedPolicy(Protocol):
+    """A policy whose Fisher information can be had: over tokens (`TokenPolicy`) or over joints."""
+
+    chunk_size: int
+    """Padded tokens or steps of one Fisher product's graph."""
+
+    def __call__(self, inputs: Any, *, with_entropy: bool = False) -> PolicyOutput:
+        """Score every action."""
+        ...
+
+    def check_curvature(self) -> None:
+        """Refuse what cannot be differentiated twice."""
+        ...
+
+    def curvature(self, inputs: Any, weights: Tensor) -> tuple[tuple[Tensor, ...], Metric]:
+        """The distribution's parameters at each action, with a graph, and their Fisher metric."""
+        ...
+
+    def kl_from_here(self, pieces: Sequence[Any]) -> list[Callable[[], Tensor]]:
+        """For each piece, a function that measures KL(π_here || π) [B, T] of whatever π has become by then."""
+        ...
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Those of the value function alone."""
+        ...
+
+    def critic_states(self, inputs: Any) -> list[Tensor]:
+        """What the value function reads at each action, one tensor [T_i, ...] a row."""
+        ...
+
+    def values_of(self, states: Tensor) -> Tensor:
+        """V at such states, rows behind each other."""
+        ...
 
 from rlhf_ppo.field_types import check_fields
 

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlhf_ppo.batch import TokenInputs, TrainBatch, cut, pad_rows
+from rlhf_ppo.batch import TrainBatch, cut, pad_rows
 from rlhf_ppo.functional import (
     LineSearchResult,
     conjugate_gradient,
@@ -30,10 +30,9 @@ from rlhf_ppo.functional import (
     value_loss,
 )
 from rlhf_ppo.functional.trust_region import MatrixProduct
-from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates.minibatch import MinibatchConfig
 from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord, batch_statistics
-from rlhf_ppo.updates.region import TrustRegion, check_parameters, check_processes
+from rlhf_ppo.updates.region import CurvedPolicy, TrustRegion, check_parameters, check_processes
 from rlhf_ppo.updates.shares import deal, everyones, own_pieces
 from rlhf_ppo.updates.shuffle import Shuffle
 
@@ -47,7 +46,7 @@ class TrustRegionUpdate:
     trained, and the graph of one piece of at most `policy.chunk_size` padded tokens, or one row.
 
     Args:
-        policy: The prepared `TokenPolicy`.
+        policy: The prepared policy, a `CurvedPolicy`.
         optimizer: The prepared optimiser; it steps the value head alone, with its learning rate.
         accelerator: Of both.
         objective: The surrogate, to minimise; without value term.
@@ -73,14 +72,15 @@ class TrustRegionUpdate:
         clip_range_value: float | None = None,
     ) -> None:
         check_processes(accelerator)
-        module: TokenPolicy = accelerator.unwrap_model(policy)
+        module: Any = accelerator.unwrap_model(policy)
         critic = module.critic_parameters()
         theirs = {id(parameter) for parameter in critic}
         self.critic = [parameter for parameter in critic if parameter.requires_grad]
         self.parameters = [item for item in module.parameters() if item.requires_grad and id(item) not in theirs]
         check_parameters(self.parameters)
         module.check_curvature()
-        self.policy, self.optimizer, self.accelerator = module, optimizer, accelerator
+        self.policy: CurvedPolicy = module
+        self.optimizer, self.accelerator = optimizer, accelerator
         self.objective, self.region = objective, region
         self._read_config = config
         self.config = config()
@@ -129,7 +129,7 @@ class TrustRegionUpdate:
         count = batch.mask[rows].sum().clamp(min=1)
 
         def of(piece: TrainBatch) -> MatrixProduct:
-            outputs, metric = self.policy.curvature(_tokens(piece), step_weights(piece.mask, count))
+            outputs, metric = self.policy.curvature(piece.inputs, step_weights(piece.mask, count))
             return fisher_vector_product(outputs, self.parameters, metric=metric)
 
         with torch.enable_grad():
@@ -170,7 +170,7 @@ class TrustRegionUpdate:
         if not (math.isfinite(bend) and bend > 0):
             return None, before
         step = trust_region_step(direction, curved, self.region.max_kl)
-        distances = self.policy.kl_from_here([_tokens(piece) for piece in pieces])
+        distances = self.policy.kl_from_here([piece.inputs for piece in pieces])
         loss_before, after, region = self._reduced(before)["loss/total"], before, self.region
 
         def evaluate(candidate: Tensor) -> tuple[float, float]:
@@ -201,7 +201,9 @@ class TrustRegionUpdate:
                 own = [row for row in rows.tolist() if row in states]
                 loss = torch.stack([parameter.sum() for parameter in self.critic]).sum() * 0.0
                 if own:
-                    values = pad_rows([self.policy.values_of(states[row]) for row in own], width=width)
+                    lengths = [len(states[row]) for row in own]
+                    flat = self.policy.values_of(torch.cat([states[row] for row in own]))
+                    values = pad_rows(flat.split(lengths), width=width)
                     share, _ = value_loss(
                         values, batch.values[own], batch.returns[own], batch.mask[own],
                         clip_range=self.clip_range_value, count=batch.mask[rows.to(batch.mask.device)].sum().float(),
@@ -219,7 +221,7 @@ class TrustRegionUpdate:
         states: dict[int, Tensor] = {}
         for piece in cut(costs[share], size=self.config.micro_batch_size, token_budget=self.config.token_budget):
             rows = share[piece]
-            states |= dict(zip(rows.tolist(), self.policy.critic_states(_tokens(batch).select(rows)), strict=True))
+            states |= dict(zip(rows.tolist(), self.policy.critic_states(batch.inputs.select(rows)), strict=True))
         return states
 
     def _usable(self, norm: float) -> bool:
@@ -251,8 +253,3 @@ class TrustRegionUpdate:
         reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return reduced
 
-
-def _tokens(batch: TrainBatch) -> TokenInputs:
-    inputs: Any = batch.inputs
-    tokens: TokenInputs = inputs
-    return tokens

@@ -1,0 +1,15 @@
+"""Continuous and discrete control with the functional core, algorithms and updates of the language models."""
+
+from rlhf_ppo.control.algorithms import AlgorithmName, control_algorithm
+from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
+from rlhf_ppo.control.evaluation import Episodes, evaluate
+from rlhf_ppo.control.normalisation import Normalizer
+from rlhf_ppo.control.policy import Categorical, ControlInputs, ControlPolicy, Gaussian
+from rlhf_ppo.control.randomisation import DomainRandomization, Randomization
+from rlhf_ppo.control.trainer import ControlConfig, ControlTrainer
+
+__all__ = [
+    "AlgorithmName", "Categorical", "ControlConfig", "ControlInputs", "ControlPolicy", "ControlTrainer",
+    "DomainRandomization", "EnvironmentConfig", "Environments", "Episodes", "Gaussian", "Normalizer", "Randomization",
+    "control_algorithm", "evaluate", "make_environment",
+]  # fmt: skip

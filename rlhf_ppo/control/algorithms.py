@@ -1,0 +1,41 @@
+"""The algorithm configurations with control's usual numbers in them."""
+
+from typing import Literal, TypeAlias, get_args
+
+from rlhf_ppo.algorithms import GAE, TRPO, AlgorithmConfig, Critic, PPOClip, PPOPenalty, Reinforce
+
+AlgorithmName: TypeAlias = Literal["ppo-clip", "ppo-penalty", "trpo", "reinforce"]
+
+
+def control_algorithm(
+    name: AlgorithmName, *, gamma: float = 0.99, lam: float = 0.95, clip_range: float = 0.2, ent_coef: float = 0.0,
+    vf_coef: float = 0.5,
+) -> AlgorithmConfig:  # fmt: skip
+    """The configuration of `name`: γ = 0.99 for tasks without end, value clipping off (Andrychowicz et al. 2021).
+
+    Args:
+        name: Which algorithm.
+        gamma: Discount γ.
+        lam: λ of the advantage estimates; REINFORCE has none.
+        clip_range: ε of PPO-clip.
+        ent_coef: Weight of the entropy.
+        vf_coef: Weight of the value loss; TRPO fits the critic by itself.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    gae, critic = GAE(gamma=gamma, lam=lam), Critic(vf_coef=vf_coef, clip_range_value=None)
+    match name:
+        case "ppo-clip":
+            return PPOClip(clip_low=clip_range, clip_high=clip_range, ent_coef=ent_coef, gae=gae, critic=critic)
+        case "ppo-penalty":
+            return PPOPenalty(ent_coef=ent_coef, gae=gae, critic=critic)
+        case "trpo":
+            return TRPO(ent_coef=ent_coef, gae=gae)
+        case "reinforce":
+            return Reinforce(gamma=gamma, learned_baseline=True, ent_coef=ent_coef, critic=critic)
+        case _:
+            raise ValueError(
+                f"expected an algorithm of {', '.join(get_args(AlgorithmName))}, got {name!r}: group algorithms compare "
+                "responses to one prompt, and control has none. Pass one of these."
+            )

@@ -1,0 +1,245 @@
+"""One iteration of PPO, TRPO or REINFORCE on an environment, as often as the budget allows; saved and resumed exactly."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from rlhf_ppo import checkpoint
+from rlhf_ppo.algorithms import Algorithm, AlgorithmConfig, build_algorithm
+from rlhf_ppo.control.algorithms import control_algorithm
+from rlhf_ppo.control.collection import Collector, by_step
+from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
+from rlhf_ppo.control.evaluation import Episodes, evaluate
+from rlhf_ppo.control.lowering import LoweredGradients
+from rlhf_ppo.control.normalisation import Normalizer
+from rlhf_ppo.control.policy import Categorical, ControlPolicy, Gaussian
+from rlhf_ppo.updates import MinibatchConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlConfig:
+    """Settings of a run; the defaults are those of Schulman et al. (2017) for MuJoCo, in eight environments."""
+
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    """The task."""
+    algorithm: AlgorithmConfig = field(default_factory=lambda: control_algorithm("ppo-clip"))
+    """What is optimised."""
+    total_steps: int = 1_000_000
+    """Environment steps of the whole run, cut down to whole iterations; the learning rate reaches 0 with the last."""
+    environments: int = 8
+    """Environments side by side."""
+    rollout_steps: int = 256
+    """T: steps in each environment of one iteration."""
+    minibatch_size: int = 64
+    """Steps of one optimiser step."""
+    epochs: int = 10
+    """K: passes over a rollout; of the critic alone in TRPO."""
+    learning_rate: float = 3e-4
+    """Adam's, at the start."""
+    anneal: bool = True
+    """Let the learning rate fall to 0 along a straight line."""
+    adam_epsilon: float = 1e-5
+    """Adam's ε (TensorFlow's default was near it; PyTorch's is 1e-8)."""
+    max_grad_norm: float | None = 0.5
+    """Gradients of actor and critic together are scaled down to this norm."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers."""
+    orthogonal: bool = True
+    """Orthogonal initialisation."""
+    normalize_observations: bool = True
+    """Scale observations by running moments."""
+    normalize_rewards: bool = True
+    """Scale rewards by the spread of their discounted return."""
+    lowered: bool = True
+    """Compute minibatch gradients by the traced NumPy program; False: by autograd. Equal up to rounding."""
+    seed: int = 0
+    """Of weights, first states, actions and shuffles."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "environments", "rollout_steps", "minibatch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: nothing would be learned.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}: nothing would be learned.")
+        if self.iterations < 1:
+            raise ValueError(
+                f"expected total_steps >= environments * rollout_steps = {self.batch_size}, got {self.total_steps}: not "
+                "one iteration would fit. Raise total_steps, or take fewer environments or shorter rollouts."
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Steps of one iteration."""
+        return self.environments * self.rollout_steps
+
+    @property
+    def iterations(self) -> int:
+        """Whole iterations in the budget."""
+        return self.total_steps // self.batch_size
+
+
+class ControlTrainer:
+    """Policy, environments, normalisers and algorithm of one run, on one process and the CPU.
+
+    Args:
+        config: Everything about the run.
+    """
+
+    def __init__(self, config: ControlConfig) -> None:
+        self.config = config
+        streams = np.random.SeedSequence(config.seed).generate_state(4)
+        envs = [make_environment(config.environment) for _ in range(config.environments)]
+        self.environments = Environments(envs, seed=int(streams[0]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(streams[1]))
+            self.policy = _policy(self.environments, config)
+        self.optimizer = torch.optim.Adam(
+            self.policy.parameters(), lr=config.learning_rate, eps=config.adam_epsilon, fused=True
+        )
+        gamma = config.algorithm.gamma if hasattr(config.algorithm, "gamma") else config.algorithm.gae.gamma
+        self.normalizer = Normalizer(
+            self.environments.observations.shape[1], environments=config.environments, gamma=gamma,
+            observations=config.normalize_observations, rewards=config.normalize_rewards,
+        )  # fmt: skip
+        self.collect = Collector(
+            self.policy, self.environments, self.normalizer, steps=config.rollout_steps, seed=int(streams[2])
+        )
+        self.algorithm: Algorithm = build_algorithm(
+            config.algorithm, policy=self.policy, optimizer=self.optimizer, accelerator=Accelerator(cpu=True),
+            minibatch=lambda: _sizes(config), seed=int(streams[3]),
+            gradients=LoweredGradients(self.policy) if config.lowered else None,
+        )  # fmt: skip
+        self.iteration, self.steps, self.episodes = 0, 0, 0
+        self.recent: deque[float] = deque(maxlen=100)
+        """Returns of the last hundred episodes, played with drawn actions while learning."""
+
+    def step(self) -> dict[str, float]:
+        """One iteration: run π_old, estimate advantages, update."""
+        self._anneal()
+        rollout = self.collect()
+        batch = by_step(self.algorithm.estimate_advantages(rollout))
+        record = self.algorithm.update(batch)
+        self.iteration += 1
+        self.steps += int(rollout.mask.sum())
+        finished, self.environments.finished = self.environments.finished, []
+        self.recent.extend(value for value, _ in finished)
+        self.episodes += len(finished)
+        return {
+            "iteration": self.iteration,
+            "steps": self.steps,
+            "episodes": self.episodes,
+            "return/last_100": float(np.mean(self.recent)) if self.recent else float("nan"),
+            "return/last_20": float(np.mean(list(self.recent)[-20:])) if self.recent else float("nan"),
+            "policy/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "policy/skipped": record.skipped,
+        } | record.mean() | record.extras
+
+    def train(
+        self, folder: Path | None = None, *, save_every: int = 0, report: Callable[[dict[str, float]], None] | None = None
+    ) -> list[dict[str, float]]:
+        """Iterate until the budget is spent.
+
+        Args:
+            folder: Of checkpoints; the newest whole one is gone on from.
+            save_every: Iterations between two checkpoints; 0: only the last.
+            report: Is shown every iteration's numbers.
+
+        Returns:
+            The numbers of the iterations that were run here.
+        """
+        history = []
+        if folder is not None:
+            self.resume(folder)
+        while self.iteration < self.config.iterations:
+            history.append(self.step())
+            if report is not None:
+                report(history[-1])
+            last = self.iteration == self.config.iterations
+            if folder is not None and (last or (save_every and self.iteration % save_every == 0)):
+                self.save(folder)
+        return history
+
+    def evaluate(
+        self, *, episodes: int, deterministic: bool, seed: int = 10_000, environment: EnvironmentConfig | None = None
+    ) -> Episodes:
+        """Complete episodes, in the task of training or another `environment` of the same shape."""
+        return evaluate(
+            self.policy, self.normalizer, environment or self.config.environment, episodes=episodes,
+            deterministic=deterministic, seed=seed,
+        )  # fmt: skip
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint that is whole or absent, with the half-played episodes."""
+        aside = checkpoint.begin(folder, self.iteration)
+        save_file({name: item.detach() for name, item in self.policy.named_parameters()}, aside / "model.safetensors")
+        torch.save(self.optimizer.state_dict(), aside / "optimizer.pt")
+        torch.save(self.collect.generator.get_state(), aside / "generator.pt")
+        state = {
+            "environment": self.config.environment.id, "iteration": self.iteration, "steps": self.steps,
+            "episodes": self.episodes, "recent": list(self.recent), "normalizer": self.normalizer.state_dict(),
+            "update": self.algorithm.update.state_dict(), "environments": self.environments.state_dict(),
+        }  # fmt: skip
+        checkpoint.write_json(aside / "state.json", state)
+        return checkpoint.commit(aside, keep_last=1)
+
+    def resume(self, folder: Path) -> Path | None:
+        """Go on from the newest whole checkpoint of `folder`, if there is one, as if there had been no break.
+
+        Raises:
+            ValueError: It is of another task or another network.
+        """
+        path = checkpoint.latest(folder) if folder.is_dir() else None
+        if path is None:
+            return None
+        state, weights = checkpoint.read_json(path / "state.json"), load_file(path / "model.safetensors")
+        parameters = dict(self.policy.named_parameters())
+        shapes = {name: tuple(item.shape) for name, item in weights.items()}
+        if state["environment"] != self.config.environment.id or shapes != {
+            name: tuple(item.shape) for name, item in parameters.items()
+        }:
+            raise ValueError(
+                f"{path} holds a policy for {state['environment']}, this run is one for {self.config.environment.id} or "
+                "has other networks: its weights have no place here. Choose another folder."
+            )
+        self.environments.load_state_dict(state["environments"])
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+        self.collect.generator.set_state(torch.load(path / "generator.pt", weights_only=True))
+        self.normalizer.load_state_dict(state["normalizer"])
+        self.algorithm.update.load_state_dict(state["update"])
+        self.iteration, self.steps, self.episodes = state["iteration"], state["steps"], state["episodes"]
+        self.recent.extend(state["recent"])
+        return path
+
+    def _anneal(self) -> None:
+        left = 1 - self.iteration / self.config.iterations if self.config.anneal else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * left
+
+
+def _policy(environments: Environments, config: ControlConfig) -> ControlPolicy:
+    space = environments.action_space
+    if isinstance(space, gym.spaces.Discrete):
+        size, distribution = int(space.n), Categorical(int(space.n))
+    else:
+        size, distribution = int(space.shape[0]), Gaussian(int(space.shape[0]))
+    return ControlPolicy(
+        environments.observations.shape[1], distribution, size, hidden=config.hidden, orthogonal=config.orthogonal
+    )
+
+
+def _sizes(config: ControlConfig) -> MinibatchConfig:
+    return MinibatchConfig(
+        epochs=config.epochs, minibatch_size=config.minibatch_size, max_grad_norm=config.max_grad_norm,
+        ratio_threshold=float("inf"),
+    )  # fmt: skip
