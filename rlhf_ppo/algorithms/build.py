@@ -15,7 +15,15 @@ from rlhf_ppo.algorithms.config import GRPO, RLOO, TRPO, AlgorithmConfig, PPOCli
 from rlhf_ppo.algorithms.objectives import clipped, likelihood, objective, penalised, unbounded, with_reference
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.controllers import PenaltyBeta
-from rlhf_ppo.updates import Gradients, MinibatchConfig, MinibatchUpdate, Objective, TrustRegionUpdate, Update, UpdateRecord
+from rlhf_ppo.updates import (
+    Gradients,
+    MinibatchConfig,
+    MinibatchUpdate,
+    Objective,
+    TrustRegionUpdate,
+    Update,
+    UpdateRecord,
+)
 from rlhf_ppo.updates.measure import reached_kl
 
 
@@ -69,7 +77,9 @@ def build_algorithm(
             def penalty(value: float) -> Objective:
                 return objective(penalised(value), critic=config.critic, ent_coef=config.ent_coef)
 
-            return Algorithm(from_values(config.gae, reduce_sum), AdaptPenalty(update(penalty(beta.value)), beta, penalty))
+            return Algorithm(
+                from_values(config.gae, reduce_sum), AdaptPenalty(update(penalty(beta.value)), beta, penalty)
+            )
         case TRPO():
             natural = TrustRegionUpdate(
                 policy=policy, optimizer=optimizer, accelerator=accelerator, config=minibatch, seed=seed,

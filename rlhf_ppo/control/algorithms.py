@@ -36,6 +36,24 @@ def control_algorithm(
             return Reinforce(gamma=gamma, learned_baseline=True, ent_coef=ent_coef, critic=critic)
         case _:
             raise ValueError(
-                f"expected an algorithm of {', '.join(get_args(AlgorithmName))}, got {name!r}: group algorithms compare "
-                "responses to one prompt, and control has none. Pass one of these."
+                f"expected an algorithm of {', '.join(get_args(AlgorithmName))}, got {name!r}: algorithms over groups "
+                "compare responses to one prompt, which control has not. Pass one of these."
+            )
+
+
+def discount(algorithm: AlgorithmConfig) -> float:
+    """γ of an algorithm.
+
+    Raises:
+        ValueError: It compares responses to one prompt, which control has not.
+    """
+    match algorithm:
+        case Reinforce():
+            return algorithm.gamma
+        case PPOClip() | PPOPenalty() | TRPO():
+            return algorithm.gae.gamma
+        case _:
+            raise ValueError(
+                f"expected PPOClip, PPOPenalty, TRPO or Reinforce, got {type(algorithm).__name__}: it compares "
+                "responses to one prompt, and episodes of control have no prompt. Take one with a value function."
             )

@@ -43,7 +43,9 @@ def make_environment(config: EnvironmentConfig) -> Any:
         env = DomainRandomization(env, config.randomization)
     observed, actions = env.observation_space, env.action_space
     fits = isinstance(observed, gym.spaces.Box) and len(observed.shape) == 1
-    fits &= isinstance(actions, gym.spaces.Discrete) or (isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1)
+    fits &= isinstance(actions, gym.spaces.Discrete) or (
+        isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+    )
     if not fits:
         raise ValueError(
             f"expected a vector of observations and a vector or a choice of actions, got {observed} and {actions} from "

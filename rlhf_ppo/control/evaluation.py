@@ -1,7 +1,7 @@
 """Episodes that are played to be judged: nothing is learned, no statistic moves."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,11 +73,9 @@ def frames(
     Raises:
         RuntimeError: There is no way to render on this machine.
     """
-    env = make_environment(EnvironmentConfig(id=config.id, randomization=config.randomization, render=True))
+    env = make_environment(replace(config, render=True))
     pictures: list[Any] = []
-    observation, _ = env.reset(seed=seed)
     applied = Environments([env], seed=seed)
-    del observation
     try:
         for time in range(count * every):
             if time % every == 0:
@@ -87,9 +85,10 @@ def frames(
             if step.terminated[0] or step.truncated[0]:
                 break
     except Exception as error:  # MuJoCo's and PyOpenGL's many ways to say that there is no OpenGL
+        reason = (str(error).splitlines() or [""])[0]
         raise RuntimeError(
-            f"expected to render {config.id}, got {type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''}"
-            "): there will be no pictures, everything else is there. Set MUJOCO_GL=egl or MUJOCO_GL=osmesa before the start."
+            f"expected to render {config.id}, got {type(error).__name__} ({reason}): there will be no pictures, "
+            "everything else is there. Set MUJOCO_GL=egl or MUJOCO_GL=osmesa before the start."
         ) from error
     finally:
         env.close()

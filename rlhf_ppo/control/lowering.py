@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, functionalize
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.func import functional_call, functionalize
 
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.control.policy import ControlInputs
@@ -54,9 +54,7 @@ class LoweredGradients:
             parameter.grad = torch.from_numpy(np.ascontiguousarray(gradient))
         return dict(zip(names, map(float, metrics), strict=True)), [torch.from_numpy(ratio)]
 
-    def _program(
-        self, objective: Objective, batch: TrainBatch, rows: Tensor
-    ) -> tuple[list[str], Callable[..., Any]]:
+    def _program(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[list[str], Callable[..., Any]]:
         names: list[str] = []
 
         def derivative(values: list[Tensor], columns: list[Tensor]) -> tuple[Any, list[Tensor], Tensor]:
@@ -145,7 +143,7 @@ def _pow(x: Array, exponent: float) -> Array:
 
 
 def _sum(x: Array, dim: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
-    return np.add.reduce(x, axis=tuple(dim) if dim else None, keepdims=keepdim, dtype=_dtype(dtype))
+    return x.sum(axis=tuple(dim) if dim else None, keepdims=keepdim, dtype=_dtype(dtype))
 
 
 def _sum_all(x: Array, *, dtype: Any = None) -> Array:
@@ -163,8 +161,8 @@ def _masked_fill(x: Array, mask: Array, value: float) -> Array:
 
 
 def _expand(x: Array, size: list[int]) -> Array:
-    shape = [old if new == -1 else new for old, new in zip(((1,) * len(size) + np.shape(x))[-len(size) :], size)]
-    result = np.empty(shape, dtype=x.dtype)
+    known = ((1,) * len(size) + np.shape(x))[-len(size) :]
+    result = np.empty([old if new == -1 else new for old, new in zip(known, size, strict=True)], dtype=x.dtype)
     result[...] = x
     return result
 

@@ -38,8 +38,9 @@ class Normalizer:
         """Scaled observations, float32, any leading shape. Changes nothing."""
         if not self.scales_observations:
             return observations.astype(np.float32)
-        scaled = (observations - self._mean) * self._inverse
-        return np.minimum(np.maximum(scaled, -self.clip), self.clip).astype(np.float32)
+        scaled: np.ndarray = (observations - self._mean) * self._inverse
+        cut: np.ndarray = np.minimum(np.maximum(scaled, -self.clip), self.clip).astype(np.float32)
+        return cut
 
     def learn_observations(self, observations: np.ndarray) -> None:
         """Take in the raw observations of a rollout, [samples, size]; the next rollout is scaled by them."""

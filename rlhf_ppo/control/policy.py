@@ -3,6 +3,7 @@
 The module answers what an update asks of `TokenPolicy`, so PPO, TRPO and REINFORCE train either.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -80,7 +81,7 @@ class Distribution(Protocol):
         ...
 
     def logprobs(self, outputs: Tensor, actions: Tensor) -> Tensor:
-        """log π(a|s), nats."""
+        """Log π(a|s), nats."""
         ...
 
     def entropy(self, outputs: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ def mlp(sizes: Sequence[int], *, last_gain: float, orthogonal: bool = True) -> n
         orthogonal: False leaves PyTorch's initialisation.
     """
     layers: list[nn.Module] = []
-    for index, (width, following) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for index, (width, following) in enumerate(itertools.pairwise(sizes)):
         is_last = index == len(sizes) - 2
         linear = nn.Linear(width, following)
         if orthogonal:
@@ -230,7 +231,7 @@ class ControlPolicy(nn.Module):
             entropy=entropy,
         )
 
-    def act(self, observations: Float[Tensor, "batch observation"], noise: Tensor | None) -> Tensor:
+    def act(self, observations: Float[Tensor, "*batch observation"], noise: Tensor | None) -> Tensor:
         """Actions for a batch of observations: drawn with `noise`, or the most likely ones."""
         outputs = self.actor(observations)
         return self.distribution.mode(outputs) if noise is None else self.distribution.sample(outputs, noise)

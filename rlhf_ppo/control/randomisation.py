@@ -38,7 +38,7 @@ class Randomization:
         return any(getattr(self, item.name) != item.default for item in fields(self))
 
 
-class DomainRandomization(gym.Wrapper):  # type: ignore[misc, type-arg]
+class DomainRandomization(gym.Wrapper[Any, Any, Any, Any]):
     """A MuJoCo environment whose masses, friction, motors and sensors change from episode to episode.
 
     Draws come from a generator of its own, seeded by `reset(seed=...)`: the same seed gives the same bodies.
@@ -59,7 +59,7 @@ class DomainRandomization(gym.Wrapper):  # type: ignore[misc, type-arg]
                 f"expected a MuJoCo environment, got {env.unwrapped.spec.id if env.unwrapped.spec else env}: it has no "
                 "masses and motors to change. Leave the randomisation out, or take e.g. Hopper-v5."
             )
-        self.config, self._model = config, model
+        self.config, self._model, self._data = config, model, env.unwrapped.data
         self._nominal = {name: getattr(model, name).copy() for name in _QUANTITIES}
         self._rng = np.random.default_rng()
         self.factors: dict[str, np.ndarray] = {}
@@ -101,8 +101,8 @@ class DomainRandomization(gym.Wrapper):  # type: ignore[misc, type-arg]
         model.body_inertia[:] = nominal["body_inertia"] * factors["mass"][:, None]
         model.geom_friction[:] = nominal["geom_friction"] * factors["friction"]
         model.actuator_gear[:] = nominal["actuator_gear"] * factors["motor"][:, None]
-        # What MuJoCo derives from masses is stale until it is asked to derive it again; it moves qpos to qpos0 for that.
-        mujoco.mj_setConst(model, self.env.unwrapped.data)
+        # What MuJoCo derives from masses is stale until it is asked to derive it again, at the reference position.
+        mujoco.mj_setConst(model, self._data)
         self.factors = factors
 
     def _sensed(self, observation: Any) -> Any:

@@ -1,10 +1,9 @@
-"""One iteration of PPO, TRPO or REINFORCE on an environment, as often as the budget allows; saved and resumed exactly."""
+"""PPO, TRPO or REINFORCE on an environment, one iteration after the other; saved and resumed exactly."""
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_ppo import checkpoint
 from rlhf_ppo.algorithms import Algorithm, AlgorithmConfig, build_algorithm
-from rlhf_ppo.control.algorithms import control_algorithm
+from rlhf_ppo.control.algorithms import control_algorithm, discount
 from rlhf_ppo.control.collection import Collector, by_step
 from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
 from rlhf_ppo.control.evaluation import Episodes, evaluate
@@ -71,8 +70,8 @@ class ControlConfig:
             raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}: nothing would be learned.")
         if self.iterations < 1:
             raise ValueError(
-                f"expected total_steps >= environments * rollout_steps = {self.batch_size}, got {self.total_steps}: not "
-                "one iteration would fit. Raise total_steps, or take fewer environments or shorter rollouts."
+                f"expected total_steps >= environments * rollout_steps = {self.batch_size}, got {self.total_steps}: "
+                "not one iteration would fit. Raise total_steps, or take fewer environments or shorter rollouts."
             )
 
     @property
@@ -84,6 +83,10 @@ class ControlConfig:
     def iterations(self) -> int:
         """Whole iterations in the budget."""
         return self.total_steps // self.batch_size
+
+
+def _silent(_: dict[str, float]) -> None:
+    """Report nothing."""
 
 
 class ControlTrainer:
@@ -104,9 +107,9 @@ class ControlTrainer:
         self.optimizer = torch.optim.Adam(
             self.policy.parameters(), lr=config.learning_rate, eps=config.adam_epsilon, fused=True
         )
-        gamma = config.algorithm.gamma if hasattr(config.algorithm, "gamma") else config.algorithm.gae.gamma
         self.normalizer = Normalizer(
-            self.environments.observations.shape[1], environments=config.environments, gamma=gamma,
+            self.environments.observations.shape[1], environments=config.environments,
+            gamma=discount(config.algorithm),
             observations=config.normalize_observations, rewards=config.normalize_rewards,
         )  # fmt: skip
         self.collect = Collector(
@@ -132,18 +135,26 @@ class ControlTrainer:
         finished, self.environments.finished = self.environments.finished, []
         self.recent.extend(value for value, _ in finished)
         self.episodes += len(finished)
-        return {
-            "iteration": self.iteration,
-            "steps": self.steps,
-            "episodes": self.episodes,
-            "return/last_100": float(np.mean(self.recent)) if self.recent else float("nan"),
-            "return/last_20": float(np.mean(list(self.recent)[-20:])) if self.recent else float("nan"),
-            "policy/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "policy/skipped": record.skipped,
-        } | record.mean() | record.extras
+        return (
+            {
+                "iteration": self.iteration,
+                "steps": self.steps,
+                "episodes": self.episodes,
+                "return/last_100": float(np.mean(self.recent)) if self.recent else float("nan"),
+                "return/last_20": float(np.mean(list(self.recent)[-20:])) if self.recent else float("nan"),
+                "policy/learning_rate": self.optimizer.param_groups[0]["lr"],
+                "policy/skipped": record.skipped,
+            }
+            | record.mean()
+            | record.extras
+        )
 
     def train(
-        self, folder: Path | None = None, *, save_every: int = 0, report: Callable[[dict[str, float]], None] | None = None
+        self,
+        folder: Path | None = None,
+        *,
+        save_every: int = 0,
+        report: Callable[[dict[str, float]], None] = _silent,
     ) -> list[dict[str, float]]:
         """Iterate until the budget is spent.
 
@@ -160,8 +171,7 @@ class ControlTrainer:
             self.resume(folder)
         while self.iteration < self.config.iterations:
             history.append(self.step())
-            if report is not None:
-                report(history[-1])
+            report(history[-1])
             last = self.iteration == self.config.iterations
             if folder is not None and (last or (save_every and self.iteration % save_every == 0)):
                 self.save(folder)
@@ -206,8 +216,8 @@ class ControlTrainer:
             name: tuple(item.shape) for name, item in parameters.items()
         }:
             raise ValueError(
-                f"{path} holds a policy for {state['environment']}, this run is one for {self.config.environment.id} or "
-                "has other networks: its weights have no place here. Choose another folder."
+                f"{path} holds a policy for {state['environment']}, this run is one for {self.config.environment.id} "
+                "or has other networks: its weights have no place here. Choose another folder."
             )
         self.environments.load_state_dict(state["environments"])
         with torch.no_grad():
@@ -229,10 +239,9 @@ class ControlTrainer:
 
 def _policy(environments: Environments, config: ControlConfig) -> ControlPolicy:
     space = environments.action_space
-    if isinstance(space, gym.spaces.Discrete):
-        size, distribution = int(space.n), Categorical(int(space.n))
-    else:
-        size, distribution = int(space.shape[0]), Gaussian(int(space.shape[0]))
+    is_choice = isinstance(space, gym.spaces.Discrete)
+    size = int(space.n if is_choice else space.shape[0])
+    distribution = Categorical(size) if is_choice else Gaussian(size)
     return ControlPolicy(
         environments.observations.shape[1], distribution, size, hidden=config.hidden, orthogonal=config.orthogonal
     )

@@ -11,7 +11,7 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 def gaussian_logprobs(
     mean: Float[Tensor, "*shape actions"], log_std: Float[Tensor, " actions"], actions: Float[Tensor, "*shape actions"]
 ) -> Float[Tensor, "*shape"]:
-    """log π(a|s) = -Σ_j [½ ((a_j - μ_j) / σ_j)² + log σ_j + ½ log 2π], nats.
+    """Log π(a|s) = -Σ_j [½ ((a_j - μ_j) / σ_j)² + log σ_j + ½ log 2π], nats.
 
     Args:
         mean: μ(s), one entry a joint.

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from rlhf_ppo.batch import PolicyOutput
+from rlhf_ppo.field_types import check_fields
 from rlhf_ppo.functional.trust_region import Metric
 
 
@@ -47,8 +48,6 @@ class CurvedPolicy(Protocol):
     def values_of(self, states: Tensor) -> Tensor:
         """V at such states, rows behind each other."""
         ...
-
-from rlhf_ppo.field_types import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -252,4 +252,3 @@ class TrustRegionUpdate:
     def _sum(self, tensor: Tensor) -> Tensor:
         reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return reduced
-

@@ -124,15 +124,11 @@ def runs() -> list[Run]:
 def measure(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     found = _with_sb3(run) if run.library == "sb3" else _with_ours(run)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent)
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "rlhf_ppo"], capture_output=True, text=True, check=True,
-        cwd=RESULTS.parents[2],
-    )  # fmt: skip
     return {
         "name": run.name, "group": run.group, "library": run.library, "config": asdict(run.config),
-        "algorithm": type(run.config.algorithm).__name__, "commit": commit.stdout.strip(),
-        "uncommitted_changes": bool(changed.stdout.strip()), "versions": _versions(), "machine": platform.machine(),
+        "algorithm": type(run.config.algorithm).__name__, "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "rlhf_ppo")), "versions": _versions(),
+        "machine": platform.machine(),
         **found,
     }  # fmt: skip
 
@@ -227,8 +223,17 @@ def _their_episodes(model: Any, normalizer: Any, deterministic: bool) -> Episode
     return Episodes(returns=returns, lengths=lengths)
 
 
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).parents[2]
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=folder).stdout.strip()
+
+
 def _summary(episodes: Episodes) -> dict[str, Any]:
-    return {"mean": episodes.mean, "stderr": episodes.stderr, "returns": [round(value, 1) for value in episodes.returns]}
+    return {
+        "mean": episodes.mean,
+        "stderr": episodes.stderr,
+        "returns": [round(value, 1) for value in episodes.returns],
+    }
 
 
 def _versions() -> dict[str, str]:
