@@ -48,6 +48,7 @@ class PlainTrainer(PPOTrainer):
             "objective/kl": mean_kl, "objective/kl_coef": coefficient, "objective/logprobs": logprobs.numpy(),
             "objective/entropy": float(-(logprobs * mask).sum(dim=1).mean()),
             "ppo/mean_scores": float(responses.scores.mean()),
+            "tokens/responses_len_mean": float(mask.sum(dim=1).float().mean()),
             "ppo/mean_non_score_reward": float((penalty * mask).sum() / mask.sum()),
             "time/ppo/forward_pass": scored - start, "time/ppo/optimize_step": ended - credited,
             "time/ppo/total": ended - start,

@@ -54,7 +54,7 @@ def conditions(workload: Workload) -> dict[str, Any]:
     return {
         "workload": asdict(workload), "response_tokens": sum(workload.lengths()),
         "tokens": sum(workload.lengths()) + workload.rows * workload.prompt, "threads": torch.get_num_threads(),
-        "commit": _git("rev-parse", "HEAD"), "sources": _git("rev-parse", "HEAD:rlhf_ppo"), "machine": processor(),
+        "commit": revision("HEAD"), "sources": revision("HEAD:rlhf_ppo"), "machine": processor(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }  # fmt: skip
 
@@ -67,8 +67,10 @@ def processor() -> str:
     return f"{found.get('model name', platform.machine())} ({', '.join(extensions) or 'no AVX-512'})"
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+def revision(name: str) -> str:
+    """The hash of a commit, or of a folder in one."""
+    command = ["git", "rev-parse", name]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
 
 
 _FIXED = {"workload", "threads", "sources", "machine", "versions"}

@@ -52,7 +52,13 @@ class Side:
         """The classic configuration of this workload, everything else at its default."""
         workload = self.workload
         sizes = {"batch_size": workload.rows, "mini_batch_size": workload.minibatch, "ppo_epochs": workload.epochs}
-        return sizes | self.options
+        precision = {"accelerator_kwargs": {"mixed_precision": "bf16"}} if workload.dtype == "bfloat16" else {}
+        return sizes | precision | self.options
+
+    def autocast(self) -> torch.autocast:
+        """The precision of generation."""
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.workload.dtype == "bfloat16")
 
     def reset(self) -> None:
         """Weights, optimiser and shuffles as at the start."""
@@ -75,7 +81,7 @@ class Side:
     def save(self, path: str) -> None:
         """For the comparison: scalar statistics of the last step, log-probabilities, parameters after it."""
         scalars = {name: float(value) for name, value in self.stats.items() if getattr(value, "size", 1) == 1}
-        parameters = {name: value.detach().float().clone() for name, value in self.model.named_parameters()}
+        parameters = {name: value.detach().float().cpu() for name, value in self.model.named_parameters()}
         torch.save({"statistics": scalars, "logprobs": self.logprobs(), "parameters": parameters}, path)
 
     def logprobs(self) -> Tensor:
@@ -103,7 +109,8 @@ class Ours(Side):
         from rlhf_ppo.rollout.sampling import SamplingConfig
 
         config = SamplingConfig(max_new_tokens=self.workload.cap)
-        DecodeLoop()(self.model, self.prompts, config, limits=self.workload.lengths())
+        with self.autocast():
+            DecodeLoop()(self.model, self.prompts, config, limits=self.workload.lengths())
 
     def reshuffle(self) -> None:
         update = self.trainer.algorithm.update
@@ -121,7 +128,7 @@ class Ours(Side):
         """The bare matrix products of the update."""
         from tests.benchmarks.floor import update_floor
 
-        return {"floor": update_floor(self.model.pretrained_model, self.workload)}
+        return update_floor(self.model.pretrained_model, self.workload)
 
 
 class Plain(Ours):
@@ -135,8 +142,9 @@ class Plain(Ours):
         self.trainer = PlainTrainer(plain_config(**self.settings()), self.model, None, self.task.tokenizer())
 
     def generate(self, rows_per_call: int | None = None) -> None:
-        ids = torch.stack(self.prompts)
-        self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **generation_settings(self.workload))
+        ids = torch.stack(self.prompts).to(self.trainer.current_device)
+        with self.autocast():
+            self.model.generate(ids, attention_mask=torch.ones_like(ids), **generation_settings(self.workload))
 
     def first_action(self) -> int:
         return Side.first_action(self)
@@ -154,7 +162,8 @@ class Classic(Side):
     def generate(self, rows_per_call: int | None = None) -> None:
         size = {} if rows_per_call is None else {"batch_size": rows_per_call}
         settings = generation_settings(self.workload) | size
-        self.trainer.generate(self.prompts, return_prompt=False, remove_padding=False, **settings)
+        with self.autocast():
+            self.trainer.generate(self.prompts, return_prompt=False, remove_padding=False, **settings)
 
     def reshuffle(self) -> None:
         import numpy as np
@@ -192,8 +201,14 @@ def generation_settings(workload: Workload, *, do_sample: bool = True) -> dict[s
 def cost(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
     """CPU and wall seconds of a call, the highest resident memory in it, MiB, and what it answered."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
     answer = function(*arguments) or {}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        answer["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
     return spent | {"peak_mib": memory("VmHWM")} | answer
 

@@ -27,41 +27,39 @@ def iterations(found: dict[str, Any]) -> str:
     for name, entry in found.items():
         for phase, cost in PHASES.items():
             of = {side: [cost(costs[side]) for costs in entry["rounds"] if side in costs] for side in SIDES}
-            cells = [_number(statistics.median(values)) if values else "" for values in of.values()]
+            cells = [_median(values) if values else "" for values in of.values()]
             ratios = [_ratio(of[side], of["ours"]) for side in ("classic", "plain")]
             rows.append([name, phase, *cells, *ratios])
     return _table(head, rows)
 
 
 def floors(found: dict[str, Any]) -> str:
-    """The update beside its bare matrix products, work counters, and how equal the results were."""
-    head = [
-        "workload",
-        "update, CPU s",
-        "bare products, CPU s",
-        "update / products",
-        "trunk / real tokens",
-        "head rows / response tokens",
-    ]
-    head += ["statistics differ by", "log-probabilities", "parameter change", "rounds"]
+    """The update beside its bare matrix products, and counted work."""
+    head = ["workload", "update, CPU s", "bare products, CPU s", "update / products", "by torch's own, CPU s"]
+    head += ["update / torch's own", "trunk / real tokens", "head rows / response tokens"]
     rows = []
     for name, entry in found.items():
         updates = [costs["ours"]["step"]["update"] for costs in entry["rounds"]]
-        bounds = [costs["ours"]["floor"]["floor"] for costs in entry["rounds"]]
+        bounds = {way: [costs["ours"]["floor"][way] for costs in entry["rounds"]] for way in ("fastest", "torch")}
         work = entry["rounds"][-1]["ours"]["work"]
         passes = work["work/real_tokens"] / entry["tokens"]
-        gaps = {
-            what: max(gap[what] for costs in entry["rounds"] for gap in costs["equal"].values())
-            for what in ("statistics", "logprobs", "change")
-        }
-        rows.append(
-            [
-                name, _number(statistics.median(updates)), _number(statistics.median(bounds)), _ratio(updates, bounds),
-                f"{work['work/trunk_tokens'] / work['work/real_tokens']:.3f}",
-                f"{work['work/head_rows'] / passes / entry['response_tokens']:.3f}",
-                *(f"{gap:.0e}" for gap in gaps.values()), str(len(entry["rounds"])),
-            ]
-        )  # fmt: skip
+        cells = [cell for bound in bounds.values() for cell in (_median(bound), _ratio(updates, bound))]
+        padding = work["work/trunk_tokens"] / work["work/real_tokens"]
+        heads = work["work/head_rows"] / passes / entry["response_tokens"]
+        rows.append([name, _median(updates), *cells, f"{padding:.3f}", f"{heads:.3f}"])
+    return _table(head, rows)
+
+
+def equality(found: dict[str, Any]) -> str:
+    """How far apart the sides' results were, at worst over rounds."""
+    head = ["workload", "compared with", "statistics", "log-probabilities, nats", "parameter change", "rounds"]
+    rows = []
+    for name, entry in found.items():
+        for side in ("classic", "plain"):
+            gaps = [costs["equal"][side] for costs in entry["rounds"] if side in costs["equal"]]
+            if gaps:
+                worst = [max(gap[what] for gap in gaps) for what in ("statistics", "logprobs", "change")]
+                rows.append([name, SIDES[side], *(f"{gap:.0e}" for gap in worst), str(len(gaps))])
     return _table(head, rows)
 
 
@@ -80,6 +78,45 @@ def conditions(found: dict[str, Any]) -> str:
             f"{entry['threads']}; {versions}."
         )
     return "\n".join(lines)
+
+
+def generation(found: dict[str, Any]) -> str:
+    """The decode loop against `model.generate`, one batch each."""
+    head = ["model, lengths", "`generate`, CPU s", "`DecodeLoop`, CPU s", "ratio", "rounds"]
+    rows = []
+    for name, entry in found.items():
+        loop, generate = ([costs[way] for costs in entry["rounds"]] for way in ("by_loop", "by_generate"))
+        rows.append([name, _median(generate), _median(loop), _ratio(generate, loop), str(len(loop))])
+    return _table(head, rows)
+
+
+def scaling(found: dict[str, Any]) -> str:
+    """Cost per unit of work at each size, and relative to the smallest."""
+    head = ["", "size", "CPU per unit", "of the smallest", "memory beyond weights, gradients, moments, MiB"]
+    units = {"rows": "microseconds_per_token", "vocabulary": "update_ns_per_head_mflop"}
+    words = {"rows": "responses; µs a real token", "vocabulary": "vocabulary; ns an LM-head MFLOP"}
+    rows = []
+    for name, entry in found.items():
+        per_size = {size: [costs[size] for costs in entry["rounds"]] for size in entry["rounds"][0]}
+        first = [costs[units[name]] for costs in next(iter(per_size.values()))]
+        for size, costs in per_size.items():
+            unit = [cost[units[name]] for cost in costs]
+            memory = _median([cost["peak_mib"] for cost in costs])
+            rows.append([words[name], f"{int(size):,}", _median(unit), _ratio(unit, first), memory])
+    return _table(head, rows)
+
+
+def learning(found: dict[str, Any]) -> str:
+    """Held-out score and KL of each seed on either path."""
+    head = ["seed", "score, fast", "score, plain", "KL, fast", "KL, plain"]
+    fast, plain = (found["runs"][path] for path in ("fast", "plain"))
+    rows = [[seed, *(f"{path[seed][what]:.2f}" for what in ("score", "kl") for path in (fast, plain))] for seed in fast]
+    means = [f"{found['verdict'][what][path]:.2f}" for what in ("score", "kl") for path in ("fast", "plain")]
+    gaps = "; ".join(
+        f"{what}: means {gap['distance']:.2f} apart, standard deviation over seeds {gap['spread']:.2f}"
+        for what, gap in found["verdict"].items()
+    )
+    return f"{_table(head, [*rows, ['mean', *means]])}\n\n{gaps}. Commit {found['commit'][:12]}."
 
 
 def written(page: str, results: Path) -> str:
@@ -105,7 +142,8 @@ def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def _number(value: float) -> str:
+def _median(values: Sequence[float]) -> str:
+    value = statistics.median(values)
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MEAN, SPREAD = 42.0, 0.8  # tokens; standard deviation of the logarithm
+SPREAD = 0.8  # standard deviation of the logarithm of log-normal lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,13 @@ class Workload:
     cap: int = 128
     """Longest response."""
     lengths_are: str = "log-normal"
-    """"log-normal" of mean 42, cut at `cap`; "even", from a sixth of `cap` to `cap`; "full": all `cap`."""
+    """"log-normal" of about `mean`, cut at `cap`; "even", from a sixth of `cap` to `cap`; "full": all `cap`."""
+    mean: float = 42.0
     minibatch: int = 8
     """Rows of one optimiser step."""
     epochs: int = 4
     dtype: str = "float32"
+    """Of the products; "bfloat16" keeps weights in float32 and runs under autocast."""
     model_type: str = "llama"
 
     def lengths(self) -> list[int]:
@@ -48,27 +50,32 @@ class Workload:
         elif self.lengths_are == "even":
             lengths = torch.linspace(self.cap // 6, self.cap, self.rows).round().long()
         else:
-            log_normal = torch.distributions.LogNormal(math.log(MEAN) - SPREAD**2 / 2, SPREAD)
+            log_normal = torch.distributions.LogNormal(math.log(self.mean) - SPREAD**2 / 2, SPREAD)
             lengths = log_normal.icdf(quantiles).round().clamp(1, self.cap).long()
         found: list[int] = lengths[torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))].tolist()
         return found
+
+    def model_config(self) -> dict[str, Any]:
+        """Of a Llama of this shape."""
+        return {
+            "vocab_size": self.vocab, "num_hidden_layers": self.layers, "hidden_size": self.width,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.heads, "intermediate_size": self.inner,
+            "max_position_embeddings": max(1024, self.prompt + self.cap), "tie_word_embeddings": True,
+            "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+        }  # fmt: skip
 
     def model(self) -> Any:
         """The random model, in float32: llama, or gpt2 (whose feed-forward layers are 4 times as wide)."""
         from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-        length = max(1024, self.prompt + self.cap)
-        if self.model_type == "gpt2":
-            sizes = {"n_layer": self.layers, "n_head": self.heads, "n_embd": self.width, "n_positions": length}
-            return GPT2LMHeadModel(GPT2Config(vocab_size=self.vocab, **sizes, **special)).eval()
-        config = LlamaConfig(
-            vocab_size=self.vocab, num_hidden_layers=self.layers, hidden_size=self.width,
-            num_attention_heads=self.heads, num_key_value_heads=self.heads, intermediate_size=self.inner,
-            max_position_embeddings=length, tie_word_embeddings=True, **special,
+        if self.model_type == "llama":
+            return LlamaForCausalLM(LlamaConfig(**self.model_config())).eval()
+        config = GPT2Config(
+            vocab_size=self.vocab, n_layer=self.layers, n_head=self.heads, n_embd=self.width,
+            n_positions=max(1024, self.prompt + self.cap), bos_token_id=None, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-        return LlamaForCausalLM(config).eval()
+        return GPT2LMHeadModel(config).eval()
 
     def prompts(self) -> list[Tensor]:
         """Random prompts, [prompt] each."""
@@ -85,6 +92,38 @@ WORKLOADS = {
     "cpu-skew": SKEW,
     "cpu-full": replace(SKEW, name="cpu-full", lengths_are="full"),
     "cpu-vocab": replace(SKEW, name="cpu-vocab", vocab=128_000, layers=4, width=256, heads=4, inner=688),
+    # In form what DeepSpeed-Chat and OpenRLHF published: OPT-1.3B's size, 1024 samples of 256 + 256 tokens, one epoch.
+    "gpu-dschat": replace(
+        SKEW,
+        name="gpu-dschat",
+        vocab=50_272,
+        layers=24,
+        width=2048,
+        heads=32,
+        inner=5632,
+        rows=1024,
+        prompt=256,
+        cap=256,
+        lengths_are="full",
+        minibatch=64,
+        epochs=1,
+        dtype="bfloat16",
+    ),
+    "gpu-skew": replace(
+        SKEW,
+        name="gpu-skew",
+        vocab=151_936,
+        layers=24,
+        width=896,
+        heads=14,
+        inner=4864,
+        rows=256,
+        prompt=512,
+        cap=1024,
+        mean=300.0,
+        minibatch=32,
+        dtype="bfloat16",
+    ),
     "tiny": replace(SKEW, name="tiny", vocab=300, layers=1, width=16, heads=2, inner=32, epochs=2),
 }
 """`tiny` has the lengths of cpu-skew, for tests."""
