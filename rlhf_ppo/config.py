@@ -136,6 +136,15 @@ class PPOConfig:
     fused_adam: bool = True
     """Use torch's fused Adam for the default optimiser: the same numbers to rounding, several times cheaper."""
 
+    packing: bool = True
+    """On CPUs: run rows of unequal length through the model side by side instead of padded, where it computes alike."""
+    fused_head: bool = True
+    """Take the LM head's gradients chunk by chunk in the forward pass, where the logits are at hand."""
+    bf16: bool = False
+    """On CPUs with AVX-512-BF16 or AMX: products of linear layers in bfloat16; weights and all else in float32."""
+    fast_products: bool = True
+    """On CPUs: compute float32 products with oneDNN where it is faster than torch's own, equal to rounding."""
+
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs"):
             value = getattr(self, name)

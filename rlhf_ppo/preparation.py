@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
@@ -10,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
+from rlhf_ppo.models.fast_layers import use_fast_layers
 from rlhf_ppo.models.scoring import TokenPolicy, switch_off_dropout
 
 
@@ -35,7 +37,12 @@ def prepare(
     lr_scheduler: LRScheduler | None,
 ) -> Prepared:
     """Move everything to its device and wrap it for the processes."""
-    scoring: dict[str, Any] = {"temperature": config.temperature, "chunk_size": config.logits_chunk_size}
+    scoring: dict[str, Any] = {
+        "temperature": config.temperature,
+        "chunk_size": config.logits_chunk_size,
+        "fused_head": config.fused_head,
+        "packing": config.packing and accelerator.device.type == "cpu",  # one attention call a length: many launches
+    }
     token_policy = TokenPolicy(model, **scoring)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -46,6 +53,10 @@ def prepare(
         # Sizes that the engine checks against each other and otherwise only reports.
         sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes}
         engine.deepspeed_config.update(sizes)
+    elif (config.fast_products or config.bf16) and accelerator.device.type == "cpu":  # engines have layers of their own
+        for scored in (model, ref_model):
+            if scored is not None:
+                use_fast_layers(scored, product_dtype=torch.bfloat16 if config.bf16 else None)
     policy, optimizer = accelerator.prepare(token_policy, optimizer)
     scheduler = None if lr_scheduler is None else accelerator.prepare_scheduler(lr_scheduler)
     reference: nn.Module | None = None

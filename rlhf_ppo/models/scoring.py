@@ -10,15 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, pad_rows
-from rlhf_ppo.functional import categorical_metric, chunked_categorical_kl, chunked_token_statistics
+from rlhf_ppo.functional import TokenStatistics, categorical_metric, chunked_categorical_kl, chunked_token_statistics
+from rlhf_ppo.functional.fused_head import MOST_BYTES, Slopes, fused_token_statistics
 from rlhf_ppo.functional.trust_region import Metric
+from rlhf_ppo.models.fast_layers import is_plain_head
+from rlhf_ppo.models.packing import Hidden, can_be_packed, packed_hidden, padded_hidden
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 
 Head = Callable[[Tensor], Tensor]
@@ -31,27 +34,40 @@ class TokenPolicy(nn.Module):
         model: A value-head wrapper, or a plain language model (values are then zero). Causal, or an encoder-decoder:
             its encoder reads the prompt, its decoder the response after a start token.
         temperature: What logits are divided by before the softmax, in rollout and update alike (Ziegler et al. 2019).
-        chunk_size: Response tokens whose [chunk, vocabulary] logits may live at once.
+        chunk_size: Response tokens whose [chunk, vocabulary] logits may live at once, at most.
+        packing: Run rows of unequal length side by side instead of padded, where the model computes the same.
+        fused_head: Let `forward` take the LM head's gradients while the logits are at hand, given `slopes`.
     """
 
     def __init__(
-        self, model: PreTrainedModelWrapper | PreTrainedModel, *, temperature: float = 1.0, chunk_size: int = 1024
+        self,
+        model: PreTrainedModelWrapper | PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        chunk_size: int = 1024,
+        packing: bool = False,
+        fused_head: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.chunk_size = chunk_size
+        self.fused_head = fused_head
+        self._packs: bool | None = None if packing else False
+        """Whether rows go side by side; None: not tried yet."""
         self.checkpointing = False
         """Gradient checkpointing, which the layers only do in training mode; all dropout must then be 0."""
         self.work: Counter[str] = Counter()
         """Deterministic work counters, summed until the owner clears them."""
 
-    def forward(self, inputs: TokenInputs, *, with_entropy: bool = False) -> PolicyOutput:
+    def forward(self, inputs: TokenInputs, *, with_entropy: bool = False, slopes: Slopes | None = None) -> PolicyOutput:
         """Score every response token of `inputs` in one pass over the shared trunk.
 
         Args:
             inputs: B prompts with their responses, on the device of the model.
             with_entropy: Also the exact full-vocabulary entropy; it costs one more pass over each chunk of logits.
+            slopes: What the loss will send back for each token, if known: the LM head's gradients are then taken while
+                its logits are at hand, where the head allows it.
 
         Returns:
             Log-probabilities and entropy [B, T], values [B, T+1], zero beyond each row's end.
@@ -60,10 +76,7 @@ class TokenPolicy(nn.Module):
         self.model.train(self.checkpointing and torch.is_grad_enabled())
         acting, states = self._rows(inputs)
         tokens = torch.cat(list(inputs.responses))
-        statistics = chunked_token_statistics(
-            self._head(), acting, tokens, temperature=self.temperature, chunk_size=self.chunk_size,
-            with_entropy=with_entropy,
-        )  # fmt: skip
+        statistics = self._statistics(acting, tokens, with_entropy, slopes if torch.is_grad_enabled() else None)
         self.work["head_rows"] += len(tokens)
         lengths = inputs.response_lengths().tolist()
         values = self._values(states)
@@ -73,6 +86,18 @@ class TokenPolicy(nn.Module):
             values=pad_rows(values.split([length + 1 for length in lengths])),
             entropy=None if entropy is None else pad_rows(entropy.split(lengths)),
         )
+
+    def _statistics(self, acting: Tensor, tokens: Tensor, with_entropy: bool, slopes: Slopes | None) -> TokenStatistics:
+        head = self._head()
+        settings: dict[str, Any] = {"temperature": self.temperature, "with_entropy": with_entropy}
+        if self.fused_head and slopes is not None and isinstance(head, nn.Linear) and is_plain_head(head):
+            settings["product_dtype"] = getattr(head, "product_dtype", None)
+            return fused_token_statistics(
+                acting, head.weight, head.bias, tokens, slopes=slopes, chunk_size=self.chunk_size, **settings
+            )
+        vocab = getattr(head, "weight", tokens).shape[0]
+        rows = max(16, min(self.chunk_size, MOST_BYTES // (4 * max(vocab, 1))))
+        return chunked_token_statistics(head, acting, tokens, chunk_size=rows, **settings)
 
     def kl_to(self, reference: "TokenPolicy", inputs: TokenInputs) -> Float[Tensor, "batch time"]:
         """Exact KL(π || reference) over the full vocabulary at each response token, nats, [B, T]."""
@@ -89,6 +114,11 @@ class TokenPolicy(nn.Module):
         Raises:
             ValueError: Attention runs in a kernel without second derivative.
         """
+        if any(getattr(module, "product_dtype", None) is not None for module in self.model.modules()):
+            raise ValueError(
+                "expected float32 products, got bfloat16 ones: their second derivative, which Fisher products need, "
+                "would be noise. Set bf16=False, or use PPOClip."
+            )
         kernel = getattr(self._language_model().config, "_attn_implementation", None)
         if kernel not in (None, "eager", "sdpa"):
             raise ValueError(
@@ -195,19 +225,25 @@ class TokenPolicy(nn.Module):
             decoder_input_ids=decoded, use_cache=False, output_hidden_states=True,
         )  # fmt: skip
         shown = TokenInputs(prompts=starts, responses=inputs.responses)
-        return _gather(output.logits, shown, extra=0), _gather(output.decoder_hidden_states[-1], shown, extra=1)
+        first = [decoded.shape[1] * row for row in range(len(starts))]
 
-    def _hidden(self, inputs: TokenInputs) -> Float[Tensor, "batch length hidden"]:
+        def flat(features: Tensor) -> Hidden:
+            return Hidden(features.flatten(0, 1), first, decoded.numel())
+
+        states = flat(output.decoder_hidden_states[-1])
+        return _gather(flat(output.logits), shown, extra=0), _gather(states, shown, extra=1)
+
+    def _hidden(self, inputs: TokenInputs) -> Hidden:
         rows = [torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)]
-        input_ids = pad_rows(rows)
-        self.work["trunk_tokens"] += input_ids.numel()
+        trunk = self._language_model().base_model
+        ragged = len({len(row) for row in rows}) > 1
+        if ragged and self._packs is None:
+            self._packs = can_be_packed(trunk, rows)
+        # A checkpointed layer runs again in the backward pass, where the attention function is the model's own.
+        packed = ragged and self._packs and not self.model.training
+        hidden = packed_hidden(trunk, rows) if packed else padded_hidden(trunk, rows)
+        self.work["trunk_tokens"] += hidden.positions
         self.work["real_tokens"] += sum(len(row) for row in rows)
-        # Padding stands on the right, where a causal model cannot see it. A mask of ones keeps the fast causal kernels,
-        # and without any, some models warn of padding.
-        output = self._language_model().base_model(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
-        )
-        hidden: Tensor = output.last_hidden_state
         return hidden
 
     def _values(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, " rows"]:
@@ -243,16 +279,10 @@ def switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _gather(
-    hidden: Float[Tensor, "batch length hidden"], inputs: TokenInputs, *, extra: int
-) -> Float[Tensor, "rows hidden"]:
+def _gather(hidden: Hidden, inputs: TokenInputs, *, extra: int) -> Float[Tensor, "rows hidden"]:
     """Hidden states at which the response tokens were drawn: positions P_i - 1 ... P_i + T_i - 2 (+ `extra`)."""
-    return hidden.flatten(0, 1).index_select(0, _positions(inputs, hidden.shape[1], extra).to(hidden.device))
-
-
-def _positions(inputs: TokenInputs, length: int, extra: int) -> Int[Tensor, " rows"]:
-    spans = []
-    for row, (prompt, response) in enumerate(zip(inputs.prompts, inputs.responses, strict=True)):
-        first = row * length + len(prompt) - 1
-        spans.append(torch.arange(first, first + len(response) + extra))
-    return torch.cat(spans)
+    spans = [
+        torch.arange(start + len(prompt) - 1, start + len(prompt) + len(response) - 1 + extra)
+        for start, prompt, response in zip(hidden.starts, inputs.prompts, inputs.responses, strict=True)
+    ]
+    return hidden.states.index_select(0, torch.cat(spans).to(hidden.states.device))

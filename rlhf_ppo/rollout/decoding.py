@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessorList
 
+from rlhf_ppo.models.fast_layers import fast_layers
 from rlhf_ppo.rollout.decode_rules import DecodeRules
 from rlhf_ppo.rollout.decode_support import check_positions, contiguous_head, keeps_logits, why_unsupported
 from rlhf_ppo.rollout.draw import best_tokens, draw_tokens
@@ -49,6 +51,8 @@ class DecodeLoop:
     """Bytes of keys and values alive at once, at most; one row is decoded even when it takes more."""
     compact: bool = True
     """Whether finished rows leave the batch; False is the plain loop to compare with."""
+    fast_products: bool = True
+    """Whether float32 products on a CPU may be oneDNN's, where those are faster."""
     fallback: Sampler | None = None
     """Sampler for models that the loop does not fit; None: `TransformersGenerate`."""
     on_progress: Callable[[int, int], None] | None = None
@@ -93,7 +97,7 @@ class DecodeLoop:
         rules = DecodeRules.build(config, self.tokenizer, causal_lm.device)
         results = _Results.empty(len(prompts), config, generator, causal_lm.device, limits)
         finished = 0
-        with EvalMode(causal_lm), torch.no_grad():
+        with EvalMode(causal_lm), torch.no_grad(), fast_layers(causal_lm) if self.fast_products else nullcontext():
             for batch in self._cut(lengths, config, causal_lm):
                 decode = _Decode(causal_lm, config, rules, results, compact=self.compact)
                 decode.run([prompts[row // config.num_return_sequences] for row in batch], batch)

@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_ppo.batch import TrainBatch
+from rlhf_ppo.functional.fused_head import Slopes
+from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates.objective import Gradients, Objective, Terms, UpdateRecord, batch_statistics
 from rlhf_ppo.updates.shares import everyones, own_pieces
 from rlhf_ppo.updates.shuffle import Shuffle
-from rlhf_ppo.updates.steps import steps_of
+from rlhf_ppo.updates.slopes import slopes_of
+from rlhf_ppo.updates.steps import PlainSteps, steps_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,8 @@ class MinibatchUpdate:
     def _backward(self, objective: Objective, piece: TrainBatch, count: Tensor, *, last: bool) -> Terms:
         processes = self.accelerator.num_processes
         with self.steps.piece(last=last):
-            output = self.policy(piece.inputs, with_entropy=self.with_entropy)
+            foreseen = self._foreseen(objective, piece, count)
+            output = self.policy(piece.inputs, with_entropy=self.with_entropy, **foreseen)
             terms = objective(output, piece, count)
             # Gradients are averaged over processes; shares of a global count must be summed, hence the factor.
             loss = terms.loss * processes
@@ -144,6 +148,13 @@ class MinibatchUpdate:
                 loss = loss + 0.0 * output.values.sum()
             self.steps.backward(loss)
         return terms
+
+    def _foreseen(self, objective: Objective, piece: TrainBatch, count: Tensor) -> dict[str, Slopes]:
+        """What lets a language model's head take its gradients in the forward pass, where its weight is whole."""
+        whole = isinstance(self.steps, PlainSteps) and self.accelerator.distributed_type != DistributedType.FSDP
+        if whole and isinstance(self.accelerator.unwrap_model(self.policy), TokenPolicy):
+            return {"slopes": slopes_of(objective, piece, count)}
+        return {}
 
     def _accept(self, metrics: dict[str, float]) -> bool:
         broken = not math.isfinite(metrics["loss/total"])

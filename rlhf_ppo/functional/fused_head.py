@@ -1,0 +1,198 @@
+"""Log-probabilities and entropy of chosen tokens together with their gradient, in one pass over the logits.
+
+The plain way multiplies by the LM head four times in training: logits in the forward pass, the same logits again in
+the backward pass, and one product for each of the two gradients. A loss that is a sum over tokens has a slope at each
+token that is known as soon as that token's log-probability is, so the gradients can be taken while the logits are at
+hand: three products, and no chunk of logits outlives its turn.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlhf_ppo.functional.logprobs import TokenStatistics
+from rlhf_ppo.functional.masked import at_least_float32
+from rlhf_ppo.functional.products import product
+
+Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
+"""(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
+
+MOST_BYTES = 2**27
+"""Of one chunk of float32 logits, whatever the vocabulary."""
+BLOCK = 8192
+"""Rows of the head's gradient that are added at once, so that no second gradient of its size comes to life."""
+AGREEMENT = 1e-4
+"""How far the gradient that arrives may differ from the foreseen one, relative to its largest entry."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    temperature: float
+    chunk_size: int
+    with_entropy: bool
+    slopes: Slopes
+    trains_hidden: bool
+    trains_weight: bool
+    trains_bias: bool
+    dtype: torch.dtype | None
+
+
+def fused_token_statistics(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    bias: Float[Tensor, " vocab"] | None,
+    tokens: Int[Tensor, " tokens"],
+    *,
+    slopes: Slopes,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+    with_entropy: bool = True,
+    product_dtype: torch.dtype | None = None,
+) -> TokenStatistics:
+    """`chunked_token_statistics` of a linear head, whose backward pass multiplies nothing.
+
+    `slopes` foresees the gradient that will come back for each token. Where the one that comes is another (the loss is
+    no sum over tokens after all), everything is computed again from it: slower, never wrong. A common factor on all
+    slopes (loss scaling, the number of processes) is applied and costs nothing.
+
+    Args:
+        hidden: States at the positions before the tokens.
+        weight: Of the LM head, `logits = hidden weight^T + bias`.
+        bias: Of the LM head.
+        tokens: The tokens drawn there.
+        slopes: The loss's derivatives at each token, given the token's log-probability and entropy.
+        temperature: What the logits are divided by.
+        chunk_size: Tokens at a time, at most; fewer where their logits would take more than 128 MiB.
+        with_entropy: Also the entropy, which costs one more pass over each chunk.
+        product_dtype: Of the three products; None: that of the states.
+    """
+    rows = max(16, min(chunk_size, MOST_BYTES // (4 * len(weight))))
+    trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    settings = _Settings(temperature, rows, with_entropy, slopes, *trained, product_dtype)
+    logprobs, entropy = _Fused.apply(hidden, weight, bias, tokens, settings)  # type: ignore[no-untyped-call]
+    return TokenStatistics(logprobs=logprobs, entropy=entropy if with_entropy else None)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, settings: _Settings
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = _Pass(hidden, weight, bias, tokens, settings)
+            found.run(settings.slopes)
+        ctx.settings, ctx.found = settings, found
+        ctx.save_for_backward(hidden, weight, bias, tokens)
+        return found.logprobs, found.entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.found is None:
+            raise RuntimeError(
+                "expected one backward pass through the fused LM head, got a second: its gradients are handed over, "
+                "not kept. Sum the losses first, or score without `slopes`."
+            )
+        found, ctx.found = ctx.found, None
+        factor = _common_factor((of_logprobs, of_entropy), (found.of_logprobs, found.of_entropy))
+        if factor is None:
+            hidden, weight, bias, tokens = ctx.saved_tensors
+            with torch.autocast(hidden.device.type, enabled=False):
+                found = _Pass(hidden, weight, bias, tokens, ctx.settings)
+                found.run(lambda _, __, rows: (of_logprobs[rows], of_entropy[rows]))
+            factor = 1.0
+        gradients: tuple[Tensor | None, ...] = (found.of_hidden, found.of_weight, found.of_bias)
+        if factor != 1.0:
+            gradients = tuple(None if gradient is None else gradient.mul_(factor) for gradient in gradients)
+        return (*gradients, None, None)
+
+
+def _common_factor(came: tuple[Tensor, ...], foreseen: tuple[Tensor, ...]) -> float | None:
+    """S with came = s foreseen, or None where there is no such number."""
+    got, expected = torch.cat(came).double(), torch.cat(foreseen).double()
+    square = expected.dot(expected)
+    factor = torch.where(square > 0, got.dot(expected) / square, torch.zeros_like(square))
+    off = (got - factor * expected).abs().amax() if len(got) else square
+    size = got.abs().amax() if len(got) else square
+    value, difference, largest = torch.stack([factor, off, size]).tolist()
+    if not difference <= AGREEMENT * largest:
+        return None
+    return 1.0 if abs(value - 1.0) < 1e-6 else float(value)
+
+
+class _Pass:
+    """One walk over the chunks; what it finds lies in its attributes."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, settings: _Settings
+    ) -> None:
+        self.tokens, self.settings = tokens, settings
+        self.inputs = hidden.to(settings.dtype or hidden.dtype)
+        self.head = weight.to(self.inputs.dtype)
+        self.offset = None if bias is None else bias.to(self.inputs.dtype)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        zeros = torch.zeros(len(tokens), dtype=dtype, device=hidden.device)
+        self.logprobs, self.entropy = zeros, zeros.clone()
+        self.of_logprobs, self.of_entropy = zeros.clone(), zeros.clone()
+        self.of_hidden = torch.zeros_like(hidden) if settings.trains_hidden else None
+        self.of_weight: Tensor | None = None
+        self.of_bias = torch.zeros_like(bias) if bias is not None and settings.trains_bias else None
+        self.weight_dtype = weight.dtype
+
+    def run(self, slopes: Slopes) -> None:
+        for start in range(0, len(self.tokens), self.settings.chunk_size):
+            self._chunk(slice(start, start + self.settings.chunk_size), slopes)
+        if self.settings.trains_weight and self.of_weight is None:  # no tokens
+            self.of_weight = torch.zeros_like(self.head, dtype=self.weight_dtype)
+
+    def _chunk(self, rows: slice, slopes: Slopes) -> None:
+        settings = self.settings
+        logits = at_least_float32(product(self.inputs[rows], self.head.t(), self.offset))
+        if settings.temperature != 1.0:
+            logits = logits.div_(settings.temperature)
+        logits.sub_(logits.amax(dim=-1, keepdim=True))
+        chosen = logits.gather(-1, self.tokens[rows, None])
+        probabilities = torch.softmax(logits, dim=-1)
+        # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.
+        log_sum = -probabilities.amax(dim=-1, keepdim=True).log()
+        self.logprobs[rows] = (chosen - log_sum).squeeze(-1)
+        if settings.with_entropy:
+            # 0 x -inf is nan: an impossible token adds nothing.
+            mean = torch.bmm(probabilities[:, None], logits.clamp_(min=-1e4)[:, :, None]).view(-1, 1)
+            self.entropy[rows] = (log_sum - mean).squeeze(-1)
+        of_logprobs, of_entropy = slopes(
+            self.logprobs[rows], self.entropy[rows] if settings.with_entropy else None, rows
+        )
+        self.of_logprobs[rows] = of_logprobs
+        scale = of_logprobs[:, None]
+        if of_entropy is not None and bool((of_entropy != 0).any()):
+            # ∂H/∂z_j = -p_j (log p_j + H)
+            self.of_entropy[rows] = of_entropy
+            logits.add_(self.entropy[rows, None] - log_sum).mul_(of_entropy[:, None]).add_(scale)
+            of_logits = probabilities.mul_(logits.neg_())
+        else:
+            of_logits = probabilities.mul_(-scale)
+        of_logits.scatter_add_(-1, self.tokens[rows, None], scale.to(of_logits.dtype))
+        if settings.temperature != 1.0:
+            of_logits.div_(settings.temperature)
+        self._take(rows, of_logits)
+
+    def _take(self, rows: slice, of_logits: Tensor) -> None:
+        if self.of_bias is not None:
+            self.of_bias += of_logits.sum(dim=0).to(self.of_bias.dtype)
+        of_logits = of_logits.to(self.inputs.dtype)
+        if self.of_hidden is not None:
+            self.of_hidden[rows] = product(of_logits, self.head).to(self.of_hidden.dtype)
+        if not self.settings.trains_weight:
+            return
+        inputs = self.inputs[rows]
+        if self.of_weight is None:
+            self.of_weight = product(of_logits.t(), inputs).to(self.weight_dtype)
+            return
+        for start in range(0, len(self.head), BLOCK):
+            block = slice(start, start + BLOCK)
+            self.of_weight[block] += product(of_logits[:, block].t(), inputs).to(self.weight_dtype)

@@ -1,0 +1,177 @@
+"""Matrix products in float32 on a CPU, by oneDNN where it beats the library that torch was built with.
+
+torch hands float32 products on CPUs to MKL, whose AVX-512 kernels stay off on processors of other makers; oneDNN, which
+torch carries for convolutions and bfloat16, has no such rule. Which one is faster is measured, once a process.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+LEAST_GAIN = 1.25
+"""oneDNN is used where it takes at most 1/1.25 of the time: below, a run could differ from the next by noise alone."""
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether float32 products run on oneDNN here: it must be there, agree with torch, and win clearly.
+
+    The result is logged, kept for the process, and costs some milliseconds.
+    """
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        logger.info("float32 products: torch's own, since this build carries no oneDNN linear kernel")
+        return False
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 512, generator=generator), torch.randn(512, 768, generator=generator))
+    try:
+        error = float((_by_onednn(a, b) - a @ b).abs().max() / (a @ b).abs().max())
+        ours, theirs = _seconds(lambda: _by_onednn(a, b)), _seconds(lambda: a @ b)
+    except RuntimeError as refusal:
+        logger.warning("float32 products: torch's own, since oneDNN refused one: %s", refusal)
+        return False
+    chosen = error < 1e-5 and theirs / ours > LEAST_GAIN
+    logger.info(
+        "float32 products: %s (oneDNN takes 1/%.2f of the time of torch's own, relative difference %.1e)",
+        "oneDNN" if chosen else "torch's own", theirs / ours, error,
+    )  # fmt: skip
+    return chosen
+
+
+@cache
+def bfloat16_is_faster() -> bool:
+    """Whether bfloat16 products beat float32 ones here: on CPUs with AVX-512-BF16 or AMX they do, elsewhere not."""
+    a, b = torch.randn(256, 512), torch.randn(512, 768)
+    low = a.bfloat16(), b.bfloat16()
+    ours, theirs = _seconds(lambda: low[0] @ low[1]), _seconds(lambda: product(a, b))
+    logger.info("bfloat16 products take 1/%.2f of the time of float32 ones", theirs / ours)
+    return theirs / ours > LEAST_GAIN
+
+
+def fits_onednn(*tensors: Tensor | None) -> bool:
+    """Whether a product of these may go to oneDNN: plain float32 on the CPU, not traced and not under autocast."""
+    return (
+        all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0) for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], bias: Float[Tensor, " m"] | None = None) -> Tensor:
+    """A b + bias, [n, m], without a gradient of its own: either operand may be a transposed view."""
+    if fits_onednn(a, b, bias) and onednn_is_faster():
+        return _by_onednn(a, b, bias)
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def linear(
+    x: Float[Tensor, "*batch k"],
+    weight: Float[Tensor, "m k"] | Float[Tensor, "k m"],
+    bias: Float[Tensor, " m"] | None,
+    *,
+    transposed: bool = False,
+) -> Float[Tensor, "*batch m"]:
+    """X W^T + b, or x W + b where `transposed`: `F.linear` and GPT-2's Conv1D by oneDNN, with gradients."""
+    if torch.is_grad_enabled():
+        result: Tensor = _Linear.apply(x, weight, bias, transposed)  # type: ignore[no-untyped-call]
+        return result
+    flat = _by_onednn(x.reshape(-1, x.shape[-1]), weight if transposed else weight.t(), bias)
+    return flat.view(*x.shape[:-1], flat.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.transposed = transposed
+        flat = _by_onednn(x.reshape(-1, x.shape[-1]), weight if transposed else weight.t(), bias)
+        return flat.view(*x.shape[:-1], flat.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        # A second derivative is wanted where grad mode is on: torch's own products have one.
+        times: Callable[[Tensor, Tensor], Tensor] = torch.matmul if torch.is_grad_enabled() else _by_onednn
+        flat, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = times(flat, weight.t() if ctx.transposed else weight).view_as(x)
+        if ctx.needs_input_grad[1]:
+            of_weight = times(inputs.t(), flat) if ctx.transposed else times(flat.t(), inputs)
+        if ctx.needs_input_grad[2]:
+            of_bias = flat.sum(dim=0)
+        return of_x, of_weight, of_bias, None
+
+
+def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return result
+
+
+def _seconds(function: Callable[[], object], repeats: int = 7) -> float:
+    """CPU time of this thread, the least of some calls: other jobs on the machine then count little."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.thread_time()
+        function()
+        times.append(time.thread_time() - start)
+    return max(min(times), 1e-9)
+
+
+def low_linear(
+    x: Float[Tensor, "*batch k"],
+    weight: Float[Tensor, "m k"] | Float[Tensor, "k m"],
+    bias: Float[Tensor, " m"] | None,
+    *,
+    dtype: torch.dtype,
+    kept: Tensor | None = None,
+    transposed: bool = False,
+) -> Float[Tensor, "*batch m"]:
+    """`linear` whose products run in `dtype`; what goes in and comes out, gradients too, stays in float32.
+
+    Args:
+        x: Inputs.
+        weight: The master weights.
+        bias: Added in float32.
+        dtype: Of the three products, e.g. bfloat16.
+        kept: `weight` in `dtype`, where somebody knows that it has not moved since.
+        transposed: Whether the weight is GPT-2's.
+    """
+    low = weight.detach().to(dtype) if kept is None else kept
+    result: Tensor = _LowLinear.apply(x, weight, low, bias, transposed)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, low: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        inputs = x.reshape(-1, x.shape[-1]).to(low.dtype)
+        ctx.save_for_backward(inputs, low)
+        ctx.transposed, ctx.shape = transposed, x.shape
+        flat = (inputs @ (low if transposed else low.t())).to(x.dtype)
+        if bias is not None:
+            flat += bias
+        return flat.view(*x.shape[:-1], flat.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, low = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[3]:
+            of_bias = flat.sum(dim=0)
+        flat = flat.to(low.dtype)
+        if ctx.needs_input_grad[0]:
+            of_x = (flat @ (low.t() if ctx.transposed else low)).to(grad.dtype).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            of_weight = (inputs.t() @ flat if ctx.transposed else flat.t() @ inputs).to(grad.dtype)
+        return of_x, of_weight, None, of_bias, None

@@ -1,0 +1,132 @@
+"""Layers of a `transformers` model exchanged, in place, for ones that compute the same faster on a CPU.
+
+Only the class of a module changes: its parameters, its name in the model and what is saved stay as they are, adapters
+still find an `nn.Linear`, and a copy of the model is fast as well.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_ppo.functional.products import bfloat16_is_faster, fits_onednn, linear, low_linear, onednn_is_faster
+
+logger = logging.getLogger(__name__)
+
+NARROW = 16
+"""Layers of fewer inputs or outputs keep the precision of their weights."""
+
+
+class _Low:
+    """What a fast layer knows beyond its plain class."""
+
+    product_dtype: torch.dtype | None = None
+    """Of its products; None: that of its weights."""
+    kept: Tensor | None = None
+    """Its weight in that dtype, while nobody moves the weights."""
+
+
+class FastLinear(_Low, nn.Linear):
+    """`nn.Linear` whose float32 products on a CPU are oneDNN's, or run in a lower precision."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # their name
+        """Return x W^T + b."""
+        if not fits_onednn(input, self.weight, self.bias):
+            return super().forward(input)
+        if self.product_dtype is not None:
+            return low_linear(input, self.weight, self.bias, dtype=self.product_dtype, kept=self.kept)
+        return linear(input, self.weight, self.bias)
+
+
+class FastConv1D(_Low, Conv1D):
+    """GPT-2's `Conv1D` (a linear layer with a transposed weight), exchanged likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W + b."""
+        if not fits_onednn(x, self.weight, self.bias):
+            result: Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # transformers' own
+            return result
+        if self.product_dtype is not None:
+            settings: dict[str, Any] = {"dtype": self.product_dtype, "kept": self.kept, "transposed": True}
+            return low_linear(x, self.weight, self.bias, **settings)
+        return linear(x, self.weight, self.bias, transposed=True)
+
+
+class FusedGELU(NewGELUActivation):
+    """GPT-2's activation in one kernel instead of eight."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # their name
+        """Return 0.5 x (1 + tanh(sqrt(2 / π) (x + 0.044715 x³)))."""
+        return nn.functional.gelu(input, approximate="tanh")
+
+
+FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: FastLinear, Conv1D: FastConv1D, NewGELUActivation: FusedGELU,
+}  # fmt: skip
+PLAIN = {fast: plain for plain, fast in FASTER.items()}
+
+
+def use_fast_layers(model: nn.Module, *, product_dtype: torch.dtype | None = None) -> int:
+    """Exchange the layers of `model` that a faster class computes, where this CPU has one; how many were exchanged.
+
+    Subclasses (quantised layers, layers of an engine) stay as they are, and so do models on other devices.
+
+    Args:
+        model: Changed in place.
+        product_dtype: Run the products of linear layers in this precision (bfloat16), everything else and the weights
+            themselves in float32; narrow layers, a value head above all, stay as they are.
+    """
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return 0
+    if product_dtype is not None and not bfloat16_is_faster():
+        logger.warning("products stay in float32: on this CPU those in %s are not faster", product_dtype)
+        product_dtype = None
+    if product_dtype is None and not onednn_is_faster():
+        return 0
+    found = [module for module in model.modules() if type(module) in FASTER]
+    for module in found:
+        module.__class__ = FASTER[type(module)]
+        if isinstance(module, FastLinear | FastConv1D) and min(module.weight.shape) >= NARROW:
+            module.product_dtype = product_dtype
+    return len(found)
+
+
+def use_plain_layers(model: nn.Module) -> None:
+    """Undo `use_fast_layers`."""
+    for module in model.modules():
+        if type(module) in PLAIN:
+            module.__class__ = PLAIN[type(module)]
+
+
+@contextmanager
+def fast_layers(model: nn.Module) -> Iterator[None]:
+    """Inside, the layers of `model` are fast ones; those that were not before are plain again afterwards.
+
+    Nobody may move the weights inside: products of a lower precision use a copy made at the entrance.
+    """
+    before = {module for module in model.modules() if type(module) in PLAIN}
+    use_fast_layers(model)
+    low = [layer for layer in model.modules() if isinstance(layer, _Low) and layer.product_dtype is not None]
+    for layer in low:
+        layer.kept = cast("nn.Linear", layer).weight.detach().to(layer.product_dtype)
+    try:
+        yield
+    finally:
+        for layer in low:
+            layer.kept = None
+        for module in model.modules():
+            if type(module) in PLAIN and module not in before:
+                module.__class__ = PLAIN[type(module)]
+
+
+def is_plain_head(head: nn.Module) -> bool:
+    """Whether an LM head is one linear map whose weight is at hand: no adapter, no hook, no part of it elsewhere."""
+    if type(head) not in (nn.Linear, FastLinear) or head._forward_hooks or head._forward_pre_hooks:
+        return False
+    weight = head.weight
+    return isinstance(weight, Tensor) and weight.numel() > 0 and type(weight.data) is Tensor

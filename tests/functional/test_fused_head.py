@@ -1,0 +1,162 @@
+"""The fused LM head against the plain computation, in float64 where equality is at stake."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from rlhf_ppo.functional import fused_head
+from rlhf_ppo.functional.fused_head import Slopes, fused_token_statistics
+from rlhf_ppo.functional.logprobs import chunked_token_statistics
+
+N, HIDDEN, VOCAB = 37, 6, 11
+
+
+def parts(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return numbers(N, HIDDEN), numbers(VOCAB, HIDDEN), numbers(VOCAB), torch.arange(N) * 3 % VOCAB
+
+
+def loss_of(logprobs: Tensor, entropy: Tensor | None, ent_coef: float, rows: slice = slice(None)) -> Tensor:
+    """A curved function of each token, weighed differently."""
+    weights = torch.linspace(-1, 2, N, dtype=logprobs.dtype)[rows]
+    loss = (weights * (logprobs * 0.3).exp()).sum()
+    return loss if entropy is None else loss + ent_coef * (weights * entropy.square()).sum()
+
+
+def slopes(ent_coef: float) -> Slopes:
+    def found(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+        leaves = [leaf.detach().requires_grad_() for leaf in (logprobs, entropy) if leaf is not None]
+        with torch.enable_grad():
+            loss = loss_of(leaves[0], leaves[1] if len(leaves) > 1 else None, ent_coef, rows)
+        gradients = torch.autograd.grad(loss, leaves)
+        return gradients[0], gradients[1] if len(gradients) > 1 else None
+
+    return found
+
+
+def plain(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, **settings: Any) -> Any:
+    return chunked_token_statistics(lambda h: h @ weight.t() + bias, hidden, tokens, **settings)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 1000])
+@pytest.mark.parametrize("ent_coef", [0.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_fused_statistics_and_gradients_equal_the_plain_ones(
+    chunk_size: int, ent_coef: float, temperature: float, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`scale` is what loss scaling or the number of processes does to every slope."""
+    monkeypatch.setattr(fused_head, "BLOCK", 4)  # the head's gradient is added in blocks
+    hidden, weight, bias, tokens = parts()
+    settings: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
+    results = []
+    for fused in (True, False):
+        found = (
+            fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(ent_coef), **settings)
+            if fused
+            else plain(hidden, weight, bias, tokens, **settings)
+        )
+        loss = scale * loss_of(found.logprobs, found.entropy, ent_coef)
+        results.append([found.logprobs, found.entropy, *torch.autograd.grad(loss, (hidden, weight, bias))])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_a_loss_that_is_no_sum_over_tokens_still_gets_its_own_gradient() -> None:
+    hidden, weight, bias, tokens = parts()
+    gradients = []
+    for fused in (True, False):
+        found = (
+            fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0))
+            if fused
+            else plain(hidden, weight, bias, tokens)
+        )
+        loss = found.logprobs.mean().exp() * found.logprobs[0]  # not what `slopes` says
+        gradients.append(torch.autograd.grad(loss, (hidden, weight, bias)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry a product."""
+    calls: list[int] = []
+
+    def counted(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        calls.append(1)
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+
+    monkeypatch.setattr(fused_head, "product", counted)
+    return calls
+
+
+def test_a_foreseen_gradient_multiplies_three_times_and_another_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits, and one product for each gradient; the plain way has four."""
+    calls = counting(monkeypatch)
+    hidden, weight, bias, tokens = parts()
+    found = fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0), with_entropy=False)
+    loss_of(found.logprobs, None, 0.0).backward()
+    assert len(calls) == 3
+    found = fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0), with_entropy=False)
+    found.logprobs[3].backward()
+    assert len(calls) == 3 + 6
+
+
+def test_a_frozen_head_or_trunk_gets_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counting(monkeypatch)
+    hidden, weight, _, tokens = parts()
+    found = fused_token_statistics(hidden, weight.detach(), None, tokens, slopes=slopes(0.0), with_entropy=False)
+    loss_of(found.logprobs, None, 0.0).backward()
+    assert len(calls) == 2 and weight.grad is None and hidden.grad is not None
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_low_precision_states_are_normalised_in_float32(dtype: torch.dtype, tolerance: float) -> None:
+    exact = plain(*parts())
+    found = fused_token_statistics(*parts(dtype), slopes=slopes(0.0))
+    assert found.logprobs.dtype == torch.float32
+    assert_close(found.logprobs.double(), exact.logprobs, rtol=tolerance, atol=tolerance)
+
+
+def test_impossible_tokens_make_no_nan() -> None:
+    hidden, weight, bias, tokens = parts()
+    with torch.no_grad():
+        bias[5] = -math.inf
+    possible = torch.where(tokens == 5, 4, tokens)
+    found = fused_token_statistics(hidden, weight, bias, possible, slopes=slopes(0.7))
+    loss_of(found.logprobs, found.entropy, 0.7).backward()
+    assert found.entropy is not None and found.entropy.isfinite().all()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+
+
+def test_no_tokens_give_zero_gradients() -> None:
+    hidden, weight, bias, _ = parts()
+    nobody: Callable[..., Any] = lambda logprobs, entropy, rows: (logprobs, entropy)
+    found = fused_token_statistics(hidden[:0], weight, bias, torch.zeros(0, dtype=torch.long), slopes=nobody)
+    found.logprobs.sum().backward()
+    assert weight.grad is not None and float(weight.grad.abs().sum()) == 0.0
+
+
+def test_kept_memory_does_not_grow_with_the_vocabulary_times_the_tokens() -> None:
+    """What waits for the backward pass is the gradient of states and head, never [tokens, vocabulary]."""
+    hidden, weight, bias, tokens = parts()
+    found = fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0))
+    kept = found.logprobs.grad_fn.found  # type: ignore[union-attr]
+    sizes = [value.numel() for value in vars(kept).values() if isinstance(value, Tensor)]
+    assert max(sizes) == max(N * HIDDEN, VOCAB * HIDDEN) < N * VOCAB
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    found = fused_token_statistics(*parts(), slopes=slopes(0.0))
+    loss = loss_of(found.logprobs, found.entropy, 0.0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="got a second"):
+        loss.backward()

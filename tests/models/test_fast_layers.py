@@ -1,0 +1,171 @@
+"""Faster layers compute what the plain ones do, and leave the model what it was."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_ppo.functional import products
+from rlhf_ppo.models import fast_layers
+from rlhf_ppo.models.fast_layers import FastConv1D, FastLinear, use_fast_layers, use_plain_layers
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch carries no oneDNN linear kernel"
+)
+
+
+@pytest.fixture(autouse=True)
+def _onednn_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine measures."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(fast_layers, "onednn_is_faster", lambda: True)
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=97, n_positions=64)).eval()
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, vocab_size=97, pad_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(24, 40), nn.Linear(24, 40, bias=False), Conv1D(40, 24)])
+def test_a_fast_layer_has_the_plain_ones_output_and_gradients(layer: nn.Module) -> None:
+    fast: Any = copy.deepcopy(layer)
+    fast.__class__ = fast_layers.FASTER[type(layer)]
+    gradients = []
+    torch.manual_seed(0)
+    x, weights = torch.randn(3, 5, 24), torch.randn(3, 5, 40)
+    for module in (layer, fast):
+        leaf = x.clone().requires_grad_()
+        output = module(leaf)
+        gradients.append([output, *torch.autograd.grad((output * weights).sum(), [leaf, *module.parameters()])])
+    for plain, ours in zip(*gradients, strict=True):
+        assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+        assert ours.stride() == plain.stride()  # the optimiser's kernels and DDP's buckets count on it
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_a_model_of_fast_layers_has_the_same_log_probabilities_and_gradients(build: Callable[[], Any]) -> None:
+    plain, fast = build(), build()
+    assert use_fast_layers(fast) > 0
+    ids = torch.randint(0, 97, (3, 17))
+    results = []
+    for model in (plain, fast):
+        logprobs = torch.log_softmax(model(input_ids=ids).logits, dim=-1)
+        logprobs[..., 5].sum().backward()
+        results.append([logprobs, *(parameter.grad for parameter in model.parameters())])
+    assert_close(results[1][0], results[0][0], rtol=0, atol=1e-5)
+    for ours, theirs in zip(results[1][1:], results[0][1:], strict=True):
+        assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max()))
+
+
+def test_fast_layers_can_be_differentiated_twice() -> None:
+    """Fisher products need it."""
+    layer: nn.Module = nn.Linear(6, 4).double()
+    fast = copy.deepcopy(layer).float()
+    fast.__class__ = FastLinear
+    x = torch.randn(5, 6)
+    curvatures = []
+    for module, inputs in ((layer, x.double()), (fast, x)):
+        loss = module(inputs).tanh().square().sum()
+        gradient = torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()), create_graph=True)]
+        )
+        curvatures.append([g.float() for g in torch.autograd.grad(gradient.square().sum(), list(module.parameters()))])
+    assert_close(curvatures[1], curvatures[0], rtol=1e-4, atol=1e-5)
+
+
+def test_names_copies_and_saved_tensors_are_those_of_the_plain_model() -> None:
+    model = gpt2()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    use_fast_layers(model)
+    assert_close(model.state_dict(), before)
+    assert isinstance(copy.deepcopy(model).transformer.h[0].attn.c_attn, FastConv1D)
+    use_plain_layers(model)
+    assert type(model.transformer.h[0].attn.c_attn) is Conv1D and type(model.lm_head) is nn.Linear
+
+
+def test_adapters_find_fast_layers_and_train() -> None:
+    model = llama()
+    use_fast_layers(model)
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    gradients = [p.grad for p in adapted.parameters() if p.requires_grad]
+    assert gradients and all(gradient is not None for gradient in gradients)
+    assert all(p.grad is None for p in adapted.parameters() if not p.requires_grad)
+
+
+def test_other_precisions_go_the_plain_way() -> None:
+    layer: nn.Module = nn.Linear(4, 4).double()
+    layer.__class__ = FastLinear
+    assert layer(torch.ones(2, 4, dtype=torch.float64)).dtype == torch.float64
+    layer = layer.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.ones(2, 4)).dtype == torch.bfloat16
+    assert layer(torch.ones(0, 4)).shape == (0, 4)
+
+
+def test_a_slower_onednn_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_layers, "onednn_is_faster", lambda: False)
+    model = gpt2()
+    assert use_fast_layers(model) == 0 and type(model.lm_head) is nn.Linear
+
+
+def test_inside_the_context_alone_layers_are_fast() -> None:
+    model = gpt2()
+    with fast_layers.fast_layers(model):
+        assert type(model.lm_head) is FastLinear
+    assert type(model.lm_head) is nn.Linear
+    use_fast_layers(model)
+    with fast_layers.fast_layers(model):
+        pass
+    assert type(model.lm_head) is FastLinear  # it was before
+
+
+def test_low_products_are_close_and_everything_else_stays_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 keeps 8 bits, so a product is off by about 1/256; gradients point the same way."""
+    monkeypatch.setattr(fast_layers, "bfloat16_is_faster", lambda: True)
+    results = []
+    for low in (False, True):
+        model = gpt2()
+        assert use_fast_layers(model, product_dtype=torch.bfloat16 if low else None) > 0
+        logprobs = torch.log_softmax(model(input_ids=torch.arange(17)[None]).logits, dim=-1)
+        logprobs[..., 5].sum().backward()
+        assert logprobs.dtype == torch.float32
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+        results.append((logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (plain, theirs), (ours, found) = results
+    assert 0 < float((ours - plain).abs().max()) < 2e-2
+    assert float(torch.cosine_similarity(found, theirs, dim=0)) > 0.999
+
+
+def test_low_weights_are_kept_inside_the_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that outlived it would be one optimiser step behind."""
+    monkeypatch.setattr(fast_layers, "bfloat16_is_faster", lambda: True)
+    model = gpt2()
+    use_fast_layers(model, product_dtype=torch.bfloat16)
+    with fast_layers.fast_layers(model):
+        assert model.lm_head.kept.dtype == torch.bfloat16
+    assert model.lm_head.kept is None
+    before = model(input_ids=torch.arange(5)[None]).logits
+    with torch.no_grad():
+        model.lm_head.weight.data.mul_(2)
+    assert_close(model(input_ids=torch.arange(5)[None]).logits, 2 * before)
+
+
+def test_narrow_layers_keep_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_layers, "bfloat16_is_faster", lambda: True)
+    head = nn.Sequential(nn.Linear(64, 1), nn.Linear(64, 64))
+    use_fast_layers(head, product_dtype=torch.bfloat16)
+    assert [getattr(layer, "product_dtype", None) for layer in head] == [None, torch.bfloat16]
