@@ -83,6 +83,7 @@ def test_a_model_that_sees_its_neighbours_is_found_out(monkeypatch: pytest.Monke
     assert not can_be_packed(model.base_model, rows)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on switching checkpointing on
 def test_checkpointed_layers_are_padded_and_the_models_attention_is_left_alone() -> None:
     model = tiny_gpt2()
     model.gradient_checkpointing_enable({"use_reentrant": False})
