@@ -35,10 +35,10 @@ class _Settings:
     chunk_size: int
     with_entropy: bool
     slopes: Slopes
+    dtype: torch.dtype | None
     trains_hidden: bool
     trains_weight: bool
     trains_bias: bool
-    dtype: torch.dtype | None
 
 
 def fused_token_statistics(
@@ -72,7 +72,7 @@ def fused_token_statistics(
     """
     rows = max(16, min(chunk_size, MOST_BYTES // (4 * len(weight))))
     trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    settings = _Settings(temperature, rows, with_entropy, slopes, *trained, product_dtype)
+    settings = _Settings(temperature, rows, with_entropy, slopes, product_dtype, *trained)
     logprobs, entropy = _Fused.apply(hidden, weight, bias, tokens, settings)  # type: ignore[no-untyped-call]
     return TokenStatistics(logprobs=logprobs, entropy=entropy if with_entropy else None)
 
