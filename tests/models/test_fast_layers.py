@@ -153,7 +153,7 @@ def test_low_products_are_close_and_everything_else_stays_float32(monkeypatch: p
 def test_low_weights_are_kept_inside_the_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that outlived it would be one optimiser step behind."""
     monkeypatch.setattr(fast_layers, "bfloat16_is_faster", lambda: True)
-    model = gpt2()
+    model = llama()
     use_fast_layers(model, product_dtype=torch.bfloat16)
     with fast_layers.fast_layers(model):
         assert model.lm_head.kept.dtype == torch.bfloat16
