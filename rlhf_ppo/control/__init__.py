@@ -1,8 +1,16 @@
 """Continuous and discrete control with the functional core, algorithms and updates of the language models."""
 
+from importlib.util import find_spec
+
+if find_spec("gymnasium") is None or find_spec("mujoco") is None:
+    raise ModuleNotFoundError(
+        "expected gymnasium and mujoco, of which at least one is not installed: without them there are no "
+        "environments. Install the extra: pip install 'rlhf_ppo[control]'."
+    )
+
 from rlhf_ppo.control.algorithms import AlgorithmName, control_algorithm
 from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
-from rlhf_ppo.control.evaluation import Episodes, evaluate
+from rlhf_ppo.control.evaluation import Episodes, evaluate, frames
 from rlhf_ppo.control.normalisation import Normalizer
 from rlhf_ppo.control.policy import Categorical, ControlInputs, ControlPolicy, Gaussian
 from rlhf_ppo.control.randomisation import DomainRandomization, Randomization
@@ -11,5 +19,5 @@ from rlhf_ppo.control.trainer import ControlConfig, ControlTrainer
 __all__ = [
     "AlgorithmName", "Categorical", "ControlConfig", "ControlInputs", "ControlPolicy", "ControlTrainer",
     "DomainRandomization", "EnvironmentConfig", "Environments", "Episodes", "Gaussian", "Normalizer", "Randomization",
-    "control_algorithm", "evaluate", "make_environment",
+    "control_algorithm", "evaluate", "frames", "make_environment",
 ]  # fmt: skip

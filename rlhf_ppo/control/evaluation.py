@@ -1,6 +1,7 @@
 """Episodes that are played to be judged: nothing is learned, no statistic moves."""
 
 import math
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +74,8 @@ def frames(
     Raises:
         RuntimeError: There is no way to render on this machine.
     """
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen, the one that most machines have
     env = make_environment(replace(config, render=True))
     pictures: list[Any] = []
     applied = Environments([env], seed=seed)
@@ -88,7 +91,7 @@ def frames(
         reason = (str(error).splitlines() or [""])[0]
         raise RuntimeError(
             f"expected to render {config.id}, got {type(error).__name__} ({reason}): there will be no pictures, "
-            "everything else is there. Set MUJOCO_GL=egl or MUJOCO_GL=osmesa before the start."
+            "everything else is there. Set MUJOCO_GL=egl or MUJOCO_GL=osmesa, whichever this machine has."
         ) from error
     finally:
         env.close()

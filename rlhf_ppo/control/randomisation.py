@@ -7,6 +7,8 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
+from rlhf_ppo.field_types import check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class Randomization:
@@ -22,6 +24,7 @@ class Randomization:
     """Standard deviation of Gaussian noise on every entry of an observation, in its own units."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("mass", "friction", "motor"):
             low, high = getattr(self, name)
             if not 0 < low <= high:

@@ -18,7 +18,8 @@ def snapshot(env: Any) -> dict[str, Any]:
         "worlds": [layer.state_dict() for layer in _layers(env) if isinstance(layer, DomainRandomization)],
     }
     if isinstance(getattr(base, "model", None), mujoco.MjModel):
-        return state | {"physics": _physics(base).tolist()}
+        derived = {name: getattr(base.data, name).tolist() for name in _DERIVED}
+        return state | {"physics": _physics(base).tolist(), "derived": derived}
     return state | {"attributes": {name: _plain(value) for name, value in vars(base).items() if _is_plain(value)}}
 
 
@@ -33,15 +34,17 @@ def restored(env: Any, state: dict[str, Any]) -> None:
     for layer, saved in zip(worlds, state["worlds"], strict=True):
         layer.load_state_dict(saved)
     if "physics" in state:
-        physics = np.asarray(state["physics"])
-        mujoco.mj_setState(base.model, base.data, physics, _INTEGRATION)
-        mujoco.mj_forward(base.model, base.data)  # positions of bodies, which some rewards read
-        mujoco.mj_setState(base.model, base.data, physics, _INTEGRATION)  # the forward pass moved the warm start
+        mujoco.mj_setState(base.model, base.data, np.asarray(state["physics"]), _INTEGRATION)
+        for name, values in state["derived"].items():
+            target = getattr(base.data, name)
+            target[...] = np.reshape(values, target.shape)
     for name, value in state.get("attributes", {}).items():
         setattr(base, name, np.asarray(value["array"], value["dtype"]) if isinstance(value, dict) else value)
 
 
 _INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
+_DERIVED = ("xpos", "xipos", "site_xpos", "cinert", "cvel", "cfrc_ext", "qfrc_actuator", "qfrc_constraint")
+"""What rewards and observations of Gymnasium's tasks read before a step computes it anew; it lags behind the state."""
 
 
 def _physics(base: Any) -> np.ndarray:

@@ -20,6 +20,7 @@ from rlhf_ppo.control.evaluation import Episodes, evaluate
 from rlhf_ppo.control.lowering import LoweredGradients
 from rlhf_ppo.control.normalisation import Normalizer
 from rlhf_ppo.control.policy import Categorical, ControlPolicy, Gaussian
+from rlhf_ppo.field_types import check_fields
 from rlhf_ppo.updates import MinibatchConfig
 
 
@@ -63,6 +64,7 @@ class ControlConfig:
     """Of weights, first states, actions and shuffles."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("total_steps", "environments", "rollout_steps", "minibatch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: nothing would be learned.")
@@ -228,6 +230,7 @@ class ControlTrainer:
         self.normalizer.load_state_dict(state["normalizer"])
         self.algorithm.update.load_state_dict(state["update"])
         self.iteration, self.steps, self.episodes = state["iteration"], state["steps"], state["episodes"]
+        self.recent.clear()
         self.recent.extend(state["recent"])
         return path
 

@@ -72,50 +72,56 @@ def seeds(name: str, config: ControlConfig, count: int = 3, **extras: Any) -> It
         yield Run(f"{name}-{seed}", replace(config, seed=seed), **extras)
 
 
-def ablations(seed: int) -> Iterator[Run]:
-    """Hopper, 300k steps, one thing changed each."""
-    base = settings("Hopper-v5", 300_000, seed=seed)
+def ablations(name: str, base: ControlConfig, chosen: int = 99) -> Iterator[Run]:
+    """One thing changed each; the first `chosen` of them."""
     variants: dict[str, ControlConfig] = {
         "clip": base,
         "no-clip": replace(base, algorithm=NO_CLIP),
         "penalty": replace(base, algorithm=control_algorithm("ppo-penalty")),
-        "reinforce": replace(base, algorithm=control_algorithm("reinforce")),
         "without-observation-normalisation": replace(base, normalize_observations=False),
         "without-reward-scaling": replace(base, normalize_rewards=False),
         "without-orthogonal-initialisation": replace(base, orthogonal=False),
         "without-annealing": replace(base, anneal=False),
-        "without-gradient-clipping": replace(base, max_grad_norm=None),
-        "without-adam-epsilon": replace(base, adam_epsilon=1e-8),
         "with-value-clipping": replace(base, algorithm=VALUE_CLIP),
+        "without-gradient-clipping": replace(base, max_grad_norm=None),
+        "with-adam-epsilon-1e-8": replace(base, adam_epsilon=1e-8),
+        "reinforce": replace(base, algorithm=control_algorithm("reinforce"), learning_rate=3e-3),
     }
-    for name, config in variants.items():
-        yield Run(f"ablation-{name}-{seed}", config, group="ablation")
+    for variant, config in list(variants.items())[:chosen]:
+        yield Run(f"ablation-{name}-{variant}-{base.seed}", config, group=f"ablation-{name}")
 
 
 def runs() -> list[Run]:
     trpo: dict[str, Any] = {"algorithm": "trpo", "learning_rate": 1e-3}  # the rate is the critic's alone
-    hopper = settings("Hopper-v5", 1_000_000)
+    pendulum, hopper = settings("InvertedPendulum-v5", 61_440), settings("Hopper-v5", 1_000_000)
     randomised = replace(hopper, environment=EnvironmentConfig(id="Hopper-v5", randomization=WORLDS))
     cartpole = settings(
         "CartPole-v1", 102_400, learning_rate=1e-3, normalize_observations=False, normalize_rewards=False
     )
     walker, cheetah = settings("Walker2d-v5", 1_000_000), settings("HalfCheetah-v5", 1_000_000)
-    trpo_hopper = settings("Hopper-v5", 300_000, **trpo)
+    trpo_hopper, short_hopper = settings("Hopper-v5", 300_000, **trpo), settings("Hopper-v5", 300_000)
+    walkers, cheetahs = list(seeds("walker-clip", walker)), list(seeds("cheetah-clip", cheetah))
+    theirs = list(seeds("sb3-hopper-clip", hopper, library="sb3"))
+    worlds = list(seeds("hopper-randomised", randomised, shifts=True, group="randomisation"))
     return [
-        *seeds("pendulum-clip", settings("InvertedPendulum-v5", 61_440)),
+        *seeds("pendulum-clip", pendulum),
         *seeds("pendulum-trpo", settings("InvertedPendulum-v5", 61_440, **trpo)),
         *seeds("cartpole-clip", cartpole),
         *seeds("hopper-clip", hopper, shifts=True),
         *seeds("hopper-trpo", trpo_hopper),
-        *seeds("walker-clip", walker),
-        *seeds("cheetah-clip", cheetah),
-        *seeds("sb3-hopper-clip", hopper, 1, library="sb3"),
-        *seeds("hopper-randomised", randomised, shifts=True, group="randomisation"),
-        *ablations(0),
+        *walkers[:2],
+        *cheetahs,
+        Run("speed-ours", settings("Hopper-v5", 102_400), group="speed"),
+        Run("speed-sb3", settings("Hopper-v5", 102_400), group="speed", library="sb3"),
+        worlds[0],
+        *walkers[2:],
+        theirs[0],
+        *worlds[1:],
+        *(run for seed in range(3) for run in ablations("pendulum", replace(pendulum, seed=seed))),
+        *ablations("hopper", short_hopper, 7),
         *seeds("sb3-hopper-trpo", trpo_hopper, library="sb3"),
-        *ablations(1),
-        *list(seeds("sb3-hopper-clip", hopper, library="sb3"))[1:],
-        *ablations(2),
+        *(run for seed in (1, 2) for run in ablations("hopper", replace(short_hopper, seed=seed), 7)),
+        *theirs[1:],
         *seeds("sb3-walker-clip", walker, library="sb3"),
         *seeds("sb3-cheetah-clip", cheetah, library="sb3"),
     ]

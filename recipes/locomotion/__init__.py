@@ -1,0 +1,1 @@
+"""What the locomotion recipe shows of a run."""

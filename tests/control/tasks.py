@@ -1,0 +1,32 @@
+"""Small environments whose every number is known beforehand."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+
+class Corridor(gym.Env[Any, Any]):
+    """Observation: how many steps were made. Reward: 1 + the action. Terminates after `length` steps, if ever."""
+
+    def __init__(self, length: int | None = None) -> None:
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+        self.length = length
+        self.time = 0
+        self.heard: list[float] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.time = 0
+        return np.array([0.0]), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.time += 1
+        self.heard.append(float(action[0]))
+        return np.array([float(self.time)]), 1.0 + float(action[0]), self.time == self.length, False, {}
+
+
+def corridor(*, terminates: int | None = None, truncates: int | None = None) -> Any:
+    env: Any = Corridor(terminates)
+    return env if truncates is None else gym.wrappers.TimeLimit(env, truncates)
