@@ -25,6 +25,7 @@ from reward_model.preference_trainer import PreferenceTrainer
 from reward_model.progress import TidyProgress
 from reward_model.scoring import fit_normalisation, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
+from rlhf_ppo.leaving import leave_safely
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,10 @@ def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
 
 def processes() -> PartialState:
     """The processes of this run. Without a GPU that must be said, or accelerate counts one process under torchrun."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes > 1:
+        leave_safely()
+    return state
 
 
 def training_folder(config: RewardModelConfig) -> Path:

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.leaving import leave_safely
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.rollout.prompts import PromptDataset
 
@@ -62,6 +63,8 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
         project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
         **config.accelerator_kwargs,
     )
+    if accelerator.num_processes > 1:
+        leave_safely()
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: gradients would "

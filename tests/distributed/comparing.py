@@ -37,7 +37,7 @@ def together(scenarios_: dict[str, Scenario], folder: Path) -> dict[str, list[Ou
     first = next(iter(scenarios_.values()))
     ranks = range(len(first.shares))
     wishes = json.dumps([asdict(scenario) for scenario in scenarios_.values()])
-    torchrun(len(ranks), Path(scenarios.__file__), wishes, str(folder), timeout=200, use_cpu=not first.zero_stage)
+    torchrun(len(ranks), Path(scenarios.__file__), wishes, str(folder), use_cpu=not first.zero_stage)
     return {
         name: [Outcome(**torch.load(folder / f"{number}-{rank}.pt", weights_only=False)) for rank in ranks]
         for number, name in enumerate(scenarios_)

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 900.0
+"""Seconds before a start counts as hung: far more than one takes, because a machine may be slow and busy."""
 
 
-def torchrun(processes: int, script: Path, *arguments: str, timeout: float = 120, use_cpu: bool = True) -> str:
+def torchrun(processes: int, script: Path, *arguments: str, timeout: float = PATIENCE, use_cpu: bool = True) -> str:
     """Run `script` under torchrun; returns its output.
 
     Args:
@@ -26,7 +28,7 @@ def torchrun(processes: int, script: Path, *arguments: str, timeout: float = 120
     return launch((*launcher, str(script), *arguments), timeout=timeout, use_cpu=use_cpu)
 
 
-def launch(command: Sequence[str], *, timeout: float, use_cpu: bool = True, expect: int = 0) -> str:
+def launch(command: Sequence[str], *, timeout: float = PATIENCE, use_cpu: bool = True, expect: int = 0) -> str:
     """Run `python` with these arguments in a process group of its own; returns what it printed.
 
     Raises:

@@ -21,7 +21,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs wrote."""
     path = tmp_path_factory.mktemp("loop")
-    launch((*TORCHRUN, loop.__file__, "run", str(path), "0"), timeout=280)
+    launch((*TORCHRUN, loop.__file__, "run", str(path), "0"))
     return path
 
 
@@ -65,5 +65,5 @@ def test_held_out_prompts_come_back_in_their_order_each_once(outcomes: list[dict
 
 
 def test_when_one_process_fails_all_end_and_the_cause_is_named(tmp_path: Path) -> None:
-    output = launch((*TORCHRUN, loop.__file__, "fail", str(tmp_path)), timeout=200, expect=1)
+    output = launch((*TORCHRUN, loop.__file__, "fail", str(tmp_path)), expect=1)
     assert "the reward model of process 1 has lost its connection" in output

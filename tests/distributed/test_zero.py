@@ -53,7 +53,7 @@ def test_two_processes_under_zero_take_the_steps_of_one(stage: int, tmp_path_fac
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_managed_loop_samples_saves_and_resumes_under_zero(stage: int, tmp_path: Path) -> None:
     """Resumed equals uninterrupted to the last bit, and what is saved as the best model is whole."""
-    torchrun(2, Path(loop.__file__), "run", str(tmp_path), str(stage), timeout=280, use_cpu=False)
+    torchrun(2, Path(loop.__file__), "run", str(tmp_path), str(stage), use_cpu=False)
     for rank in range(2):
         outcome = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for name, expected in outcome["whole"].items():

@@ -23,7 +23,7 @@ def run(base: Path, output: Path, *, processes: int, micro_batch_size: int) -> d
         "PYTHONPATH": str(REPOSITORY),
     }
     arguments = [str(WORKER), str(base), str(output), str(micro_batch_size)]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     content: dict[str, Any] = torch.load(f"{output}.pt")
     return content
