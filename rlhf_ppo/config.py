@@ -5,10 +5,11 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
 from rlhf_ppo.field_types import check_fields
+from rlhf_ppo.rollout.placement import KLPenalty, KLPlacement, check_placement
 
 
 @dataclass
@@ -53,8 +54,8 @@ class PPOConfig:
     """Adapt the coefficient of the KL to the reference (Ziegler et al. 2019); otherwise it is fixed."""
     init_kl_coef: float = 0.2
     """Initial coefficient of the KL penalty in the reward."""
-    kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
-    """Per-token estimate of KL(policy || reference): log-ratio, its absolute value, half its square, or exact."""
+    kl_penalty: KLPenalty = "kl"
+    """Per-token estimate of KL(policy || reference): log-ratio, its absolute value, half its square, exact, or k3."""
     target: float = 6.0
     """KL of a response, nats, that the adaptive controller aims at."""
     horizon: float = 10000.0
@@ -124,6 +125,9 @@ class PPOConfig:
     """Default run folder of `train()`."""
     ent_coef: float = 0.0
     """Weight of the exact full-vocabulary entropy in the loss."""
+    kl_placement: KLPlacement = "reward"
+    """Where the KL to the reference stands; "split": each state's own, exact, in the loss, later states' in the reward.
+    Its coefficient means the same in all three, except where a group's standard deviation scales advantages (GRPO)."""
     temperature: float = 1.0
     """What logits are divided by in rollout, reference and update alike."""
     importance_sampling_cap: float | None = None
@@ -208,8 +212,7 @@ class PPOConfig:
                 f"importance_sampling_cap must be at least 1 (or None), got {self.importance_sampling_cap}: where "
                 "sampler and trainer agree the ratio is 1, and a lower cap would shrink each such token. Usual: 2."
             )
-        if self.kl_penalty not in ("kl", "abs", "mse", "full"):
-            raise ValueError(f"kl_penalty must be one of 'kl', 'abs', 'mse', 'full', got {self.kl_penalty!r}")
+        check_placement(self.kl_penalty, self.kl_placement)
         if self.learning_rate < 0 or not math.isfinite(self.learning_rate):
             raise ValueError(f"learning_rate must be finite and not negative, got {self.learning_rate}")
 

@@ -32,7 +32,7 @@ class TrainConfig:
     """Measure of the held-out evaluation, e.g. "score": its best model is kept in `best/`. None: none is."""
     keep_frontier: int = 0
     """Models kept in `frontier/` of those that no other beats in both `keep_best` and KL to the reference."""
-    max_kl: float | None = None
+    max_reference_kl: float | None = None
     """KL budget, nats a response: stop when a rollout exceeds it, and never keep a "best" model beyond it."""
     missing_eos: MissingEOS | None = None
     """What a response costs that ran to `max_new_tokens` without a stop token; None: nothing."""

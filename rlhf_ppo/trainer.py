@@ -36,6 +36,7 @@ from rlhf_ppo.preparation import prepare
 from rlhf_ppo.processes import Processes
 from rlhf_ppo.rollout.checks import Limits, check_step_inputs
 from rlhf_ppo.rollout.experience import Responses, Scored, Scorer, Shaping, shape_rollout
+from rlhf_ppo.rollout.placement import in_loss
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.reward_sources import Sources
 from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig
@@ -119,7 +120,8 @@ class PPOTrainer(ClassicSurface):
         self.optimizer, self.lr_scheduler = prepared.optimizer, prepared.lr_scheduler
         self.algorithm = build_algorithm(
             algorithm or config.algorithm(), policy=self.policy, optimizer=self.optimizer,
-            accelerator=self.accelerator, minibatch=self._minibatch, seed=config.seed,
+            accelerator=self.accelerator, minibatch=self._minibatch, seed=config.seed, reference=self._reference,
+            reference_kl=in_loss(config.kl_penalty, config.kl_placement),
         )  # fmt: skip
         self.metrics: dict[str, float] = {}
         """What the last step measured beyond the classic's 40 statistics."""
@@ -279,8 +281,9 @@ class PPOTrainer(ClassicSurface):
 
     def _shaping(self) -> Shaping:
         return Shaping(
-            kl_coef=float(self.kl_ctl.value), whiten_rewards=self.config.whiten_rewards, gamma=self.config.gamma,
-            lam=self.config.lam, separate_prompts=self.is_encoder_decoder, reduce_sum=self.processes.reduce_sum,
+            kl_coef=float(self.kl_ctl.value), kl_placement=self.config.kl_placement,
+            whiten_rewards=self.config.whiten_rewards, gamma=self.config.gamma, lam=self.config.lam,
+            separate_prompts=self.is_encoder_decoder, reduce_sum=self.processes.reduce_sum,
             reduce_max=self.processes.reduce_max,
         )  # fmt: skip
 

@@ -70,7 +70,7 @@ class TrainingLoop:
         self.folder = None if config.output_dir is None else RunFolder.create(config.output_dir)
         self.best = BestModels(
             folder=None if self.folder is None else self.folder.path, measure=config.keep_best or "score",
-            most=config.keep_frontier, max_kl=config.max_kl, save=trainer.save_pretrained,
+            most=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=trainer.save_pretrained,
             is_main_process=accelerator.is_main_process,
         )  # fmt: skip
         self.state = TrainState()
@@ -231,7 +231,7 @@ class TrainingLoop:
         }
         reasons = interruptions | {
             "callback": any(wishes),
-            f"KL budget: {kl:.1f} nats": config.max_kl is not None and kl > config.max_kl,
+            f"KL budget: {kl:.1f} nats": config.max_reference_kl is not None and kl > config.max_reference_kl,
         }
         # A wish of one process is a wish of all: nobody may go on alone.
         asked = self.trainer.processes.reduce_sum(

@@ -19,6 +19,8 @@ from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.report.run_folder import Estimates, RunFolder, Sample
 from rlhf_ppo.rollout.prompts import PromptDataset
 
+from .algorithms import CHOICES as CHOICES
+from .algorithms import AlgorithmName as AlgorithmName
 from .command_line import Phases as Phases
 from .command_line import is_main_process
 from .command_line import run as run
@@ -46,9 +48,10 @@ class Preset:
     score_clip: float = 3.0
     lora_rank: int = 0
     bfloat16: bool = False
+    group_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "mini_batch_size", "ppo_epochs"):
+        for name in ("iterations", "batch_size", "mini_batch_size", "ppo_epochs", "group_size"):
             at_least(self, **{name: 1})
         for name in ("learning_rate", "kl_target", "kl_horizon", "score_clip"):
             if not 0 < getattr(self, name) < math.inf:
@@ -96,9 +99,9 @@ def preset(model: str) -> Preset:
     )
 
 
-def chosen(model: str, wishes: Any) -> Preset:
-    """The preset of `model` with the command line's wishes: those fields of `wishes` that are not None."""
-    known = preset(model)
+def chosen(model: str, wishes: Any, algorithm: AlgorithmName = "ppo-clip") -> Preset:
+    """The preset of `model`, what `algorithm` changes in it, and the wishes: those fields that are not None."""
+    known = replace(preset(model), **CHOICES[algorithm].changes)
     named = {item.name: getattr(wishes, item.name) for item in fields(Preset)}
     return replace(known, **{name: value for name, value in named.items() if value is not None})
 
@@ -135,8 +138,10 @@ def _refuse_other_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
         )
 
 
-def precision() -> dict[str, str]:
+def precision(algorithm: AlgorithmName = "ppo-clip") -> dict[str, str]:
     """bfloat16 arithmetic where the processor computes in it, for `Accelerator`; weights stay in their own type."""
+    if CHOICES[algorithm].in_float32:
+        return {}
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

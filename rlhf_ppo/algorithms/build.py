@@ -1,30 +1,47 @@
 """The one place that chooses an algorithm: a `match`, closed by `assert_never`."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import assert_never
 
-from rlhf_ppo.algorithms.advantages import EstimateAdvantages, from_groups, from_returns, from_values
-from rlhf_ppo.algorithms.config import GRPO, RLOO, TRPO, AlgorithmConfig, PPOClip, PPOPenalty, Reinforce
-from rlhf_ppo.algorithms.objectives import clipped, likelihood, objective, penalised, unbounded, with_reference
-from rlhf_ppo.batch import TrainBatch
-from rlhf_ppo.controllers import PenaltyBeta
-from rlhf_ppo.updates import (
-    Gradients,
-    MinibatchConfig,
-    MinibatchUpdate,
-    Objective,
-    TrustRegionUpdate,
-    Update,
-    UpdateRecord,
+from rlhf_ppo.algorithms.advantages import (
+    EstimateAdvantages,
+    from_groups,
+    from_returns,
+    from_values,
+    group_baseline,
+    learned_baseline,
+    monte_carlo,
+    moving_baseline,
+    no_baseline,
 )
-from rlhf_ppo.updates.measure import reached_kl
+from rlhf_ppo.algorithms.baselines import MovingBaseline, WithBaseline
+from rlhf_ppo.algorithms.config import (
+    GAE,
+    GRPO,
+    RLOO,
+    TRPO,
+    AlgorithmConfig,
+    BatchMean,
+    Critic,
+    LearnedValue,
+    MovingMean,
+    PPOClip,
+    PPOPenalty,
+    Reinforce,
+    ReinforcePlusPlus,
+)
+from rlhf_ppo.algorithms.objectives import bounded, likelihood, penalised, per_sequence, unbounded
+from rlhf_ppo.algorithms.parts import Parts
+from rlhf_ppo.algorithms.penalty import AdaptPenalty, KeepOldPolicy
+from rlhf_ppo.algorithms.warmup import CriticWarmup
+from rlhf_ppo.controllers import PenaltyBeta
+from rlhf_ppo.functional import ReferenceKL
+from rlhf_ppo.updates import Gradients, MinibatchConfig, Objective, TrustRegionUpdate, Update, sequences
 
 
 @dataclass(frozen=True)
@@ -48,93 +65,112 @@ def build_algorithm(
     minibatch: Callable[[], MinibatchConfig],
     seed: int,
     gradients: Gradients | None = None,
+    reference_kl: ReferenceKL | None = None,
+    reference: nn.Module | None = None,
 ) -> Algorithm:
     """The algorithm that `config` names, over one policy, optimiser and set of processes.
 
-    `gradients` replaces autograd's passes in the minibatch updates.
+    Args:
+        config: Which, and its settings.
+        policy: The prepared policy.
+        optimizer: Its prepared optimiser.
+        accelerator: Of both.
+        minibatch: Sizes of passes and steps, asked at each update.
+        seed: Of shuffles. The same on all processes.
+        reference_kl: The KL to the reference in the loss, weighed by `Rollout.reference_kl_coef`; None: there is none.
+        reference: The prepared reference, read by `reference_kl="full"` alone.
+        gradients: Replaces autograd's passes in the minibatch updates.
     """
-
-    def reduce_sum(tensor: Tensor) -> Tensor:
-        reduced: Tensor = accelerator.reduce(tensor, reduction="sum")
-        return reduced
-
-    def update(terms: Objective, sizes: Callable[[], MinibatchConfig] = minibatch) -> MinibatchUpdate:
-        return MinibatchUpdate(
-            policy=policy, optimizer=optimizer, accelerator=accelerator, objective=terms, config=sizes, seed=seed,
-            gradients=gradients,
-        )  # fmt: skip
-
+    parts = Parts(
+        policy=policy, optimizer=optimizer, accelerator=accelerator, minibatch=minibatch, seed=seed,
+        reference_kl=reference_kl, reference=reference, gradients=gradients,
+    )  # fmt: skip
     match config:
         case PPOClip():
-            terms = objective(
-                clipped(config), critic=config.critic, ent_coef=config.ent_coef,
-                clip_low=config.clip_low, clip_high=config.clip_high,
-            )  # fmt: skip
-            return Algorithm(from_values(config.gae, reduce_sum), update(terms))
+            clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+            terms = parts.objective(bounded(config), critic=config.critic, ent_coef=config.ent_coef, **clip)
+            return _with_values(parts, config.gae, config.critic, terms, parts.update(terms))
         case PPOPenalty():
-            beta = PenaltyBeta(config.beta, config.target)
-
-            def penalty(value: float) -> Objective:
-                return objective(penalised(value), critic=config.critic, ent_coef=config.ent_coef)
-
-            return Algorithm(
-                from_values(config.gae, reduce_sum), AdaptPenalty(update(penalty(beta.value)), beta, penalty)
-            )
+            return _ppo_penalty(parts, config)
         case TRPO():
             natural = TrustRegionUpdate(
                 policy=policy, optimizer=optimizer, accelerator=accelerator, config=minibatch, seed=seed,
-                objective=objective(unbounded, critic=None, ent_coef=config.ent_coef), region=config,
-                clip_range_value=config.clip_range_value,
+                objective=parts.objective(unbounded, critic=None, ent_coef=config.ent_coef), region=config,
+                clip_range_value=config.clip_range_value, compare_with=parts.with_reference,
             )  # fmt: skip
-            return Algorithm(from_values(config.gae, reduce_sum), natural)
+            return Algorithm(from_values(config.gae, parts.reduce_sum), natural)
         case Reinforce():
-            critic = config.critic if config.learned_baseline else None
-            terms = objective(likelihood, critic=critic, ent_coef=config.ent_coef)
-            # A second pass would need an importance ratio, which REINFORCE does not have.
-            return Algorithm(from_returns(config, reduce_sum), update(terms, lambda: replace(minibatch(), epochs=1)))
+            return _reinforce(parts, config)
+        case ReinforcePlusPlus():
+            terms = parts.objective(bounded(config), critic=None, ent_coef=config.ent_coef)
+            estimate = from_returns(group_baseline(config), parts.reduce_sum, gamma=config.gamma)
+            return Algorithm(estimate, parts.update(terms), needs_groups=config.group_baseline)
         case RLOO():
-            terms = objective(clipped(config), critic=None, ent_coef=config.ent_coef)
-            return Algorithm(from_groups(config), update(terms), needs_groups=True)
+            terms = parts.objective(bounded(config), critic=None, ent_coef=config.ent_coef)
+            return Algorithm(from_groups(config), parts.update(terms), needs_groups=True)
         case GRPO():
-            term = with_reference(clipped(config), config.kl_in_loss) if config.kl_in_loss else clipped(config)
-            terms = objective(term, critic=None, ent_coef=config.ent_coef)
-            return Algorithm(from_groups(config), update(terms), needs_groups=True)
+            terms = parts.objective(bounded(config), critic=None, ent_coef=config.ent_coef)
+            update = parts.update(per_sequence(terms), count=sequences) if config.sequence_mean else parts.update(terms)
+            return Algorithm(from_groups(config), update, needs_groups=True)
         case _:
             assert_never(config)
 
 
-class AdaptPenalty:
-    """Run an update, then adapt β to the KL it reached (Schulman et al. 2017, §4).
+def _with_values(parts: Parts, config: GAE, critic: Critic, terms: Objective, update: Update) -> Algorithm:
+    """An algorithm with GAE, after the critic's warm-up if one is asked for."""
+    estimate = from_values(config, parts.reduce_sum)
+    return _warmed(parts, critic, terms, update, estimate, monte_carlo(config, parts.reduce_sum))
 
-    Args:
-        update: Minimises the objective of the present β.
-        beta: Follows the KL.
-        objective: Of a β.
-    """
 
-    def __init__(self, update: MinibatchUpdate, beta: PenaltyBeta, objective: Callable[[float], Objective]) -> None:
-        self.inner = update
-        self.beta = beta
-        self.objective = functools.cache(objective)
+def _warmed(
+    parts: Parts,
+    critic: Critic,
+    terms: Objective,
+    update: Update,
+    estimate: EstimateAdvantages,
+    monte_carlo: EstimateAdvantages,
+) -> Algorithm:
+    if not critic.warmup_iterations:
+        return Algorithm(estimate, update)
+    fit = parts.critic_fit(critic.clip_range_value)
+    warmup = CriticWarmup(update, fit, terms, parts.accelerator, critic.warmup_iterations)
+    return Algorithm(warmup.estimating(estimate, monte_carlo), warmup)
 
-    def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """One update, then β x 2 or β / 2 outside the band around the target, by the KL after its last step."""
-        inner = self.inner
-        inner.objective = self.objective(self.beta.value)
-        record = inner(batch)
-        kl = reached_kl(
-            inner.policy, batch, inner.accelerator,
-            size=inner.config.micro_batch_size, token_budget=inner.config.token_budget,
-        )  # fmt: skip
-        record.extras = {"policy/beta": self.beta.value, "policy/reached_kl": kl}
-        self.beta.update(kl)
-        return record
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of the update and of β."""
-        return {"update": self.inner.state_dict(), "beta": self.beta.state_dict()}
+def _ppo_penalty(parts: Parts, config: PPOPenalty) -> Algorithm:
+    beta = PenaltyBeta(config.beta, config.target_kl)
+    old = KeepOldPolicy(parts.module, parts.minibatch) if config.exact else None
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.inner.load_state_dict(state["update"])
-        self.beta.load_state_dict(state["beta"])
+    def penalty(weight: float) -> Objective:
+        return parts.objective(penalised(weight), critic=config.critic, ent_coef=config.ent_coef)
+
+    terms = penalty(beta.value)
+    compare_with = None if old is None else old.compare_with
+    update = AdaptPenalty(parts.update(terms, compare_with=compare_with), beta, penalty)
+    return _with_values(parts, config.gae, config.critic, terms, update if old is None else old.around(update))
+
+
+def _reinforce(parts: Parts, config: Reinforce) -> Algorithm:
+    def update(critic: Critic | None) -> tuple[Objective, Update]:
+        terms = parts.objective(likelihood, critic=critic, ent_coef=config.ent_coef)
+        # A second pass would need an importance ratio, which REINFORCE does not have.
+        return terms, parts.update(terms, sizes=lambda: replace(parts.minibatch(), epochs=1))
+
+    reduce_sum, gamma, scale = parts.reduce_sum, config.gamma, config.normalize_std
+    match config.baseline:
+        case None:
+            return Algorithm(
+                from_returns(no_baseline, reduce_sum, gamma=gamma, shift_mean=False, scale=scale), update(None)[1]
+            )
+        case BatchMean():
+            return Algorithm(from_returns(no_baseline, reduce_sum, gamma=gamma, scale=scale), update(None)[1])
+        case MovingMean(decay=decay):
+            moving = MovingBaseline(decay)
+            baseline = moving_baseline(moving, reduce_sum)
+            estimate = from_returns(baseline, reduce_sum, gamma=gamma, shift_mean=False, scale=scale)
+            return Algorithm(estimate, WithBaseline(update(None)[1], moving))
+        case LearnedValue(critic=critic):
+            estimate = from_returns(learned_baseline, reduce_sum, gamma=gamma, scale=scale, bootstrap=True)
+            return _warmed(parts, critic, *update(critic), estimate, estimate)
+        case _:
+            assert_never(config.baseline)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from rlhf_ppo.field_types import check_fields
+from rlhf_ppo.functional import DivergenceKind
 from rlhf_ppo.updates import TrustRegion
 
 
@@ -15,15 +16,22 @@ class GAE:
     """Discount γ in [0, 1]; 1 because a response is one short episode."""
     lam: float = 0.95
     """λ in [0, 1]: 0 is one-step TD, 1 is Monte Carlo."""
+    value_lam: float | None = None
+    """λ of the value targets; None: `lam`. 1 keeps the critic free of its own bias (VC-PPO, Yuan et al. 2025)."""
+    length_alpha: float | None = None
+    """α of λ = 1 - 1 / (α · length), kept in [0.5, 1], instead of `lam` (VAPO, Yue et al. 2025); None: `lam`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("gamma", "lam"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
+        for name in ("gamma", "lam", "value_lam"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(
                     f"{name} must be in [0, 1], got {value}: outside, the sum over an episode diverges or "
                     "alternates in sign. Use a value such as 0.95."
                 )
+        if self.length_alpha is not None and not self.length_alpha > 0:
+            raise ValueError(f"length_alpha must be > 0 or None, got {self.length_alpha}: VAPO uses 0.05.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,31 @@ class Critic:
     """c_1: weight of the value loss against the policy loss."""
     clip_range_value: float | None = 0.2
     """How far a value may move from the old one before its loss is clipped, in units of reward; None: not clipped."""
+    warmup_iterations: int = 0
+    """Iterations at the start that fit the critic alone, to Monte Carlo returns of the frozen policy (VC-PPO)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.vf_coef < 0 or self.warmup_iterations < 0:
+            raise ValueError(
+                f"vf_coef and warmup_iterations must be >= 0, got {self.vf_coef} and {self.warmup_iterations}: a "
+                "negative weight would drive values away from their targets."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceMask:
+    """Drop tokens by the divergence they have reached instead of clipping their ratio (DPPO, Qi et al. 2026)."""
+
+    kind: DivergenceKind = "tv"
+    """"tv": |p_old - p| of the drawn token; "kl": of "this token" against "any other", nats."""
+    threshold: float
+    """A token beyond it whose gradient leads further away is dropped."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.threshold > 0:
+            raise ValueError(f"threshold must be > 0, got {self.threshold}: nothing would be learned after one step.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +79,8 @@ class PPOClip:
     """ε above 1; larger than `clip_low` leaves room for exploration (DAPO, Yu et al. 2025)."""
     dual_clip: float | None = None
     """c > 1: bound of the objective for negative advantages (Ye et al. 2020); None: no bound."""
+    divergence: DivergenceMask | None = None
+    """Bounds the update instead of the three above; None: they do."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
     gae: GAE = field(default_factory=GAE)
@@ -58,8 +93,11 @@ class PPOPenalty:
 
     beta: float = 1.0
     """Initial weight of the KL to the *old* policy in the loss; not the `kl_coef` of the reward."""
-    target: float = 0.01
+    target_kl: float = 0.01
     """d_targ, nats per action: β doubles above 1.5 d_targ and halves below d_targ / 1.5."""
+    exact: bool = False
+    """Penalise the KL over the whole vocabulary, which keeps the old hidden states; else its estimate from the drawn
+    tokens, ρ - 1 - log ρ, which is right on average."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
     gae: GAE = field(default_factory=GAE)
@@ -83,16 +121,63 @@ class TRPO(TrustRegion):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchMean:
+    """Baseline of REINFORCE: the mean return of the batch of all processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingMean:
+    """Baseline of REINFORCE: an exponential moving mean over earlier batches (Williams 1992, §6)."""
+
+    decay: float = 0.9
+    """Share of the old mean that stays after each batch, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {self.decay}: at 1 the mean would never move. Usual: 0.9.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedValue:
+    """Baseline of REINFORCE: V(s_t), trained beside the policy."""
+
+    critic: Critic = field(default_factory=Critic)
+
+
+Baseline: TypeAlias = BatchMean | MovingMean | LearnedValue
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reinforce:
-    """REINFORCE (Williams 1992): one pass over the batch, discounted returns, optionally minus a learned value."""
+    """REINFORCE (Williams 1992): one pass over the batch, discounted returns minus a baseline."""
 
     gamma: float = 1.0
     """Discount γ in [0, 1]."""
-    learned_baseline: bool = False
-    """Subtract V(s_t), which is trained beside the policy; otherwise the batch mean is the baseline."""
+    baseline: Baseline | None = field(default_factory=BatchMean)
+    """What is subtracted from the returns; None: nothing, the original with its high variance."""
+    normalize_std: bool = True
+    """Divide by the standard deviation over the batch of all processes, so that the learning rate knows no scale."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
-    critic: Critic = field(default_factory=Critic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePlusPlus:
+    """REINFORCE++ (Hu et al. 2025): returns to go without critic, standardised over the whole batch, clipped ratios."""
+
+    gamma: float = 1.0
+    """Discount γ in [0, 1]."""
+    group_baseline: bool = False
+    """First subtract the mean return of the responses to the same prompt ("w/ baseline"); needs groups."""
+    clip_low: float = 0.2
+    """ε below 1."""
+    clip_high: float = 0.2
+    """ε above 1."""
+    divergence: DivergenceMask | None = None
+    """Bounds the update instead of the clip; None: the clip does."""
+    ent_coef: float = 0.0
+    """c_2: weight of the exact full-vocabulary entropy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +188,18 @@ class RLOO:
     """ε below 1 when a batch is passed over more than once."""
     clip_high: float = 0.2
     """ε above 1."""
+    divergence: DivergenceMask | None = None
+    """Bounds the update instead of the clip; None: the clip does."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO:
-    """Group-relative PPO (Shao et al. 2024): scores are standardised within the responses to a prompt."""
+    """Group-relative PPO (Shao et al. 2024): scores are standardised within the responses to a prompt.
+
+    The article's KL to the reference, k3 in the loss, is `PPOConfig(kl_placement="loss", kl_penalty="k3")`.
+    """
 
     clip_low: float = 0.2
     """ε below 1."""
@@ -117,10 +207,12 @@ class GRPO:
     """ε above 1."""
     normalize_std: bool = True
     """Divide by the group's standard deviation; off is Dr. GRPO (Liu et al. 2025)."""
-    kl_in_loss: float = 0.0
-    """Weight of the k3 estimate of KL(π_θ || π_ref) in the loss."""
+    sequence_mean: bool = False
+    """Mean over responses of each response's mean (the article); else the mean over all tokens (DAPO, Yu et al.)."""
+    divergence: DivergenceMask | None = None
+    """Bounds the update instead of the clip; None: the clip does."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
 
 
-AlgorithmConfig: TypeAlias = PPOClip | PPOPenalty | TRPO | Reinforce | RLOO | GRPO
+AlgorithmConfig: TypeAlias = PPOClip | PPOPenalty | TRPO | Reinforce | ReinforcePlusPlus | RLOO | GRPO

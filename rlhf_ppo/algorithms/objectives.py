@@ -1,74 +1,102 @@
 """What is minimised: a policy term, a value term, an entropy term, each divided by the same global count."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from rlhf_ppo.algorithms.config import GRPO, RLOO, Critic, PPOClip
+from rlhf_ppo.algorithms.config import GRPO, RLOO, Critic, PPOClip, ReinforcePlusPlus
 from rlhf_ppo.batch import PolicyOutput, TrainBatch
 from rlhf_ppo.functional import (
+    ReferenceKL,
+    divergence_masked_loss,
     entropy_bonus,
     kl_estimate,
     kl_penalty_loss,
     masked_mean,
     ppo_clip_loss,
     reinforce_loss,
+    sequence_mean_count,
     surrogate_loss,
     value_loss,
 )
 from rlhf_ppo.updates import Objective, Terms
 
-PolicyTerm: TypeAlias = Callable[[Tensor, TrainBatch, Tensor], Tensor]
-"""(new log-probs, batch, count) -> the policy's scalar share of the loss."""
+PolicyTerm: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], Tensor]
+"""(new policy output, batch, count) -> the policy's scalar share of the loss."""
 
 
-def clipped(config: PPOClip | RLOO | GRPO) -> PolicyTerm:
-    """The clipped surrogate."""
+def bounded(config: PPOClip | ReinforcePlusPlus | RLOO | GRPO) -> PolicyTerm:
+    """The surrogate, bounded by the clip or by the divergence mask."""
     dual_clip = config.dual_clip if isinstance(config, PPOClip) else None
+    divergence = config.divergence
 
-    def term(logprobs: Tensor, batch: TrainBatch, count: Tensor) -> Tensor:
+    def clipped(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
         loss, _ = ppo_clip_loss(
-            logprobs, batch.logprobs, batch.advantages, batch.mask,
+            output.logprobs, batch.logprobs, batch.advantages, batch.mask,
             clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=dual_clip, count=count,
+        )  # fmt: skip
+        return loss
+
+    if divergence is None:
+        return clipped
+
+    def masked(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
+        loss, _ = divergence_masked_loss(
+            output.logprobs, batch.logprobs, batch.advantages, batch.mask,
+            kind=divergence.kind, threshold=divergence.threshold, count=count,
+        )  # fmt: skip
+        return loss
+
+    return masked
+
+
+def penalised(beta: float) -> PolicyTerm:
+    """The surrogate minus β KL(π_old || π_θ), exact where the output holds it."""
+
+    def term(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
+        loss, _ = kl_penalty_loss(
+            output.logprobs, batch.logprobs, batch.advantages, batch.mask,
+            beta=beta, old_kl=output.old_kl, count=count,
         )  # fmt: skip
         return loss
 
     return term
 
 
-def penalised(beta: float) -> PolicyTerm:
-    """The surrogate minus β KL(π_old || π_θ)."""
-
-    def term(logprobs: Tensor, batch: TrainBatch, count: Tensor) -> Tensor:
-        loss, _ = kl_penalty_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, beta=beta, count=count)
-        return loss
-
-    return term
-
-
-def unbounded(logprobs: Tensor, batch: TrainBatch, count: Tensor) -> Tensor:
+def unbounded(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
     """The bare surrogate, which something else must bound."""
-    loss, _ = surrogate_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, count=count)
+    loss, _ = surrogate_loss(output.logprobs, batch.logprobs, batch.advantages, batch.mask, count=count)
     return loss
 
 
-def likelihood(logprobs: Tensor, batch: TrainBatch, count: Tensor) -> Tensor:
+def likelihood(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
     """REINFORCE: -log π(a|s) Â."""
-    return reinforce_loss(logprobs, batch.advantages, batch.mask, count=count)
+    return reinforce_loss(output.logprobs, batch.advantages, batch.mask, count=count)
 
 
-def with_reference(term: PolicyTerm, weight: float) -> PolicyTerm:
-    """Add `weight` times the k3 estimate of KL(π_θ || π_ref) to a policy term (GRPO)."""
+def with_reference(term: PolicyTerm, kind: ReferenceKL | None) -> PolicyTerm:
+    """Add the KL to the reference, weighed by the batch's coefficient, to a policy term; None: leave it."""
+    if kind is None:
+        return term
 
-    def total(logprobs: Tensor, batch: TrainBatch, count: Tensor) -> Tensor:
-        if batch.ref_logprobs is None:
-            raise ValueError("kl_in_loss needs the reference's log-probabilities, the batch has none: pass `ref_model`")
-        kl = kl_estimate(logprobs, batch.ref_logprobs, "k3")
-        return term(logprobs, batch, count) + weight * masked_mean(kl, batch.mask, count)
+    def total(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
+        kl = output.reference_kl if kind == "full" else _estimate(output, batch, kind)
+        if kl is None:
+            raise ValueError("the KL to the reference was not computed with the policy: give the update the reference")
+        return term(output, batch, count) + batch.reference_kl_coef * masked_mean(kl, batch.mask, count)
 
     return total
+
+
+def per_sequence(terms: Objective) -> Objective:
+    """The same objective as a mean over responses of each response's mean; its count is that of responses."""
+
+    def averaged(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Terms:
+        return terms(output, batch, sequence_mean_count(batch.mask, count))
+
+    return averaged
 
 
 def objective(
@@ -86,7 +114,7 @@ def objective(
 
     def terms(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Terms:
         mask = batch.mask
-        policy_loss = policy_term(output.logprobs, batch, count)
+        policy_loss = policy_term(output, batch, count)
         values = output.values[:, :-1]
         value, value_metrics = value_loss(
             values, batch.values, batch.returns, mask,
@@ -122,3 +150,9 @@ def objective(
         return Terms(loss=loss, metrics={name: item.detach() for name, item in metrics.items()}, ratio=ratio.detach())
 
     return terms
+
+
+def _estimate(output: PolicyOutput, batch: TrainBatch, kind: Literal["k2", "k3"]) -> Tensor | None:
+    if batch.ref_logprobs is None:
+        return None
+    return kl_estimate(output.logprobs, batch.ref_logprobs, kind, mask=batch.mask)

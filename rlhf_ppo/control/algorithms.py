@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeAlias, get_args
 
-from rlhf_ppo.algorithms import GAE, TRPO, AlgorithmConfig, Critic, PPOClip, PPOPenalty, Reinforce
+from rlhf_ppo.algorithms import GAE, TRPO, AlgorithmConfig, Critic, LearnedValue, PPOClip, PPOPenalty, Reinforce
 
 AlgorithmName: TypeAlias = Literal["ppo-clip", "ppo-penalty", "trpo", "reinforce"]
 
@@ -33,7 +33,7 @@ def control_algorithm(
         case "trpo":
             return TRPO(ent_coef=ent_coef, gae=gae)
         case "reinforce":
-            return Reinforce(gamma=gamma, learned_baseline=True, ent_coef=ent_coef, critic=critic)
+            return Reinforce(gamma=gamma, baseline=LearnedValue(critic=critic), ent_coef=ent_coef)
         case _:
             raise ValueError(
                 f"expected an algorithm of {', '.join(get_args(AlgorithmName))}, got {name!r}: algorithms over groups "

@@ -1,9 +1,16 @@
 """Pure tensor mathematics: tensors in, tensors out; no configuration, no state, no I/O."""
 
-from rlhf_ppo.functional.advantages import discounted_returns, gae, grpo_advantages, rloo_advantages
+from rlhf_ppo.functional.advantages import (
+    discounted_returns,
+    gae,
+    grpo_advantages,
+    length_adaptive_lam,
+    rloo_advantages,
+)
+from rlhf_ppo.functional.divergence import DivergenceKind, binary_divergence, divergence_masked_loss
 from rlhf_ppo.functional.gaussian import gaussian_entropy, gaussian_kl, gaussian_logprobs
 from rlhf_ppo.functional.importance import importance_ratio, truncated_importance_weights
-from rlhf_ppo.functional.kl import KLKind, categorical_kl, kl_estimate
+from rlhf_ppo.functional.kl import KLKind, ReferenceKL, categorical_kl, kl_estimate, next_states_kl
 from rlhf_ppo.functional.logprobs import (
     Head,
     TokenStatistics,
@@ -32,6 +39,7 @@ from rlhf_ppo.functional.masked import (
     masked_var,
     sequence_mean_count,
     whiten,
+    whitening,
     zero_outside,
 )
 from rlhf_ppo.functional.rewards import (
@@ -56,13 +64,16 @@ from rlhf_ppo.functional.trust_region import (
 
 __all__ = [
     "Count",
+    "DivergenceKind",
     "Head",
     "KLKind",
     "LineSearchResult",
     "Metrics",
     "PenaltyMode",
     "ReduceSum",
+    "ReferenceKL",
     "TokenStatistics",
+    "binary_divergence",
     "categorical_kl",
     "categorical_metric",
     "chunked_categorical_kl",
@@ -72,6 +83,7 @@ __all__ = [
     "compute_ppo_total_loss",
     "conjugate_gradient",
     "discounted_returns",
+    "divergence_masked_loss",
     "entropy_bonus",
     "entropy_from_logits",
     "fisher_vector_product",
@@ -88,11 +100,13 @@ __all__ = [
     "kl_penalty_loss",
     "kl_shaped_rewards",
     "last_action",
+    "length_adaptive_lam",
     "line_search",
     "masked_mean",
     "masked_sum",
     "masked_var",
     "missing_eos_penalty",
+    "next_states_kl",
     "ppo_clip_loss",
     "reinforce_loss",
     "rloo_advantages",
@@ -105,5 +119,6 @@ __all__ = [
     "unflatten",
     "value_loss",
     "whiten",
+    "whitening",
     "zero_outside",
 ]

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.functional.masked import zero_outside
+from rlhf_ppo.functional.masked import next_action, zero_outside
 
 
 def gae(
@@ -49,7 +49,7 @@ def gae(
     with torch.no_grad():
         mask = torch.ones_like(terminated) if mask is None else mask
         done = terminated | truncated
-        following, is_last = _next_action(mask)
+        following, is_last = next_action(mask)
         index = torch.where(truncated | is_last, torch.arange(1, mask.shape[1] + 1, device=mask.device), following)
         bootstrap = values.gather(1, index).masked_fill(terminated, 0)
         delta = zero_outside(rewards + gamma * bootstrap - values[:, :-1], mask)
@@ -88,9 +88,33 @@ def discounted_returns(
         total = zero_outside(rewards, mask)
         if values is not None:
             _check_length(rewards, values)
-            unwatched = (truncated | _next_action(mask)[1]) & ~terminated & mask
+            unwatched = (truncated | next_action(mask)[1]) & ~terminated & mask
             total = total + gamma * zero_outside(values[:, 1:], unwatched)
         return _backward_recursion(total, gamma, terminated | truncated, mask)
+
+
+def length_adaptive_lam(
+    mask: Bool[Tensor, "batch time"], alpha: float, *, low: float = 0.5, high: float = 1.0
+) -> Float[Tensor, " batch"]:
+    """λ of each row from its number of actions l (VAPO, Yue et al. 2025): λ = 1 - 1 / (α l), kept in [low, high].
+
+    Bare, the formula is 0 at l = 1/α and negative below (α = 0.05: at 20 actions), where GAE would alternate in sign.
+
+    Args:
+        mask: True = an action of ours.
+        alpha: α > 0; 0.05 in the article, for responses of thousands of tokens.
+        low: Smallest λ, in [0, high].
+        high: Largest λ, at most 1.
+
+    Raises:
+        ValueError: α is not positive, or the bounds are no interval in [0, 1].
+    """
+    if not (alpha > 0 and 0 <= low <= high <= 1):
+        raise ValueError(
+            f"expected alpha > 0 and 0 <= low <= high <= 1, got alpha={alpha}, low={low}, high={high}: λ outside "
+            "[0, 1] makes advantages diverge or alternate in sign. VAPO uses alpha=0.05."
+        )
+    return (1 - 1 / (alpha * mask.sum(1).clamp(min=1).double())).clamp(low, high)
 
 
 def rloo_advantages(scores: Float[Tensor, " batch"], group_size: int) -> Float[Tensor, " batch"]:
@@ -141,15 +165,6 @@ def _check_length(rewards: Tensor, values: Tensor) -> None:
             "V of the state after the last step is what a truncated step bootstraps from. "
             "Append it, or zeros where every row terminates."
         )
-
-
-def _next_action(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the first True after each step (time where there is none), and whether there is none."""
-    time = mask.shape[1]
-    index = torch.where(mask, torch.arange(time, device=mask.device), time)
-    from_here = index.flip(1).cummin(1).values.flip(1)
-    following = torch.cat([from_here[:, 1:], torch.full_like(from_here[:, :1], time)], dim=1)
-    return following, following == time
 
 
 def _backward_recursion(terms: Tensor, decay: float | Tensor, done: Tensor, mask: Tensor) -> Tensor:

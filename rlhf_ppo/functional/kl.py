@@ -1,4 +1,4 @@
-"""How far one policy is from another: estimators from the drawn tokens, and the exact divergence."""
+"""How far one policy is from another: estimators from the drawn tokens, the exact divergence, and its split."""
 
 from typing import Literal, TypeAlias
 
@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.functional.masked import at_least_float32, zero_outside
+from rlhf_ppo.functional.masked import at_least_float32, next_action, zero_outside
 
 KLKind: TypeAlias = Literal["k1", "abs", "k2", "k3"]
+ReferenceKL: TypeAlias = Literal["k2", "k3", "full"]
+"""How the KL to the reference may stand in a loss. k1 is not among them: its gradient there has mean zero."""
 
 
 def kl_estimate(
@@ -67,3 +69,23 @@ def categorical_kl(
     # inf - inf is nan even where it is multiplied by p = 0, so both logarithms are taken out first.
     difference = log_p.masked_fill(impossible, 0) - log_q.masked_fill(impossible, 0)
     return (log_p.exp() * difference).sum(-1)
+
+
+def next_states_kl(kl: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
+    """The exact KL of the state that each action leads to: the share of the sequence KL that an action answers for.
+
+        ∇KL(π || π_ref over sequences) = E[Σ_t ∇KL_t + Σ_t ∇log π(a_t|s_t) Σ_{u>t} KL_u],    KL_u = KL(π(·|s_u) || ...)
+
+    Both sums are exact given the states (Rao-Blackwell; Amini et al. 2025). The first belongs into the loss, the
+    second into the reward, where the return from t on then holds later states alone.
+
+    Args:
+        kl: KL(π(·|s_t) || π_ref(·|s_t)) at each step, nats, junk allowed outside the mask.
+        mask: True = an action of ours. The next action may stand behind masked steps (tool output).
+
+    Returns:
+        KL at the row's next action, 0 at its last one and outside the mask.
+    """
+    following, is_last = next_action(mask)
+    padded = torch.nn.functional.pad(zero_outside(kl, mask), (0, 1))
+    return zero_outside(padded.gather(1, following), mask & ~is_last)

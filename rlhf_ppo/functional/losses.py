@@ -70,7 +70,7 @@ def kl_penalty_loss(
     mask: Bool[Tensor, "*shape"],
     *,
     beta: float,
-    kl: Float[Tensor, "*shape"] | None = None,
+    old_kl: Float[Tensor, "*shape"] | None = None,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """The penalised surrogate (Schulman et al. 2017, eq. 8), to minimise.
@@ -83,12 +83,12 @@ def kl_penalty_loss(
         advantages: Â_t.
         mask: True = an action of ours.
         beta: β >= 0, the weight of the KL to the *old policy* (not to the reference).
-        kl: Exact KL(π_old || π_θ) at each step, with gradient. None: the estimate ρ - 1 - log ρ from the action that
-            was taken, unbiased in value and gradient under π_old.
+        old_kl: Exact KL(π_old || π_θ) at each step, with gradient. None: the estimate ρ - 1 - log ρ from the action
+            that was taken, unbiased in value and gradient under π_old.
         count: What the sums are divided by, see `Count`.
 
     Returns:
-        The loss; and the metrics of `surrogate_loss` with `kl`, the mean of the penalised divergence.
+        The loss; and the metrics of `surrogate_loss` with `old_kl`, the mean of the penalised divergence.
 
     Raises:
         ValueError: β is negative.
@@ -99,10 +99,10 @@ def kl_penalty_loss(
             "Pass beta=0.0 for the bare surrogate."
         )
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
-    divergence = torch.expm1(log_ratio) - log_ratio if kl is None else kl
+    divergence = torch.expm1(log_ratio) - log_ratio if old_kl is None else old_kl
     loss, metrics = surrogate_loss(logprobs, old_logprobs, advantages, mask, count=count)
     penalty = masked_mean(divergence, mask, count)
-    return loss + beta * penalty, metrics | {"kl": penalty.detach()}
+    return loss + beta * penalty, metrics | {"old_kl": penalty.detach()}
 
 
 def surrogate_loss(

@@ -155,6 +155,17 @@ def last_action(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, " batch"]:
     return last
 
 
+def next_action(
+    mask: Bool[Tensor, "batch time"],
+) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
+    """Index of the first True after each step (time where there is none), and whether there is none."""
+    time = mask.shape[1]
+    index = torch.where(mask, torch.arange(time, device=mask.device), time)
+    from_here = index.flip(1).cummin(1).values.flip(1)
+    following = torch.cat([from_here[:, 1:], torch.full_like(from_here[:, :1], time)], dim=1)
+    return following, following == time
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` itself in float32 or float64, raised to float32 from half precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,5 +1,6 @@
 """Policies: language models with a value head, and their frozen references."""
 
+from rlhf_ppo.models.critic import SeparateCritic, attach_critic
 from rlhf_ppo.models.pretrained import (
     SUPPORTED_ARCHITECTURES,
     AutoModelForCausalLMWithValueHead,
@@ -14,7 +15,9 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "PreTrainedModelWrapper",
+    "SeparateCritic",
     "ValueHead",
+    "attach_critic",
     "create_reference_model",
     "prepare_reference_adapter",
     "reference_adapter",

@@ -26,7 +26,7 @@ from rlhf_ppo.models.value_head import (
 Wrapper = TypeVar("Wrapper", bound="PreTrainedModelWrapper")
 Forward = tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, Tensor | None, Tensor, Any]
 
-OWN_MODULES = ("pretrained_model", "v_head", "score")
+OWN_MODULES = ("pretrained_model", "v_head", "score", "critic")
 
 
 class PreTrainedModelWrapper(nn.Module):
@@ -56,6 +56,7 @@ class PreTrainedModelWrapper(nn.Module):
     config: Any
     score: nn.Linear
     policy_adapter_name: str | None
+    critic: nn.Module | None = None  # see `rlhf_ppo.models.critic`
 
     def __init__(
         self,

@@ -48,7 +48,9 @@ def create_reference_model(
     shared = [] if num_shared_layers is None else _parameters_below(model, num_shared_layers, pattern)
     for parameter in shared:
         parameter.requires_grad_(False)
-    reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+    memory: dict[int, object] = {id(parameter): parameter for parameter in shared}
+    memory[id(model.critic)] = None  # a reference has no values
+    reference = copy.deepcopy(model, memory)
     return reference.requires_grad_(False).eval()
 
 

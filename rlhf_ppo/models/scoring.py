@@ -7,6 +7,7 @@ alone, and its logits live one chunk at a time. The same module scores rollouts 
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ from rlhf_ppo.models.packing import Hidden, can_be_packed, packed_hidden, padded
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 
 Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class OldPolicy:
+    """What is left of a policy that has moved on: enough for its distribution at some responses."""
+
+    head: Head
+    states: Float[Tensor, "batch time hidden"]
+    """Hidden states at each response token, padded with zeros."""
 
 
 class TokenPolicy(nn.Module):
@@ -60,7 +70,15 @@ class TokenPolicy(nn.Module):
         self.work: Counter[str] = Counter()
         """Deterministic work counters, summed until the owner clears them."""
 
-    def forward(self, inputs: TokenInputs, *, with_entropy: bool = False, slopes: Slopes | None = None) -> PolicyOutput:
+    def forward(
+        self,
+        inputs: TokenInputs,
+        *,
+        with_entropy: bool = False,
+        reference: "TokenPolicy | None" = None,
+        slopes: Slopes | None = None,
+        old: OldPolicy | None = None,
+    ) -> PolicyOutput:
         """Score every response token of `inputs` in one pass over the shared trunk.
 
         Args:
@@ -68,6 +86,8 @@ class TokenPolicy(nn.Module):
             with_entropy: Also the exact full-vocabulary entropy; it costs one more pass over each chunk of logits.
             slopes: What the loss will send back for each token, if known: the LM head's gradients are then taken while
                 its logits are at hand, where the head allows it.
+            reference: Also the exact KL to it, which takes a pass of its own without gradient.
+            old: Also the exact KL from it.
 
         Returns:
             Log-probabilities and entropy [B, T], values [B, T+1], zero beyond each row's end.
@@ -79,12 +99,15 @@ class TokenPolicy(nn.Module):
         statistics = self._statistics(acting, tokens, with_entropy, slopes if torch.is_grad_enabled() else None)
         self.work["head_rows"] += len(tokens)
         lengths = inputs.response_lengths().tolist()
-        values = self._values(states)
+        rows = list(self._values(states).split([length + 1 for length in lengths]))
+        critic = self.separate_critic
         entropy = statistics.entropy
         return PolicyOutput(
             logprobs=pad_rows(statistics.logprobs.split(lengths)),
-            values=pad_rows(values.split([length + 1 for length in lengths])),
+            values=pad_rows(rows if critic is None else critic(inputs)),
             entropy=None if entropy is None else pad_rows(entropy.split(lengths)),
+            reference_kl=None if reference is None else self._kl_to(reference, inputs, acting),
+            old_kl=None if old is None else self._kl_from(old, inputs, acting),
         )
 
     def _statistics(self, acting: Tensor, tokens: Tensor, with_entropy: bool, slopes: Slopes | None) -> TokenStatistics:
@@ -99,14 +122,20 @@ class TokenPolicy(nn.Module):
         rows = max(16, min(self.chunk_size, MOST_BYTES // (4 * max(vocab, 1))))
         return chunked_token_statistics(head, acting, tokens, chunk_size=rows, **settings)
 
+    @torch.no_grad()
+    def snapshot(self, inputs: TokenInputs) -> Float[Tensor, "batch time hidden"]:
+        """Hidden states at each response token as they are now, for an `OldPolicy`."""
+        self.model.eval()
+        rows = self._rows(inputs)[0].split(inputs.response_lengths().tolist())
+        return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+    def head_copy(self) -> Head:
+        """The LM head as it is now, for an `OldPolicy`."""
+        return self._head(copied=True)
+
     def kl_to(self, reference: "TokenPolicy", inputs: TokenInputs) -> Float[Tensor, "batch time"]:
         """Exact KL(π || reference) over the full vocabulary at each response token, nats, [B, T]."""
-        own, _ = self._rows(inputs)
-        other, _ = reference._rows(inputs)
-        kl = chunked_categorical_kl(
-            self._head(), own, reference._head(), other, temperature=self.temperature, chunk_size=self.chunk_size
-        )
-        return pad_rows(kl.split(inputs.response_lengths().tolist()))
+        return self._kl_to(reference, inputs, self._rows(inputs)[0])
 
     def check_curvature(self) -> None:
         """Refuse models whose forward pass cannot be differentiated twice.
@@ -169,8 +198,21 @@ class TokenPolicy(nn.Module):
         return [distance(inputs, self._rows(inputs)[0]) for inputs in pieces]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Those of the value head alone."""
+        """Those of the value head alone, or of a separate critic as a whole."""
+        if self.separate_critic is not None:
+            return list(self.separate_critic.parameters())
         return list(self.model.v_head.parameters()) if isinstance(self.model, PreTrainedModelWrapper) else []
+
+    @property
+    def separate_critic(self) -> nn.Module | None:
+        """The critic beside the policy; None where values come from the shared trunk."""
+        return self.model.critic if isinstance(self.model, PreTrainedModelWrapper) else None
+
+    def critic_values(self, inputs: TokenInputs) -> list[Float[Tensor, " actions"]]:
+        """V(s_0) ... V(s_{T-1}) of each row by the separate critic, with its gradient."""
+        if self.separate_critic is None:
+            raise ValueError("there is no separate critic: values come from the policy's trunk, see `critic_states`")
+        return [row[:-1] for row in self.separate_critic(inputs)]
 
     def critic_states(self, inputs: TokenInputs) -> list[Float[Tensor, "actions hidden"]]:
         """What the value head reads for V(s_0) ... V(s_{T-1}), one tensor a row."""
@@ -181,6 +223,23 @@ class TokenPolicy(nn.Module):
     def values_of(self, states: Float[Tensor, "actions hidden"]) -> Float[Tensor, " actions"]:
         """V at states of `critic_states`."""
         return self._values(states)
+
+    def _kl_to(self, reference: "TokenPolicy", inputs: TokenInputs, acting: Tensor) -> Float[Tensor, "batch time"]:
+        with torch.no_grad():
+            reference.model.eval()
+            other, _ = reference._rows(inputs)
+        kl = chunked_categorical_kl(
+            self._head(), acting, reference._head(), other, temperature=self.temperature, chunk_size=self.chunk_size
+        )
+        return pad_rows(kl.split(inputs.response_lengths().tolist()))
+
+    def _kl_from(self, old: OldPolicy, inputs: TokenInputs, acting: Tensor) -> Float[Tensor, "batch time"]:
+        lengths = inputs.response_lengths().tolist()
+        states = torch.cat([row[:length] for row, length in zip(old.states, lengths, strict=True)])
+        kl = chunked_categorical_kl(
+            old.head, states, self._head(), acting, temperature=self.temperature, chunk_size=self.chunk_size
+        )
+        return pad_rows(kl.split(lengths))
 
     def _language_model(self) -> Any:
         model = self.model

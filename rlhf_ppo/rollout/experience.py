@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from rlhf_ppo.batch import PolicyOutput, Rollout, TokenInputs, cut, pad_rows
 from rlhf_ppo.functional import classic_whiten_rewards, kl_estimate, kl_shaped_rewards, last_action
 from rlhf_ppo.models.scoring import TokenPolicy
+from rlhf_ppo.rollout.placement import KLPenalty, KLPlacement, in_reward
 
-KLPenalty: TypeAlias = Literal["kl", "abs", "mse", "full"]
-_ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
+_ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "k3": "k3"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +113,7 @@ class Shaping:
     """How scores and KL become rewards."""
 
     kl_coef: float
+    kl_placement: KLPlacement = "reward"
     whiten_rewards: bool = False
     gamma: float = 1.0
     lam: float = 0.95
@@ -132,7 +132,8 @@ def shape_rollout(
         The rollout and the non-score part of its rewards, [B, T].
     """
     mask = responses.mask
-    rewards, penalty = kl_shaped_rewards(scored.kl, responses.scores, mask, kl_coef=shaping.kl_coef)
+    paid = in_reward(scored.kl, mask, shaping.kl_placement)
+    rewards, penalty = kl_shaped_rewards(paid, responses.scores, mask, kl_coef=shaping.kl_coef)
     last = last_action(mask)
     if shaping.whiten_rewards:
         tail = _tail(responses.inputs, last, shaping)
@@ -147,6 +148,7 @@ def shape_rollout(
         inputs=responses.inputs, mask=mask, logprobs=scored.logprobs, values=scored.values, rewards=rewards,
         terminated=ends & ~cut_off[:, None], truncated=ends & cut_off[:, None], ref_logprobs=scored.ref_logprobs,
         scores=totals, group_size=responses.group_size,
+        reference_kl_coef=0.0 if shaping.kl_placement == "reward" else shaping.kl_coef,
     )  # fmt: skip
     return rollout, penalty
 

@@ -1,12 +1,40 @@
-"""How far an update has moved the policy, over the whole batch and after its last step."""
+"""What a policy is like on a whole batch, without a step: how far it has moved, and what an objective says of it."""
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import kl_estimate, masked_mean
+from rlhf_ppo.updates.minibatch import MinibatchConfig
+from rlhf_ppo.updates.objective import Objective, UpdateRecord, batch_statistics
 from rlhf_ppo.updates.shares import everyones, own_pieces
+
+
+@torch.no_grad()
+def standing_record(
+    policy: nn.Module, batch: TrainBatch, objective: Objective, accelerator: Accelerator, config: MinibatchConfig
+) -> UpdateRecord:
+    """The record of an update that took no step on the policy; `batch` holds the rows of all processes."""
+    rows = torch.arange(len(batch), device=batch.mask.device)
+    count = batch.mask.sum().float()
+    pieces = own_pieces(
+        batch, rows, size=config.micro_batch_size, token_budget=config.token_budget,
+        process=accelerator.process_index, processes=accelerator.num_processes,
+    )  # fmt: skip
+    terms = [objective(policy(piece.inputs, with_entropy=True), piece, count) for piece in pieces]
+    totals = {name: torch.stack([term.metrics[name].float() for term in terms]).sum() for name in terms[0].metrics}
+    record = UpdateRecord()
+    record.metrics.append(
+        {name: float(accelerator.reduce(total, reduction="sum")) for name, total in totals.items()}
+        | batch_statistics(batch, rows)
+    )
+    record.ratios.extend(term.ratio for term in terms)
+    if accelerator.num_processes > 1:
+        record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
+    record.advantages.append(batch.advantages[batch.mask])
+    return record
 
 
 @torch.no_grad()

@@ -15,7 +15,16 @@ from torch.optim import Optimizer
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional.fused_head import Slopes
 from rlhf_ppo.models.scoring import TokenPolicy
-from rlhf_ppo.updates.objective import Gradients, Objective, Terms, UpdateRecord, batch_statistics
+from rlhf_ppo.updates.objective import (
+    CompareWith,
+    Gradients,
+    Objective,
+    Terms,
+    UpdateRecord,
+    actions,
+    batch_statistics,
+    nobody,
+)
 from rlhf_ppo.updates.shares import everyones, own_pieces
 from rlhf_ppo.updates.shuffle import Shuffle
 from rlhf_ppo.updates.slopes import slopes_of
@@ -59,6 +68,8 @@ class MinibatchUpdate:
         seed: Of the shuffles. The same on all processes.
         with_entropy: Whether the objective reads the entropy.
         gradients: Another way to the gradients of an optimiser step; None: passes over micro-batches with autograd.
+        compare_with: Further arguments of the policy for a piece: whom to measure an exact KL to.
+        count: What an optimiser step's sums are divided by, from the mask of its rows.
     """
 
     def __init__(
@@ -72,6 +83,8 @@ class MinibatchUpdate:
         seed: int,
         with_entropy: bool = True,
         gradients: Gradients | None = None,
+        compare_with: CompareWith = nobody,
+        count: Callable[[Tensor], Tensor] = actions,
     ) -> None:
         self.policy = policy
         self.steps = steps_of(policy, optimizer, accelerator)
@@ -82,6 +95,8 @@ class MinibatchUpdate:
         self.with_entropy = with_entropy
         self.gradients = gradients or self._passes
         self.shuffle = Shuffle(seed)
+        self.compare_with = compare_with
+        self.count = count
         self._skips_in_a_row = 0
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
@@ -131,7 +146,7 @@ class MinibatchUpdate:
             batch, rows, size=self.config.micro_batch_size, token_budget=self.config.token_budget,
             process=self.accelerator.process_index, processes=self.accelerator.num_processes,
         )  # fmt: skip
-        count = batch.mask[rows].sum().float()
+        count = self.count(batch.mask[rows]).float()
         last = len(pieces) - 1
         terms = [self._backward(objective, piece, count, last=index == last) for index, piece in enumerate(pieces)]
         return self._reduced(terms), [term.ratio for term in terms]
@@ -139,8 +154,8 @@ class MinibatchUpdate:
     def _backward(self, objective: Objective, piece: TrainBatch, count: Tensor, *, last: bool) -> Terms:
         processes = self.accelerator.num_processes
         with self.steps.piece(last=last):
-            foreseen = self._foreseen(objective, piece, count)
-            output = self.policy(piece.inputs, with_entropy=self.with_entropy, **foreseen)
+            others = self.compare_with(piece) or self._foreseen(objective, piece, count)
+            output = self.policy(piece.inputs, with_entropy=self.with_entropy, **others)
             terms = objective(output, piece, count)
             # Gradients are averaged over processes; shares of a global count must be summed, hence the factor.
             loss = terms.loss * processes
@@ -152,7 +167,8 @@ class MinibatchUpdate:
     def _foreseen(self, objective: Objective, piece: TrainBatch, count: Tensor) -> dict[str, Slopes]:
         """What lets a language model's head take its gradients in the forward pass, where its weight is whole."""
         whole = isinstance(self.steps, PlainSteps) and self.accelerator.distributed_type != DistributedType.FSDP
-        if whole and isinstance(self.accelerator.unwrap_model(self.policy), TokenPolicy):
+        by_token = self.count is actions  # another count is no divisor of single tokens
+        if whole and by_token and isinstance(self.accelerator.unwrap_model(self.policy), TokenPolicy):
             return {"slopes": slopes_of(objective, piece, count)}
         return {}
 

@@ -27,6 +27,25 @@ Objective: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], Terms]
 """(new policy output, batch, count of actions in the whole optimiser step) -> terms to minimise."""
 
 
+CompareWith: TypeAlias = Callable[[TrainBatch], dict[str, Any]]
+"""Batch -> further arguments of the policy: whom to measure an exact KL to."""
+
+
+def nobody(batch: TrainBatch) -> dict[str, Any]:
+    """No further arguments."""
+    return {}
+
+
+def actions(mask: Tensor) -> Tensor:
+    """Number of actions: the count under which every token weighs the same."""
+    return mask.sum()
+
+
+def sequences(mask: Tensor) -> Tensor:
+    """Number of responses: the count of `sequence_mean_count`, under which every response weighs the same."""
+    return mask.any(dim=1).sum()
+
+
 @dataclass(kw_only=True)
 class UpdateRecord:
     """What an update did: one entry an optimiser step in every list."""

@@ -57,7 +57,7 @@ class TrustRegion:
     max_kl: float = 0.01
     """δ, nats per action: the step's KL in the quadratic model. A step beyond 1.5 δ of true mean KL is not accepted."""
     damping: float = 0.1
-    """Added to the Fisher matrix's diagonal; language models need 0.1 to 1."""
+    """Added to the Fisher matrix's diagonal for the direction, not for its length; language models need 0.1 to 1."""
     curvature_fraction: float = 0.25
     """Share of the rows that the Fisher products are computed on; gradient and line search see all rows."""
     cg_iterations: int = 10

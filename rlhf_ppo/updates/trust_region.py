@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlhf_ppo.batch import TrainBatch, cut, pad_rows
+from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import (
     LineSearchResult,
     conjugate_gradient,
@@ -27,13 +27,13 @@ from rlhf_ppo.functional import (
     step_weights,
     trust_region_step,
     unflatten,
-    value_loss,
 )
 from rlhf_ppo.functional.trust_region import MatrixProduct
+from rlhf_ppo.updates.critic import CriticFit
 from rlhf_ppo.updates.minibatch import MinibatchConfig
-from rlhf_ppo.updates.objective import Objective, Terms, UpdateRecord, batch_statistics
+from rlhf_ppo.updates.objective import CompareWith, Objective, Terms, UpdateRecord, batch_statistics, nobody
 from rlhf_ppo.updates.region import CurvedPolicy, TrustRegion, check_parameters, check_processes
-from rlhf_ppo.updates.shares import deal, everyones, own_pieces
+from rlhf_ppo.updates.shares import everyones, own_pieces
 from rlhf_ppo.updates.shuffle import Shuffle
 
 
@@ -54,6 +54,7 @@ class TrustRegionUpdate:
         config: Sizes of passes; `epochs` and `minibatch_size` are those of the value head's fit.
         seed: Of the choice of curvature rows and of the shuffles. The same on all processes.
         clip_range_value: Of the value loss; None: the plain squared error.
+        compare_with: Further arguments of the policy for a piece: whom to measure an exact KL to.
 
     Raises:
         ValueError: Parameters are sharded, of low precision or all frozen; or attention has no second derivative.
@@ -70,12 +71,12 @@ class TrustRegionUpdate:
         config: Callable[[], MinibatchConfig],
         seed: int,
         clip_range_value: float | None = None,
+        compare_with: CompareWith = nobody,
     ) -> None:
         check_processes(accelerator)
         module: Any = accelerator.unwrap_model(policy)
         critic = module.critic_parameters()
         theirs = {id(parameter) for parameter in critic}
-        self.critic = [parameter for parameter in critic if parameter.requires_grad]
         self.parameters = [item for item in module.parameters() if item.requires_grad and id(item) not in theirs]
         check_parameters(self.parameters)
         module.check_curvature()
@@ -84,8 +85,12 @@ class TrustRegionUpdate:
         self.objective, self.region = objective, region
         self._read_config = config
         self.config = config()
-        self.clip_range_value = clip_range_value
         self.shuffle = Shuffle(seed)
+        self.compare_with = compare_with
+        self.critic = CriticFit(
+            policy=module, optimizer=optimizer, accelerator=accelerator, config=config, shuffle=self.shuffle,
+            clip_range_value=clip_range_value,
+        )  # fmt: skip
         self._skips_in_a_row = 0
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
@@ -108,8 +113,7 @@ class TrustRegionUpdate:
             "policy/reached_kl": 0.0 if found is None else found.kl,
             "policy/improvement": 0.0 if found is None else found.improvement,
         }
-        if self.critic:
-            self._fit_critic(batch)
+        self.critic(batch)
         if self.accelerator.num_processes > 1:
             record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
         return record
@@ -148,11 +152,14 @@ class TrustRegionUpdate:
         """Of the objective that is minimised, over the whole batch, with its terms."""
         total, found = torch.zeros_like(flatten(self.parameters)), []
         for piece in pieces:
-            terms = self.objective(self.policy(piece.inputs, with_entropy=True), piece, count)
+            terms = self._terms(piece, count)
             gradients = torch.autograd.grad(terms.loss, self.parameters, allow_unused=True)
             total += flatten(gradients, like=self.parameters)
             found.append(Terms(loss=terms.loss.detach(), metrics=terms.metrics, ratio=terms.ratio))
         return self._sum(total), found
+
+    def _terms(self, piece: TrainBatch, count: Tensor) -> Terms:
+        return self.objective(self.policy(piece.inputs, with_entropy=True, **self.compare_with(piece)), piece, count)
 
     @torch.no_grad()
     def _search(
@@ -164,7 +171,8 @@ class TrustRegionUpdate:
         rows = self.shuffle(len(batch), batch.mask.device)[:share]
         product = self.curvature(batch, rows)
         direction = conjugate_gradient(product, -gradient, iterations=self.region.cg_iterations)
-        curved = product(direction)
+        # The damping steadies the direction; it is no part of the KL, and would shorten the step many times over.
+        curved = product(direction) - self.region.damping * direction
         del product
         bend = float(direction.dot(curved))
         if not (math.isfinite(bend) and bend > 0):
@@ -176,7 +184,7 @@ class TrustRegionUpdate:
         def evaluate(candidate: Tensor) -> tuple[float, float]:
             nonlocal after
             self._write(candidate)
-            after = [self.objective(self.policy(piece.inputs, with_entropy=True), piece, count) for piece in pieces]
+            after = [self._terms(piece, count) for piece in pieces]
             parts = [masked_mean(kl(), piece.mask, count) for kl, piece in zip(distances, pieces, strict=True)]
             return loss_before - self._reduced(after)["loss/total"], float(self._sum(torch.stack(parts).sum()))
 
@@ -190,39 +198,6 @@ class TrustRegionUpdate:
     def _write(self, vector: Tensor) -> None:
         for parameter, value in zip(self.parameters, unflatten(vector, self.parameters), strict=True):
             parameter.copy_(value)
-
-    def _fit_critic(self, batch: TrainBatch) -> None:
-        """Epochs of the value head on the hidden states of the new policy, which are computed once."""
-        states = self._own_states(batch)
-        config, width = self.config, batch.mask.shape[1]
-        for _ in range(config.epochs):
-            order = self.shuffle(len(batch), torch.device("cpu"))
-            for rows in order.split(config.minibatch_size * self.accelerator.num_processes):
-                own = [row for row in rows.tolist() if row in states]
-                loss = torch.stack([parameter.sum() for parameter in self.critic]).sum() * 0.0
-                if own:
-                    lengths = [len(states[row]) for row in own]
-                    flat = self.policy.values_of(torch.cat([states[row] for row in own]))
-                    values = pad_rows(flat.split(lengths), width=width)
-                    share, _ = value_loss(
-                        values, batch.values[own], batch.returns[own], batch.mask[own],
-                        clip_range=self.clip_range_value, count=batch.mask[rows.to(batch.mask.device)].sum().float(),
-                    )  # fmt: skip
-                    loss = loss + share
-                for parameter, gradient in zip(self.critic, torch.autograd.grad(loss, self.critic), strict=True):
-                    parameter.grad = self._sum(gradient)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-
-    @torch.no_grad()
-    def _own_states(self, batch: TrainBatch) -> dict[int, Tensor]:
-        costs = batch.inputs.costs()
-        share = deal(costs, self.accelerator.num_processes)[self.accelerator.process_index]
-        states: dict[int, Tensor] = {}
-        for piece in cut(costs[share], size=self.config.micro_batch_size, token_budget=self.config.token_budget):
-            rows = share[piece]
-            states |= dict(zip(rows.tolist(), self.policy.critic_states(batch.inputs.select(rows)), strict=True))
-        return states
 
     def _usable(self, norm: float) -> bool:
         """Whether the gradient leads anywhere; nan and inf are counted."""

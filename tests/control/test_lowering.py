@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.testing import assert_close
 
-from rlhf_ppo.algorithms import AlgorithmConfig, build_algorithm
+from rlhf_ppo.algorithms import AlgorithmConfig, Critic, LearnedValue, build_algorithm
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.control import Categorical, ControlInputs, ControlPolicy, Gaussian, control_algorithm
 from rlhf_ppo.control.lowering import LoweredGradients
@@ -60,7 +60,9 @@ def updated(
 def test_the_lowered_update_takes_the_steps_of_autograd(name: Any, kind: str) -> None:
     """Shuffled minibatches of 8 rows, masked ones among them, entropy and clipped values in the loss."""
     algorithm: Any = control_algorithm(name, ent_coef=0.01)
-    algorithm = replace(algorithm, critic=replace(algorithm.critic, clip_range_value=0.2))
+    critic = Critic(vf_coef=0.5, clip_range_value=0.2)
+    valued: Any = {"baseline": LearnedValue(critic=critic)} if name == "reinforce" else {"critic": critic}
+    algorithm = replace(algorithm, **valued)
     data = batch(policy(kind))
     (plain, expected), (lean, found) = (updated(algorithm, kind, lowered=flag, data=data) for flag in (False, True))
     for left, right in zip(lean.parameters(), plain.parameters(), strict=True):

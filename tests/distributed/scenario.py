@@ -32,7 +32,7 @@ from tests.helpers import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 ITERATIONS = 3
 ALGORITHMS: dict[str, AlgorithmConfig | None] = {
-    "ppo": None, "penalty": PPOPenalty(target=1e-4), "reinforce": Reinforce(), "rloo": RLOO(), "grpo": GRPO(),
+    "ppo": None, "penalty": PPOPenalty(target_kl=1e-4), "reinforce": Reinforce(), "rloo": RLOO(), "grpo": GRPO(),
 }  # fmt: skip
 
 

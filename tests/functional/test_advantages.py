@@ -216,3 +216,12 @@ def test_wrong_groups_and_lengths_are_refused_with_a_remedy() -> None:
     never = torch.zeros(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"one longer than rewards \(2, 3\), got \(2, 3\).*Append it"):
         F.gae(torch.zeros(2, 3), torch.zeros(2, 3), never, never, gamma=1.0, lam=1.0)
+
+
+def test_the_length_adaptive_lambda_is_clamped_where_the_formula_would_be_negative() -> None:
+    """α = 0.05: 1 - 1/(0.05 · 100) = 0.8; at 40 actions 0.5; at 10 the formula says -1."""
+    lengths = (100, 40, 10, 1)
+    mask = torch.tensor([[step < length for step in range(100)] for length in lengths])
+    assert_close(F.length_adaptive_lam(mask, 0.05), torch.tensor([0.8, 0.5, 0.5, 0.5], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"alpha=0\.0.*diverge"):
+        F.length_adaptive_lam(mask, 0.0)

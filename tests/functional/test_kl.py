@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -100,3 +101,45 @@ def test_gradients_agree_with_finite_differences() -> None:
 def test_an_unknown_estimator_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'k1', 'abs', 'k2', 'k3', got 'full'.*categorical_kl"):
         F.kl_estimate(torch.zeros(2), torch.zeros(2), "full")  # type: ignore[arg-type]
+
+
+@given(seed=seeds, shape=shapes)
+def test_each_action_pays_for_the_next_state_and_the_last_for_none(seed: int, shape: tuple[int, int]) -> None:
+    kl, mask = numbers(seed, *shape).abs(), random_mask(seed, *shape)
+    expected = torch.zeros_like(kl)
+    for row in range(shape[0]):
+        ours = [step for step in range(shape[1]) if mask[row, step]]
+        for here, following in itertools.pairwise(ours):
+            expected[row, here] = kl[row, following]
+    assert_close(F.next_states_kl(spoil(kl, mask), mask), expected)
+
+
+def test_the_split_kl_has_the_exact_gradient_of_the_sequence_kl_and_k3_as_a_reward_the_wrong_one() -> None:
+    """A policy with a table for each prefix, 3 tokens, 2 steps: all 9 sequences are enumerated, nothing is sampled."""
+    first, second = numbers(0, 1, 3).requires_grad_(), numbers(1, 3, 3).requires_grad_()
+    ref = numbers(2, 1, 3).log_softmax(-1), numbers(3, 3, 3).log_softmax(-1)
+    logs = first.log_softmax(-1), second.log_softmax(-1)
+    pairs = [(a, b) for a in range(3) for b in range(3)]
+    logprobs = torch.stack([torch.stack([logs[0][0, a], logs[1][a, b]]) for a, b in pairs])
+    ref_logprobs = torch.stack([torch.stack([ref[0][0, a], ref[1][a, b]]) for a, b in pairs])
+    weights = logprobs.sum(1).exp()
+    exact = torch.autograd.grad((weights * (logprobs - ref_logprobs).sum(1)).sum(), (first, second), retain_graph=True)
+    states = torch.stack(
+        [torch.stack([F.categorical_kl(first[0], ref[0][0]), F.categorical_kl(second[a], ref[1][a])]) for a, _ in pairs]
+    )
+    mask = torch.ones(9, 2, dtype=torch.bool)
+
+    def as_reward(reward: torch.Tensor) -> torch.Tensor:
+        """Its policy-gradient loss, with the return to go."""
+        to_go = reward.detach().flip(1).cumsum(1).flip(1)
+        return (weights.detach() * (logprobs * to_go).sum(1)).sum()
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.flatten() for x in torch.autograd.grad(loss, (first, second), retain_graph=True)])
+
+    truth = torch.cat([x.flatten() for x in exact])
+    own = (weights.detach() * states.sum(1)).sum()
+    assert_close(gradient(own + as_reward(F.next_states_kl(states, mask))), truth)
+    assert_close(gradient(as_reward(F.kl_estimate(logprobs, ref_logprobs, "k1"))), truth)
+    wrong = gradient(as_reward(F.kl_estimate(logprobs, ref_logprobs, "k3")))
+    assert torch.nn.functional.cosine_similarity(wrong, truth, dim=0) < 0

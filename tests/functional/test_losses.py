@@ -97,8 +97,8 @@ def test_at_the_old_policy_the_metrics_say_so() -> None:
 def test_kl_penalty_loss_with_a_given_divergence_by_hand() -> None:
     """Ratio 1, A = 2, β = 10, KL = 0.1: L = -(2 - 1)."""
     zero = torch.zeros(1, 1)
-    loss, metrics = F.kl_penalty_loss(zero, zero, zero + 2, ONE, beta=10.0, kl=zero + 0.1)
-    assert_close((loss.item(), metrics["kl"].item()), (-1.0, 0.1), rtol=1e-6, atol=0)
+    loss, metrics = F.kl_penalty_loss(zero, zero, zero + 2, ONE, beta=10.0, old_kl=zero + 0.1)
+    assert_close((loss.item(), metrics["old_kl"].item()), (-1.0, 0.1), rtol=1e-6, atol=0)
 
 
 def test_kl_penalty_estimate_has_the_value_and_gradient_of_the_exact_divergence_on_average() -> None:
@@ -142,7 +142,7 @@ def test_value_loss_and_metrics_equal_a_loop_per_token(
 LOSSES: dict[str, Any] = {
     "clip": lambda x, a, b, m, c: F.ppo_clip_loss(x, a, b, m, clip_low=0.2, clip_high=0.3, dual_clip=3.0, count=c)[0],
     "penalty": lambda x, a, b, m, c: F.kl_penalty_loss(x, a, b, m, beta=0.5, count=c)[0],
-    "exact penalty": lambda x, a, b, m, c: F.kl_penalty_loss(a.detach(), a, b, m, beta=0.5, kl=x, count=c)[0],
+    "exact penalty": lambda x, a, b, m, c: F.kl_penalty_loss(a.detach(), a, b, m, beta=0.5, old_kl=x, count=c)[0],
     "surrogate": lambda x, a, b, m, c: F.surrogate_loss(x, a, b, m, count=c)[0],
     "reinforce": lambda x, a, b, m, c: F.reinforce_loss(x, b, m, count=c),
     "value": lambda x, a, b, m, c: F.value_loss(x, a, b, m, clip_range=0.3, count=c)[0],

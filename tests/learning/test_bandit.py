@@ -1,40 +1,94 @@
 """Every algorithm finds the known optimum of the token bandit, in seconds."""
 
+from typing import Any
+
 import pytest
 
-from rlhf_ppo import GRPO, RLOO, TRPO, AlgorithmConfig, PPOClip, PPOPenalty, Reinforce
+from rlhf_ppo import (
+    GRPO,
+    RLOO,
+    TRPO,
+    AlgorithmConfig,
+    Critic,
+    DivergenceMask,
+    LearnedValue,
+    MovingMean,
+    PPOClip,
+    PPOPenalty,
+    Reinforce,
+    ReinforcePlusPlus,
+)
 from tests.learning.bandit import bandit, optimum, play, probabilities, total_variation
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
 
 ITERATIONS = 60
-ALGORITHMS = {
+ALGORITHMS: dict[str, AlgorithmConfig] = {
     "ppo-clip": PPOClip(),
     "ppo-penalty": PPOPenalty(),
     "reinforce": Reinforce(),
-    "reinforce-value": Reinforce(learned_baseline=True),
+    "reinforce-value": Reinforce(baseline=LearnedValue()),
     "rloo": RLOO(),
     "grpo": GRPO(),
 }
+REGIONS = {0.5: TRPO(max_kl=4e-4, damping=0.01), 0.0: TRPO(max_kl=0.05, damping=0.01)}
+"""TRPO's steps have one length in KL to the very end, so that sets how near it comes."""
+
+VARIANTS: dict[str, tuple[AlgorithmConfig, float, dict[str, Any]]] = {
+    "reinforce++": (ReinforcePlusPlus(), 0.5, {}),
+    "reinforce++, group baseline": (ReinforcePlusPlus(group_baseline=True), 0.0, {}),
+    "moving mean": (Reinforce(baseline=MovingMean()), 0.5, {}),
+    "exact penalty": (PPOPenalty(exact=True), 0.5, {}),
+    "divergence mask": (PPOClip(divergence=DivergenceMask(threshold=0.1)), 0.5, {}),
+    "sequence mean": (GRPO(sequence_mean=True), 0.0, {}),
+    "warm critic": (PPOClip(critic=Critic(warmup_iterations=5)), 0.5, {}),
+    "split KL": (PPOClip(), 0.5, {"kl_placement": "split", "kl_penalty": "full", "learning_rate": 0.01}),
+    "full KL in the loss": (PPOClip(), 0.5, {"kl_placement": "loss", "kl_penalty": "full", "learning_rate": 0.01}),
+    "k2 in the loss": (PPOClip(), 0.5, {"kl_placement": "loss", "kl_penalty": "mse", "learning_rate": 0.005}),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "kl_coef"),
-    [(name, kl_coef) for name in ALGORITHMS for kl_coef in (0.5, 0.0) if (name, kl_coef) != ("ppo-penalty", 0.5)],
-)
-def test_the_policy_goes_to_the_optimum_of_the_bandit(name: str, kl_coef: float) -> None:
-    """π_ref exp(r / β) / Z with the KL in the reward, the best token without, within 2 % total variation."""
-    algorithm: AlgorithmConfig = ALGORITHMS[name]
-    trainer = bandit(algorithm, kl_coef=kl_coef, iterations=ITERATIONS)
+def distance(
+    algorithm: AlgorithmConfig, kl_coef: float, *, group_size: int = 1, iterations: int = ITERATIONS, **settings: Any
+) -> float:
+    """Total variation to the optimum after learning."""
+    trainer = bandit(algorithm, kl_coef=kl_coef, iterations=iterations, **settings)
     goal = optimum(trainer, kl_coef)
     assert total_variation(probabilities(trainer), goal) > 0.2
-    play(trainer, ITERATIONS, group_size=8 if isinstance(algorithm, RLOO | GRPO) else 1)
-    assert total_variation(probabilities(trainer), goal) < 0.02
+    play(trainer, iterations, group_size=group_size)
+    return total_variation(probabilities(trainer), goal)
+
+
+def group_of(algorithm: AlgorithmConfig) -> int:
+    """Eight responses side by side for those that compare them."""
+    compares = isinstance(algorithm, RLOO | GRPO) or getattr(algorithm, "group_baseline", False)
+    return 8 if compares else 1
+
+
+@pytest.mark.parametrize("kl_coef", [0.5, 0.0])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_policy_goes_to_the_optimum_of_the_bandit(name: str, kl_coef: float) -> None:
+    """π_ref exp(r / β) / Z with the KL in the reward, the best token without, within 2 % total variation."""
+    algorithm = ALGORITHMS[name]
+    assert distance(algorithm, kl_coef, group_size=group_of(algorithm)) < 0.02
+
+
+@pytest.mark.parametrize("kl_coef", REGIONS)
+def test_trpo_goes_to_the_optimum_of_the_bandit(kl_coef: float) -> None:
+    assert distance(REGIONS[kl_coef], kl_coef, iterations=40 if kl_coef else 20) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_goes_to_the_optimum_of_the_bandit(name: str) -> None:
+    """The coefficient of the KL means the same in the reward, in the loss, and split between the two."""
+    algorithm, kl_coef, settings = VARIANTS[name]
+    assert distance(algorithm, kl_coef, group_size=group_of(algorithm), **settings) < 0.02
 
 
 def test_beta_of_the_penalty_follows_the_kl_after_the_update() -> None:
     """With one optimiser step an update, every statistic is of the policy before it: KL 0, and β would only halve."""
-    trainer = bandit(PPOPenalty(beta=1.0, target=1e-4), kl_coef=0.5, ppo_epochs=1, mini_batch_size=128)
+    trainer = bandit(PPOPenalty(beta=1.0, target_kl=1e-4), kl_coef=0.5, ppo_epochs=1, mini_batch_size=128)
     before = probabilities(trainer)
     play(trainer, 1)
     reached = float((before * (before / probabilities(trainer)).log()).sum())
@@ -42,11 +96,3 @@ def test_beta_of_the_penalty_follows_the_kl_after_the_update() -> None:
     assert reached > 1.5e-4
     play(trainer, 1)
     assert trainer.metrics["ppo/policy/beta"] == 2.0
-
-
-def test_trpo_goes_to_the_optimum_of_the_bandit() -> None:
-    """Its steps have one length in KL to the very end, so that sets how near it comes."""
-    trainer = bandit(TRPO(max_kl=4e-4, damping=0.01), kl_coef=0.5)
-    goal = optimum(trainer, 0.5)
-    play(trainer, 40)
-    assert total_variation(probabilities(trainer), goal) < 0.02

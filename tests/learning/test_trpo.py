@@ -134,11 +134,11 @@ def test_without_advantages_the_policy_stays_and_the_value_head_learns() -> None
     own = trainer(TRPO())
     update, data = update_of(own), batch(own, scale=1.0)
     still = TrainBatch(**{**vars(data), "advantages": torch.zeros_like(data.advantages)})
-    before, head = flatten(update.parameters).clone(), flatten(update.critic).clone()
+    before, head = flatten(update.parameters).clone(), flatten(update.critic.parameters).clone()
     for _ in range(20):
         update(still)
     assert torch.equal(before, flatten(update.parameters))
-    assert not torch.equal(head, flatten(update.critic))
+    assert not torch.equal(head, flatten(update.critic.parameters))
     error = (own.scorer(data.inputs).values[:, :-1] - data.returns)[data.mask].square().mean()
     assert error < 0.9 * (data.values - data.returns)[data.mask].square().mean()
 

@@ -10,9 +10,12 @@ from peft import LoraConfig
 from torch.optim.lr_scheduler import LinearLR
 
 from rlhf_ppo import (
-    GRPO,
     AlgorithmConfig,
     AutoModelForCausalLMWithValueHead,
+    Critic,
+    LearnedValue,
+    MovingMean,
+    PPOClip,
     PPOConfig,
     PPOTrainer,
     Reinforce,
@@ -75,7 +78,12 @@ def untimed(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     "algorithm",
-    [*(kind() for kind in get_args(AlgorithmConfig)), Reinforce(learned_baseline=True), GRPO(kl_in_loss=0.1)],
+    [
+        *(kind() for kind in get_args(AlgorithmConfig)),
+        Reinforce(baseline=LearnedValue()),
+        Reinforce(baseline=MovingMean()),
+        PPOClip(critic=Critic(warmup_iterations=3)),
+    ],
     ids=lambda algorithm: type(algorithm).__name__,
 )
 def test_resumed_equals_uninterrupted_bit_for_bit_with_every_algorithm(

@@ -1,0 +1,110 @@
+"""What every algorithm is built from: one policy, its optimiser, the processes, the reference where a loss reads it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rlhf_ppo.algorithms.config import Critic
+from rlhf_ppo.algorithms.objectives import PolicyTerm, objective, with_reference
+from rlhf_ppo.batch import TrainBatch
+from rlhf_ppo.functional import ReferenceKL
+from rlhf_ppo.updates import CompareWith, CriticFit, Gradients, MinibatchConfig, MinibatchUpdate, Objective
+from rlhf_ppo.updates.objective import actions
+from rlhf_ppo.updates.shuffle import Shuffle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Builds objectives and updates that agree on who the policy is and which KL the loss holds."""
+
+    policy: nn.Module
+    """Prepared."""
+    optimizer: Optimizer
+    """Prepared."""
+    accelerator: Accelerator
+    minibatch: Callable[[], MinibatchConfig]
+    seed: int
+    reference_kl: ReferenceKL | None = None
+    """The KL to the reference in the loss; None: there is none."""
+    reference: nn.Module | None = None
+    """The frozen reference, which `reference_kl="full"` reads."""
+    gradients: Gradients | None = None
+    """Replaces autograd's passes in the minibatch updates."""
+
+    def __post_init__(self) -> None:
+        if self.reference_kl != "full":
+            return
+        if self.reference is None:
+            raise ValueError(
+                "the full KL to the reference in the loss needs both distributions of a token at once, but the "
+                "reference is the policy with its adapters off. Pass a separate `ref_model`, or use kl_penalty='mse' "
+                "(k2), which has the same gradient on average."
+            )
+        if self.sharded:
+            raise ValueError(
+                f"the full KL to the reference in the loss does not run under {self.accelerator.distributed_type}: "
+                "its pass reads parameters that the policy's pass has released. Use kl_penalty='mse' (k2), which has "
+                "the same gradient on average."
+            )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds only parts of the parameters."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    @property
+    def module(self) -> Any:
+        """The policy without its wrapper."""
+        return self.accelerator.unwrap_model(self.policy)
+
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over processes."""
+        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return reduced
+
+    def objective(self, term: PolicyTerm, *, critic: Critic | None, ent_coef: float, **clip: float) -> Objective:
+        """The total objective around a policy term, the KL to the reference included where the loss holds it."""
+        return objective(with_reference(term, self.reference_kl), critic=critic, ent_coef=ent_coef, **clip)
+
+    def update(
+        self,
+        terms: Objective,
+        *,
+        sizes: Callable[[], MinibatchConfig] | None = None,
+        compare_with: CompareWith | None = None,
+        count: Callable[[Tensor], Tensor] = actions,
+    ) -> MinibatchUpdate:
+        """Epochs of minibatches on an objective."""
+
+        def compare(batch: TrainBatch) -> dict[str, Any]:
+            others = {} if compare_with is None else compare_with(batch)
+            return others | self.with_reference(batch)
+
+        return MinibatchUpdate(
+            policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator, objective=terms,
+            config=sizes or self.minibatch, seed=self.seed, compare_with=compare, count=count,
+            gradients=self.gradients,
+        )  # fmt: skip
+
+    def with_reference(self, batch: TrainBatch) -> dict[str, Any]:
+        """The policy's further argument where the loss reads the whole reference distribution."""
+        if self.reference_kl != "full" or self.reference is None:
+            return {}
+        return {"reference": self.accelerator.unwrap_model(self.reference)}
+
+    def critic_fit(self, clip_range_value: float | None) -> CriticFit:
+        """The fit of the critic alone."""
+        if self.sharded:
+            raise ValueError(
+                f"warmup_iterations does not run under {self.accelerator.distributed_type}: the critic is fitted "
+                "outside of the engine that holds its parameters. Warm it up on one process or with DDP, or set 0."
+            )
+        return CriticFit(
+            policy=self.module, optimizer=self.optimizer, accelerator=self.accelerator, config=self.minibatch,
+            shuffle=Shuffle(self.seed), clip_range_value=clip_range_value,
+        )  # fmt: skip

@@ -1,0 +1,88 @@
+"""A trust region by divergence instead of by ratio (Qi et al. 2026, "Rethinking the trust region")."""
+
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf_ppo.functional.losses import Metrics, surrogate_loss
+from rlhf_ppo.functional.masked import Count, masked_mean, zero_outside
+
+DivergenceKind: TypeAlias = Literal["tv", "kl"]
+
+
+def binary_divergence(
+    logprobs: Float[Tensor, "*shape"], old_logprobs: Float[Tensor, "*shape"], kind: DivergenceKind
+) -> Float[Tensor, "*shape"]:
+    """Divergence of π_old from π_θ when only "the drawn token" and "any other" are told apart.
+
+        tv = |p_old - p|          kl = p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))
+
+    It bounds the divergence of the whole distributions from below, and needs no logits.
+
+    Args:
+        logprobs: log π_θ of the drawn tokens, nats, <= 0.
+        old_logprobs: log π_old of the same tokens, nats, <= 0.
+        kind: "tv" in [0, 1], or "kl" in nats.
+
+    Raises:
+        ValueError: The kind is unknown.
+    """
+    new, old = logprobs.exp(), old_logprobs.exp()
+    match kind:
+        case "tv":
+            return (new - old).abs()
+        case "kl":
+            # 1 - p of a token that is almost certain: expm1 keeps its digits, the clamp the logarithm finite.
+            tiny = torch.finfo(new.dtype).tiny
+            rest, old_rest = ((-torch.expm1(x)).clamp(min=tiny) for x in (logprobs, old_logprobs))
+            return old * (old_logprobs - logprobs) + old_rest * (old_rest.log() - rest.log())
+        case _:
+            raise ValueError(f"kind must be 'tv' or 'kl', got {kind!r}: it is the unit of the threshold.")
+
+
+def divergence_masked_loss(
+    logprobs: Float[Tensor, "*shape"],
+    old_logprobs: Float[Tensor, "*shape"],
+    advantages: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"],
+    *,
+    kind: DivergenceKind,
+    threshold: float,
+    count: Count = None,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """The surrogate without the tokens that are beyond the region and moving away (DPPO, Qi et al. 2026), to minimise.
+
+        L = -E[M_t ρ_t Â_t],    M_t = 0 where D_t > threshold and (ρ_t - 1) Â_t > 0, else 1
+
+    A ratio is a poor measure of distance: of a rare token it leaves [0.8, 1.2] at a change that the policy as a whole
+    does not feel, of a frequent one it stays there while much mass moves. M_t carries no gradient.
+
+    Args:
+        logprobs: log π_θ, nats; receives the gradient.
+        old_logprobs: log π_old, nats.
+        advantages: Â_t.
+        mask: True = an action of ours.
+        kind: Which `binary_divergence` D_t is.
+        threshold: Of D_t, > 0.
+        count: What the sums are divided by, see `Count`.
+
+    Returns:
+        The loss; and the metrics of `surrogate_loss` with `clip_fraction`, the share of steps that were dropped.
+
+    Raises:
+        ValueError: The threshold is not positive.
+    """
+    if not threshold > 0:
+        raise ValueError(
+            f"threshold must be > 0, got {threshold}: after the first step every token would be dropped. "
+            "Pass e.g. 0.15 for 'tv'."
+        )
+    new, old = zero_outside(logprobs, mask), zero_outside(old_logprobs, mask)
+    with torch.no_grad():
+        leaving = (new - old) * zero_outside(advantages, mask) > 0
+        dropped = leaving & (binary_divergence(new, old, kind) > threshold) & mask
+    kept = advantages.masked_fill(dropped, 0)
+    loss, metrics = surrogate_loss(logprobs, old_logprobs, kept, mask, count=count)
+    return loss, metrics | {"clip_fraction": masked_mean(dropped.to(loss.dtype), mask, count)}
