@@ -19,8 +19,8 @@ def by_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_floor(model: Any, workload: Workload) -> dict[str, float]:
-    """CPU seconds of the products of all optimiser steps, forward once and backward twice, in the model's dtype.
+def update_floor(model: Any, workload: Workload, dtype: torch.dtype) -> dict[str, float]:
+    """CPU seconds of the products of all optimiser steps, forward once and backward twice.
 
     Every linear layer of the trunk sees the real tokens of a minibatch in one product, the LM head its response
     tokens. Attention, norms, softmax and the optimiser are left out: a lower bound.
@@ -28,9 +28,10 @@ def update_floor(model: Any, workload: Workload) -> dict[str, float]:
     Returns:
         `torch`: by `torch.mm` into memory that is there already; `fastest`: by the faster of that and oneDNN.
     """
-    head = model.get_output_embeddings().weight
+    head = model.get_output_embeddings().weight.to(dtype)
     trunk = [layer for layer in model.base_model.modules() if isinstance(layer, nn.Linear | Conv1D)]
     weights = [layer.weight.T if isinstance(layer, Conv1D) else layer.weight for layer in trunk]
+    weights = [weight.to(dtype) for weight in weights]
     lengths = torch.tensor(workload.lengths())
     generator = torch.Generator().manual_seed(0)
     found = {"torch": 0.0, "fastest": 0.0}

@@ -23,7 +23,7 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, T
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from rlhf_ppo.rollout.transformers_generate import TransformersGenerate
-from tests.benchmarks.plain import PlainTrainer
+from tests.benchmarks.plain import PlainTrainer, plain_config
 from tests.benchmarks.records import processor, revision
 from tests.helpers import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 
@@ -42,11 +42,11 @@ def run(path: str, seed: int, iterations: int) -> dict[str, float]:
     tokenizer = tiny_tokenizer()
     prompts = PromptDataset.from_texts(list(WORDS) * 8, tokenizer)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(n_embd=64, seed=0))
-    config = PPOConfig(
-        seed=seed, batch_size=64, mini_batch_size=16, learning_rate=3e-4, init_kl_coef=0.05, target=6.0,
-        fused_adam=path == "fast",
+    kind, build = (PPOTrainer, PPOConfig) if path == "fast" else (PlainTrainer, plain_config)
+    config = build(
+        seed=seed, batch_size=64, mini_batch_size=16, learning_rate=3e-4, init_kl_coef=0.05, target=6.0
     )  # fmt: skip
-    trainer = (PPOTrainer if path == "fast" else PlainTrainer)(config, model, None, tokenizer, prompts)
+    trainer = kind(config, model, None, tokenizer, prompts)
     start = time.process_time()
     loop = TrainConfig(iterations=iterations, sampling=SAMPLING, progress=False)
     sampler = None if path == "fast" else TransformersGenerate()

@@ -70,7 +70,7 @@ class PlainTrainer(PPOTrainer):
 
 def plain_config(**settings: Any) -> PPOConfig:
     """Settings without what is faster for the same result."""
-    return PPOConfig(**settings, fused_adam=False)
+    return PPOConfig(**settings, fused_adam=False, fast_products=False, packing=False, fused_head=False)
 
 
 _SCALARS = (

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,7 +128,8 @@ class Ours(Side):
         """The bare matrix products of the update."""
         from tests.benchmarks.floor import update_floor
 
-        return update_floor(self.model.pretrained_model, self.workload)
+        dtype = torch.bfloat16 if self.options.get("bf16") else torch.float32
+        return update_floor(self.model.pretrained_model, self.workload, dtype)
 
 
 class Plain(Ours):
@@ -231,14 +232,14 @@ def memory(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def main() -> None:
-    """Serve commands until standard input ends."""
+def serve(kinds: Mapping[str, Callable[[Path, dict[str, Any]], Any]]) -> None:
+    """Build the side that the command line names, then serve commands until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
     name, folder, options = sys.argv[1:]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     count_cpu_seconds(name)
-    side = {"ours": Ours, "plain": Plain, "classic": Classic}[name](Task.read(Path(folder)), json.loads(options))
+    side = kinds[name](Path(folder), json.loads(options))
     print(json.dumps({"resident_mib": memory("VmRSS")}), file=answers, flush=True)
     for line in sys.stdin:
         command, *arguments = json.loads(line)
@@ -246,4 +247,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(
+        {
+            "ours": lambda folder, options: Ours(Task.read(folder), options),
+            "plain": lambda folder, options: Plain(Task.read(folder), options),
+            "classic": lambda folder, options: Classic(Task.read(folder), options),
+        }
+    )

@@ -80,6 +80,18 @@ def conditions(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def pairs(found: dict[str, Any]) -> str:
+    """An epoch of reward-model training."""
+    head = ["", "rlhf_ppo", "TRL 0.11.4", "TRL / ours", "rounds"]
+    rows = []
+    measures = {"CPU s": "cpu", "wall s": "wall", "peak memory of the process, MiB": "peak_mib"}
+    for entry in found.values():
+        for words, name in measures.items():
+            ours, classic = ([costs[side][name] for costs in entry["rounds"]] for side in ("ours", "classic"))
+            rows.append([words, _median(ours), _median(classic), _ratio(classic, ours), str(len(ours))])
+    return _table(head, rows)
+
+
 def generation(found: dict[str, Any]) -> str:
     """The decode loop against `model.generate`, one batch each."""
     head = ["model, lengths", "`generate`, CPU s", "`DecodeLoop`, CPU s", "ratio", "rounds"]

@@ -30,7 +30,7 @@ def side(workload: Workload, folder: Path, **options: Any) -> Ours:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Counters of one step."""
-    ours = side(TINY, tmp_path_factory.mktemp("work"), token_budget=512)
+    ours = side(TINY, tmp_path_factory.mktemp("work"))
     ours.step()
     return ours.work()
 

@@ -92,6 +92,8 @@ WORKLOADS = {
     "cpu-skew": SKEW,
     "cpu-full": replace(SKEW, name="cpu-full", lengths_are="full"),
     "cpu-vocab": replace(SKEW, name="cpu-vocab", vocab=128_000, layers=4, width=256, heads=4, inner=688),
+    # Pairs: prompts with two responses each; at most eight pairs an optimiser step.
+    "rm-pairs": replace(SKEW, name="rm-pairs", cap=512, mean=100.0, epochs=1),
     # In form what DeepSpeed-Chat and OpenRLHF published: OPT-1.3B's size, 1024 samples of 256 + 256 tokens, one epoch.
     "gpu-dschat": replace(
         SKEW,

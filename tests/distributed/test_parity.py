@@ -69,3 +69,11 @@ def test_the_guards_really_acted(outcomes: dict[str, list[Outcome]]) -> None:
     assert 0 < total("early stop", "ppo/stopped_early") <= 3
     odd = outcomes["odd number of rows, the last minibatch leaves one process without work"][1]
     assert {1, 2} == set(odd.passes)
+
+
+def test_all_processes_take_equally_many_optimizer_steps(outcomes: dict[str, list[Outcome]]) -> None:
+    """Otherwise one would wait for gradients that another never sends."""
+    for name, processes in outcomes.items():
+        steps = [[row["ppo/updates"] for row in outcome.statistics] for outcome in processes]
+        assert steps[0] == steps[1], name
+        assert min(steps[0]) > 0
