@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rlhf_ppo.allocator import keep_freed_memory
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.fast_layers import use_fast_layers
@@ -48,6 +49,8 @@ def prepare(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         switch_off_dropout(model)
         token_policy.checkpointing = True
+    if config.keep_freed_memory and accelerator.device.type == "cpu":
+        keep_freed_memory()
     engine = accelerator.state.deepspeed_plugin
     if engine is not None:
         # Sizes that the engine checks against each other and otherwise only reports.

@@ -38,6 +38,7 @@ from rlhf_ppo.rollout.checks import Limits, check_step_inputs
 from rlhf_ppo.rollout.experience import Responses, Scored, Scorer, Shaping, shape_rollout
 from rlhf_ppo.rollout.placement import in_loss
 from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.rollout.reuse import SamplerReuse
 from rlhf_ppo.rollout.reward_sources import Sources
 from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig
 from rlhf_ppo.timing import emptied_cache, timed
@@ -107,12 +108,10 @@ class PPOTrainer(ClassicSurface):
         self.dataset = dataset
         own_loop = dataset is not None and not isinstance(dataset, PromptDataset)
         self.dataloader = self.prepare_dataloader(dataset, data_collator) if own_loop else None
-        self.kl_ctl = (
-            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
-            if config.adap_kl_ctrl
-            else FixedKLController(config.init_kl_coef)
-        )
+        adaptive = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+        self.kl_ctl = adaptive if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
         self.running = RunningMoments()
+        self.reuse = SamplerReuse(config.reuse_logprobs, lambda tensor: self.processes.reduce_max(tensor))
         self.optimizer: Optimizer = optimizer or default_optimizer(model, config)
         self.processes = Processes(self.accelerator)
         prepared = prepare(self.accelerator, config, model, ref_model, self.optimizer, lr_scheduler)
@@ -170,7 +169,7 @@ class PPOTrainer(ClassicSurface):
                 clip=self.config.score_clip, reduce_sum=self.processes.reduce_sum,
             )  # fmt: skip
             with timed(timing, "forward_pass"):
-                scored: Scored = self.scorer(responses.inputs)  # log π_old, V, log π_ref
+                scored: Scored = self.reuse(self.scorer, responses)  # log π_old, V, log π_ref
             with timed(timing, "compute_rewards"):
                 rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())
             with timed(timing, "compute_advantages"):
@@ -186,7 +185,7 @@ class PPOTrainer(ClassicSurface):
                 statistics = classic_statistics(facts, record, kl_coef=float(self.kl_ctl.value), learning_rate=rate)
                 gathered = self.processes.gather_objects([(dict(work), own_ratios(batch, responses))])
                 self.metrics = extra_metrics(facts, record) | work_metrics([counts for counts, _ in gathered])
-                self.metrics |= mismatch_metrics([ratios for _, ratios in gathered], cap)
+                self.metrics |= mismatch_metrics([ratios for _, ratios in gathered], cap) | self.reuse.metrics()
             kl = float(statistics["objective/kl"])
             self._warn_of_negative_kl(kl)
             self.kl_ctl.update(kl, len(facts.scores))

@@ -23,6 +23,8 @@ Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tenso
 
 MOST_BYTES = 2**27
 """Of one chunk of float32 logits, whatever the vocabulary."""
+FEW = 32
+"""Rows whose mean logit is taken at once, so that the products stay in the processor's cache."""
 BLOCK = 8192
 """Rows of the head's gradient that are added at once, so that no second gradient of its size comes to life."""
 AGREEMENT = 1e-4
@@ -162,8 +164,8 @@ class _Pass:
         self.logprobs[rows] = (chosen - log_sum).squeeze(-1)
         if settings.with_entropy:
             # 0 x -inf is nan: an impossible token adds nothing.
-            mean = torch.bmm(probabilities[:, None], logits.clamp_(min=-1e4)[:, :, None]).view(-1, 1)
-            self.entropy[rows] = (log_sum - mean).squeeze(-1)
+            pairs = zip(probabilities.split(FEW), logits.clamp_(min=-1e4).split(FEW), strict=True)
+            self.entropy[rows] = log_sum.squeeze(-1) - torch.cat([(p * z).sum(dim=-1) for p, z in pairs])
         of_logprobs, of_entropy = slopes(
             self.logprobs[rows], self.entropy[rows] if settings.with_entropy else None, rows
         )

@@ -109,10 +109,12 @@ class Collector:
             raise ValueError("every sample of the batch was skipped by a reward source: there is nothing to learn from")
         responses: list[Tensor] = [samples.responses[row].to(self.device) for row in kept]
         known = samples.logprobs
+        values = samples.values if self.sampling.draws_from_the_policy else None
         return Responses(
             inputs=TokenInputs(prompts=[samples.prompts[row].to(self.device) for row in kept], responses=responses),
             mask=pad_rows([torch.ones(len(response)) for response in responses]).bool().to(self.device),
             scores=scores.scores[kept].to(self.device),
             group_size=self.sampling.num_return_sequences,
             sampler_logprobs=None if known is None else pad_rows([known[row].to(self.device) for row in kept]),
+            sampler_values=None if values is None else pad_rows([values[row].to(self.device) for row in kept]),
         )

@@ -34,19 +34,21 @@ def why_unsupported(model: Any) -> str | None:
 
 
 @contextmanager
-def contiguous_head(model: Any) -> Iterator[None]:
-    """Hand the LM head its rows in one piece.
+def contiguous_head(model: Any) -> Iterator[list[Tensor]]:
+    """Hand the LM head its rows in one piece; the list holds what it was handed last.
 
     The last position of a prefill is a slice with gaps. On such a slice torch multiplies batch by batch and copies the
     head's weights for every row: gigabytes at a vocabulary of 50,000.
     """
+    handed: list[Tensor] = []
 
     def tidy(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].contiguous(), *inputs[1:])
+        handed[:] = [inputs[0].contiguous()]
+        return (handed[0], *inputs[1:])
 
     hook = model.get_output_embeddings().register_forward_pre_hook(tidy)
     try:
-        yield
+        yield handed
     finally:
         hook.remove()
 

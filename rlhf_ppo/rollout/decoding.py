@@ -7,12 +7,14 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessorList
 
+from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.fast_layers import fast_layers
+from rlhf_ppo.rollout.decode_results import Results
 from rlhf_ppo.rollout.decode_rules import DecodeRules
 from rlhf_ppo.rollout.decode_support import check_positions, contiguous_head, keeps_logits, why_unsupported
 from rlhf_ppo.rollout.draw import best_tokens, draw_tokens
@@ -95,11 +97,12 @@ class DecodeLoop:
         lengths = [len(prompt) for prompt in prompts]
         check_positions(causal_lm.config, max(lengths, default=0) + config.max_new_tokens)
         rules = DecodeRules.build(config, self.tokenizer, causal_lm.device)
-        results = _Results.empty(len(prompts), config, generator, causal_lm.device, limits)
+        results = Results.empty(len(prompts), config, generator, causal_lm.device, limits)
         finished = 0
-        with EvalMode(causal_lm), torch.no_grad(), fast_layers(causal_lm) if self.fast_products else nullcontext():
+        with EvalMode(model), torch.no_grad(), fast_layers(causal_lm) if self.fast_products else nullcontext():
             for batch in self._cut(lengths, config, causal_lm):
-                decode = _Decode(causal_lm, config, rules, results, compact=self.compact)
+                value_head = model.v_head if isinstance(model, PreTrainedModelWrapper) else None
+                decode = _Decode(causal_lm, config, rules, results, compact=self.compact, value_head=value_head)
                 decode.run([prompts[row // config.num_return_sequences] for row in batch], batch)
                 finished += len(batch)
                 if self.on_progress is not None:
@@ -131,77 +134,27 @@ class DecodeLoop:
             start += count
 
 
-@dataclass(kw_only=True)
-class _Results:
-    """Where drawn tokens are put down, in the caller's order, and the uniforms that draw them."""
-
-    tokens: Int[Tensor, "rows steps"]
-    logprobs: Float[Tensor, "rows steps"]
-    lengths: Int[Tensor, "rows"]
-    finished: Bool[Tensor, "rows"]
-    limits: Int[Tensor, "rows"]
-    uniforms: Float[Tensor, "rows draws"]
-    work: SamplingWork = field(default_factory=SamplingWork)
-
-    @classmethod
-    def empty(
-        cls,
-        prompts: int,
-        config: SamplingConfig,
-        generator: torch.Generator | None,
-        device: torch.device,
-        limits: Sequence[int] | None,
-    ) -> "_Results":
-        """Uniforms are drawn here for every row and step, so that no cut into batches changes who gets which."""
-        steps, rows = config.max_new_tokens, prompts * config.num_return_sequences
-        at_most = torch.full((prompts,), steps) if limits is None else torch.tensor(limits).clamp(max=steps)
-        if at_most.shape != (prompts,) or bool((at_most < 1).any()):
-            raise ValueError(
-                f"limits must be one number >= 1 for each of the {prompts} prompts, got {limits}: at least one token "
-                "is drawn for every prompt."
-            )
-        source = "cpu" if generator is None else generator.device
-        shape = (rows, steps) if config.do_sample else (rows, 0)
-        return cls(
-            tokens=torch.zeros(rows, steps, dtype=torch.long, device=device),
-            logprobs=torch.zeros(rows, steps, dtype=torch.float32, device=device),
-            lengths=torch.zeros(rows, dtype=torch.long, device=device),
-            finished=torch.zeros(rows, dtype=torch.bool, device=device),
-            limits=at_most.repeat_interleave(config.num_return_sequences).to(device),
-            uniforms=torch.rand(shape, dtype=torch.float64, generator=generator, device=source).to(device),
-        )
-
-    def samples(self, prompts: Sequence[Tensor], config: SamplingConfig) -> Samples:
-        lengths = self.lengths.tolist()
-        drawn = torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
-        bad = ((~self.logprobs.isfinite()) & drawn).any(dim=1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"The model's logits must be numbers, got nan or inf while sampling responses {bad[:8]}: no token can "
-                "be drawn from them. The weights have probably diverged: go back to the last checkpoint, lower the "
-                "learning rate."
-            )
-        return Samples(
-            prompts=[prompt for prompt in prompts for _ in range(config.num_return_sequences)],
-            responses=[row[:n].clone() for row, n in zip(self.tokens, lengths, strict=True)],
-            logprobs=[row[:n].clone() for row, n in zip(self.logprobs, lengths, strict=True)],
-            finished=self.finished.tolist(),
-            work=self.work + SamplingWork(response_tokens=sum(lengths)),
-        )
-
-
 class _Decode:
     """The live rows of one batch. Everything that has a row axis here shrinks as rows finish."""
 
     def __init__(
-        self, model: Any, config: SamplingConfig, rules: DecodeRules, results: _Results, *, compact: bool
+        self,
+        model: Any,
+        config: SamplingConfig,
+        rules: DecodeRules,
+        results: Results,
+        *,
+        compact: bool,
+        value_head: nn.Module | None,
     ) -> None:
         self.model, self.config, self.rules, self.results, self.compact = model, config, rules, results, compact
+        self.value_head = value_head
+        results.has_values = value_head is not None
         self.last_only = {"logits_to_keep": 1} if keeps_logits(model) else {}
 
     def run(self, prompts: list[Tensor], rows: list[int]) -> None:
         """Decode `rows` of the results, whose prompts stand in `prompts`, equal ones side by side."""
-        with contiguous_head(self.model):
+        with contiguous_head(self.model) as self.handed:
             self._run(prompts, rows)
 
     def _run(self, prompts: list[Tensor], rows: list[int]) -> None:
@@ -238,6 +191,7 @@ class _Decode:
             source = torch.arange(len(first), device=ids.device).repeat_interleave(counts)
             select_rows(self.cache, source)
             ids, mask, positions, logits = ids[source], mask[source], positions[source], logits[source]
+            self.handed[:] = [states[source] for states in self.handed]
         spare = (len(rows), self.config.max_new_tokens)
         self.ids = torch.cat([ids, ids.new_zeros(spare)], dim=1)
         self.mask = torch.cat([mask, mask.new_ones(spare)], dim=1)
@@ -256,6 +210,8 @@ class _Decode:
             tokens, logprobs = best_tokens(scores)
         self.results.tokens[self.rows, step] = tokens
         self.results.logprobs[self.rows, step] = logprobs
+        if self.value_head is not None:  # it reads what the LM head reads
+            self.results.values[self.rows, step] = self.value_head(self.handed[0][:, -1]).squeeze(-1).float()
         self.ids[:, self.width + step] = tokens
 
     def _end(self, step: int) -> int:

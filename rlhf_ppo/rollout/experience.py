@@ -31,6 +31,8 @@ class Responses:
     """Responses to one prompt, side by side."""
     sampler_logprobs: Float[Tensor, "batch time"] | None = None
     """log μ of each token under the sampler as it drew, nats; None where nobody knows."""
+    sampler_values: Float[Tensor, "batch time"] | None = None
+    """V at each token by the policy's value head, from a sampler that draws from the policy itself; None elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +69,14 @@ class Scorer:
     """The largest number over processes, where passes are collective because parameters are sharded."""
 
     @torch.no_grad()
-    def __call__(self, inputs: TokenInputs) -> Scored:
-        """Score every response once under the policy and once under the reference, rows sorted by length."""
-        own = self._passes(self.policy, inputs)
+    def __call__(self, inputs: TokenInputs, known: PolicyOutput | None = None) -> Scored:
+        """Score every response once under the policy and once under the reference, rows sorted by length.
+
+        Args:
+            inputs: Prompts and responses.
+            known: What the policy's pass would find, where somebody knows it already.
+        """
+        own = self._passes(self.policy, inputs) if known is None else known
         with self.reference_context():
             other = self._passes(self.reference or self.policy, inputs)
         if self.kl_penalty == "full":

@@ -1,7 +1,7 @@
 """What a sampler is: prompts in, responses and their log-probabilities out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -59,6 +59,11 @@ class SamplingConfig:
         warps = (self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.min_new_tokens)
         return not self.do_sample or warps != (1.0, 0, 1.0, 1.0, 0)
 
+    @property
+    def draws_from_the_policy(self) -> bool:
+        """Whether every token is drawn from softmax(logits / temperature), with nothing forbidden or made likelier."""
+        return not replace(self, temperature=1.0).warps_distribution
+
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
@@ -98,6 +103,8 @@ class Samples:
     logprobs: list[Float[Tensor, "_"]] | None
     """Log-probability, in nats and float32, of each drawn token under the distribution it was drawn from (greedy: under
     the processed logits). None where the sampler does not know it."""
+    values: list[Float[Tensor, "_"]] | None = None
+    """V(s_0) ... V(s_{T-1}) of each response by the model's value head, float32, where the sampler read it too."""
     finished: list[bool]
     """True: stopped by a stop token or string. False: cut at `max_new_tokens`."""
     work: SamplingWork = field(default_factory=SamplingWork)
