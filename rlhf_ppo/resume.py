@@ -138,7 +138,8 @@ def restore_checkpoint(
 def _all(trainer: "rlhf_ppo.trainer.PPOTrainer", shared: Parts) -> dict[str, Stateful]:
     """The trainer's state beside parameters and optimiser, and what the caller adds."""
     known: dict[str, Stateful] = {
-        "kl_controller": trainer.kl_ctl, "running": trainer.running, "update": trainer.algorithm.update, **shared,
+        "kl_controller": trainer.kl_ctl, "running": trainer.running, "update": trainer.algorithm.update,
+        "reuse": trainer.reuse, **shared,
     }  # fmt: skip
     return known if trainer.lr_scheduler is None else {**known, "lr_scheduler": trainer.lr_scheduler}
 

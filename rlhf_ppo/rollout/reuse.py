@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,15 @@ class SamplerReuse:
         self.difference = float(self.reduce_max(torch.stack([off, apart.masked_fill(~responses.mask, 0.0).amax()])))
         self.proven = self.difference <= CLOSE
         return scored
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found out, so that a resumed run does not ask again."""
+        return {"proven": self.proven, "difference": None if math.isnan(self.difference) else self.difference}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.proven = state["proven"]
+        self.difference = math.nan if state["difference"] is None else float(state["difference"])
 
     def metrics(self) -> dict[str, float]:
         """What happened at the last rollout, and how close the first one was; empty where nothing was compared."""
