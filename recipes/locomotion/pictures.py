@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from rlhf_ppo.control import ControlTrainer, frames
 from rlhf_ppo.report import RunFolder
@@ -38,10 +39,8 @@ def draw_frames(trainer: ControlTrainer, folder: RunFolder, *, count: int) -> Pa
 
 def _strip(pictures: Sequence[Any]) -> bytes:
     """Every second pixel is enough for a strip."""
-    from PIL import Image
-
     target = io.BytesIO()
-    Image.fromarray(np.concatenate([picture[::2, ::2] for picture in pictures], axis=1)).save(target, "PNG")
+    imsave(target, np.concatenate([picture[::2, ::2] for picture in pictures], axis=1))
     return target.getvalue()
 
 
