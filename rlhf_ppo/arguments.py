@@ -1,10 +1,12 @@
 """The arguments of `PPOTrainer`: checked, and completed by what follows from them."""
 
+import importlib.util
+
 import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from torch.optim import Adam
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
@@ -82,8 +84,30 @@ def fill_in(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft
     config.is_peft_model = is_peft_model
 
 
-def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Adam:
-    """Adam over the trainable parameters, fused where they allow it."""
+def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Optimizer:
+    """What `config.optimizer` names, over the trainable parameters; torch's are fused where these allow it.
+
+    Raises:
+        ValueError: The 8-bit optimiser is asked for where it does not run.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.optimizer == "adamw_8bit":
+        return _eight_bit(parameters, config.learning_rate)
     fused = config.fused_adam and all(parameter.is_floating_point() for parameter in parameters)
-    return Adam(parameters, lr=config.learning_rate, fused=fused or None)
+    kind = {"adam": Adam, "adamw": AdamW}[config.optimizer]
+    return kind(parameters, lr=config.learning_rate, fused=fused or None)
+
+
+def _eight_bit(parameters: list[torch.nn.Parameter], learning_rate: float) -> Optimizer:
+    """AdamW whose moments take one byte a parameter instead of four (Dettmers et al. 2022)."""
+    missing = "a CUDA device" if not torch.cuda.is_available() else None
+    if missing is None and importlib.util.find_spec("bitsandbytes") is None:
+        missing = "the package bitsandbytes (pip install bitsandbytes)"
+    if missing is not None:
+        raise ValueError(
+            f"optimizer='adamw_8bit' needs {missing}, which is not here: moments cannot be kept in 8 bits. Use "
+            "optimizer='adamw'; to save memory on a CPU, set gradient_checkpointing=True or train LoRA adapters."
+        )
+    optim = importlib.import_module("bitsandbytes.optim")
+    chosen: Optimizer = optim.AdamW8bit(parameters, lr=learning_rate)
+    return chosen

@@ -5,7 +5,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
 from rlhf_ppo.field_types import check_fields
@@ -137,6 +137,8 @@ class PPOConfig:
     """Most padded tokens of one forward and backward pass; cuts minibatches by work instead of by rows."""
     logits_chunk_size: int = 1024
     """Response tokens whose logits over the vocabulary may live at once."""
+    optimizer: Literal["adam", "adamw", "adamw_8bit"] = "adam"
+    """The default optimiser: Adam; AdamW (weight decay 0.01); AdamW with 8-bit moments (CUDA and bitsandbytes)."""
     fused_adam: bool = True
     """Use torch's fused Adam for the default optimiser: the same numbers to rounding, several times cheaper."""
 
