@@ -95,7 +95,8 @@ def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Optimizer:
         return _eight_bit(parameters, config.learning_rate)
     fused = config.fused_adam and all(parameter.is_floating_point() for parameter in parameters)
     kind = {"adam": Adam, "adamw": AdamW}[config.optimizer]
-    return kind(parameters, lr=config.learning_rate, fused=fused or None)
+    chosen: Optimizer = kind(parameters, lr=config.learning_rate, fused=fused or None)
+    return chosen
 
 
 def _eight_bit(parameters: list[torch.nn.Parameter], learning_rate: float) -> Optimizer:
