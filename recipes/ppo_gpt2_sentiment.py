@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from rlhf_ppo import PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo.optimisers import adam, linear_to_zero
 from rlhf_ppo.report import write_report
 from rlhf_ppo.report.run_folder import Estimates
 from rlhf_ppo.rollout.sampling import SamplingConfig
@@ -45,6 +46,8 @@ class Config:
     """Run folder: model, metrics, samples, plots, report."""
     algorithm: stages.AlgorithmName = "ppo-clip"
     """What is optimised."""
+    preset: stages.PresetName | None = None
+    """Numbers of a published run (rlhf_ppo.presets) instead of those that suit the model."""
     seed: int = 0
     """Of everything that is drawn."""
     iterations: IntByModel = None
@@ -106,14 +109,14 @@ def main(config: Config) -> dict[str, Estimates]:
     reward, line = stages.reward_source(config.reward_url or config.reward_model, parts)
     phase.say(line)
 
-    optimizer = torch.optim.Adam(
-        [p for p in policy.parameters() if p.requires_grad], lr=chosen.learning_rate, fused=True
-    )
-    anneal = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / chosen.iterations)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = adam(trained, lr=chosen.learning_rate, **stages.adam_settings(config.preset))
+    anneal = linear_to_zero(optimizer, chosen.iterations)
+    further = stages.further(config.preset)
     prompts, held_out = stages.prompt_sets(parts, tokenizer, held_out=config.eval_prompts)
     trainer = PPOTrainer(
         PPOConfig(
-            seed=config.seed, batch_size=chosen.batch_size, mini_batch_size=chosen.mini_batch_size,
+            **further, seed=config.seed, batch_size=chosen.batch_size, mini_batch_size=chosen.mini_batch_size,
             init_kl_coef=chosen.kl_coef, target=chosen.kl_target, horizon=chosen.kl_horizon, vf_coef=chosen.vf_coef,
             score_clip=chosen.score_clip, ppo_epochs=chosen.ppo_epochs, max_grad_norm=1.0,
             accelerator_kwargs=stages.precision(config.algorithm), log_with=config.log_with,
@@ -122,7 +125,10 @@ def main(config: Config) -> dict[str, Estimates]:
         policy, tokenizer=tokenizer, dataset=prompts, optimizer=optimizer, lr_scheduler=anneal,
         algorithm=stages.CHOICES[config.algorithm].config(chosen.vf_coef),
     )  # fmt: skip
-    sampling = SamplingConfig(max_new_tokens=config.new_tokens, num_return_sequences=chosen.group_size)
+    sampling = SamplingConfig(
+        max_new_tokens=config.new_tokens, num_return_sequences=chosen.group_size,
+        temperature=further.get("temperature", 1.0),
+    )  # fmt: skip
 
     phase("held-out evaluation before PPO")
     judges, line = stages.judges(parts)
@@ -134,7 +140,8 @@ def main(config: Config) -> dict[str, Estimates]:
     state = trainer.train(
         reward,
         TrainConfig(
-            iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir, save_every=config.save_every
+            iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir, save_every=config.save_every,
+            missing_eos=config.preset and stages.published(config.preset).missing_eos,
         ),
     )  # fmt: skip
     if state.stopped:

@@ -6,13 +6,14 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.leaving import leave_safely
 from rlhf_ppo.models import PreTrainedModelWrapper
+from rlhf_ppo.optimisers import adam
 from rlhf_ppo.rollout.prompts import PromptDataset
 
 
@@ -92,14 +93,16 @@ def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Optimizer:
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "adamw_8bit":
-        return _eight_bit(parameters, config.learning_rate)
-    fused = config.fused_adam and all(parameter.is_floating_point() for parameter in parameters)
-    kind = {"adam": Adam, "adamw": AdamW}[config.optimizer]
-    chosen: Optimizer = kind(parameters, lr=config.learning_rate, fused=fused or None)
-    return chosen
+        return _eight_bit(parameters, config.learning_rate, config.adam_eps)
+    rate, eps = config.learning_rate, config.adam_eps
+    if config.optimizer == "adamw":
+        fused = config.fused_adam and all(parameter.is_floating_point() for parameter in parameters)
+        return AdamW(parameters, lr=rate, eps=eps, fused=fused or None)
+    tensorflow = config.optimizer == "adam_tensorflow"
+    return adam(parameters, lr=rate, eps=eps, tensorflow=tensorflow, fused=config.fused_adam)
 
 
-def _eight_bit(parameters: list[torch.nn.Parameter], learning_rate: float) -> Optimizer:
+def _eight_bit(parameters: list[torch.nn.Parameter], learning_rate: float, eps: float) -> Optimizer:
     """AdamW whose moments take one byte a parameter instead of four (Dettmers et al. 2022)."""
     missing = "a CUDA device" if not torch.cuda.is_available() else None
     if missing is None and importlib.util.find_spec("bitsandbytes") is None:
@@ -110,5 +113,5 @@ def _eight_bit(parameters: list[torch.nn.Parameter], learning_rate: float) -> Op
             "optimizer='adamw'; to save memory on a CPU, set gradient_checkpointing=True or train LoRA adapters."
         )
     optim = importlib.import_module("bitsandbytes.optim")
-    chosen: Optimizer = optim.AdamW8bit(parameters, lr=learning_rate)
+    chosen: Optimizer = optim.AdamW8bit(parameters, lr=learning_rate, eps=eps)
     return chosen

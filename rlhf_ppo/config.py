@@ -137,8 +137,11 @@ class PPOConfig:
     """Most padded tokens of one forward and backward pass; cuts minibatches by work instead of by rows."""
     logits_chunk_size: int = 1024
     """Response tokens whose logits over the vocabulary may live at once."""
-    optimizer: Literal["adam", "adamw", "adamw_8bit"] = "adam"
-    """The default optimiser: Adam; AdamW (weight decay 0.01); AdamW with 8-bit moments (CUDA and bitsandbytes)."""
+    optimizer: Literal["adam", "adamw", "adamw_8bit", "adam_tensorflow"] = "adam"
+    """The default optimiser: Adam; AdamW (weight decay 0.01); AdamW with 8-bit moments (CUDA and bitsandbytes); Adam
+    with ε where the first implementations had it, which makes the first steps smaller."""
+    adam_eps: float = 1e-8
+    """ε of the default optimiser."""
     fused_adam: bool = True
     """Use torch's fused Adam for the default optimiser: the same numbers to rounding, several times cheaper."""
 
@@ -210,7 +213,7 @@ class PPOConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("temperature", "cliprange", "horizon", "ratio_threshold"):
+        for name in ("temperature", "cliprange", "horizon", "ratio_threshold", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.importance_sampling_cap is not None and not self.importance_sampling_cap >= 1:

@@ -26,6 +26,11 @@ from .command_line import is_main_process
 from .command_line import run as run
 from .judges import ReviewClassifier, VaderJudge, distinct_ngrams, repetition
 from .language_models import SMALL_GPT2, SMOLLM2_135M, load_language_model
+from .published import PresetName as PresetName
+from .published import adam_settings as adam_settings
+from .published import flags
+from .published import further as further
+from .published import published as published
 from .reviews import ReviewParts, prompt_texts
 from .rewards import TRAIN_REWARD_MODEL as TRAIN_REWARD_MODEL
 from .rewards import check_reward_source as check_reward_source
@@ -100,8 +105,8 @@ def preset(model: str) -> Preset:
 
 
 def chosen(model: str, wishes: Any, algorithm: AlgorithmName = "ppo-clip") -> Preset:
-    """The preset of `model`, what `algorithm` changes in it, and the wishes: those fields that are not None."""
-    known = replace(preset(model), **CHOICES[algorithm].changes)
+    """The preset of `model`, what algorithm and `--preset` change in it, and the wishes: fields that are not None."""
+    known = replace(preset(model), **CHOICES[algorithm].changes | flags(getattr(wishes, "preset", None)))
     named = {item.name: getattr(wishes, item.name) for item in fields(Preset)}
     return replace(known, **{name: value for name, value in named.items() if value is not None})
 

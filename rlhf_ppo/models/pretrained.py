@@ -56,7 +56,7 @@ class PreTrainedModelWrapper(nn.Module):
     config: Any
     score: nn.Linear
     policy_adapter_name: str | None
-    critic: nn.Module | None = None  # see `rlhf_ppo.models.critic`
+    critic: nn.Module | None  # see `rlhf_ppo.models.critic`
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class PreTrainedModelWrapper(nn.Module):
         self.policy_adapter_name = self.pretrained_model.active_adapter if self.is_peft_model else None
         self.supports_rm_adapter = score_module is not None
         self.rm_adapter_name = rm_adapter_name
-        self.value_head_was_loaded = False
+        self.value_head_was_loaded, self.critic = False, None
         self.v_head = ValueHead(self.config, **value_head_arguments)
         output_device = pretrained_model.get_output_embeddings().weight.device
         if output_device.type != "meta":

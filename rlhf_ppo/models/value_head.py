@@ -33,8 +33,10 @@ class ValueHead(nn.Module):
             has one, is the default of the argument.
         summary_dropout_prob: Dropout before the map. None: the config's, else 0.1. It acts in training mode only.
         v_head_init_strategy: None keeps torch's default for a linear layer; "normal" draws the weight from
-            N(0, `v_head_initializer_range`²) and sets the bias to 0.
-        v_head_initializer_range: Standard deviation of "normal"; 0 starts V at 0 everywhere (Ziegler et al. 2019).
+            N(0, `v_head_initializer_range`²) and sets the bias to 0; "orthogonal" draws a random direction of that
+            length (Engstrom et al. 2020).
+        v_head_initializer_range: Standard deviation of "normal", gain of "orthogonal"; 0 starts V at 0 everywhere
+            (Ziegler et al. 2019).
 
     Raises:
         ValueError: For an unknown strategy.
@@ -49,10 +51,10 @@ class ValueHead(nn.Module):
         v_head_initializer_range: float = 0.2,
     ) -> None:
         super().__init__()
-        if v_head_init_strategy not in (None, "normal"):
+        if v_head_init_strategy not in (None, "normal", "orthogonal"):
             raise ValueError(
-                f"v_head_init_strategy must be None or 'normal', got {v_head_init_strategy!r}: the value head would "
-                "start from weights nobody asked for. Pass None for torch's default, or 'normal' with "
+                f"v_head_init_strategy must be None, 'normal' or 'orthogonal', got {v_head_init_strategy!r}: the value "
+                "head would start from weights nobody asked for. Pass None for torch's default, or another with "
                 "`v_head_initializer_range`."
             )
         if summary_dropout_prob is None:
@@ -61,6 +63,9 @@ class ValueHead(nn.Module):
         self.summary = nn.Linear(last_hidden_width(config), 1)
         if v_head_init_strategy == "normal":
             nn.init.normal_(self.summary.weight, mean=0.0, std=v_head_initializer_range)
+            nn.init.zeros_(self.summary.bias)
+        elif v_head_init_strategy == "orthogonal":
+            nn.init.orthogonal_(self.summary.weight, gain=v_head_initializer_range)
             nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"]:

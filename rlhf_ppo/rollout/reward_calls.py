@@ -10,7 +10,8 @@ from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, CancelledError, F
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-Reward: TypeAlias = float | Sequence[float] | None
+Reward: TypeAlias = float | Sequence[float] | Mapping[int, float] | None
+"""Of a response, of each of its tokens, of some of them (position -> number; -1 is the last), or "leave it out"."""
 RewardSource: TypeAlias = Callable[..., Sequence[Reward] | Awaitable[Sequence[Reward]]]
 
 

@@ -23,6 +23,7 @@ from rlhf_ppo.rollout.reward_calls import (
     WeightedSource,
 )
 from rlhf_ppo.rollout.reward_failures import RAISE, Answers, RewardFailures, Row, collect_answers
+from rlhf_ppo.rollout.token_scores import token_scores
 
 __all__ = [
     "Reward",
@@ -205,8 +206,13 @@ def _check_sample(name: str, index: int, entry: object, request: RewardRequest) 
     entry = entry.tolist() if hasattr(entry, "tolist") else entry
     if entry is None:
         return None
+    wanted = None if request.response_lengths is None else request.response_lengths[index]
+    if isinstance(entry, Mapping) and wanted is not None:
+        try:
+            entry = token_scores(entry, wanted).tolist()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"Reward source {name!r}, sample {index}: {error}") from error
     if isinstance(entry, (list, tuple)):
-        wanted = None if request.response_lengths is None else request.response_lengths[index]
         if len(entry) != wanted:
             raise ValueError(
                 f"Reward source {name!r} returned {len(entry)} per-token scores for sample {index}, whose response "
@@ -221,7 +227,7 @@ def _number(name: str, index: int, value: object, request: RewardRequest) -> flo
     if not isinstance(value, (int, float)):
         raise TypeError(
             f"Reward source {name!r} returned {type(value).__name__} for sample {index}, expected a number, a list of "
-            "numbers (one per token), or None."
+            "numbers (one per token), a mapping of positions to numbers, or None."
         )
     if not abs(value) <= _LARGEST:  # False for nan, too.
         raise ValueError(

@@ -44,7 +44,7 @@ def test_a_range_of_zero_starts_every_value_at_zero() -> None:
 
 
 def test_an_unknown_start_is_an_error() -> None:
-    with pytest.raises(ValueError, match="must be None or 'normal', got 'zeros'"):
+    with pytest.raises(ValueError, match="must be None, 'normal' or 'orthogonal', got 'zeros'"):
         ValueHead(tiny_gpt2().config, v_head_init_strategy="zeros")
 
 

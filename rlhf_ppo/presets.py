@@ -1,0 +1,158 @@
+"""Settings of published runs, each value with its source.
+
+They are starting points for the same kind of task, not for other ones: a learning rate of 3e-6 was found for models of
+billions of weights. What a run had that is no setting (its data, its reward model) is named in `remarks`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, get_args
+
+from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.rollout.collect import MissingEOS
+
+PresetName: TypeAlias = Literal["ziegler2019", "stiennon2020", "nplus2024", "trl-classic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What a published run was set to."""
+
+    title: str
+    settings: Mapping[str, Any]
+    """Fields of `PPOConfig`; those that are not named keep its defaults."""
+    sources: Mapping[str, str]
+    """Where each value of `settings` and each field below was read."""
+    new_tokens: int | None = None
+    """Tokens of a response; None: not part of it."""
+    missing_eos: MissingEOS | None = None
+    anneal: bool = False
+    """Whether the learning rate falls linearly to 0."""
+    separate_critic: bool = False
+    """Whether the value function had a network of its own, begun as the reward model (`attach_critic`)."""
+    remarks: str = ""
+    """What the settings alone do not reproduce."""
+
+    def config(self, **changes: Any) -> PPOConfig:
+        """A `PPOConfig` with these settings; `changes` override them."""
+        return PPOConfig(**{**self.settings, **changes})
+
+
+_LHP = "openai/lm-human-preferences"
+_ZIEGLER: dict[str, tuple[Any, str]] = {
+    "steps": (1_000_000, f"{_LHP}, launch.py: total_episodes"),
+    "batch_size": (512, f"{_LHP}, launch.py: ppo.batch_size; over all processes there"),
+    "mini_batch_size": (512, f"{_LHP}, train_policy.py: ppo.nminibatches = 1"),
+    "ppo_epochs": (4, f"{_LHP}, train_policy.py: ppo.noptepochs"),
+    "learning_rate": (1e-5, f"{_LHP}, launch.py: ppo.lr of sentiment and descriptiveness"),
+    "adam_eps": (1e-5, f"{_LHP}, train_policy.py; Huang et al. (2023), The N implementation details"),
+    "optimizer": ("adam_tensorflow", "Huang et al. (2023), The N implementation details, section on Adam"),
+    "init_kl_coef": (0.15, f"{_LHP}, launch.py: rewards.kl_coef"),
+    "target": (6.0, f"{_LHP}, launch.py: rewards.adaptive_kl.target"),
+    "horizon": (10_000.0, f"{_LHP}, launch.py: rewards.adaptive_kl.horizon"),
+    "gamma": (1.0, f"{_LHP}, train_policy.py: ppo.gamma"),
+    "lam": (0.95, f"{_LHP}, train_policy.py: ppo.lam"),
+    "cliprange": (0.2, f"{_LHP}, train_policy.py: ppo.cliprange"),
+    "cliprange_value": (0.2, f"{_LHP}, train_policy.py: ppo.cliprange_value"),
+    "vf_coef": (0.1, f"{_LHP}, train_policy.py: ppo.vf_coef"),
+    "whiten_rewards": (True, f"{_LHP}, train_policy.py: ppo.whiten_rewards, the mean kept"),
+    "temperature": (0.7, f"{_LHP}, launch.py: policy.temperature"),
+}
+_NPLUS = "vwxyzjn/summarize_from_feedback_details, ppo.py; Huang et al. (2024), arXiv 2403.17031"
+_NPLUS2024: dict[str, tuple[Any, str]] = {
+    "steps": (1_000_000, _NPLUS),
+    "batch_size": (512, f"{_NPLUS}; over all processes there"),
+    "mini_batch_size": (512, f"{_NPLUS}: one minibatch"),
+    "ppo_epochs": (4, _NPLUS),
+    "learning_rate": (3e-6, _NPLUS),
+    "adam_eps": (1e-5, _NPLUS),
+    "adap_kl_ctrl": (False, f"{_NPLUS}: the coefficient is fixed"),
+    "init_kl_coef": (0.05, _NPLUS),
+    "gamma": (1.0, _NPLUS),
+    "lam": (0.95, _NPLUS),
+    "cliprange": (0.2, _NPLUS),
+    "cliprange_value": (0.2, _NPLUS),
+    "vf_coef": (0.1, _NPLUS),
+    "whiten_rewards": (False, f"{_NPLUS}: off in the final runs"),
+    "temperature": (0.7, _NPLUS),
+}
+_STIENNON = "Stiennon et al. (2020), arXiv 2009.01325, appendix B.1"
+_STIENNON2020: dict[str, tuple[Any, str]] = {
+    "steps": (1_000_000, _STIENNON),
+    "batch_size": (512, f"{_STIENNON}: 512 at 1.3B weights, 256 at 6.7B"),
+    "mini_batch_size": (512, f"{_STIENNON}: one minibatch"),
+    "ppo_epochs": (4, _STIENNON),
+    "learning_rate": (1.5e-5, f"{_STIENNON}: 1.5e-5 at 1.3B weights, 7e-6 at 6.7B"),
+    "adap_kl_ctrl": (False, f"{_STIENNON}: the coefficient is fixed"),
+    "init_kl_coef": (0.05, _STIENNON),
+    "gamma": (1.0, _STIENNON),
+    "lam": (0.95, _STIENNON),
+}
+_TRL = "TRL 0.11.4, trl/trainer/ppo_config.py"
+_CLASSIC: dict[str, Any] = {
+    "steps": 20_000, "batch_size": 128, "mini_batch_size": 128, "ppo_epochs": 4, "learning_rate": 1.41e-5,
+    "adap_kl_ctrl": True, "init_kl_coef": 0.2, "target": 6.0, "horizon": 10_000.0, "gamma": 1.0, "lam": 0.95,
+    "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "temperature": 1.0,
+}  # fmt: skip
+
+
+def _published(
+    title: str, values: Mapping[str, tuple[Any, str]], further: Mapping[str, str] | None = None, **others: Any
+) -> Published:
+    return Published(
+        title=title,
+        settings=MappingProxyType({name: value for name, (value, _) in values.items()}),
+        sources=MappingProxyType({name: source for name, (_, source) in values.items()} | dict(further or {})),
+        **others,
+    )
+
+
+PRESETS: Mapping[str, Published] = MappingProxyType(
+    {
+        "ziegler2019": _published(
+            "Fine-tuning language models from human preferences", _ZIEGLER,
+            {
+                "new_tokens": f"{_LHP}, launch.py: task.response_length",
+                "missing_eos": f"{_LHP}, train_policy.py: a score of -1 where no stop token came",
+                "anneal": f"{_LHP}, train_policy.py: the rate falls linearly to 0",
+            },
+            new_tokens=24, missing_eos=MissingEOS(penalty=1.0, mode="replace"), anneal=True,
+            remarks="It whitened with the variance divided by n, this by n - 1, and learned from all 24 tokens, this "
+            "from those up to the stop token.",
+        ),
+        "stiennon2020": _published(
+            "Learning to summarize from human feedback", _STIENNON2020,
+            {
+                "anneal": f"{_STIENNON}: linear decay",
+                "separate_critic": f"{_STIENNON}: a value network begun as the reward model",
+            },
+            anneal=True, separate_critic=True,
+            remarks="Temperature, clip ranges and the weight of the value loss are those of PPOConfig: the source "
+            "names none.",
+        ),
+        "nplus2024": _published(
+            "The N+ implementation details of RLHF with PPO", _NPLUS2024,
+            {
+                "new_tokens": _NPLUS, "missing_eos": f"{_NPLUS}: a score of -1 where no stop token came",
+                "anneal": _NPLUS, "separate_critic": f"{_NPLUS}: a value model begun as the reward model",
+            },
+            new_tokens=53, missing_eos=MissingEOS(penalty=1.0, mode="replace"), anneal=True, separate_critic=True,
+            remarks="It placed the score behind the stop token, this at it.",
+        ),
+        "trl-classic": _published(
+            "Defaults of TRL's classic PPOConfig", {name: (value, _TRL) for name, value in _CLASSIC.items()}
+        ),
+    }
+)  # fmt: skip
+
+
+def published(name: str) -> Published:
+    """The settings of a published run.
+
+    Raises:
+        ValueError: Nobody knows the name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}, there are {', '.join(get_args(PresetName))}")
+    return PRESETS[name]

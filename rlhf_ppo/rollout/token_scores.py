@@ -1,0 +1,30 @@
+"""Scores of a few tokens, spread over a whole response."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def token_scores(sparse: Mapping[int, float], length: int) -> Float[Tensor, " tokens"]:
+    """One number for each of `length` response tokens: those of `sparse`, 0 elsewhere. What `step()` takes.
+
+    Args:
+        sparse: Position -> score. Negative positions count from the end: -1 is the last token.
+        length: Tokens of the response.
+
+    Raises:
+        ValueError: A position lies outside of the response, or two name the same token.
+    """
+    scores, seen = torch.zeros(length), set()
+    for position, score in sparse.items():
+        index = position + length if position < 0 else position
+        if not 0 <= index < length or index in seen:
+            raise ValueError(
+                f"expected positions of different tokens in a response of {length}, got {sorted(sparse)}: a score "
+                "would be lost, or counted at another token. Use 0 to length - 1, or -1 for the last."
+            )
+        seen.add(index)
+        scores[index] = score
+    return scores

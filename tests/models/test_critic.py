@@ -1,0 +1,116 @@
+"""A critic beside the policy: it starts as the reward model, and its loss pulls at no weight of the policy."""
+
+import warnings
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+
+from rlhf_ppo import (
+    AutoModelForCausalLMWithValueHead,
+    Critic,
+    PPOClip,
+    PPOConfig,
+    PPOTrainer,
+    SeparateCritic,
+    attach_critic,
+)
+from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.rollout.experience import Responses
+from tests.helpers import tiny_gpt2, tiny_tokenizer
+
+VOCAB = 320
+
+
+def classifier(*, vocab_size: int = VOCAB, labels: int = 1) -> GPT2ForSequenceClassification:
+    config = GPT2Config(
+        vocab_size=vocab_size, n_layer=1, n_embd=16, n_head=2, n_positions=64, num_labels=labels, pad_token_id=0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return GPT2ForSequenceClassification(config).eval()
+
+
+def policy() -> AutoModelForCausalLMWithValueHead:
+    return AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+
+
+def inputs() -> TokenInputs:
+    return TokenInputs(
+        prompts=[torch.tensor([5, 6]), torch.tensor([7])], responses=[torch.tensor([8, 9, 10]), torch.tensor([11])]
+    )
+
+
+def trainer(**critic: int) -> PPOTrainer:
+    model = policy()
+    attach_critic(model, SeparateCritic.from_reward_model(classifier(), gain=2.0, bias=-1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PPOTrainer(
+            PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=2, learning_rate=1e-3), model,
+            tokenizer=tiny_tokenizer(), algorithm=PPOClip(critic=Critic(**critic)),
+        )  # fmt: skip
+
+
+def batch(own: PPOTrainer) -> Responses:
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    return Responses(inputs=inputs(), mask=mask, scores=torch.tensor([1.0, -1.0]))
+
+
+def test_the_value_of_a_whole_response_is_its_normalised_score() -> None:
+    model, rewards = policy(), classifier()
+    attach_critic(model, SeparateCritic.from_reward_model(rewards, gain=2.0, bias=-1.0))
+    values = model.critic(inputs())  # type: ignore[misc]
+    for row, (prompt, response) in enumerate(zip(inputs().prompts, inputs().responses, strict=True)):
+        with torch.no_grad():
+            raw = rewards(torch.cat([prompt, response])[None]).logits[0, 0]
+        assert len(values[row]) == len(response) + 1
+        assert_close(values[row][-1], 2.0 * raw - 1.0)
+
+
+def test_policy_and_critic_learn_and_the_value_head_on_the_trunk_stays() -> None:
+    own = trainer()
+    before = {name: parameter.clone() for name, parameter in own.model.named_parameters()}
+    assert own.ref_model is not None and own.ref_model.critic is None
+    own.learn(batch(own))
+    moved = {name for name, parameter in own.model.named_parameters() if not torch.equal(before[name], parameter)}
+    assert any(name.startswith("critic.backbone.") for name in moved) and "critic.head.weight" in moved
+    assert any(name.startswith("pretrained_model.") for name in moved)
+    assert not any(name.startswith("v_head.") for name in moved)
+
+
+def test_the_value_loss_reaches_no_weight_of_the_policy() -> None:
+    own = trainer()
+    values = own.policy(inputs()).values
+    trunk = list(own.model.pretrained_model.parameters())
+    gradients = torch.autograd.grad(values.sum(), [*trunk, *own.model.critic.parameters()], allow_unused=True)  # type: ignore[union-attr]
+    assert all(gradient is None for gradient in gradients[: len(trunk)])
+    assert any(gradient is not None for gradient in gradients[len(trunk) :])
+
+
+def test_a_separate_critic_warms_up_with_all_its_weights() -> None:
+    own = trainer(warmup_iterations=2)
+    trunk = [parameter.clone() for parameter in own.model.pretrained_model.parameters()]
+    critic = [parameter.clone() for parameter in own.model.critic.parameters()]  # type: ignore[union-attr]
+    own.learn(batch(own))
+    assert all(torch.equal(a, b) for a, b in zip(trunk, own.model.pretrained_model.parameters(), strict=True))
+    moved = [not torch.equal(a, b) for a, b in zip(critic, own.model.critic.parameters(), strict=True)]  # type: ignore[union-attr]
+    assert sum(moved) > len(moved) // 2
+
+
+def test_a_critic_from_the_policys_trunk_begins_at_zero() -> None:
+    model = policy()
+    attach_critic(model, SeparateCritic.from_policy(model))
+    assert all((row == 0).all() for row in model.critic(inputs()))  # type: ignore[misc]
+
+
+def test_encoders_several_labels_and_foreign_tokenizers_are_refused() -> None:
+    encoder = BertForSequenceClassification(
+        BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
+    for wrong in (encoder, classifier(labels=2)):
+        with pytest.raises(ValueError, match="one label and a head `score`"):
+            SeparateCritic.from_reward_model(wrong)
+    with pytest.raises(ValueError, match="do not share a tokenizer"):
+        attach_critic(policy(), SeparateCritic.from_reward_model(classifier(vocab_size=100)))
