@@ -134,6 +134,20 @@ class Sampler(Protocol):
         ...
 
 
+@runtime_checkable
+class WeightFollower(Protocol):
+    """A sampler that draws from a copy of the policy's weights: an engine of its own."""
+
+    def follow(self, model: nn.Module, accelerator: Any) -> None:
+        """Make the copy equal to `model` as it is now. All processes call it together.
+
+        Args:
+            model: the policy, bare or wrapped; its parameters may be sharded.
+            accelerator: the trainer's `accelerate.Accelerator`.
+        """
+        ...
+
+
 class PromptError(ValueError):
     """A prompt that no response can be drawn to."""
 
