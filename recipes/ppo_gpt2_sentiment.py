@@ -25,13 +25,14 @@ from rlhf_ppo.report.run_folder import Estimates
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from sentiment import stages
 from sentiment.command_line import FloatByModel, IntByModel, Measured, SwitchByModel
+from sentiment.engines import EngineSettings
 from sentiment.language_models import SMALL_GPT2
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, split_reviews
 from sentiment.threads import choose_threads
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(EngineSettings):
     """Settings of the sentiment recipe; those left at None take what suits the model."""
 
     model: str = SMALL_GPT2
@@ -90,6 +91,7 @@ class Config:
     """Tracker."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         stages.at_least(self, seed=0, new_tokens=1, eval_prompts=2, save_every=0)
 
 
@@ -119,7 +121,8 @@ def main(config: Config) -> dict[str, Estimates]:
             **further, seed=config.seed, batch_size=chosen.batch_size, mini_batch_size=chosen.mini_batch_size,
             init_kl_coef=chosen.kl_coef, target=chosen.kl_target, horizon=chosen.kl_horizon, vf_coef=chosen.vf_coef,
             score_clip=chosen.score_clip, ppo_epochs=chosen.ppo_epochs, max_grad_norm=1.0,
-            accelerator_kwargs=stages.precision(config.algorithm), log_with=config.log_with,
+            importance_sampling_cap=config.importance_sampling_cap, log_with=config.log_with,
+            accelerator_kwargs=stages.precision(config.algorithm),
             tracker_project_name="ppo_gpt2_sentiment", project_kwargs={"logging_dir": config.output_dir},
         ),
         policy, tokenizer=tokenizer, dataset=prompts, optimizer=optimizer, lr_scheduler=anneal,
@@ -129,27 +132,26 @@ def main(config: Config) -> dict[str, Estimates]:
         max_new_tokens=config.new_tokens, num_return_sequences=chosen.group_size,
         temperature=further.get("temperature", 1.0),
     )  # fmt: skip
+    sampler = config.make_sampler(tokenizer)
 
     phase("held-out evaluation before PPO")
     judges, line = stages.judges(parts)
     phase.say(line)
-    before = trainer.evaluate(held_out, reward, sampling, judges=judges)
+    before = trainer.evaluate(held_out, reward, sampling, judges=judges, sampler=sampler)
     phase.say(stages.describe(before))
 
     phase("PPO")
-    state = trainer.train(
-        reward,
-        TrainConfig(
-            iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir, save_every=config.save_every,
-            missing_eos=config.preset and stages.published(config.preset).missing_eos,
-        ),
+    loop = TrainConfig(
+        iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir, save_every=config.save_every,
+        missing_eos=config.preset and stages.published(config.preset).missing_eos,
     )  # fmt: skip
+    state = trainer.train(reward, loop, sampler=sampler)
     if state.stopped:
         done = f"{state.iteration} of {chosen.iterations} iterations"
         raise SystemExit(f"Stopped by {state.stopped} after {done}, checkpoint written; the same command goes on.")
 
     phase("held-out evaluation after PPO, report")
-    after = trainer.evaluate(held_out, reward, sampling, judges=judges)
+    after = trainer.evaluate(held_out, reward, sampling, judges=judges, sampler=sampler)
     phase.say(stages.describe(after))
     trainer.save_pretrained(f"{config.output_dir}/model")
     if trainer.accelerator.is_main_process:

@@ -1,8 +1,7 @@
 """Held-out evaluation: sample, score, and say how far the policy has gone from its reference, with standard errors."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -41,7 +40,6 @@ def evaluate(
     judges: Sources | None = None,
     rows: Sequence[int] | None = None,
     seed: int = 0,
-    whole_parameters: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Evaluation:
     """Answer held-out prompts with the policy as it is, once each; the same seed draws the same random numbers.
 
@@ -53,12 +51,10 @@ def evaluate(
         judges: Sources that take no part in training, each a measure of its own name.
         rows: Rows of `prompts` that this process answers; None: all.
         seed: Of the draws.
-        whole_parameters: Surrounds the draws where a process holds only parts of the policy.
     """
     one_each = replace(collector, sampling=replace(collector.sampling, num_return_sequences=1))
     batch = prompts.batch(list(range(len(prompts))) if rows is None else list(rows))
-    with whole_parameters():
-        collected = one_each.draw(batch, torch.Generator().manual_seed(seed))
+    collected = one_each.draw(batch, torch.Generator().manual_seed(seed))
     scores = one_each.score(collected, rewards)
     measures = {"score": scores.total.masked_fill(scores.skipped, math.nan).tolist()}
     if judges is not None:

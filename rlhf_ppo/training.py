@@ -10,13 +10,13 @@ import torch
 from tqdm.auto import tqdm
 
 from rlhf_ppo.best import BestModels
+from rlhf_ppo.drawing import collector_for
 from rlhf_ppo.evaluation import Evaluation, evaluate, merged
 from rlhf_ppo.metrics import scalars
 from rlhf_ppo.random_streams import RandomStreams
 from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.resume import CheckpointNotWrittenError, Stateful, restore_checkpoint, save_checkpoint
-from rlhf_ppo.rollout.collect import Collected, Collector
-from rlhf_ppo.rollout.decoding import DecodeLoop
+from rlhf_ppo.rollout.collect import Collected
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
 from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine
 from rlhf_ppo.rollout.sampling import Sampler
@@ -58,10 +58,7 @@ class TrainingLoop:
         trainer, sampling, config = self.trainer, self.config.sampling, self.config
         check_settings(trainer, config)
         accelerator, seed = trainer.accelerator, trainer.config.seed
-        self.collector = Collector(
-            model=trainer.model, tokenizer=trainer.tokenizer, sampling=sampling, device=trainer.current_device,
-            sampler=self.sampler or DecodeLoop(trainer.tokenizer),
-        )  # fmt: skip
+        self.collector = collector_for(trainer, sampling, self.sampler)
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.order = PromptSampler(
             len(self.prompts), batch_size=trainer.config.batch_size // sampling.num_return_sequences, seed=seed,
@@ -130,8 +127,7 @@ class TrainingLoop:
         before = {name: part.state_dict() for name, part in parts.items()}
         start = time.perf_counter()
         try:
-            with self.trainer.whole_parameters():
-                collected = self.collector.draw(self.prompts.batch(next(self.order)), self.generator)
+            collected = self.collector.draw(self.prompts.batch(next(self.order)), self.generator)
             generated = time.perf_counter()
             if self._asked_to_stop():
                 self._drop(parts, before)
@@ -202,7 +198,7 @@ class TrainingLoop:
         rows = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
         found = evaluate(
             self.collector, self.trainer.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
-            seed=seed + 100003 * accelerator.process_index, whole_parameters=self.trainer.whole_parameters,
+            seed=seed + 100003 * accelerator.process_index,
         )  # fmt: skip
         return merged(self.trainer.processes.gather_objects([found]))
 

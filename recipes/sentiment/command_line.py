@@ -38,7 +38,7 @@ def run(main: Callable[[Any], object], config: type[Any], description: str | Non
         main(parse(config, description))
     except KeyboardInterrupt as error:
         leave("Interrupted. What was finished is kept: the same command goes on from there.", 130, error)
-    except (AssetError, OSError, ValueError) as error:
+    except (AssetError, NotImplementedError, OSError, ValueError) as error:
         leave(f"error: {one_line(error)}", 1, error)
 
 

@@ -133,7 +133,7 @@ def open_run_folder(path: str, settings: dict[str, Any], *, fresh: bool) -> RunF
 
 
 def _refuse_other_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
-    ignored = {"output_dir", "fresh", "threads", "log_with", "save_every"}
+    ignored = {"output_dir", "fresh", "threads", "log_with", "save_every", "vllm_url"}
     known = {name: value for name, value in folder.config().items() if name in settings and name not in ignored}
     changed = {name: value for name, value in known.items() if value != settings[name]}
     if changed and checkpoints(folder.path):

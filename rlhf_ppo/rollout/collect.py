@@ -1,5 +1,7 @@
 """Prompts -> responses -> scores: what happens before `learn`, in training and evaluation alike."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -48,6 +50,7 @@ class Collector:
         sampling: How.
         device: Where the policy is.
         failures: What happens when a reward source fails.
+        fresh_weights: Surrounds every draw: inside, the sampler sees the policy whole and as it is.
     """
 
     model: nn.Module
@@ -56,11 +59,13 @@ class Collector:
     sampling: SamplingConfig
     device: torch.device
     failures: RewardFailures = RAISE
+    fresh_weights: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def draw(self, batch: PromptBatch, generator: torch.Generator) -> Collected:
         """`num_return_sequences` responses to each prompt, side by side."""
         prompts = [prompt.to(self.device) for prompt in batch.input_ids]
-        samples = self.sampler(self.model, prompts, self.sampling, generator=generator)
+        with self.fresh_weights():
+            samples = self.sampler(self.model, prompts, self.sampling, generator=generator)
         repeat = self.sampling.num_return_sequences
         return Collected(
             samples=samples,

@@ -52,7 +52,7 @@ class VLLMSampler:
 
         Raises:
             ImportError: vLLM is not installed.
-            ConnectionError: No server answers within `timeout` seconds.
+            OSError: No server answers within `timeout` seconds.
             ValueError: Colocated, and the model was not loaded from anywhere that the engine could load it from.
             NotImplementedError: The trainer is on a CPU; weights travel over NCCL.
         """
@@ -113,7 +113,7 @@ class VLLMSampler:
         if not is_vllm_available():
             raise ImportError(
                 f"VLLMSampler(mode={self.mode!r}) needs vLLM, which is not installed: also the client of a server uses "
-                "its NCCL code. `pip install 'trl[vllm]'` on a machine with a GPU, or use DecodeLoop()."
+                "its NCCL code. `pip install 'rlhf_ppo[vllm]'` on a machine with a GPU, or use DecodeLoop()."
             )
         if self.mode == "colocate" and not policy.name_or_path:
             raise ValueError(

@@ -1,0 +1,39 @@
+"""What stands between an update and the next draw: the sampler must see the weights as they are now."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rlhf_ppo.rollout.collect import Collector
+from rlhf_ppo.rollout.decoding import DecodeLoop
+from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig, WeightFollower
+
+if TYPE_CHECKING:
+    import rlhf_ppo.trainer
+
+
+def collector_for(
+    trainer: "rlhf_ppo.trainer.PPOTrainer", sampling: SamplingConfig, sampler: Sampler | None
+) -> Collector:
+    """Draws and scores for `trainer`, by `sampler`, or by the own loop where there is none."""
+    sampler = sampler or DecodeLoop(trainer.tokenizer)
+    return Collector(
+        model=trainer.model, tokenizer=trainer.tokenizer, sampling=sampling, device=trainer.current_device,
+        sampler=sampler, fresh_weights=partial(fresh_weights, trainer, sampler),
+    )  # fmt: skip
+
+
+@contextmanager
+def fresh_weights(trainer: "rlhf_ppo.trainer.PPOTrainer", sampler: Sampler) -> Iterator[None]:
+    """Inside, `sampler` draws from the policy as it is: the live module made whole, or an engine's copy sent anew.
+
+    An engine is sent the weights before every rollout and every evaluation, whatever happened in between (an update, a
+    checkpoint loaded, a callback): a copy that is never assumed to be fresh cannot be stale.
+    """
+    if isinstance(sampler, WeightFollower):
+        sampler.follow(trainer.model, trainer.accelerator)
+        yield
+    else:
+        with trainer.whole_parameters():
+            yield
