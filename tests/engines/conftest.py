@@ -21,6 +21,10 @@ def _forget() -> None:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`trl.generation.vllm_client`, imported anew while a package `vllm` can be found."""
     monkeypatch.syspath_prepend(str(STAND_IN))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)  # a colocated engine sets them; they go when the test does
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     _forget()
     import trl.generation.vllm_client as client
 
