@@ -6,10 +6,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 STAMP := $(VENV)/.installed
+CLASSIC ?= .venv-trl-0.11.4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-distributed test-slow lint docs check clean distclean
+.PHONY: help install demo test test-distributed test-slow benchmark lint docs check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
@@ -39,6 +40,12 @@ test-distributed: $(STAMP)  ## the tests that start several processes
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS) || test $$? -eq 5
+
+benchmark: $(STAMP)  ## the figures of docs/performance.md, in an hour or two; goes on where it was interrupted
+	@test -x $(CLASSIC)/bin/python || PYTHON=$(PYTHON) tests/benchmarks/classic_environment.sh $(CLASSIC)
+	@for what in "ppo --classic $(CLASSIC)/bin/python" "ppo --classic $(CLASSIC)/bin/python --bf16 --plain-rounds 0" \
+		"generation --size small gpt2" scaling "pairs --classic $(CLASSIC)/bin/python" learning table; do \
+		OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.benchmarks.$$what || exit 1; done
 
 lint: $(STAMP)  ## ruff, mypy --strict, the layers
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

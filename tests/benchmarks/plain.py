@@ -70,7 +70,8 @@ class PlainTrainer(PPOTrainer):
 
 def plain_config(**settings: Any) -> PPOConfig:
     """Settings without what is faster for the same result."""
-    return PPOConfig(**settings, fused_adam=False, fast_products=False, packing=False, fused_head=False)
+    slower = ("fused_adam", "fast_products", "packing", "fused_head", "reuse_logprobs", "keep_freed_memory")
+    return PPOConfig(**settings, **dict.fromkeys(slower, False))
 
 
 _SCALARS = (

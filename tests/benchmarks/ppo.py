@@ -155,6 +155,8 @@ def measure(workload: Workload, options: argparse.Namespace) -> None:
         prepare(workload, folder)
         sides = [Process(side, python, folder, settings.get(side, {})) for side, python in pythons.items() if python]
 
+        sides[0]("prove")
+
         def one_round(number: int) -> dict[str, Any]:
             present = [side for side in sides if side.name != "plain" or number < options.plain_rounds]
             costs = costs_of(present, number, workload.rows)

@@ -75,8 +75,13 @@ class Side:
 
     def step(self) -> dict[str, float]:
         """One PPO step on the task's responses; CPU seconds of its phases."""
-        self.stats = self.trainer.step(self.prompts, self.task.responses, self.workload.scores())
+        self.stats = self.learn()
         return {phase: float(self.stats[name]) for phase, name in PHASES.items()}
+
+    def learn(self) -> dict[str, Any]:
+        """The trainer's step; its statistics."""
+        statistics: dict[str, Any] = self.trainer.step(self.prompts, self.task.responses, self.workload.scores())
+        return statistics
 
     def save(self, path: str) -> None:
         """For the comparison: scalar statistics of the last step, log-probabilities, parameters after it."""
@@ -96,7 +101,10 @@ class Side:
 
 
 class Ours(Side):
-    """rlhf_ppo as it is used."""
+    """rlhf_ppo as its managed loop uses it: `learn` knows what the sampler found out on its way."""
+
+    drawn: Any = None
+    """The last draw of `generate`."""
 
     def build(self) -> None:
         from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -108,9 +116,37 @@ class Ours(Side):
         from rlhf_ppo.rollout.decoding import DecodeLoop
         from rlhf_ppo.rollout.sampling import SamplingConfig
 
-        config = SamplingConfig(max_new_tokens=self.workload.cap)
+        config, generator = SamplingConfig(max_new_tokens=self.workload.cap), torch.Generator().manual_seed(3)
         with self.autocast():
-            DecodeLoop()(self.model, self.prompts, config, limits=self.workload.lengths())
+            self.drawn = DecodeLoop()(
+                self.model, self.prompts, config, generator=generator, limits=self.workload.lengths()
+            )
+
+    def learn(self) -> dict[str, Any]:
+        statistics: dict[str, Any] = self.trainer.learn(self.responses())
+        return statistics
+
+    def prove(self) -> None:
+        """What the first iteration of a run does once: compare the sampler's word with the policy's own pass."""
+        self.generate()
+        self.trainer.reuse(self.trainer.scorer, self.responses())
+
+    def responses(self) -> Any:
+        """The batch; with the sampler's word where its draws are those of the batch, as they are in float32."""
+        from rlhf_ppo.batch import TokenInputs, pad_rows
+        from rlhf_ppo.rollout.experience import Responses
+
+        device, tokens = self.trainer.current_device, [row.tolist() for row in self.task.responses]
+        responses = [response.to(device) for response in self.task.responses]
+        told = {}
+        if self.drawn is not None and [row.tolist() for row in self.drawn.responses] == tokens:
+            told = {"sampler_logprobs": pad_rows(self.drawn.logprobs)}
+            told |= {"sampler_values": pad_rows(self.drawn.values)} if self.drawn.values is not None else {}
+        return Responses(
+            inputs=TokenInputs(prompts=[prompt.to(device) for prompt in self.prompts], responses=responses),
+            mask=pad_rows([torch.ones(len(row)) for row in tokens]).bool().to(device),
+            scores=torch.stack(self.workload.scores()).to(device), **told,
+        )  # fmt: skip
 
     def reshuffle(self) -> None:
         update = self.trainer.algorithm.update
@@ -121,8 +157,8 @@ class Ours(Side):
         return 0
 
     def work(self) -> dict[str, float]:
-        """Counters of the last step."""
-        return {name: value for name, value in self.trainer.metrics.items() if name.startswith("work/")}
+        """Counters of the last step, and whether the sampler's word was taken."""
+        return {name: value for name, value in self.trainer.metrics.items() if name.startswith(("work/", "sampler/"))}
 
     def floor(self) -> dict[str, float]:
         """The bare matrix products of the update."""
@@ -149,6 +185,9 @@ class Plain(Ours):
 
     def first_action(self) -> int:
         return Side.first_action(self)
+
+    def learn(self) -> dict[str, Any]:
+        return Side.learn(self)
 
 
 class Classic(Side):

@@ -119,7 +119,7 @@ def scaling(found: dict[str, Any]) -> str:
 
 
 def learning(found: dict[str, Any]) -> str:
-    """Held-out score and KL of each seed on either path."""
+    """Held-out score and KL of each seed on either path, of the seeds that both have run."""
     head = ["seed", "score, fast", "score, plain", "KL, fast", "KL, plain"]
     fast, plain = (found["runs"][path] for path in ("fast", "plain"))
     rows = [[seed, *(f"{path[seed][what]:.2f}" for what in ("score", "kl") for path in (fast, plain))] for seed in fast]
