@@ -20,6 +20,7 @@ from rlhf_ppo.rollout.collect import Collected
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
 from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine
 from rlhf_ppo.rollout.sampling import Sampler
+from rlhf_ppo.rollout.sharing import shared_out
 from rlhf_ppo.signals import StopRequest, stop_on_signals
 from rlhf_ppo.traces import token_traces
 from rlhf_ppo.train_config import Callback, TrainConfig, TrainState, check_settings
@@ -164,8 +165,11 @@ class TrainingLoop:
     def _learn(self, collected: Collected, scores: Scores, times: dict[str, float]) -> None:
         trainer = self.trainer
         start = time.perf_counter()
-        statistics = trainer.learn(self.collector.responses(collected.samples, scores))
-        self.newest = collected, scores
+        own = self.collector.responses(collected.samples, scores)
+        process, device = trainer.accelerator.process_index, trainer.current_device
+        responses = shared_out(own, trainer.processes.gather_objects, process, device)
+        statistics = trainer.learn(responses)
+        self.newest = (collected, scores) if responses is own else None  # else: others' rows, without their texts
         self.state.iteration += 1
         first, *others = trainer.processes.gather_objects([scores])
         everyones: Scores = first.joined(others)

@@ -103,15 +103,11 @@ class Collector:
             row for row, skipped in enumerate(groups.any(1).repeat_interleave(groups.shape[1]).tolist()) if not skipped
         ]
 
-    def responses(self, samples: Samples, scores: Scores) -> Responses:
-        """The samples to learn from, as `learn` takes them.
-
-        Raises:
-            ValueError: If every sample was skipped.
-        """
+    def responses(self, samples: Samples, scores: Scores) -> Responses | None:
+        """The samples to learn from, as `learn` takes them; None where every sample was skipped."""
         kept = self.kept(scores)
         if not kept:
-            raise ValueError("every sample of the batch was skipped by a reward source: there is nothing to learn from")
+            return None
         responses: list[Tensor] = [samples.responses[row].to(self.device) for row in kept]
         known = samples.logprobs
         values = samples.values if self.sampling.draws_from_the_policy else None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,19 @@ def share_of_e(prompts: Sequence[str], responses: Sequence[str], **_: Any) -> li
     """A reward that a random policy can climb; process 1 leaves one sample out."""
     scores: list[float | None] = [response.count("e") / max(1, len(response)) for response in responses]
     return [None, *scores[1:]] if PartialState().process_index == 1 else scores
+
+
+def skips_all_of_process_one(prompts: Sequence[str], responses: Sequence[str], **_: Any) -> list[float | None]:
+    """A reward source that leaves a process without any sample."""
+    scores: list[float | None] = [float(len(response)) for response in responses]
+    return [None] * len(scores) if PartialState().process_index == 1 else scores
+
+
+def dies_on_process_one(prompts: Sequence[str], responses: Sequence[str], **_: Any) -> list[float]:
+    """As the kernel ends a process that takes too much memory: no error, no farewell."""
+    if PartialState().process_index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [0.0] * len(responses)
 
 
 def fails_on_process_one(prompts: Sequence[str], responses: Sequence[str], **_: Any) -> list[float]:
@@ -74,6 +90,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "fail":
         trainer(0).train(fails_on_process_one, config(Path(sys.argv[2])))
+    elif sys.argv[1] == "die":
+        skipping = trainer(0)
+        skipping.train(skips_all_of_process_one, config(Path(sys.argv[2])))
+        torch.save(whole_weights(skipping), Path(sys.argv[2]) / f"{PartialState().process_index}.pt")
+        skipping.accelerator.wait_for_everyone()
+        trainer(0).train(dies_on_process_one, replace(config(Path(sys.argv[2])), resume=False))
     else:
         main(Path(sys.argv[2]), int(sys.argv[3]))
     PartialState().destroy_process_group()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 from torch import Tensor
 
 from rlhf_ppo import (
@@ -35,6 +36,8 @@ ALGORITHMS: dict[str, AlgorithmConfig | None] = {
     "ppo": None, "penalty": PPOPenalty(target_kl=1e-4), "reinforce": Reinforce(), "rloo": RLOO(), "grpo": GRPO(),
 }  # fmt: skip
 
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
@@ -55,6 +58,8 @@ class Scenario:
     """What is made local instead of global: "count" or "whitening"."""
     broken_row: bool = False
     """The first score is so large that losses overflow."""
+    lora: bool = False
+    """Train adapters on a frozen base, which is its own reference."""
     zero_stage: int = 0
     """DeepSpeed's; 0: not used."""
 
@@ -93,7 +98,11 @@ def batch(scenario: Scenario, iteration: int, first: int, count: int) -> Respons
 def build(scenario: Scenario) -> PPOTrainer:
     """The trainer, policy and reference of unequal weights."""
     make = tiny_llama if scenario.model == "llama" else tiny_gpt2
-    policy, reference = (AutoModelForCausalLMWithValueHead.from_pretrained(make(seed=seed)) for seed in (0, 1))
+    adapters = LORA if scenario.lora else None
+    torch.manual_seed(3)  # of the adapters
+    policy, reference = (
+        AutoModelForCausalLMWithValueHead.from_pretrained(make(seed=seed), peft_config=adapters) for seed in (0, 1)
+    )
     for model in (policy, reference):
         torch.nn.init.normal_(model.v_head.summary.weight, std=0.1, generator=torch.Generator().manual_seed(2))
         torch.nn.init.zeros_(model.v_head.summary.bias)
@@ -105,7 +114,8 @@ def build(scenario: Scenario) -> PPOTrainer:
     )  # fmt: skip
     optimizer = torch.optim.SGD(policy.parameters(), lr=scenario.learning_rate) if scenario.model == "gpt2" else None
     algorithm = ALGORITHMS[scenario.algorithm]
-    return PPOTrainer(config, policy, reference, tiny_tokenizer(), optimizer=optimizer, algorithm=algorithm)
+    other = None if scenario.lora else reference  # the base with its adapters off
+    return PPOTrainer(config, policy, other, tiny_tokenizer(), optimizer=optimizer, algorithm=algorithm)
 
 
 def deepspeed_arguments(stage: int) -> dict[str, Any]:

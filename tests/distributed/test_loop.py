@@ -67,3 +67,15 @@ def test_held_out_prompts_come_back_in_their_order_each_once(outcomes: list[dict
 def test_when_one_process_fails_all_end_and_the_cause_is_named(tmp_path: Path) -> None:
     output = launch((*TORCHRUN, loop.__file__, "fail", str(tmp_path)), expect=1)
     assert "the reward model of process 1 has lost its connection" in output
+
+
+def test_a_process_without_samples_learns_from_the_others_and_a_killed_one_ends_all(tmp_path: Path) -> None:
+    """One start for both. The launcher names who was killed; the other process sees its connection close."""
+    output = launch((*TORCHRUN, loop.__file__, "die", str(tmp_path)), expect=1)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, expected in first.items():
+        assert torch.equal(second[name], expected), name
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["env/reward_skipped"] for row in rows] == [0.5] * 4
+    assert "Signal 9 (SIGKILL)" in output
+    assert "rank      : 1" in output

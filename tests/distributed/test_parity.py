@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.comparing import EVERYTHING_GLOBAL, TOLERANCE, alone, together, worst
-from tests.distributed.scenario import Outcome, Scenario
+from tests.distributed.scenario import Outcome, Scenario, build
 
 pytestmark = [
     pytest.mark.distributed,
@@ -29,6 +29,7 @@ CASES = {
     "KL penalty whose weight adapts": Scenario(shares=(5, 4), algorithm="penalty"),
     "no critic": Scenario(shares=(6, 2), algorithm="rloo", group_size=2),
     "GPT-2": Scenario(shares=(5, 4), model="gpt2", learning_rate=0.01),
+    "LoRA": Scenario(shares=(5, 4), lora=True),
     "gradient checkpointing": Scenario(shares=(5, 4), settings={"gradient_checkpointing": True}),
 }  # fmt: skip
 
@@ -77,3 +78,14 @@ def test_all_processes_take_equally_many_optimizer_steps(outcomes: dict[str, lis
         steps = [[row["ppo/updates"] for row in outcome.statistics] for outcome in processes]
         assert steps[0] == steps[1], name
         assert min(steps[0]) > 0
+
+
+def test_under_lora_the_kl_at_the_start_is_zero_and_only_adapters_and_value_head_move(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    first, last = outcomes["LoRA"][0].statistics[0], outcomes["LoRA"][0].statistics[-1]
+    assert first["objective/kl"] == 0.0
+    assert last["objective/kl"] != 0.0
+    start = {name: value.detach() for name, value in build(CASES["LoRA"]).model.named_parameters()}
+    moved = {name for name, value in outcomes["LoRA"][0].parameters.items() if not value.equal(start[name])}
+    assert moved == {name for name in start if "lora_" in name or name.startswith("v_head")}

@@ -28,6 +28,7 @@ pytestmark = [
 CASES = {
     "gradient accumulation": Scenario(shares=(5, 4), rows_of_a_pass=1, passes_of_a_step=2),
     "whitening, moments, clipping, controller, entropy": Scenario(shares=(5, 4), settings=EVERYTHING_GLOBAL),
+    "LoRA": Scenario(shares=(5, 4), lora=True),
     "the ratio guard acts": Scenario(shares=(5, 4), settings={"ratio_threshold": 1.003}),
     "a score that overflows the loss": Scenario(shares=(5, 4), broken_row=True),
 }
