@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
     """Let the process keep the memory of freed tensors for the next ones; whether the C library took the order.
 
     By default glibc hands every freed block of more than 32 MiB back to the kernel, which clears each page when the
-    next tensor touches it: a third of the time of a large vocabulary's LM head. The peak stays what it is; memory is
-    then not given to other processes between steps. It holds for the whole process, until it ends.
+    next tensor touches it. The peak grows, because blocks of many sizes no longer fit into each other's places. It
+    holds for the whole process, until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -21,8 +21,9 @@ from rlhf_ppo.functional.products import product
 Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
 """(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
 
-MOST_BYTES = 2**27
-"""Of one chunk of float32 logits, whatever the vocabulary."""
+MOST_BYTES = 2**24
+"""Of one chunk of float32 logits on a CPU, whatever the vocabulary: it stays in the processor's cache, and below the
+size of block that the C library gives back to the system each time. Sixteen times as much elsewhere."""
 FEW = 32
 """Rows whose mean logit is taken at once, so that the products stay in the processor's cache."""
 BLOCK = 8192
@@ -68,15 +69,21 @@ def fused_token_statistics(
         tokens: The tokens drawn there.
         slopes: The loss's derivatives at each token, given the token's log-probability and entropy.
         temperature: What the logits are divided by.
-        chunk_size: Tokens at a time, at most; fewer where their logits would take more than 128 MiB.
+        chunk_size: Tokens at a time, at most; fewer where their logits would take more than 16 MiB (CPU) or 256 MiB.
         with_entropy: Also the entropy, which costs one more pass over each chunk.
         product_dtype: Of the three products; None: that of the states.
     """
-    rows = max(16, min(chunk_size, MOST_BYTES // (4 * len(weight))))
+    rows = rows_at_once(chunk_size, len(weight), weight.device)
     trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     settings = _Settings(temperature, rows, with_entropy, slopes, product_dtype, *trained)
     logprobs, entropy = _Fused.apply(hidden, weight, bias, tokens, settings)  # type: ignore[no-untyped-call]
     return TokenStatistics(logprobs=logprobs, entropy=entropy if with_entropy else None)
+
+
+def rows_at_once(chunk_size: int, vocab: int, device: torch.device) -> int:
+    """Tokens whose logits live at once: `chunk_size`, or fewer where that would take too many bytes."""
+    most = MOST_BYTES if device.type == "cpu" else 16 * MOST_BYTES
+    return max(16, min(chunk_size, most // (4 * max(vocab, 1))))
 
 
 class _Fused(torch.autograd.Function):

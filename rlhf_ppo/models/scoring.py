@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, pad_rows
 from rlhf_ppo.functional import TokenStatistics, categorical_metric, chunked_categorical_kl, chunked_token_statistics
-from rlhf_ppo.functional.fused_head import MOST_BYTES, Slopes, fused_token_statistics
+from rlhf_ppo.functional.fused_head import Slopes, fused_token_statistics, rows_at_once
 from rlhf_ppo.functional.trust_region import Metric
 from rlhf_ppo.models.fast_layers import is_plain_head
 from rlhf_ppo.models.packing import Hidden, can_be_packed, packed_hidden, padded_hidden
@@ -119,7 +119,7 @@ class TokenPolicy(nn.Module):
                 acting, head.weight, head.bias, tokens, slopes=slopes, chunk_size=self.chunk_size, **settings
             )
         vocab = getattr(head, "weight", tokens).shape[0]
-        rows = max(16, min(self.chunk_size, MOST_BYTES // (4 * max(vocab, 1))))
+        rows = rows_at_once(self.chunk_size, vocab, acting.device)
         return chunked_token_statistics(head, acting, tokens, chunk_size=rows, **settings)
 
     @torch.no_grad()
