@@ -13,6 +13,7 @@ from reward_model.backbone import head_name, longest_input
 from reward_model.contract import Contract, ContractError, tokenizer_sha256
 from reward_model.text import Texts, encode, prepare_tokenizer
 from rlhf_ppo.batch import cut, pad_rows
+from rlhf_ppo.models.placing import own_device
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -51,7 +52,7 @@ class RewardModel:
 
         Args:
             path: The folder.
-            device: Where to compute; None is the first GPU if there is one, else the CPU.
+            device: Where to compute; None is this process's GPU if there is one, else the CPU.
             dtype: Of the weights. float32 gives the scores that were measured in training.
             max_tokens: Most padded tokens in one forward pass.
 
@@ -66,9 +67,7 @@ class RewardModel:
         model = load_classifier(folder, contract, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         check_tokenizer(tokenizer, model, contract, folder)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device), tokenizer, contract, max_tokens=max_tokens)
+        return cls(model.to(own_device() if device is None else device), tokenizer, contract, max_tokens=max_tokens)
 
     def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
         """Normalised scores, gain · raw + bias, one for each prompt-response text.
