@@ -1,6 +1,5 @@
 """A reward model behind HTTP, used like a local one: time-outs, retries with back-off, bounded concurrency."""
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +9,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from reward_model.text import Texts
+from rlhf_ppo.redaction import redacted
 
 _TRANSIENT = (429, 500, 502, 503, 504)
 _LARGEST = 3.4e38  # float32
@@ -51,6 +51,8 @@ class RemoteRewardModel:
                 f"{concurrency}, {retries} and {timeout}."
             )
         self.url = url.rstrip("/").removesuffix("/score") + "/score"
+        self.name = redacted(self.url)
+        """The address as messages show it, without user and password."""
         self.timeout = timeout
         self.attempts = retries + 1
         self.batch_size = batch_size
@@ -81,38 +83,23 @@ class RemoteRewardModel:
     def _ask(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
         body = {"prompts": list(prompts), "responses": list(responses)}
         try:
-            answer = self._session.post(self.url, json=body, timeout=self.timeout)
+            # A redirect would carry texts, and perhaps the token, to where nobody has sent them.
+            answer = self._session.post(self.url, json=body, timeout=self.timeout, allow_redirects=False)
         except requests.RequestException as error:
             raise ConnectionError(
-                f"The reward server {self.url} gave no answer in {self.attempts} attempts of {self.timeout:g} s: "
+                f"The reward server {self.name} gave no answer in {self.attempts} attempts of {self.timeout:g} s: "
                 f"{type(error).__name__}. Is `python -m reward_model.serve` running there?"
-            ) from error
+            ) from None  # its text holds the whole address, with a password if there is one
         if answer.status_code in _TRANSIENT:
             raise ConnectionError(
-                f"The reward server {self.url} answered {answer.status_code} {self.attempts} times: {answer.text:.200}"
+                f"The reward server {self.name} answered {answer.status_code} {self.attempts} times: {answer.text:.200}"
             )
         if answer.status_code != 200:
-            raise ValueError(f"The reward server {self.url} refused ({answer.status_code}): {answer.text:.200}")
-        return read_scores(answer.text, len(responses), self.url)
-
-
-def read_scores(body: str, count: int, url: str) -> list[float]:
-    """The scores of an answer, which is somebody else's and may hold anything.
-
-    Raises:
-        ValueError: It is no JSON object with `count` finite numbers under "scores".
-    """
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"The reward server {url} sent no JSON ({error}): {body:.200}") from error
-    scores = content.get("scores") if isinstance(content, dict) else None
-    if not isinstance(scores, list) or len(scores) != count:
-        raise ValueError(f"The reward server {url} sent no {count} scores: {body:.200}")
-    for index, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= _LARGEST:
-            raise ValueError(
-                f"The reward server {url} sent {score!r:.80} as score {index} of {count}, expected a finite number: "
-                "nothing can be learned from it. Mend the server, or let `TrainConfig.reward_failures` drop the sample."
-            )
-    return [float(score) for score in scores]
+            raise ValueError(f"The reward server {self.name} refused ({answer.status_code}): {answer.text:.200}")
+        try:
+            scores = answer.json()["scores"]
+            if len(scores) == len(responses):
+                return [float(score) for score in scores]
+        except (ValueError, TypeError, LookupError):
+            pass
+        raise ValueError(f"The reward server {self.name} sent no {len(responses)} scores: {answer.text:.200}")

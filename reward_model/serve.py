@@ -8,10 +8,11 @@ import hmac
 import ipaddress
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from reward_model.commands import parse, run
@@ -34,8 +35,9 @@ class ServeConfig:
     """Address to listen on; any but loopback needs a token."""
     port: int = 8018
     """Port to listen on."""
-    token: str | None = None
-    """Secret that requests must send as `Authorization: Bearer ...`; None asks for none (loopback only)."""
+    token: str | None = field(default=None, repr=False)
+    """Secret that requests must send as `Authorization: Bearer ...`; None takes REWARD_MODEL_TOKEN from the
+    environment, and without that asks for none (loopback only)."""
     max_samples: int = 1024
     """Most samples in one request."""
     max_bytes: int = 16_000_000
@@ -44,14 +46,19 @@ class ServeConfig:
     """Standard deviations over the members that an ensemble's score is lowered by."""
 
     def __post_init__(self) -> None:
-        if not is_loopback(self.host) and not self.token:
+        if not is_loopback(self.host) and not self.secret:
             raise ValueError(
                 f"host={self.host!r} can be reached from other machines, but there is no token: anyone could use the "
-                "model. Set --token, or listen on 127.0.0.1."
+                "model. Set --token or REWARD_MODEL_TOKEN, or listen on 127.0.0.1."
             )
         for name in ("max_samples", "max_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
+
+    @property
+    def secret(self) -> str | None:
+        """The token in force. The environment keeps it out of the list of processes, which every user can read."""
+        return self.token or os.environ.get("REWARD_MODEL_TOKEN")
 
 
 def is_loopback(host: str) -> bool:
@@ -78,7 +85,7 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
         from starlette.routing import Route
     except ImportError as error:
         raise ImportError("Serving needs starlette and uvicorn: pip install 'rlhf_ppo[serve]'.") from error
-    lock = threading.Lock()
+    lock, secret = threading.Lock(), config.secret
 
     def scored(prompts: list[Any], responses: list[Any]) -> list[float]:
         with lock:
@@ -88,7 +95,7 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
         return JSONResponse({"error": message}, status_code=status)
 
     async def score(request: Request) -> JSONResponse:
-        if not authorised(request.headers.get("authorization"), config.token):
+        if not authorised(request.headers.get("authorization"), secret):
             return refuse(401, "Send the server's token as `Authorization: Bearer TOKEN`.")
         body = bytearray()
         async for chunk in request.stream():

@@ -66,6 +66,9 @@ class BestModels:
     is_main_process: bool
     best: float | None = None
     points: list[Evaluated] = field(default_factory=list)
+    """All that were evaluated."""
+    kept: list[Evaluated] = field(default_factory=list)
+    """Those in `frontier/`, by rising KL."""
 
     def __post_init__(self) -> None:
         if self.folder is not None and self.is_main_process:
@@ -87,19 +90,22 @@ class BestModels:
             self.best = point.measure
             self._write("best")
         self.points.append(point)
-        kept = thinned(frontier(self.points), self.most)
-        if point in kept:
+        self.kept = thinned(frontier([*self.kept, point]), self.most)
+        if point in self.kept:
             self._write(f"frontier/iteration-{iteration}")
-        self._tidy({f"iteration-{other.iteration}" for other in kept})
+        self._tidy()
 
     def state_dict(self) -> dict[str, Any]:
         """The best measure and every point."""
-        return {"best": self.best, "frontier": [asdict(point) for point in self.points]}
+        points = [asdict(point) | {"kept": point in self.kept} for point in self.points]
+        return {"best": self.best, "points": points}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on comparing with what was found before."""
-        points = [Evaluated(**point) for point in state["frontier"]]
-        self.best, self.points = None if state["best"] is None else float(state["best"]), points
+        best = None if state["best"] is None else float(state["best"])
+        known = [(bool(point["kept"]), _evaluated(point)) for point in state["points"]]
+        self.best, self.points = best, [point for _, point in known]
+        self.kept = sorted((point for kept, point in known if kept), key=lambda point: point.kl)
 
     def _write(self, name: str) -> None:
         """Save aside, flush, rename: a reader never meets half a model."""
@@ -116,15 +122,20 @@ class BestModels:
                 checkpoint.flush(path)
             checkpoint.replace_folder(aside, final)
 
-    def _tidy(self, names: set[str]) -> None:
+    def _tidy(self) -> None:
+        """Take away models that are kept no longer, and write down what is known of all."""
         if self.folder is None or not self.is_main_process:
             return
+        names = {f"iteration-{point.iteration}" for point in self.kept}
         for path in (self.folder / "frontier").glob("iteration-*"):
             if path.name not in names:
                 checkpoint.remove_folder(path)
         on_it = frontier(self.points)
-        rows = [
-            asdict(point) | {"on_frontier": point in on_it, "kept": f"iteration-{point.iteration}" in names}
-            for point in self.points
-        ]
+        rows = [asdict(point) | {"on_frontier": point in on_it, "kept": point in self.kept} for point in self.points]
         checkpoint.write_json(self.folder / "frontier.json", {"measure": self.measure, "evaluations": rows})
+
+
+def _evaluated(state: Mapping[str, Any]) -> Evaluated:
+    return Evaluated(
+        iteration=int(state["iteration"]), measure=float(state["measure"]), kl=float(state["kl"])
+    )  # fmt: skip

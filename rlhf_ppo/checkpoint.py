@@ -116,12 +116,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over.
+    """The newest checkpoint that is whole, None if there never was one; damaged ones are named and passed over.
 
     Raises:
-        CheckpointError: The newest whole one was written by a newer version.
+        CheckpointError: The newest whole one was written by a newer version, or there are damaged ones only.
     """
-    for path in reversed(checkpoints(folder)):
+    found = checkpoints(folder)
+    for path in reversed(found):
         if (damage := find_damage(path)) is None:
             if (written := format_of(path)) > FORMAT:
                 raise CheckpointError(
@@ -130,6 +131,11 @@ def latest(folder: Path) -> Path | None:
                 )
             return path
         warnings.warn(f"{path.name} cannot be used: {damage}. Trying the one before.", stacklevel=2)
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {folder} can be used: to begin again would throw the run away. "
+            "Restore one from a copy, choose another output_dir, or begin again with resume=False."
+        )
     return None
 
 

@@ -20,6 +20,7 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper, reference_adapter
 from rlhf_ppo.processes import Processes
 from rlhf_ppo.rollout.generation import generate_responses
+from rlhf_ppo.trackers import Trackers
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -44,6 +45,7 @@ class ClassicSurface(ClassicPieces):
     """Best mean score among those compared."""
     is_distributed: bool
     processes: Processes
+    trackers: Trackers
 
     def whole_parameters(self) -> AbstractContextManager[None]:
         """The trainer's, for models of which a process holds only parts."""
@@ -167,15 +169,9 @@ class ClassicSurface(ClassicPieces):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "README.md").write_text(_MODEL_CARD.format(name=model_name or folder.name), encoding="utf-8")
 
-    def _init_trackers(self) -> None:
-        if self.config.log_with is None:
-            return
-        flat = {name: value for name, value in self.config.to_dict().items() if isinstance(value, int | float | str)}
-        self.accelerator.init_trackers(
-            self.config.tracker_project_name, config=flat, init_kwargs=self.config.tracker_kwargs or {}
-        )
-
     def _track(self, logs: Mapping[str, Any]) -> None:
+        self.trackers.begin()
+        self.trackers.step = self.current_step
         values = dict(logs)
         if self.config.log_with == "tensorboard":
             # Accelerate's writer takes numbers and texts; distributions go to the writer itself.

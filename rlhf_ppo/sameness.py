@@ -8,6 +8,7 @@ import torch
 
 from rlhf_ppo.checkpoint import CheckpointError
 from rlhf_ppo.models.value_head import VALUE_HEAD_PREFIX
+from rlhf_ppo.redaction import redacted
 from rlhf_ppo.saved import Saved
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def facts_of_the_run(trainer: "rlhf_ppo.trainer.PPOTrainer") -> dict[str, Any]:
     """What tells this run from others, for `state.json`."""
     settings = {
         name: value
-        for name, value in trainer.config.to_dict().items()
+        for name, value in redacted(trainer.config.to_dict()).items()
         if name not in _OF_THE_MACHINE and "/" not in name and isinstance(value, int | float | str | None)
     }
     return {"frozen": frozen_fingerprint(trainer), "settings": settings}

@@ -86,7 +86,7 @@ def _read_format_1(path: Path, engine: bool) -> Saved:
     state = checkpoint.read_json(path / FACTS)
     running = {name: torch.tensor(value) for name, value in state["running"].items()}
     shared = {name: state[name] for name in ("kl_controller", "update", "prompts")} | {"running": running}
-    shared["progress"] = {"best": state["best"], "frontier": []}
+    shared["best"] = {"best": state["best"], "points": []}
     if state["lr_scheduler"] is not None:
         shared["lr_scheduler"] = state["lr_scheduler"]
     files = sorted(path.glob("rng-*.pt"), key=lambda file: int(file.stem.removeprefix("rng-")))

@@ -42,6 +42,7 @@ from rlhf_ppo.rollout.reuse import SamplerReuse
 from rlhf_ppo.rollout.reward_sources import Sources
 from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig
 from rlhf_ppo.timing import emptied_cache, timed
+from rlhf_ppo.trackers import Trackers
 from rlhf_ppo.training import Callback, TrainConfig, TrainingLoop, TrainState
 from rlhf_ppo.updates import MinibatchConfig
 
@@ -127,7 +128,7 @@ class PPOTrainer(ClassicSurface):
         self.newest: tuple[TrainBatch, Scored] | None = None
         """The last step's batch as its update saw it, with the KL terms, for the token view of the report."""
         self.current_step = 0
-        self._init_trackers()
+        self.trackers = Trackers(self.accelerator, config, at_once=not isinstance(dataset, PromptDataset))
 
     def step(
         self,

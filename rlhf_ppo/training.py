@@ -66,6 +66,8 @@ class TrainingLoop:
             rank=accelerator.process_index, world_size=accelerator.num_processes,
         )  # fmt: skip
         self.folder = None if config.output_dir is None else RunFolder.create(config.output_dir)
+        if self.folder is not None and accelerator.is_main_process:
+            self.folder.check_writable()
         self.best = BestModels(
             folder=None if self.folder is None else self.folder.path, measure=config.keep_best or "score",
             most=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=trainer.save_pretrained,
@@ -82,7 +84,7 @@ class TrainingLoop:
     def run(self) -> TrainState:
         """Iterate until the budget, a callback, a guard or a signal says stop."""
         if self.config.resume and self.folder is not None:
-            self._restore(self.folder)
+            self.restore(self.folder)
         deadline = None if self.config.max_time is None else time.monotonic() + self.config.max_time
         bar = tqdm(
             total=self.config.iterations, initial=self.state.iteration, desc="PPO", unit="it",
@@ -111,9 +113,10 @@ class TrainingLoop:
 
     def shared_parts(self) -> dict[str, Stateful]:
         """What is the same on every process, beside the trainer's own."""
-        return {"prompts": self.order, "best": self.best}
+        return {"prompts": self.order, "best": self.best, "trackers": self.trainer.trackers}
 
-    def _restore(self, folder: RunFolder) -> None:
+    def restore(self, folder: RunFolder) -> None:
+        """Go on from the newest whole checkpoint in `folder`, if there is one."""
         found = restore_checkpoint(self.trainer, folder.path, shared=self.shared_parts(), own=self.own_parts())
         if found is None:
             return

@@ -16,6 +16,9 @@ import datasets
 import transformers
 import tyro
 
+from rlhf_ppo import TrainState
+from rlhf_ppo.signals import EXIT_AT_ONCE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
+
 from .assets import AssetError
 
 _HINT = "(default: what suits the model)"
@@ -31,15 +34,22 @@ _FRAME = re.compile(r"[\u2500-\u257f]")
 def run(main: Callable[[Any], object], config: type[Any], description: str | None) -> None:
     """Parse the command line and run; what a user can mend is one line on stderr.
 
-    Exit status: 2 for a wrong command line, 1 for anything else to be mended, 130 after Ctrl-C.
+    Exit status: 2 for a wrong command line, 1 for anything else to be mended, 75 when the same command should be given
+    again, 130 when it was left at once.
     """
     quieten()
     try:
         main(parse(config, description))
     except KeyboardInterrupt as error:
+<<<<<<< HEAD
         leave("Interrupted. What was finished is kept: the same command goes on from there.", 130, error)
     except (AssetError, NotImplementedError, OSError, ValueError) as error:
         leave(f"error: {one_line(error)}", 1, error)
+=======
+        leave("Interrupted. What was finished is kept: the same command goes on from there.", EXIT_AT_ONCE, error)
+    except (AssetError, OSError, ValueError) as error:
+        leave(f"error: {one_line(error)}", EXIT_FAILED, error)
+>>>>>>> e022096 (Keep secrets out, name faults, stop for now; kill campaign, soak, security page)
 
 
 def parse(config: type[Any], description: str | None) -> Any:
@@ -50,7 +60,7 @@ def parse(config: type[Any], description: str | None) -> Any:
             return tyro.cli(config, description=description)
     except SystemExit as error:
         if error.code:
-            leave(f"error: {unboxed(said.getvalue())}", 2, error)
+            leave(f"error: {unboxed(said.getvalue())}", EXIT_USAGE, error)
         raise
 
 
@@ -71,7 +81,14 @@ def reason(error: BaseException, *, most: int = 200) -> str:
     return lines[0][:most].rstrip(":. ")
 
 
-def leave(line: str, status: int, error: BaseException) -> None:
+def stop_for_now(state: TrainState, iterations: int) -> None:
+    """Exit after a signal or the time limit with the status that says "again"."""
+    done = f"{state.iteration} of {iterations} iterations"
+    line = f"Stopped by {state.stopped} after {done}, checkpoint written; the same command goes on."
+    leave(line, EXIT_RESUMABLE, None)
+
+
+def leave(line: str, status: int, error: BaseException | None) -> None:
     """Exit with `status` and one line on stderr, from the main process alone."""
     if is_main_process():
         print(line, file=sys.stderr, flush=True)
@@ -102,6 +119,10 @@ class Phases:
         """Begin the next phase."""
         self.number += 1
         self.say(f"[{self.number}/{self.count}] {name} ({time.perf_counter() - self.start:.0f} s)")
+
+    def left(self, seconds: float | None) -> float | None:
+        """What is left of so many seconds since the first phase, enough for one iteration at least; None of None."""
+        return None if seconds is None else max(1e-3, seconds - (time.perf_counter() - self.start))
 
     def say(self, line: str) -> None:
         """Print a line once."""

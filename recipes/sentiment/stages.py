@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.checkpoint import checkpoints
 from rlhf_ppo.evaluation import Evaluation
+from rlhf_ppo.redaction import redacted
 from rlhf_ppo.report.run_folder import Estimates, RunFolder, Sample
 from rlhf_ppo.rollout.prompts import PromptDataset
 
@@ -24,6 +25,7 @@ from .algorithms import AlgorithmName as AlgorithmName
 from .command_line import Phases as Phases
 from .command_line import is_main_process
 from .command_line import run as run
+from .command_line import stop_for_now as stop_for_now
 from .judges import ReviewClassifier, VaderJudge, distinct_ngrams, repetition
 from .language_models import SMALL_GPT2, SMOLLM2_135M, load_language_model
 from .published import PresetName as PresetName
@@ -77,7 +79,7 @@ def at_least(settings: object, **least: float) -> None:
     """
     for name, bound in least.items():
         value = getattr(settings, name)
-        if not value >= bound:
+        if value is not None and not value >= bound:
             raise ValueError(f"{name} must be at least {bound}, got {value}")
 
 
@@ -133,9 +135,13 @@ def open_run_folder(path: str, settings: dict[str, Any], *, fresh: bool) -> RunF
 
 
 def _refuse_other_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
+<<<<<<< HEAD
     ignored = {"output_dir", "fresh", "threads", "log_with", "save_every", "vllm_url"}
+=======
+    ignored = {"output_dir", "fresh", "threads", "log_with", "save_every", "max_time"}
+>>>>>>> e022096 (Keep secrets out, name faults, stop for now; kill campaign, soak, security page)
     known = {name: value for name, value in folder.config().items() if name in settings and name not in ignored}
-    changed = {name: value for name, value in known.items() if value != settings[name]}
+    changed = {name: value for name, value in known.items() if value != redacted(settings[name], name)}
     if changed and checkpoints(folder.path):
         was = ", ".join(f"{name}={value!r} (now {settings[name]!r})" for name, value in changed.items())
         raise ValueError(

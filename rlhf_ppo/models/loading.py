@@ -52,7 +52,7 @@ def load_language_model(
         return source
     if isinstance(source, str | os.PathLike):
         hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
-        arguments = with_quantisation(arguments)
+        arguments = {"trust_remote_code": False, **with_quantisation(arguments)}  # None would ask at a prompt
         if find_file(source, "adapter_config.json", **hub) is not None:
             if peft_config is not None:
                 logger.warning(

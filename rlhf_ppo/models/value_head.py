@@ -147,6 +147,12 @@ def _shards(source: str | os.PathLike[str], index: Path, **hub_arguments: Any) -
     """The files of a sharded checkpoint that hold the value head."""
     weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
     names = sorted({file for name, file in weight_map.items() if VALUE_HEAD_PREFIX in name})
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(
+                f"{index} names {name!r}, outside of its folder: a model's files lie beside its index. Do not use this "
+                "folder, or mend the index."
+            )
     found = [find_file(source, name, **hub_arguments) for name in names]
     return [path for path in found if path is not None]
 

@@ -20,6 +20,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from rlhf_ppo.redaction import redacted
+
 Estimates: TypeAlias = dict[str, tuple[float, float]]
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
@@ -91,9 +93,20 @@ class RunFolder:
             raise RunFolderError(f"There is no run folder {str(path)!r}. Give the folder that training wrote into.")
         return cls(Path(path))
 
+    def check_writable(self) -> None:
+        """Raise OSError, which names the folder, if no file can be written into it."""
+        try:
+            self.write_bytes(".writable", b"")
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise OSError(
+                f"cannot write into the run folder {self.path} ({error.strerror or error}): metrics and checkpoints "
+                "would be lost. Choose another output_dir."
+            ) from error
+
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write the resolved settings; what JSON does not know is written as text."""
-        self._replace(CONFIG, _json(config, indent=2) + "\n")
+        """Write the resolved settings without secrets; what JSON does not know is written as text."""
+        self._replace(CONFIG, _json(redacted(config), indent=2) + "\n")
 
     def append_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Add the numbers of one iteration; nan and infinities are written as null."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.checkpoint import MANIFEST
-from rlhf_ppo.resume import restore_checkpoint
+from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from rlhf_ppo.training import TrainingLoop
@@ -92,6 +92,8 @@ def _make_checksums_fit(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name in manifest["files"]:
             manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        signed = {"format": int(manifest["format"]), "files": manifest["files"]}
+        manifest["sha256"] = hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
         (folder / MANIFEST).write_text(json.dumps(manifest))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return
@@ -134,7 +136,7 @@ def target(folder: Path) -> Target:
             for checkpoint in copy.glob("checkpoint-*"):
                 _make_checksums_fit(checkpoint)
         before[:] = state()
-        restore_checkpoint(loop, copy)
+        loop.restore(RunFolder(copy))
 
     def unchanged() -> bool:
         now = state()

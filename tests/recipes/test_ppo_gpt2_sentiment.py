@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.report import RunFolder
+from rlhf_ppo.signals import EXIT_RESUMABLE
 from sentiment import rewards, stages
 from sentiment.reviews import load_reviews, split_reviews
 from tests.recipes.tiny_world import (
@@ -173,9 +174,13 @@ def test_changed_settings_are_refused_by_name_and_fresh_begins_again(
 
 @pytest.mark.usefixtures("no_report")
 def test_an_interrupted_run_goes_on_to_the_very_end_it_would_have_had(
-    world: Path, finished: tuple[Path, Measures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path,
+    finished: tuple[Path, Measures],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Ctrl-C in the second iteration: a checkpoint, a sentence; the same command then ends like the whole run."""
+    """Ctrl-C in the second rollout drops it: a checkpoint, a sentence; the same command ends like the whole run."""
     folder, measures = finished
     known = stages.reward_source
 
@@ -192,9 +197,11 @@ def test_an_interrupted_run_goes_on_to_the_very_end_it_would_have_had(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "reward_source", interrupting)
-        with pytest.raises(SystemExit, match="Stopped by SIGINT after 2 of 3 iterations, checkpoint written"):
+        with pytest.raises(SystemExit) as stop:
             recipe.main(settings(world, tmp_path / "run"))
-    assert (tmp_path / "run" / "checkpoint-2" / "manifest.json").is_file()
+    assert stop.value.code == EXIT_RESUMABLE
+    assert "Stopped by SIGINT after 1 of 3 iterations, checkpoint written" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint-1" / "manifest.json").is_file()
     resumed = recipe.main(settings(world, tmp_path / "run"))
     assert means(resumed) == pytest.approx(means(measures), nan_ok=True, abs=1e-6)
     assert json.dumps(untimed(tmp_path / "run")) == json.dumps(untimed(folder))

@@ -1,5 +1,7 @@
 """A run of N iterations and one of k, stopped and resumed to N, are the same run: weights, metrics, samples."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -21,11 +23,12 @@ from rlhf_ppo import (
     Reinforce,
     TrainConfig,
 )
-from rlhf_ppo.checkpoint import CheckpointError, checkpoints, read_json
+from rlhf_ppo.checkpoint import MANIFEST, CheckpointError, checkpoints, read_json
 from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.robustness.old_format import as_format_1
 from tests.tiny_run import TEXTS, config, parameters, share_of_e, trainer
 
 PAIRS = SamplingConfig(max_new_tokens=6, num_return_sequences=2)
@@ -164,3 +167,29 @@ def test_resume_false_leaves_no_checkpoint_of_the_run_before_it_to_go_on_from(tm
     trainer().train(share_of_e, config(tmp_path, iterations=3, save_every=1))
     trainer().train(share_of_e, config(tmp_path, iterations=1, save_every=1, resume=False))
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint-2 was written with other settings")
+def test_a_checkpoint_of_format_1_is_read_and_goes_on_exactly(tmp_path: Path) -> None:
+    """Earlier versions pickled the optimiser and kept the rest in one JSON file."""
+    folder = tmp_path / "old"
+    torch.manual_seed(0)
+    whole = trainer()
+    whole.train(share_of_e, config(iterations=4))
+    torch.manual_seed(0)
+    trainer().train(share_of_e, config(folder, iterations=2, save_every=1))
+    for path in checkpoints(folder):
+        as_format_1(path)
+    resumed = trainer()
+    resumed.train(share_of_e, config(folder, iterations=4, save_every=2))
+    assert torch.equal(parameters(resumed), parameters(whole))
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_none_older_is_used_instead(tmp_path: Path) -> None:
+    trainer().train(share_of_e, config(tmp_path, iterations=2, save_every=1))
+    path = tmp_path / "checkpoint-2" / MANIFEST
+    content = {"format": 3, "files": read_json(path)["files"]}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(content | {"sha256": digest}))
+    with pytest.raises(CheckpointError, match="checkpoint-2 has format 3, this version of rlhf_ppo reads 1 to 2"):
+        trainer().train(share_of_e, config(tmp_path, iterations=3))

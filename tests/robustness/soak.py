@@ -1,0 +1,95 @@
+"""Thousands of iterations of a tiny run: memory, open files and the time of an iteration must stay where they are.
+
+    python -m tests.robustness.soak --steps 2000 --results docs/results/soak.json
+
+With checkpoints, held-out evaluations, a kept best model and TensorBoard, as a long run has them. Time is the
+processor's, so that a busy machine does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from rlhf_ppo import PPOTrainer, TrainState
+from rlhf_ppo.checkpoint import write_json
+from rlhf_ppo.rollout.prompts import PromptDataset
+from tests.tiny_run import TEXTS, config, share_of_e, trainer
+
+
+class Gauge:
+    """A callback that reads memory, open files, threads and processor time every so many iterations."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.process = psutil.Process()
+        self.rows: list[dict[str, float]] = []
+        self.before = time.process_time()
+
+    def __call__(self, _: PPOTrainer, state: TrainState) -> None:
+        if state.iteration % self.every == 0:
+            now = time.process_time()
+            row = {
+                "iteration": state.iteration,
+                "rss_mb": self.process.memory_info().rss / 1e6,
+                "open_files": self.process.num_fds(),
+                "threads": self.process.num_threads(),
+                "cpu_ms": 1000 * (now - self.before) / self.every,
+            }
+            self.rows.append(row)
+            print({name: round(value, 2) for name, value in row.items()}, flush=True)
+            self.before = time.process_time()
+
+
+def judge(rows: list[dict[str, float]], warm_up: int) -> dict[str, float]:
+    """Growth after the warm-up: memory and files from its end to the end, time from the first to the last quarter."""
+    after = [row for row in rows if row["iteration"] >= warm_up]
+    quarter = max(1, len(after) // 4)
+    early, late = ([row["cpu_ms"] for row in part] for part in (after[1 : quarter + 1], after[-quarter:]))
+    return {
+        "rss_growth": after[-1]["rss_mb"] / after[0]["rss_mb"] - 1,
+        "open_files_growth": after[-1]["open_files"] - after[0]["open_files"],
+        "threads_growth": after[-1]["threads"] - after[0]["threads"],
+        "cpu_drift": statistics.median(late) / statistics.median(early) - 1,
+    }
+
+
+def soak(steps: int, every: int, folder: Path) -> list[dict[str, float]]:
+    """The run; what the gauge read."""
+    gauge = Gauge(every)
+    settings: dict[str, Any] = {"log_with": "tensorboard", "project_kwargs": {"logging_dir": str(folder)}}
+    own = trainer(learning_rate=1e-5, **settings)
+    own.train(
+        share_of_e, config(folder, iterations=steps, save_every=20, eval_every=50, keep_best="score"),
+        eval_prompts=PromptDataset.from_texts(TEXTS, own.tokenizer), callbacks=[gauge],
+    )  # fmt: skip
+    return gauge.rows
+
+
+def main() -> None:
+    """Run, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--warm-up", type=int, default=200)
+    parser.add_argument("--results", type=Path, required=True)
+    wishes = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = soak(wishes.steps, wishes.every, Path(folder))
+    verdict = judge(rows, wishes.warm_up)
+    print(verdict)
+    write_json(wishes.results, {"steps": wishes.steps, "warm_up": wishes.warm_up, "verdict": verdict, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
