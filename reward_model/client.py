@@ -1,5 +1,6 @@
 """A reward model behind HTTP, used like a local one: time-outs, retries with back-off, bounded concurrency."""
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -96,10 +97,26 @@ class RemoteRewardModel:
             )
         if answer.status_code != 200:
             raise ValueError(f"The reward server {self.name} refused ({answer.status_code}): {answer.text:.200}")
-        try:
-            scores = answer.json()["scores"]
-            if len(scores) == len(responses):
-                return [float(score) for score in scores]
-        except (ValueError, TypeError, LookupError):
-            pass
-        raise ValueError(f"The reward server {self.name} sent no {len(responses)} scores: {answer.text:.200}")
+        return read_scores(answer.text, len(responses), self.name)
+
+
+def read_scores(body: str, count: int, url: str) -> list[float]:
+    """The scores of an answer, which is somebody else's and may hold anything.
+
+    Raises:
+        ValueError: It is no JSON object with `count` finite numbers under "scores".
+    """
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"The reward server {url} sent no JSON ({error}): {body:.200}") from error
+    scores = content.get("scores") if isinstance(content, dict) else None
+    if not isinstance(scores, list) or len(scores) != count:
+        raise ValueError(f"The reward server {url} sent no {count} scores: {body:.200}")
+    for index, score in enumerate(scores):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= _LARGEST:
+            raise ValueError(
+                f"The reward server {url} sent {score!r:.80} as score {index} of {count}, expected a finite number: "
+                "nothing can be learned from it. Mend the server, or let `TrainConfig.reward_failures` drop the sample."
+            )
+    return [float(score) for score in scores]

@@ -266,7 +266,7 @@ def server() -> Iterator[str]:
         ("hangs", "gave no answer in 1 attempts of 0.2 s"),
         ("dies", "answered 500 1 times"),
         ("lies", "sent no 8 scores"),
-        ("nan", "returned nan for sample 0"),
+        ("nan", "sent nan as score 0 of 8"),
         ("odd", "sent no 8 scores"),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_pickle_in_any_file_of_a_checkpoint_is_refused_and_never_run(run: Path
     before = parameters(own).clone()
     for path in sorted(path for path in checkpoint.iterdir() if path.name != MANIFEST):
         content = path.read_bytes()
-        for bomb in (pickle.dumps(Bomb(mark)), _saved_by_torch(Bomb(mark), tmp_path)):
+        for bomb in (pickle.dumps(Bomb(mark), protocol=2), _saved_by_torch(Bomb(mark), tmp_path)):
             path.write_bytes(bomb)
             sign(checkpoint)
             with pytest.raises(CheckpointError, match=r"checkpoint-1"):
