@@ -49,7 +49,7 @@ def soak(found: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    origin = "A GPT-2 of 37,000 parameters on one CPU thread; what the figures are about is [here](../robustness.md)."
+    origin = "A GPT-2 of 40,000 parameters on one CPU thread; what the figures are about is [here](../robustness.md)."
     parts = ["# Kills and soak", "", origin, ""]
     for name, write in (("kill-campaign", kills), ("soak", soak)):
         path = HERE / f"{name}.json"

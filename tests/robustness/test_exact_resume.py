@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -23,10 +24,11 @@ from rlhf_ppo import (
     Reinforce,
     TrainConfig,
 )
-from rlhf_ppo.checkpoint import MANIFEST, CheckpointError, checkpoints, read_json
+from rlhf_ppo.checkpoint import MANIFEST, CheckpointError, checkpoints, read_json, write_json
 from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.trees import load_tree, save_tree
 from tests.helpers import tiny_gpt2, tiny_tokenizer
 from tests.robustness.old_format import as_format_1
 from tests.tiny_run import TEXTS, config, parameters, share_of_e, trainer
@@ -193,3 +195,31 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_none_older_is_used_instea
     path.write_text(json.dumps(content | {"sha256": digest}))
     with pytest.raises(CheckpointError, match="checkpoint-2 has format 3, this version of rlhf_ppo reads 1 to 2"):
         trainer().train(share_of_e, config(tmp_path, iterations=3))
+
+
+def test_a_run_of_two_processes_goes_on_with_one_and_says_what_is_not_exact(tmp_path: Path) -> None:
+    """Weights and optimiser are those of the checkpoint; samples are new ones, the same in every such resume."""
+    torch.manual_seed(0)
+    first = trainer()
+    first.train(share_of_e, config(tmp_path / "run", iterations=2, save_every=2))
+    folder = tmp_path / "run" / "checkpoint-2"
+    (own,) = load_tree(folder / "processes.safetensors")
+    save_tree([own, own], folder / "processes.safetensors")
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != MANIFEST}
+    content = {"format": 2, "files": files}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_json(folder / MANIFEST, content | {"sha256": digest})
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    ends = []
+    for name in ("run", "again"):
+        resumed = trainer()
+        with pytest.warns(
+            UserWarning, match=r"written by 2 process\(es\), this run has 1\. Weights"
+        ):
+            resumed.train(share_of_e, config(tmp_path / name, iterations=2))
+        assert torch.equal(parameters(resumed), parameters(first))
+        with pytest.warns(UserWarning, match="random streams start anew"):
+            resumed.train(share_of_e, config(tmp_path / name, iterations=3))
+        ends.append(parameters(resumed))
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], parameters(first))
