@@ -213,9 +213,7 @@ def test_a_run_of_two_processes_goes_on_with_one_and_says_what_is_not_exact(tmp_
     ends = []
     for name in ("run", "again"):
         resumed = trainer()
-        with pytest.warns(
-            UserWarning, match=r"written by 2 process\(es\), this run has 1\. Weights"
-        ):
+        with pytest.warns(UserWarning, match=r"written by 2 process\(es\), this run has 1\. Weights"):
             resumed.train(share_of_e, config(tmp_path / name, iterations=2))
         assert torch.equal(parameters(resumed), parameters(first))
         with pytest.warns(UserWarning, match="random streams start anew"):
