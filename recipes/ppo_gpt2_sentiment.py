@@ -93,12 +93,8 @@ class Config(EngineSettings):
     """Tracker."""
 
     def __post_init__(self) -> None:
-<<<<<<< HEAD
         super().__post_init__()
-        stages.at_least(self, seed=0, new_tokens=1, eval_prompts=2, save_every=0)
-=======
         stages.at_least(self, seed=0, new_tokens=1, eval_prompts=2, save_every=0, max_time=0)
->>>>>>> e022096 (Keep secrets out, name faults, stop for now; kill campaign, soak, security page)
 
 
 def main(config: Config) -> dict[str, Estimates]:
@@ -147,26 +143,13 @@ def main(config: Config) -> dict[str, Estimates]:
     phase.say(stages.describe(before))
 
     phase("PPO")
-<<<<<<< HEAD
     loop = TrainConfig(
         iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir, save_every=config.save_every,
-        missing_eos=config.preset and stages.published(config.preset).missing_eos,
+        missing_eos=config.preset and stages.published(config.preset).missing_eos, max_time=phase.left(config.max_time),
     )  # fmt: skip
     state = trainer.train(reward, loop, sampler=sampler)
-    if state.stopped:
-        done = f"{state.iteration} of {chosen.iterations} iterations"
-        raise SystemExit(f"Stopped by {state.stopped} after {done}, checkpoint written; the same command goes on.")
-=======
-    state = trainer.train(
-        reward,
-        TrainConfig(
-            iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir,
-            save_every=config.save_every, max_time=phase.left(config.max_time),
-        ),
-    )  # fmt: skip
     if state.interrupted:
         stages.stop_for_now(state, chosen.iterations)
->>>>>>> e022096 (Keep secrets out, name faults, stop for now; kill campaign, soak, security page)
 
     phase("held-out evaluation after PPO, report")
     after = trainer.evaluate(held_out, reward, sampling, judges=judges, sampler=sampler)

@@ -41,15 +41,9 @@ def run(main: Callable[[Any], object], config: type[Any], description: str | Non
     try:
         main(parse(config, description))
     except KeyboardInterrupt as error:
-<<<<<<< HEAD
-        leave("Interrupted. What was finished is kept: the same command goes on from there.", 130, error)
-    except (AssetError, NotImplementedError, OSError, ValueError) as error:
-        leave(f"error: {one_line(error)}", 1, error)
-=======
         leave("Interrupted. What was finished is kept: the same command goes on from there.", EXIT_AT_ONCE, error)
-    except (AssetError, OSError, ValueError) as error:
+    except (AssetError, NotImplementedError, OSError, ValueError) as error:
         leave(f"error: {one_line(error)}", EXIT_FAILED, error)
->>>>>>> e022096 (Keep secrets out, name faults, stop for now; kill campaign, soak, security page)
 
 
 def parse(config: type[Any], description: str | None) -> Any:

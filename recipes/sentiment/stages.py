@@ -135,11 +135,7 @@ def open_run_folder(path: str, settings: dict[str, Any], *, fresh: bool) -> RunF
 
 
 def _refuse_other_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
-<<<<<<< HEAD
-    ignored = {"output_dir", "fresh", "threads", "log_with", "save_every", "vllm_url"}
-=======
-    ignored = {"output_dir", "fresh", "threads", "log_with", "save_every", "max_time"}
->>>>>>> e022096 (Keep secrets out, name faults, stop for now; kill campaign, soak, security page)
+    ignored = {"output_dir", "fresh", "threads", "log_with", "save_every", "max_time", "vllm_url"}
     known = {name: value for name, value in folder.config().items() if name in settings and name not in ignored}
     changed = {name: value for name, value in known.items() if value != redacted(settings[name], name)}
     if changed and checkpoints(folder.path):
