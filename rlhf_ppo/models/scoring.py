@@ -7,8 +7,9 @@ alone, and its logits live one chunk at a time. The same module scores rollouts 
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from rlhf_ppo.batch import PolicyOutput, TokenInputs, pad_rows
 from rlhf_ppo.functional import TokenStatistics, categorical_metric, chunked_categorical_kl, chunked_token_statistics
 from rlhf_ppo.functional.fused_head import Slopes, fused_token_statistics, rows_at_once
 from rlhf_ppo.functional.trust_region import Metric
-from rlhf_ppo.models.fast_layers import is_plain_head
+from rlhf_ppo.models.fast_layers import fast_layers, is_plain_head
 from rlhf_ppo.models.packing import Hidden, can_be_packed, packed_hidden, padded_hidden
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 
@@ -120,7 +121,11 @@ class TokenPolicy(nn.Module):
             )
         vocab = getattr(head, "weight", tokens).shape[0]
         rows = rows_at_once(self.chunk_size, vocab, acting.device)
-        return chunked_token_statistics(head, acting, tokens, chunk_size=rows, **settings)
+        low = getattr(head, "product_dtype", None) is not None and not torch.is_grad_enabled()
+        with (
+            fast_layers(cast("nn.Module", head)) if low else nullcontext()
+        ):  # one low copy of the weight for all chunks
+            return chunked_token_statistics(head, acting, tokens, chunk_size=rows, **settings)
 
     @torch.no_grad()
     def snapshot(self, inputs: TokenInputs) -> Float[Tensor, "batch time hidden"]:

@@ -12,9 +12,11 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.functional import products
 from rlhf_ppo.models import fast_layers
 from rlhf_ppo.models.fast_layers import FastConv1D, FastLinear, use_fast_layers, use_plain_layers
+from rlhf_ppo.models.scoring import TokenPolicy
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch carries no oneDNN linear kernel"
@@ -169,3 +171,23 @@ def test_narrow_layers_keep_their_precision(monkeypatch: pytest.MonkeyPatch) -> 
     head = nn.Sequential(nn.Linear(64, 1), nn.Linear(64, 64))
     use_fast_layers(head, product_dtype=torch.bfloat16)
     assert [getattr(layer, "product_dtype", None) for layer in head] == [None, torch.bfloat16]
+
+
+def test_scoring_in_chunks_casts_the_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a large vocabulary cost more to cast than a chunk of tokens to score."""
+    monkeypatch.setattr(fast_layers, "bfloat16_is_faster", lambda: True)
+    model = llama()
+    use_fast_layers(model, product_dtype=torch.bfloat16)
+    kept: list[bool] = []
+    low_linear = fast_layers.low_linear
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
+        if weight is model.lm_head.weight:
+            kept.append(settings["kept"] is not None)
+        return low_linear(x, weight, *arguments, **settings)
+
+    monkeypatch.setattr(fast_layers, "low_linear", watched)
+    inputs = TokenInputs(prompts=[torch.arange(1, 4)], responses=[torch.arange(1, 41)])
+    with torch.no_grad():
+        TokenPolicy(model, chunk_size=16)(inputs)
+    assert kept == [True, True, True] and model.lm_head.kept is None
