@@ -45,11 +45,16 @@ def discount(algorithm: AlgorithmConfig) -> float:
     """γ of an algorithm.
 
     Raises:
-        ValueError: It compares responses to one prompt, which control has not.
+        ValueError: It needs what control has not: groups of responses, or the exact KL to an old policy.
     """
     match algorithm:
         case Reinforce():
             return algorithm.gamma
+        case PPOPenalty(exact=True):
+            raise ValueError(
+                "expected PPOPenalty(exact=False), got True: control keeps no old policy beside the new one, and would "
+                "penalise the estimate without a word. Leave `exact` out."
+            )
         case PPOClip() | PPOPenalty() | TRPO():
             return algorithm.gae.gamma
         case _:

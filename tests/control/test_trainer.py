@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ppo import GRPO
+from rlhf_ppo import GRPO, PPOPenalty
 from rlhf_ppo.control import ControlConfig, ControlTrainer, EnvironmentConfig, Randomization, control_algorithm
 
 TINY: dict[str, Any] = {"environments": 4, "rollout_steps": 64, "minibatch_size": 64, "epochs": 2, "hidden": (8,)}
@@ -128,9 +128,11 @@ def test_settings_without_meaning_are_refused(settings: dict[str, Any], message:
         config(**settings)
 
 
-def test_algorithms_over_groups_are_refused() -> None:
+def test_algorithms_that_need_more_than_control_has_are_refused() -> None:
     with pytest.raises(ValueError, match="got GRPO: it compares responses"):
         ControlTrainer(replace(config(), algorithm=GRPO()))
+    with pytest.raises(ValueError, match=r"expected PPOPenalty\(exact=False\)"):
+        ControlTrainer(replace(config(), algorithm=PPOPenalty(exact=True)))
 
 
 FIGURES = [
