@@ -151,6 +151,8 @@ def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
     ratios = [one / other for one, other in zip(above, below, strict=False)]
     if not ratios:
         return ""
+    if len(ratios) == 1:
+        return f"{ratios[0]:.2f} (one round)"
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
