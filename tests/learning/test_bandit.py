@@ -42,9 +42,8 @@ VARIANTS: dict[str, tuple[AlgorithmConfig, float, dict[str, Any]]] = {
     "divergence mask": (PPOClip(divergence=DivergenceMask(threshold=0.1)), 0.5, {}),
     "sequence mean": (GRPO(sequence_mean=True), 0.0, {}),
     "warm critic": (PPOClip(critic=Critic(warmup_iterations=5)), 0.5, {}),
-    "split KL": (PPOClip(), 0.5, {"kl_placement": "split", "kl_penalty": "full", "learning_rate": 0.01}),
-    "full KL in the loss": (PPOClip(), 0.5, {"kl_placement": "loss", "kl_penalty": "full", "learning_rate": 0.01}),
-    "k2 in the loss": (PPOClip(), 0.5, {"kl_placement": "loss", "kl_penalty": "mse", "learning_rate": 0.005}),
+    "split KL": (PPOClip(), 0.5, {"kl_placement": "split", "kl_penalty": "full"}),
+    "full KL in the loss": (PPOClip(), 0.5, {"kl_placement": "loss", "kl_penalty": "full"}),
 }
 
 
