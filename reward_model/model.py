@@ -82,6 +82,40 @@ class RewardModel:
         """
         return [self.contract.normalisation.apply(raw) for raw in self.raw_scores(prompts, responses)]
 
+    def check_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[str, str, str]]:
+        """What sets these texts apart from those of the training, each as (found, cause, remedy): for PPO's doctor."""
+        rule, wrong = self.contract.text, []
+        marked = [index for index, prompt in enumerate(prompts) if any(mark in prompt for mark in self._markup())]
+        if marked:
+            twice = rule.template == "chat"
+            wrong.append((
+                f"{len(marked)} of {len(prompts)} prompts hold chat markup, e.g. sample {marked[0]}",
+                "it was trained on "
+                + ("conversations: their template is applied here once more" if twice else "plain text"),
+                "give it the messages themselves (a reward source of your own that passes the dataset's column)"
+                if twice
+                else "train a reward model with template='chat', or prompts without markup",
+            ))  # fmt: skip
+        pairs = zip(prompts, responses, strict=True)
+        lengths = [len(encode(self.tokenizer, rule, prompt, answer, truncate=False)) for prompt, answer in pairs]
+        cut_short = sum(length > rule.max_length for length in lengths)
+        if cut_short:
+            wrong.append((
+                f"{cut_short} of {len(lengths)} texts are longer than the {rule.max_length} tokens of its training",
+                "their start is cut off before they are scored",
+                "shorten prompts or responses, or train a reward model with a larger max_length",
+            ))  # fmt: skip
+        return wrong
+
+    def _markup(self) -> list[str]:
+        """What the chat template writes around a message, and markup of the common templates."""
+        known = ["<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|user|>"]
+        if not self.tokenizer.chat_template:
+            return known
+        text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": "\x00"}], tokenize=False))
+        before = text.split("\x00")[0].strip()
+        return [*known, before] if len(before) > 3 else known
+
     def raw_scores(self, prompts: Texts, responses: Texts) -> list[float]:
         """The logits themselves: what AutoModelForSequenceClassification gives for the same folder and token ids."""
         _check_texts(prompts, responses)

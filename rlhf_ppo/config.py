@@ -100,6 +100,12 @@ class PPOConfig:
     """Divide scores by their running standard deviation."""
     use_score_norm: bool = False
     """With `use_score_scaling`: also subtract the running mean."""
+    most_skips_in_a_row: int = 5
+    """The run stops after so many optimiser steps in a row whose loss or gradient was not finite; none was taken."""
+    dump_dir: str | None = None
+    """Where such a stop leaves what `python -m rlhf_ppo.replay` reproduces it from; None: the run folder, if any."""
+    diagnose: bool = True
+    """Let the doctor look at the first batch and warn of what it finds (`PPOTrainer.diagnose`)."""
     score_clip: float | None = None
     """Clip scores to [-score_clip, score_clip]."""
     whiten_rewards: bool = False
@@ -209,7 +215,14 @@ class PPOConfig:
             raise ValueError(
                 f"seed must be in [0, 2^32), got {self.seed}: NumPy's generator takes no other. Use e.g. seed=0."
             )
-        positive = ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "logits_chunk_size")
+        positive: tuple[str, ...] = (
+            "batch_size",
+            "mini_batch_size",
+            "gradient_accumulation_steps",
+            "ppo_epochs",
+            "logits_chunk_size",
+        )
+        positive += ("most_skips_in_a_row",)
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,14 +1,16 @@
 """What the processes of a run agree on: sums, gathered rows, parameters made whole."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl.models.utils import add_hooks, remove_hooks
+
+Result = TypeVar("Result")
 
 
 class Processes:
@@ -44,6 +46,28 @@ class Processes:
         """The entries of all processes' lists, in the order of the processes."""
         gathered: list[Any] = gather_object(values) if self.accelerator.num_processes > 1 else values
         return gathered
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """`work()` on every process; if it refuses on one, all refuse, before anybody waits for the others.
+
+        Args:
+            work: Holds no collective operation.
+
+        Raises:
+            ValueError: It raised elsewhere; the message says where and what. Its own exception where it raised.
+        """
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        said = self.gather_objects([None if error is None else f"{type(error).__name__}: {error}"])
+        if error is not None:
+            raise error
+        refused = [f"process {rank}: {sentence}" for rank, sentence in enumerate(said) if sentence is not None]
+        if refused:
+            raise ValueError(f"another process refused its batch, so none has learned from theirs. {refused[0]}")
+        return result
 
     def most_passes(self, passes: int) -> int:
         """Forward passes that this process must make: where models are sharded, as many as the busiest one."""

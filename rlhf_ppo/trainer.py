@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,8 +22,12 @@ from rlhf_ppo.classic import ClassicSurface
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
 from rlhf_ppo.correction import check_correctable, corrected, mismatch_metrics, own_ratios
+from rlhf_ppo.doctor import Diagnosis, Specimen
+from rlhf_ppo.dump import dumping
 from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.extras import set_seed
+from rlhf_ppo.finite import check_scored, warn_of_negative_kl
+from rlhf_ppo.first_look import diagnose, first_look
 from rlhf_ppo.metrics import Statistics, StepFacts, classic_statistics, extra_metrics, work_metrics
 from rlhf_ppo.models import (
     PreTrainedModelWrapper,
@@ -40,7 +45,7 @@ from rlhf_ppo.rollout.placement import in_loss
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.reuse import SamplerReuse
 from rlhf_ppo.rollout.reward_sources import Sources
-from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig
+from rlhf_ppo.rollout.sampling import Sampler, Samples, SamplingConfig
 from rlhf_ppo.timing import emptied_cache, timed
 from rlhf_ppo.trackers import Trackers
 from rlhf_ppo.training import Callback, TrainConfig, TrainingLoop, TrainState
@@ -118,8 +123,9 @@ class PPOTrainer(ClassicSurface):
         prepared = prepare(self.accelerator, config, model, ref_model, self.optimizer, lr_scheduler)
         self.policy, self._reference = prepared.policy, prepared.reference
         self.optimizer, self.lr_scheduler = prepared.optimizer, prepared.lr_scheduler
+        self.algorithm_config = algorithm or config.algorithm()
         self.algorithm = build_algorithm(
-            algorithm or config.algorithm(), policy=self.policy, optimizer=self.optimizer,
+            self.algorithm_config, policy=self.policy, optimizer=self.optimizer,
             accelerator=self.accelerator, minibatch=self._minibatch, seed=config.seed, reference=self._reference,
             reference_kl=in_loss(config.kl_penalty, config.kl_placement),
         )  # fmt: skip
@@ -127,6 +133,10 @@ class PPOTrainer(ClassicSurface):
         """What the last step measured beyond the classic's 40 statistics."""
         self.newest: tuple[TrainBatch, Scored] | None = None
         """The last step's batch as its update saw it, with the KL terms, for the token view of the report."""
+        self.diagnosis: Diagnosis | None = None
+        """What the doctor found in the first batch."""
+        self.dump_dir = None if config.dump_dir is None else Path(config.dump_dir)
+        """Where an update that gives up leaves its dump."""
         self.current_step = 0
         self.trackers = Trackers(self.accelerator, config, at_once=not isinstance(dataset, PromptDataset))
 
@@ -151,9 +161,11 @@ class PPOTrainer(ClassicSurface):
         Raises:
             ValueError: If anything is wrong with the batch; nothing has changed then.
         """
-        batch = check_step_inputs(
-            queries, responses, scores, response_masks, limits=self.limits, device=self.current_device
+        limits, device = self.limits, self.current_device
+        batch = self.processes.together(
+            lambda: check_step_inputs(queries, responses, scores, response_masks, limits=limits, device=device)
         )
+        self.look_once(Specimen.of_batch(batch))
         self._push_if_best(batch.scores)
         return self.learn(batch)
 
@@ -165,18 +177,19 @@ class PPOTrainer(ClassicSurface):
         work = self.accelerator.unwrap_model(self.policy).work
         work.clear()  # an evaluation may have counted in between
         with timed(timing, "total"), self._device_cache():
+            with timed(timing, "forward_pass"):
+                scored: Scored = self.reuse(self.scorer, responses)  # log π_old, V, log π_ref
+            check_scored(scored, responses.mask, self.processes, self.model)  # nothing has changed so far
             scores = normalised_scores(
                 responses.scores, self.running, scale=self.config.use_score_scaling, shift=self.config.use_score_norm,
                 clip=self.config.score_clip, reduce_sum=self.processes.reduce_sum,
             )  # fmt: skip
-            with timed(timing, "forward_pass"):
-                scored: Scored = self.reuse(self.scorer, responses)  # log π_old, V, log π_ref
             with timed(timing, "compute_rewards"):
                 rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())
             with timed(timing, "compute_advantages"):
                 batch = self.algorithm.estimate_advantages(rollout)  # Â_t and value targets R_t
                 batch = corrected(batch, responses, cap)  # where another engine drew
-            with timed(timing, "optimize_step"):
+            with timed(timing, "optimize_step"), dumping(self):
                 record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ
             self.newest = batch, scored
             with timed(timing, "calc_stats"):
@@ -188,12 +201,20 @@ class PPOTrainer(ClassicSurface):
                 self.metrics = extra_metrics(facts, record) | work_metrics([counts for counts, _ in gathered])
                 self.metrics |= mismatch_metrics([ratios for _, ratios in gathered], cap) | self.reuse.metrics()
             kl = float(statistics["objective/kl"])
-            self._warn_of_negative_kl(kl)
+            warn_of_negative_kl(kl, self.config.kl_penalty)
             self.kl_ctl.update(kl, len(facts.scores))
             if self.lr_scheduler is not None:
                 # Accelerate's wrapper would step once a process.
                 getattr(self.lr_scheduler, "scheduler", self.lr_scheduler).step()
         return statistics | {f"time/ppo/{name}": seconds for name, seconds in timing.items()}
+
+    def diagnose(self, batch: Specimen | Samples) -> Diagnosis:
+        """Does the trainer score what the sampler drew? Prompts and responses, and whatever else is known of them."""
+        return diagnose(self, Specimen.of(batch))
+
+    def look_once(self, batch: Specimen) -> None:
+        """`diagnose` the first batch of this trainer, and warn of what spoils the run (`PPOConfig.diagnose`)."""
+        self.diagnosis = first_look(self, batch) or self.diagnosis
 
     def train(
         self,
@@ -276,6 +297,7 @@ class PPOTrainer(ClassicSurface):
             token_budget=config.token_budget,
             max_grad_norm=config.max_grad_norm,
             ratio_threshold=config.ratio_threshold,
+            most_skips_in_a_row=config.most_skips_in_a_row,
             target_kl=config.target_kl if config.early_stopping else None,
         )
 
@@ -286,16 +308,6 @@ class PPOTrainer(ClassicSurface):
             separate_prompts=self.is_encoder_decoder, reduce_sum=self.processes.reduce_sum,
             reduce_max=self.processes.reduce_max,
         )  # fmt: skip
-
-    def _warn_of_negative_kl(self, kl: float) -> None:
-        # |log-ratio| and exact KL cannot be negative; only the k1 estimate of a wrong sampler can.
-        if kl < -1.0 and self.config.kl_penalty == "kl":
-            warnings.warn(
-                f"KL divergence is starting to become negative: {kl:.2f} nats a response. The responses are less "
-                "likely under the policy than under the reference, so they were probably not drawn from the policy "
-                "as it is scored: check temperature, top_k, top_p, min_length and the padding of generation.",
-                stacklevel=3,
-            )
 
     def _device_cache(self) -> AbstractContextManager[None]:
         return emptied_cache() if self.config.optimize_device_cache else nullcontext()

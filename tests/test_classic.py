@@ -53,6 +53,7 @@ def trainer_of(model: Any = None, *, padding_side: str = "left", **settings: Any
     """A trainer without dataset; `arguments` go to it, everything else to its config."""
     arguments = settings.pop("arguments", {})
     defaults: dict[str, Any] = {"batch_size": 2, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 1e-3}
+    defaults["diagnose"] = False  # the tokens of these tests were not drawn from the policy
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No dataset")
         return PPOTrainer(

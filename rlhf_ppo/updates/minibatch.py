@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional.fused_head import Slopes
 from rlhf_ppo.models.scoring import TokenPolicy
+from rlhf_ppo.updates.nonfinite import Examination, NonFiniteUpdateError, broken_gradients
 from rlhf_ppo.updates.objective import (
     CompareWith,
     Gradients,
@@ -126,10 +127,21 @@ class MinibatchUpdate:
     def _shuffled(self, rows: int, device: torch.device) -> list[Tensor]:
         return list(self.shuffle(rows, device).split(self.config.minibatch_size * self.accelerator.num_processes))
 
-    def _step(self, batch: TrainBatch, rows: Tensor, record: UpdateRecord) -> None:
+    def examine(self, batch: TrainBatch, rows: Tensor) -> Examination:
+        """Compute the optimiser step on `rows` as an update would, and do not take it."""
+        metrics, _ = self._gradient(batch, rows)
+        found = Examination(metrics, broken_gradients(self.policy))
+        self.steps.drop()
+        return found
+
+    def _gradient(self, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
         metrics, ratios = self.gradients(self.objective, batch, rows)
         metrics["policy/grad_norm"] = self.steps.clip(self.config.max_grad_norm)
-        if self._accept(metrics):
+        return metrics, ratios
+
+    def _step(self, batch: TrainBatch, rows: Tensor, record: UpdateRecord) -> None:
+        metrics, ratios = self._gradient(batch, rows)
+        if self._accept(batch, rows, metrics):
             metrics["policy/grad_norm"] = self.steps.apply()
             record.skipped += math.isinf(metrics["policy/grad_norm"])
         else:
@@ -172,18 +184,19 @@ class MinibatchUpdate:
             return {"slopes": slopes_of(objective, piece, count)}
         return {}
 
-    def _accept(self, metrics: dict[str, float]) -> bool:
+    def _accept(self, batch: TrainBatch, rows: Tensor, metrics: dict[str, float]) -> bool:
         broken = not math.isfinite(metrics["loss/total"])
         broken |= self.steps.norm_is_known and not math.isfinite(metrics["policy/grad_norm"])
         self._skips_in_a_row = self._skips_in_a_row + 1 if broken else 0
         if broken and self._skips_in_a_row >= self.config.most_skips_in_a_row:
             self.steps.drop()
-            raise FloatingPointError(
+            raise NonFiniteUpdateError(
                 f"expected finite losses and gradients, got loss {metrics['loss/total']} and gradient norm "
                 f"{metrics['policy/grad_norm']} in {self._skips_in_a_row} minibatches in a row: nothing was learned "
                 "from them, the parameters are those of the last good one. Lower the learning rate, set "
-                "`max_grad_norm`, or look for extreme scores."
-            )
+                "`max_grad_norm`, or look for extreme scores.",
+                batch=batch, rows=rows, metrics=metrics,
+            )  # fmt: skip
         if broken:
             warnings.warn(
                 f"Skipped a minibatch whose loss ({metrics['loss/total']}) or gradient norm "

@@ -31,6 +31,7 @@ from rlhf_ppo.functional import (
 from rlhf_ppo.functional.trust_region import MatrixProduct
 from rlhf_ppo.updates.critic import CriticFit
 from rlhf_ppo.updates.minibatch import MinibatchConfig
+from rlhf_ppo.updates.nonfinite import Examination, NonFiniteUpdateError
 from rlhf_ppo.updates.objective import CompareWith, Objective, Terms, UpdateRecord, batch_statistics, nobody
 from rlhf_ppo.updates.region import CurvedPolicy, TrustRegion, check_parameters, check_processes
 from rlhf_ppo.updates.shares import everyones, own_pieces
@@ -100,7 +101,7 @@ class TrustRegionUpdate:
         everything = torch.arange(len(batch), device=batch.mask.device)
         pieces, count = self._pieces(batch, everything), batch.mask.sum().float()
         found, (gradient, terms) = None, self._gradient(pieces, count)
-        if self._usable(norm := float(gradient.norm())):
+        if self._usable(norm := float(gradient.norm()), batch, everything):
             found, terms = self._search(batch, pieces, count, gradient, terms)
         record = UpdateRecord(skipped=int(found is None or not found.accepted))
         statistics = batch_statistics(batch, everything) | {"policy/grad_norm": norm}
@@ -199,15 +200,25 @@ class TrustRegionUpdate:
         for parameter, value in zip(self.parameters, unflatten(vector, self.parameters), strict=True):
             parameter.copy_(value)
 
-    def _usable(self, norm: float) -> bool:
+    def examine(self, batch: TrainBatch, rows: Tensor) -> Examination:
+        """Compute the policy's gradient on `rows` as an update would, and do not step along it."""
+        gradient, terms = self._gradient(self._pieces(batch, rows), batch.mask[rows].sum().float())
+        module: Any = self.policy
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        parts = zip(self.parameters, unflatten(gradient, self.parameters), strict=True)
+        broken = [names[id(parameter)] for parameter, part in parts if not part.isfinite().all()]
+        return Examination(self._reduced(terms) | {"policy/grad_norm": float(gradient.norm())}, broken)
+
+    def _usable(self, norm: float, batch: TrainBatch, rows: Tensor) -> bool:
         """Whether the gradient leads anywhere; nan and inf are counted."""
         broken = not math.isfinite(norm)
         self._skips_in_a_row = self._skips_in_a_row + 1 if broken else 0
         if broken and self._skips_in_a_row >= self.config.most_skips_in_a_row:
-            raise FloatingPointError(
+            raise NonFiniteUpdateError(
                 f"expected finite gradients, got norm {norm} in {self._skips_in_a_row} updates in a row: nothing was "
-                "learned from them, the policy is that of the last good one. Look for extreme scores."
-            )
+                "learned from them, the policy is that of the last good one. Look for extreme scores.",
+                batch=batch, rows=rows, metrics={"loss/total": norm, "policy/grad_norm": norm},
+            )  # fmt: skip
         if broken:
             warnings.warn(f"Skipped a step whose gradient norm is {norm}; the policy did not move.", stacklevel=4)
         return not broken and norm > 0

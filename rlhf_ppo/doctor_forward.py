@@ -1,0 +1,232 @@
+"""The doctor's checks that run the model: is a token's probability the same wherever it is computed?
+
+Each row is scored alone, without padding, by the model itself; then by the trainer, and once more the way an update
+does. What the sampler reports, and what can be read off the tokens drawn, must agree with that.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.doctor import Diagnosis, Finding, Specimen, actions, select
+from rlhf_ppo.models.scoring import TokenPolicy, start_token_of
+from rlhf_ppo.rollout.experience import Scorer
+from rlhf_ppo.rollout.sampling import EvalMode
+
+if TYPE_CHECKING:
+    import rlhf_ppo.trainer
+
+ROWS, TOKENS, ENTRIES = 8, 256, 2**25
+"""At most so many rows, response tokens, and logits are looked at."""
+RARE = math.log(1e-6)
+"""log-probability under which an honest sampler does not do what was seen."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the model says about each token, scored alone."""
+
+    logprobs: Float[Tensor, " actions"]
+    distributions: Float[Tensor, "actions vocab"]
+    """log π(. | s_t) at the trainer's temperature."""
+
+    def surprise(self) -> float:
+        """How much likelier than expected the tokens are, in standard deviations: 0 ± 1 from an honest sampler."""
+        p = self.distributions.exp()
+        entropy = -(p * self.distributions.clamp(min=-1e4)).sum(dim=1)
+        variance = (p * (self.distributions.clamp(min=-1e4) + entropy[:, None]).square()).sum(dim=1)
+        return float((self.logprobs + entropy).sum() / variance.sum().clamp(min=1e-12).sqrt())
+
+    def temperature(self) -> float:
+        """The temperature, relative to the trainer's, under which the tokens are likeliest; on a grid, 0.2 to 5."""
+        betas = torch.logspace(math.log10(0.2), math.log10(5.0), 65, dtype=torch.float64).tolist()
+        rows = self.distributions.double()
+        fits = [float((beta * self.logprobs.double() - (beta * rows).logsumexp(dim=1)).sum()) for beta in betas]
+        return float(1 / betas[fits.index(max(fits))])
+
+    def top_k(self) -> tuple[int, float]:
+        """The largest rank among the tokens, and log P(no larger one) from the whole distribution."""
+        ranks = (self.distributions > self.logprobs[:, None]).sum(dim=1) + 1
+        largest = int(ranks.max())
+        return largest, float(self.distributions.topk(largest, dim=1).values.logsumexp(dim=1).clamp(max=0).sum())
+
+    def top_p(self) -> tuple[float, float]:
+        """The largest mass of likelier tokens above one drawn, and log P(no larger one) from the whole distribution."""
+        ordered = self.distributions.exp().sort(dim=1, descending=True).values
+        before = ordered.cumsum(dim=1) - ordered
+        p = self.distributions.exp()
+        above = p.masked_fill(self.distributions <= self.logprobs[:, None], 0.0).sum(dim=1)
+        bound = float(above.max()) + 1e-6
+        inside = ordered.masked_fill(before > bound, 0.0).sum(dim=1)
+        return bound, float(inside.clamp(1e-12, 1.0).log().sum())
+
+
+def examine_model(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen, *, is_fresh: bool) -> Diagnosis:
+    """Every check that runs the model, on the first rows.
+
+    Args:
+        trainer: Whose policy; its parameters must be whole on this process.
+        batch: What was drawn.
+        is_fresh: Whether nothing has been learned yet, so that policy and reference must agree.
+    """
+    vocabulary = trainer.limits.vocab_size or 1
+    part = select(batch, rows=ROWS, tokens=max(1, min(TOKENS, ENTRIES // vocabulary)))
+    policy: TokenPolicy = trainer.accelerator.unwrap_model(trainer.policy)
+    device = trainer.current_device
+    inputs = TokenInputs(prompts=part.prompts, responses=part.responses).to(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        drawn = score_alone(trainer, policy, part)
+        scored = _unwrapped(trainer, policy)(inputs)
+        with torch.enable_grad():
+            updated = policy(inputs).logprobs.detach()
+    own, reference, update = (
+        actions(part, [row[: len(tokens)].float() for row, tokens in zip(values, part.responses, strict=True)])
+        for values in (scored.logprobs, scored.ref_logprobs, updated)
+    )
+    tolerance = 1e-3 if drawn.logprobs.dtype == torch.float32 and _is_full_precision(trainer) else 0.1
+    findings = [*_padding(own, drawn.logprobs, tolerance), *_ratio(own, update, tolerance)]
+    findings += _sampler(part, drawn.logprobs, tolerance) if part.logprobs is not None else []
+    findings += _settings(part, trainer.config.temperature)
+    findings += _draws(drawn) if not findings or all(finding.severity == "note" for finding in findings) else []
+    findings += _reference(own, reference, tolerance, trainer.is_peft_model) if is_fresh else []
+    known = {"sampler": part.logprobs is not None, "sampling": part.sampling is not None, "reference": is_fresh}
+    return Diagnosis(findings=findings, checked=["padding", "ratio", "draws", *(name for name in known if known[name])])
+
+
+def score_alone(trainer: "rlhf_ppo.trainer.PPOTrainer", policy: TokenPolicy, part: Specimen) -> Drawn:
+    """Each row through the language model by itself, without padding, masks or chunks."""
+    wrapper: Any = policy.model
+    rows = []
+    with EvalMode(policy), trainer.accelerator.autocast():
+        for prompt, response in zip(part.prompts, part.responses, strict=True):
+            prompt, response = (tokens.to(trainer.current_device) for tokens in (prompt, response))
+            if trainer.is_encoder_decoder:
+                start = response.new_tensor([start_token_of(wrapper.pretrained_model)])
+                shown = torch.cat([start, response[:-1]])[None]
+                logits = wrapper.pretrained_model(input_ids=prompt[None], decoder_input_ids=shown).logits[0]
+            else:
+                whole = torch.cat([prompt, response])[None]
+                logits = wrapper.pretrained_model(input_ids=whole).logits[0, len(prompt) - 1 : -1]
+            rows.append((logits.float() / policy.temperature).log_softmax(dim=-1))
+    tokens = actions(part, [response.to(trainer.current_device) for response in part.responses])
+    distributions = actions(part, rows)
+    return Drawn(distributions.gather(1, tokens[:, None]).squeeze(1), distributions)
+
+
+def _padding(own: Tensor, alone: Tensor, tolerance: float) -> list[Finding]:
+    gap = float((own - alone).abs().mean())
+    if gap <= tolerance:
+        return []
+    return [Finding(
+        name="padding", severity="warning",
+        found=f"log-probabilities differ by {gap:.3g} nats on average between a row alone and the row in a batch",
+        cause="the model sees padding or other rows: positions counted from the wrong end, attention to what follows",
+        remedy="use a causal model of transformers as it is; check custom attention and position ids",
+    )]  # fmt: skip
+
+
+def _ratio(own: Tensor, update: Tensor, tolerance: float) -> list[Finding]:
+    gap = float((own - update).abs().mean())
+    if gap <= tolerance:
+        return []
+    return [Finding(
+        name="ratio", severity="warning",
+        found=f"before any update, probability ratios differ from 1 by {math.expm1(min(gap, 50.0)):.3g} on average",
+        cause="the model answers differently each time it is asked: dropout is on, or its layers draw random numbers",
+        remedy="set every dropout of the model's configuration to 0; the trainer switches to eval mode, but code that "
+        "ignores it (functional dropout, custom layers) must be changed",
+    )]  # fmt: skip
+
+
+def _sampler(part: Specimen, alone: Tensor, tolerance: float) -> list[Finding]:
+    reported = actions(part, [row.float().to(alone.device) for row in part.logprobs or []])
+    gap = (reported - alone).abs().mean()
+    if float(gap) <= tolerance:
+        return []
+    return [Finding(
+        name="sampler", severity="warning",
+        found=f"the sampler's log-probabilities differ from the trainer's by {float(gap):.3g} nats a token on average",
+        cause="temperature, top_k, top_p, a penalty or a minimum length in sampling; other weights or another "
+        "precision in the sampler; or responses that were encoded again from text",
+        remedy="sample with the trainer's temperature and nothing else, from the present weights; for an engine of "
+        "another precision set `importance_sampling_cap`",
+    )]  # fmt: skip
+
+
+def _settings(part: Specimen, temperature: float) -> list[Finding]:
+    sampling = part.sampling
+    if sampling is None:
+        return []
+    plain = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0, "do_sample": True}
+    changed = [f"{name}={getattr(sampling, name)}" for name, value in plain.items() if getattr(sampling, name) != value]
+    if sampling.temperature != temperature:
+        changed.append(f"temperature={sampling.temperature} (the trainer's is {temperature})")
+    if not changed:
+        return []
+    return [Finding(
+        name="sampling", severity="warning", found=f"responses are drawn with {', '.join(changed)}",
+        cause="tokens come from a distribution that is not the policy's: ratios and KL compare the wrong ones",
+        remedy="leave these at their defaults and shape the policy by the reward instead",
+    )]  # fmt: skip
+
+
+def _draws(drawn: Drawn) -> list[Finding]:
+    """What the tokens themselves say about how they were drawn."""
+    rank, log_rank = drawn.top_k()
+    mass, log_mass = drawn.top_p()
+    if min(log_rank, log_mass) < RARE:
+        said = "the likeliest token each time" if rank == 1 else f"never beyond rank {rank}"
+        if log_mass < log_rank:
+            said = f"never beyond the likeliest {mass:.2f} of the probability"
+        return [Finding(
+            name="truncated", severity="warning",
+            found=f"{len(drawn.logprobs)} tokens are {said}; chance of that: e^{min(log_rank, log_mass):.0f}",
+            cause="greedy decoding, or top_k or top_p (transformers' default top_k is 50)",
+            remedy="generate with do_sample=True, top_k=0, top_p=1.0",
+        )]  # fmt: skip
+    surprise, relative = drawn.surprise(), drawn.temperature()
+    if len(drawn.logprobs) < 64 or abs(surprise) < 6:
+        return []
+    return [Finding(
+        name="temperature", severity="warning",
+        found=f"tokens are {abs(surprise):.0f} standard deviations {'likelier' if surprise > 0 else 'less likely'} "
+        f"than the policy would draw; they fit {relative:.2f} times the trainer's temperature",
+        cause="a temperature other than `PPOConfig.temperature` in generation, or tokens of another policy, another "
+        "prompt, or encoded again from text",
+        remedy="give generation and `PPOConfig.temperature` the same value, and pass the tokens that were sampled",
+    )]  # fmt: skip
+
+
+def _reference(own: Tensor, reference: Tensor, tolerance: float, is_peft: bool) -> list[Finding]:
+    gap = float((own - reference).abs().mean())
+    if gap <= tolerance:
+        return []
+    adapters = (
+        "the base model stands for the reference, though training starts from a trained adapter, or the other way round"
+    )
+    return [Finding(
+        name="reference", severity="warning",
+        found=f"policy and reference differ by {gap:.3g} nats a token before anything was learned",
+        cause=adapters if is_peft else "`ref_model` is not the model that training starts from",
+        remedy="pass `ref_model=None`: the trainer then takes the starting point, adapters included; keep another "
+        "reference only on purpose",
+    )]  # fmt: skip
+
+
+def _unwrapped(trainer: "rlhf_ppo.trainer.PPOTrainer", policy: TokenPolicy) -> Scorer:
+    """The trainer's scorer without the wrappers in which one process waits for the others."""
+    scorer = trainer.scorer
+    reference = None if scorer.reference is None else trainer.accelerator.unwrap_model(scorer.reference)
+    return replace(scorer, policy=policy, reference=reference, kl_penalty="kl")
+
+
+def _is_full_precision(trainer: "rlhf_ppo.trainer.PPOTrainer") -> bool:
+    kinds: Sequence[torch.dtype] = [parameter.dtype for parameter in trainer.model.parameters()]
+    mixed = trainer.accelerator.mixed_precision != "no"
+    return not mixed and all(kind in (torch.float32, torch.float64) for kind in kinds)
