@@ -74,8 +74,8 @@ class BestModels:
         if self.folder is not None and self.is_main_process:
             checkpoint.put_back(self.folder / "best")
 
-    def take(self, iteration: int, summary: Mapping[str, Mapping[str, float]]) -> None:
-        """Look at an evaluation; keep the model if it deserves it.
+    def take(self, iteration: int, summary: Mapping[str, Mapping[str, float]], *, is_eligible: bool = True) -> None:
+        """Look at an evaluation; keep the model if it deserves it. One that is not eligible never becomes the best.
 
         Raises:
             ValueError: The evaluation has no such measure.
@@ -85,7 +85,7 @@ class BestModels:
         point = Evaluated(iteration=iteration, measure=summary[self.measure]["mean"], kl=summary["kl"]["mean"])
         if not (math.isfinite(point.measure) and math.isfinite(point.kl)):
             return  # nothing was scored
-        within = self.max_reference_kl is None or point.kl <= self.max_reference_kl
+        within = is_eligible and (self.max_reference_kl is None or point.kl <= self.max_reference_kl)
         if within and (self.best is None or point.measure > self.best):
             self.best = point.measure
             self._write("best")

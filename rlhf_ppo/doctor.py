@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.rollout.collect import Collected
 from rlhf_ppo.rollout.experience import Responses
-from rlhf_ppo.rollout.reward_sources import Sources, combine
+from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine
 from rlhf_ppo.rollout.sampling import Samples, SamplingConfig
 
 Severity: TypeAlias = Literal["warning", "note"]
@@ -92,6 +93,16 @@ class Specimen:
         if isinstance(batch, Specimen):
             return batch
         return cls(prompts=batch.prompts, responses=batch.responses, logprobs=batch.logprobs)
+
+    @classmethod
+    def of_rollout(cls, collected: Collected, scores: Scores, sampling: SamplingConfig, sources: Sources) -> "Specimen":
+        """What `train()` knows of a rollout."""
+        samples = collected.samples
+        return cls(
+            prompts=samples.prompts, responses=samples.responses, logprobs=samples.logprobs, sampling=sampling,
+            prompt_texts=collected.prompts, response_texts=collected.responses, scores=scores.total[~scores.skipped],
+            sources=sources,
+        )  # fmt: skip
 
     @classmethod
     def of_batch(cls, batch: Responses) -> "Specimen":

@@ -91,7 +91,11 @@ def examine_model(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen, *, is
     )
     tolerance = 1e-3 if drawn.logprobs.dtype == torch.float32 and _is_full_precision(trainer) else 0.1
     findings = [*_padding(own, drawn.logprobs, tolerance), *_ratio(own, update, tolerance)]
-    findings += _sampler(part, drawn.logprobs, tolerance) if part.logprobs is not None else []
+    findings += (
+        _sampler(part, drawn.logprobs, tolerance, trainer.config.importance_sampling_cap)
+        if part.logprobs is not None
+        else []
+    )
     findings += _settings(part, trainer.config.temperature)
     findings += _draws(drawn) if not findings or all(finding.severity == "note" for finding in findings) else []
     findings += _reference(own, reference, tolerance, trainer.is_peft_model) if is_fresh else []
@@ -144,13 +148,13 @@ def _ratio(own: Tensor, update: Tensor, tolerance: float) -> list[Finding]:
     )]  # fmt: skip
 
 
-def _sampler(part: Specimen, alone: Tensor, tolerance: float) -> list[Finding]:
+def _sampler(part: Specimen, alone: Tensor, tolerance: float, cap: float | None) -> list[Finding]:
     reported = actions(part, [row.float().to(alone.device) for row in part.logprobs or []])
     gap = (reported - alone).abs().mean()
     if float(gap) <= tolerance:
         return []
     return [Finding(
-        name="sampler", severity="warning",
+        name="sampler", severity="warning" if cap is None else "note",  # with a cap it is corrected
         found=f"the sampler's log-probabilities differ from the trainer's by {float(gap):.3g} nats a token on average",
         cause="temperature, top_k, top_p, a penalty or a minimum length in sampling; other weights or another "
         "precision in the sampler; or responses that were encoded again from text",

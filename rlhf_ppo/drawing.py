@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ppo.rollout.collect import Collector
 from rlhf_ppo.rollout.decoding import DecodeLoop
+from rlhf_ppo.rollout.reward_failures import RAISE, RewardFailures
 from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig, WeightFollower
 
 if TYPE_CHECKING:
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
 
 
 def collector_for(
-    trainer: "rlhf_ppo.trainer.PPOTrainer", sampling: SamplingConfig, sampler: Sampler | None
+    trainer: "rlhf_ppo.trainer.PPOTrainer",
+    sampling: SamplingConfig,
+    sampler: Sampler | None,
+    failures: RewardFailures = RAISE,
 ) -> Collector:
     """Draws and scores for `trainer`, by `sampler`, or by the own loop where there is none."""
     sampler = sampler or DecodeLoop(trainer.tokenizer)
     return Collector(
         model=trainer.model, tokenizer=trainer.tokenizer, sampling=sampling, device=trainer.current_device,
-        sampler=sampler, fresh_weights=partial(fresh_weights, trainer, sampler),
+        sampler=sampler, failures=failures, fresh_weights=partial(fresh_weights, trainer, sampler),
+        limits=trainer.limits,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ class Guard:
     """Where the line is; None: the number is only recorded."""
     action: Action = "stop"
     """"stop" ends the run with a checkpoint; "keep_best" goes on, but replaces no best model by one from beyond the
-    line; "warn" goes on. All three warn when the line is crossed."""
+    line; "warn" goes on. The last two warn when the line is crossed."""
     patience: int = 1
     """How often in a row the number must be found beyond the line before that counts."""
 
@@ -69,11 +69,6 @@ class Guards:
                     f"Guards.{name}.limit must be above {1 if name == 'length' else 0}, got {limit}: the run would "
                     "stop at once. Look at the metric in a healthy run and leave room."
                 )
-
-    @property
-    def needs_judges(self) -> bool:
-        """Whether a limit can only be judged with held-out judges."""
-        return self.judge.limit is not None
 
 
 @dataclass(frozen=True)
@@ -158,7 +153,7 @@ class GuardWatch:
             if self.beyond[name] < guard.patience:
                 continue
             sentence = f"{line.name}: {value:.3g} {line.unit}, limit {guard.limit:g}: {line.meaning}"
-            if self.beyond[name] == guard.patience:
+            if self.beyond[name] == guard.patience and guard.action != "stop":
                 warnings.warn(f"Guard at work ({guard.action}). {sentence}. See docs/guards.md.", stacklevel=2)
             crossed[name] = sentence
         actions = {name: getattr(self.guards, name).action for name in crossed}

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from rlhf_ppo.evaluation import Evaluation
+from rlhf_ppo.field_types import check_fields
+from rlhf_ppo.guards import Guards
 from rlhf_ppo.rollout.collect import MissingEOS
+from rlhf_ppo.rollout.reward_failures import RAISE, RewardFailures
 from rlhf_ppo.rollout.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -36,6 +39,10 @@ class TrainConfig:
     """KL budget, nats a response: stop when a rollout exceeds it, and never keep a "best" model beyond it."""
     missing_eos: MissingEOS | None = None
     """What a response costs that ran to `max_new_tokens` without a stop token; None: nothing."""
+    guards: Guards = field(default_factory=Guards)
+    """Lines against reward hacking: each a limit, an action, a patience."""
+    reward_failures: RewardFailures = RAISE
+    """How often a failing reward source is asked again, and whether its samples are then dropped."""
     max_time: float | None = None
     """Seconds within which the loop ends: it stops, with a checkpoint, when one more iteration would not fit."""
     resume: bool = True
@@ -44,6 +51,7 @@ class TrainConfig:
     """Show a progress bar on the main process."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, least in {
             "iterations": 1, "keep_last": 1, "eval_every": 0, "save_every": 0, "keep_frontier": 0,
         }.items():  # fmt: skip

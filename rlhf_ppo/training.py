@@ -10,8 +10,11 @@ import torch
 from tqdm.auto import tqdm
 
 from rlhf_ppo.best import BestModels
+from rlhf_ppo.doctor import Specimen
 from rlhf_ppo.drawing import collector_for
 from rlhf_ppo.evaluation import Evaluation, evaluate, merged
+from rlhf_ppo.guards import GuardWatch, Verdict, repetition, with_budget
+from rlhf_ppo.loop_checks import LostRollouts, check_inputs
 from rlhf_ppo.metrics import scalars
 from rlhf_ppo.random_streams import RandomStreams
 from rlhf_ppo.report.run_folder import RunFolder
@@ -58,8 +61,12 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         trainer, sampling, config = self.trainer, self.config.sampling, self.config
         check_settings(trainer, config)
+        check_inputs(
+            trainer, config, prompts=self.prompts, eval_prompts=self.eval_prompts, rewards=self.rewards,
+            judges=self.judges,
+        )  # fmt: skip
         accelerator, seed = trainer.accelerator, trainer.config.seed
-        self.collector = collector_for(trainer, sampling, self.sampler)
+        self.collector = collector_for(trainer, sampling, self.sampler, config.reward_failures)
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.order = PromptSampler(
             len(self.prompts), batch_size=trainer.config.batch_size // sampling.num_return_sequences, seed=seed,
@@ -73,6 +80,10 @@ class TrainingLoop:
             most=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=trainer.save_pretrained,
             is_main_process=accelerator.is_main_process,
         )  # fmt: skip
+        self.watch = GuardWatch(with_budget(config.guards, config.max_reference_kl))
+        self.lost = LostRollouts(trainer.processes, config.reward_failures)
+        if self.folder is not None and trainer.dump_dir is None:
+            trainer.dump_dir = self.folder.path
         self.state = TrainState()
         self.newest: tuple[Collected, Scores] | None = None
         self._request = StopRequest()
@@ -95,6 +106,8 @@ class TrainingLoop:
                 rollout = self._roll_out()
                 if rollout is None:
                     break
+                if self.lost.is_lost(len(self.collector.kept(rollout[1]))):
+                    continue
                 self._learn(*rollout)
                 bar.update()
                 bar.set_postfix(_postfix(self.state.metrics))
@@ -113,7 +126,9 @@ class TrainingLoop:
 
     def shared_parts(self) -> dict[str, Stateful]:
         """What is the same on every process, beside the trainer's own."""
-        return {"prompts": self.order, "best": self.best, "trackers": self.trainer.trackers}
+        return {
+            "prompts": self.order, "best": self.best, "trackers": self.trainer.trackers, "guards": self.watch,
+        }  # fmt: skip
 
     def restore(self, folder: RunFolder) -> None:
         """Go on from the newest whole checkpoint in `folder`, if there is one."""
@@ -136,7 +151,9 @@ class TrainingLoop:
             if self._asked_to_stop():
                 self._drop(parts, before)
                 return None
-            scores = self.collector.score(collected, self.rewards, self.config.missing_eos)
+            scores = self.trainer.processes.together(
+                lambda: self.collector.score(collected, self.rewards, self.config.missing_eos)
+            )
         except Exception:
             self._rescue(parts, before)
             raise
@@ -168,6 +185,7 @@ class TrainingLoop:
     def _learn(self, collected: Collected, scores: Scores, times: dict[str, float]) -> None:
         trainer = self.trainer
         start = time.perf_counter()
+        trainer.look_once(Specimen.of_rollout(collected, scores, self.config.sampling, self.rewards))
         own = self.collector.responses(collected.samples, scores)
         process, device = trainer.accelerator.process_index, trainer.current_device
         responses = shared_out(own, trainer.processes.gather_objects, process, device)
@@ -177,12 +195,15 @@ class TrainingLoop:
         first, *others = trainer.processes.gather_objects([scores])
         everyones: Scores = first.joined(others)
         finished = trainer.processes.gather_objects(collected.samples.finished)
+        repeated = trainer.processes.gather_objects([repetition(row.tolist()) for row in collected.samples.responses])
         metrics = scalars(statistics) | trainer.metrics | everyones.metrics() | times
         metrics |= {
             "env/reward_mean": float(everyones.total[~everyones.skipped].mean()),
+            "env/rollouts_lost": float(self.lost.total),
             "tokens/finished_share": sum(finished) / len(finished),
             "time/iteration": sum(times.values()) + time.perf_counter() - start,
         }
+        metrics |= self.watch.measure(sum(repeated) / len(repeated), metrics["tokens/responses_len_mean"])
         self.state.metrics = metrics
         self.state.history.append(metrics)
 
@@ -212,20 +233,28 @@ class TrainingLoop:
     def _after_iteration(self, deadline: float | None) -> None:
         config, state = self.config, self.state
         due = state.iteration == config.iterations
-        if config.eval_every and (due or state.iteration % config.eval_every == 0) and self.eval_prompts is not None:
-            self._evaluate_and_keep_best()
+        summary = None
+        if config.eval_every and (due or state.iteration % config.eval_every == 0):
+            state.evaluation = self.evaluate()
+            summary = state.evaluation.summary()
+            state.metrics.update({f"eval/{name}": value["mean"] for name, value in summary.items()})
+            state.metrics.update(self.watch.compare(state.evaluation.measures))
+        verdict = self.watch.verdict(state.metrics)
+        state.metrics.update(verdict.metrics)
+        if summary is not None and config.keep_best is not None:
+            self.best.take(state.iteration, summary, is_eligible=verdict.may_keep)
+            state.best = self.best.best
         self._record()
-        self._find_reason_to_stop(deadline)
+        self._find_reason_to_stop(deadline, verdict)
         if due or state.stopped is not None:
             self._write_traces()
         periodic = config.save_every and (due or state.iteration % config.save_every == 0)
         if periodic or self._owed or state.stopped is not None:
             self._save(must=state.interrupted)
 
-    def _find_reason_to_stop(self, deadline: float | None) -> None:
+    def _find_reason_to_stop(self, deadline: float | None, verdict: Verdict) -> None:
         config, state = self.config, self.state
         wishes = [bool(callback(self.trainer, state)) for callback in self.callbacks]
-        kl = state.metrics["objective/kl"]
         left = state.iteration < config.iterations
         longest = max(row["time/iteration"] for row in state.history)
         interruptions = {
@@ -234,7 +263,7 @@ class TrainingLoop:
         }
         reasons = interruptions | {
             "callback": any(wishes),
-            f"KL budget: {kl:.1f} nats": config.max_reference_kl is not None and kl > config.max_reference_kl,
+            verdict.stop or "guard": verdict.stop is not None,
         }
         # A wish of one process is a wish of all: nobody may go on alone.
         asked = self.trainer.processes.reduce_sum(
@@ -276,21 +305,12 @@ class TrainingLoop:
         if self.newest is None or trainer.newest is None:
             return
         collected, scores = self.newest
-        kept = [row for row, skipped in enumerate(scores.skipped.tolist()) if not skipped]
+        kept = self.collector.kept(scores)
         traces = token_traces(
             *trainer.newest, trainer.tokenizer, iteration=self.state.iteration,
             prompts=[collected.prompts[row] for row in kept], scores=scores.total[kept].tolist(),
         )  # fmt: skip
         self._write(lambda folder: folder.append_tokens(traces))
-
-    def _evaluate_and_keep_best(self) -> None:
-        state = self.state
-        state.evaluation = self.evaluate()
-        summary = state.evaluation.summary()
-        state.metrics.update({f"eval/{name}": value["mean"] for name, value in summary.items()})
-        if self.config.keep_best is not None:
-            self.best.take(state.iteration, summary)
-            state.best = self.best.best
 
 
 def _postfix(metrics: dict[str, float]) -> dict[str, str]:

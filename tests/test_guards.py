@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -29,8 +30,7 @@ def test_each_guard_stops_beyond_its_line_and_not_before(name: str) -> None:
     metric, value = BEYOND[name]
     own = watch(name)
     assert own.verdict(HEALTHY).stop is None
-    with pytest.warns(UserWarning, match=r"Guard at work \(stop\)"):
-        verdict = own.verdict(HEALTHY | {metric: value})
+    verdict = own.verdict(HEALTHY | {metric: value})
     assert verdict.stop is not None
     assert f"{value:.3g}" in verdict.stop and f"limit {LIMITS[name]:g}" in verdict.stop
     assert verdict.metrics == {"guard/crossed": 1.0}
@@ -47,8 +47,10 @@ def test_without_a_limit_nothing_happens(name: str) -> None:
     ("action", "stops", "may_keep"), [("stop", True, False), ("keep_best", False, False), ("warn", False, True)]
 )
 def test_actions_differ_in_what_they_allow(action: str, stops: bool, may_keep: bool) -> None:
-    with pytest.warns(UserWarning, match="Guard at work"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         verdict = watch("kl", action=action).verdict({"objective/kl": 9.0})
+    assert len(said) == (0 if stops else 1)
     assert (verdict.stop is not None, verdict.may_keep) == (stops, may_keep)
 
 
@@ -64,8 +66,7 @@ def test_patience_counts_times_in_a_row_and_warns_once() -> None:
 
 @pytest.mark.parametrize("name", BEYOND)
 def test_nan_is_beyond_every_line(name: str) -> None:
-    with pytest.warns(UserWarning, match="nan"):
-        assert watch(name).verdict({BEYOND[name][0]: math.nan}).stop is not None
+    assert "nan" in str(watch(name).verdict({BEYOND[name][0]: math.nan}).stop)
 
 
 def test_repetition_is_the_share_of_n_grams_that_stood_before() -> None:

@@ -1,13 +1,14 @@
 """Everything that can be wrong with a batch handed to `step()`, found before any state moves."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.rollout.experience import Responses
+from rlhf_ppo.rollout.sampling import Samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,37 @@ def check_step_inputs(
         mask=pad_rows([row.float() for row in rows]).bool().to(device),
         scores=_together(checked, responses).to(device),
     )
+
+
+def check_count(samples: Samples, expected: int) -> None:
+    """Refuse a sampler's answer that does not have one of everything for each response."""
+    counts = {name: len(getattr(samples, name)) for name in ("prompts", "responses", "finished")}
+    if samples.logprobs is not None:
+        counts["logprobs"] = len(samples.logprobs)
+    for name, count in counts.items():
+        if count != expected:
+            raise ValueError(
+                f"expected {expected} {name} from the sampler, got {count}: responses would be scored with others' "
+                "prompts. A sampler returns `num_return_sequences` responses to each prompt, side by side."
+            )
+
+
+def check_samples(samples: Samples, limits: Limits, *, device: torch.device) -> None:
+    """Refuse responses that cannot be learned from, as `step()` would; naming the first sample that is wrong.
+
+    Raises:
+        ValueError: Tokens the model does not know, an empty response, too long a row, a log-probability that is none.
+    """
+    zeros = [torch.tensor(0.0)] * len(samples.responses)
+    unbounded = replace(limits, batch_size=None)
+    check_step_inputs(samples.prompts, samples.responses, zeros, None, limits=unbounded, device=device)
+    for index, (row, response) in enumerate(zip(samples.logprobs or (), samples.responses, strict=False)):
+        if row.shape != response.shape or not bool((row.isfinite() & (row <= 1e-3)).all()):
+            raise ValueError(
+                f"expected a log-probability <= 0 for each of the {len(response)} tokens of response {index} from the "
+                f"sampler, got {_short(row)}: probability ratios would be nan or wrong. Return log-probabilities in "
+                "nats of the tokens drawn, or logprobs=None."
+            )
 
 
 def _without_start(

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.functional import missing_eos_penalty
+from rlhf_ppo.rollout.checks import Limits, check_count, check_samples
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptBatch
 from rlhf_ppo.rollout.reward_failures import RAISE, RewardFailures
@@ -51,6 +52,7 @@ class Collector:
         device: Where the policy is.
         failures: What happens when a reward source fails.
         fresh_weights: Surrounds every draw: inside, the sampler sees the policy whole and as it is.
+        limits: What the model can take: a sampler of somebody else's is held to it. None: it is trusted.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class Collector:
     device: torch.device
     failures: RewardFailures = RAISE
     fresh_weights: Callable[[], AbstractContextManager[object]] = nullcontext
+    limits: Limits | None = None
 
     def draw(self, batch: PromptBatch, generator: torch.Generator) -> Collected:
         """`num_return_sequences` responses to each prompt, side by side."""
@@ -67,6 +70,7 @@ class Collector:
         with self.fresh_weights():
             samples = self.sampler(self.model, prompts, self.sampling, generator=generator)
         repeat = self.sampling.num_return_sequences
+        check_count(samples, len(prompts) * repeat)
         return Collected(
             samples=samples,
             prompts=[text for text in batch.texts for _ in range(repeat)],
@@ -77,7 +81,9 @@ class Collector:
         )
 
     def score(self, collected: Collected, sources: Sources, missing_eos: MissingEOS | None = None) -> Scores:
-        """Ask the sources about the texts; then charge responses that never stopped."""
+        """Check what was drawn, ask the sources about the texts; then charge responses that never stopped."""
+        if self.limits is not None:
+            check_samples(collected.samples, self.limits, device=self.device)
         request = RewardRequest(
             prompts=collected.prompts,
             responses=collected.responses,

@@ -175,6 +175,11 @@ class PromptDataset:
         """How many prompts can be drawn."""
         return len(self._rows)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return int(np.diff(self._ends, prepend=0).max())
+
     def __getitem__(self, index: int) -> Int[Tensor, " prompt"]:
         """Token ids of one prompt, 1-D int64."""
         index = range(len(self))[index]

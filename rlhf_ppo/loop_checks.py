@@ -1,0 +1,100 @@
+"""What the managed loop refuses before its first rollout, and what it does with a rollout that nothing is left of."""
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlhf_ppo.processes import Processes
+from rlhf_ppo.rollout.decode_support import check_positions
+from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.rollout.reward_failures import RewardFailures
+from rlhf_ppo.rollout.reward_sources import RewardSourceError, Sources, combine
+from rlhf_ppo.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    import rlhf_ppo.trainer
+
+MOST_LOST = 3
+"""Rollouts in a row without one usable score, after which the run ends."""
+
+
+def check_inputs(
+    trainer: "rlhf_ppo.trainer.PPOTrainer",
+    config: TrainConfig,
+    *,
+    prompts: PromptDataset,
+    eval_prompts: PromptDataset | None,
+    rewards: Sources,
+    judges: Sources | None,
+) -> None:
+    """Refuse what would otherwise fail in the middle of a run, or be ignored.
+
+    Raises:
+        ValueError, TypeError: Naming what, before anything is drawn.
+    """
+    combine(rewards)
+    if judges is not None:
+        combine(judges)
+    if config.eval_every and eval_prompts is None:
+        raise ValueError(
+            f"expected held-out prompts for eval_every={config.eval_every}, got none: no evaluation would ever be "
+            "made. Pass `eval_prompts=` to train(), or set eval_every=0."
+        )
+    if config.guards.judge.limit is not None and (judges is None or not config.eval_every):
+        raise ValueError(
+            f"expected judges and evaluations for guards.judge, got judges={judges!r:.40} and "
+            f"eval_every={config.eval_every}: the score could run away unseen. Pass `judges=` to train() and set "
+            "eval_every, or leave guards.judge without a limit."
+        )
+    vocab_size = trainer.limits.vocab_size
+    if vocab_size is not None and any(token >= vocab_size for token in config.sampling.stop_token_ids):
+        raise ValueError(
+            f"expected stop_token_ids below the model's vocabulary of {vocab_size}, got "
+            f"{config.sampling.stop_token_ids}: no response would ever stop. Take them from the model's own tokenizer."
+        )
+    if not trainer.is_encoder_decoder:
+        sets = [prompts] if eval_prompts is None else [prompts, eval_prompts]
+        longest = max(dataset.longest for dataset in sets)
+        check_positions(trainer.model.pretrained_model.config, longest + config.sampling.max_new_tokens)
+
+
+@dataclass
+class LostRollouts:
+    """Rollouts of which no sample was left, because a reward source failed on all of them."""
+
+    processes: Processes
+    failures: RewardFailures
+    total: int = 0
+    in_a_row: int = 0
+
+    def is_lost(self, kept: int) -> bool:
+        """Whether no process has anything to learn from; the same answer on all.
+
+        Args:
+            kept: Samples of this process that can be learned from.
+
+        Raises:
+            ValueError: Nothing is left, and failures are to be raised.
+            RewardSourceError: Too many rollouts in a row were lost.
+        """
+        left = torch.tensor(float(kept), device=self.processes.accelerator.device)
+        if float(self.processes.reduce_sum(left)) > 0:
+            self.in_a_row = 0
+            return False
+        if self.failures.on_failure == "raise":
+            raise ValueError(
+                "every sample of the batch was skipped by a reward source: there is nothing to learn from. Let it "
+                "return numbers, or set `TrainConfig.reward_failures` to on_failure='drop' to draw another batch."
+            )
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row >= MOST_LOST:
+            raise RewardSourceError(
+                f"expected a score for some sample, got none in {self.in_a_row} rollouts in a row: nothing was learned "
+                "from them and nothing has changed. See what the reward sources answer, and start again: the run goes "
+                "on from its checkpoint."
+            )
+        warnings.warn("A rollout was lost: reward sources failed on every sample. Drawing another.", stacklevel=3)
+        return True
