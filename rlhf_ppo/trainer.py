@@ -272,6 +272,7 @@ class PPOTrainer(ClassicSurface):
         model_config = self.model.pretrained_model.config
         return Limits(
             batch_size=self.config.batch_size,
+            needs_groups=self.algorithm.needs_groups,
             vocab_size=getattr(model_config, "vocab_size", None),
             max_positions=getattr(model_config, "max_position_embeddings", None),
             start_token_id=start_token_of(self.model.pretrained_model) if self.is_encoder_decoder else None,

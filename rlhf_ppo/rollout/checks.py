@@ -21,6 +21,8 @@ class Limits:
     """Token ids must lie below; None: unknown."""
     max_positions: int | None
     """Most tokens of prompt and response together (of each, with an encoder-decoder); None: no bound."""
+    needs_groups: bool = False
+    """Whether the algorithm compares responses to one prompt, of which `step()` is told nothing."""
     start_token_id: int | None = None
     """What `generate` puts before the responses of an encoder-decoder: no action, so it is taken off. None: nothing."""
 
@@ -47,6 +49,12 @@ def check_step_inputs(
     Raises:
         ValueError: Naming the first sample that is wrong, what was expected and what came.
     """
+    if limits.needs_groups:
+        raise ValueError(
+            "expected an algorithm that learns from single responses, got one that compares the responses to a prompt: "
+            "`step()` does not know which belong together, so every advantage would be 0. Use `train()` with "
+            "num_return_sequences >= 2, or PPOClip, PPOPenalty, TRPO or Reinforce."
+        )
     named: dict[str, Sequence[Tensor]] = {"queries": queries, "responses": responses, "scores": scores}
     if masks is not None:
         named["response_masks"] = masks
@@ -94,7 +102,7 @@ def check_samples(samples: Samples, limits: Limits, *, device: torch.device) -> 
         ValueError: Tokens the model does not know, an empty response, too long a row, a log-probability that is none.
     """
     zeros = [torch.tensor(0.0)] * len(samples.responses)
-    unbounded = replace(limits, batch_size=None)
+    unbounded = replace(limits, batch_size=None, needs_groups=False)
     check_step_inputs(samples.prompts, samples.responses, zeros, None, limits=unbounded, device=device)
     for index, (row, response) in enumerate(zip(samples.logprobs or (), samples.responses, strict=False)):
         if row.shape != response.shape or not bool((row.isfinite() & (row <= 1e-3)).all()):

@@ -1,0 +1,67 @@
+"""One process is handed what it must refuse; run under torchrun, each process writes down what it was told."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.rollout.reward_sources import RewardFailures
+from rlhf_ppo.rollout.sampling import SamplingConfig
+from tests.helpers import tiny_gpt2, tiny_tokenizer
+
+QUERIES, RESPONSES = [torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8, 9]), torch.tensor([10])]
+
+
+def main(folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    tokenizer = tiny_tokenizer()
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(n_layer=1, n_embd=8, n_head=1))
+    config = PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1, most_skips_in_a_row=2, dump_dir=str(folder))
+    prompts = PromptDataset.from_texts(["The movie", "I", "We", "This"], tokenizer)
+    trainer = PPOTrainer(config, model, tokenizer=tokenizer, dataset=prompts)
+    rank = trainer.accelerator.process_index
+    said: dict[str, Any] = {}
+
+    def note(name: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+            said[name] = "accepted"
+        except (ValueError, FloatingPointError, RuntimeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+        parameters = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+        said[f"{name}, weights"] = float(parameters.double().abs().sum())
+
+    def step(first: float) -> Callable[[], object]:
+        return lambda: trainer.step(QUERIES, RESPONSES, [torch.tensor(first), torch.tensor(-1.0)])
+
+    def train(source: Any, **settings: Any) -> Callable[[], object]:
+        sampling = SamplingConfig(max_new_tokens=3)
+        return lambda: trainer.train(source, TrainConfig(iterations=1, sampling=sampling, progress=False, **settings))
+
+    def fails_on_the_second(responses: list[str]) -> list[float]:
+        if rank == 1:
+            raise OSError("no route")
+        return [1.0] * len(responses)
+
+    note("start", lambda: None)
+    note("nan on process 1", step(math.nan if rank == 1 else 1.0))
+    note("reward fails on process 1", train(fails_on_the_second))
+    drop = RewardFailures(on_failure="drop", backoff=0.0)
+    note("reward drops on process 1", train(fails_on_the_second, reward_failures=drop))
+    note("overflow on process 1, first", step(1e30 if rank == 1 else 1.0))
+    note("overflow on process 1, second", step(1e30 if rank == 1 else 1.0))
+    note("good", step(1.0))
+    (folder / f"{rank}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
