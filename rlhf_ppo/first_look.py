@@ -1,6 +1,6 @@
 """When the doctor looks by itself: once, at the first step, on the main process."""
 
-import warnings
+import logging
 from typing import TYPE_CHECKING
 
 from rlhf_ppo.doctor import Diagnosis, Specimen, examine_tokens
@@ -8,6 +8,8 @@ from rlhf_ppo.doctor_forward import examine_model
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer
+
+logger = logging.getLogger(__name__)
 
 
 def diagnose(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen) -> Diagnosis:
@@ -26,5 +28,5 @@ def first_look(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen) -> Diagn
         return None
     found = diagnose(trainer, batch)
     for finding in found.warnings:
-        warnings.warn(f"The doctor found something in the first batch. {finding}", stacklevel=4)
+        logger.warning("The doctor found something in the first batch. %s", finding)
     return found

@@ -1,6 +1,7 @@
 """The doctor: each finding is made where its cause is present, and not where it is absent."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ def test_a_model_that_draws_random_numbers_is_found_by_its_ratio(trainer: PPOTra
 
 def test_a_model_that_sees_other_rows_is_found(trainer: PPOTrainer) -> None:
     batch = drawn(trainer)
-    with hooked(trainer.model.pretrained_model.transformer.wte, lambda output: output + output.mean(0, keepdim=True)):
+    with hooked(trainer.model.pretrained_model.transformer.wte, lambda output: output + output.mean(1, keepdim=True)):
         found = trainer.diagnose(batch)
     assert "padding" in found.names()
 
@@ -183,16 +184,18 @@ def test_scores_and_responses_without_any_difference_are_noted() -> None:
     assert not {"equal_scores", "equal_responses"} & other.names()
 
 
-def test_the_first_step_is_looked_at_once_and_the_warning_has_cause_and_remedy() -> None:
+def test_the_first_step_is_looked_at_once_and_the_warning_has_cause_and_remedy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     own = trainer_of(batch_size=8, mini_batch_size=4, diagnose=True, ppo_epochs=1)
     batch = drawn(own, replace(PLAIN, do_sample=False))
     arguments = PROMPTS, list(batch.responses), [torch.tensor(float(row)) for row in range(8)]
-    with pytest.warns(
-        UserWarning, match=r"The doctor found .* truncated: .* Cause: .* Remedy: generate with do_sample"
-    ):
-        own.step(*arguments)
+    own.step(*arguments)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "rlhf_ppo.first_look"]
+    assert re.search(r"The doctor found .* truncated: .* Cause: .* Remedy: generate with do_sample", said)
     assert own.diagnosis is not None and "truncated" in own.diagnosis.names()
-    own.step(*arguments)  # a second warning would be an error
+    own.step(*arguments)
+    assert len([record for record in caplog.records if record.name == "rlhf_ppo.first_look"]) == 1
 
 
 def test_a_look_changes_no_result() -> None:

@@ -53,13 +53,20 @@ def test_every_guard_sees_the_hack_and_leaves_its_beginning_alone(hacked: TrainS
     assert hacked.history[-1]["env/reward_mean"] > 2 * hacked.history[0]["env/reward_mean"], "it was a hack that paid"
 
 
-def test_the_length_guard_sees_responses_grow_or_shrink(hacked: TrainState) -> None:
-    drift = [row["guard/length_drift"] for row in hacked.history]
-    assert drift[0] == 1.0
-    assert max(drift) > 1.05
-    limit = 1 + (max(drift) - 1) / 2
-    watch = GuardWatch(Guards(length=Guard(limit=limit)))
-    assert any(watch.verdict(row).stop for row in hacked.history)
+def test_the_length_guard_stops_a_policy_that_is_paid_by_the_token() -> None:
+    """Every second token stops, so responses are short; a policy that avoids them writes longer ones."""
+    own = trainer(batch_size=16, mini_batch_size=16, learning_rate=1e-2, init_kl_coef=0.0, adap_kl_ctrl=False)
+    sampling = SamplingConfig(max_new_tokens=16, stop_token_ids=tuple(range(3, 320, 2)))
+    guards = Guards(length=Guard(limit=1.5))
+    settings = TrainConfig(iterations=40, sampling=sampling, progress=False, guards=guards)
+
+    def counts_letters(responses: Sequence[str], **_: Any) -> list[float]:
+        return [float(len(response)) for response in responses]
+
+    state = own.train(counts_letters, settings)
+    assert state.stopped is not None
+    assert state.stopped.startswith("length drift: ")
+    assert state.history[0]["guard/length_drift"] == 1.0
 
 
 def test_a_guard_stops_the_run_with_its_reason_and_a_checkpoint(tmp_path: Path) -> None:
@@ -140,10 +147,10 @@ def test_a_dropped_response_takes_its_group_with_it() -> None:
     assert torch.allclose(advantages, torch.tensor([-1.0, 1.0] * 3)), advantages
 
 
-def test_the_first_rollout_is_looked_at() -> None:
+def test_the_first_rollout_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
     own = trainer()
-    with pytest.warns(UserWarning, match=r"The doctor found .* responses are drawn with top_k=5"):
-        own.train(share_of_e, TrainConfig(iterations=2, sampling=replace(SAMPLING, top_k=5), progress=False))
+    own.train(share_of_e, TrainConfig(iterations=2, sampling=replace(SAMPLING, top_k=5), progress=False))
+    assert "responses are drawn with top_k=5" in caplog.text
     assert own.diagnosis is not None
     assert {"sampler", "sampling"} <= own.diagnosis.names()
 
@@ -196,6 +203,4 @@ def test_what_the_loop_would_ignore_or_stumble_over_later_is_refused_at_once() -
         own.train(share_of_e, TrainConfig(sampling=SamplingConfig(max_new_tokens=4, stop_token_ids=(999,))))
     with pytest.raises(ValueError, match="lower max_new_tokens"):
         own.train(share_of_e, TrainConfig(sampling=SamplingConfig(max_new_tokens=127)))
-    with pytest.raises(TypeError, match="'judge' must be a callable"):
-        own.train({"judge": 3}, config())
     assert own.optimizer.state == {}

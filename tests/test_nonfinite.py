@@ -84,7 +84,7 @@ def test_a_finite_step_replays_number_by_number(tmp_path: Path) -> None:
     assert found.samples == []
     for name, value in found.recorded.items():
         if name != "policy/grad_norm":
-            assert math.isclose(value, found.metrics[name], rel_tol=1e-5, abs_tol=1e-7), name
+            assert math.isclose(value, found.metrics[name], rel_tol=1e-5, abs_tol=1e-6), name
     assert main([str(tmp_path / "dump-0")]) == 1
 
 
@@ -122,6 +122,6 @@ def test_what_is_no_dump_is_said_in_a_line(tmp_path: Path, capsys: pytest.Captur
 def test_group_algorithms_refuse_a_step_without_groups_before_anything_moves() -> None:
     trainer = trainer_of(arguments={"algorithm": GRPO()})
     before = state(trainer)
-    with pytest.raises(ValueError, match="group"):
+    with pytest.raises(ValueError, match="compares the responses to a prompt"):
         trainer.step(QUERIES, RESPONSES, SCORES)
     assert state(trainer) == before

@@ -80,7 +80,7 @@ def test_v2_a_response_that_ends_in_another_stop_token_is_not_charged_for_a_miss
     own = trainer()
     stops = tuple(token for token in range(2, 320) if token % 2)
     sampling = SamplingConfig(max_new_tokens=4, stop_token_ids=stops)
-    settings = TrainConfig(iterations=1, sampling=sampling, progress=False, missing_eos=MissingEOS(penalty=-7.0))
+    settings = TrainConfig(iterations=1, sampling=sampling, progress=False, missing_eos=MissingEOS(penalty=7.0))
     state = own.train(lambda responses: [1.0] * len(responses), settings)
     finished = state.history[0]["tokens/finished_share"]
     assert finished > 0

@@ -80,7 +80,7 @@ def step(**change: Any) -> Callable[[], object]:
         if "response_masks" in change:
             good["response_masks"] = [torch.ones(2), torch.ones(1)]
         for name, value in change.items():
-            if isinstance(value, tuple):
+            if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], int):
                 good[name] = [*good[name][: value[0]], value[1], *good[name][value[0] + 1 :]]
             else:
                 good[name] = value
@@ -100,9 +100,9 @@ def train(rewards: Any = None, **settings: Any) -> Callable[[], object]:
     return call
 
 
-def prompts(column: list[Any], name: str = "prompt", **options: Any) -> Callable[[], object]:
+def prompts(values: list[Any], name: str = "prompt", **options: Any) -> Callable[[], object]:
     """A prompt dataset of one column."""
-    return lambda: PromptDataset(datasets.Dataset.from_dict({name: column}), tokenizer(), **options)
+    return lambda: PromptDataset(datasets.Dataset.from_dict({name: values}), tokenizer(), **options)
 
 
 def scores(answer: Any) -> Callable[[], object]:

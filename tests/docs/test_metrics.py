@@ -12,7 +12,7 @@ from tests.docs.pages import ROOT
 from tests.helpers import tiny_gpt2, tiny_tokenizer
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
-NAMES = set(re.findall(r"`((?:objective|ppo|tokens|sampler|time|work|env|eval)/[\w/*]+)`", PAGE))
+NAMES = set(re.findall(r"`((?:objective|ppo|tokens|sampler|time|work|env|eval|guard)/[\w/*]+)`", PAGE))
 
 
 def is_documented(name: str) -> bool:
