@@ -225,10 +225,10 @@ class PPOConfig:
         positive += ("most_skips_in_a_row",)
         for name in positive:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: nothing would be done. Use 1.")
         for name in ("temperature", "cliprange", "horizon", "ratio_threshold", "adam_eps"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}: it divides or bounds. Use 1.0.")
         if self.importance_sampling_cap is not None and not self.importance_sampling_cap >= 1:
             raise ValueError(
                 f"importance_sampling_cap must be at least 1 (or None), got {self.importance_sampling_cap}: where "
@@ -236,7 +236,9 @@ class PPOConfig:
             )
         check_placement(self.kl_penalty, self.kl_placement)
         if self.learning_rate < 0 or not math.isfinite(self.learning_rate):
-            raise ValueError(f"learning_rate must be finite and not negative, got {self.learning_rate}")
+            raise ValueError(
+                f"learning_rate must be finite and not negative, got {self.learning_rate}: steps go uphill. Use 1e-5."
+            )
 
 
 def _object(name: str, text: str) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_ppo.algorithms import AlgorithmConfig
+from rlhf_ppo.algorithms import config as algorithm_settings
 from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.finite import broken_parameters
 from rlhf_ppo.updates.nonfinite import NonFiniteUpdateError
@@ -60,7 +61,8 @@ def write_dump(trainer: "rlhf_ppo.trainer.PPOTrainer", error: NonFiniteUpdateErr
 
 def read_batch(folder: Path) -> TrainBatch:
     """The batch of a dump, the rows of all processes."""
-    found = load_file(folder / BATCH)
+    found: dict[str, Any] = load_file(folder / BATCH)
+    found |= json.loads((folder / FACTS).read_text(encoding="utf-8"))["batch"]
     ragged = {}
     for name in ("prompts", "responses"):
         tokens, lengths = found.pop(f"{name}.tokens"), found.pop(f"{name}.lengths")
@@ -70,21 +72,22 @@ def read_batch(folder: Path) -> TrainBatch:
 
 def algorithm_of(facts: dict[str, Any]) -> AlgorithmConfig:
     """The algorithm's configuration as it was."""
-    kinds = {kind.__name__: kind for kind in get_args(AlgorithmConfig)}
-    config: AlgorithmConfig = _rebuilt(kinds[facts["name"]], facts["settings"])
-    return config
+    found: AlgorithmConfig = _decoded(facts)
+    return found
 
 
-def _rebuilt(kind: Any, values: dict[str, Any]) -> Any:
-    hints = get_type_hints(kind)
-    return kind(
-        **{
-            item.name: _rebuilt(hints[item.name], values[item.name])
-            if is_dataclass(hints[item.name])
-            else values[item.name]
-            for item in fields(kind)
-        }
-    )
+def _encoded(value: Any) -> Any:
+    if not is_dataclass(value):
+        return value
+    settings = {item.name: _encoded(getattr(value, item.name)) for item in fields(value)}
+    return {"kind": type(value).__name__, "settings": settings}
+
+
+def _decoded(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kind = vars(algorithm_settings)[value["kind"]]
+    return kind(**{name: _decoded(setting) for name, setting in value["settings"].items()})
 
 
 def _tensors(batch: TrainBatch) -> dict[str, Tensor]:
@@ -104,8 +107,13 @@ def _facts(trainer: "rlhf_ppo.trainer.PPOTrainer", error: NonFiniteUpdateError) 
         "format": FORMAT,
         "message": str(error),
         "rows": error.rows.tolist(),
+        "batch": {
+            item.name: value
+            for item in fields(error.batch)
+            if isinstance(value := getattr(error.batch, item.name), int | float)
+        },
         "metrics": {name: repr(value) for name, value in error.metrics.items()},  # JSON has no nan
-        "algorithm": {"name": type(trainer.algorithm_config).__name__, "settings": asdict(trainer.algorithm_config)},
+        "algorithm": _encoded(trainer.algorithm_config),
         "update": trainer.algorithm.update.state_dict(),
         "minibatch": asdict(trainer._minibatch()),
         "scoring": {"temperature": config.temperature, "chunk_size": config.logits_chunk_size},

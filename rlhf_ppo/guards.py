@@ -196,12 +196,12 @@ def repetition(tokens: Sequence[int], n: int = NGRAM) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def with_budget(guards: Guards, max_kl: float | None) -> Guards:
+def with_budget(guards: Guards, max_reference_kl: float | None) -> Guards:
     """The same guards under a KL budget, unless they have one of their own."""
-    if max_kl is None or guards.kl.limit is not None:
+    if max_reference_kl is None or guards.kl.limit is not None:
         return guards
     settings = {item.name: getattr(guards, item.name) for item in fields(Guards)}
-    return Guards(**settings | {"kl": Guard(limit=max_kl)})
+    return Guards(**settings | {"kl": Guard(limit=max_reference_kl)})
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
