@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
@@ -129,4 +130,5 @@ def is_plain_head(head: nn.Module) -> bool:
     if type(head) not in (nn.Linear, FastLinear) or head._forward_hooks or head._forward_pre_hooks:
         return False
     weight = head.weight
-    return isinstance(weight, Tensor) and weight.numel() > 0 and type(weight.data) is Tensor
+    whole = type(weight.data) in (Tensor, FakeTensor)  # FakeTensor: a plan's weights, which have no content
+    return isinstance(weight, Tensor) and weight.numel() > 0 and whole

@@ -1,0 +1,87 @@
+"""What is planned: the settings of a run that its memory and time depend on."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import yaml
+
+Strategy: TypeAlias = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
+Precision: TypeAlias = Literal["float32", "bf16-mixed", "bfloat16"]
+
+
+class PlanError(ValueError):
+    """Settings that cannot be planned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """A run, as far as memory and time depend on it. Sizes are those of one process, one process a device."""
+
+    model: str = "gpt2"
+    """A preset (gpt2, 1b, 7b, 70b), or a folder or file with a model's config.json."""
+    reward_model: str | None = None
+    """The same for a reward model held beside the policy; none: rewards come from a function or a server."""
+    strategy: Strategy = "ddp"
+    """How processes share: ddp (whole everywhere), zero1, zero2, zero3 (DeepSpeed), fsdp (full shard)."""
+    precision: Precision = "float32"
+    """float32; bf16-mixed (autocast; under DeepSpeed bf16 weights with float32 masters); bfloat16 weights."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on all linear layers; 0 trains every weight."""
+    batch_size: int = 64
+    """Responses of one iteration."""
+    mini_batch_size: int = 8
+    """Responses of one forward and backward pass."""
+    gradient_accumulation_steps: int = 1
+    """Passes of one optimiser step."""
+    ppo_epochs: int = 4
+    """Passes over an iteration's responses."""
+    prompt_tokens: int = 64
+    """Longest prompt."""
+    new_tokens: int = 64
+    """Longest response."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    logits_chunk_size: int = 1024
+    """Response tokens whose logits may live at once."""
+    decode_rows: int = 512
+    """Rows decoded at once, at most (`DecodeLoop.max_rows`)."""
+    kv_budget_gib: float = 4.0
+    """Keys and values alive at once, at most (`DecodeLoop.kv_budget_bytes`)."""
+    memory_gib: float = 80.0
+    """Memory of one device, to say what fits."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("strategy", get_args(Strategy)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in choices:
+                raise PlanError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for item in fields(self):
+            value, least = getattr(self, item.name), 0 if item.name == "lora_rank" else 1
+            if item.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise PlanError(f"{item.name} must be a whole number of at least {least}, got {value!r}")
+            if item.type is float and not (isinstance(value, int | float) and value > 0):
+                raise PlanError(f"{item.name} must be a positive number, got {value!r}")
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and response together."""
+        return self.prompt_tokens + self.new_tokens
+
+
+def read_config(path: str | Path, **overrides: Any) -> PlanConfig:
+    """Settings from a YAML or JSON file, those of `overrides` that are not None on top.
+
+    Raises:
+        PlanError: The file cannot be read, or names a setting that does not exist.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise PlanError(f"{path} cannot be read as YAML or JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise PlanError(f"{path} must hold names and values, got {type(content).__name__}")
+    known = {item.name for item in fields(PlanConfig)}
+    unknown = sorted(set(content) - known)
+    if unknown:
+        raise PlanError(f"{path} has {', '.join(unknown)}; the settings of a plan are {', '.join(sorted(known))}")
+    return replace(PlanConfig(**content), **{name: value for name, value in overrides.items() if value is not None})

@@ -1,0 +1,115 @@
+"""Live bytes of a computation that is never carried out: the real code on tensors without content."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rlhf_ppo.batch import TokenInputs
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, from their birth to their end.
+
+    It sees what PyTorch allocates, not what a library takes for itself (workspaces of matrix kernels, an allocator's
+    spare blocks).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.live = 0
+        """Bytes alive now."""
+        self.peak = 0
+        """Most bytes alive at once since `restart`."""
+        self._alive: set[int] = set()
+
+    def restart(self) -> int:
+        """Forget the peak; returns the bytes alive."""
+        self.peak = self.live
+        return self.live
+
+    def leave_out(self, tensors: Iterator[Tensor]) -> None:
+        """Not to be counted: what was there before (weights)."""
+        self._alive.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The code asks whether a mask is all True and whether a difference is 0. Without content the answer is yes.
+        if func is torch.ops.aten._local_scalar_dense.default and _has_no_content(args[0]):
+            return True if args[0].dtype is torch.bool else 0
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._end, key, size)
+
+    def _end(self, key: int, size: int) -> None:
+        self.live -= size
+        self._alive.discard(key)
+
+
+def _has_no_content(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) and tensor.constant is None
+
+
+class ShapedInputs(TokenInputs):
+    """Tokens of which only the number counts; their lengths are known although their values are not."""
+
+    def response_lengths(self) -> Int[Tensor, " batch"]:
+        with unset_fake_temporarily():
+            return super().response_lengths()
+
+    def costs(self) -> Int[Tensor, " batch"]:
+        with unset_fake_temporarily():
+            return super().costs()
+
+
+def without_content(build: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.Module:
+    """The module that `build` makes, with parameters of the right shape and type on the CPU and nothing in them.
+
+    It is built on the meta device, where everything can be converted, and then given CPU tensors, for which attention,
+    autocast and checkpointing take the paths that they take in training.
+    """
+    with torch.device("meta"):
+        module = build()
+    made: dict[int, Tensor] = {}
+
+    def empty(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            with mode:
+                content = torch.empty(tensor.shape, dtype=tensor.dtype)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(content, tensor.requires_grad) if is_parameter else content
+        return made[id(tensor)]
+
+    for part in module.modules():
+        for store in (part._parameters, part._buffers):
+            for name, tensor in list(store.items()):
+                if tensor is not None:
+                    store[name] = empty(tensor)  # type: ignore[assignment]
+    return module
+
+
+@contextmanager
+def counting(module: nn.Module, mode: FakeTensorMode) -> Iterator[LiveBytes]:
+    """Inside, tensors have no content, and their bytes are counted; the module's own are not."""
+    live = LiveBytes()
+    live.leave_out(iter([*module.parameters(), *module.buffers()]))
+    with mode, live:
+        yield live

@@ -1,0 +1,178 @@
+"""The planner: parameter counts, live bytes, shares, work, the command line, and recorded runs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import GPT2Config, LlamaConfig
+
+from rlhf_ppo.models.scoring import TokenPolicy
+from rlhf_ppo.plan import PlanConfig, PlanError, Traces, make_plan
+from rlhf_ppo.plan.__main__ import main
+from rlhf_ppo.plan.compute import Rates, work
+from rlhf_ppo.plan.config import read_config
+from rlhf_ppo.plan.memory import GIB
+from rlhf_ppo.plan.models import PRESETS, build, with_layers
+from rlhf_ppo.plan.traces import _inputs, _slopes, _trace
+from rlhf_ppo.plan.tracing import LiveBytes, counting, without_content
+from tests.plan.record import RESULTS, RUNS
+
+TINY = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=512)
+SMALL = PlanConfig(batch_size=4, mini_batch_size=2, prompt_tokens=8, new_tokens=8)
+FLAT = Traces(
+    parameters=1000, trainable=1000, head_parameters=200, lookup_parameters=0, weights=4000, value_head=40,
+    gradients=4000, largest_layer=400, scoring=10, saved=500, first_pass=6000, next_pass=7000, prefill=5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("gpt2", 124_439_808), ("1b", 1_235_814_400), ("7b", 6_738_415_616), ("70b", 68_976_648_192)],
+)
+def test_presets_have_the_parameters_of_the_published_models(name: str, parameters: int) -> None:
+    """GPT-2 small, Llama 3.2 1B, Llama 2 7B and 70B; the value head adds a weight a hidden unit and a bias."""
+    with torch.device("meta"):
+        model = build(PRESETS[name], PlanConfig())
+    assert sum(p.numel() for p in model.parameters()) == parameters + PRESETS[name].hidden_size + 1
+
+
+def test_live_bytes_are_counted_from_birth_to_end() -> None:
+    with LiveBytes() as live:
+        first = torch.zeros(100)
+        second = first + 1
+        view = second[:10]
+        del first
+        assert (live.live, live.peak) == (400, 800)
+        del second
+        assert live.live == 400  # the view keeps the storage
+        del view
+        assert live.live == 0
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [TINY, LlamaConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=9)],
+    ids=["gpt2", "llama"],
+)  # fmt: skip
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 4}, {"precision": "bf16-mixed"}], ids=str)
+def test_bytes_without_content_are_those_of_the_real_pass(shape: Any, settings: dict[str, Any]) -> None:
+    """The same forward and backward pass with real tensors, counted alike: within 2 percent."""
+    plan, peaks = replace(SMALL, new_tokens=56, **settings), []
+    for real in (True, False):
+        mode = FakeTensorMode()
+        model = build(shape, plan) if real else without_content(lambda: build(shape, plan), mode)
+        live = LiveBytes()
+        live.leave_out(iter([*model.parameters(), *model.buffers()]))
+        with live if real else counting(model, mode) as live:
+            with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
+                output = TokenPolicy(model)(_inputs(plan, 4), with_entropy=True, slopes=_slopes)
+                (output.logprobs.sum() + output.values.sum()).backward()
+        peaks.append(live.peak)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+
+
+def test_deep_models_are_continued_along_a_straight_line() -> None:
+    """Depths 2 and 4 continued to 8 are the trace of depth 8 within 2 percent."""
+    two, four, eight = (_trace(with_layers(TINY, depth), SMALL) for depth in (2, 4, 8))
+    line = two.continued(four, 3.0)
+    for name in ("parameters", "weights", "saved", "next_pass", "first_pass", "scoring"):
+        assert getattr(line, name) == pytest.approx(getattr(eight, name), rel=0.02), name
+
+
+def test_shares_are_those_of_the_strategy() -> None:
+    """4000 bytes of float32 weights: Adam holds 8000, DeepSpeed another 4000 of masters, by the number of devices."""
+    ddp, one = make_plan(SMALL, FLAT, devices=4), make_plan(SMALL, FLAT)
+    assert one.roles["policy"] + one.roles["critic"] == one.roles["reference"] == one.roles["gradients"] == 4000
+    assert one.roles["optimizer"] == ddp.roles["optimizer"] == 8000
+    assert one.roles["buffers"] == 0 and ddp.roles["buffers"] == 4000  # DDP's buckets
+    assert one.phases["update"] == 4000 + 4000 + 8000 + 6000
+    expected = {"zero1": (4000, 4000, 3000), "zero2": (4000, 1000, 3000), "zero3": (1000, 1000, 3000)}
+    for strategy, (weights, gradients, optimizer) in expected.items():
+        plan = make_plan(replace(SMALL, strategy=strategy), FLAT, devices=4)
+        found = (plan.roles["policy"] + plan.roles["critic"], plan.roles["gradients"], plan.roles["optimizer"])
+        assert found == (weights, gradients, optimizer), strategy
+        assert plan.roles["reference"] == 4000  # whole on every device under ZeRO
+    sharded = make_plan(replace(SMALL, strategy="fsdp"), FLAT, devices=4)
+    assert sharded.roles["reference"] == sharded.roles["gradients"] == 1000
+    assert sharded.phases["rollout"] > 4000  # one whole copy is gathered to sample
+
+
+def test_adapters_need_no_reference_and_a_reward_model_is_whole() -> None:
+    plan = make_plan(replace(SMALL, lora_rank=8), FLAT, reward_weights=123.0)
+    assert plan.roles["reference"] == 0 and plan.roles["reward"] == 123
+
+
+def test_accumulated_gradients_count_from_the_first_pass_on() -> None:
+    once, twice = SMALL, replace(SMALL, gradient_accumulation_steps=2)
+    assert make_plan(twice, FLAT).phases["update"] - make_plan(once, FLAT).phases["update"] == 7000 - 6000
+
+
+def test_work_is_two_operations_a_weight_and_token() -> None:
+    """800 trunk weights, 200 in the head; 4 rows of 16 tokens, 8 of them answers. Attention 4·h·L·16/2 a token."""
+    plan = replace(SMALL, model="gpt2", ppo_epochs=3)
+    forward = 4 * (16 * (2 * 800 + 4 * 768 * 12 * 8) + 8 * 2 * 200)
+    done = work(plan, FLAT)
+    assert done.rollout == forward and done.scoring == 2 * forward and done.update == 3 * 3 * forward
+    assert work(replace(plan, lora_rank=4), FLAT).update == 3 * 2 * forward
+    assert done.seconds(Rates(rollout=forward, scoring=forward, update=forward)) == {
+        "rollout": 1.0, "scoring": 2.0, "update": 9.0,
+    }  # fmt: skip
+
+
+def test_the_page_says_how_far_off_the_recorded_plans_were() -> None:
+    """What was planned and measured in one process each: `python -m tests.plan.record`."""
+    runs = json.loads(RESULTS.read_text())["runs"]
+    assert {run["name"] for run in runs} == set(RUNS)
+    page = (RESULTS.parents[1] / "scaling.md").read_text()
+    for run in runs:
+        assert run["error"] == pytest.approx(run["planned"] / run["measured"] - 1)
+        cells = f"{run['measured'] / 2**20:.0f} | {run['planned'] / 2**20:.0f} | {run['error']:+.0%}"
+        assert f"| {run['name']} | {cells} |" in page
+
+
+def test_the_command_prints_roles_phases_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TINY.save_pretrained(tmp_path)
+    settings, rates = tmp_path / "plan.yaml", tmp_path / "rates.json"
+    settings.write_text(f"model: {tmp_path}\nbatch_size: 4\nmini_batch_size: 2\nprompt_tokens: 8\nnew_tokens: 8\n")
+    rates.write_text(json.dumps({"rates": {"rollout": 1e9, "scoring": 1e9, "update": 1e9}}))
+    assert main(["--config", str(settings), "--gpus", "1", "8", "--strategy", "zero2", "--rates", str(rates)]) == 0
+    text = capsys.readouterr().out
+    for word in ("optimizer", "activations", "kv", "peak update", "fits 80 GiB", "response tokens a second"):
+        assert word in text, word
+    assert main(["--config", str(settings), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plans"][0]["peak"] == max(found["plans"][0]["phases"].values())
+    assert found["config"]["batch_size"] == 4 and found["rates"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no-such"], "neither a preset (gpt2, 1b, 7b, 70b) nor a folder or file here"),
+        (["--strategy", "magic"], "strategy must be one of ddp, zero1, zero2, zero3, fsdp, got 'magic'"),
+        (["--batch-size", "0"], "batch_size must be a whole number of at least 1, got 0"),
+        (["--config", "no-such.yaml"], "no-such.yaml cannot be read"),
+        (["--rates", "no-such.json"], "holds no measured rates"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_misspelt_setting_in_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("modle: gpt2\n")
+    with pytest.raises(PlanError, match="has modle; the settings of a plan are batch_size"):
+        read_config(tmp_path / "plan.yaml")
+
+
+def test_what_does_not_fit_is_said() -> None:
+    assert not make_plan(replace(SMALL, memory_gib=1.0), replace(FLAT, weights=2.0 * GIB)).fits
+    assert make_plan(replace(SMALL, memory_gib=80.0), replace(FLAT, weights=2.0 * GIB)).fits
