@@ -1,4 +1,4 @@
-"""Plan 1B, 7B and 70B on 1 to 1024 devices: writes docs/results/scaling.json and docs/results/scaling.md.
+"""Plan 1B, 7B and 70B on 1 to 1024 devices: writes docs/results/scaling.json and the table in docs/scaling.md.
 
 python docs/results/scaling.py
 """
@@ -13,6 +13,8 @@ from rlhf_ppo.plan.compute import work
 from rlhf_ppo.plan.memory import GIB
 
 HERE = Path(__file__).parent
+BEGIN, END = "<!-- scaling -->", "<!-- /scaling -->"
+"""Around the table."""
 DEVICES = (1, 8, 64, 1024)
 BASE = PlanConfig(
     precision="bf16-mixed", batch_size=64, mini_batch_size=2, ppo_epochs=1, prompt_tokens=512, new_tokens=512,
@@ -48,14 +50,14 @@ def main() -> None:
                 }
             )  # fmt: skip
     (HERE / "scaling.json").write_text(json.dumps({"config": asdict(BASE), "rows": rows}, indent=1) + "\n")
-    (HERE / "scaling.md").write_text(table(rows))
+    page = HERE.parent / "scaling.md"
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(before + BEGIN + "\n" + table(rows) + END + rest.split(END)[1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Peak GiB of one device, the phase of the peak, and the work of an iteration."""
     lines = [
-        "# Plans: 1B, 7B and 70B",
-        "",
         "Planned, not measured: peak GiB of one device (u: in the update, r: in the rollout); bold if above 80.",
         f"{BASE.batch_size} responses a device and iteration, {BASE.prompt_tokens} + {BASE.new_tokens} tokens.",
         f"Micro-batches of {BASE.mini_batch_size}, bf16-mixed unless said, gradient checkpointing, one epoch.",

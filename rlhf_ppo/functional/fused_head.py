@@ -23,7 +23,9 @@ Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tenso
 
 MOST_BYTES = 2**24
 """Of one chunk of float32 logits on a CPU, whatever the vocabulary: it stays in the processor's cache, and below the
-size of block that the C library gives back to the system each time. Sixteen times as much elsewhere."""
+size of block that the C library gives back to the system each time."""
+ELSEWHERE = 16
+"""Times as many bytes on other devices."""
 FEW = 32
 """Rows whose mean logit is taken at once, so that the products stay in the processor's cache."""
 BLOCK = 8192
@@ -82,7 +84,7 @@ def fused_token_statistics(
 
 def rows_at_once(chunk_size: int, vocab: int, device: torch.device) -> int:
     """Tokens whose logits live at once: `chunk_size`, or fewer where that would take too many bytes."""
-    most = MOST_BYTES if device.type == "cpu" else 16 * MOST_BYTES
+    most = MOST_BYTES if device.type == "cpu" else ELSEWHERE * MOST_BYTES
     return max(16, min(chunk_size, most // (4 * max(vocab, 1))))
 
 

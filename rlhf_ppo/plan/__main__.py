@@ -9,6 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf_ppo.plan.compute import Rates, work
 from rlhf_ppo.plan.config import PlanConfig, PlanError, read_config
 from rlhf_ppo.plan.memory import make_plan
@@ -20,6 +22,7 @@ HELP = {
     "reward_model": "the same for a reward model beside the policy (default: none)",
     "strategy": "ddp, zero1, zero2, zero3, fsdp",
     "precision": "float32, bf16-mixed, bfloat16",
+    "device": "cuda, cpu; with --measure, the one that is here",
     "lora_rank": "0 trains every weight",
     "batch_size": "responses of one iteration, on each process",
     "mini_batch_size": "responses of one forward and backward pass",
@@ -42,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.pop(name) for name in ("config", "gpus", "rates", "measure", "json")
     )
     try:
+        if measured:
+            options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         plan = read_config(config, **options) if config else _plain(options)
         known = None if rates is None else _read_rates(rates)
         traces = trace(plan)

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import yaml
 
-Strategy: TypeAlias = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
-Precision: TypeAlias = Literal["float32", "bf16-mixed", "bfloat16"]
+CHOICES = {
+    "strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp"),
+    "precision": ("float32", "bf16-mixed", "bfloat16"),
+    "device": ("cuda", "cpu"),
+}
 
 
 class PlanError(ValueError):
@@ -22,10 +25,12 @@ class PlanConfig:
     """A preset (gpt2, 1b, 7b, 70b), or a folder or file with a model's config.json."""
     reward_model: str | None = None
     """The same for a reward model held beside the policy; none: rewards come from a function or a server."""
-    strategy: Strategy = "ddp"
+    strategy: str = "ddp"
     """How processes share: ddp (whole everywhere), zero1, zero2, zero3 (DeepSpeed), fsdp (full shard)."""
-    precision: Precision = "float32"
+    precision: str = "float32"
     """float32; bf16-mixed (autocast; under DeepSpeed bf16 weights with float32 masters); bfloat16 weights."""
+    device: str = "cuda"
+    """cuda or cpu: on a CPU, chunks of logits are smaller and some layers faster."""
     lora_rank: int = 0
     """Rank of LoRA adapters on all linear layers; 0 trains every weight."""
     batch_size: int = 64
@@ -52,7 +57,7 @@ class PlanConfig:
     """Memory of one device, to say what fits."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("strategy", get_args(Strategy)), ("precision", get_args(Precision))):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PlanError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for item in fields(self):

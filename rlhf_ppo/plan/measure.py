@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ def measure(plan: PlanConfig) -> dict[str, Any]:
 
     On a CUDA device the peak is what PyTorch's allocator held.
     """
-    _iterate(PlanConfig(mini_batch_size=2, batch_size=2, prompt_tokens=4, new_tokens=4, ppo_epochs=1), tiny=True)
+    # What the first iteration of a process takes once; Accelerate holds on to the precision of the first.
+    first = PlanConfig(mini_batch_size=2, batch_size=2, prompt_tokens=4, new_tokens=4, ppo_epochs=1)
+    _iterate(replace(first, precision=plan.precision), tiny=True)
     with _peak() as peak:
         metrics = _iterate(plan)
     done = work(plan, trace(plan))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
+from rlhf_ppo.models.fast_layers import use_fast_layers
 from rlhf_ppo.models.scoring import TokenPolicy, switch_off_dropout
 from rlhf_ppo.plan.config import PlanConfig
 from rlhf_ppo.plan.models import build, model_config, with_layers
@@ -50,12 +51,26 @@ class Traces:
     """Transient peak of a forward pass without gradients."""
     saved: float
     """Activations that wait for the backward pass when the loss is known."""
-    first_pass: float
-    """Peak of forward and backward when no gradient exists before, gradients included."""
-    next_pass: float
-    """The same when gradients of an earlier pass exist and are added to."""
+    first_forward: float
+    """Peak of a forward pass when no gradient exists before."""
+    first_backward: float
+    """Peak of its backward pass, gradients included."""
+    next_forward: float
+    """Peak of a forward pass when gradients of an earlier one exist, these included."""
+    next_backward: float
+    """Peak of its backward pass, where new gradients are added to those."""
     prefill: float
     """Transient peak of reading all prompts that are decoded together, without the cache."""
+
+    @property
+    def first_pass(self) -> float:
+        """Peak of forward and backward when no gradient exists before."""
+        return max(self.first_forward, self.first_backward)
+
+    @property
+    def next_pass(self) -> float:
+        """The same when gradients of an earlier pass exist and are added to."""
+        return max(self.next_forward, self.next_backward)
 
     def continued(self, other: "Traces", factor: float) -> "Traces":
         """Along the line from here through `other`, `factor` times as far."""
@@ -89,17 +104,19 @@ def weights_of(plan: PlanConfig, name: str) -> int:
 def _trace(config: PreTrainedConfig, plan: PlanConfig) -> Traces:
     mode = FakeTensorMode()
     model: Any = without_content(lambda: build(config, plan), mode)
+    if plan.device == "cpu":
+        use_fast_layers(model)
     policy = TokenPolicy(model, chunk_size=plan.logits_chunk_size)
     if plan.gradient_checkpointing:
         switch_off_dropout(model)
         policy.checkpointing = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     language_model = policy._language_model()
-    with counting(model, mode) as live:
+    with counting(model, mode, device=plan.device) as live:
         scoring = _scoring(policy, plan, plan.mini_batch_size, live)
         prefill = _prefill(policy, plan, live)
-        saved, first_pass = _pass(policy, plan, live)
-        _, next_pass = _pass(policy, plan, live)
+        saved, first_forward, first_backward = _pass(policy, plan, live)
+        _, next_forward, next_backward = _pass(policy, plan, live)
     inside, outside = language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight
     sizes = [_bytes(layer.parameters()) for layer in _layers(language_model)]
     return Traces(
@@ -111,21 +128,23 @@ def _trace(config: PreTrainedConfig, plan: PlanConfig) -> Traces:
         value_head=_bytes(model.v_head.parameters()),
         gradients=_bytes(iter(trained)),
         largest_layer=max([*sizes, _bytes([inside])]),
-        scoring=scoring, prefill=prefill, saved=saved, first_pass=first_pass, next_pass=next_pass,
+        scoring=scoring, prefill=prefill, saved=saved, first_forward=first_forward, first_backward=first_backward,
+        next_forward=next_forward, next_backward=next_backward,
     )  # fmt: skip
 
 
-def _pass(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> tuple[float, float]:
-    """Activations saved, and the peak of one forward and backward pass."""
+def _pass(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> tuple[float, float, float]:
+    """Activations saved, and the peaks of one forward and one backward pass: one of them grows along a line each."""
     before = live.restart()
     had = sum(_bytes(iter([p.grad])) for p in policy.parameters() if p.grad is not None)
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
         slopes = None if plan.strategy in SHARDED else _slopes
         output = policy(_inputs(plan, plan.mini_batch_size), with_entropy=True, slopes=slopes)
         loss = output.logprobs.sum() + output.values.sum()
-    saved = live.live - before
+    saved, forward = live.live - before, live.peak - before + had
+    live.restart()
     loss.backward()
-    return saved, live.peak - before + had
+    return saved, forward, live.peak - before + had
 
 
 def _slopes(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> tuple[Tensor, None]:

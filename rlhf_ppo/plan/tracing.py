@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Int
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.functional import fused_head
+from rlhf_ppo.functional.products import bfloat16_is_faster, onednn_is_faster
 
 
 class LiveBytes(TorchDispatchMode):
@@ -107,9 +111,17 @@ def without_content(build: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.
 
 
 @contextmanager
-def counting(module: nn.Module, mode: FakeTensorMode) -> Iterator[LiveBytes]:
-    """Inside, tensors have no content, and their bytes are counted; the module's own are not."""
+def counting(module: nn.Module, mode: FakeTensorMode, *, device: str = "cpu") -> Iterator[LiveBytes]:
+    """Inside, tensors have no content, and their bytes are counted; the module's own are not.
+
+    They are CPU tensors in any case; for "cuda", chunks of logits are as large as they are there.
+    """
+    # Which products are faster is measured once a process, and cannot be measured on tensors without content.
+    onednn_is_faster(), bfloat16_is_faster()
     live = LiveBytes()
     live.leave_out(iter([*module.parameters(), *module.buffers()]))
-    with mode, live:
+    # Where transformers sees tensors without content, it makes a mask that it leaves out for real ones without padding.
+    masks = patch.object(masking_utils, "is_tracing", lambda _=None: False)
+    chunk = fused_head.MOST_BYTES * (1 if device == "cpu" else fused_head.ELSEWHERE)
+    with masks, patch.object(fused_head, "MOST_BYTES", chunk), mode, live:
         yield live
