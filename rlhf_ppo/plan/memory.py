@@ -13,7 +13,7 @@ BUCKET_ELEMENTS = 5e8
 HEAP_SPARE = 0.7
 """Of what comes and goes on a CPU, the share that the C library's heap holds besides, in freed blocks of other sizes.
 
-Not derived: read off the five runs in docs/results/plan.json, where PyTorch's live bytes are the traced ones.
+Not derived: read off the five runs marked `fitted` in docs/results/plan.json, where the live bytes are the traced ones.
 """
 ROLES = (
     "policy", "critic", "reference", "reward", "gradients", "optimizer", "activations", "logits", "kv", "buffers",

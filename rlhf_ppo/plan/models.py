@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_ppo.models import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.plan.config import PlanConfig, PlanError
@@ -70,8 +71,9 @@ def build(config: PreTrainedConfig, plan: PlanConfig) -> Any:
     adapters = None
     if plan.lora_rank:
         adapters = LoraConfig(
-            r=plan.lora_rank, lora_alpha=2 * plan.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+            r=plan.lora_rank, lora_alpha=2 * plan.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM",
+            fan_in_fan_out=any(isinstance(part, Conv1D) for part in model.modules()),
+        )  # fmt: skip
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=adapters)
     if plan.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
