@@ -122,7 +122,7 @@ def _shares(config: PlanConfig, traces: Traces, devices: int) -> _Shares:
                 weights=part, optimizer=part, gradients=part, masters=True, buffers=bucket,
                 gathered=2 * traces.largest_layer,
             )  # fmt: skip
-        case "fsdp":
+        case _:  # fsdp
             return _Shares(
                 weights=part, reference=part, optimizer=part, gradients=part, gathered=2 * traces.largest_layer
             )
