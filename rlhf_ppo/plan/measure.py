@@ -32,6 +32,8 @@ from rlhf_ppo.rollout.sampling import SamplingConfig
 def measure(plan: PlanConfig) -> dict[str, Any]:
     """Peak bytes above what the interpreter had before any model, seconds of each phase, and rates.
 
+    Without the doctor's look at the first batch, which can be the peak of a whole run.
+
     On a CUDA device the peak is what PyTorch's allocator held.
     """
     # What the first iteration of a process takes once; Accelerate holds on to the precision of the first.
@@ -59,6 +61,7 @@ def _iterate(plan: PlanConfig, *, tiny: bool = False) -> dict[str, float]:
             batch_size=plan.batch_size, mini_batch_size=plan.mini_batch_size, ppo_epochs=plan.ppo_epochs,
             gradient_accumulation_steps=plan.gradient_accumulation_steps, logits_chunk_size=plan.logits_chunk_size,
             gradient_checkpointing=plan.gradient_checkpointing,
+            diagnose=False,  # it comes once, and no plan has it
             accelerator_kwargs={"mixed_precision": "bf16"} if plan.precision == "bf16-mixed" else {},
         ),
         model, tokenizer=tokenizer,
