@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-_NAME = re.compile(r"(^|[_/\-.])(token|secret|password|passwd|api_?key|access_?key|credentials?|authorization)$", re.I)
+_NAME = re.compile(
+    r"(^|[_/\-.])(token|secret|password|passwd|api[_-]?key|access[_-]?key|credentials?|authorization)$", re.I
+)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 

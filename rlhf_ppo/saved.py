@@ -1,5 +1,6 @@
 """The files of a checkpoint, read into memory. Those of format 1 are read as what they would be today."""
 
+import pickle
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,11 +91,11 @@ def _read_format_1(path: Path, engine: bool) -> Saved:
     if state["lr_scheduler"] is not None:
         shared["lr_scheduler"] = state["lr_scheduler"]
     files = sorted(path.glob("rng-*.pt"), key=lambda file: int(file.stem.removeprefix("rng-")))
-    own = [{"random": torch.load(file, weights_only=True)} for file in files]
+    own = [{"random": _tensors(file)} for file in files]
     return Saved(
         path=path, iteration=_count(state["iteration"]), processes=len(own), shared=shared, own=own,
         weights={} if engine else _weights(path),
-        optimizer={} if engine else torch.load(path / "optimizer.pt", weights_only=True),
+        optimizer={} if engine else _tensors(path / "optimizer.pt"),
     )  # fmt: skip
 
 
@@ -103,6 +104,14 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path / MODEL)
     except SafetensorError as error:
         raise DamagedFileError(f"{MODEL} holds no weights ({error})") from error
+
+
+def _tensors(path: Path) -> Any:
+    """What format 1 pickled; nothing but tensors and plain containers is let in."""
+    try:
+        return torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise DamagedFileError(f"{path.name} holds no tensors ({str(error).splitlines()[0]})") from error
 
 
 def _count(value: Any) -> int:

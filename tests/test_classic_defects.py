@@ -55,7 +55,7 @@ def test_d2_gradient_checkpointing_recomputes_and_changes_no_number() -> None:
     calls: dict[bool, list[int]] = {False: [], True: []}
     results = {}
     for checkpointing in (False, True):
-        trainer = trainer_of(policy(dropout=0.5), gradient_checkpointing=checkpointing, ppo_epochs=1)
+        trainer = trainer_of(policy(dropout=0.5), gradient_checkpointing=checkpointing, ppo_epochs=1, packing=False)
         with counted(trainer.model.pretrained_model.transformer.h[0].ln_1, calls[checkpointing]):
             results[checkpointing] = trainer.step(QUERIES, RESPONSES, SCORES)
         results[checkpointing]["weights"] = weights(trainer).numpy()

@@ -100,8 +100,8 @@ def test_a_sampler_that_is_off_by_a_factor_is_seen_and_capped() -> None:
 def test_the_weights_reach_the_update() -> None:
     """Without a cap nothing is weighed whatever the sampler says; with one the step is another."""
     plain, metrics = trained(DecodeLoop())
-    ignored, _ = trained(Shifted(-3.0))
-    weighed, _ = trained(Shifted(-3.0), importance_sampling_cap=2.0)
+    ignored, _ = trained(Shifted(3.0))
+    weighed, _ = trained(Shifted(3.0), importance_sampling_cap=2.0)
     assert_close(ignored, plain, rtol=0, atol=0)
     assert not torch.allclose(weighed, plain, atol=1e-5)
     assert "sampler/truncated_share" not in metrics

@@ -85,7 +85,7 @@ def fused_token_statistics(
 def rows_at_once(chunk_size: int, vocab: int, device: torch.device) -> int:
     """Tokens whose logits live at once: `chunk_size`, or fewer where that would take too many bytes."""
     most = MOST_BYTES if device.type == "cpu" else ELSEWHERE * MOST_BYTES
-    return max(16, min(chunk_size, most // (4 * max(vocab, 1))))
+    return min(chunk_size, max(16, most // (4 * max(vocab, 1))))
 
 
 class _Fused(torch.autograd.Function):

@@ -74,7 +74,7 @@ def test_the_policy_goes_to_the_optimum_of_the_bandit(name: str, kl_coef: float)
 
 @pytest.mark.parametrize("kl_coef", REGIONS)
 def test_trpo_goes_to_the_optimum_of_the_bandit(kl_coef: float) -> None:
-    assert distance(REGIONS[kl_coef], kl_coef, iterations=40 if kl_coef else 20) < 0.02
+    assert distance(REGIONS[kl_coef], kl_coef, iterations=40) < 0.02
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def test_thinning_drops_what_costs_least_area_and_the_best_measure_last() -> Non
     assert thinned(found, 0) == []
 
 
-def keeper(folder: Path, *, most: int = 2, max_kl: float | None = None) -> BestModels:
+def keeper(folder: Path, *, most: int = 2, max_reference_kl: float | None = None) -> BestModels:
     """Saves a model as a file that says which evaluation it stood before."""
     made: list[Path] = []
 
@@ -42,7 +42,7 @@ def keeper(folder: Path, *, most: int = 2, max_kl: float | None = None) -> BestM
         (path / "model").write_text(str(len(made)))
 
     return BestModels(
-        folder=folder, measure="score", most=most, max_kl=max_kl, save=save, is_main_process=True
+        folder=folder, measure="score", most=most, max_reference_kl=max_reference_kl, save=save, is_main_process=True
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def summary(score: float, kl: float) -> dict[str, dict[str, float]]:
 
 
 def test_the_best_model_within_the_budget_and_a_thinned_frontier_are_on_disk(tmp_path: Path) -> None:
-    own = keeper(tmp_path, max_kl=5.0)
+    own = keeper(tmp_path, max_reference_kl=5.0)
     for iteration, (kl, score) in enumerate([(1, 0.1), (2, 0.3), (3, 0.2), (4, 0.4), (9, 0.9)], start=1):
         own.take(iteration, summary(score, kl))
     assert own.best == 0.4  # 0.9 lies beyond the budget

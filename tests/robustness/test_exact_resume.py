@@ -173,16 +173,16 @@ def test_resume_false_leaves_no_checkpoint_of_the_run_before_it_to_go_on_from(tm
 
 @pytest.mark.filterwarnings("ignore:checkpoint-2 was written with other settings")
 def test_a_checkpoint_of_format_1_is_read_and_goes_on_exactly(tmp_path: Path) -> None:
-    """Earlier versions pickled the optimiser and kept the rest in one JSON file."""
+    """Earlier versions pickled the optimiser and kept the rest in one JSON file, and knew nothing of reuse."""
     folder = tmp_path / "old"
     torch.manual_seed(0)
-    whole = trainer()
+    whole = trainer(reuse_logprobs=False)
     whole.train(share_of_e, config(iterations=4))
     torch.manual_seed(0)
-    trainer().train(share_of_e, config(folder, iterations=2, save_every=1))
+    trainer(reuse_logprobs=False).train(share_of_e, config(folder, iterations=2, save_every=1))
     for path in checkpoints(folder):
         as_format_1(path)
-    resumed = trainer()
+    resumed = trainer(reuse_logprobs=False)
     resumed.train(share_of_e, config(folder, iterations=4, save_every=2))
     assert torch.equal(parameters(resumed), parameters(whole))
 
