@@ -23,6 +23,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not keep_freed_memory(), reason="this C library does not take the order")
 def test_a_large_tensor_after_another_touches_no_new_page() -> None:
     """64 MiB are at least 32 pages, and 16 384 where the system uses small ones."""

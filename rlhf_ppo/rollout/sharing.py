@@ -76,4 +76,4 @@ def _on(responses: Responses, device: torch.device | str) -> Responses:
     return replace(responses, inputs=responses.inputs.to(place), **columns)
 
 
-_COLUMNS = ("mask", "scores", "truncated", "sampler_logprobs")
+_COLUMNS = ("mask", "scores", "truncated", "sampler_logprobs", "sampler_values")

@@ -68,6 +68,11 @@ def config(folder: Path) -> TrainConfig:
     )  # fmt: skip
 
 
+def unjudged(folder: Path) -> TrainConfig:
+    """The same without evaluations, which would ask for held-out prompts."""
+    return replace(config(folder), eval_every=0, keep_best=None)
+
+
 def main(folder: Path, stage: int) -> None:
     """One run without and one with an interruption; every process saves what it ended with."""
     held_out = PromptDataset.from_texts(TEXTS, tiny_tokenizer())
@@ -89,13 +94,13 @@ def main(folder: Path, stage: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "fail":
-        trainer(0).train(fails_on_process_one, config(Path(sys.argv[2])))
+        trainer(0).train(fails_on_process_one, unjudged(Path(sys.argv[2])))
     elif sys.argv[1] == "die":
         skipping = trainer(0)
-        skipping.train(skips_all_of_process_one, config(Path(sys.argv[2])))
+        skipping.train(skips_all_of_process_one, unjudged(Path(sys.argv[2])))
         torch.save(whole_weights(skipping), Path(sys.argv[2]) / f"{PartialState().process_index}.pt")
         skipping.accelerator.wait_for_everyone()
-        trainer(0).train(dies_on_process_one, replace(config(Path(sys.argv[2])), resume=False))
+        trainer(0).train(dies_on_process_one, replace(unjudged(Path(sys.argv[2])), resume=False))
     else:
         main(Path(sys.argv[2]), int(sys.argv[3]))
     PartialState().destroy_process_group()

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     """In a process of its own: one in which autograd has run cannot be forked."""
     results = tmp_path / "kills.json"
