@@ -267,8 +267,9 @@ def test_a_saved_policy_loads_plain_and_with_its_value_head(tmp_path: Path) -> N
     inputs = torch.cat([QUERIES[0], RESPONSES[0]])[None]
     trainer.model.eval()
     logits, _, values = trainer.model(inputs)
-    assert torch.equal(plain(inputs).logits, logits)
-    assert torch.equal(again.eval()(inputs)[2], values)
+    # The trainer's layers may multiply by another library than freshly loaded ones.
+    assert torch.allclose(plain(inputs).logits, logits, atol=1e-5)
+    assert torch.allclose(again.eval()(inputs)[2], values, atol=1e-5)
 
 
 def test_the_best_policy_so_far_is_pushed_before_it_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:

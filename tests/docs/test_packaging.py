@@ -76,6 +76,6 @@ def test_the_tested_set_is_inside_the_declared_ranges() -> None:
 
 def test_the_constraints_name_versions_and_nothing_of_a_machine() -> None:
     for line in CONSTRAINTS:
-        assert re.fullmatch(r"[\w.-]+==[\w.]+( ; python_version >= \"3\.\d+\")?", line), (
+        assert re.fullmatch(r"[\w.-]+==[\w.]+( ; python(_full)?_version >= \"3(\.\d+)+\")?", line), (
             f"{line}: no hosts, no local versions"
         )
