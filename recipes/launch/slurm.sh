@@ -12,7 +12,7 @@ set -euo pipefail
 
 gpus_per_node=${GPUS_PER_NODE:-8}
 recipe=${RECIPE:-recipes/ppo_gpt2_sentiment.py}
-main_process_ip=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r main_process_ip < <(scontrol show hostnames "$SLURM_JOB_NODELIST")  # `| head` could end scontrol by SIGPIPE
 # A port of this job's own, so that two jobs on one machine do not meet.
 main_process_port=$((20000 + SLURM_JOB_ID % 20000))
 export main_process_ip main_process_port gpus_per_node recipe
