@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.doctor import Diagnosis, Finding, Specimen, actions, select
-from rlhf_ppo.models.scoring import TokenPolicy, start_token_of
+from rlhf_ppo.models.scoring import TokenPolicy
+from rlhf_ppo.models.trunk import start_token_of
 from rlhf_ppo.rollout.experience import Scorer
 from rlhf_ppo.rollout.sampling import EvalMode
 

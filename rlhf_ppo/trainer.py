@@ -35,7 +35,7 @@ from rlhf_ppo.models import (
     prepare_reference_adapter,
     reference_adapter,
 )
-from rlhf_ppo.models.scoring import start_token_of
+from rlhf_ppo.models.trunk import start_token_of
 from rlhf_ppo.normalizers import RunningMoments, normalised_scores
 from rlhf_ppo.preparation import prepare
 from rlhf_ppo.processes import Processes

@@ -23,8 +23,8 @@ from rlhf_ppo.functional import TokenStatistics, categorical_metric, chunked_cat
 from rlhf_ppo.functional.fused_head import Slopes, fused_token_statistics, rows_at_once
 from rlhf_ppo.functional.trust_region import Metric
 from rlhf_ppo.models.fast_layers import fast_layers, is_plain_head
-from rlhf_ppo.models.packing import Hidden, can_be_packed, packed_hidden, padded_hidden
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+from rlhf_ppo.models.trunk import Trunk
 
 Head = Callable[[Tensor], Tensor]
 
@@ -64,12 +64,14 @@ class TokenPolicy(nn.Module):
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.fused_head = fused_head
-        self._packs: bool | None = None if packing else False
-        """Whether rows go side by side; None: not tried yet."""
+        self._trunk = Trunk(packing=packing)
         self.checkpointing = False
         """Gradient checkpointing, which the layers only do in training mode; all dropout must then be 0."""
-        self.work: Counter[str] = Counter()
+
+    @property
+    def work(self) -> Counter[str]:
         """Deterministic work counters, summed until the owner clears them."""
+        return self._trunk.work
 
     def forward(
         self,
@@ -153,7 +155,7 @@ class TokenPolicy(nn.Module):
                 "expected float32 products, got bfloat16 ones: their second derivative, which Fisher products need, "
                 "would be noise. Set bf16=False, or use PPOClip."
             )
-        kernel = getattr(self._language_model().config, "_attn_implementation", None)
+        kernel = getattr(self.language_model.config, "_attn_implementation", None)
         if kernel not in (None, "eager", "sdpa"):
             raise ValueError(
                 f"expected attention 'sdpa' or 'eager', got {kernel!r}: its kernel has no second derivative, which "
@@ -186,7 +188,7 @@ class TokenPolicy(nn.Module):
         """
         self.model.eval()
         head = self._head()
-        if any(parameter.requires_grad for parameter in self._language_model().get_output_embeddings().parameters()):
+        if any(parameter.requires_grad for parameter in self.language_model.get_output_embeddings().parameters()):
             head = self._head(copied=True)
 
         def distance(inputs: TokenInputs, states: Tensor) -> Callable[[], Tensor]:
@@ -246,14 +248,19 @@ class TokenPolicy(nn.Module):
         )
         return pad_rows(kl.split(lengths))
 
-    def _language_model(self) -> Any:
+    @property
+    def language_model(self) -> Any:
+        """The causal model or encoder-decoder itself, adapters included, without its value head."""
         model = self.model
         language_model = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
         # PEFT injects its layers into the base model, so the base model is the adapted policy.
         return language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
 
+    def _rows(self, inputs: TokenInputs) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
+        return self._trunk(self.language_model, inputs)
+
     def _head(self, *, copied: bool = False) -> Head:
-        language_model: Any = self._language_model()
+        language_model: Any = self.language_model
         if language_model.config.is_encoder_decoder:
             return nn.Identity()
         head: nn.Module = language_model.get_output_embeddings()
@@ -264,73 +271,11 @@ class TokenPolicy(nn.Module):
             return head
         return lambda hidden: torch.tanh(head(hidden) / softcap) * softcap
 
-    def _rows(self, inputs: TokenInputs) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
-        """What the head turns into logits at each action, and the hidden states behind V(s_0) ... V(s_T)."""
-        if self._language_model().config.is_encoder_decoder:
-            return self._decoder_rows(inputs)
-        hidden = self._hidden(inputs)
-        return _gather(hidden, inputs, extra=0), _gather(hidden, inputs, extra=1)
-
-    def _decoder_rows(
-        self, inputs: TokenInputs
-    ) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
-        """The same of an encoder-decoder, whose features are logits already.
-
-        What stands before the LM head (a scale, a bias) differs by architecture, so the model makes its logits itself.
-        """
-        model, prompts = self._language_model(), list(inputs.prompts)
-        starts = [prompt.new_full((1,), start_token_of(model)) for prompt in prompts]
-        decoded = pad_rows([torch.cat(pair) for pair in zip(starts, inputs.responses, strict=True)])
-        input_ids = pad_rows(prompts)
-        self.work["trunk_tokens"] += input_ids.numel() + decoded.numel()
-        self.work["real_tokens"] += int(inputs.costs().sum()) + len(starts)
-        output = model(
-            input_ids=input_ids, attention_mask=pad_rows([torch.ones_like(prompt) for prompt in prompts]),
-            decoder_input_ids=decoded, use_cache=False, output_hidden_states=True,
-        )  # fmt: skip
-        shown = TokenInputs(prompts=starts, responses=inputs.responses)
-        first = [decoded.shape[1] * row for row in range(len(starts))]
-
-        def flat(features: Tensor) -> Hidden:
-            return Hidden(features.flatten(0, 1), first, decoded.numel())
-
-        states = flat(output.decoder_hidden_states[-1])
-        return _gather(flat(output.logits), shown, extra=0), _gather(states, shown, extra=1)
-
-    def _hidden(self, inputs: TokenInputs) -> Hidden:
-        rows = [torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)]
-        trunk = self._language_model().base_model
-        ragged = len({len(row) for row in rows}) > 1
-        if ragged and self._packs is None:
-            self._packs = can_be_packed(trunk, rows)
-        # A checkpointed layer runs again in the backward pass, where the attention function is the model's own.
-        packed = ragged and self._packs and not self.model.training
-        hidden = packed_hidden(trunk, rows) if packed else padded_hidden(trunk, rows)
-        self.work["trunk_tokens"] += hidden.positions
-        self.work["real_tokens"] += sum(len(row) for row in rows)
-        return hidden
-
     def _values(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, " rows"]:
         if not isinstance(self.model, PreTrainedModelWrapper):
             return hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
         values: Tensor = self.model.v_head(hidden).squeeze(-1).float()
         return values
-
-
-def start_token_of(model: Any) -> int:
-    """What an encoder-decoder's decoder reads before a response.
-
-    Raises:
-        ValueError: If neither its configuration nor its generation settings name one.
-    """
-    for settings in (model.config, model.generation_config):
-        token: int | None = getattr(settings, "decoder_start_token_id", None)
-        if token is not None:
-            return token
-    raise ValueError(
-        f"{type(model).__name__} names no decoder_start_token_id: its decoder has nothing to begin a response with. "
-        "Set `model.config.decoder_start_token_id`."
-    )
 
 
 def switch_off_dropout(model: nn.Module) -> None:
@@ -341,12 +286,3 @@ def switch_off_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _gather(hidden: Hidden, inputs: TokenInputs, *, extra: int) -> Float[Tensor, "rows hidden"]:
-    """Hidden states at which the response tokens were drawn: positions P_i - 1 ... P_i + T_i - 2 (+ `extra`)."""
-    spans = [
-        torch.arange(start + len(prompt) - 1, start + len(prompt) + len(response) - 1 + extra)
-        for start, prompt, response in zip(hidden.starts, inputs.prompts, inputs.responses, strict=True)
-    ]
-    return hidden.states.index_select(0, torch.cat(spans).to(hidden.states.device))

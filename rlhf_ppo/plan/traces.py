@@ -111,7 +111,7 @@ def _trace(config: PreTrainedConfig, plan: PlanConfig) -> Traces:
         switch_off_dropout(model)
         policy.checkpointing = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    language_model = policy._language_model()
+    language_model = policy.language_model
     with counting(model, mode, device=plan.device) as live:
         scoring = _scoring(policy, plan, plan.mini_batch_size, live)
         prefill = _prefill(policy, plan, live)
@@ -165,7 +165,7 @@ def _prefill(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> float:
     before = live.restart()
     rows = min(plan.decode_rows, plan.batch_size)
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
-        policy._language_model().base_model(
+        policy.language_model.base_model(
             input_ids=torch.zeros(rows, plan.prompt_tokens, dtype=torch.long), use_cache=False
         )
     return live.peak - before
