@@ -17,22 +17,25 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo import PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.optimisers import adam, linear_to_zero
 from rlhf_ppo.report import write_report
 from rlhf_ppo.report.run_folder import Estimates
+from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from sentiment import stages
-from sentiment.command_line import FloatByModel, IntByModel, Measured, SwitchByModel
+from sentiment.command_line import Measured
 from sentiment.engines import EngineSettings
 from sentiment.language_models import SMALL_GPT2
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, split_reviews
+from sentiment.settings import SettingsByModel
 from sentiment.threads import choose_threads
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(EngineSettings):
+class Config(SettingsByModel, EngineSettings):
     """Settings of the sentiment recipe; those left at None take what suits the model."""
 
     model: str = SMALL_GPT2
@@ -51,32 +54,6 @@ class Config(EngineSettings):
     """Numbers of a published run (rlhf_ppo.presets) instead of those that suit the model."""
     seed: int = 0
     """Of everything that is drawn."""
-    iterations: IntByModel = None
-    """Rollouts."""
-    batch_size: IntByModel = None
-    """Responses of one rollout, on each process."""
-    mini_batch_size: IntByModel = None
-    """Responses of one optimiser step, on each process."""
-    learning_rate: FloatByModel = None
-    """Peak; it falls to 0 along a straight line."""
-    kl_coef: FloatByModel = None
-    """Initial coefficient of the KL penalty in the reward."""
-    kl_target: FloatByModel = None
-    """KL of a response, nats, that the adaptive controller aims at."""
-    kl_horizon: FloatByModel = None
-    """Responses over which the adaptive controller acts; smaller is quicker."""
-    ppo_epochs: IntByModel = None
-    """Passes over a rollout."""
-    vf_coef: FloatByModel = None
-    """Weight of the value loss."""
-    score_clip: FloatByModel = None
-    """Scores are clipped to this range, so that an extreme score is no better than a good one."""
-    bfloat16: SwitchByModel = None
-    """Frozen weights in bfloat16; adapters and value head stay in float32."""
-    group_size: IntByModel = None
-    """Responses to a prompt in one rollout; rloo and grpo compare them."""
-    lora_rank: IntByModel = None
-    """Rank of LoRA adapters; 0 trains every weight."""
     new_tokens: int = 24
     """Tokens of a response."""
     eval_prompts: int = 512
@@ -113,26 +90,11 @@ def main(config: Config) -> dict[str, Estimates]:
     reward, line = stages.reward_source(config.reward_url or config.reward_model, parts)
     phase.say(line)
 
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = adam(trained, lr=chosen.learning_rate, **stages.adam_settings(config.preset))
-    anneal = linear_to_zero(optimizer, chosen.iterations)
-    further = stages.further(config.preset)
     prompts, held_out = stages.prompt_sets(parts, tokenizer, held_out=config.eval_prompts)
-    trainer = PPOTrainer(
-        PPOConfig(
-            **further, seed=config.seed, batch_size=chosen.batch_size, mini_batch_size=chosen.mini_batch_size,
-            init_kl_coef=chosen.kl_coef, target=chosen.kl_target, horizon=chosen.kl_horizon, vf_coef=chosen.vf_coef,
-            score_clip=chosen.score_clip, ppo_epochs=chosen.ppo_epochs, max_grad_norm=1.0,
-            importance_sampling_cap=config.importance_sampling_cap, log_with=config.log_with,
-            accelerator_kwargs=stages.precision(config.algorithm),
-            tracker_project_name="ppo_gpt2_sentiment", project_kwargs={"logging_dir": config.output_dir},
-        ),
-        policy, tokenizer=tokenizer, dataset=prompts, optimizer=optimizer, lr_scheduler=anneal,
-        algorithm=stages.CHOICES[config.algorithm].config(chosen.vf_coef),
-    )  # fmt: skip
+    trainer = make_trainer(config, chosen, policy, tokenizer, prompts)
     sampling = SamplingConfig(
         max_new_tokens=config.new_tokens, num_return_sequences=chosen.group_size,
-        temperature=further.get("temperature", 1.0),
+        temperature=trainer.config.temperature,
     )  # fmt: skip
     sampler = config.make_sampler(tokenizer)
 
@@ -159,6 +121,31 @@ def main(config: Config) -> dict[str, Estimates]:
         stages.write_run(folder, before, after)
         phase.say(f"report: {write_report(folder.path, title=f'PPO on {config.model}')}")
     return {"before": stages.estimates(before), "after": stages.estimates(after)}
+
+
+def make_trainer(
+    config: Config,
+    chosen: stages.Preset,
+    policy: AutoModelForCausalLMWithValueHead,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptDataset,
+) -> PPOTrainer:
+    """PPO, or what `--algorithm` says, over `policy`; its reference is a frozen copy, or the base under adapters."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = adam(trained, lr=chosen.learning_rate, **stages.adam_settings(config.preset))
+    return PPOTrainer(
+        PPOConfig(
+            **stages.further(config.preset), seed=config.seed,
+            batch_size=chosen.batch_size, mini_batch_size=chosen.mini_batch_size, ppo_epochs=chosen.ppo_epochs,
+            init_kl_coef=chosen.kl_coef, target=chosen.kl_target, horizon=chosen.kl_horizon, vf_coef=chosen.vf_coef,
+            score_clip=chosen.score_clip, max_grad_norm=1.0, importance_sampling_cap=config.importance_sampling_cap,
+            log_with=config.log_with, accelerator_kwargs=stages.precision(config.algorithm),
+            tracker_project_name="ppo_gpt2_sentiment", project_kwargs={"logging_dir": config.output_dir},
+        ),
+        policy, tokenizer=tokenizer, dataset=prompts,
+        optimizer=optimizer, lr_scheduler=linear_to_zero(optimizer, chosen.iterations),
+        algorithm=stages.CHOICES[config.algorithm].config(chosen.vf_coef),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

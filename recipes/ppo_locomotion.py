@@ -27,7 +27,7 @@ from rlhf_ppo.control import (
     Randomization,
     control_algorithm,
 )
-from rlhf_ppo.report.run_folder import Estimates
+from rlhf_ppo.report.run_folder import Estimates, RunFolder
 from sentiment.stages import Phases, at_least, open_run_folder, run
 
 RateByAlgorithm: TypeAlias = Annotated[
@@ -128,11 +128,15 @@ def main(config: Config) -> dict[str, Estimates]:
     folder.write_text("evaluation.json", json.dumps({name: asdict(item) for name, item in played.items()}, indent=2))
     phase.say(f"  {draw_learning_curve(folder, title=f'{config.algorithm} on {config.env}, seed {config.seed}')}")
     if config.frames:
-        try:
-            phase.say(f"  {draw_frames(trainer, folder, count=config.frames)}")
-        except RuntimeError as error:
-            phase.say(f"  {error}")
+        phase.say(f"  {_frames(trainer, folder, config.frames)}")
     return {name: _estimates(episodes) for name, episodes in played.items()}
+
+
+def _frames(trainer: ControlTrainer, folder: RunFolder, count: int) -> str:
+    try:
+        return str(draw_frames(trainer, folder, count=count))
+    except RuntimeError as error:  # no OpenGL: the run itself is done
+        return str(error)
 
 
 def _estimates(episodes: Episodes) -> Estimates:

@@ -1,6 +1,7 @@
 """The arguments of `PPOTrainer`: checked, and completed by what follows from them."""
 
 import importlib.util
+import warnings
 
 import datasets
 import torch
@@ -53,6 +54,11 @@ def check_arguments(
         raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
     if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
         raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
+    if dataset is None:
+        warnings.warn(
+            "No dataset is provided. Make sure to set config.batch_size to the correct value before training.",
+            UserWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:

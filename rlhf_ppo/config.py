@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
+from rlhf_ppo.controllers import AdaptiveKLController, Controller, FixedKLController
 from rlhf_ppo.field_types import check_fields
 from rlhf_ppo.rollout.placement import KLPenalty, KLPlacement, check_placement
+from rlhf_ppo.updates import MinibatchConfig
 
 
 @dataclass
@@ -199,6 +201,25 @@ class PPOConfig:
             gae=GAE(gamma=self.gamma, lam=self.lam),
             critic=Critic(vf_coef=self.vf_coef, clip_range_value=self.cliprange_value),
         )
+
+    def minibatch(self) -> MinibatchConfig:
+        """How an update cuts and repeats its batch."""
+        return MinibatchConfig(
+            epochs=self.ppo_epochs,
+            minibatch_size=self.mini_batch_size * self.gradient_accumulation_steps,
+            micro_batch_size=self.mini_batch_size,
+            token_budget=self.token_budget,
+            max_grad_norm=self.max_grad_norm,
+            ratio_threshold=self.ratio_threshold,
+            most_skips_in_a_row=self.most_skips_in_a_row,
+            target_kl=self.target_kl if self.early_stopping else None,
+        )
+
+    def kl_controller(self) -> Controller:
+        """What sets the coefficient of the KL to the reference."""
+        if self.adap_kl_ctrl:
+            return AdaptiveKLController(self.init_kl_coef, self.target, self.horizon)
+        return FixedKLController(self.init_kl_coef)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, nested keys joined by "/"."""

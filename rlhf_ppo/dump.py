@@ -115,7 +115,7 @@ def _facts(trainer: "rlhf_ppo.trainer.PPOTrainer", error: NonFiniteUpdateError) 
         "metrics": {name: repr(value) for name, value in error.metrics.items()},  # JSON has no nan
         "algorithm": _encoded(trainer.algorithm_config),
         "update": trainer.algorithm.update.state_dict(),
-        "minibatch": asdict(trainer._minibatch()),
+        "minibatch": asdict(trainer.config.minibatch()),
         "scoring": {"temperature": config.temperature, "chunk_size": config.logits_chunk_size},
         "gradient_checkpointing": config.gradient_checkpointing,
         "mixed_precision": trainer.accelerator.mixed_precision,

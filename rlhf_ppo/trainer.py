@@ -1,6 +1,5 @@
 """`PPOTrainer`: `generate`, `step`, `train`. One iteration reads like the paper's algorithm box, see `learn`."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -20,7 +19,6 @@ from rlhf_ppo.arguments import check_arguments, default_optimizer, fill_in, make
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.classic import ClassicSurface
 from rlhf_ppo.config import PPOConfig
-from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
 from rlhf_ppo.correction import check_correctable, corrected, mismatch_metrics, own_ratios
 from rlhf_ppo.doctor import Diagnosis, Specimen
 from rlhf_ppo.dump import dumping
@@ -31,9 +29,8 @@ from rlhf_ppo.first_look import diagnose, first_look
 from rlhf_ppo.metrics import Statistics, StepFacts, classic_statistics, extra_metrics, work_metrics
 from rlhf_ppo.models import (
     PreTrainedModelWrapper,
-    create_reference_model,
-    prepare_reference_adapter,
     reference_adapter,
+    settle_reference,
 )
 from rlhf_ppo.models.trunk import start_token_of
 from rlhf_ppo.normalizers import RunningMoments, normalised_scores
@@ -49,7 +46,6 @@ from rlhf_ppo.rollout.sampling import Sampler, Samples, SamplingConfig
 from rlhf_ppo.timing import emptied_cache, timed
 from rlhf_ppo.trackers import Trackers
 from rlhf_ppo.training import Callback, TrainConfig, TrainingLoop, TrainState
-from rlhf_ppo.updates import MinibatchConfig
 
 
 class PPOTrainer(ClassicSurface):
@@ -96,37 +92,28 @@ class PPOTrainer(ClassicSurface):
         self.config = config
         self.tokenizer = tokenizer
         self.accelerator = make_accelerator(config)
-        self.is_distributed = self.accelerator.num_processes > 1
-        self.current_device = self.accelerator.device
+        self.is_distributed, self.current_device = self.accelerator.num_processes > 1, self.accelerator.device
         self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
         self.is_peft_model = bool(model.is_peft_model)
         fill_in(config, self.accelerator.num_processes, self.is_encoder_decoder, self.is_peft_model)
-        if dataset is None:
-            warnings.warn(_NO_DATASET, UserWarning, stacklevel=2)
-        if ref_model is not None and num_shared_layers is not None:
-            warnings.warn("num_shared_layers is ignored when ref_model is provided.", UserWarning, stacklevel=2)
-        if ref_model is None and not self.is_peft_model:
-            ref_model = create_reference_model(model, num_shared_layers=num_shared_layers)
-        if ref_model is None:
-            prepare_reference_adapter(model)
+        ref_model = settle_reference(model, ref_model, num_shared_layers)
         self.model, self.ref_model = model, ref_model
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.dataset = dataset
         own_loop = dataset is not None and not isinstance(dataset, PromptDataset)
         self.dataloader = self.prepare_dataloader(dataset, data_collator) if own_loop else None
-        adaptive = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
-        self.kl_ctl = adaptive if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
+        self.kl_ctl = config.kl_controller()
         self.running = RunningMoments()
         self.reuse = SamplerReuse(config.reuse_logprobs, lambda tensor: self.processes.reduce_max(tensor))
         self.optimizer: Optimizer = optimizer or default_optimizer(model, config)
         self.processes = Processes(self.accelerator)
         prepared = prepare(self.accelerator, config, model, ref_model, self.optimizer, lr_scheduler)
-        self.policy, self._reference = prepared.policy, prepared.reference
-        self.optimizer, self.lr_scheduler = prepared.optimizer, prepared.lr_scheduler
+        self.policy, self.optimizer, self.lr_scheduler = prepared.policy, prepared.optimizer, prepared.lr_scheduler
+        self._reference = prepared.reference
         self.algorithm_config = algorithm or config.algorithm()
         self.algorithm = build_algorithm(
             self.algorithm_config, policy=self.policy, optimizer=self.optimizer,
-            accelerator=self.accelerator, minibatch=self._minibatch, seed=config.seed, reference=self._reference,
+            accelerator=self.accelerator, minibatch=config.minibatch, seed=config.seed, reference=self._reference,
             reference_kl=in_loss(config.kl_penalty, config.kl_placement),
         )  # fmt: skip
         self.metrics: dict[str, float] = {}
@@ -289,19 +276,6 @@ class PPOTrainer(ClassicSurface):
             most=self.processes.most_passes,
         )  # fmt: skip
 
-    def _minibatch(self) -> MinibatchConfig:
-        config = self.config
-        return MinibatchConfig(
-            epochs=config.ppo_epochs,
-            minibatch_size=config.mini_batch_size * config.gradient_accumulation_steps,
-            micro_batch_size=config.mini_batch_size,
-            token_budget=config.token_budget,
-            max_grad_norm=config.max_grad_norm,
-            ratio_threshold=config.ratio_threshold,
-            most_skips_in_a_row=config.most_skips_in_a_row,
-            target_kl=config.target_kl if config.early_stopping else None,
-        )
-
     def _shaping(self) -> Shaping:
         return Shaping(
             kl_coef=float(self.kl_ctl.value), kl_placement=self.config.kl_placement,
@@ -312,6 +286,3 @@ class PPOTrainer(ClassicSurface):
 
     def _device_cache(self) -> AbstractContextManager[None]:
         return emptied_cache() if self.config.optimize_device_cache else nullcontext()
-
-
-_NO_DATASET = "No dataset is provided. Make sure to set config.batch_size to the correct value before training."

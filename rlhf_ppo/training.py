@@ -1,8 +1,7 @@
 """The managed loop: prompts -> responses -> scores -> `learn`, with evaluation, checkpoints and early stop."""
 
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,13 +16,13 @@ from rlhf_ppo.guards import GuardWatch, Verdict, repetition, with_budget
 from rlhf_ppo.loop_checks import LostRollouts, check_inputs
 from rlhf_ppo.metrics import scalars
 from rlhf_ppo.random_streams import RandomStreams
-from rlhf_ppo.report.run_folder import RunFolder
-from rlhf_ppo.resume import CheckpointNotWrittenError, Stateful, restore_checkpoint, save_checkpoint
+from rlhf_ppo.resume import Stateful
 from rlhf_ppo.rollout.collect import Collected
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
 from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine
 from rlhf_ppo.rollout.sampling import Sampler
 from rlhf_ppo.rollout.sharing import shared_out
+from rlhf_ppo.run_keeper import RunKeeper
 from rlhf_ppo.signals import StopRequest, stop_on_signals
 from rlhf_ppo.traces import token_traces
 from rlhf_ppo.train_config import Callback, TrainConfig, TrainState, check_settings
@@ -72,30 +71,26 @@ class TrainingLoop:
             len(self.prompts), batch_size=trainer.config.batch_size // sampling.num_return_sequences, seed=seed,
             rank=accelerator.process_index, world_size=accelerator.num_processes,
         )  # fmt: skip
-        self.folder = None if config.output_dir is None else RunFolder.create(config.output_dir)
-        if self.folder is not None and accelerator.is_main_process:
-            self.folder.check_writable()
+        self.keeper = RunKeeper(
+            trainer, config.output_dir, shared=self.shared_parts, own=self.own_parts, keep_last=config.keep_last
+        )
+        folder = None if self.keeper.folder is None else self.keeper.folder.path
         self.best = BestModels(
-            folder=None if self.folder is None else self.folder.path, measure=config.keep_best or "score",
+            folder=folder, measure=config.keep_best or "score",
             most=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=trainer.save_pretrained,
             is_main_process=accelerator.is_main_process,
         )  # fmt: skip
         self.watch = GuardWatch(with_budget(config.guards, config.max_reference_kl))
         self.lost = LostRollouts(trainer.processes, config.reward_failures)
-        if self.folder is not None and trainer.dump_dir is None:
-            trainer.dump_dir = self.folder.path
+        trainer.dump_dir = trainer.dump_dir or folder
         self.state = TrainState()
         self.newest: tuple[Collected, Scores] | None = None
         self._request = StopRequest()
-        self._saved: int | None = None
-        """Iteration of the newest checkpoint of this call."""
-        self._owed = False
-        """Whether a checkpoint could not be written when it was due."""
 
     def run(self) -> TrainState:
         """Iterate until the budget, a callback, a guard or a signal says stop."""
-        if self.config.resume and self.folder is not None:
-            self.restore(self.folder)
+        if self.config.resume:
+            self.restore()
         deadline = None if self.config.max_time is None else time.monotonic() + self.config.max_time
         bar = tqdm(
             total=self.config.iterations, initial=self.state.iteration, desc="PPO", unit="it",
@@ -130,15 +125,11 @@ class TrainingLoop:
             "prompts": self.order, "best": self.best, "trackers": self.trainer.trackers, "guards": self.watch,
         }  # fmt: skip
 
-    def restore(self, folder: RunFolder) -> None:
-        """Go on from the newest whole checkpoint in `folder`, if there is one."""
-        found = restore_checkpoint(self.trainer, folder.path, shared=self.shared_parts(), own=self.own_parts())
-        if found is None:
-            return
-        self.state.iteration, self.state.best, self._saved = found.iteration, self.best.best, found.iteration
-        if self.trainer.accelerator.is_main_process:
-            folder.resume_from(found.iteration)
-        self.trainer.accelerator.wait_for_everyone()
+    def restore(self) -> None:
+        """Go on from the newest whole checkpoint in the run folder, if there is one."""
+        found = self.keeper.restore()
+        if found is not None:
+            self.state.iteration, self.state.best = found.iteration, self.best.best
 
     def _roll_out(self) -> tuple[Collected, Scores, dict[str, float]] | None:
         """Responses and scores. None after a stop: they are dropped, and drawn again when the run is resumed."""
@@ -173,14 +164,14 @@ class TrainingLoop:
         for name, part in parts.items():
             part.load_state_dict(before[name])
         self.state.stopped, self.state.interrupted = self._request.name or "signal", True
-        self._save(must=True)
+        self.keeper.save(self.state.iteration, must=True)
 
     def _rescue(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
         """Before an error in a rollout ends the run: save what was finished. Several processes cannot agree here."""
         if self.trainer.accelerator.num_processes == 1:
             for name, part in parts.items():
                 part.load_state_dict(before[name])
-            self._save(must=False)
+            self.keeper.save(self.state.iteration, must=False)
 
     def _learn(self, collected: Collected, scores: Scores, times: dict[str, float]) -> None:
         trainer = self.trainer
@@ -211,7 +202,7 @@ class TrainingLoop:
         trainer, metrics = self.trainer, self.state.metrics
         trainer.current_step = self.state.iteration
         trainer._track(metrics)
-        self._write(lambda folder: folder.append_metrics(self.state.iteration, metrics))
+        self.keeper.write(self.state.iteration, lambda folder: folder.append_metrics(self.state.iteration, metrics))
 
     def evaluate(self, *, seed: int = 0) -> Evaluation:
         """Answer the held-out prompts with the policy as it is; every process takes its share."""
@@ -249,8 +240,8 @@ class TrainingLoop:
         if due or state.stopped is not None:
             self._write_traces()
         periodic = config.save_every and (due or state.iteration % config.save_every == 0)
-        if periodic or self._owed or state.stopped is not None:
-            self._save(must=state.interrupted)
+        if periodic or self.keeper.owes_checkpoint or state.stopped is not None:
+            self.keeper.save(self.state.iteration, must=state.interrupted)
 
     def _find_reason_to_stop(self, deadline: float | None, verdict: Verdict) -> None:
         config, state = self.config, self.state
@@ -273,32 +264,6 @@ class TrainingLoop:
             first = int(asked.argmax())
             state.stopped, state.interrupted = list(reasons)[first], first < len(interruptions)
 
-    def _save(self, *, must: bool) -> None:
-        """Write a checkpoint of this iteration, unless there is one; if it must not fail, raise when it does."""
-        if self.folder is None or self._saved == self.state.iteration:
-            return
-        try:
-            save_checkpoint(
-                self.trainer, self.folder.path, iteration=self.state.iteration, shared=self.shared_parts(),
-                own=self.own_parts(), keep_last=self.config.keep_last,
-            )  # fmt: skip
-        except CheckpointNotWrittenError as error:
-            if must:
-                raise
-            self._owed = True
-            warnings.warn(f"{error} Training goes on and tries again after the next iteration.", stacklevel=2)
-        else:
-            self._saved, self._owed = self.state.iteration, False
-
-    def _write(self, action: Callable[[RunFolder], object]) -> None:
-        """Write into the run folder from the main process; a full disk costs lines of it, not the run."""
-        if self.folder is None or not self.trainer.accelerator.is_main_process:
-            return
-        try:
-            action(self.folder)
-        except OSError as error:
-            warnings.warn(f"iteration {self.state.iteration} is missing from {self.folder.path}: {error}", stacklevel=2)
-
     def _write_traces(self) -> None:
         """Some responses of the newest iteration, token by token."""
         trainer = self.trainer
@@ -310,7 +275,7 @@ class TrainingLoop:
             *trainer.newest, trainer.tokenizer, iteration=self.state.iteration,
             prompts=[collected.prompts[row] for row in kept], scores=scores.total[kept].tolist(),
         )  # fmt: skip
-        self._write(lambda folder: folder.append_tokens(traces))
+        self.keeper.write(self.state.iteration, lambda folder: folder.append_tokens(traces))
 
 
 def _postfix(metrics: dict[str, float]) -> dict[str, str]:

@@ -83,6 +83,20 @@ def freeze_adapter(model: PeftModel, name: str) -> None:
             parameter.requires_grad_(False)
 
 
+def check_reward_source(source: object) -> None:
+    """Refuse what no adapter can be loaded from.
+
+    Raises:
+        ValueError: Not a name or a folder.
+    """
+    if not isinstance(source, str):
+        raise ValueError(
+            "The `reward_adapter` argument should be a string representing the name of local path or the Hub id "
+            f"to the Reward Modeling adapter, got {type(source)}: nothing can be loaded. "
+            "Save the reward model's adapter and pass its folder."
+        )
+
+
 def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments: Any) -> nn.Linear:
     """Add a reward model's adapter under `name`, frozen, and give back its score head.
 

@@ -115,12 +115,8 @@ class PreTrainedModelWrapper(nn.Module):
             ValueError: For what cannot be trained by PPO; each message names the remedy.
         """
         source = pretrained_model_name_or_path
-        if reward_adapter is not None and not isinstance(reward_adapter, str):
-            raise ValueError(
-                "The `reward_adapter` argument should be a string representing the name of local path or the Hub id "
-                f"to the Reward Modeling adapter, got {type(reward_adapter)}: nothing can be loaded. "
-                "Save the reward model's adapter and pass its folder."
-            )
+        if reward_adapter is not None:
+            adapters.check_reward_source(reward_adapter)
         head_arguments = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         language_model = loading.load_language_model(

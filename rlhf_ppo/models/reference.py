@@ -1,6 +1,7 @@
 """The frozen reference policy: a copy that may share its lower layers, or the policy with another adapter."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -68,6 +69,20 @@ def _parameters_below(model: nn.Module, layer: int, pattern: str | None) -> list
         f"look like {[name for name, _ in named[2:5]]}. Nothing can be shared. Pass num_shared_layers below the number "
         'of layers, or a `pattern` for this architecture such as "transformer.h.{layer}".'
     )
+
+
+def settle_reference(
+    model: PreTrainedModelWrapper, given: PreTrainedModelWrapper | None, num_shared_layers: int | None
+) -> PreTrainedModelWrapper | None:
+    """The reference that `given` is, or that a copy is; None where `model` is its own, with another adapter or none."""
+    if given is not None:
+        if num_shared_layers is not None:
+            warnings.warn("num_shared_layers is ignored when ref_model is provided.", UserWarning, stacklevel=3)
+        return given
+    if not model.is_peft_model:
+        return create_reference_model(model, num_shared_layers=num_shared_layers)
+    prepare_reference_adapter(model)
+    return None
 
 
 def prepare_reference_adapter(model: PreTrainedModelWrapper) -> str | None:

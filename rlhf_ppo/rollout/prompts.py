@@ -114,12 +114,8 @@ class PromptDataset:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         check_dataset(dataset)
-        if truncation not in get_args(Truncation):
-            raise ValueError(f"truncation must be one of {', '.join(get_args(Truncation))}, got {truncation!r}.")
-        if max_prompt_tokens is not None and max_prompt_tokens < 1:
-            raise ValueError(f"max_prompt_tokens must be at least 1 or None (no limit), got {max_prompt_tokens}.")
-        self._tokenizer = tokenizer
-        self._dataset = dataset.with_format(None)
+        _check_limit(truncation, max_prompt_tokens)
+        self._tokenizer, self._dataset = tokenizer, dataset.with_format(None)
         column = find_prompt_column(self._dataset, column)
         self._form: Form = form_of(self._dataset[0][column], column)
         if self._form == "conversation" and truncation == "keep_start":
@@ -195,6 +191,13 @@ class PromptDataset:
         columns: dict[str, list[Any]] = self._dataset[[self._rows[index] for index in indices]]
         columns = {name: values for name, values in columns.items() if name not in _TOKEN_COLUMNS}
         return PromptBatch(indices=list(indices), input_ids=input_ids, texts=texts, columns=columns)
+
+
+def _check_limit(truncation: object, max_prompt_tokens: int | None) -> None:
+    if truncation not in get_args(Truncation):
+        raise ValueError(f"truncation must be one of {', '.join(get_args(Truncation))}, got {truncation!r}.")
+    if max_prompt_tokens is not None and max_prompt_tokens < 1:
+        raise ValueError(f"max_prompt_tokens must be at least 1 or None (no limit), got {max_prompt_tokens}.")
 
 
 class PromptSampler:

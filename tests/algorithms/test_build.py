@@ -107,7 +107,7 @@ def test_the_full_kl_in_the_loss_needs_a_reference_of_its_own_and_whole_paramete
     own = trainer()
     parts: dict[str, Any] = {
         "policy": own.policy, "optimizer": own.optimizer, "accelerator": own.accelerator, "seed": 0,
-        "minibatch": own._minibatch, "reference_kl": "full",
+        "minibatch": own.config.minibatch, "reference_kl": "full",
     }  # fmt: skip
     with pytest.raises(ValueError, match="separate `ref_model`"):
         Parts(**parts, reference=None)

@@ -136,7 +136,8 @@ def target(folder: Path) -> Target:
             for checkpoint in copy.glob("checkpoint-*"):
                 _make_checksums_fit(checkpoint)
         before[:] = state()
-        loop.restore(RunFolder(copy))
+        loop.keeper.folder = RunFolder(copy)
+        loop.restore()
 
     def unchanged() -> bool:
         now = state()

@@ -1,0 +1,39 @@
+"""Settings of the recipe that take what suits the model unless they are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .command_line import FloatByModel, IntByModel, SwitchByModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsByModel:
+    """None: what `stages.preset` knows of the model."""
+
+    iterations: IntByModel = None
+    """Rollouts."""
+    batch_size: IntByModel = None
+    """Responses of one rollout, on each process."""
+    mini_batch_size: IntByModel = None
+    """Responses of one optimiser step, on each process."""
+    learning_rate: FloatByModel = None
+    """Peak; it falls to 0 along a straight line."""
+    kl_coef: FloatByModel = None
+    """Initial coefficient of the KL penalty in the reward."""
+    kl_target: FloatByModel = None
+    """KL of a response, nats, that the adaptive controller aims at."""
+    kl_horizon: FloatByModel = None
+    """Responses over which the adaptive controller acts; smaller is quicker."""
+    ppo_epochs: IntByModel = None
+    """Passes over a rollout."""
+    vf_coef: FloatByModel = None
+    """Weight of the value loss."""
+    score_clip: FloatByModel = None
+    """Scores are clipped to this range, so that an extreme score is no better than a good one."""
+    bfloat16: SwitchByModel = None
+    """Frozen weights in bfloat16; adapters and value head stay in float32."""
+    group_size: IntByModel = None
+    """Responses to a prompt in one rollout; rloo and grpo compare them."""
+    lora_rank: IntByModel = None
+    """Rank of LoRA adapters; 0 trains every weight."""
