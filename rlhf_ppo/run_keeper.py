@@ -4,8 +4,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from rlhf_ppo.checkpoints.resume import (
+    CheckpointNotWrittenError,
+    Restored,
+    Stateful,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from rlhf_ppo.report.run_folder import RunFolder
-from rlhf_ppo.resume import CheckpointNotWrittenError, Restored, Stateful, restore_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from rlhf_ppo.best import BestModels
+from rlhf_ppo.checkpoints.best import BestModels
+from rlhf_ppo.checkpoints.random_streams import RandomStreams
+from rlhf_ppo.checkpoints.resume import Stateful
 from rlhf_ppo.doctor import Specimen
 from rlhf_ppo.drawing import collector_for
 from rlhf_ppo.evaluation import Evaluation, evaluate, merged
 from rlhf_ppo.guards import GuardWatch, Verdict, repetition, with_budget
 from rlhf_ppo.loop_checks import LostRollouts, check_inputs
 from rlhf_ppo.metrics import scalars
-from rlhf_ppo.random_streams import RandomStreams
-from rlhf_ppo.resume import Stateful
 from rlhf_ppo.rollout.collect import Collected
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
 from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine

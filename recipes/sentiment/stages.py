@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
-from rlhf_ppo.checkpoint import checkpoints
+from rlhf_ppo.checkpoints.folders import checkpoints
 from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.redaction import redacted
 from rlhf_ppo.report.run_folder import Estimates, RunFolder, Sample

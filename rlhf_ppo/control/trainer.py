@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from rlhf_ppo import checkpoint
 from rlhf_ppo.algorithms import Algorithm, AlgorithmConfig, build_algorithm
+from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.control.algorithms import control_algorithm, discount
 from rlhf_ppo.control.collection import Collector, by_step
 from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
@@ -190,7 +190,7 @@ class ControlTrainer:
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint that is whole or absent, with the half-played episodes."""
-        aside = checkpoint.begin(folder, self.iteration)
+        aside = folders.begin(folder, self.iteration)
         save_file({name: item.detach() for name, item in self.policy.named_parameters()}, aside / "model.safetensors")
         torch.save(self.optimizer.state_dict(), aside / "optimizer.pt")
         torch.save(self.collect.generator.get_state(), aside / "generator.pt")
@@ -199,8 +199,8 @@ class ControlTrainer:
             "episodes": self.episodes, "recent": list(self.recent), "normalizer": self.normalizer.state_dict(),
             "update": self.algorithm.update.state_dict(), "environments": self.environments.state_dict(),
         }  # fmt: skip
-        checkpoint.write_json(aside / "state.json", state)
-        return checkpoint.commit(aside, keep_last=1)
+        folders.write_json(aside / "state.json", state)
+        return folders.commit(aside, keep_last=1)
 
     def resume(self, folder: Path) -> Path | None:
         """Go on from the newest whole checkpoint of `folder`, if there is one, as if there had been no break.
@@ -208,10 +208,10 @@ class ControlTrainer:
         Raises:
             ValueError: It is of another task or another network.
         """
-        path = checkpoint.latest(folder) if folder.is_dir() else None
+        path = folders.latest(folder) if folder.is_dir() else None
         if path is None:
             return None
-        state, weights = checkpoint.read_json(path / "state.json"), load_file(path / "model.safetensors")
+        state, weights = folders.read_json(path / "state.json"), load_file(path / "model.safetensors")
         parameters = dict(self.policy.named_parameters())
         shapes = {name: tuple(item.shape) for name, item in weights.items()}
         if state["environment"] != self.config.environment.id or shapes != {

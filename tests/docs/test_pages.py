@@ -12,6 +12,7 @@ PACKAGES = [
     "rlhf_ppo.functional",
     "rlhf_ppo.models",
     "rlhf_ppo.algorithms",
+    "rlhf_ppo.checkpoints",
     "rlhf_ppo.control",
     "rlhf_ppo.report",
     "reward_model",

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
-from rlhf_ppo.checkpoint import MANIFEST
+from rlhf_ppo.checkpoints.folders import MANIFEST
 from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig

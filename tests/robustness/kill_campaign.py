@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ppo import best, training
-from rlhf_ppo.checkpoint import checkpoints, find_damage, read_json, write_json
+from rlhf_ppo.checkpoints.folders import checkpoints, find_damage, read_json, write_json
 from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.helpers import tiny_gpt2

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from rlhf_ppo import PPOTrainer, TrainState
-from rlhf_ppo.checkpoint import write_json
+from rlhf_ppo.checkpoints.folders import write_json
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.tiny_run import TEXTS, config, share_of_e, trainer
 

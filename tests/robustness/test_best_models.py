@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ppo.best import BestModels, Evaluated, frontier, thinned
+from rlhf_ppo.checkpoints.best import BestModels, Evaluated, frontier, thinned
 
 
 def points(*pairs: tuple[float, float]) -> list[Evaluated]:

@@ -24,11 +24,11 @@ from rlhf_ppo import (
     Reinforce,
     TrainConfig,
 )
-from rlhf_ppo.checkpoint import MANIFEST, CheckpointError, checkpoints, read_json, write_json
+from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, checkpoints, read_json, write_json
+from rlhf_ppo.checkpoints.trees import load_tree, save_tree
 from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
-from rlhf_ppo.trees import load_tree, save_tree
 from tests.helpers import tiny_gpt2, tiny_tokenizer
 from tests.robustness.old_format import as_format_1
 from tests.tiny_run import TEXTS, config, parameters, share_of_e, trainer

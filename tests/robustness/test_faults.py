@@ -23,9 +23,10 @@ import pytest
 import torch
 
 from reward_model.client import RemoteRewardModel
-from rlhf_ppo import PPOTrainer, TrainState, checkpoint
-from rlhf_ppo.checkpoint import CheckpointError, checkpoints, find_damage, latest
-from rlhf_ppo.resume import CheckpointNotWrittenError
+from rlhf_ppo import PPOTrainer, TrainState
+from rlhf_ppo.checkpoints import folders
+from rlhf_ppo.checkpoints.folders import CheckpointError, checkpoints, find_damage, latest
+from rlhf_ppo.checkpoints.resume import CheckpointNotWrittenError
 from tests.tiny_run import config, parameters, share_of_e, trainer
 
 
@@ -161,7 +162,7 @@ def test_every_bit_of_the_manifest_is_guarded(two_checkpoints: Path, tmp_path: P
     """Whitespace that reads the same is the only change without consequences."""
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(two_checkpoints / "checkpoint-2", folder)
-    path = folder / checkpoint.MANIFEST
+    path = folder / folders.MANIFEST
     content = path.read_bytes()
     expected = json.loads(content)
     for at in range(len(content)):

@@ -15,7 +15,7 @@ from recipes.sentiment.stages import open_run_folder
 from reward_model.client import RemoteRewardModel
 from reward_model.serve import ServeConfig, authorised
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from rlhf_ppo.checkpoint import MANIFEST, CheckpointError, find_damage
+from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, find_damage
 from rlhf_ppo.models.value_head import read_value_head
 from rlhf_ppo.redaction import redacted
 from rlhf_ppo.report.run_folder import RunFolder

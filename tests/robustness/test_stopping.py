@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ppo import PPOTrainer, TrainState, checkpoint
-from rlhf_ppo.checkpoint import checkpoints, find_damage
+from rlhf_ppo import PPOTrainer, TrainState
+from rlhf_ppo.checkpoints import folders
+from rlhf_ppo.checkpoints.folders import checkpoints, find_damage
 from tests.tiny_run import config, parameters, share_of_e, trainer
 
 
@@ -88,7 +89,7 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(tmp_path: Pa
 def test_a_second_signal_while_a_checkpoint_is_written_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = checkpoint.commit
+    commit = folders.commit
 
     def interrupted(aside: Path, *, keep_last: int) -> Path:
         if "checkpoint-2" in aside.name:
@@ -97,7 +98,7 @@ def test_a_second_signal_while_a_checkpoint_is_written_leaves_the_one_before(
         return commit(aside, keep_last=keep_last)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "commit", interrupted)
+        patch.setattr(folders, "commit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, save_every=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_ppo import checkpoint
+from rlhf_ppo.checkpoints import folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class BestModels:
 
     def __post_init__(self) -> None:
         if self.folder is not None and self.is_main_process:
-            checkpoint.put_back(self.folder / "best")
+            folders.put_back(self.folder / "best")
 
     def take(self, iteration: int, summary: Mapping[str, Mapping[str, float]], *, is_eligible: bool = True) -> None:
         """Look at an evaluation; keep the model if it deserves it. One that is not eligible never becomes the best.
@@ -119,8 +119,8 @@ class BestModels:
         self.save(aside)
         if self.is_main_process:
             for path in (*aside.rglob("*"), aside):
-                checkpoint.flush(path)
-            checkpoint.replace_folder(aside, final)
+                folders.flush(path)
+            folders.replace_folder(aside, final)
 
     def _tidy(self) -> None:
         """Take away models that are kept no longer, and write down what is known of all."""
@@ -129,10 +129,10 @@ class BestModels:
         names = {f"iteration-{point.iteration}" for point in self.kept}
         for path in (self.folder / "frontier").glob("iteration-*"):
             if path.name not in names:
-                checkpoint.remove_folder(path)
+                folders.remove_folder(path)
         on_it = frontier(self.points)
         rows = [asdict(point) | {"on_frontier": point in on_it, "kept": point in self.kept} for point in self.points]
-        checkpoint.write_json(self.folder / "frontier.json", {"measure": self.measure, "evaluations": rows})
+        folders.write_json(self.folder / "frontier.json", {"measure": self.measure, "evaluations": rows})
 
 
 def _evaluated(state: Mapping[str, Any]) -> Evaluated:

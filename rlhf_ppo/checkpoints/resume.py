@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from accelerate.utils import DistributedType, broadcast_object_list
 
-from rlhf_ppo import checkpoint
-from rlhf_ppo.checkpoint import CheckpointError
-from rlhf_ppo.random_streams import RandomStreams
-from rlhf_ppo.sameness import check_sameness, facts_of_the_run, trained_parameters
-from rlhf_ppo.saved import ENGINE, FACTS, LOOP, MODEL, OPTIMIZER, PROCESSES, Saved, read
-from rlhf_ppo.trees import save_tree, write_tensors
+from rlhf_ppo.checkpoints import folders
+from rlhf_ppo.checkpoints.folders import CheckpointError
+from rlhf_ppo.checkpoints.random_streams import RandomStreams
+from rlhf_ppo.checkpoints.sameness import check_sameness, facts_of_the_run, trained_parameters
+from rlhf_ppo.checkpoints.saved import ENGINE, FACTS, LOOP, MODEL, OPTIMIZER, PROCESSES, Saved, read
+from rlhf_ppo.checkpoints.trees import save_tree, write_tensors
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer
@@ -77,13 +77,13 @@ def save_checkpoint(
     has_engine = _has_engine(trainer)
 
     def write() -> None:
-        checkpoint.begin(folder, iteration)
+        folders.begin(folder, iteration)
         if not has_engine:
             write_tensors(trained_parameters(trainer), aside / MODEL)
             save_tree(trainer.optimizer.state_dict(), aside / OPTIMIZER)
         save_tree({name: part.state_dict() for name, part in _all(trainer, shared).items()}, aside / LOOP)
         save_tree(everyones, aside / PROCESSES)
-        checkpoint.write_json(aside / FACTS, {"iteration": iteration, **facts_of_the_run(trainer)})
+        folders.write_json(aside / FACTS, {"iteration": iteration, **facts_of_the_run(trainer)})
 
     def write_engine() -> None:
         try:
@@ -95,7 +95,7 @@ def save_checkpoint(
     _together(trainer, write if main else None, aside)
     if has_engine:
         _together(trainer, write_engine, aside)
-    _together(trainer, (lambda: checkpoint.commit(aside, keep_last=keep_last)) if main else None, aside)
+    _together(trainer, (lambda: folders.commit(aside, keep_last=keep_last)) if main else None, aside)
     return folder / f"checkpoint-{iteration}"
 
 
@@ -172,7 +172,7 @@ def _agreed(trainer: "rlhf_ppo.trainer.PPOTrainer", folder: Path) -> Path | None
     found: list[Any] = [None, None]
     if trainer.accelerator.is_main_process:
         try:
-            newest = checkpoint.latest(folder)
+            newest = folders.latest(folder)
             found = [None if newest is None else newest.name, None]
         except CheckpointError as error:
             found = [None, str(error)]

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from rlhf_ppo import checkpoint
-from rlhf_ppo.checkpoint import CheckpointError
-from rlhf_ppo.trees import DamagedFileError, load_tree
+from rlhf_ppo.checkpoints import folders
+from rlhf_ppo.checkpoints.folders import CheckpointError
+from rlhf_ppo.checkpoints.trees import DamagedFileError, load_tree
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 LOOP, PROCESSES = "loop.safetensors", "processes.safetensors"
@@ -56,7 +56,7 @@ def read(path: Path, *, engine: bool, processes: int) -> Saved:
             f"{path.name} was written {'without' if engine else 'by'} DeepSpeed, this run differs: the "
             "optimiser's parts and whole do not replace each other. Resume with the first run's launch configuration."
         )
-    saved = _read_format_1(path, engine) if checkpoint.format_of(path) == 1 else _read(path, engine)
+    saved = _read_format_1(path, engine) if folders.format_of(path) == 1 else _read(path, engine)
     if saved.processes != processes and engine:
         raise CheckpointError(
             f"{path.name} was written by {saved.processes} processes of DeepSpeed, this run has {processes}: the "
@@ -74,7 +74,7 @@ def read(path: Path, *, engine: bool, processes: int) -> Saved:
 
 
 def _read(path: Path, engine: bool) -> Saved:
-    facts = checkpoint.read_json(path / FACTS)
+    facts = folders.read_json(path / FACTS)
     own = load_tree(path / PROCESSES)
     return Saved(
         path=path, iteration=_count(facts["iteration"]), processes=len(own), shared=load_tree(path / LOOP), own=own,
@@ -84,7 +84,7 @@ def _read(path: Path, engine: bool) -> Saved:
 
 def _read_format_1(path: Path, engine: bool) -> Saved:
     """Optimiser and random states came from `torch.save`, everything else stood in `state.json`."""
-    state = checkpoint.read_json(path / FACTS)
+    state = folders.read_json(path / FACTS)
     running = {name: torch.tensor(value) for name, value in state["running"].items()}
     shared = {name: state[name] for name in ("kl_controller", "update", "prompts")} | {"running": running}
     shared["best"] = {"best": state["best"], "points": []}

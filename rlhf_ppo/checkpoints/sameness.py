@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_ppo.checkpoint import CheckpointError
+from rlhf_ppo.checkpoints.folders import CheckpointError
+from rlhf_ppo.checkpoints.saved import Saved
 from rlhf_ppo.models.value_head import VALUE_HEAD_PREFIX
 from rlhf_ppo.redaction import redacted
-from rlhf_ppo.saved import Saved
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer
