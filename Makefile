@@ -9,6 +9,9 @@ STAMP := $(VENV)/.installed
 CLASSIC ?= .venv-trl-0.11.4
 ARGS ?=
 
+# Where it is set, each of the many processes of a test run compiles torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-distributed test-slow benchmark lint docs check clean distclean
 

@@ -27,11 +27,8 @@ from rlhf_ppo.extras import set_seed
 from rlhf_ppo.finite import check_scored, warn_of_negative_kl
 from rlhf_ppo.first_look import diagnose, first_look
 from rlhf_ppo.metrics import Statistics, StepFacts, classic_statistics, extra_metrics, work_metrics
-from rlhf_ppo.models import (
-    PreTrainedModelWrapper,
-    reference_adapter,
-    settle_reference,
-)
+from rlhf_ppo.models import PreTrainedModelWrapper, reference_adapter
+from rlhf_ppo.models.reference import settle_reference
 from rlhf_ppo.models.trunk import start_token_of
 from rlhf_ppo.normalizers import RunningMoments, normalised_scores
 from rlhf_ppo.preparation import prepare

@@ -7,12 +7,7 @@ from rlhf_ppo.models.pretrained import (
     AutoModelForSeq2SeqLMWithValueHead,
     PreTrainedModelWrapper,
 )
-from rlhf_ppo.models.reference import (
-    create_reference_model,
-    prepare_reference_adapter,
-    reference_adapter,
-    settle_reference,
-)
+from rlhf_ppo.models.reference import create_reference_model, prepare_reference_adapter, reference_adapter
 from rlhf_ppo.models.value_head import ValueHead
 
 __all__ = [
@@ -26,5 +21,4 @@ __all__ = [
     "create_reference_model",
     "prepare_reference_adapter",
     "reference_adapter",
-    "settle_reference",
 ]
