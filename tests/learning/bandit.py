@@ -53,7 +53,7 @@ def optimum(trainer: PPOTrainer, kl_coef: float) -> Tensor:
 
 def play(trainer: PPOTrainer, iterations: int, *, group_size: int = 1) -> None:
     """So many iterations of draw, score, learn."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(trainer.config.seed)
     for _ in range(iterations):
         actions = torch.multinomial(probabilities(trainer), ROWS, replacement=True, generator=generator)
         trainer.learn(
