@@ -42,7 +42,6 @@ def measured() -> list[dict[str, Any]]:
     for name, algorithm, kl_coef, settings in cases:
         found = [distance(algorithm, kl_coef, group_size=group_of(algorithm), seed=seed, **settings) for seed in SEEDS]
         rows.append({"name": name, "algorithm": repr(algorithm), "kl_coef": kl_coef, "settings": settings, "tv": found})
-        print(name, kl_coef, found, flush=True)
     return rows
 
 
@@ -52,7 +51,7 @@ def table(found: dict[str, Any]) -> str:
         "# The token bandit", "", "`python docs/results/bandit.py`", "",
         "One prompt, responses of one token out of eight, a tiny GPT-2, 128 responses an iteration. With the KL to the",
         "reference (coefficient 0.5) the optimum is π_ref exp(r / 0.5) / Z, without it the best token. What is left at",
-        "the end is the total variation between policy and optimum, one number a seed; the tests ask for less than 0.02.",
+        "the end is the total variation between policy and optimum, one number a seed; tests ask for less than 0.02.",
         "", "| | KL coefficient | total variation | largest |", "|---|---|---|---|",
     ]  # fmt: skip
     for row in found["rows"]:
