@@ -20,8 +20,8 @@ sys.path[:0] = [str(ROOT)]
 from tests.benchmarks.records import revision  # noqa: E402
 from tests.learning.test_bandit import (  # noqa: E402
     ALGORITHMS,
+    REGION_ITERATIONS,
     REGIONS,
-    TRUST_REGION_ITERATIONS,
     VARIANTS,
     distance,
     group_of,
@@ -36,7 +36,9 @@ def measured() -> list[dict[str, Any]]:
     cases: list[tuple[str, Any, float, dict[str, Any]]] = [
         (name, algorithm, kl_coef, {}) for name, algorithm in ALGORITHMS.items() for kl_coef in (0.5, 0.0)
     ]
-    cases += [("trpo", region, kl_coef, {"iterations": TRUST_REGION_ITERATIONS}) for kl_coef, region in REGIONS.items()]
+    cases += [
+        ("trpo", region, kl_coef, {"iterations": REGION_ITERATIONS[kl_coef]}) for kl_coef, region in REGIONS.items()
+    ]
     cases += [(name, *case) for name, case in VARIANTS.items()]
     rows = []
     for name, algorithm, kl_coef, settings in cases:
