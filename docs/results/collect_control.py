@@ -104,11 +104,15 @@ def _comparison(runs: dict[str, Run]) -> Iterable[str]:
         if rows
         else "Not run yet."
     )
-    if "speed-ours" in runs and "speed-sb3" in runs:
-        ours, theirs = runs["speed-ours"]["steps_per_cpu_second"], runs["speed-sb3"]["steps_per_cpu_second"]
+    pairs = [
+        (ours["steps_per_cpu_second"], theirs["steps_per_cpu_second"])
+        for ours, theirs in zip(seeds(runs, "speed-ours"), seeds(runs, "speed-sb3"), strict=False)
+    ]
+    if pairs:
         yield (
-            f"One after the other on the same machine, Hopper-v5, 102k steps: {ours} environment steps per CPU second "
-            f"here, {theirs} there: {ours / theirs:.2f} times."
+            "In turns on the same machine, Hopper-v5, 102k steps, environment steps per CPU second: "
+            f"{', '.join(str(ours) for ours, _ in pairs)} here, {', '.join(str(theirs) for _, theirs in pairs)} there, "
+            f"{', '.join(f'{ours / theirs:.2f}' for ours, theirs in pairs)} times."
         )
     yield SAME
 

@@ -102,6 +102,11 @@ def runs() -> list[Run]:
     trpo_hopper, short_hopper = settings("Hopper-v5", 300_000, **trpo), settings("Hopper-v5", 300_000)
     walkers, cheetahs = list(seeds("walker-clip", walker)), list(seeds("cheetah-clip", cheetah))
     theirs = list(seeds("sb3-hopper-clip", hopper, library="sb3"))
+    shortest = settings("Hopper-v5", 102_400)
+    speed = (
+        seeds("speed-ours", shortest, group="speed"),
+        seeds("speed-sb3", shortest, group="speed", library="sb3"),
+    )
     worlds = list(seeds("hopper-randomised", randomised, shifts=True, group="randomisation"))
     return [
         *seeds("pendulum-clip", pendulum),
@@ -111,8 +116,7 @@ def runs() -> list[Run]:
         *seeds("hopper-trpo", trpo_hopper),
         *walkers,
         cheetahs[0],
-        Run("speed-ours", settings("Hopper-v5", 102_400), group="speed"),
-        Run("speed-sb3", settings("Hopper-v5", 102_400), group="speed", library="sb3"),
+        *(run for pair in zip(*speed, strict=True) for run in pair),
         *ablations("pendulum", pendulum),
         *worlds,
         *cheetahs[1:],
