@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, functionalize
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import CodeGen
 
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.control.policy import ControlInputs
@@ -49,7 +50,8 @@ class LoweredGradients:
         picked = rows.numpy()
         values = [parameter.detach().numpy() for parameter in self.parameters.values()]
         with np.errstate(all="ignore"):  # PyTorch lets overflow pass in silence, too; the update's guards look at it
-            gradients, metrics, ratio = program(values, [column[picked] for column in self._columns])
+            found = program(*values, *(column[picked] for column in self._columns))
+        gradients, metrics, ratio = found[: len(values)], found[len(values) : -1], found[-1]
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = torch.from_numpy(np.ascontiguousarray(gradient))
         return dict(zip(names, map(float, metrics), strict=True)), [torch.from_numpy(ratio)]
@@ -73,8 +75,9 @@ class LoweredGradients:
 
 
 def lowered(traced: GraphModule) -> Callable[..., Any]:
-    """The same program on NumPy arrays."""
+    """The same program on NumPy arrays, which takes and gives one flat list."""
     traced.graph.eliminate_dead_code()
+    traced.graph.set_codegen(CodeGen())  # folding and unfolding nested lists costs as much as a product
     for node in traced.graph.nodes:
         if node.op == "call_function":
             node.target = _NUMPY.get(node.target) or _through_torch(node.target)
@@ -83,7 +86,8 @@ def lowered(traced: GraphModule) -> Callable[..., Any]:
             delattr(traced, node.target)
             setattr(traced, node.target, constant.numpy())
     traced.recompile()
-    return traced
+    program: Callable[..., Any] = traced.forward
+    return program
 
 
 def _columns(batch: TrainBatch) -> list[Tensor]:

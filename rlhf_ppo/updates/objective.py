@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.batch import PolicyOutput, TrainBatch
-from rlhf_ppo.functional import masked_mean, masked_var
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +98,16 @@ class Update(Protocol):
 def batch_statistics(batch: TrainBatch, rows: Tensor) -> dict[str, float]:
     """What is known of an optimiser step's rows before the step."""
     mask = batch.mask[rows]
-    returns, values, advantages = batch.returns[rows], batch.values[rows], batch.advantages[rows]
+    columns = torch.stack([column[rows][mask] for column in (batch.advantages, batch.returns, batch.values)])
+    count = max(columns.shape[1], 1)
+    means = columns.sum(1, keepdim=True) / count
+    variances = (columns - means).square().sum(1) / max(count - 1, 1)
+    advantages, returns, values = means.squeeze(1).tolist()  # once: each transfer waits for the device
+    _, returns_var, values_var = variances.tolist()
     return {
-        "policy/advantages_mean": float(masked_mean(advantages, mask)),
-        "returns/mean": float(masked_mean(returns, mask)),
-        "returns/var": float(masked_var(returns, mask)),
-        "val/mean": float(masked_mean(values, mask)),
-        "val/var": float(masked_var(values, mask)),
+        "policy/advantages_mean": advantages,
+        "returns/mean": returns,
+        "returns/var": returns_var,
+        "val/mean": values,
+        "val/var": values_var,
     }

@@ -44,6 +44,7 @@ class PlainSteps:
 
     def __init__(self, policy: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> None:
         self.policy, self.optimizer, self.accelerator = policy, optimizer, accelerator
+        self.parameters = list(policy.parameters())  # once: a walk through all modules costs as much as a small step
         self._norm = math.nan
 
     def piece(self, *, last: bool) -> AbstractContextManager[object]:
@@ -54,7 +55,7 @@ class PlainSteps:
         self.accelerator.backward(loss)
 
     def clip(self, limit: float | None) -> float:
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), math.inf if limit is None else limit)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
         self._norm = math.nan if norm is None else float(norm)
         return self._norm
 
