@@ -98,3 +98,12 @@ class LostRollouts:
             )
         warnings.warn("A rollout was lost: reward sources failed on every sample. Drawing another.", stacklevel=3)
         return True
+
+    def state_dict(self) -> dict[str, int]:
+        """How many were lost, in all and in a row."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting."""
+        total, in_a_row = int(state["total"]), int(state["in_a_row"])
+        self.total, self.in_a_row = total, in_a_row

@@ -1,8 +1,12 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 ask for a stop after the phase that runs; a second one leaves at once."""
+"""Reasons to stop from outside: signals and a time limit.
+
+Ctrl-C, SIGTERM and SIGUSR1 ask for a stop after the phase that runs; a second one leaves at once.
+"""
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +29,27 @@ class StopRequest:
     def asked(self) -> bool:
         """True once a signal has come."""
         return self.name is not None
+
+
+class TimeLimit:
+    """Says when one more iteration, as long as the longest so far, would end after the limit.
+
+    An iteration lasts from one question to the next: its evaluation and its checkpoint count.
+
+    Args:
+        seconds: From now; None: without a limit.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._asked = time.monotonic()
+        self._end = None if seconds is None else self._asked + seconds
+        self._longest = 0.0
+
+    def is_near(self) -> bool:
+        """Asked once after each iteration."""
+        now = time.monotonic()
+        self._longest, self._asked = max(self._longest, now - self._asked), now
+        return self._end is not None and now + self._longest > self._end
 
 
 @contextmanager

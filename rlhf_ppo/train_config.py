@@ -43,6 +43,8 @@ class TrainConfig:
     """Lines against reward hacking: each a limit, an action, a patience."""
     reward_failures: RewardFailures = RAISE
     """How often a failing reward source is asked again, and whether its samples are then dropped."""
+    keep_history: int = 500
+    """Iterations whose metrics stay in memory, in `TrainState.history`; `metrics.jsonl` has those of all."""
     max_time: float | None = None
     """Seconds within which the loop ends: it stops, with a checkpoint, when one more iteration would not fit."""
     resume: bool = True
@@ -54,6 +56,7 @@ class TrainConfig:
         check_fields(self)
         for name, least in {
             "iterations": 1, "keep_last": 1, "eval_every": 0, "save_every": 0, "keep_frontier": 0,
+            "keep_history": 1,
         }.items():  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"TrainConfig.{name} must be at least {least}, got {getattr(self, name)}")
@@ -74,7 +77,7 @@ class TrainState:
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last iteration."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Of all iterations of this call."""
+    """Of the last iterations of this call, as many as `TrainConfig.keep_history`."""
     evaluation: Evaluation | None = None
     """The newest."""
     best: float | None = None

@@ -23,7 +23,7 @@ from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine
 from rlhf_ppo.rollout.sampling import Sampler
 from rlhf_ppo.rollout.sharing import shared_out
 from rlhf_ppo.run_keeper import RunKeeper
-from rlhf_ppo.signals import StopRequest, stop_on_signals
+from rlhf_ppo.signals import StopRequest, TimeLimit, stop_on_signals
 from rlhf_ppo.traces import token_traces
 from rlhf_ppo.train_config import Callback, TrainConfig, TrainState, check_settings
 
@@ -91,7 +91,7 @@ class TrainingLoop:
         """Iterate until the budget, a callback, a guard or a signal says stop."""
         if self.config.resume:
             self.restore()
-        deadline = None if self.config.max_time is None else time.monotonic() + self.config.max_time
+        limit = TimeLimit(self.config.max_time)
         bar = tqdm(
             total=self.config.iterations, initial=self.state.iteration, desc="PPO", unit="it",
             disable=not (self.config.progress and self.trainer.accelerator.is_main_process),
@@ -106,7 +106,7 @@ class TrainingLoop:
                 self._learn(*rollout)
                 bar.update()
                 bar.set_postfix(_postfix(self.state.metrics))
-                self._after_iteration(deadline)
+                self._after_iteration(limit)
         return self.state
 
     def own_parts(self) -> dict[str, Stateful]:
@@ -123,6 +123,7 @@ class TrainingLoop:
         """What is the same on every process, beside the trainer's own."""
         return {
             "prompts": self.order, "best": self.best, "trackers": self.trainer.trackers, "guards": self.watch,
+            "lost": self.lost,
         }  # fmt: skip
 
     def restore(self) -> None:
@@ -197,6 +198,7 @@ class TrainingLoop:
         metrics |= self.watch.measure(sum(repeated) / len(repeated), metrics["tokens/responses_len_mean"])
         self.state.metrics = metrics
         self.state.history.append(metrics)
+        del self.state.history[: -self.config.keep_history]
 
     def _record(self) -> None:
         trainer, metrics = self.trainer, self.state.metrics
@@ -221,7 +223,7 @@ class TrainingLoop:
         )  # fmt: skip
         return merged(self.trainer.processes.gather_objects([found]))
 
-    def _after_iteration(self, deadline: float | None) -> None:
+    def _after_iteration(self, limit: TimeLimit) -> None:
         config, state = self.config, self.state
         due = state.iteration == config.iterations
         summary = None
@@ -236,21 +238,20 @@ class TrainingLoop:
             self.best.take(state.iteration, summary, is_eligible=verdict.may_keep)
             state.best = self.best.best
         self._record()
-        self._find_reason_to_stop(deadline, verdict)
+        self._find_reason_to_stop(limit, verdict)
         if due or state.stopped is not None:
             self._write_traces()
         periodic = config.save_every and (due or state.iteration % config.save_every == 0)
         if periodic or self.keeper.owes_checkpoint or state.stopped is not None:
             self.keeper.save(self.state.iteration, must=state.interrupted)
 
-    def _find_reason_to_stop(self, deadline: float | None, verdict: Verdict) -> None:
-        config, state = self.config, self.state
+    def _find_reason_to_stop(self, limit: TimeLimit, verdict: Verdict) -> None:
+        state = self.state
         wishes = [bool(callback(self.trainer, state)) for callback in self.callbacks]
-        left = state.iteration < config.iterations
-        longest = max(row["time/iteration"] for row in state.history)
+        is_near = limit.is_near()
         interruptions = {
             self._request.name or "signal": self._request.asked,
-            "time limit": left and deadline is not None and time.monotonic() + longest > deadline,
+            "time limit": is_near and state.iteration < self.config.iterations,
         }
         reasons = interruptions | {
             "callback": any(wishes),

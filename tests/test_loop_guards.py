@@ -11,6 +11,7 @@ import torch
 
 from rlhf_ppo import RLOO, TrainConfig, TrainState
 from rlhf_ppo.guards import Guard, Guards, GuardWatch
+from rlhf_ppo.loop_checks import LostRollouts
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.reward_sources import RewardFailures, RewardSourceError
@@ -106,6 +107,15 @@ def test_a_rollout_without_any_score_is_drawn_anew_and_counted() -> None:
         state = trainer().train(fails_once, config(iterations=3, reward_failures=DROP))
     assert state.iteration == 3
     assert [row["env/rollouts_lost"] for row in state.history] == [0.0, 1.0, 1.0]
+
+
+def test_the_count_of_lost_rollouts_is_part_of_a_checkpoint() -> None:
+    """Else `env/rollouts_lost` of a resumed run would begin at nought again."""
+    first, second = (LostRollouts(trainer().processes, DROP) for _ in range(2))
+    with pytest.warns(UserWarning, match="A rollout was lost"):
+        assert first.is_lost(0)
+    second.load_state_dict(first.state_dict())
+    assert (second.total, second.in_a_row) == (1, 1)
 
 
 @pytest.mark.filterwarnings("ignore:A rollout was lost")

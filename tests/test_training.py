@@ -52,6 +52,17 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path: Path) -> N
     assert [row["iteration"] for row in RunFolder.open(tmp_path).metrics()] == [1, 2, 3, 4, 5]
 
 
+def test_memory_holds_the_metrics_of_the_last_iterations_and_the_run_folder_those_of_all(tmp_path: Path) -> None:
+    """A list of every iteration would grow for as long as a run lasts."""
+    state = trainer().train(share_of_e, config(tmp_path, iterations=4, keep_history=2))
+    rows = RunFolder.open(tmp_path).metrics()
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    names = ("env/reward_mean", "time/iteration")
+    assert [[row[name] for name in names] for row in state.history] == [
+        [row[name] for name in names] for row in rows[2:]
+    ]
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
     trainer().train(share_of_e, config(tmp_path, iterations=3, save_every=1))
     weights = tmp_path / "checkpoint-3" / "model.safetensors"

@@ -48,7 +48,7 @@ def run(path: str, seed: int, iterations: int) -> dict[str, float]:
     )  # fmt: skip
     trainer = kind(config, model, None, tokenizer, prompts)
     start = time.process_time()
-    loop = TrainConfig(iterations=iterations, sampling=SAMPLING, progress=False)
+    loop = TrainConfig(iterations=iterations, sampling=SAMPLING, progress=False, keep_history=iterations)
     sampler = None if path == "fast" else TransformersGenerate()
     before = trainer.evaluate(prompts, score, SAMPLING, seed=1)
     history = trainer.train(score, loop, sampler=sampler).history

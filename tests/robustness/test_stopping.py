@@ -4,14 +4,16 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf_ppo import PPOTrainer, TrainState
+from rlhf_ppo import PPOTrainer, TrainState, signals
 from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.checkpoints.folders import checkpoints, find_damage
+from rlhf_ppo.signals import TimeLimit
 from tests.tiny_run import config, parameters, share_of_e, trainer
 
 
@@ -111,6 +113,14 @@ def test_the_time_limit_stops_where_one_more_iteration_would_not_fit(tmp_path: P
     assert (state.stopped, state.interrupted, state.iteration) == ("time limit", True, 1)
     resumed, _ = run(tmp_path, max_time=3600.0)
     assert torch.equal(parameters(resumed), whole())
+
+
+def test_the_time_limit_counts_what_an_iteration_takes_with_its_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is evaluated and saved takes longer than others: the next of its kind must fit, too."""
+    times = iter([0.0, 10.0, 40.0, 50.0, 80.0])  # iterations of 10, 30, 10 and 30 seconds
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    limit = TimeLimit(80.0)
+    assert [limit.is_near() for _ in range(4)] == [False, False, False, True]
 
 
 def test_a_callback_that_stops_the_run_is_no_interruption(tmp_path: Path) -> None:
