@@ -30,12 +30,12 @@ from sentiment.command_line import Measured
 from sentiment.engines import EngineSettings
 from sentiment.language_models import SMALL_GPT2
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, split_reviews
-from sentiment.settings import SettingsByModel
+from sentiment.settings import GuardSettings, SettingsByModel
 from sentiment.threads import choose_threads
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SettingsByModel, EngineSettings):
+class Config(SettingsByModel, GuardSettings, EngineSettings):
     """Settings of the sentiment recipe; those left at None take what suits the model."""
 
     model: str = SMALL_GPT2
@@ -71,7 +71,7 @@ class Config(SettingsByModel, EngineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        stages.at_least(self, seed=0, new_tokens=1, eval_prompts=2, save_every=0, max_time=0)
+        stages.at_least(self, seed=0, new_tokens=1, eval_prompts=2, eval_every=0, save_every=0, max_time=0)
 
 
 def main(config: Config) -> dict[str, Estimates]:
@@ -108,10 +108,12 @@ def main(config: Config) -> dict[str, Estimates]:
     loop = TrainConfig(
         iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir, save_every=config.save_every,
         missing_eos=config.preset and stages.published(config.preset).missing_eos, max_time=phase.left(config.max_time),
+        **config.guarding,
     )  # fmt: skip
-    state = trainer.train(reward, loop, sampler=sampler)
+    state = trainer.train(reward, loop, eval_prompts=held_out, judges=judges, sampler=sampler)
     if state.interrupted:
         stages.stop_for_now(state, chosen.iterations)
+    phase.say(stages.ending(state))
 
     phase("held-out evaluation after PPO, report")
     after = trainer.evaluate(held_out, reward, sampling, judges=judges, sampler=sampler)

@@ -70,6 +70,10 @@ class Guards:
                     "stop at once. Look at the metric in a healthy run and leave room."
                 )
 
+    def each(self) -> list[tuple[str, Guard]]:
+        """Every line under its name."""
+        return [(name, getattr(self, name)) for name in _LINES]
+
 
 @dataclass(frozen=True)
 class _Line:
@@ -143,8 +147,8 @@ class GuardWatch:
     def verdict(self, metrics: Mapping[str, float]) -> "Verdict":
         """What the lines say about the numbers of an iteration; numbers that are not there are not judged."""
         crossed: dict[str, str] = {}
-        for name, line in _LINES.items():
-            guard: Guard = getattr(self.guards, name)
+        for name, guard in self.guards.each():
+            line = _LINES[name]
             value = metrics.get(line.metric)
             if guard.limit is None or value is None:
                 continue

@@ -66,7 +66,7 @@ class Processes:
             raise error
         refused = [f"process {rank}: {sentence}" for rank, sentence in enumerate(said) if sentence is not None]
         if refused:
-            raise ValueError(f"another process refused its batch, so none has learned from theirs. {refused[0]}")
+            raise ValueError(f"another process refused, so none goes on with its part. {refused[0]}")
         return result
 
     def most_passes(self, passes: int) -> int:

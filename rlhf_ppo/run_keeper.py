@@ -1,9 +1,11 @@
 """What a run leaves in its folder: checkpoints when they are due, and lines that a full disk may cost."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from rlhf_ppo.checkpoints.lock import only_run_in
 from rlhf_ppo.checkpoints.resume import (
     CheckpointNotWrittenError,
     Restored,
@@ -50,6 +52,22 @@ class RunKeeper:
         self.owes_checkpoint = False
         """Whether a checkpoint could not be written when it was due."""
         self._newest: int | None = None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other run writes into the folder.
+
+        Raises:
+            FolderInUseError: One does already. Raised on the main process; a ValueError with its words on the others.
+        """
+        with ExitStack() as held:
+
+            def hold() -> None:
+                if self.folder is not None and self.trainer.accelerator.is_main_process:
+                    held.enter_context(only_run_in(self.folder.path))
+
+            self.trainer.processes.together(hold)
+            yield
 
     def restore(self) -> Restored | None:
         """Go on from the newest whole checkpoint, if there is one; later lines of the metrics are dropped."""

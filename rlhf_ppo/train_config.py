@@ -66,6 +66,12 @@ class TrainConfig:
             raise ValueError("keep_best needs held-out evaluations to compare: set eval_every")
         if self.keep_frontier and self.keep_best is None:
             raise ValueError('keep_frontier compares models by `keep_best` and KL: set keep_best, e.g. to "score"')
+        unkept = [name for name, guard in self.guards.each() if guard.limit is not None and guard.action == "keep_best"]
+        if unkept and self.keep_best is None:
+            raise ValueError(
+                f"expected keep_best for the action of guards.{unkept[0]}, got none: no best model is kept that the "
+                'line could protect. Set keep_best (and eval_every), or the action "warn" or "stop".'
+            )
 
 
 @dataclass(kw_only=True)

@@ -88,7 +88,15 @@ class TrainingLoop:
         self._request = StopRequest()
 
     def run(self) -> TrainState:
-        """Iterate until the budget, a callback, a guard or a signal says stop."""
+        """Iterate until the budget, a callback, a guard or a signal says stop.
+
+        Raises:
+            FolderInUseError: Another run writes into the run folder.
+        """
+        with self.keeper.alone():
+            return self._run()
+
+    def _run(self) -> TrainState:
         if self.config.resume:
             self.restore()
         limit = TimeLimit(self.config.max_time)

@@ -9,7 +9,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import datasets
@@ -17,6 +18,7 @@ import transformers
 import tyro
 
 from rlhf_ppo import TrainState
+from rlhf_ppo.checkpoints import only_run_in
 from rlhf_ppo.signals import EXIT_AT_ONCE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 
 from .assets import AssetError
@@ -39,11 +41,24 @@ def run(main: Callable[[Any], object], config: type[Any], description: str | Non
     """
     quieten()
     try:
-        main(parse(config, description))
+        settings = parse(config, description)
+        with only_run(settings.output_dir):
+            main(settings)
     except KeyboardInterrupt as error:
         leave("Interrupted. What was finished is kept: the same command goes on from there.", EXIT_AT_ONCE, error)
     except (AssetError, NotImplementedError, OSError, ValueError) as error:
         leave(f"error: {one_line(error)}", EXIT_FAILED, error)
+
+
+@contextlib.contextmanager
+def only_run(output_dir: str) -> Iterator[None]:
+    """Inside, no other run uses the folder, from the first phase to the report; where it can be made."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # the phase that needs it says what is wrong with the path
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+        if is_main_process() and Path(output_dir).is_dir():
+            held.enter_context(only_run_in(Path(output_dir)))
+        yield
 
 
 def parse(config: type[Any], description: str | None) -> Any:
@@ -80,6 +95,12 @@ def stop_for_now(state: TrainState, iterations: int) -> None:
     done = f"{state.iteration} of {iterations} iterations"
     line = f"Stopped by {state.stopped} after {done}, checkpoint written; the same command goes on."
     leave(line, EXIT_RESUMABLE, None)
+
+
+def ending(state: TrainState) -> str:
+    """How training ended, in a line."""
+    why = "" if state.stopped is None else f", ended by {state.stopped}"
+    return f"{state.iteration} iterations{why}"
 
 
 def leave(line: str, status: int, error: BaseException | None) -> None:

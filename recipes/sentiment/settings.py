@@ -1,8 +1,11 @@
-"""Settings of the recipe that take what suits the model unless they are given."""
+"""Settings of the recipe in groups: those that suit the model unless they are given, and the guards."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_ppo.guards import Guards
 
 from .command_line import FloatByModel, IntByModel, SwitchByModel
 
@@ -37,3 +40,21 @@ class SettingsByModel:
     """Responses to a prompt in one rollout; rloo and grpo compare them."""
     lora_rank: IntByModel = None
     """Rank of LoRA adapters; 0 trains every weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    """Lines that a policy which games its reward would cross (docs/guards.md)."""
+
+    guards: Guards = field(default_factory=Guards)
+    """Each with a limit, an action and a patience; without a limit the number is only recorded."""
+    eval_every: int = 0
+    """Held-out evaluation every so many iterations of PPO; the best model by score is kept in best/. The judge's line
+    and the action keep_best need it."""
+
+    @property
+    def guarding(self) -> dict[str, Any]:
+        """The same for `TrainConfig`."""
+        return {
+            "guards": self.guards, "eval_every": self.eval_every, "keep_best": "score" if self.eval_every else None,
+        }  # fmt: skip

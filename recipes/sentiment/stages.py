@@ -23,6 +23,7 @@ from rlhf_ppo.rollout.prompts import PromptDataset
 from .algorithms import CHOICES as CHOICES
 from .algorithms import AlgorithmName as AlgorithmName
 from .command_line import Phases as Phases
+from .command_line import ending as ending
 from .command_line import is_main_process
 from .command_line import run as run
 from .command_line import stop_for_now as stop_for_now

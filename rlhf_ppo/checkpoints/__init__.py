@@ -1,10 +1,12 @@
 """Checkpoints: folders that are whole or absent, what they hold, how a run goes on from them, and the best models.
 
-For loops of one's own: `save_checkpoint`, `restore_checkpoint`, and `RandomStreams` among the parts they are given.
+For loops of one's own: `save_checkpoint`, `restore_checkpoint`, `RandomStreams` among the parts they are given, and
+`only_run_in` around them.
 `PPOTrainer.train` does all of it itself.
 """
 
 from rlhf_ppo.checkpoints.folders import CheckpointError, checkpoints, find_damage, latest
+from rlhf_ppo.checkpoints.lock import FolderInUseError, only_run_in
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
 from rlhf_ppo.checkpoints.resume import (
     CheckpointNotWrittenError,
@@ -17,12 +19,14 @@ from rlhf_ppo.checkpoints.resume import (
 __all__ = [
     "CheckpointError",
     "CheckpointNotWrittenError",
+    "FolderInUseError",
     "RandomStreams",
     "Restored",
     "Stateful",
     "checkpoints",
     "find_damage",
     "latest",
+    "only_run_in",
     "restore_checkpoint",
     "save_checkpoint",
 ]

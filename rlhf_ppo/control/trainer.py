@@ -2,8 +2,10 @@
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_ppo.algorithms import Algorithm, AlgorithmConfig, build_algorithm
 from rlhf_ppo.checkpoints import folders
+from rlhf_ppo.checkpoints.lock import only_run_in
+from rlhf_ppo.checkpoints.trees import load_tree, save_tree
 from rlhf_ppo.control.algorithms import control_algorithm, discount
 from rlhf_ppo.control.collection import Collector, by_step
 from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
@@ -167,7 +171,18 @@ class ControlTrainer:
 
         Returns:
             The numbers of the iterations that were run here.
+
+        Raises:
+            FolderInUseError: Another run writes into `folder`.
         """
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        with nullcontext() if folder is None else only_run_in(folder):
+            return self._train(folder, save_every, report)
+
+    def _train(
+        self, folder: Path | None, save_every: int, report: Callable[[dict[str, float]], None]
+    ) -> list[dict[str, float]]:
         history = []
         if folder is not None:
             self.resume(folder)
@@ -192,8 +207,8 @@ class ControlTrainer:
         """Write a checkpoint that is whole or absent, with the half-played episodes."""
         aside = folders.begin(folder, self.iteration)
         save_file({name: item.detach() for name, item in self.policy.named_parameters()}, aside / "model.safetensors")
-        torch.save(self.optimizer.state_dict(), aside / "optimizer.pt")
-        torch.save(self.collect.generator.get_state(), aside / "generator.pt")
+        save_tree(self.optimizer.state_dict(), aside / "optimizer.safetensors")
+        save_tree(self.collect.generator.get_state(), aside / "generator.safetensors")
         state = {
             "environment": self.config.environment.id, "iteration": self.iteration, "steps": self.steps,
             "episodes": self.episodes, "recent": list(self.recent), "normalizer": self.normalizer.state_dict(),
@@ -225,8 +240,8 @@ class ControlTrainer:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
-        self.collect.generator.set_state(torch.load(path / "generator.pt", weights_only=True))
+        self.optimizer.load_state_dict(_part(path, "optimizer"))
+        self.collect.generator.set_state(_part(path, "generator"))
         self.normalizer.load_state_dict(state["normalizer"])
         self.algorithm.update.load_state_dict(state["update"])
         self.iteration, self.steps, self.episodes = state["iteration"], state["steps"], state["episodes"]
@@ -248,6 +263,12 @@ def _policy(environments: Environments, config: ControlConfig) -> ControlPolicy:
     return ControlPolicy(
         environments.observations.shape[1], distribution, size, hidden=config.hidden, orthogonal=config.orthogonal
     )
+
+
+def _part(path: Path, name: str) -> Any:
+    """One part of a checkpoint; versions before this one wrote it by `torch.save`."""
+    file = path / f"{name}.safetensors"
+    return load_tree(file) if file.is_file() else torch.load(path / f"{name}.pt", weights_only=True)
 
 
 def _sizes(config: ControlConfig) -> MinibatchConfig:

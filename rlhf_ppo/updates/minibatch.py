@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +26,7 @@ from rlhf_ppo.updates.objective import (
     nobody,
 )
 from rlhf_ppo.updates.shares import everyones, own_pieces
-from rlhf_ppo.updates.shuffle import Shuffle
+from rlhf_ppo.updates.shuffle import Resumable
 from rlhf_ppo.updates.slopes import slopes_of
 from rlhf_ppo.updates.steps import PlainSteps, steps_of
 
@@ -54,7 +53,7 @@ class MinibatchConfig:
     """Raise after this many minibatches in a row whose loss or gradient was not finite."""
 
 
-class MinibatchUpdate:
+class MinibatchUpdate(Resumable):
     """Minimise an objective over shuffled minibatches.
 
     An optimiser step depends neither on its cut into micro-batches nor on the number of processes: minibatches are
@@ -87,6 +86,7 @@ class MinibatchUpdate:
         compare_with: CompareWith = nobody,
         count: Callable[[Tensor], Tensor] = actions,
     ) -> None:
+        super().__init__(seed)
         self.policy = policy
         self.steps = steps_of(policy, optimizer, accelerator)
         self.accelerator = accelerator
@@ -95,10 +95,8 @@ class MinibatchUpdate:
         self.config = config()
         self.with_entropy = with_entropy
         self.gradients = gradients or self._passes
-        self.shuffle = Shuffle(seed)
         self.compare_with = compare_with
         self.count = count
-        self._skips_in_a_row = 0
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
         """Run the epochs; π_old ← π_θ is left to the caller, who collects the next rollout."""
@@ -114,15 +112,6 @@ class MinibatchUpdate:
         if self.accelerator.num_processes > 1:
             record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
         return record
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to draw the same minibatches."""
-        return {**self.shuffle.state_dict(), "skips_in_a_row": self._skips_in_a_row}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.shuffle.load_state_dict(state)
-        self._skips_in_a_row = int(state["skips_in_a_row"])
 
     def _shuffled(self, rows: int, device: torch.device) -> list[Tensor]:
         return list(self.shuffle(rows, device).split(self.config.minibatch_size * self.accelerator.num_processes))
@@ -187,12 +176,12 @@ class MinibatchUpdate:
     def _accept(self, batch: TrainBatch, rows: Tensor, metrics: dict[str, float]) -> bool:
         broken = not math.isfinite(metrics["loss/total"])
         broken |= self.steps.norm_is_known and not math.isfinite(metrics["policy/grad_norm"])
-        self._skips_in_a_row = self._skips_in_a_row + 1 if broken else 0
-        if broken and self._skips_in_a_row >= self.config.most_skips_in_a_row:
+        self.skips_in_a_row = self.skips_in_a_row + 1 if broken else 0
+        if broken and self.skips_in_a_row >= self.config.most_skips_in_a_row:
             self.steps.drop()
             raise NonFiniteUpdateError(
                 f"expected finite losses and gradients, got loss {metrics['loss/total']} and gradient norm "
-                f"{metrics['policy/grad_norm']} in {self._skips_in_a_row} minibatches in a row: nothing was learned "
+                f"{metrics['policy/grad_norm']} in {self.skips_in_a_row} minibatches in a row: nothing was learned "
                 "from them, the parameters are those of the last good one. Lower the learning rate, set "
                 "`max_grad_norm`, or look for extreme scores.",
                 batch=batch, rows=rows, metrics=metrics,

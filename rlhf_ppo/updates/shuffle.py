@@ -1,4 +1,4 @@
-"""The order in which an update visits its rows: seeded, equal on all processes, resumable."""
+"""The order in which an update visits its rows: seeded, equal on all processes, resumable; and what else it carries."""
 
 from typing import Any
 
@@ -29,3 +29,24 @@ class Shuffle:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._rng.set_state(("MT19937", np.asarray(state["keys"], dtype=np.uint32), state["position"], 0, 0.0))
+
+
+class Resumable:
+    """What an update carries from one call to the next: the order of rows, and steps in a row that were not finite.
+
+    Args:
+        seed: Of the order. The same on all processes.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.shuffle = Shuffle(seed)
+        self.skips_in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to draw the same rows."""
+        return {**self.shuffle.state_dict(), "skips_in_a_row": self.skips_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.shuffle.load_state_dict(state)
+        self.skips_in_a_row = int(state["skips_in_a_row"])

@@ -35,10 +35,10 @@ from rlhf_ppo.updates.nonfinite import Examination, NonFiniteUpdateError
 from rlhf_ppo.updates.objective import CompareWith, Objective, Terms, UpdateRecord, batch_statistics, nobody
 from rlhf_ppo.updates.region import CurvedPolicy, TrustRegion, check_parameters, check_processes
 from rlhf_ppo.updates.shares import everyones, own_pieces
-from rlhf_ppo.updates.shuffle import Shuffle
+from rlhf_ppo.updates.shuffle import Resumable
 
 
-class TrustRegionUpdate:
+class TrustRegionUpdate(Resumable):
     """One natural-gradient step of the policy, then epochs of the value head alone.
 
     Works on one process or several with whole copies of the model. Where the line search accepts nothing, the policy's
@@ -74,6 +74,7 @@ class TrustRegionUpdate:
         clip_range_value: float | None = None,
         compare_with: CompareWith = nobody,
     ) -> None:
+        super().__init__(seed)
         check_processes(accelerator)
         module: Any = accelerator.unwrap_model(policy)
         critic = module.critic_parameters()
@@ -86,13 +87,11 @@ class TrustRegionUpdate:
         self.objective, self.region = objective, region
         self._read_config = config
         self.config = config()
-        self.shuffle = Shuffle(seed)
         self.compare_with = compare_with
         self.critic = CriticFit(
             policy=module, optimizer=optimizer, accelerator=accelerator, config=config, shuffle=self.shuffle,
             clip_range_value=clip_range_value,
         )  # fmt: skip
-        self._skips_in_a_row = 0
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
         """One step of the policy, then the fit of the value head."""
@@ -118,15 +117,6 @@ class TrustRegionUpdate:
         if self.accelerator.num_processes > 1:
             record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
         return record
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to draw the same rows."""
-        return {**self.shuffle.state_dict(), "skips_in_a_row": self._skips_in_a_row}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.shuffle.load_state_dict(state)
-        self._skips_in_a_row = int(state["skips_in_a_row"])
 
     def curvature(self, batch: TrainBatch, rows: Tensor) -> MatrixProduct:
         """The map v -> (F + damping) v over `rows` of the batch, one piece at a time; equal on all processes."""
@@ -212,10 +202,10 @@ class TrustRegionUpdate:
     def _usable(self, norm: float, batch: TrainBatch, rows: Tensor) -> bool:
         """Whether the gradient leads anywhere; nan and inf are counted."""
         broken = not math.isfinite(norm)
-        self._skips_in_a_row = self._skips_in_a_row + 1 if broken else 0
-        if broken and self._skips_in_a_row >= self.config.most_skips_in_a_row:
+        self.skips_in_a_row = self.skips_in_a_row + 1 if broken else 0
+        if broken and self.skips_in_a_row >= self.config.most_skips_in_a_row:
             raise NonFiniteUpdateError(
-                f"expected finite gradients, got norm {norm} in {self._skips_in_a_row} updates in a row: nothing was "
+                f"expected finite gradients, got norm {norm} in {self.skips_in_a_row} updates in a row: nothing was "
                 "learned from them, the policy is that of the last good one. Look for extreme scores.",
                 batch=batch, rows=rows, metrics={"loss/total": norm, "policy/grad_norm": norm},
             )  # fmt: skip

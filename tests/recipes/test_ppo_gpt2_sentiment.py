@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.report import RunFolder
 from rlhf_ppo.signals import EXIT_RESUMABLE
-from sentiment import rewards, stages
+from sentiment import command_line, rewards, stages
 from sentiment.reviews import load_reviews, split_reviews
 from tests.recipes.tiny_world import (
     save_classic_classifier,
@@ -218,6 +218,23 @@ def test_adapters_in_bfloat16_train_save_and_load(world: Path, tmp_path: Path) -
     wrapped = AutoModelForCausalLMWithValueHead.from_pretrained(str(output / "model"))
     assert isinstance(wrapped.pretrained_model, PeftModel)
     assert AutoModelForCausalLM.from_pretrained(output / "model").config.model_type == "llama"
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_guards_line_given_by_a_flag_ends_training_and_is_said(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training stops, its model is still evaluated and saved; the judges of the recipe are those of the guard."""
+    flags = "--guards.kl.limit 1e-9 --guards.judge.limit 9 --guards.judge.action keep_best --guards.judge-name vader"
+    monkeypatch.setattr("sys.argv", ["recipe", *flags.split(), "--eval-every", "1"])
+    given = command_line.parse(recipe.Config, None)
+    output = tmp_path / "run"
+    recipe.main(settings(world, output, guards=given.guards, eval_every=given.eval_every))
+    rows = RunFolder.open(output).metrics()
+    assert [row["objective/kl"] > 1e-9 for row in rows] == [*[False] * (len(rows) - 1), True]
+    assert f"{len(rows)} iterations, ended by KL budget: " in capsys.readouterr().out
+    assert all("guard/judge_lead" in row for row in rows)
+    assert (output / "model").is_dir()
 
 
 @pytest.mark.usefixtures("no_report")
