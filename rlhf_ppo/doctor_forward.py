@@ -6,66 +6,26 @@ does. What the sampler reports, and what can be read off the tokens drawn, must 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.doctor import Diagnosis, Finding, Specimen, actions, select
+from rlhf_ppo.doctor_draws import Drawn, draw_again
 from rlhf_ppo.models.scoring import TokenPolicy
-from rlhf_ppo.models.trunk import start_token_of
 from rlhf_ppo.rollout.experience import Scorer
-from rlhf_ppo.rollout.sampling import EvalMode
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer
 
-ROWS, TOKENS, ENTRIES = 8, 256, 2**25
-"""At most so many rows, response tokens, and logits are looked at."""
+ROWS, TOKENS = 8, 256
+"""At most so many rows and response tokens are looked at."""
 RARE = math.log(1e-6)
 """log-probability under which an honest sampler does not do what was seen."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What the model says about each token, scored alone."""
-
-    logprobs: Float[Tensor, " actions"]
-    distributions: Float[Tensor, "actions vocab"]
-    """log π(. | s_t) at the trainer's temperature."""
-
-    def surprise(self) -> float:
-        """How much likelier than expected the tokens are, in standard deviations: 0 ± 1 from an honest sampler."""
-        p = self.distributions.exp()
-        entropy = -(p * self.distributions.clamp(min=-1e4)).sum(dim=1)
-        variance = (p * (self.distributions.clamp(min=-1e4) + entropy[:, None]).square()).sum(dim=1)
-        return float((self.logprobs + entropy).sum() / variance.sum().clamp(min=1e-12).sqrt())
-
-    def temperature(self) -> float:
-        """The temperature, relative to the trainer's, under which the tokens are likeliest; on a grid, 0.2 to 5."""
-        betas = torch.logspace(math.log10(0.2), math.log10(5.0), 65, dtype=torch.float64).tolist()
-        rows = self.distributions.double()
-        fits = [float((beta * self.logprobs.double() - (beta * rows).logsumexp(dim=1)).sum()) for beta in betas]
-        return float(1 / betas[fits.index(max(fits))])
-
-    def top_k(self) -> tuple[int, float]:
-        """The largest rank among the tokens, and log P(no larger one) from the whole distribution."""
-        ranks = (self.distributions > self.logprobs[:, None]).sum(dim=1) + 1
-        largest = int(ranks.max())
-        return largest, float(self.distributions.topk(largest, dim=1).values.logsumexp(dim=1).clamp(max=0).sum())
-
-    def top_p(self) -> tuple[float, float]:
-        """The largest mass of likelier tokens above one drawn, and log P(no larger one) from the whole distribution."""
-        ordered = self.distributions.exp().sort(dim=1, descending=True).values
-        before = ordered.cumsum(dim=1) - ordered
-        p = self.distributions.exp()
-        above = p.masked_fill(self.distributions <= self.logprobs[:, None], 0.0).sum(dim=1)
-        bound = float(above.max()) + 1e-6
-        inside = ordered.masked_fill(before > bound, 0.0).sum(dim=1)
-        return bound, float(inside.clamp(1e-12, 1.0).log().sum())
 
 
 def examine_model(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen, *, is_fresh: bool) -> Diagnosis:
@@ -76,16 +36,16 @@ def examine_model(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen, *, is
         batch: What was drawn.
         is_fresh: Whether nothing has been learned yet, so that policy and reference must agree.
     """
-    vocabulary = trainer.limits.vocab_size or 1
-    part = select(batch, rows=ROWS, tokens=max(1, min(TOKENS, ENTRIES // vocabulary)))
+    part = select(batch, rows=ROWS, tokens=TOKENS)
     policy: TokenPolicy = trainer.accelerator.unwrap_model(trainer.policy)
     device = trainer.current_device
     inputs = TokenInputs(prompts=part.prompts, responses=part.responses).to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        drawn = score_alone(trainer, policy, part)
-        scored = _unwrapped(trainer, policy)(inputs)
-        with torch.enable_grad():
-            updated = policy(inputs).logprobs.detach()
+        drawn = draw_again(trainer, policy, part)
+        scorer = _unwrapped(trainer, policy)
+        scored = scorer(inputs)
+        with torch.enable_grad(), saved_tensors_hooks(_forget, _refuse):  # as an update runs it, and nothing is kept
+            updated = scorer.passes(policy, inputs).logprobs.detach()
     own, reference, update = (
         actions(part, [row[: len(tokens)].float() for row, tokens in zip(values, part.responses, strict=True)])
         for values in (scored.logprobs, scored.ref_logprobs, updated)
@@ -102,26 +62,6 @@ def examine_model(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen, *, is
     findings += _reference(own, reference, tolerance, trainer.is_peft_model) if is_fresh else []
     known = {"sampler": part.logprobs is not None, "sampling": part.sampling is not None, "reference": is_fresh}
     return Diagnosis(findings=findings, checked=["padding", "ratio", "draws", *(name for name in known if known[name])])
-
-
-def score_alone(trainer: "rlhf_ppo.trainer.PPOTrainer", policy: TokenPolicy, part: Specimen) -> Drawn:
-    """Each row through the language model by itself, without padding, masks or chunks."""
-    wrapper: Any = policy.model
-    rows = []
-    with EvalMode(policy), trainer.accelerator.autocast():
-        for prompt, response in zip(part.prompts, part.responses, strict=True):
-            prompt, response = (tokens.to(trainer.current_device) for tokens in (prompt, response))
-            if trainer.is_encoder_decoder:
-                start = response.new_tensor([start_token_of(wrapper.pretrained_model)])
-                shown = torch.cat([start, response[:-1]])[None]
-                logits = wrapper.pretrained_model(input_ids=prompt[None], decoder_input_ids=shown).logits[0]
-            else:
-                whole = torch.cat([prompt, response])[None]
-                logits = wrapper.pretrained_model(input_ids=whole).logits[0, len(prompt) - 1 : -1]
-            rows.append((logits.float() / policy.temperature).log_softmax(dim=-1))
-    tokens = actions(part, [response.to(trainer.current_device) for response in part.responses])
-    distributions = actions(part, rows)
-    return Drawn(distributions.gather(1, tokens[:, None]).squeeze(1), distributions)
 
 
 def _padding(own: Tensor, alone: Tensor, tolerance: float) -> list[Finding]:
@@ -183,8 +123,7 @@ def _settings(part: Specimen, temperature: float) -> list[Finding]:
 
 def _draws(drawn: Drawn) -> list[Finding]:
     """What the tokens themselves say about how they were drawn."""
-    rank, log_rank = drawn.top_k()
-    mass, log_mass = drawn.top_p()
+    rank, log_rank, mass, log_mass = drawn.truncation()
     if min(log_rank, log_mass) < RARE:
         said = "the likeliest token each time" if rank == 1 else f"never beyond rank {rank}"
         if log_mass < log_rank:
@@ -229,6 +168,14 @@ def _unwrapped(trainer: "rlhf_ppo.trainer.PPOTrainer", policy: TokenPolicy) -> S
     scorer = trainer.scorer
     reference = None if scorer.reference is None else trainer.accelerator.unwrap_model(scorer.reference)
     return replace(scorer, policy=policy, reference=reference, kl_penalty="kl")
+
+
+def _forget(_: Tensor) -> None:
+    """Keep nothing for a backward pass that never comes."""
+
+
+def _refuse(_: None) -> Tensor:
+    raise RuntimeError("expected no backward pass from the doctor's look, got one: its tensors were not kept")
 
 
 def _is_full_precision(trainer: "rlhf_ppo.trainer.PPOTrainer") -> bool:

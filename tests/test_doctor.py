@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.doctor import Diagnosis, Specimen, examine_tokens
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.sampling import SamplingConfig
+from tests.benchmarks.allocations import peak_bytes
 from tests.helpers import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 from tests.test_classic import trainer_of, weights
 
@@ -219,3 +221,16 @@ def test_the_doctor_can_be_sent_away() -> None:
     own.step(PROMPTS, list(batch.responses), [torch.tensor(float(row)) for row in range(8)])
     assert own.diagnosis is None
     assert math.isfinite(own.metrics["objective/kl_k3"])
+
+
+def test_the_first_look_needs_no_more_memory_than_the_step_after_it() -> None:
+    """It keeps no graph, and of the distributions that it looks at only a few at a time."""
+    found = {}
+    responses = [torch.arange(16) + 1 for _ in PROMPTS]
+    for looks in (True, False):
+        settings = {"batch_size": 8, "mini_batch_size": 4, "ppo_epochs": 1, "diagnose": looks}
+        policy = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(vocab_size=32_000))
+        trainer = trainer_of(policy, **settings)
+        found[looks] = peak_bytes(partial(trainer.step, PROMPTS, responses, [torch.tensor(1.0)] * 8))
+        assert (trainer.diagnosis is not None) == looks
+    assert found[True] <= 1.02 * found[False]

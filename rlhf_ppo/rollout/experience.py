@@ -76,16 +76,17 @@ class Scorer:
             inputs: Prompts and responses.
             known: What the policy's pass would find, where somebody knows it already.
         """
-        own = self._passes(self.policy, inputs) if known is None else known
+        own = self.passes(self.policy, inputs) if known is None else known
         with self.reference_context():
-            other = self._passes(self.reference or self.policy, inputs)
+            other = self.passes(self.reference or self.policy, inputs)
         if self.kl_penalty == "full":
             kl = self._exact_kl(inputs)
         else:
             kl = kl_estimate(own.logprobs, other.logprobs, _ESTIMATORS[self.kl_penalty])  # type: ignore[arg-type]
         return Scored(logprobs=own.logprobs, values=own.values, ref_logprobs=other.logprobs, kl=kl)
 
-    def _passes(self, module: nn.Module, inputs: TokenInputs) -> PolicyOutput:
+    def passes(self, module: nn.Module, inputs: TokenInputs) -> PolicyOutput:
+        """Every response through one module, rows sorted by length and cut like those of an update."""
         logprobs: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
         pieces = cut(inputs.costs(), size=self.rows, token_budget=self.token_budget)
