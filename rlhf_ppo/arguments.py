@@ -16,6 +16,7 @@ from rlhf_ppo.leaving import leave_safely
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.optimisers import adam
 from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.shards import keep_fsdp
 
 
 def check_arguments(
@@ -65,7 +66,7 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     """Processes, precision and trackers as `config` says.
 
     Raises:
-        ValueError: If Accelerate would divide gradients a second time.
+        ValueError: If Accelerate would divide gradients a second time, or FSDP is set up as it cannot be used here.
     """
     accelerator = Accelerator(
         log_with=config.log_with,
@@ -74,6 +75,7 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     )
     if accelerator.num_processes > 1:
         leave_safely()
+    keep_fsdp(accelerator, config.accelerator_kwargs.get("fsdp_plugin"))
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: gradients would "

@@ -51,6 +51,10 @@ class ClassicSurface(ClassicPieces):
         """The trainer's, for models of which a process holds only parts."""
         raise NotImplementedError
 
+    def whole_state(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """The trainer's, for models of which a process holds only parts."""
+        raise NotImplementedError
+
     def generate(
         self,
         query_tensor: Tensor | list[Tensor],
@@ -147,9 +151,9 @@ class ClassicSurface(ClassicPieces):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model, value head, tokenizer and a model card; the folder loads as a plain causal LM too."""
-        with self.whole_parameters():
+        with self.whole_state() as state:
             if self.accelerator.is_main_process:
-                self.model.save_pretrained(save_directory)
+                self.model.save_pretrained(save_directory, state_dict=state)
         if not self.accelerator.is_main_process:
             return
         self.tokenizer.save_pretrained(save_directory)

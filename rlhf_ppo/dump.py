@@ -48,10 +48,10 @@ def write_dump(trainer: "rlhf_ppo.trainer.PPOTrainer", error: NonFiniteUpdateErr
     """Write `folder/dump-N`; every process calls it, the main one writes. Whole or absent: aside, then renamed."""
     number = len(list(folder.glob("dump-*")))
     final, aside = folder / f"dump-{number}", folder / f".dump-{number}.partial"
-    with trainer.whole_parameters():
+    with trainer.whole_state() as state:
         if trainer.accelerator.is_main_process:
             aside.mkdir(parents=True, exist_ok=True)
-            trainer.model.save_pretrained(str(aside / MODEL))
+            trainer.model.save_pretrained(str(aside / MODEL), state_dict=state)
             save_file(_tensors(error.batch), aside / BATCH)
             (aside / FACTS).write_text(json.dumps(_facts(trainer, error), indent=2), encoding="utf-8")
             aside.rename(final)

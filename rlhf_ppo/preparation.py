@@ -1,10 +1,12 @@
 """Policy, reference and optimiser handed to Accelerate, as processes and engine need them."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -14,6 +16,7 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.fast_layers import use_fast_layers
 from rlhf_ppo.models.scoring import TokenPolicy, switch_off_dropout
+from rlhf_ppo.shards import settle_root, sharing_out
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,15 @@ def prepare(
     lr_scheduler: LRScheduler | None,
 ) -> Prepared:
     """Move everything to its device and wrap it for the processes."""
+    engine = accelerator.state.deepspeed_plugin
+    has_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    sharded = has_fsdp or (engine is not None and engine.zero_stage == 3)
     scoring: dict[str, Any] = {
         "temperature": config.temperature,
         "chunk_size": config.logits_chunk_size,
         "fused_head": config.fused_head,
-        "packing": config.packing and accelerator.device.type == "cpu",  # one attention call a length: many launches
+        # One attention call a length: many launches. And a trial that some processes make and others do not.
+        "packing": config.packing and accelerator.device.type == "cpu" and not sharded,
     }
     token_policy = TokenPolicy(model, **scoring)
     if config.gradient_checkpointing:
@@ -51,22 +58,29 @@ def prepare(
         token_policy.checkpointing = True
     if config.keep_freed_memory and accelerator.device.type == "cpu":
         keep_freed_memory()
-    engine = accelerator.state.deepspeed_plugin
     if engine is not None:
         # Sizes that the engine checks against each other and otherwise only reports.
         sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes}
         engine.deepspeed_config.update(sizes)
-    elif (config.fast_products or config.bf16) and accelerator.device.type == "cpu":  # engines have layers of their own
+    elif (config.fast_products or config.bf16) and accelerator.device.type == "cpu" and not has_fsdp:
+        # Engines and FSDP have layers of their own.
         for scored in (model, ref_model):
             if scored is not None:
                 use_fast_layers(scored, product_dtype=torch.bfloat16 if config.bf16 else None)
-    policy, optimizer = accelerator.prepare(token_policy, optimizer)
+    with sharing_out(accelerator) if has_fsdp else nullcontext():
+        policy, optimizer = accelerator.prepare(token_policy, optimizer)
+    if has_fsdp:
+        settle_root(policy)
     scheduler = None if lr_scheduler is None else accelerator.prepare_scheduler(lr_scheduler)
     reference: nn.Module | None = None
     if ref_model is not None:
         reference = TokenPolicy(ref_model, **scoring).requires_grad_(False)
         # Under ZeRO every process keeps a whole reference: it takes no part in the engine.
-        if engine is None:
+        if has_fsdp:
+            with sharing_out(accelerator):
+                reference = fsdp2_prepare_model(accelerator, reference).eval()
+            settle_root(reference)
+        elif engine is None:
             reference = accelerator.prepare_model(reference, evaluation_mode=True)
         else:
             reference.to(accelerator.device).eval()

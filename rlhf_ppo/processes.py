@@ -6,9 +6,11 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from trl.models.utils import add_hooks, remove_hooks
+
+from rlhf_ppo import shards
 
 Result = TypeVar("Result")
 
@@ -25,7 +27,9 @@ class Processes:
         engine = accelerator.state.deepspeed_plugin
         self.has_zero3 = engine is not None and engine.zero_stage == 3
         """Whether a process holds only parts of each parameter, in DeepSpeed's way."""
-        self.sharded = self.has_zero3 or str(accelerator.distributed_type).endswith("FSDP")
+        self.has_fsdp = accelerator.distributed_type == DistributedType.FSDP
+        """The same in FSDP2's way."""
+        self.sharded = self.has_zero3 or self.has_fsdp
         """Whether a forward pass of one process needs all the others."""
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -75,10 +79,14 @@ class Processes:
 
     @contextmanager
     def whole_parameters(self, model: nn.Module, policy: nn.Module) -> Iterator[None]:
-        """Inside, `model` holds every parameter whole on every process: for sampling and saving under ZeRO-3.
+        """Inside, `model` holds every parameter whole on every process: for sampling under ZeRO-3 and FSDP2.
 
         One copy of the model must fit beside the parts. `policy` is the prepared module around it.
         """
+        if self.has_fsdp:
+            with shards.whole(policy, reshards=bool(self.accelerator.state.fsdp_plugin.reshard_after_forward)):
+                yield
+            return
         if not self.has_zero3:
             yield
             return
@@ -90,3 +98,15 @@ class Processes:
                 yield
             finally:
                 add_hooks(policy)
+
+    @contextmanager
+    def whole_state(self, model: nn.Module, policy: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Inside, the `state_dict` of `model` with whole tensors, on the main process; empty on the others."""
+        keep = self.accelerator.is_main_process
+        if self.has_fsdp:
+            shards.reshard(policy)
+            state: dict[str, Tensor] = shards.whole_tree(dict(model.state_dict()), keep=keep)
+            yield state if keep else {}
+        else:
+            with self.whole_parameters(model, policy):
+                yield dict(model.state_dict()) if keep else {}

@@ -111,11 +111,6 @@ def check_settings(trainer: "rlhf_ppo.trainer.PPOTrainer", config: TrainConfig) 
             f"the tokenizer's ids go up to {len(trainer.tokenizer) - 1}, but the model has {vocab_size} embeddings: "
             "they do not belong together. Load the model's own tokenizer, or resize the model's token embeddings."
         )
-    if str(trainer.accelerator.distributed_type).endswith("FSDP"):
-        raise ValueError(
-            "train() does not run under FSDP: a rollout and a checkpoint would see parts of each parameter. "
-            "Launch with DDP or DeepSpeed ZeRO (recipes/launch), or write your own loop around step()."
-        )
     if sampling.temperature != trainer.config.temperature:
         raise ValueError(
             f"sampling.temperature is {sampling.temperature}, PPOConfig.temperature {trainer.config.temperature}: "

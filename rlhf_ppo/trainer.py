@@ -250,6 +250,10 @@ class PPOTrainer(ClassicSurface):
         with self.processes.whole_parameters(self.model, self.policy):
             yield
 
+    def whole_state(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """`model.state_dict()` with whole tensors on the main process, {} on the others; all enter it together."""
+        return self.processes.whole_state(self.model, self.policy)
+
     @property
     def limits(self) -> Limits:
         """What `step()` refuses to exceed."""

@@ -15,6 +15,7 @@ from rlhf_ppo.checkpoints.random_streams import RandomStreams
 from rlhf_ppo.checkpoints.sameness import check_sameness, facts_of_the_run, trained_parameters
 from rlhf_ppo.checkpoints.saved import ENGINE, FACTS, LOOP, MODEL, OPTIMIZER, PROCESSES, Saved, read
 from rlhf_ppo.checkpoints.trees import save_tree, write_tensors
+from rlhf_ppo.shards import part_like, parted_state, whole_tree
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer
@@ -74,13 +75,14 @@ def save_checkpoint(
     """
     everyones = trainer.processes.gather_objects([{name: part.state_dict() for name, part in own.items()}])
     aside = folder / f".checkpoint-{iteration}.partial"
-    has_engine = _has_engine(trainer)
+    has_engine, main = _has_engine(trainer), trainer.accelerator.is_main_process
+    learned = None if has_engine else whole_tree(_learned(trainer), keep=main)
 
     def write() -> None:
         folders.begin(folder, iteration)
-        if not has_engine:
-            write_tensors(trained_parameters(trainer), aside / MODEL)
-            save_tree(trainer.optimizer.state_dict(), aside / OPTIMIZER)
+        if learned is not None:
+            write_tensors(learned[MODEL], aside / MODEL)
+            save_tree(learned[OPTIMIZER], aside / OPTIMIZER)
         save_tree({name: part.state_dict() for name, part in _all(trainer, shared).items()}, aside / LOOP)
         save_tree(everyones, aside / PROCESSES)
         folders.write_json(aside / FACTS, {"iteration": iteration, **facts_of_the_run(trainer)})
@@ -91,7 +93,6 @@ def save_checkpoint(
         except RuntimeError as error:  # what torch.save says of a full disk
             raise OSError(str(error)) from error
 
-    main = trainer.accelerator.is_main_process
     _together(trainer, write if main else None, aside)
     if has_engine:
         _together(trainer, write_engine, aside)
@@ -142,6 +143,10 @@ def _all(trainer: "rlhf_ppo.trainer.PPOTrainer", shared: Parts) -> dict[str, Sta
         "reuse": trainer.reuse, **shared,
     }  # fmt: skip
     return known if trainer.lr_scheduler is None else {**known, "lr_scheduler": trainer.lr_scheduler}
+
+
+def _learned(trainer: "rlhf_ppo.trainer.PPOTrainer") -> dict[str, Any]:
+    return {MODEL: trained_parameters(trainer), OPTIMIZER: trainer.optimizer.state_dict()}
 
 
 def _has_engine(trainer: "rlhf_ppo.trainer.PPOTrainer") -> bool:
@@ -204,6 +209,6 @@ def _load_parameters(trainer: "rlhf_ppo.trainer.PPOTrainer", saved: Saved) -> No
     if _has_engine(trainer):
         trainer.policy.load_checkpoint(str(saved.path), tag=ENGINE)
         return
-    trainer.optimizer.load_state_dict(saved.optimizer)
+    trainer.optimizer.load_state_dict(parted_state(saved.optimizer, trainer.optimizer))
     for name, parameter in trained_parameters(trainer).items():
-        parameter.copy_(saved.weights[name])
+        parameter.copy_(part_like(saved.weights[name], parameter))

@@ -10,6 +10,7 @@ from rlhf_ppo.checkpoints.folders import CheckpointError
 from rlhf_ppo.checkpoints.saved import Saved
 from rlhf_ppo.models.value_head import VALUE_HEAD_PREFIX
 from rlhf_ppo.redaction import redacted
+from rlhf_ppo.shards import reshard
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer
@@ -23,7 +24,9 @@ _SAMPLED = 64
 
 
 def trained_parameters(trainer: "rlhf_ppo.trainer.PPOTrainer") -> dict[str, torch.Tensor]:
-    """Parameters that training moves, detached, under their names."""
+    """Parameters that training moves, detached, under their names; in parts under FSDP2."""
+    if trainer.processes.has_fsdp:
+        reshard(trainer.policy)
     named = trainer.model.named_parameters()
     return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
 

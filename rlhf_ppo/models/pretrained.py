@@ -270,7 +270,7 @@ class PreTrainedModelWrapper(nn.Module):
             return
         if kwargs.get("is_main_process", True):
             write_value_head(Path(save_directory), state)
-        self.pretrained_model.save_pretrained(os.fspath(save_directory), **kwargs)
+        self.pretrained_model.save_pretrained(os.fspath(save_directory), state_dict=state, **kwargs)
 
     def push_to_hub(
         self, repo_id: str, commit_message: str = "Upload model with value head", **kwargs: Any

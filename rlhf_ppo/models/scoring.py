@@ -61,6 +61,8 @@ class TokenPolicy(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
+        """Class names of the layers, which FSDP shares out one by one."""
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.fused_head = fused_head

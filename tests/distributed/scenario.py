@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig
 from torch import Tensor
 
@@ -62,6 +63,8 @@ class Scenario:
     """Train adapters on a frozen base, which is its own reference."""
     zero_stage: int = 0
     """DeepSpeed's; 0: not used."""
+    fsdp: bool = False
+    """FSDP2, full shard."""
 
 
 @dataclass(kw_only=True)
@@ -110,7 +113,7 @@ def build(scenario: Scenario) -> PPOTrainer:
     config = PPOConfig(
         batch_size=4 * minibatch, mini_batch_size=scenario.rows_of_a_pass, ppo_epochs=2,
         gradient_accumulation_steps=scenario.passes_of_a_step, learning_rate=scenario.learning_rate,
-        fused_adam=False, accelerator_kwargs=deepspeed_arguments(scenario.zero_stage), **scenario.settings or {},
+        fused_adam=False, accelerator_kwargs=sharding(scenario.zero_stage, fsdp=scenario.fsdp), **scenario.settings or {},
     )  # fmt: skip
     optimizer = torch.optim.SGD(policy.parameters(), lr=scenario.learning_rate) if scenario.model == "gpt2" else None
     algorithm = ALGORITHMS[scenario.algorithm]
@@ -118,9 +121,15 @@ def build(scenario: Scenario) -> PPOTrainer:
     return PPOTrainer(config, policy, other, tiny_tokenizer(), optimizer=optimizer, algorithm=algorithm)
 
 
-def deepspeed_arguments(stage: int) -> dict[str, Any]:
-    """Arguments of `Accelerator` for ZeRO over gloo, without anything that would have to be compiled."""
-    if not stage or PartialState._shared_state:  # every Accelerator of a process shares the first one's engine settings
+def sharding(stage: int, *, fsdp: bool = False) -> dict[str, Any]:
+    """Arguments of `Accelerator` for FSDP2, or for ZeRO over gloo without anything that would have to be compiled."""
+    if PartialState._shared_state:  # every Accelerator of a process shares the first one's engine settings
+        return {}
+    if fsdp:
+        return {
+            "fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        }
+    if not stage:
         return {}
     import deepspeed
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
