@@ -75,7 +75,8 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     )
     if accelerator.num_processes > 1:
         leave_safely()
-    keep_fsdp(accelerator, config.accelerator_kwargs.get("fsdp_plugin"))
+    given = config.accelerator_kwargs
+    keep_fsdp(accelerator, given.get("fsdp_plugin") if isinstance(given, dict) else None)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: gradients would "

@@ -16,7 +16,7 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.fast_layers import use_fast_layers
 from rlhf_ppo.models.scoring import TokenPolicy, switch_off_dropout
-from rlhf_ppo.shards import settle_root, sharing_out
+from rlhf_ppo.shards import settle, sharing_out
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def prepare(
     with sharing_out(accelerator) if has_fsdp else nullcontext():
         policy, optimizer = accelerator.prepare(token_policy, optimizer)
     if has_fsdp:
-        settle_root(policy)
+        settle(policy, accelerator)
     scheduler = None if lr_scheduler is None else accelerator.prepare_scheduler(lr_scheduler)
     reference: nn.Module | None = None
     if ref_model is not None:
@@ -79,7 +79,7 @@ def prepare(
         if has_fsdp:
             with sharing_out(accelerator):
                 reference = fsdp2_prepare_model(accelerator, reference).eval()
-            settle_root(reference)
+            settle(reference, accelerator)
         elif engine is None:
             reference = accelerator.prepare_model(reference, evaluation_mode=True)
         else:

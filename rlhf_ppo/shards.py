@@ -57,23 +57,31 @@ def keep_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin |
 
 @contextmanager
 def sharing_out(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, Accelerate may share out one model. It would remember its kind of layers and look for them in the next."""
+    """Inside, Accelerate shares out a model as it is: in its own precision, by its own kind of layers.
+
+    Accelerate's policy of mixed precision would round log-probabilities and gradients to 16 bits where they leave the
+    model; passes run under autocast instead, as they do under DDP (`settle`). And it would remember the kind of layers
+    and look for it in the next model.
+    """
     plugin = accelerator.state.fsdp_plugin
     kept = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    plugin.mixed_precision_policy = None
     try:
         yield
     finally:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = kept
 
 
-def settle_root(policy: nn.Module) -> None:
-    """Tell FSDP2 which module is the outermost: it takes the one that runs first, and sampling would run an inner one."""
-    vars(policy)["forward"] = _nothing
+def settle(policy: nn.Module, accelerator: Accelerator) -> None:
+    """Tell FSDP2 which module is the outermost: it takes the first that runs, and sampling would run an inner one."""
+    own = vars(policy)
+    own["forward"] = _nothing
     try:
         with torch.no_grad():
             policy()
     finally:
-        del vars(policy)["forward"]
+        del own["forward"]
+    own["forward"] = accelerator.autocast()(policy.forward)
     reshard(policy)
 
 
@@ -92,8 +100,8 @@ def whole(policy: nn.Module, *, reshards: bool) -> Iterator[None]:
         policy: The root.
         reshards: Whether layers otherwise give their whole parameters back after each pass.
     """
-    inner = [module for module in _groups(policy) if module is not policy]
-    for module in _groups(policy):
+    root, *inner = _groups(policy)  # the root keeps its own parameters whole after a pass
+    for module in (root, *inner):
         module.unshard()
     for module in inner:
         module.set_reshard_after_forward(False, recurse=False)
@@ -147,4 +155,5 @@ def parted_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _groups(policy: nn.Module) -> list[FSDPModule]:
+    """Modules whose parameters are shared out together, the root first."""
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]

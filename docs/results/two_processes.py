@@ -91,9 +91,9 @@ def table(found: dict[str, Any]) -> str:
     run = found["runs"][0]["evaluation"]
     lines = [
         "# The main job on two processes", "", f"`{found['command']}`", "",
-        f"Process 1 was killed (SIGKILL) after iteration {kill['killed_after_iteration']}: everything had ended "
+        (f"Process 1 was killed (SIGKILL) after iteration {kill['killed_after_iteration']}: everything had ended "
         f"{kill['seconds_to_the_end']:.1f} s later, with signal and rank in the output. The same command then went on "
-        f"from {resume['resumed_from']} to iteration {run_length(found)}.", "",
+        f"from {resume['resumed_from']} to iteration {run_length(found)}."), "",
         "Held-out prompts, before → after, ± standard error:", "",
         "| measure | before | after |", "|---|---|---|",
     ]  # fmt: skip
@@ -122,7 +122,6 @@ def main() -> None:
         raise SystemExit(f"{folder} exists: give a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     kill = killed(folder, options.iterations, options.kill_after)
-    print(kill, flush=True)
     resume = resumed(folder, options.iterations)
     said = (
         "ACCELERATE_USE_CPU=true accelerate launch --config_file recipes/launch/cpu_2.yaml "

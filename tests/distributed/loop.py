@@ -16,7 +16,7 @@ from accelerate import PartialState
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
-from tests.distributed.scenario import sharding, whole_weights
+from tests.distributed.scenario import deepspeed_arguments, fsdp2, whole_weights
 from tests.helpers import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 
 TEXTS = ["The movie", "This film was", "I liked", "My morning began with", "What a story"]
@@ -55,7 +55,7 @@ def trainer(stage: int) -> PPOTrainer:
     torch.manual_seed(0)  # of the value head
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=0))
     config = PPOConfig(
-        batch_size=4, mini_batch_size=2, learning_rate=1e-3, ppo_epochs=2, accelerator_kwargs=sharding(stage)
+        batch_size=4, mini_batch_size=2, learning_rate=1e-3, ppo_epochs=2, accelerator_kwargs=deepspeed_arguments(stage)
     )  # fmt: skip
     return PPOTrainer(config, model, tokenizer=tokenizer, dataset=PromptDataset.from_texts(TEXTS, tokenizer))
 
@@ -102,5 +102,10 @@ if __name__ == "__main__":
         skipping.accelerator.wait_for_everyone()
         trainer(0).train(dies_on_process_one, replace(unjudged(Path(sys.argv[2])), resume=False))
     else:
-        main(Path(sys.argv[2]), int(sys.argv[3]))
+        here, stage = Path(sys.argv[2]), int(sys.argv[3])
+        main(here, stage)
+        if not stage:
+            (here / "fsdp2").mkdir(exist_ok=True)
+            with fsdp2():
+                main(here / "fsdp2", stage)
     PartialState().destroy_process_group()

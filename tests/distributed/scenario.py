@@ -7,16 +7,20 @@ serves many scenarios, because it takes longer than they do.
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlhf_ppo import (
     GRPO,
@@ -76,6 +80,8 @@ class Outcome:
     kl_coef: float
     passes: list[int]
     """Passes over the policy in each optimiser step."""
+    parted: int
+    """Parameters of policy and reference of which this process holds a part."""
 
 
 def batch(scenario: Scenario, iteration: int, first: int, count: int) -> Responses:
@@ -113,7 +119,7 @@ def build(scenario: Scenario) -> PPOTrainer:
     config = PPOConfig(
         batch_size=4 * minibatch, mini_batch_size=scenario.rows_of_a_pass, ppo_epochs=2,
         gradient_accumulation_steps=scenario.passes_of_a_step, learning_rate=scenario.learning_rate,
-        fused_adam=False, accelerator_kwargs=sharding(scenario.zero_stage, fsdp=scenario.fsdp), **scenario.settings or {},
+        fused_adam=False, accelerator_kwargs=deepspeed_arguments(scenario.zero_stage), **scenario.settings or {},
     )  # fmt: skip
     optimizer = torch.optim.SGD(policy.parameters(), lr=scenario.learning_rate) if scenario.model == "gpt2" else None
     algorithm = ALGORITHMS[scenario.algorithm]
@@ -121,15 +127,30 @@ def build(scenario: Scenario) -> PPOTrainer:
     return PPOTrainer(config, policy, other, tiny_tokenizer(), optimizer=optimizer, algorithm=algorithm)
 
 
-def sharding(stage: int, *, fsdp: bool = False) -> dict[str, Any]:
-    """Arguments of `Accelerator` for FSDP2, or for ZeRO over gloo without anything that would have to be compiled."""
-    if PartialState._shared_state:  # every Accelerator of a process shares the first one's engine settings
-        return {}
-    if fsdp:
-        return {
-            "fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-        }
-    if not stage:
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
+"""What `accelerate launch` says to the processes of recipes/launch/fsdp2_cpu.yaml."""
+
+
+@contextmanager
+def fsdp2() -> Iterator[None]:
+    """Inside, Accelerators are those of FSDP2; before and after, of DDP. The processes stay connected throughout."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.update(FSDP2)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState(cpu=True)  # it would be said to be alone otherwise
+        for name in FSDP2:
+            del os.environ[name]
+
+
+def deepspeed_arguments(stage: int) -> dict[str, Any]:
+    """Arguments of `Accelerator` for ZeRO over gloo, without anything that would have to be compiled."""
+    if not stage or PartialState._shared_state:  # every Accelerator of a process shares the first one's engine settings
         return {}
     import deepspeed
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
@@ -160,7 +181,13 @@ def run(scenario: Scenario) -> Outcome:
         parameters=whole_weights(trainer),
         kl_coef=trainer.kl_ctl.value,
         passes=passes,
+        parted=sum(isinstance(parameter, DTensor) for parameter in _parameters(trainer)),
     )
+
+
+def _parameters(trainer: PPOTrainer) -> list[Tensor]:
+    models = (trainer.model, trainer.ref_model)
+    return [parameter for model in models if model is not None for parameter in model.parameters()]
 
 
 def _counted_passes(trainer: PPOTrainer) -> list[int]:
@@ -198,6 +225,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for number, wished in enumerate(json.loads(sys.argv[1])):
         print(f"scenario {number}: {wished}", flush=True)
-        outcome = run(Scenario(**{**wished, "shares": tuple(wished["shares"])}))
+        scenario = Scenario(**{**wished, "shares": tuple(wished["shares"])})
+        with fsdp2() if scenario.fsdp else nullcontext():
+            outcome = run(scenario)
         torch.save(asdict(outcome), Path(sys.argv[2]) / f"{number}-{PartialState().process_index}.pt")
     PartialState().destroy_process_group()

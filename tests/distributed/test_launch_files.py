@@ -11,11 +11,13 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from tests.distributed.launching import ROOT
+from tests.distributed.scenario import FSDP2
 
 FOLDER = ROOT / "recipes" / "launch"
 KINDS = {
     "cpu": ("NO", 1), "cpu_2": ("MULTI_GPU", 2), "gpu": ("NO", 1), "ddp": ("MULTI_GPU", 8), "fsdp2": ("FSDP", 8),
-    "fsdp2_offload": ("FSDP", 8), "multi_node_0": ("MULTI_GPU", 16), "multi_node_1": ("MULTI_GPU", 16),
+    "fsdp2_offload": ("FSDP", 8), "fsdp2_cpu": ("FSDP", 2),
+    "multi_node_0": ("MULTI_GPU", 16), "multi_node_1": ("MULTI_GPU", 16),
 } | {f"zero{stage}{suffix}": ("DEEPSPEED", 8) for stage in (1, 2, 3) for suffix in ("", "_offload")}  # fmt: skip
 
 
@@ -45,7 +47,8 @@ def test_accelerate_reads_the_file(name: str) -> None:
 
 def test_no_cpu_file_of_several_processes_asks_for_use_cpu() -> None:
     """With `use_cpu` Accelerate looks for mpirun and, without it, runs one process and says nothing."""
-    assert load_config_from_file(str(FOLDER / "cpu_2.yaml")).use_cpu is False
+    for name in ("cpu_2", "fsdp2_cpu"):
+        assert load_config_from_file(str(FOLDER / f"{name}.yaml")).use_cpu is False
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -66,6 +69,9 @@ def test_the_launcher_accepts_the_file(name: str) -> None:
             == load_config_from_file(str(FOLDER / f"{name}.yaml")).mixed_precision
         )
         assert environment.get("ACCELERATE_USE_FSDP", "false") == str(KINDS[name][0] == "FSDP").lower()
+        if KINDS[name][0] == "FSDP":
+            assert environment["FSDP_VERSION"] == "2"
+            assert {name: environment[name] for name in FSDP2} == FSDP2, "the tests run what the launcher says"
 
 
 def test_the_files_of_two_machines_differ_in_nothing_but_the_machine() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from tests.distributed import loop
 from tests.distributed.launching import launch
 
@@ -21,7 +23,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs wrote."""
     path = tmp_path_factory.mktemp("loop")
-    launch((*TORCHRUN, loop.__file__, "run", str(path), "0"))
+    launch((*TORCHRUN, loop.__file__, "run", str(path), "0"))  # under DDP, then under FSDP2 in fsdp2/
     return path
 
 
@@ -29,6 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(folder: Path) -> list[dict[str, Any]]:
     """What each process ended with."""
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def parted(folder: Path) -> list[dict[str, Any]]:
+    """The same under FSDP2."""
+    return [torch.load(folder / "fsdp2" / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def untimed(row: dict[str, float]) -> dict[str, float]:
@@ -43,6 +51,28 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one_on_every_pr
         for name, expected in outcomes[0]["whole"].items():
             assert torch.equal(outcome["whole"][name], expected), name
             assert torch.equal(outcome["resumed"][name], expected), name
+
+
+def test_under_fsdp2_the_loop_samples_evaluates_and_resumes_exactly(
+    parted: list[dict[str, Any]], outcomes: list[dict[str, Any]]
+) -> None:
+    """Both kinds take the same steps; whatever a checkpoint has brought back goes on to the last bit."""
+    for outcome in parted:
+        for name, expected in parted[0]["whole"].items():
+            assert torch.equal(outcome["whole"][name], expected), name
+            assert torch.equal(outcome["resumed"][name], expected), name
+    for row, compared in zip(parted[0]["history"], outcomes[0]["history"], strict=True):
+        for name in ("env/reward_mean", "objective/kl", "tokens/responses_len_mean", "ppo/policy/grad_norm"):
+            assert row[name] == pytest.approx(compared[name], rel=1e-3, abs=1e-6), name
+
+
+def test_what_fsdp2_saves_is_whole_and_loads_anywhere(folder: Path, parted: list[dict[str, Any]]) -> None:
+    saved = AutoModelForCausalLMWithValueHead.from_pretrained(str(folder / "fsdp2" / "whole" / "best"))
+    shapes = {name: parameter.shape for name, parameter in saved.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in parted[0]["whole"].items()}
+    for kind in ("whole", "fsdp2/whole"):
+        checkpoint = load_file(folder / kind / "checkpoint-4" / "model.safetensors")
+        assert {name: value.shape for name, value in checkpoint.items()} == shapes
 
 
 def test_metrics_are_global_and_written_once(folder: Path, outcomes: list[dict[str, Any]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.distributed.comparing import EVERYTHING_GLOBAL, TOLERANCE, alone, together, worst
@@ -34,18 +36,27 @@ CASES = {
 }  # fmt: skip
 
 
+PARTED = ("gradient accumulation", "one process holds almost everything", "LoRA", "gradient checkpointing")
+FSDP = {f"FSDP2, {name}": replace(CASES[name], fsdp=True) for name in PARTED}
+FSDP["FSDP2, whitening, moments, clipping, controller, entropy, cut by tokens"] = Scenario(
+    shares=(5, 4), fsdp=True, settings=EVERYTHING_GLOBAL | {"token_budget": 24}
+)
+FSDP["FSDP2, the ratio guard acts"] = Scenario(shares=(5, 4), fsdp=True, settings={"ratio_threshold": 1.003})
+FSDP["FSDP2, GPT-2, a score that overflows the loss"] = replace(CASES["GPT-2"], fsdp=True, broken_row=True)
+
 SABOTAGE = {what: Scenario(shares=(5, 4), sabotage=what, settings=EVERYTHING_GLOBAL) for what in ("count", "whitening")}
+SABOTAGE["count, FSDP2"] = replace(SABOTAGE["count"], fsdp=True)
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     """Every scenario on two processes."""
-    return together(CASES | SABOTAGE, tmp_path_factory.mktemp("outcomes"))
+    return together(CASES | FSDP | SABOTAGE, tmp_path_factory.mktemp("outcomes"))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *FSDP])
 def test_two_processes_take_the_steps_of_one(name: str, outcomes: dict[str, list[Outcome]]) -> None:
-    what, difference = worst(alone(CASES[name]), outcomes[name])
+    what, difference = worst(alone((CASES | FSDP)[name]), outcomes[name])
     print(f"{name}: {difference:.1e} ({what})")
     assert difference <= TOLERANCE, f"{what} differs by {difference:.2g}"
 
@@ -59,6 +70,12 @@ def test_the_comparison_notices_what_is_local_instead_of_global(
     assert difference > 100 * TOLERANCE
 
 
+def test_under_fsdp2_processes_really_hold_parts(outcomes: dict[str, list[Outcome]]) -> None:
+    """Accelerate would quietly run DDP on a CPU, and the comparison would compare nothing new."""
+    for name, processes in outcomes.items():
+        assert all((outcome.parted > 0) == ("FSDP2" in name) for outcome in processes), name
+
+
 def test_the_guards_really_acted(outcomes: dict[str, list[Outcome]]) -> None:
     """Otherwise the scenarios above would compare nothing of them."""
 
@@ -67,6 +84,8 @@ def test_the_guards_really_acted(outcomes: dict[str, list[Outcome]]) -> None:
 
     assert total("every step skipped by the ratio guard", "ppo/updates_skipped") == 18
     assert total("a score that overflows the loss", "ppo/updates_skipped") == 6
+    assert 0 < total("FSDP2, the ratio guard acts", "ppo/updates_skipped") < 18
+    assert total("FSDP2, GPT-2, a score that overflows the loss", "ppo/updates_skipped") == 6
     assert 0 < total("early stop", "ppo/stopped_early") <= 3
     odd = outcomes["odd number of rows, the last minibatch leaves one process without work"][1]
     assert {2, 4} == set(odd.passes)  # the fused head asks twice a pass: for the slopes, then for the loss
