@@ -43,7 +43,7 @@ class TrainConfig:
     """Lines against reward hacking: each a limit, an action, a patience."""
     reward_failures: RewardFailures = RAISE
     """How often a failing reward source is asked again, and whether its samples are then dropped."""
-    keep_history: int = 500
+    keep_history: int = 200
     """Iterations whose metrics stay in memory, in `TrainState.history`; `metrics.jsonl` has those of all."""
     max_time: float | None = None
     """Seconds within which the loop ends: it stops, with a checkpoint, when one more iteration would not fit."""

@@ -16,7 +16,8 @@ from typing import Any
 
 FORMAT = 2
 """1: optimiser and random states by `torch.save`. 2: safetensors only, with a checksum of the manifest itself."""
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+"""Every checkpoint has both."""
 _NAME = re.compile(r"checkpoint-(\d{1,12})")
 
 
@@ -111,17 +112,22 @@ def flush(path: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first; folders with other names are left alone."""
-    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return sorted((path for path in found if (path / MANIFEST).is_file()), key=_iteration)
+    return [path for path in _named(folder) if (path / MANIFEST).is_file()]
+
+
+def _named(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=_iteration)
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint that is whole, None if there never was one; damaged ones are named and passed over.
 
+    Nothing is renamed to `checkpoint-<iteration>` before its manifest is there: one that has lost it is damaged.
+
     Raises:
         CheckpointError: The newest whole one was written by a newer version, or there are damaged ones only.
     """
-    found = checkpoints(folder)
+    found = [path for path in _named(folder) if any((path / name).exists() for name in (MANIFEST, STATE))]
     for path in reversed(found):
         if (damage := find_damage(path)) is None:
             if (written := format_of(path)) > FORMAT:
@@ -149,6 +155,8 @@ def find_damage(path: Path) -> str | None:
     try:
         manifest = read_json(path / MANIFEST)
         written, files = int(manifest["format"]), dict(manifest["files"])
+        if written < 1 or STATE not in files:
+            return f"{MANIFEST} is none of a checkpoint: format {written}, files {', '.join(files) or 'none'}"
         signed = written > 1 or "sha256" in manifest
         if signed and manifest["sha256"] != _digest_of({"format": written, "files": files}):
             return f"{MANIFEST} has changed since it was written"

@@ -126,8 +126,10 @@ def restore_checkpoint(
     except CheckpointError:
         raise
     except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        ours = isinstance(error, OSError | RuntimeError | ValueError)  # the others' words help nobody
+        said = str(error) if ours else "its files can be read, but are not what this version writes"
         raise CheckpointError(
-            f"{path.name} does not fit this run ({type(error).__name__}: {error}). Resume with the model, data and "
+            f"{path.name} does not fit this run ({said}). Resume with the model, data and "
             "settings that it was written with, choose another output_dir, or set resume=False."
         ) from error
     if not exact and isinstance(streams := own.get("random"), RandomStreams):

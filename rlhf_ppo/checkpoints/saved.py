@@ -16,7 +16,7 @@ from rlhf_ppo.checkpoints.trees import DamagedFileError, load_tree
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 LOOP, PROCESSES = "loop.safetensors", "processes.safetensors"
-FACTS = "state.json"
+FACTS = folders.STATE
 ENGINE = "engine"
 """Folder of a DeepSpeed engine's own files: parameters and optimiser states, in parts."""
 

@@ -37,8 +37,10 @@ def load_tree(path: Path) -> Any:
         with safe_open(path, framework="pt") as file:
             skeleton = json.loads((file.metadata() or {})[_SKELETON])
             return _decode(skeleton, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedFileError(f"{path.name} is no saved state ({type(error).__name__}: {error})") from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise DamagedFileError(f"{path.name} is no saved state ({error})") from error
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"{path.name} is no saved state: its description fits neither it nor itself") from error
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:

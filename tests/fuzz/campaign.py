@@ -36,8 +36,9 @@ def add(row: dict[str, Any], tally: Any) -> None:
         row[name] = row.get(name, 0) + getattr(tally, name)
     row["cpu_seconds"] = round(row.get("cpu_seconds", 0.0) + tally.seconds, 1)
     row["longest_ms"] = round(max(row.get("longest_ms", 0.0), tally.longest_ms), 1)
-    for name, count in tally.findings.items():
-        row.setdefault("findings", {})[name] = row.get("findings", {}).get(name, 0) + count
+    for kind in ("findings", "outcomes"):
+        for name, count in getattr(tally, kind).items():
+            row.setdefault(kind, {})[name] = row.get(kind, {}).get(name, 0) + count
     for name, example in tally.examples.items():
         row.setdefault("examples", {}).setdefault(name, example)
 

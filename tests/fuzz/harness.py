@@ -42,6 +42,8 @@ class Tally:
     cases: int = 0
     refused: int = 0
     accepted: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """What accepted cases led to, where the target says so -> how often."""
     seconds: float = 0.0
     """Of the processor."""
     longest_ms: float = 0.0
@@ -56,8 +58,8 @@ class Target:
     """An entry point under test."""
 
     cases: st.SearchStrategy[Any]
-    attempt: Callable[[Any], None]
-    """Hand a case to the entry point; raises what that raises."""
+    attempt: Callable[[Any], str | None]
+    """Hand a case to the entry point; raises what that raises. May say what came of it."""
     unchanged: Callable[[], bool] = lambda: True
     """Whether everything is as before the refused call."""
 
@@ -87,8 +89,10 @@ def _judge(target: Target, case: Any, tally: Tally) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            target.attempt(case)
+            outcome = target.attempt(case)
         tally.accepted += 1
+        if outcome is not None:
+            tally.outcomes[outcome] += 1
     except REFUSALS as error:
         tally.refused += 1
         if PYTHONS_OWN_WORDS.search(str(error)) or len(str(error)) < 20:
