@@ -59,11 +59,20 @@ class TrainConfig:
             "keep_history": 1,
         }.items():  # fmt: skip
             if getattr(self, name) < least:
-                raise ValueError(f"TrainConfig.{name} must be at least {least}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"TrainConfig.{name} must be at least {least}, got {getattr(self, name)}: there would be nothing "
+                    f"to do or to keep. Use {least} or more."
+                )
         if self.max_time is not None and not self.max_time > 0:
-            raise ValueError(f"TrainConfig.max_time must be a positive number of seconds, got {self.max_time}")
+            raise ValueError(
+                f"TrainConfig.max_time must be a positive number of seconds, got {self.max_time}: the run would end "
+                "before it began. Use None for no limit."
+            )
         if self.keep_best is not None and not self.eval_every:
-            raise ValueError("keep_best needs held-out evaluations to compare: set eval_every")
+            raise ValueError(
+                f"expected held-out evaluations for keep_best={self.keep_best!r}, got eval_every=0: no model could be "
+                "compared. Set eval_every, and pass eval_prompts to train()."
+            )
         if self.keep_frontier and self.keep_best is None:
             raise ValueError('keep_frontier compares models by `keep_best` and KL: set keep_best, e.g. to "score"')
         unkept = [name for name, guard in self.guards.each() if guard.limit is not None and guard.action == "keep_best"]

@@ -149,7 +149,12 @@ def _check_list(name: str, tensors: object, expected: int) -> None:
                 f"Elements in {name} must be tensors - got {type(tensor)} (sample {index}): nothing could be computed "
                 "with it. Wrap it: `torch.tensor(...)`."
             )
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.dtype in _UNREADABLE:
+        if tensor.dtype in _UNREADABLE:
+            raise ValueError(
+                f"{name}[{index}] must hold plain numbers, got {tensor.dtype}: they have no order, so nothing could be "
+                "looked up or compared. Convert the tensor to whole numbers or floats."
+            )
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
             raise ValueError(
                 f"{name}[{index}] must be a dense tensor with values, got layout {tensor.layout} of {tensor.dtype} on "
                 f"{tensor.device}: its numbers cannot be read. Use `.to_dense()`, or a tensor that is not on 'meta'."
@@ -222,8 +227,8 @@ def _check_score(index: int, score: Tensor, response: Tensor) -> Tensor:
         )
     if not torch.isfinite(score.detach().float()).all():
         raise ValueError(
-            f"scores[{index}] must be finite, got {_short(score)}: one such score would turn every weight into nan. "
-            "Mend the reward source or drop the sample."
+            f"scores[{index}] must be finite in float32 (up to 3.4e38), got {_short(score)}: one such score would turn "
+            "every weight into nan. Mend the reward source or drop the sample."
         )
     return score.detach().cpu().float()
 

@@ -17,7 +17,11 @@ _CHUNK = 1024
 def check_dataset(dataset: object) -> None:
     """TypeError unless this is one split with random access."""
     if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        raise TypeError(f"Expected one split, got a dataset with splits {', '.join(map(str, dataset))}: pass one.")
+        names = [str(name) for name in dataset]
+        raise TypeError(
+            f"expected one split, got a dataset of {len(names)} ({', '.join(names) or 'none'}): it is unknown which to "
+            "answer. Pass one, e.g. dataset['train']."
+        )
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
             f"Expected a datasets.Dataset, got {type(dataset).__name__}: prompts are shuffled and resumed by position. "

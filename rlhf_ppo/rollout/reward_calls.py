@@ -56,7 +56,10 @@ class WeightedSource:
                 f"scores, got {type(self.source).__name__}."
             )
         if not math.isfinite(self.weight):
-            raise ValueError(f"The weight of reward source {self.name!r} must be finite, got {self.weight}.")
+            raise ValueError(
+                f"The weight of reward source {self.name!r} must be finite, got {self.weight}: no score would come of "
+                "it. Set it to a number, 1 for the source as it is."
+            )
 
 
 def ask_sources(

@@ -67,7 +67,10 @@ class SamplingConfig:
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
-        raise ValueError(f"SamplingConfig.{name} must be {expected}, got {got!r}: no response could be drawn as asked.")
+        raise ValueError(
+            f"SamplingConfig.{name} must be {expected}, got {got!r}: no response could be drawn as asked. Set it "
+            "within these bounds."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from tests.helpers import tiny_gpt2, tiny_tokenizer
 
 VOCABULARY, POSITIONS = 320, 16
 SAMPLING = SamplingConfig(max_new_tokens=4)
+ROWS = datasets.Dataset.from_dict({"prompt": ["a"]})
 REQUEST = RewardRequest(prompts=["a", "b"], responses=["x", "y"], response_lengths=[1, 1])
 
 
@@ -204,6 +205,11 @@ CASES = [
     Case("train()", "evaluations without held-out prompts", train(eval_every=1)),
     Case("train()", "a judge guard without judges", train(guards=Guards(judge=Guard(limit=1.0)))),
     Case("train()", "the best of no evaluation", train(keep_best="score")),
+    Case(
+        "train()", "a line that protects a best model, and none is kept",
+        train(guards=Guards(kl=Guard(limit=9.0, action="keep_best"))),
+    ),
+    Case("train()", "no memory of any iteration", train(keep_history=0)),
     Case("train()", "no iteration", train(iterations=0)),
     Case("train()", "a time limit of zero", train(max_time=0.0)),
     Case("train()", "a reward that is no function", train(rewards={"judge": 3}), TypeError),
@@ -226,7 +232,7 @@ CASES = [
     Case("prompts", "an unknown rule for long prompts", prompts(["a"], truncation="middle")),
     Case(
         "prompts", "all splits at once",
-        lambda: PromptDataset(datasets.DatasetDict(), tokenizer()), TypeError,
+        lambda: PromptDataset(datasets.DatasetDict(train=ROWS, test=ROWS), tokenizer()), TypeError,
     ),  # type: ignore[arg-type]
     Case("reward sources", "one score for two samples", scores([1.0])),
     Case("reward sources", "nan", scores([1.0, math.nan])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,22 @@ def unjudged(folder: Path) -> TrainConfig:
     return replace(config(folder), eval_every=0, keep_best=None)
 
 
+def goes_on_with_another_number(folder: Path, *, done: int = 2) -> dict[str, Any]:
+    """So many iterations were made by another number of processes; one more by this one."""
+    own = trainer(0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        own.train(share_of_e, replace(unjudged(folder), iterations=done))
+        restored = whole_weights(own)
+        moments = own.optimizer.state[own.optimizer.param_groups[0]["params"][0]]
+        saved = {name: value.clone() for name, value in moments.items()}
+        state = own.train(share_of_e, replace(unjudged(folder), iterations=done + 1))
+    return {
+        "restored": restored, "optimizer": saved, "weights": whole_weights(own), "history": state.history,
+        "said": [str(each.message) for each in said],
+    }  # fmt: skip
+
+
 def main(folder: Path, stage: int) -> None:
     """One run without and one with an interruption; every process saves what it ended with."""
     held_out = PromptDataset.from_texts(TEXTS, tiny_tokenizer())
@@ -88,6 +105,8 @@ def main(folder: Path, stage: int) -> None:
     found = resumed.evaluate(held_out, share_of_e, SAMPLING)
     ends = {"whole": whole_weights(whole), "resumed": whole_weights(resumed)}
     outcome = {**ends, "history": state.history, "prompts": found.prompts, "measures": found.measures}
+    if (folder / "single").is_dir():
+        outcome["grown"] = goes_on_with_another_number(folder / "single")
     torch.save(outcome, folder / f"{PartialState().process_index}.pt")
 
 

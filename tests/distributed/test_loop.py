@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
+from rlhf_ppo.checkpoints.trees import load_tree
 from tests.distributed import loop
 from tests.distributed.launching import launch
 
@@ -23,6 +26,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs wrote."""
     path = tmp_path_factory.mktemp("loop")
+    loop.trainer(0).train(loop.share_of_e, replace(loop.unjudged(path / "single"), iterations=2))
+    shutil.copytree(path / "single", path / "of one process")
     launch((*TORCHRUN, loop.__file__, "run", str(path), "0"))  # under DDP, then under FSDP2 in fsdp2/
     return path
 
@@ -92,6 +97,38 @@ def test_held_out_prompts_come_back_in_their_order_each_once(outcomes: list[dict
         assert outcome["prompts"] == loop.TEXTS
         # The source leaves out the first prompt of process 1; a skipped score reads as 0 there.
         assert all(len(values) == len(loop.TEXTS) for values in outcome["measures"].values())
+
+
+def test_a_run_of_one_process_goes_on_with_two_and_says_what_is_not_exact(
+    folder: Path, outcomes: list[dict[str, Any]]
+) -> None:
+    """Weights and Adam's moments are those of the one process; then both draw, each its own, and agree on the end."""
+    saved = load_file(folder / "of one process" / "checkpoint-2" / "model.safetensors")
+    moments = load_tree(folder / "of one process" / "checkpoint-2" / "optimizer.safetensors")["state"][0]
+    first, second = (outcome["grown"] for outcome in outcomes)
+    for name, value in saved.items():
+        assert torch.equal(first["restored"][name], value), name
+        assert torch.equal(second["restored"][name], value), name
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
+    assert all(torch.equal(first["optimizer"][name], value) for name, value in moments.items())
+    assert any(not torch.equal(first["weights"][name], value) for name, value in saved.items())
+    said = "written by 1 process(es), this run has 2. Weights, optimiser, schedule, controller, moments"
+    assert all(any(said in sentence for sentence in one["said"]) for one in (first, second))
+    assert first["history"][0]["env/reward_skipped"] == 1 / 8  # eight samples instead of four, process 1 leaves out one
+
+
+@pytest.mark.filterwarnings("default:checkpoint-. was written by 2 process")
+def test_a_run_of_two_processes_goes_on_with_one_from_the_same_weights(
+    folder: Path, outcomes: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "whole", tmp_path / "run")
+    found = loop.goes_on_with_another_number(tmp_path / "run", done=4)
+    for name, expected in outcomes[0]["whole"].items():
+        assert torch.equal(found["restored"][name], expected), name
+    assert any("written by 2 process(es), this run has 1." in sentence for sentence in found["said"])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[4]["env/reward_skipped"] == 0.0  # four samples, and no process 1
 
 
 def test_when_one_process_fails_all_end_and_the_cause_is_named(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """The documentation keeps its promises: links lead somewhere, public names are there."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, anchors, documented, links
 
+_TEST = re.compile(r"^def (test_\w+)", re.MULTILINE)
 PACKAGES = [
     "rlhf_ppo",
     "rlhf_ppo.functional",
@@ -43,3 +45,20 @@ def _sources(module: object) -> set[str]:
     """Modules that a package re-exports from, and their parents."""
     homes = {str(getattr(getattr(module, name), "__module__", "")) for name in module.__all__}  # type: ignore[attr-defined]
     return homes | {home.rpartition(".")[0] for home in homes if "." in home}
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    """The tables of faults, promises and defects are lists of tests; a name that is gone would be an empty claim."""
+    known = {name for path in (ROOT / "tests").rglob("test_*.py") for name in _TEST.findall(path.read_text())}
+    for page in PAGES:
+        named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+        assert not named - known, f"{page.name} names tests that do not exist: {sorted(named - known)}"
+
+
+def test_every_defect_that_has_a_test_is_on_the_page_of_defects() -> None:
+    page = (ROOT / "docs" / "migrating-from-trl.md").read_text()
+    for file in ("test_classic_defects.py", "test_v2_and_trlx_defects.py"):
+        names = _TEST.findall((ROOT / "tests" / file).read_text())
+        missing = [name for name in names if f"`{name}`" not in page]
+        assert not missing, f"{file}: {missing}"
+    assert [int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)] == list(range(1, 14))
