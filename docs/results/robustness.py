@@ -34,9 +34,9 @@ def soak(found: dict[str, Any]) -> list[str]:
         f"{found['steps']:,} iterations with a checkpoint every 20, an evaluation every 50, a kept best model and "
         f"TensorBoard. Growth is counted from iteration {found['warm_up']}; drift is the median of the last quarter "
         "against that of the first, in processor time over that of a fixed computation done in turn with the "
-        "iterations, which others on the machine slow down alike. The caches of kernels, one for each shape, of oneDNN "
-        "and of torch are held at 16 entries. At their own 1,024 they grew by 86 MB from iteration 200 to 1,600, and no "
-        "more up to 2,000."
+        "iterations, which others on the machine slow down alike. The caches of kernels, one a shape, of oneDNN and of "
+        "torch are held at 16 entries. At their own 1,024 they grew by 86 MB from iteration 200 to 1,600, and no "
+        "more until 2,000."
     )
     return [
         "## Soak", "", "`python -m tests.robustness.soak`", "", text, "",

@@ -161,6 +161,8 @@ def find_damage(path: Path) -> str | None:
         if signed and manifest["sha256"] != _digest_of({"format": written, "files": files}):
             return f"{MANIFEST} has changed since it was written"
         return next((found for name, digest in files.items() if (found := _file_damage(path, name, digest))), None)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{MANIFEST} is unreadable ({error})"
 

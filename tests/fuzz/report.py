@@ -18,7 +18,7 @@ def page(found: dict[str, Any]) -> str:
     about = found["about"]
     total = sum(found[name].get("cases", 0) for name in WHAT)
     lines = [
-        "# Fuzzing", "", "`python -m tests.fuzz.campaign --cases 30000`", "",
+        "# Fuzzing", "", "`python -m tests.fuzz.campaign --cases 30000 [--target ...]`", "",
         "A case is accepted, or refused by an error of ours that left every parameter and optimiser state as it was.",
         "Anything else is a finding: another exception, Python's own words, a change, no end within a minute.",
         f"The campaign goes on where it was stopped; {total:,} cases so far.", "",
@@ -30,6 +30,10 @@ def page(found: dict[str, Any]) -> str:
         numbers = [row.get(key, 0) for key in ("cases", "refused", "accepted")]
         cells = [what, *(f"{number:,}" for number in numbers), str(findings), f"{row.get('longest_ms', 0.0):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    outcomes = found["checkpoint"].get("outcomes", {})
+    if outcomes:
+        named = ", ".join(f"{name}: {count:,}" for name, count in sorted(outcomes.items()))
+        lines += ["", f"What an accepted case of the last row went on from, of two checkpoints: {named}."]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return "\n".join([*lines, "", f"Commit {about['commit']}; {versions}.", ""])
 

@@ -6,15 +6,17 @@ import hypothesis.strategies as st
 import jaxtyping
 import pytest
 
-from tests.fuzz import config_cases, dataset_cases, step_cases
+from tests.fuzz import checkpoint_cases, config_cases, dataset_cases, step_cases
 from tests.fuzz.campaign import add
 from tests.fuzz.harness import Tally, Target, run_batch
 
 CASES = 120
-TARGETS = {"step": step_cases, "config": config_cases, "dataset": dataset_cases}
+TARGETS = {"step": step_cases, "config": config_cases, "dataset": dataset_cases, "checkpoint": checkpoint_cases}
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "checkpoint" else ()) for name in TARGETS]
+)
 def test_no_case_ends_in_a_bare_error_or_in_a_refusal_that_changed_something(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,3 +53,11 @@ def test_the_campaign_adds_batches_up_and_goes_on_where_it_stopped() -> None:
     assert row["batches"] == 2
     assert (row["cases"], row["refused"], row["accepted"], row["cpu_seconds"]) == (10, 6, 2, 1.0)
     assert row["findings"] == {"x": 2}
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_are_refused_or_passed_over_and_some_of_each(tmp_path: Path) -> None:
+    """A campaign in which every case ends alike would look at one branch only."""
+    tally = run_batch(checkpoint_cases.target(tmp_path), 10_000_001, 60)
+    assert {"the newest", "the one before"} <= set(tally.outcomes)
+    assert tally.refused > 10

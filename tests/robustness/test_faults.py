@@ -125,6 +125,21 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_checkpoint_without_its_manifest_is_named_and_no_run_begins_anew_over_it(
+    two_checkpoints: Path, tmp_path: Path
+) -> None:
+    """No folder becomes a checkpoint before its manifest is in it: this is damage, not half a checkpoint."""
+    folder = tmp_path / "run"
+    shutil.copytree(two_checkpoints, folder)
+    (folder / "checkpoint-2" / folders.MANIFEST).unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-2 cannot be used: manifest\.json is missing"):
+        assert latest(folder) == folder / "checkpoint-1"
+    (folder / "checkpoint-1" / folders.MANIFEST).unlink()
+    with pytest.warns(UserWarning, match="checkpoint-1 cannot"), pytest.warns(UserWarning, match="checkpoint-2 cannot"):
+        with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+            latest(folder)
+
+
 def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
     """One flipped bit in each sixteenth of a file; the file cut at each quarter; emptied; grown."""
     for part in range(16):
