@@ -83,11 +83,12 @@ class RunningMoments:
         Raises:
             ValueError: They are of samples of another shape.
         """
-        if tuple(state["mean"].shape) != self.shape:
-            raise ValueError(
-                f"expected moments of shape {self.shape}, got {tuple(state['mean'].shape)}: they were saved for other "
-                "observations. Build the environment that the checkpoint was made with."
-            )
+        for name, shape in {"count": (), "mean": self.shape, "squares": self.shape}.items():
+            if tuple(state[name].shape) != shape:
+                raise ValueError(
+                    f"expected moments of shape {self.shape}, got {name} of shape {tuple(state[name].shape)}: they were "
+                    "saved for other observations. Build the environment that the checkpoint was made with."
+                )
         self.count = int(state["count"])
         self.mean = state["mean"].cpu().double().clone()
         self._squares = state["squares"].cpu().double().clone()

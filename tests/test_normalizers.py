@@ -97,5 +97,5 @@ def test_samples_that_would_spoil_the_moments_are_refused_by_index() -> None:
     assert moments.count == 0
     with pytest.raises(ValueError, match=r"shape \(2,\) behind the batch dimension, got \(3,\)"):
         RunningMoments((2,)).update(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"expected moments of shape \(2,\), got \(\)"):
+    with pytest.raises(ValueError, match=r"expected moments of shape \(2,\), got mean of shape \(\)"):
         RunningMoments((2,)).load_state_dict(moments.state_dict())
