@@ -86,8 +86,8 @@ class RunningMoments:
         for name, shape in {"count": (), "mean": self.shape, "squares": self.shape}.items():
             if tuple(state[name].shape) != shape:
                 raise ValueError(
-                    f"expected moments of shape {self.shape}, got {name} of shape {tuple(state[name].shape)}: they were "
-                    "saved for other observations. Build the environment that the checkpoint was made with."
+                    f"expected moments of shape {self.shape}, got {name} of shape {tuple(state[name].shape)}: they "
+                    "were saved for other observations. Build the environment that the checkpoint was made with."
                 )
         self.count = int(state["count"])
         self.mean = state["mean"].cpu().double().clone()
