@@ -4,64 +4,18 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.doctor_findings import Diagnosis, Finding, finding
 from rlhf_ppo.rollout.collect import Collected
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine
 from rlhf_ppo.rollout.sampling import Samples, SamplingConfig
-
-Severity: TypeAlias = Literal["warning", "note"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that is not as it should be."""
-
-    name: str
-    """Which check found it."""
-    severity: Severity
-    """"warning": the run learns something else than you think. "note": harmless here, not everywhere."""
-    found: str
-    """What was seen, with numbers."""
-    cause: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.found}. Cause: {self.cause}. Remedy: {self.remedy}."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Diagnosis:
-    """What one look found."""
-
-    findings: list[Finding] = field(default_factory=list)
-    checked: list[str] = field(default_factory=list)
-    """Names of the checks that could be made with what was known."""
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether nothing was found that spoils the run."""
-        return not self.warnings
-
-    @property
-    def warnings(self) -> list[Finding]:
-        """Findings that spoil the run."""
-        return [finding for finding in self.findings if finding.severity == "warning"]
-
-    def names(self) -> set[str]:
-        """Names of all findings."""
-        return {finding.name for finding in self.findings}
-
-    def __str__(self) -> str:
-        if not self.findings:
-            return f"Nothing found in {len(self.checked)} checks: {', '.join(self.checked)}."
-        return "\n".join(f"[{finding.severity}] {finding}" for finding in self.findings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +89,8 @@ def eos_in_prompt(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[F
     if not rows:
         return []
     where = f"{len(rows)} of {len(batch.prompts)} prompts hold the end-of-sequence token {eos}, e.g. prompt {rows[0]}"
-    return [
-        Finding(
-            name="eos_in_prompt", severity="warning" if ending else "note",
-            found=f"{where}; {len(ending)} end in it" if ending else where,
-            cause="the tokenizer appends it, prompts were padded with it, or several texts were joined by it; to the "
-            "model it says that the text is over",
-            remedy="encode prompts without it (`add_eos_token=False`) and without padding, or cut them at the last one",
-        )
-    ]  # fmt: skip
+    said = f"{where}; {len(ending)} end in it" if ending else where
+    return [finding("eos_in_prompt", said, severity="warning" if ending else "note")]
 
 
 def pad_is_eos(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
@@ -153,18 +100,11 @@ def pad_is_eos(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[Find
         return []
     padded = [row for row, tokens in enumerate(batch.responses) if len(tokens) > 1 and bool((tokens[-2:] == eos).all())]
     if padded:
-        return [
-            Finding(
-                name="pad_is_eos", severity="warning",
-                found=f"{len(padded)} of {len(batch.responses)} responses end in several {eos}, e.g. {padded[0]}",
-                cause="pad_token_id is eos_token_id and the padding of a batched `generate` was not cut off: the "
-                "policy is rewarded for tokens that it never drew",
-                remedy="cut each response after its first end-of-sequence token (`trainer.generate` does)",
-            )
-        ]  # fmt: skip
+        said = f"{len(padded)} of {len(batch.responses)} responses end in several {eos}, e.g. {padded[0]}"
+        return [finding("pad_is_eos", said)]
     return [
-        Finding(
-            name="pad_is_eos", severity="note", found=f"pad_token_id and eos_token_id are both {eos}",
+        finding(
+            "pad_is_eos", f"pad_token_id and eos_token_id are both {eos}", severity="note",
             cause="the tokenizer had no padding token. Nothing here depends on it, but code that finds the end by "
             "padding, or masks padding in a loss, loses the stop token",
             remedy="add a padding token of its own if such code is used",
@@ -181,23 +121,17 @@ def retokenisation(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[
     if batch.response_texts is not None:
         other = [row for row, text in enumerate(texts) if text.strip() != batch.response_texts[row].strip()]
         if other:
-            findings.append(Finding(
-                name="other_text", severity="warning",
-                found=f"{len(other)} of {len(texts)} texts are not those of the trained tokens, e.g. row {other[0]}: "
-                f"{batch.response_texts[other[0]][:40]!r} for {texts[other[0]][:40]!r}",
-                cause="the text was cut or changed after sampling, or the response encoded again from it",
-                remedy="score the decoded tokens, and pass the tokens that were sampled",
-            ))  # fmt: skip
+            shown = f"{batch.response_texts[other[0]][:40]!r} for {texts[other[0]][:40]!r}"
+            said = (
+                f"{len(other)} of {len(texts)} texts are not those of the trained tokens, e.g. row {other[0]}: {shown}"
+            )
+            findings.append(finding("other_text", said))
     drifting = [
         row for row, text in enumerate(texts) if tokenizer(text, add_special_tokens=False)["input_ids"] != rows[row]
     ]
     if drifting:
-        findings.append(Finding(
-            name="retokenisation", severity="note",
-            found=f"{len(drifting)} of {len(texts)} responses become other tokens when their text is encoded again",
-            cause="several token sequences spell one text, and a policy draws all of them",
-            remedy="never train on encoded text: `step` and `train` keep the sampled tokens; so must code around them",
-        ))  # fmt: skip
+        said = f"{len(drifting)} of {len(texts)} responses become other tokens when their text is encoded again"
+        findings.append(finding("retokenisation", said, severity="note"))
     return findings
 
 
@@ -209,10 +143,8 @@ def reward_template(batch: Specimen, _: PreTrainedTokenizerBase) -> list[Finding
     for item in combine(batch.sources):
         if isinstance(item.source, ChecksTexts):
             for found, cause, remedy in item.source.check_texts(batch.prompt_texts, batch.response_texts):
-                findings.append(Finding(
-                    name="reward_template", severity="warning", found=f"reward source {item.name!r}: {found}",
-                    cause=cause, remedy=remedy,
-                ))  # fmt: skip
+                said = f"reward source {item.name!r}: {found}"
+                findings.append(finding("reward_template", said, cause=cause, remedy=remedy))
     return findings
 
 
@@ -222,19 +154,13 @@ def spread(batch: Specimen, _: PreTrainedTokenizerBase) -> list[Finding] | None:
     if batch.scores is not None and len(batch.scores) >= 4:
         totals = batch.scores if batch.scores.dim() == 1 else batch.scores.sum(dim=1)
         if float(totals.max()) == float(totals.min()):
-            findings.append(Finding(
-                name="equal_scores", severity="note", found=f"all {len(totals)} scores are {float(totals[0]):g}",
-                cause="the reward does not tell these responses apart",
-                remedy="look at the samples; a reward must differ between responses for anything to be learned",
-            ))  # fmt: skip
+            said = f"all {len(totals)} scores are {float(totals[0]):g}"
+            findings.append(finding("equal_scores", said, severity="note"))
     texts = {tuple(response.tolist()) for response in batch.responses}
     prompts = {tuple(prompt.tolist()) for prompt in batch.prompts}
     if len(texts) == 1 and len(prompts) >= 4:
-        findings.append(Finding(
-            name="equal_responses", severity="note", found=f"{len(prompts)} prompts got one and the same response",
-            cause="the policy has collapsed, or its prompts do not reach it",
-            remedy="read the samples; start again from an earlier model",
-        ))  # fmt: skip
+        said = f"{len(prompts)} prompts got one and the same response"
+        findings.append(finding("equal_responses", said, severity="note"))
     return findings
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.doctor import Diagnosis, Finding, Specimen, actions, select
+from rlhf_ppo.doctor import Specimen, actions, select
 from rlhf_ppo.doctor_draws import Drawn, draw_again
+from rlhf_ppo.doctor_findings import Diagnosis, Finding, finding
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.experience import Scorer
 
@@ -66,42 +67,22 @@ def examine_model(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen, *, is
 
 def _padding(own: Tensor, alone: Tensor, tolerance: float) -> list[Finding]:
     gap = float((own - alone).abs().mean())
-    if gap <= tolerance:
-        return []
-    return [Finding(
-        name="padding", severity="warning",
-        found=f"log-probabilities differ by {gap:.3g} nats on average between a row alone and the row in a batch",
-        cause="the model sees padding or other rows: positions counted from the wrong end, attention to what follows",
-        remedy="use a causal model of transformers as it is; check custom attention and position ids",
-    )]  # fmt: skip
+    said = f"log-probabilities differ by {gap:.3g} nats on average between a row alone and the row in a batch"
+    return [finding("padding", said)] if gap > tolerance else []
 
 
 def _ratio(own: Tensor, update: Tensor, tolerance: float) -> list[Finding]:
     gap = float((own - update).abs().mean())
-    if gap <= tolerance:
-        return []
-    return [Finding(
-        name="ratio", severity="warning",
-        found=f"before any update, probability ratios differ from 1 by {math.expm1(min(gap, 50.0)):.3g} on average",
-        cause="the model answers differently each time it is asked: dropout is on, or its layers draw random numbers",
-        remedy="set every dropout of the model's configuration to 0; the trainer switches to eval mode, but code that "
-        "ignores it (functional dropout, custom layers) must be changed",
-    )]  # fmt: skip
+    said = f"before any update, probability ratios differ from 1 by {math.expm1(min(gap, 50.0)):.3g} on average"
+    return [finding("ratio", said)] if gap > tolerance else []
 
 
 def _sampler(part: Specimen, alone: Tensor, tolerance: float, cap: float | None) -> list[Finding]:
     reported = actions(part, [row.float().to(alone.device) for row in part.logprobs or []])
-    gap = (reported - alone).abs().mean()
-    if float(gap) <= tolerance:
-        return []
-    return [Finding(
-        name="sampler", severity="warning" if cap is None else "note",  # with a cap it is corrected
-        found=f"the sampler's log-probabilities differ from the trainer's by {float(gap):.3g} nats a token on average",
-        cause="temperature, top_k, top_p, a penalty or a minimum length in sampling; other weights or another "
-        "precision in the sampler; or responses that were encoded again from text",
-        remedy="sample with the trainer's temperature and nothing else, from the present weights; for an engine of "
-        "another precision set `importance_sampling_cap`",
-    )]  # fmt: skip
+    gap = float((reported - alone).abs().mean())
+    said = f"the sampler's log-probabilities differ from the trainer's by {gap:.3g} nats a token on average"
+    is_corrected = cap is not None
+    return [finding("sampler", said, severity="note" if is_corrected else "warning")] if gap > tolerance else []
 
 
 def _settings(part: Specimen, temperature: float) -> list[Finding]:
@@ -112,13 +93,7 @@ def _settings(part: Specimen, temperature: float) -> list[Finding]:
     changed = [f"{name}={getattr(sampling, name)}" for name, value in plain.items() if getattr(sampling, name) != value]
     if sampling.temperature != temperature:
         changed.append(f"temperature={sampling.temperature} (the trainer's is {temperature})")
-    if not changed:
-        return []
-    return [Finding(
-        name="sampling", severity="warning", found=f"responses are drawn with {', '.join(changed)}",
-        cause="tokens come from a distribution that is not the policy's: ratios and KL compare the wrong ones",
-        remedy="leave these at their defaults and shape the policy by the reward instead",
-    )]  # fmt: skip
+    return [finding("sampling", f"responses are drawn with {', '.join(changed)}")] if changed else []
 
 
 def _draws(drawn: Drawn) -> list[Finding]:
@@ -128,39 +103,25 @@ def _draws(drawn: Drawn) -> list[Finding]:
         said = "the likeliest token each time" if rank == 1 else f"never beyond rank {rank}"
         if log_mass < log_rank:
             said = f"never beyond the likeliest {mass:.2f} of the probability"
-        return [Finding(
-            name="truncated", severity="warning",
-            found=f"{len(drawn.logprobs)} tokens are {said}; chance of that: e^{min(log_rank, log_mass):.0f}",
-            cause="greedy decoding, or top_k or top_p (transformers' default top_k is 50)",
-            remedy="generate with do_sample=True, top_k=0, top_p=1.0",
-        )]  # fmt: skip
+        chance = f"e^{min(log_rank, log_mass):.0f}"
+        return [finding("truncated", f"{len(drawn.logprobs)} tokens are {said}; chance of that: {chance}")]
     surprise, relative = drawn.surprise(), drawn.temperature()
     if len(drawn.logprobs) < 64 or abs(surprise) < 6:
         return []
-    return [Finding(
-        name="temperature", severity="warning",
-        found=f"tokens are {abs(surprise):.0f} standard deviations {'likelier' if surprise > 0 else 'less likely'} "
-        f"than the policy would draw; they fit {relative:.2f} times the trainer's temperature",
-        cause="a temperature other than `PPOConfig.temperature` in generation, or tokens of another policy, another "
-        "prompt, or encoded again from text",
-        remedy="give generation and `PPOConfig.temperature` the same value, and pass the tokens that were sampled",
+    likelier = "likelier" if surprise > 0 else "less likely"
+    return [finding(
+        "temperature", f"tokens are {abs(surprise):.0f} standard deviations {likelier} than the policy would draw; "
+        f"they fit {relative:.2f} times the trainer's temperature",
     )]  # fmt: skip
 
 
 def _reference(own: Tensor, reference: Tensor, tolerance: float, is_peft: bool) -> list[Finding]:
     gap = float((own - reference).abs().mean())
-    if gap <= tolerance:
-        return []
+    said = f"policy and reference differ by {gap:.3g} nats a token before anything was learned"
     adapters = (
         "the base model stands for the reference, though training starts from a trained adapter, or the other way round"
     )
-    return [Finding(
-        name="reference", severity="warning",
-        found=f"policy and reference differ by {gap:.3g} nats a token before anything was learned",
-        cause=adapters if is_peft else "`ref_model` is not the model that training starts from",
-        remedy="pass `ref_model=None`: the trainer then takes the starting point, adapters included; keep another "
-        "reference only on purpose",
-    )]  # fmt: skip
+    return [finding("reference", said, cause=adapters if is_peft else None)] if gap > tolerance else []
 
 
 def _unwrapped(trainer: "rlhf_ppo.trainer.PPOTrainer", policy: TokenPolicy) -> Scorer:

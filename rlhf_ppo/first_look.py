@@ -3,7 +3,8 @@
 import logging
 from typing import TYPE_CHECKING
 
-from rlhf_ppo.doctor import Diagnosis, Specimen, examine_tokens
+from rlhf_ppo.doctor import Specimen, examine_tokens
+from rlhf_ppo.doctor_findings import Diagnosis
 from rlhf_ppo.doctor_forward import examine_model
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.classic import ClassicSurface
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.correction import check_correctable, corrected, mismatch_metrics, own_ratios
-from rlhf_ppo.doctor import Diagnosis, Specimen
+from rlhf_ppo.doctor import Specimen
+from rlhf_ppo.doctor_findings import Diagnosis
 from rlhf_ppo.dump import dumping
 from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.extras import set_seed

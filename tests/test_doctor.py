@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from reward_model.contract import Contract, TextRule
 from reward_model.model import RewardModel
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from rlhf_ppo.doctor import Diagnosis, Specimen, examine_tokens
+from rlhf_ppo.doctor import Specimen, examine_tokens
+from rlhf_ppo.doctor_findings import CURES, Diagnosis
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from tests.benchmarks.allocations import peak_bytes
@@ -123,6 +126,28 @@ def test_a_reference_that_is_not_the_start_is_found_before_learning_and_not_aske
         warnings.simplefilter("ignore")
         own.step(PROMPTS, list(batch.responses), [torch.tensor(1.0)] * 8)
     assert "reference" not in own.diagnose(drawn(own)).checked
+
+
+def test_a_reference_adapter_that_is_not_the_start_is_found_and_adapters_are_named() -> None:
+    """The adapter that training starts from has moved since its frozen copy, the reference, was made."""
+    adapters = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=0), peft_config=adapters)
+    own = trainer_of(model, batch_size=8, mini_batch_size=4)
+    assert "reference" not in own.diagnose(drawn(own)).names()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1.0)
+    (found,) = [finding for finding in own.diagnose(drawn(own)).findings if finding.name == "reference"]
+    assert "adapter" in found.cause
+
+
+def test_every_finding_has_its_row_on_the_page_of_troubles_and_no_row_is_left_over() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text()
+    table = page.split("## The doctor found something")[1].split("\n## ")[0]
+    named = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    rows = set(re.findall(r"`(\w+)`", " ".join(named)))
+    assert rows == {*CURES, "reward_template"}
 
 
 def specimen(prompts: list[list[int]], responses: list[list[int]], **known: Any) -> Specimen:

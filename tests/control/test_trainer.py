@@ -44,7 +44,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, algo
     expected = whole.train()
     for _ in range(2):
         first.step()
-    first.save(tmp_path)
+    saved = first.save(tmp_path)
+    assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}  # nothing that could run code
     found = second.train(tmp_path)
     assert same(whole, second)
     assert found == expected[2:]

@@ -1,0 +1,138 @@
+"""What the doctor can find: for each finding what usually causes it and what helps, in one place."""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
+
+Severity: TypeAlias = Literal["warning", "note"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that is not as it should be."""
+
+    name: str
+    """Which check found it."""
+    severity: Severity
+    """"warning": the run learns something else than you think. "note": harmless here, not everywhere."""
+    found: str
+    """What was seen, with numbers."""
+    cause: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.found}. Cause: {self.cause}. Remedy: {self.remedy}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What one look found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    """Names of the checks that could be made with what was known."""
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing was found that spoils the run."""
+        return not self.warnings
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """Findings that spoil the run."""
+        return [finding for finding in self.findings if finding.severity == "warning"]
+
+    def names(self) -> set[str]:
+        """Names of all findings."""
+        return {finding.name for finding in self.findings}
+
+    def __str__(self) -> str:
+        if not self.findings:
+            return f"Nothing found in {len(self.checked)} checks: {', '.join(self.checked)}."
+        return "\n".join(f"[{finding.severity}] {finding}" for finding in self.findings)
+
+
+class Cure(NamedTuple):
+    """What usually causes a finding, and what helps."""
+
+    cause: str
+    remedy: str
+
+
+CURES: dict[str, Cure] = {
+    "padding": Cure(
+        "the model sees padding or other rows: positions counted from the wrong end, attention to what follows",
+        "use a causal model of transformers as it is; check custom attention and position ids",
+    ),
+    "ratio": Cure(
+        "the model answers differently each time it is asked: dropout is on, or its layers draw random numbers",
+        "set every dropout of the model's configuration to 0; the trainer switches to eval mode, but code that ignores "
+        "it (functional dropout, custom layers) must be changed",
+    ),
+    "sampler": Cure(
+        "temperature, top_k, top_p, a penalty or a minimum length in sampling; other weights or another precision in "
+        "the sampler; or responses that were encoded again from text",
+        "sample with the trainer's temperature and nothing else, from the present weights; for an engine of another "
+        "precision set `importance_sampling_cap`",
+    ),
+    "sampling": Cure(
+        "tokens come from a distribution that is not the policy's: ratios and KL compare the wrong ones",
+        "leave these at their defaults and shape the policy by the reward instead",
+    ),
+    "truncated": Cure(
+        "greedy decoding, or top_k or top_p (transformers' default top_k is 50)",
+        "generate with do_sample=True, top_k=0, top_p=1.0",
+    ),
+    "temperature": Cure(
+        "a temperature other than `PPOConfig.temperature` in generation, or tokens of another policy, another prompt, "
+        "or encoded again from text",
+        "give generation and `PPOConfig.temperature` the same value, and pass the tokens that were sampled",
+    ),
+    "reference": Cure(
+        "`ref_model` is not the model that training starts from",
+        "pass `ref_model=None`: the trainer then takes the starting point, adapters included; keep another reference "
+        "only on purpose",
+    ),
+    "eos_in_prompt": Cure(
+        "the tokenizer appends it, prompts were padded with it, or several texts were joined by it; to the model it "
+        "says that the text is over",
+        "encode prompts without it (`add_eos_token=False`) and without padding, or cut them at the last one",
+    ),
+    "pad_is_eos": Cure(
+        "pad_token_id is eos_token_id and the padding of a batched `generate` was not cut off: the policy is rewarded "
+        "for tokens that it never drew",
+        "cut each response after its first end-of-sequence token (`trainer.generate` does)",
+    ),
+    "other_text": Cure(
+        "the text was cut or changed after sampling, or the response encoded again from it",
+        "score the decoded tokens, and pass the tokens that were sampled",
+    ),
+    "retokenisation": Cure(
+        "several token sequences spell one text, and a policy draws all of them",
+        "never train on encoded text: `step` and `train` keep the sampled tokens; so must code around them",
+    ),
+    "equal_scores": Cure(
+        "the reward does not tell these responses apart",
+        "look at the samples; a reward must differ between responses for anything to be learned",
+    ),
+    "equal_responses": Cure(
+        "the policy has collapsed, or its prompts do not reach it",
+        "read the samples; start again from an earlier model",
+    ),
+}
+"""Name of a finding -> its usual cause and remedy."""
+
+
+def finding(
+    name: str, found: str, *, severity: Severity = "warning", cause: str | None = None, remedy: str | None = None
+) -> Finding:
+    """A finding with its usual cause and remedy, unless others are given.
+
+    Args:
+        name: Of the finding; in `CURES` unless both are given.
+        found: What was seen, with numbers.
+        severity: How much it matters.
+        cause: Instead of the usual one.
+        remedy: Instead of the usual one.
+    """
+    known = CURES.get(name, Cure("", ""))
+    return Finding(name=name, severity=severity, found=found, cause=cause or known.cause, remedy=remedy or known.remedy)
