@@ -14,7 +14,7 @@ Results: docs/results/sentiment.md.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,16 +26,16 @@ from rlhf_ppo.report.run_folder import Estimates
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from sentiment import stages
-from sentiment.command_line import Measured
+from sentiment.adapters import AdapterSettings
 from sentiment.engines import EngineSettings
 from sentiment.language_models import SMALL_GPT2
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, split_reviews
-from sentiment.settings import GuardSettings, SettingsByModel
+from sentiment.settings import GuardSettings, RunSettings, SettingsByModel
 from sentiment.threads import choose_threads
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SettingsByModel, GuardSettings, EngineSettings):
+class Config(SettingsByModel, AdapterSettings, GuardSettings, EngineSettings, RunSettings):
     """Settings of the sentiment recipe; those left at None take what suits the model."""
 
     model: str = SMALL_GPT2
@@ -58,16 +58,6 @@ class Config(SettingsByModel, GuardSettings, EngineSettings):
     """Tokens of a response."""
     eval_prompts: int = 512
     """Held-out prompts."""
-    save_every: int = 10
-    """Iterations between two checkpoints."""
-    max_time: float | None = None
-    """Seconds in all; PPO stops in time, with a checkpoint and exit status 75, and the same command goes on."""
-    fresh: bool = False
-    """Ignore checkpoints in the run folder."""
-    threads: Measured = None
-    """PyTorch threads."""
-    log_with: Literal["tensorboard", "wandb"] | None = "tensorboard"
-    """Tracker."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,14 +70,15 @@ def main(config: Config) -> dict[str, Estimates]:
     chosen = stages.chosen(config.model, config, config.algorithm)
     folder = stages.open_run_folder(config.output_dir, asdict(config) | asdict(chosen), fresh=config.fresh)
     stages.check_reward_source(config.reward_url or config.reward_model)
+    config.check_adapters(chosen.lora_rank, config.reward_url)
     phase = stages.Phases(5)
 
     phase("language model")
     parts = split_reviews(load_reviews(config.dataset))
-    policy, tokenizer = stages.load_policy(config.model, lora_rank=chosen.lora_rank, bfloat16=chosen.bfloat16)
+    policy, tokenizer = stages.load_policy(config.model, chosen, config.quantisation)
 
     phase("reward model")
-    reward, line = stages.reward_source(config.reward_url or config.reward_model, parts)
+    reward, line = config.furnish(policy, config.reward_url or config.reward_model, parts)
     phase.say(line)
 
     prompts, held_out = stages.prompt_sets(parts, tokenizer, held_out=config.eval_prompts)
@@ -100,15 +91,15 @@ def main(config: Config) -> dict[str, Estimates]:
 
     phase("held-out evaluation before PPO")
     judges, line = stages.judges(parts)
-    phase.say(line)
-    before = trainer.evaluate(held_out, reward, sampling, judges=judges, sampler=sampler)
-    phase.say(stages.describe(before))
+    asking: dict[str, Any] = {"judges": judges, "sampler": sampler, "reward_calls": config.reward_calls}
+    before = trainer.evaluate(held_out, reward, sampling, **asking)
+    phase.say(line, stages.describe(before))
 
     phase("PPO")
     loop = TrainConfig(
         iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir, save_every=config.save_every,
         missing_eos=config.preset and stages.published(config.preset).missing_eos, max_time=phase.left(config.max_time),
-        **config.guarding,
+        reward_calls=config.reward_calls, **config.guarding,
     )  # fmt: skip
     state = trainer.train(reward, loop, eval_prompts=held_out, judges=judges, sampler=sampler)
     if state.interrupted:
@@ -116,7 +107,7 @@ def main(config: Config) -> dict[str, Estimates]:
     phase.say(stages.ending(state))
 
     phase("held-out evaluation after PPO, report")
-    after = trainer.evaluate(held_out, reward, sampling, judges=judges, sampler=sampler)
+    after = trainer.evaluate(held_out, reward, sampling, **asking)
     phase.say(stages.describe(after))
     trainer.save_pretrained(f"{config.output_dir}/model")
     if trainer.accelerator.is_main_process:

@@ -61,6 +61,8 @@ class Config:
     """Pairs in one optimiser step."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights."""
+    merge_adapter: bool = True
+    """Add the adapters to the weights at the end; without, they can stand on a policy's base (--reward-on-base)."""
 
 
 def main(config: Config) -> dict[str, float]:
@@ -78,6 +80,7 @@ def main(config: Config) -> dict[str, float]:
             model=base_location(config.base), output_dir=config.output_dir, overwrite=True, seed=config.seed,
             learning_rate=config.learning_rate, epochs=config.epochs, batch_size=config.batch_size, max_length=128,
             precision="bfloat16" if fast else "float32", lora_rank=config.lora_rank,
+            merge_adapter=config.merge_adapter,
         ),
         train=train, evaluation=held_out,
     )  # fmt: skip

@@ -5,27 +5,23 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from rlhf_ppo.asking import scoring_of
 from rlhf_ppo.rollout.collect import Collector
 from rlhf_ppo.rollout.decoding import DecodeLoop
-from rlhf_ppo.rollout.reward_failures import RAISE, RewardFailures
-from rlhf_ppo.rollout.sampling import Sampler, SamplingConfig, WeightFollower
+from rlhf_ppo.rollout.sampling import Sampler, WeightFollower
+from rlhf_ppo.train_config import TrainConfig
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer
 
 
-def collector_for(
-    trainer: "rlhf_ppo.trainer.PPOTrainer",
-    sampling: SamplingConfig,
-    sampler: Sampler | None,
-    failures: RewardFailures = RAISE,
-) -> Collector:
+def collector_for(trainer: "rlhf_ppo.trainer.PPOTrainer", config: TrainConfig, sampler: Sampler | None) -> Collector:
     """Draws and scores for `trainer`, by `sampler`, or by the own loop where there is none."""
     sampler = sampler or DecodeLoop(trainer.tokenizer)
     return Collector(
-        model=trainer.model, tokenizer=trainer.tokenizer, sampling=sampling, device=trainer.current_device,
-        sampler=sampler, failures=failures, fresh_weights=partial(fresh_weights, trainer, sampler),
-        limits=trainer.limits,
+        model=trainer.model, tokenizer=trainer.tokenizer, sampling=config.sampling, device=trainer.current_device,
+        sampler=sampler, failures=config.reward_failures, fresh_weights=partial(fresh_weights, trainer, sampler),
+        limits=trainer.limits, scoring=scoring_of(trainer.processes, once=config.reward_calls == "once"),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.field_types import check_fields
@@ -45,6 +45,9 @@ class TrainConfig:
     """How often a failing reward source is asked again, and whether its samples are then dropped."""
     keep_history: int = 200
     """Iterations whose metrics stay in memory, in `TrainState.history`; `metrics.jsonl` has those of all."""
+    reward_calls: Literal["each", "once"] = "each"
+    """Whether every process asks the reward sources about its own samples, or process 0 about those of all processes in
+    one request; on the others they are then never called."""
     max_time: float | None = None
     """Seconds within which the loop ends: it stops, with a checkpoint, when one more iteration would not fit."""
     resume: bool = True

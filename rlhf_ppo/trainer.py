@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -41,6 +41,7 @@ from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.reuse import SamplerReuse
 from rlhf_ppo.rollout.reward_sources import Sources
 from rlhf_ppo.rollout.sampling import Sampler, Samples, SamplingConfig
+from rlhf_ppo.start import StartCheck
 from rlhf_ppo.timing import emptied_cache, timed
 from rlhf_ppo.trackers import Trackers
 from rlhf_ppo.training import Callback, TrainConfig, TrainingLoop, TrainState
@@ -108,6 +109,7 @@ class PPOTrainer(ClassicSurface):
         prepared = prepare(self.accelerator, config, model, ref_model, self.optimizer, lr_scheduler)
         self.policy, self.optimizer, self.lr_scheduler = prepared.policy, prepared.optimizer, prepared.lr_scheduler
         self._reference = prepared.reference
+        self.start = StartCheck(model, self.processes, own_reference=self._reference is None)
         self.algorithm_config = algorithm or config.algorithm()
         self.algorithm = build_algorithm(
             self.algorithm_config, policy=self.policy, optimizer=self.optimizer,
@@ -165,6 +167,7 @@ class PPOTrainer(ClassicSurface):
             with timed(timing, "forward_pass"):
                 scored: Scored = self.reuse(self.scorer, responses)  # log π_old, V, log π_ref
             check_scored(scored, responses.mask, self.processes, self.model)  # nothing has changed so far
+            self.start(scored, responses.mask)
             scores = normalised_scores(
                 responses.scores, self.running, scale=self.config.use_score_scaling, shift=self.config.use_score_norm,
                 clip=self.config.score_clip, reduce_sum=self.processes.reduce_sum,
@@ -238,11 +241,11 @@ class PPOTrainer(ClassicSurface):
         judges: Sources | None = None,
         sampler: Sampler | None = None,
         seed: int = 0,
+        reward_calls: Literal["each", "once"] = "each",
     ) -> Evaluation:
         """Answer held-out prompts, score and judge the answers, measure KL and perplexity under the reference."""
-        loop = TrainingLoop(
-            self, prompts, rewards, TrainConfig(sampling=sampling), eval_prompts=prompts, judges=judges, sampler=sampler
-        )
+        config = TrainConfig(sampling=sampling, reward_calls=reward_calls)
+        loop = TrainingLoop(self, prompts, rewards, config, eval_prompts=prompts, judges=judges, sampler=sampler)
         return loop.evaluate(seed=seed)
 
     @contextmanager

@@ -65,7 +65,7 @@ class TrainingLoop:
             judges=self.judges,
         )  # fmt: skip
         accelerator, seed = trainer.accelerator, trainer.config.seed
-        self.collector = collector_for(trainer, sampling, self.sampler, config.reward_failures)
+        self.collector = collector_for(trainer, config, self.sampler)
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.order = PromptSampler(
             len(self.prompts), batch_size=trainer.config.batch_size // sampling.num_return_sequences, seed=seed,
@@ -151,9 +151,7 @@ class TrainingLoop:
             if self._asked_to_stop():
                 self._drop(parts, before)
                 return None
-            scores = self.trainer.processes.together(
-                lambda: self.collector.score(collected, self.rewards, self.config.missing_eos)
-            )
+            scores = self.collector.score(collected, self.rewards, self.config.missing_eos)
         except Exception:
             self._rescue(parts, before)
             raise

@@ -139,7 +139,7 @@ class Phases:
         """What is left of so many seconds since the first phase, enough for one iteration at least; None of None."""
         return None if seconds is None else max(1e-3, seconds - (time.perf_counter() - self.start))
 
-    def say(self, line: str) -> None:
-        """Print a line once."""
+    def say(self, *lines: str) -> None:
+        """Print each line once."""
         if is_main_process():
-            print(line, flush=True)
+            print(*lines, sep="\n", flush=True)

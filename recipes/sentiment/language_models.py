@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_ppo.models.loading import with_quantisation
 
 from .adaptation import adapted_model
 from .assets import SMOLLM2, fetch
@@ -61,6 +70,7 @@ def load_language_model(
     sft: SFTConfig | None = None,
     threads: int | None = None,
     dtype: torch.dtype = torch.float32,
+    quantisation: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer, ready to generate in batches: with a padding token, padded on the left.
 
@@ -70,6 +80,7 @@ def load_language_model(
         sft: How the small GPT-2 is trained.
         threads: PyTorch threads for that.
         dtype: Of the weights.
+        quantisation: Fewer bits for the weights of linear layers, on this process's device.
 
     Raises:
         ValueError: When there is no such model, it is not a causal one, or the tokenizer does not fit it.
@@ -78,7 +89,8 @@ def load_language_model(
     location = model_location(name, reviews=reviews, sft=sft, threads=threads)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+        few_bits = with_quantisation({"quantization_config": quantisation}) if quantisation is not None else {}
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **few_bits)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"The model `{name}` could not be loaded as a causal language model: {reason(error)}. {_choices()}"

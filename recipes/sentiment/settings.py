@@ -1,13 +1,13 @@
-"""Settings of the recipe in groups: those that suit the model unless they are given, and the guards."""
+"""Settings of the recipe in groups: what suits the model unless it is given, the guards, how a run is kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_ppo.guards import Guards
 
-from .command_line import FloatByModel, IntByModel, SwitchByModel
+from .command_line import FloatByModel, IntByModel, Measured, SwitchByModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +58,19 @@ class GuardSettings:
         return {
             "guards": self.guards, "eval_every": self.eval_every, "keep_best": "score" if self.eval_every else None,
         }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How a run is kept, ended and watched; none of them changes what is learned."""
+
+    save_every: int = 10
+    """Iterations between two checkpoints."""
+    max_time: float | None = None
+    """Seconds in all; PPO stops in time, with a checkpoint and exit status 75, and the same command goes on."""
+    fresh: bool = False
+    """Ignore checkpoints in the run folder."""
+    threads: Measured = None
+    """PyTorch threads."""
+    log_with: Literal["tensorboard", "wandb"] | None = "tensorboard"
+    """Tracker."""

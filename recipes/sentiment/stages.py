@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.checkpoints.folders import checkpoints
@@ -158,13 +158,14 @@ def precision(algorithm: AlgorithmName = "ppo-clip") -> dict[str, str]:
 
 
 def load_policy(
-    name: str, *, lora_rank: int, bfloat16: bool
+    name: str, chosen: Preset, quantisation: BitsAndBytesConfig | None = None
 ) -> tuple[AutoModelForCausalLMWithValueHead, PreTrainedTokenizerBase]:
     """The policy with its value head at zero, under LoRA adapters if asked for, and its tokenizer."""
-    model, tokenizer = load_language_model(name, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    dtype = torch.bfloat16 if chosen.bfloat16 else torch.float32
+    model, tokenizer = load_language_model(name, dtype=dtype, quantisation=quantisation)
     adapters = None
-    if lora_rank:
-        adapters = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    if rank := chosen.lora_rank:
+        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=adapters)
     torch.nn.init.zeros_(policy.v_head.summary.weight)  # V = 0 until something is known (Ziegler et al. 2019)
     torch.nn.init.zeros_(policy.v_head.summary.bias)

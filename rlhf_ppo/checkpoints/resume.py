@@ -134,6 +134,7 @@ def restore_checkpoint(
         ) from error
     if not exact and isinstance(streams := own.get("random"), RandomStreams):
         streams.restart(trainer.config.seed, saved.iteration, trainer.accelerator.process_index)
+    trainer.start.is_due = False  # the policy has left its reference
     trainer.accelerator.wait_for_everyone()
     return Restored(path=path, iteration=saved.iteration, exact=exact)
 

@@ -1,9 +1,9 @@
 """PEFT adapters on a policy: which one is active, the one that stands for the reference, the one that scores."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 from peft import (
@@ -14,6 +14,8 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import Tensor, nn
+
+_Context: TypeAlias = AbstractContextManager[None]
 
 REFERENCE_ADAPTER = "reference"
 SCORE_HEADS = ("score",)
@@ -34,6 +36,9 @@ def unchanged_requires_grad(model: nn.Module) -> Iterator[None]:
 def active_adapter(model: PeftModel, name: str) -> Iterator[None]:
     """Run with the adapter `name` instead of the active one, and come back to that."""
     previous = model.active_adapter
+    if previous == name:
+        yield
+        return
     with unchanged_requires_grad(model):
         model.set_adapter(name)
     try:
@@ -50,10 +55,74 @@ def no_adapter(model: PeftModel) -> Iterator[None]:
         yield
 
 
+class _Again:
+    """`active_adapter` that can be entered many times."""
+
+    def __init__(self, model: PeftModel, name: str) -> None:
+        self.model, self.name = model, name
+        self.entered: list[_Context] = []
+
+    def __enter__(self) -> None:
+        self.entered.append(active_adapter(self.model, self.name))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.pop().__exit__(*error)
+
+
+def recomputed_alike(model: PeftModel) -> Callable[[], tuple[_Context, _Context]]:
+    """`context_fn` for `torch.utils.checkpoint`: a layer runs again under the adapter that it first ran under.
+
+    The backward pass comes when another adapter has long been active: without this, a checkpointed pass of the critic
+    would be repeated with the policy's adapter, and its gradients would be of another function, without an error.
+    """
+    return lambda: (nullcontext(), _Again(model, str(model.active_adapter)))
+
+
 def changes_the_base(model: PeftModel, name: str) -> bool:
-    """Whether a LoRA adapter is already trained: a fresh one has B = 0, so it starts as the base model exactly."""
+    """Whether an adapter is already trained: a fresh LoRA adapter has B = 0, so it starts as the base model exactly.
+
+    Of other kinds than LoRA nobody knows how a fresh one looks, so they count as trained.
+    """
     ends = (f"lora_B.{name}.weight", f"lora_embedding_B.{name}")
-    return any(bool(parameter.any()) for key, parameter in model.named_parameters() if key.endswith(ends))
+    ups = [parameter for key, parameter in model.named_parameters() if key.endswith(ends)]
+    return not ups or any(bool(parameter.any()) for parameter in ups)
+
+
+def layers_of(model: PeftModel) -> nn.Module:
+    """The transformer below the LM head, under whichever adapter is active."""
+    language_model: Any = model.get_base_model()
+    layers: nn.Module = language_model.base_model
+    return layers
+
+
+def parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter `name`, under their names in `model`."""
+    return {key: parameter for key, parameter in model.named_parameters() if f".{name}." in f"{key}."}
+
+
+def trained_base_parameters(model: PeftModel) -> list[str]:
+    """Names of trained parameters that belong to no adapter: they change the model with its adapters off, too."""
+    own = {id(parameter) for name in model.peft_config for parameter in parameters_of(model, name).values()}
+    return [key for key, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in own]
+
+
+def trained_share(model: nn.Module) -> str:
+    """How many parameters are trained, as a sentence: those of all adapters and heads, a base in 4 bits unpacked."""
+    counts = [(_count(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    trained, total = sum(count for count, is_trained in counts if is_trained), sum(count for count, _ in counts)
+    return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+
+
+def _count(parameter: nn.Parameter) -> int:
+    count = int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty one in place
+    # bitsandbytes packs two 4-bit numbers into a byte of its storage.
+    return 2 * count * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
+
+
+def names_to_save(model: PeftModel, policy: str) -> list[str]:
+    """The adapters that a saved policy consists of: its own, and the one that stands for its reference."""
+    return [name for name in model.peft_config if name in (policy, REFERENCE_ADAPTER)]
 
 
 def add_reference_adapter(model: PeftModel, source: str) -> None:
@@ -78,9 +147,8 @@ def load_reference_adapter(model: PeftModel, folder: str) -> None:
 
 def freeze_adapter(model: PeftModel, name: str) -> None:
     """Take the adapter `name` out of training."""
-    for key, parameter in model.named_parameters():
-        if f".{name}." in f"{key}.":
-            parameter.requires_grad_(False)
+    for parameter in parameters_of(model, name).values():
+        parameter.requires_grad_(False)
 
 
 def check_reward_source(source: object) -> None:

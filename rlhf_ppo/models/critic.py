@@ -63,15 +63,18 @@ class SeparateCritic(nn.Module):
 
     def forward(self, inputs: TokenInputs) -> list[Float[Tensor, " states"]]:
         """V(s_0) ... V(s_T) of each row, without padding, float32."""
-        rows = [torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)]
-        input_ids = pad_rows(rows)
-        # Padding stands on the right, where a causal model cannot see it.
-        hidden = self.backbone(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
-        ).last_hidden_state
-        values = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
-        spans = zip(values, inputs.prompts, rows, strict=True)
-        return [row[len(prompt) - 1 : len(whole)] for row, prompt, whole in spans]
+        return state_values(self.backbone, self.head, inputs)
+
+
+def state_values(backbone: nn.Module, head: nn.Linear, inputs: TokenInputs) -> list[Float[Tensor, " states"]]:
+    """V(s_0) ... V(s_T) of each row, float32: `head` on the last hidden states of `backbone`."""
+    rows = [torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)]
+    input_ids = pad_rows(rows)
+    # Padding stands on the right, where a causal model cannot see it.
+    hidden = backbone(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).last_hidden_state
+    values = head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+    spans = zip(values, inputs.prompts, rows, strict=True)
+    return [row[len(prompt) - 1 : len(whole)] for row, prompt, whole in spans]
 
 
 def attach_critic(model: PreTrainedModelWrapper, critic: SeparateCritic) -> None:

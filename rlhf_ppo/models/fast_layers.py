@@ -125,6 +125,18 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
                 module.__class__ = PLAIN[type(module)]
 
 
+@contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """Inside, the layers of `model` are torch's and transformers' own; those that were fast are so again afterwards."""
+    fast = [(module, type(module)) for module in model.modules() if type(module) in PLAIN]
+    use_plain_layers(model)
+    try:
+        yield
+    finally:
+        for module, kind in fast:
+            module.__class__ = kind
+
+
 def is_plain_head(head: nn.Module) -> bool:
     """Whether an LM head is one linear map whose weight is at hand: no adapter, no hook, no part of it elsewhere."""
     if type(head) not in (nn.Linear, FastLinear) or head._forward_hooks or head._forward_pre_hooks:

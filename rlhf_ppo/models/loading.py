@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from rlhf_ppo.models.adapters import recomputed_alike
 from rlhf_ppo.models.value_head import HUB_ARGUMENTS, VALUE_HEAD_PREFIX, find_file
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,26 @@ def takes_position_ids(model: LanguageModel) -> bool:
     return text_only and "position_ids" in inspect.signature(base.forward).parameters
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Hold bitsandbytes' 4-bit layers to the storage that has a gradient, on CPUs where they would leave it.
+
+    With AVX-512-BF16 a layer in eval mode packs its weight for an inference kernel at its first pass. That kernel has
+    no backward, and everything below it would get no gradient. PPO trains in eval mode, so that no pass is random.
+
+    Raises:
+        ValueError: A layer has packed its weight already.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"expected 4-bit weights as they were loaded, got {name} packed for inference by a pass that was "
+                    "made before: it has no gradient any more. Load the model again and hand it over unused."
+                )
+
+
 def device_map_of(model: LanguageModel) -> dict[str, Any]:
     """Where `device_map` put each part of the model; empty when it was not used."""
     return getattr(model, "hf_device_map", None) or {}
@@ -119,6 +140,7 @@ def device_map_of(model: LanguageModel) -> dict[str, Any]:
 
 def check_language_model(model: LanguageModel) -> None:
     """Raise ValueError for a model that PPO cannot train."""
+    keep_differentiable(model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"PromptLearningConfig is not supported for PPO training, got {type(model.active_peft_config).__name__}: "
@@ -143,6 +165,8 @@ def switch_checkpointing(
     model: LanguageModel, switch: Literal["enable", "disable"], settings: dict[str, Any] | None = None
 ) -> None:
     """Turn recomputation of activations on or off, under its present name or the one before."""
+    if isinstance(model, PeftModel) and settings is not None and settings.get("use_reentrant") is False:
+        settings = {"context_fn": recomputed_alike(model), **settings}
     present = getattr(model, f"activation_checkpointing_{switch}", None)
     change = getattr(model, f"gradient_checkpointing_{switch}") if present is None else present
     change(*([] if settings is None else [settings]))

@@ -270,7 +270,9 @@ class PreTrainedModelWrapper(nn.Module):
             return
         if kwargs.get("is_main_process", True):
             write_value_head(Path(save_directory), state)
-        self.pretrained_model.save_pretrained(os.fspath(save_directory), state_dict=state, **kwargs)
+        own = adapters.names_to_save(self.pretrained_model, str(self.policy_adapter_name))
+        settings = {"selected_adapters": own, **kwargs}
+        self.pretrained_model.save_pretrained(os.fspath(save_directory), state_dict=state, **settings)
 
     def push_to_hub(
         self, repo_id: str, commit_message: str = "Upload model with value head", **kwargs: Any

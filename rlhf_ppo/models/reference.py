@@ -100,9 +100,17 @@ def prepare_reference_adapter(model: PreTrainedModelWrapper) -> str | None:
         The name of the reference adapter, or None when the reference is the base model.
 
     Raises:
-        ValueError: For a model without adapters.
+        ValueError: For a model without adapters, or one whose base is trained as well.
     """
     peft_model = _peft_model(model)
+    moving = adapters.trained_base_parameters(peft_model)
+    if moving:
+        raise ValueError(
+            f"expected training of adapters alone, got trained parameters of the base, such as {moving[0]} "
+            f"({len(moving)} in all; LoraConfig(bias=...) does that): the reference is that base with adapters off, so "
+            "it would move with the policy and the KL would be too small. Use bias='none', name trained modules in "
+            "`modules_to_save`, or pass a `ref_model`."
+        )
     if adapters.REFERENCE_ADAPTER in peft_model.peft_config:
         return adapters.REFERENCE_ADAPTER
     name = str(model.policy_adapter_name)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,15 @@ from rlhf_ppo.rollout.prompts import PromptBatch
 from rlhf_ppo.rollout.reward_failures import RAISE, RewardFailures
 from rlhf_ppo.rollout.reward_sources import RewardRequest, Scores, Sources, score_batch
 from rlhf_ppo.rollout.sampling import Sampler, Samples, SamplingConfig
+
+Prepare: TypeAlias = Callable[[], RewardRequest]
+Finish: TypeAlias = Callable[[Scores], Scores]
+Scoring: TypeAlias = Callable[[Prepare, Callable[[RewardRequest], Scores], Finish], Scores]
+"""(what to ask, how to ask it, what to do with the answer) -> scores: who of several processes asks is its matter."""
+
+
+def _alone(prepare: Prepare, ask: Callable[[RewardRequest], Scores], finish: Finish) -> Scores:
+    return finish(ask(prepare()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +62,7 @@ class Collector:
         failures: What happens when a reward source fails.
         fresh_weights: Surrounds every draw: inside, the sampler sees the policy whole and as it is.
         limits: What the model can take: a sampler of somebody else's is held to it. None: it is trusted.
+        scoring: Who asks the reward sources, where several processes draw.
     """
 
     model: nn.Module
@@ -63,6 +73,7 @@ class Collector:
     failures: RewardFailures = RAISE
     fresh_weights: Callable[[], AbstractContextManager[object]] = nullcontext
     limits: Limits | None = None
+    scoring: Scoring = _alone
 
     def draw(self, batch: PromptBatch, generator: torch.Generator) -> Collected:
         """`num_return_sequences` responses to each prompt, side by side."""
@@ -82,15 +93,23 @@ class Collector:
 
     def score(self, collected: Collected, sources: Sources, missing_eos: MissingEOS | None = None) -> Scores:
         """Check what was drawn, ask the sources about the texts; then charge responses that never stopped."""
+        return self.scoring(
+            lambda: self._request(collected),
+            lambda request: score_batch(sources, request, self.failures),
+            lambda scores: self._charged(scores, collected, missing_eos),
+        )
+
+    def _request(self, collected: Collected) -> RewardRequest:
         if self.limits is not None:
             check_samples(collected.samples, self.limits, device=self.device)
-        request = RewardRequest(
+        return RewardRequest(
             prompts=collected.prompts,
             responses=collected.responses,
             columns=collected.columns,
             response_lengths=[len(response) for response in collected.samples.responses],
         )
-        scores = score_batch(sources, request, self.failures)
+
+    def _charged(self, scores: Scores, collected: Collected, missing_eos: MissingEOS | None) -> Scores:
         if missing_eos is None:
             return scores
         if scores.per_token is not None:

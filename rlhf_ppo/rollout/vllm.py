@@ -2,19 +2,18 @@
 
 import importlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
 from jaxtyping import Int
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl.import_utils import is_vllm_available
 
+from rlhf_ppo.models.merging import base_weights_kept
 from rlhf_ppo.rollout.decode_rules import DecodeRules
 from rlhf_ppo.rollout.sampling import Samples, SamplingConfig, SamplingWork, check_prompts, unwrap_causal_lm
 
@@ -168,23 +167,3 @@ def _check_answer(asked: list[list[int]], echoed: list[list[int]], logprobs: lis
             "vLLM returned a log-probability that is not a finite number: its weights are broken, or were never sent. "
             "Look at the trainer's last metrics and the server's log."
         )
-
-
-@contextmanager
-def base_weights_kept(model: nn.Module) -> Iterator[None]:
-    """Put the weights below adapters back bit for bit afterwards.
-
-    TRL sends an adapted model by merging its adapters and taking them out again. In bfloat16 that leaves rounding
-    errors in the base, at every call, and the base is the reference policy. The copy lies in main memory.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    kept = [
-        (parameter, parameter.detach().to("cpu", copy=True))
-        for layer in layers
-        for parameter in layer.get_base_layer().parameters()
-    ]
-    try:
-        yield
-    finally:
-        for parameter, value in kept:
-            parameter.data.copy_(value)

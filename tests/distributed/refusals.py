@@ -21,6 +21,23 @@ from tests.helpers import tiny_gpt2, tiny_tokenizer
 QUERIES, RESPONSES = [torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8, 9]), torch.tensor([10])]
 
 
+class Recorder:
+    """A reward source that remembers what it was asked."""
+
+    def __init__(self, *, fails: int = 0) -> None:
+        self.fails, self.calls = fails, []  # type: int, list[list[str]]
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> list[float | None]:
+        self.calls.append(prompts)
+        if len(self.calls) <= self.fails:
+            raise OSError("no route")
+        return [None, *(float(len(response)) for response in responses[1:])]
+
+
+def says_good(responses: list[str]) -> list[Any]:
+    return ["good"] * len(responses)
+
+
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     tokenizer = tiny_tokenizer()
@@ -35,7 +52,7 @@ def main(folder: Path) -> None:
         try:
             call()
             said[name] = "accepted"
-        except (ValueError, FloatingPointError, RuntimeError) as error:
+        except (ValueError, TypeError, FloatingPointError, RuntimeError) as error:
             said[name] = f"{type(error).__name__}: {error}"
         parameters = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
         said[f"{name}, weights"] = float(parameters.double().abs().sum())
@@ -60,6 +77,13 @@ def main(folder: Path) -> None:
     note("good", step(1.0))
     drop = RewardFailures(on_failure="drop", backoff=0.0)
     note("reward drops on process 1", train(fails_on_the_second, reward_failures=drop))
+    asked, patient = Recorder(), Recorder(fails=1)
+    note("asked once", train(asked, reward_calls="once"))
+    again = RewardFailures(attempts=2, backoff=0.0)
+    note("asked once, in vain at first", train(patient, reward_calls="once", reward_failures=again))
+    note("asked once, nonsense", train(says_good, reward_calls="once"))
+    note("asked once, dropped", train(says_good, reward_calls="once", reward_failures=drop))
+    said |= {"asked": asked.calls, "patient": patient.calls}
     (folder / f"{rank}.json").write_text(json.dumps(said))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,11 +29,27 @@ def test_a_refusal_on_one_process_is_a_refusal_on_all_and_nothing_moves(tmp_path
         unmoved = [
             value
             for name, value in told[rank].items()
-            if name.endswith("weights") and not name.startswith(("good", "reward drops"))
+            if name.endswith("weights") and not name.startswith(("good", "reward drops", "asked"))
         ]
         assert set(unmoved) == {start}, "no process moved"
         assert told[rank]["good"] == "accepted"
         assert told[rank]["reward drops on process 1"] == "accepted", "the rows of process 0 are left"
         assert told[rank]["good, weights"] == told[0]["good, weights"] != start
+    check_asked_once(told)
     found = replay(tmp_path / "dump-0")
     assert found.is_reproduced, "one process computes what two refused"
+
+
+def check_asked_once(told: list[dict[str, Any]]) -> None:
+    """One of two processes asks about the prompts of both; both learn, or both are told the same."""
+    assert told[1]["asked"] == told[1]["patient"] == []
+    (prompts,) = told[0]["asked"]
+    assert sorted(prompts) == ["I", "The movie", "This", "We"], "each prompt of the rollout, once"
+    assert len(told[0]["patient"]) == 2, "asked again after a failure"
+    assert told[0]["asked once, nonsense"] == told[1]["asked once, nonsense"] != "accepted"
+    assert "returned str for sample 0" in told[1]["asked once, nonsense"]
+    assert told[0]["asked once, dropped"] == told[1]["asked once, dropped"]
+    assert "3 rollouts in a row" in told[1]["asked once, dropped"]
+    for name in ("asked once", "asked once, in vain at first"):
+        assert told[0][name] == told[1][name] == "accepted"
+        assert told[0][f"{name}, weights"] == told[1][f"{name}, weights"] != told[0]["good, weights"]

@@ -208,11 +208,20 @@ def test_an_interrupted_run_goes_on_to_the_very_end_it_would_have_had(
 
 
 @pytest.mark.usefixtures("no_report")
-def test_adapters_in_bfloat16_train_save_and_load(world: Path, tmp_path: Path) -> None:
-    """The reference is the policy with its adapters off, so no second model exists; only adapters and head learn."""
+def test_adapters_in_bfloat16_train_save_and_load(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference is the policy with its adapters off; critic and reward model are adapters on the same base."""
     model = save_llama(tmp_path / "llama")
+    reward_model = save_reward_model(tmp_path / "reward", model, lora_rank=2, merge_adapter=False)
+    AcceleratorState._reset_state()
     output = tmp_path / "run"
-    measures = recipe.main(settings(world, output, model=str(model), lora_rank=4, bfloat16=True, iterations=2))
+    shared: dict[str, Any] = {"critic": "adapter", "reward_model": str(reward_model), "reward_on_base": True}
+    measures = recipe.main(
+        settings(world, output, model=str(model), lora_rank=4, bfloat16=True, iterations=2, **shared)
+    )
+    said = capsys.readouterr().out
+    assert f"adapter of {reward_model} on the policy's base" in said and " parameters are trained (" in said
     assert measures["before"]["kl"] == (0.0, 0.0) and measures["after"]["kl"][0] != 0.0
     assert (output / "model" / "adapter_model.safetensors").is_file()
     wrapped = AutoModelForCausalLMWithValueHead.from_pretrained(str(output / "model"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedTokenizerFast
@@ -70,11 +71,12 @@ def save_classic_classifier(folder: Path) -> Path:
     return folder
 
 
-def save_reward_model(folder: Path, base: Path) -> Path:
+def save_reward_model(folder: Path, base: Path, **settings: Any) -> Path:
     """A reward model trained on a few pairs, as recipes/train_reward_model.py would leave it."""
     draw = random.Random(0)
     pairs = [{"prompt": "", "chosen": draw.choice(GOOD), "rejected": draw.choice(BAD)} for _ in range(48)]
     config = RewardModelConfig(
-        model=str(base), output_dir=str(folder), learning_rate=1e-3, batch_size=16, max_length=64, progress=False
-    )
+        model=str(base), output_dir=str(folder), learning_rate=1e-3, batch_size=16, max_length=64, progress=False,
+        **settings,
+    )  # fmt: skip
     return train_reward_model(config, train=pairs[:32], evaluation=pairs[32:]).path

@@ -1,0 +1,37 @@
+"""A reward model that stands on the policy's base: its adapter and head are all that it adds to memory."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from reward_model.contract import Contract, ContractError
+from reward_model.model import ADAPTER_FILE, RewardModel, check_tokenizer
+from rlhf_ppo.models.one_base import put_reward_adapter
+from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+
+
+def reward_on_policy(policy: PreTrainedModelWrapper, path: str | Path, *, max_tokens: int = 16_384) -> RewardModel:
+    """The reward model of `path` on the base of `policy`: the same scores as `RewardModel.from_pretrained(path)`.
+
+    Do it before the trainer is built. The base's precision is the policy's: with bfloat16 weights, scores are those of
+    a reward model loaded in bfloat16.
+
+    Args:
+        policy: A causal policy with adapters, on the base that the reward model was trained on.
+        path: Folder that `train_reward_model` wrote with `lora_rank` and `merge_adapter=False`.
+        max_tokens: Most padded tokens in one forward pass.
+
+    Raises:
+        ContractError: There is no adapter in the folder, or what lies there does not belong together.
+        ValueError: The policy has no adapters, or another base.
+    """
+    folder = Path(path)
+    contract = Contract.read(folder)
+    if contract.kind != "single" or not (folder / ADAPTER_FILE).is_file():
+        raise ContractError(
+            f"expected a reward model that is an adapter, got {folder} without {ADAPTER_FILE}: it has weights of its "
+            "own. Train it with lora_rank and merge_adapter=False, or load it with `RewardModel.from_pretrained`."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_tokenizer(tokenizer, policy, contract, folder)
+    return RewardModel(put_reward_adapter(policy, str(folder)), tokenizer, contract, max_tokens=max_tokens)

@@ -1,0 +1,83 @@
+"""Adapters merged into their base: a plain model for whoever knows nothing of adapters."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+
+
+@contextmanager
+def base_weights_kept(model: nn.Module) -> Iterator[None]:
+    """Put the weights below adapters back bit for bit afterwards.
+
+    Merging adapters and taking them out again leaves rounding errors in the base, at every call, and the base is the
+    reference policy. The copy lies in main memory.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    kept = [
+        (parameter, parameter.detach().to("cpu", copy=True))
+        for layer in layers
+        for parameter in layer.get_base_layer().parameters()
+    ]
+    try:
+        yield
+    finally:
+        for parameter, value in kept:
+            parameter.data.copy_(value)
+
+
+def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -> None:
+    """Write the policy as a plain transformers model: its adapter added to the base, without value head.
+
+    `AutoModelForCausalLM.from_pretrained(folder)` loads it without PEFT. The policy itself does not change: it can be
+    trained on, and its reference is bit for bit what it was. Parameters must be whole on this process.
+
+    Args:
+        model: A policy with adapters, or without (then its language model is saved as it is).
+        folder: Made when missing.
+
+    Raises:
+        ValueError: The base is quantised.
+    """
+    language_model: Any = model.pretrained_model
+    if not model.is_peft_model:
+        language_model.save_pretrained(os.fspath(folder))
+        return
+    if model.is_loaded_in_4bit or model.is_loaded_in_8bit:
+        raise ValueError(
+            "expected a base in float32, bfloat16 or float16, got one in 4 or 8 bits: the sum of base and adapter "
+            "would be rounded to those few bits again, and would not be the policy that was trained. Save the adapter "
+            "(`save_pretrained`), then merge it into the whole base: `python -m rlhf_ppo.merge ADAPTER FOLDER`."
+        )
+    name = str(model.policy_adapter_name)
+    with base_weights_kept(language_model):
+        language_model.base_model.merge_adapter(adapter_names=[name])
+        try:
+            state = plain_state(language_model, name)
+            language_model.get_base_model().save_pretrained(Path(folder), state_dict=state)
+        finally:
+            language_model.base_model.unmerge_adapter()
+
+
+def plain_state(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """The merged weights of `model` under the names of a model without adapters.
+
+    Args:
+        model: With the adapter merged.
+        name: The adapter, whose own copies of whole modules (`modules_to_save`) replace those of the base.
+    """
+    tuner: Any = model.base_model
+    state: dict[str, Tensor] = tuner.model.state_dict()
+    copies = f".modules_to_save.{name}."
+    found = {key.replace(copies, "."): tensor for key, tensor in state.items() if copies in key}
+    for key, tensor in state.items():
+        if tuner.prefix not in key and ".modules_to_save." not in key:
+            found.setdefault(key.replace(".base_layer.", ".").replace(".original_module.", "."), tensor)
+    return found
