@@ -4,6 +4,7 @@ from reward_model.config import RewardModelConfig
 from reward_model.contract import Contract, ContractError, Normalisation, TextRule
 from reward_model.data import BadRow, Comparison
 from reward_model.model import RewardModel
+from reward_model.on_policy import reward_on_policy
 from reward_model.pairs import excerpt, pairs_from_labels
 from reward_model.trainer import TrainedRewardModel, train_reward_model
 
@@ -19,5 +20,6 @@ __all__ = [
     "TrainedRewardModel",
     "excerpt",
     "pairs_from_labels",
+    "reward_on_policy",
     "train_reward_model",
 ]

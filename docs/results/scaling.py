@@ -26,33 +26,34 @@ WAYS: dict[str, dict[str, Any]] = {
     "ZeRO-3": {"strategy": "zero3"},
     "FSDP": {"strategy": "fsdp"},
     "DDP, LoRA 16 on bf16": {"strategy": "ddp", "lora_rank": 16, "precision": "bfloat16"},
+    "DDP, LoRA 16 on NF4": {"strategy": "ddp", "lora_rank": 16, "precision": "nf4"},
     "ZeRO-3, LoRA 16 on bf16": {"strategy": "zero3", "lora_rank": 16, "precision": "bfloat16"},
 }
 
 
 def main() -> None:
     """Trace each model once a precision; share it in every way."""
-    rows = []
-    for model in ("1b", "7b", "70b"):
-        known: dict[tuple[int, bool], Traces] = {}  # all that is sharded is traced alike
-        for way, settings in WAYS.items():
-            config = replace(BASE, model=model, **settings)
-            kind = (config.lora_rank, config.strategy == "ddp")
-            if kind not in known:
-                known[kind] = trace(config)
-            traces = known[kind]
-            plans = [make_plan(config, traces, devices=count) for count in DEVICES]
-            rows.append(
-                {
-                    "model": model, "way": way, "parameters": traces.parameters, "work": asdict(work(config, traces)),
-                    "peaks": {plan.devices: plan.phases for plan in plans},
-                    "roles": {plan.devices: plan.roles for plan in plans},
-                }
-            )  # fmt: skip
+    known: dict[tuple[str, int, bool], Traces] = {}
+    rows = [row_of(model, way, known) for model in ("1b", "7b", "70b") for way in WAYS]
     (HERE / "scaling.json").write_text(json.dumps({"config": asdict(BASE), "rows": rows}, indent=1) + "\n")
     page = HERE.parent / "scaling.md"
     before, rest = page.read_text().split(BEGIN)
     page.write_text(before + BEGIN + "\n" + table(rows) + END + rest.split(END)[1])
+
+
+def row_of(model: str, way: str, known: dict[tuple[str, int, bool], Traces]) -> dict[str, Any]:
+    """One row; `known` keeps the traces, since all that is sharded is traced alike."""
+    config = replace(BASE, model=model, **WAYS[way])
+    kind = (model, config.lora_rank, config.strategy == "ddp")
+    if kind not in known:
+        known[kind] = trace(config)
+    traces = known[kind]
+    plans = [make_plan(config, traces, devices=count) for count in DEVICES]
+    return {
+        "model": model, "way": way, "parameters": traces.parameters, "work": asdict(work(config, traces)),
+        "peaks": {plan.devices: plan.phases for plan in plans},
+        "roles": {plan.devices: plan.roles for plan in plans},
+    }  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:

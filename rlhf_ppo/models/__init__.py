@@ -1,6 +1,8 @@
 """Policies: language models with a value head, and their frozen references."""
 
 from rlhf_ppo.models.critic import SeparateCritic, attach_critic
+from rlhf_ppo.models.merging import save_merged
+from rlhf_ppo.models.one_base import attach_critic_adapter, put_reward_adapter
 from rlhf_ppo.models.pretrained import (
     SUPPORTED_ARCHITECTURES,
     AutoModelForCausalLMWithValueHead,
@@ -18,7 +20,10 @@ __all__ = [
     "SeparateCritic",
     "ValueHead",
     "attach_critic",
+    "attach_critic_adapter",
     "create_reference_model",
     "prepare_reference_adapter",
+    "put_reward_adapter",
     "reference_adapter",
+    "save_merged",
 ]

@@ -21,7 +21,7 @@ HELP = {
     "model": "gpt2, 1b, 7b, 70b, or a folder or file with a config.json",
     "reward_model": "the same for a reward model beside the policy (default: none)",
     "strategy": "ddp, zero1, zero2, zero3, fsdp",
-    "precision": "float32, bf16-mixed, bfloat16",
+    "precision": "float32, bf16-mixed, bfloat16, nf4 (QLoRA)",
     "device": "cuda, cpu; with --measure, the one that is here",
     "lora_rank": "0 trains every weight",
     "batch_size": "responses of one iteration, on each process",
@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         if measured:
             options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         plan = read_config(config, **options) if config else _plain(options)
+        if measured and plan.precision == "nf4":
+            raise PlanError("--measure does not run nf4: plan it, or measure bfloat16")
         known = None if rates is None else _read_rates(rates)
         traces = trace(plan)
         reward = 0.0 if plan.reward_model is None else float(weights_of(plan, plan.reward_model))

@@ -8,7 +8,7 @@ import yaml
 
 CHOICES = {
     "strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp"),
-    "precision": ("float32", "bf16-mixed", "bfloat16"),
+    "precision": ("float32", "bf16-mixed", "bfloat16", "nf4"),
     "device": ("cuda", "cpu"),
 }
 
@@ -28,7 +28,8 @@ class PlanConfig:
     strategy: str = "ddp"
     """How processes share: ddp (whole everywhere), zero1, zero2, zero3 (DeepSpeed), fsdp (full shard)."""
     precision: str = "float32"
-    """float32; bf16-mixed (autocast; under DeepSpeed bf16 weights with float32 masters); bfloat16 weights."""
+    """float32; bf16-mixed (autocast; under DeepSpeed bf16 weights with float32 masters); bfloat16 weights; nf4 (QLoRA:
+    linear layers of the frozen base in 4 bits, the rest in bfloat16)."""
     device: str = "cuda"
     """cuda or cpu: on a CPU, chunks of logits are smaller and some layers faster."""
     lora_rank: int = 0
@@ -66,6 +67,12 @@ class PlanConfig:
                 raise PlanError(f"{item.name} must be a whole number of at least {least}, got {value!r}")
             if item.type is float and not (isinstance(value, int | float) and value > 0):
                 raise PlanError(f"{item.name} must be a positive number, got {value!r}")
+
+        if self.precision == "nf4" and not (self.lora_rank and self.strategy in ("ddp", "zero1", "zero2")):
+            raise PlanError(
+                "precision nf4 is a frozen base under adapters, whole on every device: set lora_rank, and strategy "
+                f"ddp, zero1 or zero2; got lora_rank {self.lora_rank} and {self.strategy}"
+            )
 
     @property
     def tokens(self) -> int:

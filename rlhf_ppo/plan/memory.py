@@ -15,6 +15,8 @@ HEAP_SPARE = 0.7
 
 Not derived: read off the five runs marked `fitted` in docs/results/plan.json, where the live bytes are the traced ones.
 """
+NF4_BYTES = 0.5 + 0.127 / 8
+"""Bytes of a weight in NF4 with its constants quantised too (Dettmers et al. 2023, section 3)."""
 ROLES = (
     "policy", "critic", "reference", "reward", "gradients", "optimizer", "activations", "logits", "kv", "buffers",
     "spare",
@@ -70,6 +72,8 @@ def make_plan(config: PlanConfig, traces: Traces, *, devices: int = 1, reward_we
     # DeepSpeed keeps bf16 weights where Accelerate's autocast keeps float32 ones.
     if config.strategy.startswith("zero") and config.precision == "bf16-mixed":
         traces = replace(traces, weights=traces.weights / 2, gradients=traces.gradients / 2)
+    if config.precision == "nf4":
+        traces = replace(traces, weights=traces.weights - _packed(traces))
     shares = _shares(config, traces, devices)
     state_size = 4.0 if shares.masters else traces.gradients / traces.trainable
     moments = 2 * traces.trainable * state_size + (4 * traces.trainable if shares.masters else 0)
@@ -104,6 +108,12 @@ def make_plan(config: PlanConfig, traces: Traces, *, devices: int = 1, reward_we
         "update": floor + shares.gathered + transient + spare,
     }
     return Plan(config=config, devices=devices, roles={name: roles[name] for name in ROLES}, phases=phases)
+
+
+def _packed(traces: Traces) -> float:
+    """Bytes that 4 bits save on the linear layers of a frozen bfloat16 base; embeddings and head stay whole."""
+    layers = traces.parameters - traces.trainable - traces.head_parameters - traces.lookup_parameters
+    return layers * (2 - NF4_BYTES)
 
 
 def _shares(config: PlanConfig, traces: Traces, devices: int) -> _Shares:

@@ -28,7 +28,7 @@ PRESETS: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 """Shapes of GPT-2 small (124 M) and of the Llama family: 3.2 1B, 2 7B, 2 70B."""
 
-DTYPES = {"float32": torch.float32, "bf16-mixed": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bf16-mixed": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
 
 
 def model_config(name: str) -> PreTrainedConfig:

@@ -95,7 +95,7 @@ def trace(plan: PlanConfig) -> Traces:
 
 def weights_of(plan: PlanConfig, name: str) -> int:
     """Bytes of a second, frozen model in the plan's precision."""
-    frozen = PlanConfig(model=name, precision=plan.precision)
+    frozen = PlanConfig(model=name, precision="bfloat16" if plan.precision == "nf4" else plan.precision)
     with torch.device("meta"):
         policy = build(model_config(name), frozen)
     return _bytes(policy.parameters())

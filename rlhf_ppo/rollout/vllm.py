@@ -114,6 +114,11 @@ class VLLMSampler:
                 f"VLLMSampler(mode={self.mode!r}) needs vLLM, which is not installed: also the client of a server uses "
                 "its NCCL code. `pip install 'rlhf_ppo[vllm]'` on a machine with a GPU, or use DecodeLoop()."
             )
+        if getattr(policy, "is_loaded_in_4bit", False) or getattr(policy, "is_loaded_in_8bit", False):
+            raise ValueError(
+                "expected whole weights to send to vLLM, got a base in 4 or 8 bits: their packed bytes are no weights "
+                "for the engine. Draw with DecodeLoop(), or load the base in bfloat16."
+            )
         if self.mode == "colocate" and not policy.name_or_path:
             raise ValueError(
                 "VLLMSampler(mode='colocate') loads the model a second time from where it came from, but this one was "

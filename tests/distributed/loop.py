@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo.models import attach_critic_adapter
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from tests.distributed.scenario import deepspeed_arguments, fsdp2, whole_weights
@@ -50,11 +52,13 @@ def fails_on_process_one(prompts: Sequence[str], responses: Sequence[str], **_: 
     return [0.0] * len(responses)
 
 
-def trainer(stage: int) -> PPOTrainer:
-    """A tiny trainer with its prompts."""
+def trainer(stage: int, adapters: LoraConfig | None = None) -> PPOTrainer:
+    """A tiny trainer with its prompts; with adapters, the critic is one too."""
     tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)  # of the value head
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=0))
+    torch.manual_seed(0)  # of adapters and heads
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=0), peft_config=adapters)
+    if adapters is not None:
+        attach_critic_adapter(model)
     config = PPOConfig(
         batch_size=4, mini_batch_size=2, learning_rate=1e-3, ppo_epochs=2, accelerator_kwargs=deepspeed_arguments(stage)
     )  # fmt: skip
@@ -110,6 +114,22 @@ def main(folder: Path, stage: int) -> None:
     torch.save(outcome, folder / f"{PartialState().process_index}.pt")
 
 
+def adapted(folder: Path) -> None:
+    """LoRA, whole and resumed, with rewards asked for by one process; every process saves what it ended with."""
+    adapters = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    ends, first = {}, []
+    for name, stops in {"whole": [None], "resumed": [1, None]}.items():
+        for stop in stops:
+            own = trainer(0, adapters)
+            state = own.train(
+                share_of_e, replace(unjudged(folder / f"lora-{name}"), iterations=2, reward_calls="once"),
+                callbacks=[lambda _, state, stop=stop: state.iteration == stop],
+            )  # fmt: skip
+            first += [row["objective/kl"] for row in state.history if row is state.history[0]]
+        ends[name] = whole_weights(own)
+    torch.save({**ends, "first": first}, folder / f"lora-{PartialState().process_index}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "fail":
@@ -124,6 +144,7 @@ if __name__ == "__main__":
         here, stage = Path(sys.argv[2]), int(sys.argv[3])
         main(here, stage)
         if not stage:
+            adapted(here)
             (here / "fsdp2").mkdir(exist_ok=True)
             with fsdp2():
                 main(here / "fsdp2", stage)

@@ -58,6 +58,18 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one_on_every_pr
             assert torch.equal(outcome["resumed"][name], expected), name
 
 
+def test_adapters_of_policy_and_critic_resume_exactly_and_start_at_the_reference(folder: Path) -> None:
+    ends = [torch.load(folder / f"lora-{rank}.pt", weights_only=False) for rank in range(2)]
+    moved = 0
+    for name, expected in ends[0]["whole"].items():
+        moved += bool("lora_B" in name and expected.any())
+        for end in ends:
+            assert torch.equal(end["whole"][name], expected) and torch.equal(end["resumed"][name], expected), name
+    assert moved == 4, "two layers, an adapter of the policy and one of the critic in each"
+    whole, interrupted, resumed = ends[0]["first"]
+    assert whole == interrupted == 0.0 != resumed
+
+
 def test_under_fsdp2_the_loop_samples_evaluates_and_resumes_exactly(
     parted: list[dict[str, Any]], outcomes: list[dict[str, Any]]
 ) -> None:

@@ -1,5 +1,6 @@
 """The planner: parameter counts, live bytes, shares, work, the command line, and recorded runs."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,50 @@ def test_chunks_of_logits_are_larger_on_a_gpu() -> None:
     plan = replace(SMALL, new_tokens=64)
     shape = with_layers(GPT2Config(n_embd=8, n_head=1, vocab_size=100_000), 1)
     assert _trace(shape, plan).scoring > 2 * _trace(shape, replace(plan, device="cpu")).scoring
+
+
+def test_four_bits_shrink_the_layers_of_the_frozen_base_alone() -> None:
+    """1000 parameters: 100 trained, 200 in the head, 50 looked up; 650 at 2 bytes become 650 at 0.5159."""
+    traces = replace(FLAT, trainable=100, lookup_parameters=50, weights=2000)
+    whole = replace(SMALL, lora_rank=4, precision="bfloat16")
+    four = make_plan(replace(whole, precision="nf4"), traces)
+    saved = make_plan(whole, traces).roles["policy"] - four.roles["policy"]
+    assert saved == pytest.approx(650 * (2 - 0.5 - 0.127 / 8))
+    assert four.roles["reference"] == 0
+    for settings in ({"lora_rank": 0}, {"strategy": "zero3"}, {"strategy": "fsdp"}):
+        with pytest.raises(PlanError, match="precision nf4 is a frozen base under adapters"):
+            replace(whole, **{"precision": "nf4"} | settings)
+
+
+def test_the_table_of_the_page_is_what_the_tool_wrote() -> None:
+    """`python docs/results/scaling.py` writes both; one row is planned anew here, all of them by the slow test."""
+    tool, rows, page = scaling_tool(), recorded_rows(), (RESULTS.parents[1] / "scaling.md").read_text()
+    assert tool.BEGIN + "\n" + tool.table(rows) + tool.END in page
+    recorded = next(row for row in rows if row["model"] == "1b" and row["way"] == "DDP, LoRA 16 on NF4")
+    planned = tool.row_of("1b", "DDP, LoRA 16 on NF4", {})
+    assert planned["peaks"][8]["rollout"] == pytest.approx(recorded["peaks"][8]["rollout"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_every_row_of_the_page_is_planned_again() -> None:
+    tool, known = scaling_tool(), {}
+    for recorded in recorded_rows():
+        planned = tool.row_of(recorded["model"], recorded["way"], known)
+        for count, phases in recorded["peaks"].items():
+            assert planned["peaks"][count] == pytest.approx(phases, rel=0.02), (recorded["model"], recorded["way"])
+
+
+def scaling_tool() -> Any:
+    spec = importlib.util.spec_from_file_location("scaling", RESULTS.parent / "scaling.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def recorded_rows() -> list[dict[str, Any]]:
+    rows = json.loads((RESULTS.parent / "scaling.json").read_text())["rows"]
+    return [row | {"peaks": {int(count): phases for count, phases in row["peaks"].items()}} for row in rows]
 
 
 def test_what_does_not_fit_is_said() -> None:
