@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from rlhf_ppo import GRPO, PPOPenalty
+from rlhf_ppo.checkpoints import FolderInUseError
 from rlhf_ppo.control import ControlConfig, ControlTrainer, EnvironmentConfig, Randomization, control_algorithm
+from tests.robustness.another_run import another_run_in
 
 TINY: dict[str, Any] = {"environments": 4, "rollout_steps": 64, "minibatch_size": 64, "epochs": 2, "hidden": (8,)}
 
@@ -51,6 +53,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, algo
     assert found == expected[2:]
     assert whole.environments.state_dict() == second.environments.state_dict()
     assert whole.normalizer.state_dict() == second.normalizer.state_dict()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    trainer = ControlTrainer(config(total_steps=256, lowered=False))
+    before = parameters(trainer)
+    with another_run_in(tmp_path), pytest.raises(FolderInUseError, match="for this run alone"):
+        trainer.train(tmp_path)
+    assert all(map(torch.equal, before, parameters(trainer)))
 
 
 def test_a_seed_decides_a_run_and_nothing_outside_does() -> None:

@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from rlhf_ppo import best, training
+from rlhf_ppo import run_keeper, training
+from rlhf_ppo.checkpoints import best
 from rlhf_ppo.checkpoints.folders import checkpoints, find_damage, read_json, write_json
 from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -111,7 +112,7 @@ def run(folder: Path, board: Board, kill_at: int | None) -> None:
     loop._learn = marked(board, "update", loop._learn)
     loop.evaluate = marked(board, "evaluation", loop.evaluate)
     best.BestModels._write = marked(board, "best model", best.BestModels._write)  # type: ignore[method-assign]
-    training.save_checkpoint = marked(board, "checkpoint", training.save_checkpoint)
+    run_keeper.save_checkpoint = marked(board, "checkpoint", run_keeper.save_checkpoint)
     watch_file_operations(board, folder, kill_at)
     torch.manual_seed(0)
     own = trainer()

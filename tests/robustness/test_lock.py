@@ -5,8 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,20 +13,8 @@ import torch
 from rlhf_ppo.checkpoints import FolderInUseError, only_run_in
 from rlhf_ppo.checkpoints.folders import write_json
 from rlhf_ppo.checkpoints.lock import HOLDER, LOCK
+from tests.robustness.another_run import another_run_in
 from tests.tiny_run import config, parameters, share_of_e, trainer
-
-HOLD = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
-
-
-@contextmanager
-def another_run_in(folder: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A process that holds the lock until its input ends."""
-    command = [sys.executable, "-c", HOLD, str(folder.resolve() / LOCK)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
 
 
 def test_a_second_run_in_a_folder_is_refused_by_name_and_changes_nothing(tmp_path: Path) -> None:
