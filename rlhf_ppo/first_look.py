@@ -19,7 +19,7 @@ def diagnose(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen) -> Diagnos
     if trainer.processes.sharded:
         return tokens
     # A checkpoint that was loaded has an optimiser with a past.
-    model = examine_model(trainer, batch, is_fresh=not trainer.optimizer.state)
+    model = examine_model(trainer, batch, is_fresh=not trainer.optimizer.state and not trainer.start.goes_on)
     return Diagnosis(findings=[*tokens.findings, *model.findings], checked=[*tokens.checked, *model.checked])
 
 

@@ -23,7 +23,9 @@ class StartCheck:
 
     def __init__(self, model: PreTrainedModelWrapper, processes: Processes, *, own_reference: bool) -> None:
         self.model, self.processes = model, processes
-        self.is_due = own_reference and not model.value_head_was_loaded
+        self.goes_on = own_reference and model.value_head_was_loaded
+        """Whether the policy was saved by PPO, and left its reference then."""
+        self.is_due = own_reference and not self.goes_on
         """Whether nothing was learned yet; a checkpoint that is loaded sets it to False."""
 
     def __call__(self, scored: Scored, mask: Bool[Tensor, "batch time"]) -> None:

@@ -69,6 +69,7 @@ def test_a_resumed_run_and_one_that_goes_on_from_a_saved_policy_may_start_away_f
     again = trainer(str(tmp_path / "policy"), is_trainable=True)
     state = again.train(share_of_e, config(iterations=1))
     assert abs(state.history[0]["objective/kl"]) > 1e-3, "its reference is the base, as before"
+    assert again.diagnosis is not None and "reference" not in again.diagnosis.names()
 
 
 def test_a_trained_base_cannot_be_the_reference() -> None:

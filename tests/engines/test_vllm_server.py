@@ -160,6 +160,13 @@ def test_a_server_that_is_not_there_is_an_error_with_its_address(stand_in: Any, 
         sampler.follow(tiny_gpt2(), Accelerator())
 
 
+def test_packed_weights_are_not_sent(stand_in: Any) -> None:
+    model = tiny_gpt2()
+    model.is_loaded_in_4bit = True  # as transformers marks a model that bitsandbytes has packed
+    with pytest.raises(ValueError, match="got a base in 4 or 8 bits"):
+        VLLMSampler(tokenizer=tiny_tokenizer()).follow(model, Accelerator())
+
+
 def test_an_engine_that_received_nothing_draws_nothing() -> None:
     with pytest.raises(RuntimeError, match="has no engine yet"):
         VLLMSampler()(tiny_gpt2(), PROMPTS, DRAW)
