@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,15 @@ CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
 
 class Gauge:
-    """A callback that reads memory, open files, threads and processor time every so many iterations."""
+    """A callback that reads memory, open files, threads and processor time every so many iterations.
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    Args:
+        every: Iterations of a row.
+        record: Is shown all rows after each.
+    """
+
+    def __init__(self, every: int, record: Callable[[list[dict[str, float]]], None]) -> None:
+        self.every, self.record = every, record
         self.process = psutil.Process()
         self.rows: list[dict[str, float]] = []
         self.model = tiny_gpt2(seed=0)
@@ -68,6 +74,7 @@ class Gauge:
             }
             self.rows.append(row)
             print({name: round(value, 2) for name, value in row.items()}, flush=True)
+            self.record(self.rows)
             self.before, self.reference = time.process_time(), 0.0
 
 
@@ -84,16 +91,14 @@ def judge(rows: list[dict[str, float]], warm_up: int) -> dict[str, float]:
     }
 
 
-def soak(steps: int, every: int, folder: Path) -> list[dict[str, float]]:
-    """The run; what the gauge read."""
-    gauge = Gauge(every)
+def soak(steps: int, gauge: Gauge, folder: Path) -> None:
+    """The run, read by the gauge."""
     settings: dict[str, Any] = {"log_with": "tensorboard", "project_kwargs": {"logging_dir": str(folder)}}
     own = trainer(learning_rate=1e-5, **settings)
     own.train(
         share_of_e, config(folder, iterations=steps, save_every=20, eval_every=50, keep_best="score"),
         eval_prompts=PromptDataset.from_texts(TEXTS, own.tokenizer), callbacks=[gauge],
     )  # fmt: skip
-    return gauge.rows
 
 
 def main() -> None:
@@ -109,11 +114,17 @@ def main() -> None:
         os.execve(sys.executable, command, {**os.environ, **CACHES})
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+
+    def record(rows: list[dict[str, float]]) -> None:
+        steps = int(rows[-1]["iteration"])
+        if steps > wishes.warm_up + 8 * wishes.every:
+            found = {"steps": steps, "warm_up": wishes.warm_up, "verdict": judge(rows, wishes.warm_up), "rows": rows}
+            write_json(wishes.results, found)
+
+    gauge = Gauge(wishes.every, record)
     with tempfile.TemporaryDirectory() as folder:
-        rows = soak(wishes.steps, wishes.every, Path(folder))
-    verdict = judge(rows, wishes.warm_up)
-    print(verdict)
-    write_json(wishes.results, {"steps": wishes.steps, "warm_up": wishes.warm_up, "verdict": verdict, "rows": rows})
+        soak(wishes.steps, gauge, Path(folder))
+    print(judge(gauge.rows, wishes.warm_up))
 
 
 if __name__ == "__main__":
