@@ -97,6 +97,7 @@ class TrainingLoop:
             return self._run()
 
     def _run(self) -> TrainState:
+        self.best.recover()
         if self.config.resume:
             self.restore()
         limit = TimeLimit(self.config.max_time)

@@ -70,7 +70,8 @@ class BestModels:
     kept: list[Evaluated] = field(default_factory=list)
     """Those in `frontier/`, by rising KL."""
 
-    def __post_init__(self) -> None:
+    def recover(self) -> None:
+        """Put back what a killed run had half replaced. Only where no other run is at it (`only_run_in`)."""
         if self.folder is not None and self.is_main_process:
             folders.put_back(self.folder / "best")
 

@@ -258,6 +258,8 @@ def main() -> None:
     wishes = parser.parse_args()
     torch.set_num_threads(1)
     tiny_gpt2()  # what is imported late is imported before the forks
+    if wishes.folder is not None:
+        wishes.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=wishes.folder) as root:
         workers = []
         for worker in range(wishes.workers):
