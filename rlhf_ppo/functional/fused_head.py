@@ -22,8 +22,10 @@ Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tenso
 """(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
 
 MOST_BYTES = 2**24
-"""Of one chunk of float32 logits on a CPU, whatever the vocabulary: it stays in the processor's cache, and below the
-size of block that the C library gives back to the system each time."""
+"""Of one chunk of float32 logits on a CPU, where that is `FEWEST` rows or more: it stays in the processor's cache, and
+below the size of block that the C library gives back to the system each time."""
+FEWEST = 64
+"""Rows of a chunk: with fewer, a product moves the weights more than it multiplies them."""
 ELSEWHERE = 16
 """Times as many bytes on other devices."""
 FEW = 32
@@ -71,7 +73,8 @@ def fused_token_statistics(
         tokens: The tokens drawn there.
         slopes: The loss's derivatives at each token, given the token's log-probability and entropy.
         temperature: What the logits are divided by.
-        chunk_size: Tokens at a time, at most; fewer where their logits would take more than 16 MiB (CPU) or 256 MiB.
+        chunk_size: Tokens at a time, at most; fewer, 64 at least, where their logits would
+            take more than 16 MiB (CPU) or 256 MiB.
         with_entropy: Also the entropy, which costs one more pass over each chunk.
         product_dtype: Of the three products; None: that of the states.
     """
@@ -85,7 +88,7 @@ def fused_token_statistics(
 def rows_at_once(chunk_size: int, vocab: int, device: torch.device) -> int:
     """Tokens whose logits live at once: `chunk_size`, or fewer where that would take too many bytes."""
     most = MOST_BYTES if device.type == "cpu" else ELSEWHERE * MOST_BYTES
-    return min(chunk_size, max(16, most // (4 * max(vocab, 1))))
+    return min(chunk_size, max(FEWEST, most // (4 * max(vocab, 1))))
 
 
 class _Fused(torch.autograd.Function):

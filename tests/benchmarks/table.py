@@ -52,13 +52,14 @@ def floors(found: dict[str, Any]) -> str:
 
 def equality(found: dict[str, Any]) -> str:
     """How far apart the sides' results were, at worst over rounds."""
-    head = ["workload", "compared with", "statistics", "log-probabilities, nats", "parameter change", "rounds"]
+    head = ["workload", "compared with", "statistics", "clipped fractions", "log-probabilities, nats"]
+    head += ["parameter change", "rounds"]
     rows = []
     for name, entry in found.items():
         for side in ("classic", "plain"):
             gaps = [costs["equal"][side] for costs in entry["rounds"] if side in costs["equal"]]
             if gaps:
-                worst = [max(gap[what] for gap in gaps) for what in ("statistics", "logprobs", "change")]
+                worst = [max(gap[what] for gap in gaps) for what in ("statistics", "clipped", "logprobs", "change")]
                 rows.append([name, SIDES[side], *(f"{gap:.0e}" for gap in worst), str(len(gaps))])
     return _table(head, rows)
 
