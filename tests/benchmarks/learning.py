@@ -44,7 +44,7 @@ def run(path: str, seed: int, iterations: int) -> dict[str, float]:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(n_embd=64, seed=0))
     kind, build = (PPOTrainer, PPOConfig) if path == "fast" else (PlainTrainer, plain_config)
     config = build(
-        seed=seed, batch_size=64, mini_batch_size=16, learning_rate=3e-4, init_kl_coef=0.05, target=6.0
+        seed=seed, batch_size=64, mini_batch_size=16, learning_rate=3e-4, init_kl_coef=0.2, target=6.0, horizon=1000
     )  # fmt: skip
     trainer = kind(config, model, None, tokenizer, prompts)
     start = time.process_time()
@@ -75,7 +75,7 @@ def main() -> None:
     """Run what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path("docs/results/performance-learning.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
