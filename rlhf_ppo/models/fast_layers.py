@@ -7,6 +7,7 @@ still find an `nn.Linear`, and a copy of the model is fast as well.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ppo.functional.products import bfloat16_is_faster, fits_onednn, linear, low_linear, onednn_is_faster
+from rlhf_ppo.functional.shared_gradient import SharedGradient, shared_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +139,37 @@ def plain_layers(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
 
 
-def is_plain_head(head: nn.Module) -> bool:
+def is_plain_head(head: object) -> bool:
     """Whether an LM head is one linear map whose weight is at hand: no adapter, no hook, no part of it elsewhere."""
-    if type(head) not in (nn.Linear, FastLinear) or head._forward_hooks or head._forward_pre_hooks:
+    if not isinstance(head, nn.Linear) or type(head) not in (nn.Linear, FastLinear):
+        return False
+    if head._forward_hooks or head._forward_pre_hooks:
         return False
     weight = head.weight
     whole = type(weight.data) in (Tensor, FakeTensor)  # FakeTensor: a plan's weights, which have no content
     return isinstance(weight, Tensor) and weight.numel() > 0 and whole
+
+
+@contextmanager
+def shared_with_head(model: Any) -> Iterator[SharedGradient | None]:
+    """Inside, an embedding that is also the LM head's weight adds its gradient to the head's, which it is handed.
+
+    None where the two are not one plain trained weight on a CPU: each then has a gradient of its own.
+    """
+    embedding, weight = model.get_input_embeddings(), model.get_output_embeddings().weight
+    tied = type(embedding) is nn.Embedding and embedding.weight is weight and weight.requires_grad
+    if (
+        not tied
+        or embedding.sparse
+        or embedding.scale_grad_by_freq
+        or embedding.max_norm
+        or weight.device.type != "cpu"
+    ):
+        yield None
+        return
+    shared = SharedGradient()
+    embedding.forward = partial(shared_embedding, weight=weight, shared=shared, padding_idx=embedding.padding_idx)
+    try:
+        yield shared
+    finally:
+        del embedding.forward

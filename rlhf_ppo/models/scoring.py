@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, pad_rows
 from rlhf_ppo.functional import TokenStatistics, categorical_metric, chunked_categorical_kl, chunked_token_statistics
 from rlhf_ppo.functional.fused_head import Slopes, fused_token_statistics, rows_at_once
+from rlhf_ppo.functional.shared_gradient import SharedGradient
 from rlhf_ppo.functional.trust_region import Metric
-from rlhf_ppo.models.fast_layers import fast_layers, is_plain_head
+from rlhf_ppo.models.fast_layers import fast_layers, is_plain_head, shared_with_head
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 from rlhf_ppo.models.trunk import Trunk
 
@@ -99,9 +100,11 @@ class TokenPolicy(nn.Module):
         """
         # Dropout stays off, so that the first pass of an update has probability ratio 1 exactly.
         self.model.train(self.checkpointing and torch.is_grad_enabled())
-        acting, states = self._rows(inputs)
+        slopes = slopes if torch.is_grad_enabled() and self.fused_head and is_plain_head(self._head()) else None
+        with nullcontext() if slopes is None else shared_with_head(self.language_model) as shared:
+            acting, states = self._rows(inputs)
         tokens = torch.cat(list(inputs.responses))
-        statistics = self._statistics(acting, tokens, with_entropy, slopes if torch.is_grad_enabled() else None)
+        statistics = self._statistics(acting, tokens, with_entropy, slopes, shared)
         self.work["head_rows"] += len(tokens)
         lengths = inputs.response_lengths().tolist()
         rows = list(self._values(states).split([length + 1 for length in lengths]))
@@ -115,11 +118,13 @@ class TokenPolicy(nn.Module):
             old_kl=None if old is None else self._kl_from(old, inputs, acting),
         )
 
-    def _statistics(self, acting: Tensor, tokens: Tensor, with_entropy: bool, slopes: Slopes | None) -> TokenStatistics:
+    def _statistics(
+        self, acting: Tensor, tokens: Tensor, with_entropy: bool, slopes: Slopes | None, shared: SharedGradient | None
+    ) -> TokenStatistics:
         head = self._head()
         settings: dict[str, Any] = {"temperature": self.temperature, "with_entropy": with_entropy}
-        if self.fused_head and slopes is not None and isinstance(head, nn.Linear) and is_plain_head(head):
-            settings["product_dtype"] = getattr(head, "product_dtype", None)
+        if slopes is not None and isinstance(head, nn.Linear):
+            settings |= {"product_dtype": getattr(head, "product_dtype", None), "shared": shared}
             return fused_token_statistics(
                 acting, head.weight, head.bias, tokens, slopes=slopes, chunk_size=self.chunk_size, **settings
             )

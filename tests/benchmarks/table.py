@@ -60,7 +60,7 @@ def equality(found: dict[str, Any]) -> str:
             gaps = [costs["equal"][side] for costs in entry["rounds"] if side in costs["equal"]]
             if gaps:
                 worst = [max(gap[what] for gap in gaps) for what in ("statistics", "clipped", "logprobs", "change")]
-                rows.append([name, SIDES[side], *(f"{gap:.0e}" for gap in worst), str(len(gaps))])
+                rows.append([name, SIDES[side], *(f"{gap:.0e}" if gap else "0" for gap in worst), str(len(gaps))])
     return _table(head, rows)
 
 

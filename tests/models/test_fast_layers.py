@@ -12,11 +12,13 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.functional import products
 from rlhf_ppo.models import fast_layers
 from rlhf_ppo.models.fast_layers import FastConv1D, FastLinear, use_fast_layers, use_plain_layers
 from rlhf_ppo.models.scoring import TokenPolicy
+from tests.benchmarks.allocations import peak_bytes
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch carries no oneDNN linear kernel"
@@ -191,3 +193,46 @@ def test_scoring_in_chunks_casts_the_head_once(monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         TokenPolicy(model, chunk_size=16)(inputs)
     assert kept == [True, True, True] and model.lm_head.kept is None
+
+
+def tied_policy(vocab: int = 97, width: int = 32) -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": width, "vocab_size": vocab, "n_positions": 64}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    return TokenPolicy(AutoModelForCausalLMWithValueHead.from_pretrained(model))
+
+
+INPUTS = TokenInputs(prompts=[torch.tensor([5, 6, 5])] * 2, responses=[torch.tensor([7, 5, 5, 9])] * 2)
+
+
+def gradients_of(
+    policy: Any, *, foreseen: bool, of_values: float = 1.0, of_logprobs: float = 1.0
+) -> list[torch.Tensor]:
+    """Of a loss that is a sum over tokens, passed twice as two micro-batches are."""
+    policy.zero_grad()
+    for _ in range(2):
+        slopes = (lambda logprobs, entropy, rows: (torch.full_like(logprobs, of_logprobs), None)) if foreseen else None
+        output = policy(INPUTS, slopes=slopes)
+        loss = of_values * output.values.square().sum()
+        (loss + of_logprobs * output.logprobs.sum() if of_logprobs else loss).backward()
+    return [parameter.grad.clone() for parameter in policy.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize(("of_values", "of_logprobs"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
+def test_rows_of_a_tied_embedding_add_up_to_the_dense_gradient(of_values: float, of_logprobs: float) -> None:
+    """Also where the loss reads the values alone, and the head's part of the sum is zero."""
+    policy = tied_policy()
+    weights = {"of_values": of_values, "of_logprobs": of_logprobs}
+    fused, plain = (gradients_of(policy, foreseen=foreseen, **weights) for foreseen in (True, False))
+    assert not any(gradient.is_sparse for gradient in fused)
+    assert_close(fused, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_tied_embedding_needs_no_second_gradient_of_its_size() -> None:
+    policy = tied_policy(20_000, 128)
+
+    def one_pass() -> None:
+        output = policy(INPUTS, slopes=lambda logprobs, entropy, rows: (torch.ones_like(logprobs), None))
+        output.logprobs.sum().backward()
+
+    assert peak_bytes(one_pass) < 1.5 * 4 * 20_000 * 128
