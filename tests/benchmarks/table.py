@@ -59,8 +59,10 @@ def equality(found: dict[str, Any]) -> str:
         for side in ("classic", "plain"):
             gaps = [costs["equal"][side] for costs in entry["rounds"] if side in costs["equal"]]
             if gaps:
-                worst = [max(gap[what] for gap in gaps) for what in ("statistics", "clipped", "logprobs", "change")]
-                rows.append([name, SIDES[side], *(f"{gap:.0e}" if gap else "0" for gap in worst), str(len(gaps))])
+                whats = ("statistics", "clipped", "logprobs", "change")
+                worst = [max((gap[what] for gap in gaps if what in gap), default=None) for what in whats]
+                cells = ("with the statistics" if gap is None else f"{gap:.0e}" if gap else "0" for gap in worst)
+                rows.append([name, SIDES[side], *cells, str(len(gaps))])
     return _table(head, rows)
 
 
