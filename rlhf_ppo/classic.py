@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.classic_pieces import ClassicPieces
 from rlhf_ppo.config import PPOConfig
-from rlhf_ppo.models import PreTrainedModelWrapper, reference_adapter
+from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.processes import Processes
 from rlhf_ppo.rollout.generation import generate_responses
 from rlhf_ppo.trackers import Trackers
@@ -47,7 +47,9 @@ class ClassicSurface(ClassicPieces):
     processes: Processes
     trackers: Trackers
 
-    def whole_parameters(self) -> AbstractContextManager[None]:
+    reference_at_hand: Callable[[], AbstractContextManager[object]]
+
+    def whole_parameters(self, *, of_the_reference: bool = False) -> AbstractContextManager[None]:
         """The trainer's, for models of which a process holds only parts."""
         raise NotImplementedError
 
@@ -84,8 +86,7 @@ class ClassicSurface(ClassicPieces):
             responses = generate_responses(self.model, self.tokenizer, query_tensor, **settings)
         if not generate_ref_response:
             return responses
-        own = self.ref_model is None
-        with reference_adapter(self.model) if own else nullcontext():
+        with self.whole_parameters(of_the_reference=True), self.reference_at_hand():
             others = generate_responses(self.ref_model or self.model, self.tokenizer, query_tensor, **settings)
         return responses, others
 

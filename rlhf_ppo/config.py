@@ -5,13 +5,15 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
 from rlhf_ppo.controllers import AdaptiveKLController, Controller, FixedKLController
 from rlhf_ppo.field_types import check_fields
 from rlhf_ppo.rollout.placement import KLPenalty, KLPlacement, check_placement
 from rlhf_ppo.updates import MinibatchConfig
+
+ReferencePlacement: TypeAlias = Literal["auto", "whole", "sharded", "offloaded"]
 
 
 @dataclass
@@ -136,6 +138,9 @@ class PPOConfig:
     kl_placement: KLPlacement = "reward"
     """Where the KL to the reference stands; "split": each state's own, exact, in the loss, later states' in the reward.
     Its coefficient means the same in all three, except where a group's standard deviation scales advantages (GRPO)."""
+    reference_placement: ReferencePlacement = "auto"
+    """The reference between its scoring passes: "whole" on the device; "sharded" over processes (ZeRO-3, FSDP);
+    "offloaded" to main memory; "auto": sharded where the policy is, else whole."""
     temperature: float = 1.0
     """What logits are divided by in rollout, reference and update alike."""
     importance_sampling_cap: float | None = None
@@ -256,6 +261,11 @@ class PPOConfig:
                 "sampler and trainer agree the ratio is 1, and a lower cap would shrink each such token. Usual: 2."
             )
         check_placement(self.kl_penalty, self.kl_placement)
+        if self.reference_placement == "offloaded" and (self.kl_penalty, self.kl_placement) == ("full", "loss"):
+            raise ValueError(
+                "reference_placement='offloaded' keeps the reference away from the update, where kl_penalty='full' in "
+                "the loss reads it in every pass. Use reference_placement='whole', or kl_penalty='mse'."
+            )
         if self.learning_rate < 0 or not math.isfinite(self.learning_rate):
             raise ValueError(
                 f"learning_rate must be finite and not negative, got {self.learning_rate}: steps go uphill. Use 1e-5."

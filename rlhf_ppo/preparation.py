@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model
-from torch import nn
+from accelerate.utils import DistributedType
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf_ppo.allocator import keep_freed_memory
 from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.frozen import Reference, place_reference
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.fast_layers import use_fast_layers
 from rlhf_ppo.models.scoring import TokenPolicy, switch_off_dropout
 from rlhf_ppo.shards import settle, sharing_out
+from rlhf_ppo.zero import keep_head_whole
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Prepared:
     optimizer: Optimizer
     lr_scheduler: Any
     """Accelerate's wrapper of the given one, or None."""
-    reference: nn.Module | None
+    reference: Reference | None
     """Like `policy`, frozen; None where the model is its own reference, with its adapters off."""
 
 
@@ -40,10 +41,19 @@ def prepare(
     optimizer: Optimizer,
     lr_scheduler: LRScheduler | None,
 ) -> Prepared:
-    """Move everything to its device and wrap it for the processes."""
+    """Move everything to its device and wrap it for the processes.
+
+    Raises:
+        ValueError: A setting needs parameters whole that this launch holds in parts, or the other way round.
+    """
     engine = accelerator.state.deepspeed_plugin
     has_fsdp = accelerator.distributed_type == DistributedType.FSDP
     sharded = has_fsdp or (engine is not None and engine.zero_stage == 3)
+    if sharded and config.kl_penalty == "full":
+        raise ValueError(
+            "kl_penalty='full' reads the LM heads of policy and reference at once, which ZeRO-3 and FSDP hold in "
+            "parts between passes. Use kl_penalty='kl', or launch with DDP or ZeRO-2."
+        )
     scoring: dict[str, Any] = {
         "temperature": config.temperature,
         "chunk_size": config.logits_chunk_size,
@@ -71,17 +81,11 @@ def prepare(
         policy, optimizer = accelerator.prepare(token_policy, optimizer)
     if has_fsdp:
         settle(policy, accelerator)
+    elif sharded:
+        keep_head_whole(token_policy)
     scheduler = None if lr_scheduler is None else accelerator.prepare_scheduler(lr_scheduler)
-    reference: nn.Module | None = None
+    reference = None
     if ref_model is not None:
-        reference = TokenPolicy(ref_model, **scoring).requires_grad_(False)
-        # Under ZeRO every process keeps a whole reference: it takes no part in the engine.
-        if has_fsdp:
-            with sharing_out(accelerator):
-                reference = fsdp2_prepare_model(accelerator, reference).eval()
-            settle(reference, accelerator)
-        elif engine is None:
-            reference = accelerator.prepare_model(reference, evaluation_mode=True)
-        else:
-            reference.to(accelerator.device).eval()
+        scorer = TokenPolicy(ref_model, **scoring).requires_grad_(False)
+        reference = place_reference(scorer, accelerator, config.reference_placement, policy=list(model.parameters()))
     return Prepared(policy, optimizer, scheduler, reference)

@@ -41,6 +41,8 @@ class TrainConfig:
     """What a response costs that ran to `max_new_tokens` without a stop token; None: nothing."""
     guards: Guards = field(default_factory=Guards)
     """Lines against reward hacking: each a limit, an action, a patience."""
+    offload_rewards: bool = False
+    """Models of reward sources wait in main memory between questions; only where they share a GPU with the policy."""
     reward_failures: RewardFailures = RAISE
     """How often a failing reward source is asked again, and whether its samples are then dropped."""
     keep_history: int = 200

@@ -108,8 +108,12 @@ class PPOTrainer(ClassicSurface):
         self.processes = Processes(self.accelerator)
         prepared = prepare(self.accelerator, config, model, ref_model, self.optimizer, lr_scheduler)
         self.policy, self.optimizer, self.lr_scheduler = prepared.policy, prepared.optimizer, prepared.lr_scheduler
-        self._reference = prepared.reference
-        self.start = StartCheck(model, self.processes, own_reference=self._reference is None)
+        found = prepared.reference
+        self._reference = None if found is None else found.module
+        self._reference_is_whole = found is not None and not found.in_parts
+        self.reference_at_hand = partial(reference_adapter, model) if found is None else found.at_hand
+        """Inside, the reference is there to be asked: brought to its device, or the model with its adapters off."""
+        self.start = StartCheck(model, self.processes, own_reference=found is None)
         self.algorithm_config = algorithm or config.algorithm()
         self.algorithm = build_algorithm(
             self.algorithm_config, policy=self.policy, optimizer=self.optimizer,
@@ -249,9 +253,17 @@ class PPOTrainer(ClassicSurface):
         return loop.evaluate(seed=seed)
 
     @contextmanager
-    def whole_parameters(self) -> Iterator[None]:
-        """Inside, `model` holds every parameter whole on every process; all processes enter it together."""
-        with self.processes.whole_parameters(self.model, self.policy):
+    def whole_parameters(self, *, of_the_reference: bool = False) -> Iterator[None]:
+        """Inside, `model` holds every parameter whole on every process; all processes enter it together.
+
+        Args:
+            of_the_reference: `ref_model` instead, where there is one.
+        """
+        if of_the_reference and self._reference_is_whole:
+            yield
+            return
+        pair = (self.ref_model, self._reference) if of_the_reference else (None, None)
+        with self.processes.whole_parameters(pair[0] or self.model, pair[1] or self.policy):
             yield
 
     def whole_state(self) -> AbstractContextManager[dict[str, Tensor]]:
@@ -273,12 +285,10 @@ class PPOTrainer(ClassicSurface):
     @property
     def scorer(self) -> Scorer:
         """Policy and reference side by side, with the settings of this moment."""
-        own = self._reference is None
         return Scorer(
             policy=self.policy, reference=self._reference, kl_penalty=self.config.kl_penalty,
-            reference_context=partial(reference_adapter, self.model) if own else nullcontext,
-            rows=self.config.mini_batch_size, token_budget=self.config.token_budget,
-            most=self.processes.most_passes,
+            reference_context=self.reference_at_hand, rows=self.config.mini_batch_size,
+            token_budget=self.config.token_budget, most=self.processes.most_passes,
         )  # fmt: skip
 
     def _shaping(self) -> Shaping:

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from rlhf_ppo.checkpoints.resume import Stateful
 from rlhf_ppo.doctor import Specimen
 from rlhf_ppo.drawing import collector_for
 from rlhf_ppo.evaluation import Evaluation, evaluate, merged
+from rlhf_ppo.frozen import waiting_sources
 from rlhf_ppo.guards import GuardWatch, Verdict, repetition, with_budget
 from rlhf_ppo.loop_checks import LostRollouts, check_inputs
 from rlhf_ppo.metrics import scalars
@@ -69,7 +71,7 @@ class TrainingLoop:
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.order = PromptSampler(
             len(self.prompts), batch_size=trainer.config.batch_size // sampling.num_return_sequences, seed=seed,
-            rank=accelerator.process_index, world_size=accelerator.num_processes,
+            rank=accelerator.process_index, world_size=accelerator.num_processes, lengths=self.prompts.lengths,
         )  # fmt: skip
         self.keeper = RunKeeper(
             trainer, config.output_dir, shared=self.shared_parts, own=self.own_parts, keep_last=config.keep_last
@@ -93,7 +95,9 @@ class TrainingLoop:
         Raises:
             FolderInUseError: Another run writes into the run folder.
         """
-        with self.keeper.alone():
+        waiting = waiting_sources(self.rewards) if self.config.offload_rewards else nullcontext(nullcontext)
+        with self.keeper.alone(), waiting as at_hand:
+            self.collector = replace(self.collector, sources_at_hand=at_hand)
             return self._run()
 
     def _run(self) -> TrainState:

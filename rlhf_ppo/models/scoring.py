@@ -211,6 +211,11 @@ class TokenPolicy(nn.Module):
 
         return [distance(inputs, self._rows(inputs)[0]) for inputs in pieces]
 
+    @property
+    def config(self) -> Any:
+        """Of the language model; DeepSpeed sizes its buffers by it."""
+        return self.language_model.config
+
     def critic_parameters(self) -> list[nn.Parameter]:
         """Those of the value head alone, or of a separate critic as a whole."""
         if self.separate_critic is not None:

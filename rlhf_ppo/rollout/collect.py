@@ -63,6 +63,7 @@ class Collector:
         fresh_weights: Surrounds every draw: inside, the sampler sees the policy whole and as it is.
         limits: What the model can take: a sampler of somebody else's is held to it. None: it is trusted.
         scoring: Who asks the reward sources, where several processes draw.
+        sources_at_hand: Surrounds every question to the sources: inside, their models are on their devices.
     """
 
     model: nn.Module
@@ -74,6 +75,7 @@ class Collector:
     fresh_weights: Callable[[], AbstractContextManager[object]] = nullcontext
     limits: Limits | None = None
     scoring: Scoring = _alone
+    sources_at_hand: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def draw(self, batch: PromptBatch, generator: torch.Generator) -> Collected:
         """`num_return_sequences` responses to each prompt, side by side."""
@@ -95,9 +97,13 @@ class Collector:
         """Check what was drawn, ask the sources about the texts; then charge responses that never stopped."""
         return self.scoring(
             lambda: self._request(collected),
-            lambda request: score_batch(sources, request, self.failures),
+            lambda request: self._asked(sources, request),
             lambda scores: self._charged(scores, collected, missing_eos),
         )
+
+    def _asked(self, sources: Sources, request: RewardRequest) -> Scores:
+        with self.sources_at_hand():
+            return score_batch(sources, request, self.failures)
 
     def _request(self, collected: Collected) -> RewardRequest:
         if self.limits is not None:

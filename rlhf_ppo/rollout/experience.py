@@ -53,7 +53,7 @@ class Scorer:
     Args:
         policy: The policy's module, as prepared for its device and precision.
         reference: The frozen reference; None when it is the policy itself inside `reference_context`.
-        reference_context: Turns the policy into the reference (LoRA adapters off).
+        reference_context: Turns the policy into the reference (LoRA adapters off), or brings it to its device.
         kl_penalty: Which estimate the reward pays for.
         rows: Most rows of one pass.
         token_budget: Most padded tokens of one pass.
@@ -80,7 +80,8 @@ class Scorer:
         with self.reference_context():
             other = self.passes(self.reference or self.policy, inputs)
         if self.kl_penalty == "full":
-            kl = self._exact_kl(inputs)
+            with self.reference_context():
+                kl = self._exact_kl(inputs)
         else:
             kl = kl_estimate(own.logprobs, other.logprobs, _ESTIMATORS[self.kl_penalty])  # type: ignore[arg-type]
         return Scored(logprobs=own.logprobs, values=own.values, ref_logprobs=other.logprobs, kl=kl)

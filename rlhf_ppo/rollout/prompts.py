@@ -174,7 +174,13 @@ class PromptDataset:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        return int(np.diff(self._ends, prepend=0).max())
+        return max(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        found: list[int] = np.diff(self._ends, prepend=0).tolist()
+        return found
 
     def __getitem__(self, index: int) -> Int[Tensor, " prompt"]:
         """Token ids of one prompt, 1-D int64."""
@@ -205,7 +211,8 @@ class PromptSampler:
 
     Epoch e is a permutation drawn from (seed, e) alone, so a position is all there is to remember. A batch that
     reaches the end of an epoch goes on in the next one: no prompt is left out, no batch is short. Of the
-    `world_size * batch_size` prompts of a step each process takes its own `batch_size`.
+    `world_size * batch_size` prompts of a step each process takes its own `batch_size`; dealt out by length, the
+    longest first and to and fro, so that all have about as many tokens to read.
 
     Args:
         length: number of prompts in the dataset.
@@ -213,9 +220,19 @@ class PromptSampler:
         seed: the same on all processes, >= 0.
         rank: this process.
         world_size: number of processes.
+        lengths: tokens of each prompt; None: each process takes the next `batch_size` as they come.
     """
 
-    def __init__(self, length: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         if length < 1 or batch_size < 1:
             raise ValueError(f"PromptSampler needs length >= 1 and batch_size >= 1, got {length} and {batch_size}.")
         if seed < 0 or not 0 <= rank < world_size:
@@ -224,7 +241,7 @@ class PromptSampler:
                 f"world_size {world_size}."
             )
         self._length, self._batch_size, self._seed = length, batch_size, seed
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._lengths = rank, world_size, lengths
         self._position = 0
         self._epoch_order: tuple[int, list[int]] | None = None
 
@@ -239,9 +256,21 @@ class PromptSampler:
 
     def __next__(self) -> list[int]:
         """The next batch of this process: `batch_size` positions in the dataset."""
-        start = self._position + self._rank * self._batch_size
-        self._position += self._world_size * self._batch_size
-        return [self._at(position) for position in range(start, start + self._batch_size)]
+        start, count = self._position, self._world_size * self._batch_size
+        self._position += count
+        everyones = [self._at(position) for position in range(start, start + count)]
+        return [everyones[place] for place in self._own_places(everyones)]
+
+    def _own_places(self, everyones: list[int]) -> list[int]:
+        places = list(range(len(everyones)))
+        if self._lengths is None or self._world_size == 1:
+            return places[self._rank * self._batch_size :][: self._batch_size]
+        tokens = [self._lengths[index] for index in everyones]
+        places.sort(key=lambda place: -tokens[place])
+        back = self._world_size - 1 - self._rank
+        return sorted(
+            places[turn * self._world_size + (back if turn % 2 else self._rank)] for turn in range(self._batch_size)
+        )
 
     def state_dict(self) -> dict[str, int]:
         """The exact position, the same on every process; loads under another number of processes, too."""

@@ -31,7 +31,8 @@ class Side:
 
     def __init__(self, task: Task, options: dict[str, Any]) -> None:
         self.task, self.workload, self.options = task, task.workload, options
-        self.prompts = self.workload.prompts()
+        self.prompts, self.lengths = self.workload.prompts(), self.workload.lengths()
+        self.scores = self.workload.scores()
         self.stats: dict[str, Any] = {}
         self.build()
         self.reset()
@@ -118,9 +119,7 @@ class Ours(Side):
 
         config, generator = SamplingConfig(max_new_tokens=self.workload.cap), torch.Generator().manual_seed(3)
         with self.autocast():
-            self.drawn = DecodeLoop()(
-                self.model, self.prompts, config, generator=generator, limits=self.workload.lengths()
-            )
+            self.drawn = DecodeLoop()(self.model, self.prompts, config, generator=generator, limits=self.lengths)
 
     def learn(self) -> dict[str, Any]:
         statistics: dict[str, Any] = self.trainer.learn(self.responses())
@@ -145,7 +144,7 @@ class Ours(Side):
         return Responses(
             inputs=TokenInputs(prompts=[prompt.to(device) for prompt in self.prompts], responses=responses),
             mask=pad_rows([torch.ones(len(row)) for row in tokens]).bool().to(device),
-            scores=torch.stack(self.workload.scores()).to(device), **told,
+            scores=torch.stack(self.scores).to(device), **told,
         )  # fmt: skip
 
     def reshuffle(self) -> None:

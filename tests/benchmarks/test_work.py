@@ -11,6 +11,8 @@ import torch
 
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.updates.shares import deal
+from rlhf_ppo.updates.shuffle import Shuffle
 from tests.benchmarks.allocations import peak_bytes
 from tests.benchmarks.ppo import prepare
 from tests.benchmarks.sides import Ours
@@ -66,6 +68,23 @@ def test_the_decode_loop_computes_at_most_a_quarter_more_than_the_response_token
     assert work.decode_row_steps == tokens - TINY.rows
     assert work.prefill_tokens == TINY.rows * TINY.prompt
     assert work.lm_head_rows == tokens
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_have_equal_work_in_every_optimiser_step_to_five_percent(processes: int) -> None:
+    """What each waits for the slowest in each step: tokens of the busiest process over the mean, 16 rows a process.
+
+    Once as often as an update shuffles: with cpu-skew's lengths, 8 rows of an optimiser step for each process.
+    """
+    workload = replace(TINY, rows=TINY.rows * processes)
+    costs, shuffle = torch.tensor(workload.lengths()) + workload.prompt, Shuffle(0)
+    most = mean = 0.0
+    for _ in range(workload.epochs):
+        for rows in shuffle(workload.rows, torch.device("cpu")).split(workload.minibatch * processes):
+            tokens = [int(costs[rows][share].sum()) for share in deal(costs[rows], processes)]
+            most, mean = most + max(tokens), mean + sum(tokens) / processes
+            assert sum(tokens) == int(costs[rows].sum())
+    assert most / mean <= 1.05
 
 
 def test_memory_does_not_grow_with_the_rollout(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def alone(scenario: Scenario) -> Outcome:
             passes_of_a_step=scenario.passes_of_a_step * processes,
             sabotage=None,
             zero_stage=0,
+            offload=False,
             fsdp=False,
         )
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0
 """Seconds before a start counts as hung: far more than one takes, because a machine may be slow and busy."""
+
+
+def free_port() -> str:
+    """One that nobody on this machine listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def torchrun(processes: int, script: Path, *arguments: str, timeout: float = PATIENCE, use_cpu: bool = True) -> str:

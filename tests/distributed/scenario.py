@@ -61,12 +61,17 @@ class Scenario:
     group_size: int = 1
     sabotage: str | None = None
     """What is made local instead of global: "count" or "whitening"."""
+    same_start: bool = False
+    """The reference is where the policy starts."""
     broken_row: bool = False
     """The first score is so large that losses overflow."""
     lora: bool = False
     """Train adapters on a frozen base, which is its own reference."""
     zero_stage: int = 0
     """DeepSpeed's; 0: not used."""
+    offload: bool = False
+    """DeepSpeed's: optimiser states, and parameters under ZeRO-3, in main memory."""
+    mixed_precision: str = "no"
     fsdp: bool = False
     """FSDP2, full shard."""
 
@@ -119,11 +124,12 @@ def build(scenario: Scenario) -> PPOTrainer:
     config = PPOConfig(
         batch_size=4 * minibatch, mini_batch_size=scenario.rows_of_a_pass, ppo_epochs=2,
         gradient_accumulation_steps=scenario.passes_of_a_step, learning_rate=scenario.learning_rate,
-        fused_adam=False, accelerator_kwargs=deepspeed_arguments(scenario.zero_stage), **scenario.settings or {},
+        fused_adam=False, accelerator_kwargs=accelerator_arguments(scenario), **scenario.settings or {},
     )  # fmt: skip
     optimizer = torch.optim.SGD(policy.parameters(), lr=scenario.learning_rate) if scenario.model == "gpt2" else None
     algorithm = ALGORITHMS[scenario.algorithm]
-    other = None if scenario.lora else reference  # the base with its adapters off
+    # Else the base with its adapters off, or a copy.
+    other = None if scenario.lora or scenario.same_start else reference
     return PPOTrainer(config, policy, other, tiny_tokenizer(), optimizer=optimizer, algorithm=algorithm)
 
 
@@ -148,7 +154,14 @@ def fsdp2() -> Iterator[None]:
             del os.environ[name]
 
 
-def deepspeed_arguments(stage: int) -> dict[str, Any]:
+def accelerator_arguments(scenario: Scenario) -> dict[str, Any]:
+    """Of the first Accelerator, which the others of its process must agree with."""
+    return deepspeed_arguments(scenario.zero_stage, offload=scenario.offload) | {
+        "mixed_precision": scenario.mixed_precision
+    }
+
+
+def deepspeed_arguments(stage: int, *, offload: bool = False) -> dict[str, Any]:
     """Arguments of `Accelerator` for ZeRO over gloo, without anything that would have to be compiled."""
     if not stage or PartialState._shared_state:  # every Accelerator of a process shares the first one's engine settings
         return {}
@@ -156,7 +169,14 @@ def deepspeed_arguments(stage: int) -> dict[str, Any]:
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    plugin = DeepSpeedPlugin(zero_stage=stage, zero3_save_16bit_model=stage == 3)
+    device = "cpu" if offload else "none"
+    plugin = DeepSpeedPlugin(
+        zero_stage=stage, zero3_save_16bit_model=stage == 3, offload_optimizer_device=device,
+        offload_param_device=device if stage == 3 else "none",
+    )  # fmt: skip
+    if stage == 3:  # small parameters would stay whole, and all of these models' are small
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own Adam would have to be compiled
     return {"deepspeed_plugin": plugin, "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}
 
 
@@ -181,7 +201,7 @@ def run(scenario: Scenario) -> Outcome:
         parameters=whole_weights(trainer),
         kl_coef=trainer.kl_ctl.value,
         passes=passes,
-        parted=sum(isinstance(parameter, DTensor) for parameter in _parameters(trainer)),
+        parted=sum(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in _parameters(trainer)),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -13,16 +12,10 @@ import torch
 
 from tests.distributed import scenario as scenarios
 from tests.distributed.comparing import TOLERANCE, alone, worst
-from tests.distributed.launching import ROOT, launch
+from tests.distributed.launching import ROOT, free_port, launch
 from tests.distributed.scenario import Outcome, Scenario
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:No dataset is provided")]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def test_two_machines_take_the_steps_of_one_process(tmp_path: Path) -> None:

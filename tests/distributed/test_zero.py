@@ -31,6 +31,8 @@ CASES = {
     "LoRA": Scenario(shares=(5, 4), lora=True),
     "the ratio guard acts": Scenario(shares=(5, 4), settings={"ratio_threshold": 1.003}),
     "a score that overflows the loss": Scenario(shares=(5, 4), broken_row=True),
+    "one process holds almost everything": Scenario(shares=(8, 1)),
+    "the reference waits in main memory": Scenario(shares=(5, 4), settings={"reference_placement": "offloaded"}),
 }
 
 
@@ -47,8 +49,30 @@ def test_two_processes_under_zero_take_the_steps_of_one(stage: int, tmp_path_fac
             for row in (*expected.statistics, *(row for outcome in outcomes[name] for row in outcome.statistics)):
                 row.pop("ppo/policy/grad_norm")
         what, difference = worst(expected, outcomes[name])
+        assert (outcomes[name][0].parted > 0) == (stage == 3)
         print(f"ZeRO-{stage}, {name}: {difference:.1e} ({what})")
         assert difference <= TOLERANCE, f"{name}: {what} differs by {difference:.2g}"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_with_optimiser_and_parameters_in_main_memory_the_steps_are_the_same(
+    stage: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Here everything is in main memory anyway: what is tested is the engine's code for it, with torch's Adam."""
+    cases = {"offload": replace(CASES["gradient accumulation"], zero_stage=stage, offload=True)}
+    outcomes = together(cases, tmp_path_factory.mktemp(f"offload{stage}"))
+    what, difference = worst(alone(cases["offload"]), outcomes["offload"])
+    assert difference <= TOLERANCE, f"{what} differs by {difference:.2g}"
+
+
+def test_in_bfloat16_policy_and_reference_start_from_the_same_numbers(tmp_path: Path) -> None:
+    """The engine keeps the policy in bfloat16: a reference in float32 would be another model."""
+    cases = {
+        name: Scenario(shares=(5, 4), zero_stage=3, mixed_precision="bf16", same_start=True, settings=settings)
+        for name, settings in {"parts": {}, "whole": {"reference_placement": "whole"}}.items()
+    }
+    for name, outcomes in together(cases, tmp_path).items():
+        assert outcomes[0].statistics[0]["objective/kl"] == 0.0, name
 
 
 @pytest.mark.parametrize("stage", [2, 3])

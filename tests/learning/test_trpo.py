@@ -157,9 +157,10 @@ def test_low_precision_parameters_are_refused_with_the_reason() -> None:
         trainer(TRPO(), dtype=torch.bfloat16)
 
 
-def test_sharded_parameters_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ValueError, match=r"FSDP.*PPOClip"):
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_sharded_parameters_are_refused_with_the_reason(kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(ValueError, match=rf"{kind.value}.*freed after the first.*PPOClip"):
         check_processes(Accelerator())
 
 

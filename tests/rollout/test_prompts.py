@@ -167,6 +167,19 @@ def test_processes_split_what_one_process_would_draw() -> None:
         assert next(whole) == [index for part in parts for index in next(part)]
 
 
+def test_prompts_are_dealt_out_by_length_and_each_to_one_process() -> None:
+    """Prompts of 1 to 60 tokens, in no order: no process reads more than the longest prompt above another."""
+    lengths = [1 + (37 * index) % 60 for index in range(60)]
+    whole = PromptSampler(60, batch_size=20, seed=1)
+    parts = [PromptSampler(60, batch_size=5, seed=1, rank=rank, world_size=4, lengths=lengths) for rank in range(4)]
+    for _ in range(6):
+        shares = [next(part) for part in parts]
+        assert sorted(index for share in shares for index in share) == sorted(next(whole))
+        assert [len(share) for share in shares] == [5] * 4
+        tokens = [sum(lengths[index] for index in share) for share in shares]
+        assert max(tokens) - min(tokens) <= 60
+
+
 def test_a_loaded_sampler_goes_on_exactly_where_the_saved_one_stood() -> None:
     sampler = PromptSampler(7, batch_size=3, seed=5)
     for _ in range(4):
