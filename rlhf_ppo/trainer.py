@@ -254,11 +254,7 @@ class PPOTrainer(ClassicSurface):
 
     @contextmanager
     def whole_parameters(self, *, of_the_reference: bool = False) -> Iterator[None]:
-        """Inside, `model` holds every parameter whole on every process; all processes enter it together.
-
-        Args:
-            of_the_reference: `ref_model` instead, where there is one.
-        """
+        """Inside, `model` (or the reference) is whole on every process; all processes enter it together."""
         if of_the_reference and self._reference_is_whole:
             yield
             return

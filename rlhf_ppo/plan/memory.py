@@ -129,7 +129,7 @@ def _shares(config: PlanConfig, traces: Traces, devices: int) -> _Shares:
             return _Shares(optimizer=part, gradients=part, masters=True, buffers=bucket)
         case "zero3":
             return _Shares(
-                weights=part, optimizer=part, gradients=part, masters=True, buffers=bucket,
+                weights=part, reference=part, optimizer=part, gradients=part, masters=True, buffers=bucket,
                 gathered=2 * traces.largest_layer,
             )  # fmt: skip
         case _:  # fsdp
