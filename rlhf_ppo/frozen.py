@@ -104,8 +104,9 @@ def place_reference(
         return Reference(parted, in_parts=True)
     if engine is None and not has_fsdp:
         module = accelerator.prepare_model(module, evaluation_mode=True)
-    elif accelerator.mixed_precision in _HALF:  # as the engine does with the policy
-        module = module.to(_HALF[accelerator.mixed_precision]).eval()
+    elif accelerator.mixed_precision in _HALF:  # as the engine does with the policy: parameters, not buffers
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(_HALF[accelerator.mixed_precision])
     if placement == "offloaded":
         return Reference(module, Waiting(module, device, others=policy).at_hand)
     return Reference(module.to(device).eval())
