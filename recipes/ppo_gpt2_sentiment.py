@@ -26,7 +26,7 @@ from rlhf_ppo.report.run_folder import Estimates
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from sentiment import stages
-from sentiment.adapters import AdapterSettings
+from sentiment.adapters import AdapterSettings, model_line
 from sentiment.engines import EngineSettings
 from sentiment.language_models import SMALL_GPT2
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, split_reviews
@@ -112,6 +112,7 @@ def main(config: Config) -> dict[str, Estimates]:
     trainer.save_pretrained(f"{config.output_dir}/model")
     if trainer.accelerator.is_main_process:
         stages.write_run(folder, before, after)
+        phase.say(model_line(f"{config.output_dir}/model", chosen.lora_rank))
         phase.say(f"report: {write_report(folder.path, title=f'PPO on {config.model}')}")
     return {"before": stages.estimates(before), "after": stages.estimates(after)}
 

@@ -2,10 +2,12 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 from rlhf_ppo.models import AutoModelForCausalLMWithValueHead
@@ -46,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", help="where the plain model goes")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the saved weights (default: float32)")
     chosen = parser.parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )  # peft
     try:
         merge(chosen.adapter, chosen.folder, dtype=chosen.dtype)
     except (OSError, ValueError) as error:

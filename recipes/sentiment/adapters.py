@@ -80,5 +80,12 @@ class AdapterSettings:
         return reward, f"{line}\n{trained_share(policy)}"
 
 
+def model_line(folder: str, lora_rank: int) -> str:
+    """Where the policy was saved, and how an adapter becomes a plain model."""
+    if not lora_rank:
+        return f"model: {folder}"
+    return f"adapter: {folder}; as a plain model: python -m rlhf_ppo.merge {folder} {folder}-merged"
+
+
 def _never_asked(**_: Any) -> list[float]:
     raise RuntimeError("only process 0 asks the reward model (--reward-calls once)")

@@ -31,7 +31,7 @@ def test_the_recipe_runs_on_two_processes_and_resumes(tmp_path: Path) -> None:
         "model": gpt2, "reward-model": save_reward_model(tmp_path / "reward_model", gpt2),
         "dataset": write_reviews(tmp_path / "reviews.csv"), "output-dir": tmp_path / "run", "iterations": 3,
         "batch-size": 8, "mini-batch-size": 4, "learning-rate": 1e-3, "new-tokens": 6, "eval-prompts": 9,
-        "save-every": 1, "threads": 1, "log-with": "tensorboard",
+        "save-every": 1, "threads": 1, "log-with": "tensorboard", "reward-calls": "once",
     }  # fmt: skip
     recipe = str(ROOT / "recipes" / "ppo_gpt2_sentiment.py")
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]

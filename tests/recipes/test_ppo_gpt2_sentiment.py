@@ -222,6 +222,7 @@ def test_adapters_in_bfloat16_train_save_and_load(
     )
     said = capsys.readouterr().out
     assert f"adapter of {reward_model} on the policy's base" in said and " parameters are trained (" in said
+    assert f"python -m rlhf_ppo.merge {output}/model {output}/model-merged" in said
     assert measures["before"]["kl"] == (0.0, 0.0) and measures["after"]["kl"][0] != 0.0
     assert (output / "model" / "adapter_model.safetensors").is_file()
     wrapped = AutoModelForCausalLMWithValueHead.from_pretrained(str(output / "model"))
