@@ -33,7 +33,10 @@ def page(found: dict[str, Any]) -> str:
     outcomes = found["checkpoint"].get("outcomes", {})
     if outcomes:
         named = ", ".join(f"{name}: {count:,}" for name, count in sorted(outcomes.items()))
-        lines += ["", f"What an accepted case of the last row went on from, of two checkpoints: {named}."]
+        lines += [
+            "", f"What an accepted case of the last row went on from, of two checkpoints: {named}.",
+            "A run begins anew only where every folder has lost both its manifest and its state.",
+        ]  # fmt: skip
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return "\n".join([*lines, "", f"Commit {about['commit']}; {versions}.", ""])
 
