@@ -79,7 +79,7 @@ def build_algorithm(
         seed: Of shuffles. The same on all processes.
         reference_kl: The KL to the reference in the loss, weighed by `Rollout.reference_kl_coef`; None: there is none.
         reference: The prepared reference, read by `reference_kl="full"` alone.
-        gradients: Replaces autograd's passes in the minibatch updates.
+        gradients: Replaces autograd's passes in the minibatch updates and in fits of the critic.
     """
     parts = Parts(
         policy=policy, optimizer=optimizer, accelerator=accelerator, minibatch=minibatch, seed=seed,
@@ -96,7 +96,7 @@ def build_algorithm(
             natural = TrustRegionUpdate(
                 policy=policy, optimizer=optimizer, accelerator=accelerator, config=minibatch, seed=seed,
                 objective=parts.objective(unbounded, critic=None, ent_coef=config.ent_coef), region=config,
-                clip_range_value=config.clip_range_value, compare_with=parts.with_reference,
+                clip_range_value=config.clip_range_value, compare_with=parts.with_reference, gradients=gradients,
             )  # fmt: skip
             return Algorithm(from_values(config.gae, parts.reduce_sum), natural)
         case Reinforce():

@@ -106,5 +106,5 @@ class Parts:
             )
         return CriticFit(
             policy=self.module, optimizer=self.optimizer, accelerator=self.accelerator, config=self.minibatch,
-            shuffle=Shuffle(self.seed), clip_range_value=clip_range_value,
+            shuffle=Shuffle(self.seed), clip_range_value=clip_range_value, gradients=self.gradients,
         )  # fmt: skip

@@ -9,9 +9,10 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlhf_ppo.batch import PolicyInputs, TrainBatch, cut, pad_rows
+from rlhf_ppo.batch import PolicyInputs, PolicyOutput, TrainBatch, cut, pad_rows
 from rlhf_ppo.functional import value_loss
 from rlhf_ppo.updates.minibatch import MinibatchConfig
+from rlhf_ppo.updates.objective import Gradients, Terms
 from rlhf_ppo.updates.shares import deal
 from rlhf_ppo.updates.shuffle import Shuffle
 
@@ -29,6 +30,7 @@ class CriticFit:
         config: Sizes of passes, epochs, rows of an optimiser step.
         shuffle: Of rows. The same on all processes.
         clip_range_value: Of the value loss; None: the plain squared error.
+        gradients: Another way to the gradients, on one process; None: autograd.
     """
 
     def __init__(
@@ -40,18 +42,25 @@ class CriticFit:
         config: Callable[[], MinibatchConfig],
         shuffle: Shuffle,
         clip_range_value: float | None,
+        gradients: Gradients | None = None,
     ) -> None:
         self.policy, self.optimizer, self.accelerator = policy, optimizer, accelerator
         self.parameters = [parameter for parameter in policy.critic_parameters() if parameter.requires_grad]
         self.config = config
         self.shuffle = shuffle
         self.clip_range_value = clip_range_value
+        self.gradients = gradients
+        theirs = {id(parameter) for parameter in self.parameters}
+        self._others = [parameter for parameter in policy.parameters() if id(parameter) not in theirs]
 
     def __call__(self, batch: TrainBatch) -> None:
         """Fit; `batch` holds the rows of all processes, in one order."""
         if not self.parameters:
             return
         config = self.config()
+        if self.gradients is not None:
+            self._fit_by(self.gradients, batch, config)
+            return
         share = deal(batch.inputs.costs(), self.accelerator.num_processes)[self.accelerator.process_index]
         values = self._values(batch.inputs, share, config)
         own = set(share.tolist())
@@ -69,6 +78,22 @@ class CriticFit:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.shuffle.load_state_dict(state)
+
+    def _fit_by(self, gradients: Gradients, batch: TrainBatch, config: MinibatchConfig) -> None:
+        for _ in range(config.epochs):
+            for rows in self.shuffle(len(batch), torch.device("cpu")).split(config.minibatch_size):
+                gradients(self._objective, batch, rows)
+                for parameter in self._others:  # without a gradient the optimiser leaves them alone
+                    parameter.grad = None
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+    def _objective(self, output: PolicyOutput, piece: TrainBatch, count: Tensor) -> Terms:
+        loss, _ = value_loss(
+            output.values[:, :-1], piece.values, piece.returns, piece.mask, clip_range=self.clip_range_value,
+            count=count,
+        )  # fmt: skip
+        return Terms(loss=loss, metrics={}, ratio=loss.detach()[None])
 
     def _step(
         self,

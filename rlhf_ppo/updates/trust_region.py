@@ -32,7 +32,7 @@ from rlhf_ppo.functional.trust_region import MatrixProduct
 from rlhf_ppo.updates.critic import CriticFit
 from rlhf_ppo.updates.minibatch import MinibatchConfig
 from rlhf_ppo.updates.nonfinite import Examination, NonFiniteUpdateError
-from rlhf_ppo.updates.objective import CompareWith, Objective, Terms, UpdateRecord, batch_statistics, nobody
+from rlhf_ppo.updates.objective import CompareWith, Gradients, Objective, Terms, UpdateRecord, batch_statistics, nobody
 from rlhf_ppo.updates.region import CurvedPolicy, TrustRegion, check_parameters, check_processes
 from rlhf_ppo.updates.shares import everyones, own_pieces
 from rlhf_ppo.updates.shuffle import Resumable
@@ -56,6 +56,7 @@ class TrustRegionUpdate(Resumable):
         seed: Of the choice of curvature rows and of the shuffles. The same on all processes.
         clip_range_value: Of the value loss; None: the plain squared error.
         compare_with: Further arguments of the policy for a piece: whom to measure an exact KL to.
+        gradients: Another way to the gradients of the value head's fit; None: autograd.
 
     Raises:
         ValueError: Parameters are sharded, of low precision or all frozen; or attention has no second derivative.
@@ -73,6 +74,7 @@ class TrustRegionUpdate(Resumable):
         seed: int,
         clip_range_value: float | None = None,
         compare_with: CompareWith = nobody,
+        gradients: Gradients | None = None,
     ) -> None:
         super().__init__(seed)
         check_processes(accelerator)
@@ -90,7 +92,7 @@ class TrustRegionUpdate(Resumable):
         self.compare_with = compare_with
         self.critic = CriticFit(
             policy=module, optimizer=optimizer, accelerator=accelerator, config=config, shuffle=self.shuffle,
-            clip_range_value=clip_range_value,
+            clip_range_value=clip_range_value, gradients=gradients,
         )  # fmt: skip
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:

@@ -72,6 +72,18 @@ def test_the_lowered_update_takes_the_steps_of_autograd(name: Any, kind: str) ->
         assert left_step == pytest.approx(right_step, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("clip_range_value", [None, 0.2])
+def test_the_lowered_fit_of_trpo_s_critic_takes_the_steps_of_autograd(clip_range_value: float | None) -> None:
+    """The policy takes its natural-gradient step either way; the lowered gradients must not touch it."""
+    algorithm = replace(control_algorithm("trpo"), clip_range_value=clip_range_value)
+    data = batch(policy("joints"))
+    (plain, expected), (lean, found) = (updated(algorithm, "joints", lowered=flag, data=data) for flag in (False, True))
+    assert found.extras == expected.extras
+    for left, right in zip(lean.parameters(), plain.parameters(), strict=True):
+        assert_close(left, right, rtol=1e-5, atol=1e-6)
+    assert not any(map(torch.equal, policy("joints").critic.parameters(), lean.critic.parameters()))
+
+
 def test_a_new_objective_is_traced_anew() -> None:
     """Otherwise an adapted β would go on as it was."""
     own, data = policy("joints"), batch(policy("joints"))
