@@ -72,12 +72,14 @@ def conditions(found: dict[str, Any]) -> str:
     for name, entry in found.items():
         versions = ", ".join(f"{package} {number}" for package, number in entry["versions"].items())
         settings = f", settings {json.dumps(entry['ours'])}" if entry["ours"] else ""
+        # Measured before the change itself was committed.
+        change = f" with the change of {entry['with'][:12]}" if "with" in entry else ""
         shape = entry["workload"]
         lines.append(
             f"- `{name}`: {shape['layers']} layers of width {shape['width']}, vocabulary {shape['vocab']:,}, "
             f"{shape['rows']} prompts of {shape['prompt']} tokens, {entry['response_tokens']:,} response tokens "
             f"(at most {shape['cap']} each), minibatches of {shape['minibatch']}, {shape['epochs']} epochs, "
-            f"{shape['dtype']}{settings}. Commit {entry['commit'][:12]}; {entry['machine']}; threads: "
+            f"{shape['dtype']}{settings}. Commit {entry['commit'][:12]}{change}; {entry['machine']}; threads: "
             f"{entry['threads']}; {versions}."
         )
     return "\n".join(lines)
