@@ -84,9 +84,8 @@ def main(config: Config) -> dict[str, Estimates]:
     prompts, held_out = stages.prompt_sets(parts, tokenizer, held_out=config.eval_prompts)
     trainer = make_trainer(config, chosen, policy, tokenizer, prompts)
     sampling = SamplingConfig(
-        max_new_tokens=config.new_tokens, num_return_sequences=chosen.group_size,
-        temperature=trainer.config.temperature,
-    )  # fmt: skip
+        max_new_tokens=config.new_tokens, num_return_sequences=chosen.group_size, temperature=trainer.config.temperature
+    )
     sampler = config.make_sampler(tokenizer)
 
     phase("held-out evaluation before PPO")
@@ -102,9 +101,7 @@ def main(config: Config) -> dict[str, Estimates]:
         reward_calls=config.reward_calls, **config.guarding,
     )  # fmt: skip
     state = trainer.train(reward, loop, eval_prompts=held_out, judges=judges, sampler=sampler)
-    if state.interrupted:
-        stages.stop_for_now(state, chosen.iterations)
-    phase.say(stages.ending(state))
+    phase.say(stages.ending(state, chosen.iterations))
 
     phase("held-out evaluation after PPO, report")
     after = trainer.evaluate(held_out, reward, sampling, **asking)

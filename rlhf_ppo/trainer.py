@@ -70,6 +70,17 @@ class PPOTrainer(ClassicSurface):
         ValueError: For an argument of the wrong kind, before anything is moved or changed.
     """
 
+    metrics: dict[str, float]
+    """What the last step measured beyond the classic's 40 statistics."""
+    newest: tuple[TrainBatch, Scored] | None
+    """The last step's batch as its update saw it, with the KL terms, for the token view of the report."""
+    diagnosis: Diagnosis | None
+    """What the doctor found in the first batch."""
+    dump_dir: Path | None
+    """Where an update that gives up leaves its dump."""
+    reference_at_hand: Callable[[], AbstractContextManager[object]]
+    """Inside, the reference is there to be asked: brought to its device, or the model with its adapters off."""
+
     def __init__(
         self,
         config: PPOConfig,
@@ -112,7 +123,6 @@ class PPOTrainer(ClassicSurface):
         self._reference = None if found is None else found.module
         self._reference_is_whole = found is not None and not found.in_parts
         self.reference_at_hand = partial(reference_adapter, model) if found is None else found.at_hand
-        """Inside, the reference is there to be asked: brought to its device, or the model with its adapters off."""
         self.start = StartCheck(model, self.processes, own_reference=found is None)
         self.algorithm_config = algorithm or config.algorithm()
         self.algorithm = build_algorithm(
@@ -120,15 +130,8 @@ class PPOTrainer(ClassicSurface):
             accelerator=self.accelerator, minibatch=config.minibatch, seed=config.seed, reference=self._reference,
             reference_kl=in_loss(config.kl_penalty, config.kl_placement),
         )  # fmt: skip
-        self.metrics: dict[str, float] = {}
-        """What the last step measured beyond the classic's 40 statistics."""
-        self.newest: tuple[TrainBatch, Scored] | None = None
-        """The last step's batch as its update saw it, with the KL terms, for the token view of the report."""
-        self.diagnosis: Diagnosis | None = None
-        """What the doctor found in the first batch."""
+        self.metrics, self.newest, self.diagnosis, self.current_step = {}, None, None, 0
         self.dump_dir = None if config.dump_dir is None else Path(config.dump_dir)
-        """Where an update that gives up leaves its dump."""
-        self.current_step = 0
         self.trackers = Trackers(self.accelerator, config, at_once=not isinstance(dataset, PromptDataset))
 
     def step(

@@ -90,15 +90,12 @@ def reason(error: BaseException, *, most: int = 200) -> str:
     return lines[0][:most].rstrip(":. ")
 
 
-def stop_for_now(state: TrainState, iterations: int) -> None:
-    """Exit after a signal or the time limit with the status that says "again"."""
-    done = f"{state.iteration} of {iterations} iterations"
-    line = f"Stopped by {state.stopped} after {done}, checkpoint written; the same command goes on."
-    leave(line, EXIT_RESUMABLE, None)
-
-
-def ending(state: TrainState) -> str:
-    """How training ended, in a line."""
+def ending(state: TrainState, iterations: int) -> str:
+    """How training ended, in a line; after a signal or the time limit, exit with the status that says "again"."""
+    if state.interrupted:
+        done = f"{state.iteration} of {iterations} iterations"
+        line = f"Stopped by {state.stopped} after {done}, checkpoint written; the same command goes on."
+        leave(line, EXIT_RESUMABLE, None)
     why = "" if state.stopped is None else f", ended by {state.stopped}"
     return f"{state.iteration} iterations{why}"
 

@@ -26,7 +26,6 @@ from .command_line import Phases as Phases
 from .command_line import ending as ending
 from .command_line import is_main_process
 from .command_line import run as run
-from .command_line import stop_for_now as stop_for_now
 from .judges import ReviewClassifier, VaderJudge, distinct_ngrams, repetition
 from .language_models import SMALL_GPT2, SMOLLM2_135M, load_language_model
 from .published import PresetName as PresetName
