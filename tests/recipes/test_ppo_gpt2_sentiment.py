@@ -196,7 +196,7 @@ def test_an_interrupted_run_goes_on_to_the_very_end_it_would_have_had(
         return source, line
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "reward_source", interrupting)
+        patch.setattr("sentiment.adapters.reward_source", interrupting)
         with pytest.raises(SystemExit) as stop:
             recipe.main(settings(world, tmp_path / "run"))
     assert stop.value.code == EXIT_RESUMABLE
