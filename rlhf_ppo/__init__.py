@@ -21,6 +21,7 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
 from rlhf_ppo.extras import LengthSampler, respond_to_batch, set_seed
 from rlhf_ppo.functional import compute_ppo_total_loss
+from rlhf_ppo.loop.training import TrainConfig, TrainState
 from rlhf_ppo.models import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
@@ -30,7 +31,6 @@ from rlhf_ppo.models import (
     create_reference_model,
 )
 from rlhf_ppo.trainer import PPOTrainer
-from rlhf_ppo.training import TrainConfig, TrainState
 
 __version__ = "0.1.0"
 

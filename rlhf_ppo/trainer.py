@@ -20,13 +20,9 @@ from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.classic import ClassicSurface
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.correction import check_correctable, corrected, mismatch_metrics, own_ratios
-from rlhf_ppo.doctor import Specimen
-from rlhf_ppo.doctor_findings import Diagnosis
-from rlhf_ppo.dump import dumping
-from rlhf_ppo.evaluation import Evaluation
 from rlhf_ppo.extras import set_seed
-from rlhf_ppo.finite import check_scored, warn_of_negative_kl
-from rlhf_ppo.first_look import diagnose, first_look
+from rlhf_ppo.loop.evaluation import Evaluation
+from rlhf_ppo.loop.training import Callback, TrainConfig, TrainingLoop, TrainState
 from rlhf_ppo.metrics import Statistics, StepFacts, classic_statistics, extra_metrics, work_metrics
 from rlhf_ppo.models import PreTrainedModelWrapper, reference_adapter
 from rlhf_ppo.models.reference import settle_reference
@@ -41,10 +37,14 @@ from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.reuse import SamplerReuse
 from rlhf_ppo.rollout.reward_sources import Sources
 from rlhf_ppo.rollout.sampling import Sampler, Samples, SamplingConfig
-from rlhf_ppo.start import StartCheck
 from rlhf_ppo.timing import emptied_cache, timed
 from rlhf_ppo.trackers import Trackers
-from rlhf_ppo.training import Callback, TrainConfig, TrainingLoop, TrainState
+from rlhf_ppo.watch.doctor import Specimen
+from rlhf_ppo.watch.dump import dumping
+from rlhf_ppo.watch.findings import Diagnosis
+from rlhf_ppo.watch.finite import check_scored, warn_of_negative_kl
+from rlhf_ppo.watch.first_look import diagnose, first_look
+from rlhf_ppo.watch.start import StartCheck
 
 
 class PPOTrainer(ClassicSurface):

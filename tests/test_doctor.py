@@ -18,10 +18,10 @@ from torch import Tensor
 from reward_model.contract import Contract, TextRule
 from reward_model.model import RewardModel
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from rlhf_ppo.doctor import Specimen, examine_tokens
-from rlhf_ppo.doctor_findings import CURES, Diagnosis
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.watch.doctor import Specimen, examine_tokens
+from rlhf_ppo.watch.findings import CURES, Diagnosis
 from tests.benchmarks.allocations import peak_bytes
 from tests.helpers import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 from tests.test_classic import trainer_of, weights
@@ -218,11 +218,11 @@ def test_the_first_step_is_looked_at_once_and_the_warning_has_cause_and_remedy(
     batch = drawn(own, replace(PLAIN, do_sample=False))
     arguments = PROMPTS, list(batch.responses), [torch.tensor(float(row)) for row in range(8)]
     own.step(*arguments)
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "rlhf_ppo.first_look"]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "rlhf_ppo.watch.first_look"]
     assert re.search(r"The doctor found .* truncated: .* Cause: .* Remedy: generate with do_sample", said)
     assert own.diagnosis is not None and "truncated" in own.diagnosis.names()
     own.step(*arguments)
-    assert len([record for record in caplog.records if record.name == "rlhf_ppo.first_look"]) == 1
+    assert len([record for record in caplog.records if record.name == "rlhf_ppo.watch.first_look"]) == 1
 
 
 def test_a_look_changes_no_result() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ppo.guards import FIRST, Guard, Guards, GuardWatch, repetition, with_budget
+from rlhf_ppo.watch.guards import FIRST, Guard, Guards, GuardWatch, repetition, with_budget
 
 HEALTHY = {
     "objective/kl": 3.0,

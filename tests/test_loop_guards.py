@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from rlhf_ppo import RLOO, TrainConfig, TrainState
-from rlhf_ppo.guards import Guard, Guards, GuardWatch
-from rlhf_ppo.loop_checks import LostRollouts
+from rlhf_ppo.loop.checks import LostRollouts
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.reward_sources import RewardFailures, RewardSourceError
 from rlhf_ppo.rollout.sampling import Samples, SamplingConfig
+from rlhf_ppo.watch.guards import Guard, Guards, GuardWatch
 from tests.helpers import EOS_TOKEN_ID
 from tests.tiny_run import SAMPLING, TEXTS, config, parameters, share_of_e, trainer
 

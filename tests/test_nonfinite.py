@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rlhf_ppo import GRPO, TRPO, AlgorithmConfig, PPOClip, PPOPenalty, PPOTrainer
-from rlhf_ppo.dump import FACTS
 from rlhf_ppo.replay import main, replay
 from rlhf_ppo.updates.nonfinite import NonFiniteUpdateError
+from rlhf_ppo.watch.dump import FACTS
 from tests.test_classic import QUERIES, RESPONSES, SCORES, trainer_of, weights
 
 EXTREME = [torch.tensor(1e30), torch.tensor(-1.0)]

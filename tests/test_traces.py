@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rlhf_ppo.batch import TokenInputs, TrainBatch
+from rlhf_ppo.loop.traces import token_texts, token_traces
 from rlhf_ppo.rollout.experience import Scored
-from rlhf_ppo.traces import token_texts, token_traces
 from tests.helpers import EOS_TOKEN_ID, tiny_tokenizer
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_ppo.evaluation import Evaluation
+from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.report import RunFolder
 from sentiment import rewards, stages
 from sentiment.command_line import Phases, one_line, reason, unboxed

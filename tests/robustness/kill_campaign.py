@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from rlhf_ppo import run_keeper, training
 from rlhf_ppo.checkpoints import best
 from rlhf_ppo.checkpoints.folders import checkpoints, find_damage, read_json, write_json
+from rlhf_ppo.loop import training
 from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.helpers import tiny_gpt2

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.doctor import Specimen, actions, select
-from rlhf_ppo.doctor_draws import Drawn, draw_again
-from rlhf_ppo.doctor_findings import Diagnosis, Finding, finding
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.experience import Scorer
+from rlhf_ppo.watch.doctor import Specimen, actions, select
+from rlhf_ppo.watch.draws import Drawn, draw_again
+from rlhf_ppo.watch.findings import Diagnosis, Finding, finding
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer

@@ -6,10 +6,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rlhf_ppo.asking import scoring_of
+from rlhf_ppo.loop.config import TrainConfig
 from rlhf_ppo.rollout.collect import Collector
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.sampling import Sampler, WeightFollower
-from rlhf_ppo.train_config import TrainConfig
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer

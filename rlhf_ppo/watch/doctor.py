@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.doctor_findings import Diagnosis, Finding, finding
 from rlhf_ppo.rollout.collect import Collected
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine
 from rlhf_ppo.rollout.sampling import Samples, SamplingConfig
+from rlhf_ppo.watch.findings import Diagnosis, Finding, finding
 
 
 @dataclass(frozen=True, kw_only=True)

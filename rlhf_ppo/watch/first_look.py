@@ -3,9 +3,9 @@
 import logging
 from typing import TYPE_CHECKING
 
-from rlhf_ppo.doctor import Specimen, examine_tokens
-from rlhf_ppo.doctor_findings import Diagnosis
-from rlhf_ppo.doctor_forward import examine_model
+from rlhf_ppo.watch.doctor import Specimen, examine_tokens
+from rlhf_ppo.watch.findings import Diagnosis
+from rlhf_ppo.watch.forward import examine_model
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer

@@ -14,8 +14,8 @@ from torch import Tensor
 from rlhf_ppo.algorithms import AlgorithmConfig
 from rlhf_ppo.algorithms import config as algorithm_settings
 from rlhf_ppo.batch import TokenInputs, TrainBatch
-from rlhf_ppo.finite import broken_parameters
 from rlhf_ppo.updates.nonfinite import NonFiniteUpdateError
+from rlhf_ppo.watch.finite import broken_parameters
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf_ppo.doctor import Specimen
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.models.trunk import start_token_of
 from rlhf_ppo.rollout.sampling import EvalMode
+from rlhf_ppo.watch.doctor import Specimen
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer

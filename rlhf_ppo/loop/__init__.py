@@ -1,0 +1,1 @@
+"""The managed loop: prompts -> responses -> scores -> `learn`, with evaluation and a run folder."""
