@@ -85,7 +85,7 @@ def ablations(name: str, base: ControlConfig, chosen: int = 99) -> Iterator[Run]
         "with-value-clipping": replace(base, algorithm=VALUE_CLIP),
         "without-gradient-clipping": replace(base, max_grad_norm=None),
         "with-adam-epsilon-1e-8": replace(base, adam_epsilon=1e-8),
-        "reinforce": replace(base, algorithm=control_algorithm("reinforce"), learning_rate=3e-3),
+        "reinforce": replace(base, algorithm=control_algorithm("reinforce")),
     }
     for variant, config in list(variants.items())[:chosen]:
         yield Run(f"ablation-{name}-{variant}-{base.seed}", config, group=f"ablation-{name}")
