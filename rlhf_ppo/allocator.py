@@ -1,7 +1,8 @@
-"""What the C library does with memory that a tensor has given back."""
+"""What the C library and the kernels of a CPU do with memory that nobody uses any more."""
 
 import ctypes
 import logging
+import os
 import sys
 from functools import cache
 
@@ -12,13 +13,27 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 
 
+KERNELS = 64
+"""Compiled products that oneDNN and torch keep each: several times what one pass of training or decoding needs."""
+
+
+def bound_kernel_caches() -> None:
+    """Let oneDNN and torch keep `KERNELS` compiled products each instead of 1,024; has effect before the first one.
+
+    A product is compiled for its shape, in a fraction of a millisecond, and kept with a work space as large as its
+    weight. Rows of language have ever new lengths, so that hundreds of megabytes come together, scattered between the
+    tensors. Whoever has set the variables of these libraries is obeyed.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, str(KERNELS))
+
+
 @cache
 def keep_freed_memory() -> bool:
     """Let the process keep the memory of freed tensors for the next ones; whether the C library took the order.
 
     By default glibc hands every freed block of more than 32 MiB back to the kernel, which clears each page when the
-    next tensor touches it. The peak grows, because blocks of many sizes no longer fit into each other's places. It
-    holds for the whole process, until it ends.
+    next tensor touches it. It holds for the whole process, until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False

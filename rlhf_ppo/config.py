@@ -166,8 +166,8 @@ class PPOConfig:
     """On CPUs with AVX-512-BF16 or AMX: products of linear layers in bfloat16; weights and all else in float32."""
     reuse_logprobs: bool = True
     """In `train()`: take the sampler's log-probabilities and values for the policy's own, once they proved equal."""
-    keep_freed_memory: bool = False
-    """On CPUs: keep the memory of freed tensors instead of giving it back to the system. Less time, more memory."""
+    keep_freed_memory: bool = True
+    """On CPUs: keep the memory of freed tensors instead of giving it back to the system: new pages cost time."""
     fast_products: bool = True
     """On CPUs: compute float32 products with oneDNN where it is faster than torch's own, equal to rounding."""
 

@@ -22,18 +22,17 @@ from rlhf_ppo.functional.shared_gradient import SharedGradient
 Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
 """(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
 
-MOST_BYTES = 2**24
-"""Of one chunk of float32 logits on a CPU, whatever the vocabulary: it stays in the processor's cache, and below the
-size of block that the C library gives back to the system each time. Twice as much takes a tenth off the head's time
-at a vocabulary of 128,000, and adds a third to the process's peak memory."""
+MOST_BYTES = 31 * 2**20
+"""Of one chunk of float32 logits on a CPU, whatever the vocabulary. The head's gradient is walked through once a chunk,
+so larger ones are faster; blocks of 32 MiB are those that the C library gives back to the system each time."""
+IN_CACHE = 8
+"""The part of a chunk whose probabilities stand beside their logits, so that the processor's cache holds both."""
 FEWEST = 16
 """Rows of a chunk, whatever the vocabulary."""
 ELSEWHERE = 16
 """Times as many bytes on other devices."""
-FEW = 32
-"""Rows whose mean logit is taken at once, so that the products stay in the processor's cache."""
-BLOCK = 8192
-"""Rows of the head's gradient that are added at once, so that no second gradient of its size comes to life."""
+BLOCK = 4096
+"""Rows of the head's gradient that are multiplied at once, so that no second gradient of its size comes to life."""
 AGREEMENT = 1e-4
 """How far the gradient that arrives may differ from the foreseen one, relative to its largest entry."""
 
@@ -92,8 +91,13 @@ def fused_token_statistics(
 
 def rows_at_once(chunk_size: int, vocab: int, device: torch.device) -> int:
     """Tokens whose logits live at once: `chunk_size`, or fewer where that would take too many bytes."""
-    most = MOST_BYTES if device.type == "cpu" else ELSEWHERE * MOST_BYTES
-    return min(chunk_size, max(FEWEST, most // (4 * max(vocab, 1))))
+    return min(chunk_size, _rows_in(MOST_BYTES, vocab, device, FEWEST))
+
+
+def _rows_in(most: int, vocab: int, device: torch.device, fewest: int = 1) -> int:
+    """Rows of float32 logits in so many bytes of a CPU, more elsewhere."""
+    most = most if device.type == "cpu" else ELSEWHERE * most
+    return max(fewest, most // (4 * max(vocab, 1)))
 
 
 class _Fused(torch.autograd.Function):
@@ -176,45 +180,60 @@ class _Pass:
         logits = at_least_float32(product(self.inputs[rows], self.head.t(), self.offset))
         if settings.temperature != 1.0:
             logits = logits.div_(settings.temperature)
-        logits.sub_(logits.amax(dim=-1, keepdim=True))
-        chosen = logits.gather(-1, self.tokens[rows, None])
-        probabilities = torch.softmax(logits, dim=-1)
-        # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.
-        log_sum = -probabilities.amax(dim=-1, keepdim=True).log()
-        self.logprobs[rows] = (chosen - log_sum).squeeze(-1)
+        if self.offset is not None:
+            logits.clamp_(min=-1e30)  # 0 x -inf is nan: an impossible token adds nothing to the entropy
+        chosen, largest = logits.gather(-1, self.tokens[rows, None]), logits.amax(dim=-1, keepdim=True)
+        log_sum, mean_logit = self._to_probabilities(logits)
+        self.logprobs[rows] = (chosen - largest - log_sum).squeeze(-1)
         if settings.with_entropy:
-            # 0 x -inf is nan: an impossible token adds nothing.
-            pairs = zip(probabilities.split(FEW), logits.clamp_(min=-1e4).split(FEW), strict=True)
-            self.entropy[rows] = log_sum.squeeze(-1) - torch.cat([(p * z).sum(dim=-1) for p, z in pairs])
+            self.entropy[rows] = (largest + log_sum - mean_logit).squeeze(-1)
         of_logprobs, of_entropy = slopes(
             self.logprobs[rows], self.entropy[rows] if settings.with_entropy else None, rows
         )
         self.of_logprobs[rows] = of_logprobs
-        scale = of_logprobs[:, None]
+        # The gradient of the logits is `factor` times what the buffer of the logits comes to hold.
+        buffer, factor, own = logits, -of_logprobs[:, None], torch.ones_like(chosen)
         if of_entropy is not None and bool((of_entropy != 0).any()):
             # ∂H/∂z_j = -p_j (log p_j + H)
             self.of_entropy[rows] = of_entropy
-            logits.add_(self.entropy[rows, None] - log_sum).mul_(of_entropy[:, None]).add_(scale)
-            of_logits = probabilities.mul_(logits.neg_())
-        else:
-            of_logits = probabilities.mul_(-scale)
-        of_logits.scatter_add_(-1, self.tokens[rows, None], scale.to(of_logits.dtype))
-        if settings.temperature != 1.0:
-            of_logits.div_(settings.temperature)
-        self._take(rows, of_logits)
+            slope, own, factor = of_entropy[:, None], of_logprobs[:, None], -torch.ones_like(chosen)
+            logarithms = torch.xlogy(buffer, buffer).mul_(slope)
+            buffer = buffer.mul_(own + slope * self.entropy[rows, None]).add_(logarithms)
+        buffer.scatter_add_(-1, self.tokens[rows, None], -own.to(buffer.dtype))
+        self._take(rows, buffer, factor / settings.temperature)
 
-    def _take(self, rows: slice, of_logits: Tensor) -> None:
+    def _to_probabilities(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Tensor, Tensor]:
+        """Put probabilities in the place of logits; log Σ exp(z - max z), and Σ p z where entropy is wanted, [rows, 1].
+
+        A few rows at a time, while they are in the processor's cache.
+        """
+        few = _rows_in(MOST_BYTES // IN_CACHE, logits.shape[-1], logits.device)
+        scratch = torch.empty_like(logits[:few])
+        log_sums, means = [], []
+        for z in logits.split(few):
+            p = torch.softmax(z, dim=-1, out=scratch[: len(z)])
+            # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.
+            log_sums.append(-p.amax(dim=-1, keepdim=True).log())
+            means.append(z.mul_(p).sum(dim=-1, keepdim=True) if self.settings.with_entropy else log_sums[-1])
+            z.copy_(p)
+        return torch.cat(log_sums), torch.cat(means)
+
+    def _take(self, rows: slice, of_logits: Tensor, factor: Tensor) -> None:
+        """Multiply; the `factor` of each row goes to the narrow side."""
+        inputs = (self.inputs[rows] * factor).to(self.inputs.dtype)
         if self.of_bias is not None:
-            self.of_bias += of_logits.sum(dim=0).to(self.of_bias.dtype)
+            self.of_bias += (factor.t().to(of_logits.dtype) @ of_logits)[0].to(self.of_bias.dtype)
         of_logits = of_logits.to(self.inputs.dtype)
         if self.of_hidden is not None:
-            self.of_hidden[rows] = product(of_logits, self.head).to(self.of_hidden.dtype)
+            self.of_hidden[rows] = (product(of_logits, self.head) * factor).to(self.of_hidden.dtype)
         if not self.settings.trains_weight:
             return
-        inputs = self.inputs[rows]
+        first = self.of_weight is None
         if self.of_weight is None:
-            self.of_weight = product(of_logits.t(), inputs).to(self.weight_dtype)
-            return
+            self.of_weight = torch.empty_like(self.head, dtype=self.weight_dtype)
         for start in range(0, len(self.head), BLOCK):
             block = slice(start, start + BLOCK)
-            self.of_weight[block] += product(of_logits[:, block].t(), inputs).to(self.weight_dtype)
+            if first:
+                self.of_weight[block] = product(of_logits[:, block].t(), inputs)
+            else:
+                self.of_weight[block] += product(of_logits[:, block].t(), inputs).to(self.weight_dtype)

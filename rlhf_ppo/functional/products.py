@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_ppo.allocator import bound_kernel_caches
+
 logger = logging.getLogger(__name__)
 
 LEAST_GAIN = 1.25
@@ -29,6 +31,7 @@ def onednn_is_faster() -> bool:
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         logger.info("float32 products: torch's own, since this build carries no oneDNN linear kernel")
         return False
+    bound_kernel_caches()
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 512, generator=generator), torch.randn(512, 768, generator=generator))
     try:
@@ -48,6 +51,7 @@ def onednn_is_faster() -> bool:
 @cache
 def bfloat16_is_faster() -> bool:
     """Whether bfloat16 products beat float32 ones here: on CPUs with AVX-512-BF16 or AMX they do, elsewhere not."""
+    bound_kernel_caches()
     a, b = torch.randn(256, 512), torch.randn(512, 768)
     low = a.bfloat16(), b.bfloat16()
     ours, theirs = _seconds(lambda: low[0] @ low[1]), _seconds(lambda: product(a, b))

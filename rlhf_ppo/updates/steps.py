@@ -8,6 +8,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -55,7 +56,13 @@ class PlainSteps:
         self.accelerator.backward(loss)
 
     def clip(self, limit: float | None) -> float:
-        norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        if limit is None and self.accelerator.distributed_type != DistributedType.FSDP:
+            # What clips multiplies every gradient, by 1 here.
+            self.accelerator.unscale_gradients()
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            norm: Tensor | None = torch.nn.utils.get_total_norm(gradients)
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
         self._norm = math.nan if norm is None else float(norm)
         return self._norm
 
