@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from typing import Any, cast
 
 import datasets
 import torch
@@ -17,6 +18,7 @@ from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.optimisers import adam
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.shards import keep_fsdp
+from rlhf_ppo.zero import engine_arguments, keep_optimizer
 
 
 def check_arguments(
@@ -66,13 +68,15 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     """Processes, precision and trackers as `config` says.
 
     Raises:
-        ValueError: If Accelerate would divide gradients a second time, or FSDP is set up as it cannot be used here.
+        ValueError: If Accelerate would divide gradients a second time, or FSDP or DeepSpeed are set up as they cannot
+            be used here.
     """
     accelerator = Accelerator(
         log_with=config.log_with,
         project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
-        **config.accelerator_kwargs,
+        **engine_arguments(cast("dict[str, Any]", config.accelerator_kwargs)),
     )
+    keep_optimizer(accelerator)
     if accelerator.num_processes > 1:
         leave_safely()
     given = config.accelerator_kwargs

@@ -1,8 +1,50 @@
-"""ZeRO-3: what a pass reads in several pieces stays whole for as long as the pass and its gradients need it."""
+"""DeepSpeed ZeRO: on machines without a GPU, too; and what a pass reads in several pieces stays whole under ZeRO-3."""
 
+import os
 from typing import Any
 
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
+
+
+def engine_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Accelerator`, with what DeepSpeed needs beyond the launch file where there is no GPU.
+
+    Without the name of a backend each process would believe that it is alone. DeepSpeed would also compile a way
+    through shared memory first, for minutes, and gloo needs none.
+
+    Raises:
+        ValueError: The environment asks for the CPU in the one way that makes Accelerate drop DeepSpeed in silence.
+    """
+
+    def is_set(name: str) -> bool:
+        return os.environ.get(name, "false").lower() == "true"
+
+    if not (is_set("ACCELERATE_USE_DEEPSPEED") or given.get("deepspeed_plugin")) or torch.cuda.is_available():
+        return given
+    if is_set("ACCELERATE_USE_CPU"):
+        raise ValueError(
+            "expected either DeepSpeed or ACCELERATE_USE_CPU=true, got both: Accelerate would drop DeepSpeed without a "
+            "word and train by DDP. Unset ACCELERATE_USE_CPU; without a GPU, DeepSpeed finds the CPU by itself."
+        )
+    if PartialState._shared_state:  # the processes are connected already
+        return given
+    import deepspeed  # an extra
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    handlers = list(given.get("kwargs_handlers") or [])
+    if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    return given | {"kwargs_handlers": handlers}
+
+
+def keep_optimizer(accelerator: Accelerator) -> None:
+    """Without a GPU, leave torch's optimiser where the launch file offloads it: DeepSpeed's own would be compiled."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and accelerator.device.type == "cpu":
+        plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def keep_head_whole(policy: Any) -> None:

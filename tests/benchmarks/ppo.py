@@ -92,6 +92,13 @@ def prepare(workload: Workload, folder: Path) -> Task:
     return Task.write(workload, folder, samples.responses, value_head)
 
 
+def gaps_of(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """How far the statistics that both sides have are apart, relative above 1."""
+    mine, theirs = one["statistics"], other["statistics"]
+    shared = {name for name in mine.keys() & theirs.keys() if not name.startswith(("time/", "work/"))}
+    return {name: abs(mine[name] - theirs[name]) / max(1.0, abs(theirs[name])) for name in shared}
+
+
 def differences(one: dict[str, Any], other: dict[str, Any], start: dict[str, torch.Tensor]) -> dict[str, float]:
     """How far two steps from the same `start` are apart.
 
@@ -100,17 +107,15 @@ def differences(one: dict[str, Any], other: dict[str, Any], start: dict[str, tor
         largest is `clipped`. `logprobs`: the largest, nats. `change`: the norm of the difference of the two parameter
         changes over the norm of one.
     """
-    mine, theirs = one["statistics"], other["statistics"]
-    shared = {name for name in mine.keys() & theirs.keys() if not name.startswith(("time/", "work/"))}
-    gaps = {name: abs(mine[name] - theirs[name]) / max(1.0, abs(theirs[name])) for name in shared}
-    fractions = {name for name in shared if name.endswith("clipfrac")}
+    gaps = gaps_of(one, other)
+    fractions = {name for name in gaps if name.endswith("clipfrac")}
     apart = far = 0.0
     for name, value in one["parameters"].items():
         apart += float((value - other["parameters"][name]).double().square().sum())
         if name in start:
             far += float((value - start[name]).double().square().sum())
     return {
-        "statistics": max(gaps[name] for name in shared - fractions),
+        "statistics": max(gaps[name] for name in gaps.keys() - fractions),
         "clipped": max((gaps[name] for name in fractions), default=0.0),
         "logprobs": float((one["logprobs"] - other["logprobs"]).abs().max()),
         "change": (apart / far) ** 0.5,
@@ -127,12 +132,14 @@ def check_equal(sides: list[Process], folder: Path, tolerances: Mapping[str, flo
 
     start = {f"pretrained_model.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
     ours, *others = [(side.name, side.results(folder)) for side in sides]
-    found = {name: differences(ours[1], results, start) for name, results in others}
-    for name, gaps in found.items():
-        if wrong := {what: gap for what, gap in gaps.items() if not gap <= tolerances[what]}:
+    found = {}
+    for name, results in others:
+        found[name] = differences(ours[1], results, start)
+        if wrong := {what: gap for what, gap in found[name].items() if not gap <= tolerances[what]}:
+            largest = sorted(gaps_of(ours[1], results).items(), key=lambda gap: -gap[1])[:3]
             raise RuntimeError(
-                f"ours and {name} must give equal results, differing by at most {tolerances}, got {wrong}: a speed "
-                "without equal results says nothing."
+                f"ours and {name} must give equal results, differing by at most {tolerances}, got {wrong} (statistics: "
+                f"{largest}): a speed without equal results says nothing."
             )
     return found
 

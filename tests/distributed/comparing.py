@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tests.distributed import scenario as scenarios
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import launch_file
 from tests.distributed.scenario import Outcome, Scenario
 
 TOLERANCE = 1e-5
@@ -27,19 +27,26 @@ def alone(scenario: Scenario) -> Outcome:
             shares=(sum(scenario.shares),),
             passes_of_a_step=scenario.passes_of_a_step * processes,
             sabotage=None,
-            zero_stage=0,
-            offload=False,
             fsdp=False,
         )
     )
 
 
-def together(scenarios_: dict[str, Scenario], folder: Path) -> dict[str, list[Outcome]]:
-    """Scenarios on as many processes as they have shares, in one start; one outcome a process."""
+def together(scenarios_: dict[str, Scenario], folder: Path, *, file: str = "ddp") -> dict[str, list[Outcome]]:
+    """Scenarios on as many processes as they have shares, in one start by a launch file; one outcome a process.
+
+    Args:
+        scenarios_: All of one launch.
+        folder: For what the processes say.
+        file: Of recipes/launch.
+    """
     first = next(iter(scenarios_.values()))
     ranks = range(len(first.shares))
     wishes = json.dumps([asdict(scenario) for scenario in scenarios_.values()])
-    torchrun(len(ranks), Path(scenarios.__file__), wishes, str(folder), use_cpu=not first.zero_stage)
+    launch_file(
+        file, Path(scenarios.__file__), wishes, str(folder), processes=len(ranks),
+        mixed_precision=first.mixed_precision, use_cpu=not file.startswith("zero"),
+    )  # fmt: skip
     return {
         name: [Outcome(**torch.load(folder / f"{number}-{rank}.pt", weights_only=False)) for rank in ranks]
         for number, name in enumerate(scenarios_)

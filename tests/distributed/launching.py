@@ -36,6 +36,32 @@ def torchrun(processes: int, script: Path, *arguments: str, timeout: float = PAT
     return launch((*launcher, str(script), *arguments), timeout=timeout, use_cpu=use_cpu)
 
 
+def launch_file(
+    name: str,
+    script: Path,
+    *arguments: str,
+    processes: int = 2,
+    mixed_precision: str = "no",
+    use_cpu: bool = False,
+    expect: int = 0,
+) -> str:
+    """Run `script` under `accelerate launch` with a file of recipes/launch, for this many processes; its output.
+
+    Args:
+        name: Of the file, without its ending.
+        script: A Python file.
+        arguments: Of the script.
+        processes: How many.
+        mixed_precision: Instead of the file's.
+        use_cpu: Tell Accelerate to; under DeepSpeed that would be refused.
+        expect: 0, or anything else for a failure.
+    """
+    launcher = ("-m", "accelerate.commands.launch", "--main_process_port", "0")  # 0: any that is free
+    file = ("--config_file", str(ROOT / "recipes" / "launch" / f"{name}.yaml"))
+    size = ("--num_processes", str(processes), "--mixed_precision", mixed_precision)
+    return launch((*launcher, *file, *size, str(script), *arguments), use_cpu=use_cpu, expect=expect)
+
+
 def launch(command: Sequence[str], *, timeout: float = PATIENCE, use_cpu: bool = True, expect: int = 0) -> str:
     """Run `python` with these arguments in a process group of its own; returns what it printed.
 

@@ -19,7 +19,7 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, T
 from rlhf_ppo.models import attach_critic_adapter
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.sampling import SamplingConfig
-from tests.distributed.scenario import deepspeed_arguments, fsdp2, whole_weights
+from tests.distributed.scenario import fsdp2, small_parameters_in_parts, whole_weights
 from tests.helpers import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 
 TEXTS = ["The movie", "This film was", "I liked", "My morning began with", "What a story"]
@@ -52,16 +52,14 @@ def fails_on_process_one(prompts: Sequence[str], responses: Sequence[str], **_: 
     return [0.0] * len(responses)
 
 
-def trainer(stage: int, adapters: LoraConfig | None = None) -> PPOTrainer:
+def trainer(adapters: LoraConfig | None = None) -> PPOTrainer:
     """A tiny trainer with its prompts; with adapters, the critic is one too."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)  # of adapters and heads
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=0), peft_config=adapters)
     if adapters is not None:
         attach_critic_adapter(model)
-    config = PPOConfig(
-        batch_size=4, mini_batch_size=2, learning_rate=1e-3, ppo_epochs=2, accelerator_kwargs=deepspeed_arguments(stage)
-    )  # fmt: skip
+    config = PPOConfig(batch_size=4, mini_batch_size=2, learning_rate=1e-3, ppo_epochs=2)
     return PPOTrainer(config, model, tokenizer=tokenizer, dataset=PromptDataset.from_texts(TEXTS, tokenizer))
 
 
@@ -80,7 +78,7 @@ def unjudged(folder: Path) -> TrainConfig:
 
 def goes_on_with_another_number(folder: Path, *, done: int = 2) -> dict[str, Any]:
     """So many iterations were made by another number of processes; one more by this one."""
-    own = trainer(0)
+    own = trainer()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         own.train(share_of_e, replace(unjudged(folder), iterations=done))
@@ -94,17 +92,17 @@ def goes_on_with_another_number(folder: Path, *, done: int = 2) -> dict[str, Any
     }  # fmt: skip
 
 
-def main(folder: Path, stage: int) -> None:
+def main(folder: Path) -> None:
     """One run without and one with an interruption; every process saves what it ended with."""
     held_out = PromptDataset.from_texts(TEXTS, tiny_tokenizer())
-    whole = trainer(stage)
+    whole = trainer()
     whole.train(share_of_e, config(folder / "whole"), eval_prompts=held_out)
-    trainer(stage).train(
+    trainer().train(
         share_of_e, config(folder / "resumed"), eval_prompts=held_out,
         # Only one process wants to stop: all must.
         callbacks=[lambda at, state: at.accelerator.process_index == 1 and state.iteration == 2],
     )  # fmt: skip
-    resumed = trainer(stage)
+    resumed = trainer()
     state = resumed.train(share_of_e, config(folder / "resumed"), eval_prompts=held_out)
     found = resumed.evaluate(held_out, share_of_e, SAMPLING)
     ends = {"whole": whole_weights(whole), "resumed": whole_weights(resumed)}
@@ -120,7 +118,7 @@ def adapted(folder: Path) -> None:
     ends, first = {}, []
     for name, stops in {"whole": [None], "resumed": [1, None]}.items():
         for stop in stops:
-            own = trainer(0, adapters)
+            own = trainer(adapters)
             state = own.train(
                 share_of_e, replace(unjudged(folder / f"lora-{name}"), iterations=2, reward_calls="once"),
                 callbacks=[lambda _, state, stop=stop: state.iteration == stop],
@@ -133,19 +131,21 @@ def adapted(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "fail":
-        trainer(0).train(fails_on_process_one, unjudged(Path(sys.argv[2])))
+        trainer().train(fails_on_process_one, unjudged(Path(sys.argv[2])))
     elif sys.argv[1] == "die":
-        skipping = trainer(0)
+        skipping = trainer()
         skipping.train(skips_all_of_process_one, unjudged(Path(sys.argv[2])))
         torch.save(whole_weights(skipping), Path(sys.argv[2]) / f"{PartialState().process_index}.pt")
         skipping.accelerator.wait_for_everyone()
-        trainer(0).train(dies_on_process_one, replace(unjudged(Path(sys.argv[2])), resume=False))
+        trainer().train(dies_on_process_one, replace(unjudged(Path(sys.argv[2])), resume=False))
     else:
         here, stage = Path(sys.argv[2]), int(sys.argv[3])
-        main(here, stage)
+        if stage == 3:
+            small_parameters_in_parts()
+        main(here)
         if not stage:
             adapted(here)
             (here / "fsdp2").mkdir(exist_ok=True)
             with fsdp2():
-                main(here / "fsdp2", stage)
+                main(here / "fsdp2")
     PartialState().destroy_process_group()

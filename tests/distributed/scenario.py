@@ -1,4 +1,4 @@
-"""Three PPO iterations on forced responses of very unequal lengths: on one process here, on several under torchrun.
+"""Three PPO iterations on forced responses of very unequal lengths: on one process here, on several by a launcher.
 
 Run as a script (scenarios as JSON, folder), each process takes its share of the rows and saves what it saw. One start
 serves many scenarios, because it takes longer than they do.
@@ -67,13 +67,9 @@ class Scenario:
     """The first score is so large that losses overflow."""
     lora: bool = False
     """Train adapters on a frozen base, which is its own reference."""
-    zero_stage: int = 0
-    """DeepSpeed's; 0: not used."""
-    offload: bool = False
-    """DeepSpeed's: optimiser states, and parameters under ZeRO-3, in main memory."""
     mixed_precision: str = "no"
     fsdp: bool = False
-    """FSDP2, full shard."""
+    """FSDP2, full shard, though the launch file says DDP."""
 
 
 @dataclass(kw_only=True)
@@ -124,7 +120,7 @@ def build(scenario: Scenario) -> PPOTrainer:
     config = PPOConfig(
         batch_size=4 * minibatch, mini_batch_size=scenario.rows_of_a_pass, ppo_epochs=2,
         gradient_accumulation_steps=scenario.passes_of_a_step, learning_rate=scenario.learning_rate,
-        fused_adam=False, accelerator_kwargs=accelerator_arguments(scenario), **scenario.settings or {},
+        fused_adam=False, accelerator_kwargs={"mixed_precision": scenario.mixed_precision}, **scenario.settings or {},
     )  # fmt: skip
     optimizer = torch.optim.SGD(policy.parameters(), lr=scenario.learning_rate) if scenario.model == "gpt2" else None
     algorithm = ALGORITHMS[scenario.algorithm]
@@ -154,30 +150,17 @@ def fsdp2() -> Iterator[None]:
             del os.environ[name]
 
 
-def accelerator_arguments(scenario: Scenario) -> dict[str, Any]:
-    """Of the first Accelerator, which the others of its process must agree with."""
-    return deepspeed_arguments(scenario.zero_stage, offload=scenario.offload) | {
-        "mixed_precision": scenario.mixed_precision
-    }
+def small_parameters_in_parts() -> None:
+    """Let ZeRO-3 share out even the smallest parameters, as all of these models' are; it would leave them whole."""
+    from accelerate.utils import DeepSpeedPlugin
 
+    made = DeepSpeedPlugin.__post_init__
 
-def deepspeed_arguments(stage: int, *, offload: bool = False) -> dict[str, Any]:
-    """Arguments of `Accelerator` for ZeRO over gloo, without anything that would have to be compiled."""
-    if not stage or PartialState._shared_state:  # every Accelerator of a process shares the first one's engine settings
-        return {}
-    import deepspeed
-    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = "cpu" if offload else "none"
-    plugin = DeepSpeedPlugin(
-        zero_stage=stage, zero3_save_16bit_model=stage == 3, offload_optimizer_device=device,
-        offload_param_device=device if stage == 3 else "none",
-    )  # fmt: skip
-    if stage == 3:  # small parameters would stay whole, and all of these models' are small
+    def tuned(plugin: DeepSpeedPlugin) -> None:
+        made(plugin)
         plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own Adam would have to be compiled
-    return {"deepspeed_plugin": plugin, "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}
+
+    DeepSpeedPlugin.__post_init__ = tuned  # type: ignore[method-assign]
 
 
 def whole_weights(trainer: PPOTrainer) -> dict[str, Tensor]:
@@ -243,6 +226,8 @@ def _sabotage(trainer: PPOTrainer, what: str | None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        small_parameters_in_parts()
     for number, wished in enumerate(json.loads(sys.argv[1])):
         print(f"scenario {number}: {wished}", flush=True)
         scenario = Scenario(**{**wished, "shares": tuple(wished["shares"])})

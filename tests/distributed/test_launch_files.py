@@ -1,5 +1,6 @@
 """Every launch file under recipes/launch is one that Accelerate reads, and says what its name says."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -10,8 +11,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from tests.distributed.launching import ROOT
-from tests.distributed.scenario import FSDP2
+from tests.distributed import scenario
+from tests.distributed.comparing import TOLERANCE, alone, together, worst
+from tests.distributed.launching import ROOT, launch_file
+from tests.distributed.scenario import FSDP2, Scenario
 
 FOLDER = ROOT / "recipes" / "launch"
 KINDS = {
@@ -72,6 +75,27 @@ def test_the_launcher_accepts_the_file(name: str) -> None:
         if KINDS[name][0] == "FSDP":
             assert environment["FSDP_VERSION"] == "2"
             assert {name: environment[name] for name in FSDP2} == FSDP2, "the tests run what the launcher says"
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:No dataset is provided")
+@pytest.mark.filterwarnings("ignore:KL divergence is starting to become negative")
+@pytest.mark.parametrize("name", ["cpu", "gpu", "fsdp2", "fsdp2_cpu"])
+def test_what_the_file_launches_takes_the_steps_of_one_process(name: str, tmp_path: Path) -> None:
+    """On the CPU, two processes where the file means several. DDP, ZeRO and machines: test_parity, test_zero, ..."""
+    processes = min(2, KINDS[name][1])
+    case = Scenario(shares=(5, 4) if processes == 2 else (9,), rows_of_a_pass=2)
+    outcomes = together({name: case}, tmp_path, file=name)[name]
+    assert [outcome.parted > 0 for outcome in outcomes] == [KINDS[name][0] == "FSDP"] * processes
+    what, difference = worst(alone(case), outcomes)
+    assert difference <= TOLERANCE, f"{what} differs by {difference:.2g}"
+
+
+@pytest.mark.distributed
+def test_what_needs_a_gpu_says_so_where_there_is_none(tmp_path: Path) -> None:
+    wishes = json.dumps([{"shares": [5, 4]}])
+    said = launch_file("fsdp2_offload", Path(scenario.__file__), wishes, str(tmp_path), use_cpu=True, expect=1)
+    assert "FSDP2's offload pins memory for an accelerator, and there is none" in said
 
 
 def test_the_files_of_two_machines_differ_in_nothing_but_the_machine() -> None:

@@ -26,7 +26,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs wrote."""
     path = tmp_path_factory.mktemp("loop")
-    loop.trainer(0).train(loop.share_of_e, replace(loop.unjudged(path / "single"), iterations=2))
+    loop.trainer().train(loop.share_of_e, replace(loop.unjudged(path / "single"), iterations=2))
     shutil.copytree(path / "single", path / "of one process")
     launch((*TORCHRUN, loop.__file__, "run", str(path), "0"))  # under DDP, then under FSDP2 in fsdp2/
     return path

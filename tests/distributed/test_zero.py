@@ -1,8 +1,7 @@
-"""DeepSpeed ZeRO takes the steps of one plain process: gradients, guards, clipping, statistics."""
+"""DeepSpeed ZeRO, launched by its files, takes the steps of one process: gradients, guards, clipping, statistics."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from tests.distributed import loop
 from tests.distributed.comparing import EVERYTHING_GLOBAL, TOLERANCE, alone, together, worst
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import launch_file
 from tests.distributed.scenario import Scenario
 
 pytestmark = [
@@ -39,9 +38,8 @@ CASES = {
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_processes_under_zero_take_the_steps_of_one(stage: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The engine's gradient norm is left out where a step was dropped: it is not measured there."""
-    cases = {name: replace(scenario, zero_stage=stage) for name, scenario in CASES.items()}
-    outcomes = together(cases, tmp_path_factory.mktemp(f"zero{stage}"))
-    for name, scenario in cases.items():
+    outcomes = together(CASES, tmp_path_factory.mktemp(f"zero{stage}"), file=f"zero{stage}")
+    for name, scenario in CASES.items():
         expected = alone(scenario)
         skipped = [row["ppo/updates_skipped"] for row in expected.statistics]
         assert (sum(skipped) > 0) == (name in ("the ratio guard acts", "a score that overflows the loss"))
@@ -54,13 +52,13 @@ def test_two_processes_under_zero_take_the_steps_of_one(stage: int, tmp_path_fac
         assert difference <= TOLERANCE, f"{name}: {what} differs by {difference:.2g}"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_with_optimiser_and_parameters_in_main_memory_the_steps_are_the_same(
     stage: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Here everything is in main memory anyway: what is tested is the engine's code for it, with torch's Adam."""
-    cases = {"offload": replace(CASES["gradient accumulation"], zero_stage=stage, offload=True)}
-    outcomes = together(cases, tmp_path_factory.mktemp(f"offload{stage}"))
+    cases = {"offload": CASES["gradient accumulation"]}
+    outcomes = together(cases, tmp_path_factory.mktemp(f"offload{stage}"), file=f"zero{stage}_offload")
     what, difference = worst(alone(cases["offload"]), outcomes["offload"])
     assert difference <= TOLERANCE, f"{what} differs by {difference:.2g}"
 
@@ -68,17 +66,17 @@ def test_with_optimiser_and_parameters_in_main_memory_the_steps_are_the_same(
 def test_in_bfloat16_policy_and_reference_start_from_the_same_numbers(tmp_path: Path) -> None:
     """The engine keeps the policy in bfloat16: a reference in float32 would be another model."""
     cases = {
-        name: Scenario(shares=(5, 4), zero_stage=3, mixed_precision="bf16", same_start=True, settings=settings)
+        name: Scenario(shares=(5, 4), mixed_precision="bf16", same_start=True, settings=settings)
         for name, settings in {"parts": {}, "whole": {"reference_placement": "whole"}}.items()
     }
-    for name, outcomes in together(cases, tmp_path).items():
+    for name, outcomes in together(cases, tmp_path, file="zero3").items():
         assert outcomes[0].statistics[0]["objective/kl"] == 0.0, name
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_managed_loop_samples_saves_and_resumes_under_zero(stage: int, tmp_path: Path) -> None:
     """Resumed equals uninterrupted to the last bit, and what is saved as the best model is whole."""
-    torchrun(2, Path(loop.__file__), "run", str(tmp_path), str(stage), use_cpu=False)
+    launch_file(f"zero{stage}", Path(loop.__file__), "run", str(tmp_path), str(stage))
     for rank in range(2):
         outcome = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for name, expected in outcome["whole"].items():
