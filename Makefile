@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 STAMP := $(VENV)/.installed
+ENGINES := $(VENV)/.engines-installed
 CLASSIC ?= .venv-trl-0.11.4
 ARGS ?=
 
@@ -38,7 +39,15 @@ demo: $(STAMP)  ## SFT, reward model, PPO and evaluation on movie reviews; optio
 test: $(STAMP)  ## the fast tier on two processes; options: make test ARGS="-k gae"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-distributed: $(STAMP)  ## the tests that start several processes
+# DeepSpeed is built where it is installed, against the torch that is there already. The other tests do without it.
+$(ENGINES): $(STAMP)
+	@echo "Installing DeepSpeed ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile setuptools wheel
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-build-isolation --constraint constraints.txt deepspeed \
+		|| echo "DeepSpeed could not be installed here: its tests will be skipped"
+	@touch $@
+
+test-distributed: $(ENGINES)  ## the tests that start several processes; installs DeepSpeed
 	@$(BIN)/python -m pytest -m distributed $(ARGS) || test $$? -eq 5  # 5: there are none
 
 test-slow: $(STAMP)  ## the tests that take minutes

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.launching import ROOT, launch
+from tests.distributed.launching import ROOT, launch_file
 from tests.recipes.tiny_world import save_gpt2, save_reward_model, write_reviews
 
 pytestmark = pytest.mark.distributed
+
+RECIPE = ROOT / "recipes" / "ppo_gpt2_sentiment.py"
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def arguments(tmp_path: Path, output: str) -> list[str]:
+    """Of a recipe on a tiny world."""
+    gpt2 = save_gpt2(tmp_path / "gpt2")
+    options = {
+        "model": gpt2, "reward-model": save_reward_model(tmp_path / "reward_model", gpt2),
+        "dataset": write_reviews(tmp_path / "reviews.csv"), "output-dir": tmp_path / output, "iterations": 3,
+        "batch-size": 8, "mini-batch-size": 4, "learning-rate": 1e-3, "new-tokens": 6, "eval-prompts": 9,
+        "save-every": 1, "threads": 1, "log-with": "tensorboard", "reward-calls": "once",
+    }  # fmt: skip
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
 def test_the_recipe_runs_on_two_processes_and_resumes(tmp_path: Path) -> None:
@@ -26,18 +41,8 @@ def test_the_recipe_runs_on_two_processes_and_resumes(tmp_path: Path) -> None:
     Under DDP it would be to the last bit (test_loop.py). Under FSDP2 rows are padded instead of packed, and the recipe
     computes in bfloat16 where the processor can.
     """
-    gpt2 = save_gpt2(tmp_path / "gpt2")
-    options = {
-        "model": gpt2, "reward-model": save_reward_model(tmp_path / "reward_model", gpt2),
-        "dataset": write_reviews(tmp_path / "reviews.csv"), "output-dir": tmp_path / "run", "iterations": 3,
-        "batch-size": 8, "mini-batch-size": 4, "learning-rate": 1e-3, "new-tokens": 6, "eval-prompts": 9,
-        "save-every": 1, "threads": 1, "log-with": "tensorboard", "reward-calls": "once",
-    }  # fmt: skip
-    recipe = str(ROOT / "recipes" / "ppo_gpt2_sentiment.py")
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    # Port 0: any that is free.
-    launcher = ("-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file")
-    output = launch((*launcher, str(ROOT / "recipes/launch/cpu_2.yaml"), recipe, *arguments))
+    told = arguments(tmp_path, "run")
+    output = launch_file("cpu_2", RECIPE, *told, use_cpu=True)
     assert output.count("[4/5] PPO") == 1
     first = rows(tmp_path / "run")
     assert [row["iteration"] for row in first] == [1, 2, 3]
@@ -45,9 +50,24 @@ def test_the_recipe_runs_on_two_processes_and_resumes(tmp_path: Path) -> None:
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 9
     shutil.rmtree(tmp_path / "run" / "checkpoint-3")
     shutil.rmtree(tmp_path / "run" / "model")
-    launch((*launcher, str(ROOT / "recipes/launch/fsdp2_cpu.yaml"), recipe, *arguments))
+    launch_file("fsdp2_cpu", RECIPE, *told, use_cpu=True)
     again = rows(tmp_path / "run")
     assert again[:2] == first[:2]
     assert again[2]["env/reward_mean"] == pytest.approx(first[2]["env/reward_mean"], rel=1e-3)
     assert again[2]["objective/kl"] == pytest.approx(first[2]["objective/kl"], rel=0.1)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-distributed installs it")
+def test_the_recipe_runs_under_zero_3_with_everything_offloaded_and_goes_on(tmp_path: Path) -> None:
+    """Without a word about the missing GPU, in the precision of the launch file."""
+    told = arguments(tmp_path, "run")
+    launch_file("zero3_offload", RECIPE, *told, mixed_precision="bf16")
+    first = rows(tmp_path / "run")
+    assert [row["iteration"] for row in first] == [1, 2, 3]
+    assert abs(first[0]["objective/kl"]) < 1e-4, "policy and reference start from the same numbers"
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    shutil.rmtree(tmp_path / "run" / "model")
+    launch_file("zero3_offload", RECIPE, *told, mixed_precision="bf16")
+    assert rows(tmp_path / "run") == first
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

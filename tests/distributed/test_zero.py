@@ -16,7 +16,7 @@ from tests.distributed.scenario import Scenario
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra: pip install 'rlhf_ppo[deepspeed]'"),
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-distributed installs it"),
     pytest.mark.filterwarnings("ignore:No dataset is provided"),
     pytest.mark.filterwarnings("ignore:KL divergence is starting to become negative"),
     pytest.mark.filterwarnings("ignore:The average ratio of batch"),
