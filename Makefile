@@ -55,7 +55,7 @@ test-slow: $(STAMP)  ## the tests that take minutes
 
 benchmark: $(STAMP)  ## the figures of docs/performance.md, in an hour or two; goes on where it was interrupted
 	@test -x $(CLASSIC)/bin/python || PYTHON=$(PYTHON) tests/benchmarks/classic_environment.sh $(CLASSIC)
-	@for what in "ppo --classic $(CLASSIC)/bin/python" "ppo --classic $(CLASSIC)/bin/python --bf16 --plain-rounds 0" \
+	@for what in "ppo --classic $(CLASSIC)/bin/python --bf16" \
 		"generation --size small gpt2" scaling "pairs --classic $(CLASSIC)/bin/python" learning table; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.benchmarks.$$what || exit 1; done
 

@@ -288,6 +288,7 @@ if __name__ == "__main__":
     serve(
         {
             "ours": lambda folder, options: Ours(Task.read(folder), options),
+            "bf16": lambda folder, options: Ours(Task.read(folder), options),
             "plain": lambda folder, options: Plain(Task.read(folder), options),
             "classic": lambda folder, options: Classic(Task.read(folder), options),
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "performance.md"
-SIDES = {"ours": "rlhf_ppo", "plain": "plain path", "classic": "TRL 0.11.4"}
+SIDES = {"ours": "rlhf_ppo", "bf16": "rlhf_ppo, bfloat16", "plain": "plain path", "classic": "TRL 0.11.4"}
 PHASES: dict[str, Callable[[dict[str, Any]], float]] = {
     "generate": lambda costs: costs["generate"]["cpu"],
     "score": lambda costs: costs["step"]["score"],
@@ -22,13 +22,14 @@ PHASES: dict[str, Callable[[dict[str, Any]], float]] = {
 
 def iterations(found: dict[str, Any]) -> str:
     """One PPO iteration: a row for each workload and phase."""
-    head = ["workload", "", *SIDES.values(), "TRL / ours", "plain / ours"]
+    head = ["workload", "", *SIDES.values(), "TRL / ours", "TRL / ours in bfloat16", "plain / ours"]
     rows = []
     for name, entry in found.items():
         for phase, cost in PHASES.items():
             of = {side: [cost(costs[side]) for costs in entry["rounds"] if side in costs] for side in SIDES}
             cells = [_median(values) if values else "" for values in of.values()]
-            ratios = [_ratio(of[side], of["ours"]) for side in ("classic", "plain")]
+            pairs_of = (("classic", "ours"), ("classic", "bf16"), ("plain", "ours"))
+            ratios = [_ratio(of[other], of[own]) for other, own in pairs_of]
             rows.append([name, phase, *cells, *ratios])
     return _table(head, rows)
 
@@ -38,15 +39,19 @@ def floors(found: dict[str, Any]) -> str:
     head = ["workload", "update, CPU s", "bare products, CPU s", "update / products", "by torch's own, CPU s"]
     head += ["update / torch's own", "trunk / real tokens", "head rows / response tokens"]
     rows = []
-    for name, entry in found.items():
-        updates = [costs["ours"]["step"]["update"] for costs in entry["rounds"]]
-        bounds = {way: [costs["ours"]["floor"][way] for costs in entry["rounds"]] for way in ("fastest", "torch")}
-        work = entry["rounds"][-1]["ours"]["work"]
+    for name, side, entry in [(name, side, entry) for name, entry in found.items() for side in ("ours", "bf16")]:
+        of = [costs[side] for costs in entry["rounds"] if side in costs]
+        if not of:
+            continue
+        updates = [costs["step"]["update"] for costs in of]
+        bounds = {way: [costs["floor"][way] for costs in of] for way in ("fastest", "torch")}
+        work = of[-1]["work"]
         passes = work["work/real_tokens"] / entry["tokens"]
         cells = [cell for bound in bounds.values() for cell in (_median(bound), _ratio(updates, bound))]
         padding = work["work/trunk_tokens"] / work["work/real_tokens"]
         heads = work["work/head_rows"] / passes / entry["response_tokens"]
-        rows.append([name, _median(updates), *cells, f"{padding:.3f}", f"{heads:.3f}"])
+        words = name if side == "ours" else f"{name}, bfloat16"
+        rows.append([words, _median(updates), *cells, f"{padding:.3f}", f"{heads:.3f}"])
     return _table(head, rows)
 
 
@@ -56,7 +61,7 @@ def equality(found: dict[str, Any]) -> str:
     head += ["parameter change", "rounds"]
     rows = []
     for name, entry in found.items():
-        for side in ("classic", "plain"):
+        for side in ("classic", "plain", "bf16"):
             gaps = [costs["equal"][side] for costs in entry["rounds"] if side in costs["equal"]]
             if gaps:
                 whats = ("statistics", "clipped", "logprobs", "change")
