@@ -29,11 +29,11 @@ from tests.benchmarks.records import ROOT, add_rounds
 from tests.benchmarks.workloads import WORKLOADS, Task, Workload
 
 TOLERANCES = {"statistics": 1e-4, "clipped": 1e-3, "logprobs": 1e-4, "change": 1e-2}
+"""`clipped`: a fraction counts tokens beyond a threshold, so one that stands within rounding of it moves it by a whole
+token: cpu-full passes over 16,384 tokens, and 4 of them are 2.4e-4. One token in a thousand may lie so close."""
 AFTER_A_FLIP = {**TOLERANCES, "statistics": 1e-3}
 """Where a token stood so near to a clip threshold that rounding put it on the other side. Its gradient is then another
 one, and Adam carries that into all later minibatches."""
-"""`clipped`: a fraction counts tokens beyond a threshold, so one that stands within rounding of it moves it by a whole
-token: cpu-full passes over 16,384 tokens, and 4 of them are 2.4e-4. One token in a thousand may lie so close."""
 TOLERANCES_BF16 = {"statistics": 5e-2, "clipped": 5e-2, "logprobs": 5e-2, "change": 0.5}
 """8 bits of mantissa; Adam's first steps go by the sign of a gradient, which small ones lose."""
 
