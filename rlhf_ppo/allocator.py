@@ -13,8 +13,8 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 
 
-KERNELS = 64
-"""Compiled products that oneDNN and torch keep each: several times what one pass of training or decoding needs."""
+KERNELS = 32
+"""Compiled products that oneDNN and torch keep each: twice what one pass of training needs."""
 
 
 def bound_kernel_caches() -> None:

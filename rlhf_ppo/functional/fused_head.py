@@ -23,12 +23,12 @@ Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tenso
 """(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
 
 MOST_BYTES = 31 * 2**20
-"""Of one chunk of float32 logits on a CPU, whatever the vocabulary. The head's gradient is walked through once a chunk,
-so larger ones are faster; blocks of 32 MiB are those that the C library gives back to the system each time."""
+"""Of one chunk of float32 logits on a CPU: blocks of 32 MiB are those that the C library gives back each time."""
+FEWEST = 128
+"""Rows of a chunk, whatever the vocabulary. The head's gradient is walked through once a chunk: with fewer rows that
+would take longer than the products, and the time of a token would grow with the square of the vocabulary."""
 IN_CACHE = 8
 """The part of a chunk whose probabilities stand beside their logits, so that the processor's cache holds both."""
-FEWEST = 16
-"""Rows of a chunk, whatever the vocabulary."""
 ELSEWHERE = 16
 """Times as many bytes on other devices."""
 BLOCK = 4096

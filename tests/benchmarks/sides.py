@@ -119,7 +119,8 @@ class Ours(Side):
 
         config, generator = SamplingConfig(max_new_tokens=self.workload.cap), torch.Generator().manual_seed(3)
         with self.autocast():
-            self.drawn = DecodeLoop()(self.model, self.prompts, config, generator=generator, limits=self.lengths)
+            loop = DecodeLoop(**{} if rows_per_call is None else {"max_rows": rows_per_call})
+            self.drawn = loop(self.model, self.prompts, config, generator=generator, limits=self.lengths)
 
     def learn(self) -> dict[str, Any]:
         statistics: dict[str, Any] = self.trainer.learn(self.responses())

@@ -186,9 +186,9 @@ def test_a_heap_keeps_spare_blocks_where_cuda_keeps_none() -> None:
 
 
 def test_chunks_of_logits_are_larger_on_a_gpu() -> None:
-    """128 tokens of a vocabulary of 200 000 in float32 are 102 MB: one chunk on a GPU, several on a CPU."""
-    plan = replace(SMALL, new_tokens=64)
-    shape = with_layers(GPT2Config(n_embd=8, n_head=1, vocab_size=200_000), 1)
+    """512 tokens of a vocabulary of 50 000 in float32 are 102 MB: one chunk on a GPU, several on a CPU."""
+    plan = replace(SMALL, new_tokens=256)
+    shape = with_layers(GPT2Config(n_embd=8, n_head=1, vocab_size=50_000), 1)
     assert _trace(shape, plan).scoring > 2 * _trace(shape, replace(plan, device="cpu")).scoring
 
 
