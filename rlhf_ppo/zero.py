@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO: on machines without a GPU, too; and what a pass reads in several pieces stays whole under ZeRO-3."""
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,14 +23,15 @@ def engine_arguments(given: dict[str, Any]) -> dict[str, Any]:
     def is_set(name: str) -> bool:
         return os.environ.get(name, "false").lower() == "true"
 
-    if not (is_set("ACCELERATE_USE_DEEPSPEED") or given.get("deepspeed_plugin")) or torch.cuda.is_available():
+    if not (is_set("ACCELERATE_USE_DEEPSPEED") or given.get("deepspeed_plugin")) or torch.accelerator.is_available():
         return given
     if is_set("ACCELERATE_USE_CPU"):
         raise ValueError(
             "expected either DeepSpeed or ACCELERATE_USE_CPU=true, got both: Accelerate would drop DeepSpeed without a "
             "word and train by DDP. Unset ACCELERATE_USE_CPU; without a GPU, DeepSpeed finds the CPU by itself."
         )
-    if PartialState._shared_state:  # the processes are connected already
+    connected_already = bool(PartialState._shared_state)
+    if connected_already or find_spec("deepspeed") is None:  # Accelerate has a message for the second
         return given
     import deepspeed  # an extra
 

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_ppo.functional.logprobs import TokenStatistics
-from rlhf_ppo.functional.masked import at_least_float32
 from rlhf_ppo.functional.products import product
 from rlhf_ppo.functional.shared_gradient import SharedGradient
 
@@ -32,7 +31,8 @@ IN_CACHE = 8
 ELSEWHERE = 16
 """Times as many bytes on other devices."""
 BLOCK = 4096
-"""Rows of the head's gradient that are multiplied at once, so that no second gradient of its size comes to life."""
+"""Tokens of the vocabulary that are multiplied at once on a CPU: both sides of the products stay in the processor's
+cache, and neither a second gradient of the head's size comes to life nor a copy of the head in a kernel's own order."""
 AGREEMENT = 1e-4
 """How far the gradient that arrives may differ from the foreseen one, relative to its largest entry."""
 
@@ -177,7 +177,7 @@ class _Pass:
 
     def _chunk(self, rows: slice, slopes: Slopes) -> None:
         settings = self.settings
-        logits = at_least_float32(product(self.inputs[rows], self.head.t(), self.offset))
+        logits = self._logits(self.inputs[rows])
         if settings.temperature != 1.0:
             logits = logits.div_(settings.temperature)
         if self.offset is not None:
@@ -223,17 +223,32 @@ class _Pass:
         inputs = (self.inputs[rows] * factor).to(self.inputs.dtype)
         if self.of_bias is not None:
             self.of_bias += (factor.t().to(of_logits.dtype) @ of_logits)[0].to(self.of_bias.dtype)
-        of_logits = of_logits.to(self.inputs.dtype)
-        if self.of_hidden is not None:
-            self.of_hidden[rows] = (product(of_logits, self.head) * factor).to(self.of_hidden.dtype)
-        if not self.settings.trains_weight:
-            return
         first = self.of_weight is None
-        if self.of_weight is None:
+        if self.of_weight is None and self.settings.trains_weight:
             self.of_weight = torch.empty_like(self.head, dtype=self.weight_dtype)
-        for start in range(0, len(self.head), BLOCK):
-            block = slice(start, start + BLOCK)
-            if first:
-                self.of_weight[block] = product(of_logits[:, block].t(), inputs)
-            else:
-                self.of_weight[block] += product(of_logits[:, block].t(), inputs).to(self.weight_dtype)
+        of_hidden = torch.zeros_like(inputs, dtype=of_logits.dtype)
+        for block in self._blocks():
+            part = of_logits[:, block].to(self.inputs.dtype).contiguous()
+            if self.of_hidden is not None:
+                of_hidden += product(part, self.head[block])
+            if self.of_weight is not None and first:
+                self.of_weight[block] = product(part.t(), inputs)
+            elif self.of_weight is not None:
+                self.of_weight[block] += product(part.t(), inputs).to(self.weight_dtype)
+        if self.of_hidden is not None:
+            self.of_hidden[rows] = (of_hidden * factor).to(self.of_hidden.dtype)
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        """Of some rows, in at least float32."""
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        logits = torch.empty(len(inputs), len(self.head), dtype=dtype, device=inputs.device)
+        for block in self._blocks():
+            logits[:, block] = product(
+                inputs, self.head[block].t(), None if self.offset is None else self.offset[block]
+            )
+        return logits
+
+    def _blocks(self) -> list[slice]:
+        """Of the vocabulary."""
+        size = BLOCK if self.head.device.type == "cpu" else len(self.head)
+        return [slice(start, start + size) for start in range(0, len(self.head), size)]
