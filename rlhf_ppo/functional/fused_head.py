@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_ppo.functional.logprobs import TokenStatistics
+from rlhf_ppo.functional.masked import at_least_float32
 from rlhf_ppo.functional.products import product
 from rlhf_ppo.functional.shared_gradient import SharedGradient
 
@@ -223,32 +224,41 @@ class _Pass:
         inputs = (self.inputs[rows] * factor).to(self.inputs.dtype)
         if self.of_bias is not None:
             self.of_bias += (factor.t().to(of_logits.dtype) @ of_logits)[0].to(self.of_bias.dtype)
-        first = self.of_weight is None
-        if self.of_weight is None and self.settings.trains_weight:
+        first, blocks = self.of_weight is None, self._blocks()
+        if first and self.settings.trains_weight and len(blocks) > 1:
             self.of_weight = torch.empty_like(self.head, dtype=self.weight_dtype)
         of_hidden = torch.zeros_like(inputs, dtype=of_logits.dtype)
-        for block in self._blocks():
+        for block in blocks:
             part = of_logits[:, block].to(self.inputs.dtype).contiguous()
             if self.of_hidden is not None:
                 of_hidden += product(part, self.head[block])
-            if self.of_weight is not None and first:
-                self.of_weight[block] = product(part.t(), inputs)
-            elif self.of_weight is not None:
-                self.of_weight[block] += product(part.t(), inputs).to(self.weight_dtype)
+            if self.settings.trains_weight:
+                self._take_weight(block, product(part.t(), inputs).to(self.weight_dtype), first=first)
         if self.of_hidden is not None:
             self.of_hidden[rows] = (of_hidden * factor).to(self.of_hidden.dtype)
 
+    def _take_weight(self, block: slice, gradient: Tensor, *, first: bool) -> None:
+        if self.of_weight is None:  # the only block of the first chunk
+            self.of_weight = gradient
+        elif first:
+            self.of_weight[block] = gradient
+        else:
+            self.of_weight[block] += gradient
+
     def _logits(self, inputs: Tensor) -> Tensor:
         """Of some rows, in at least float32."""
+        blocks = self._blocks()
+        if len(blocks) <= 1:
+            return at_least_float32(product(inputs, self.head.t(), self.offset))
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         logits = torch.empty(len(inputs), len(self.head), dtype=dtype, device=inputs.device)
-        for block in self._blocks():
+        for block in blocks:
             logits[:, block] = product(
                 inputs, self.head[block].t(), None if self.offset is None else self.offset[block]
             )
         return logits
 
     def _blocks(self) -> list[slice]:
-        """Of the vocabulary."""
+        """Of the vocabulary; all of it at once where there is no cache to fit into."""
         size = BLOCK if self.head.device.type == "cpu" else len(self.head)
         return [slice(start, start + size) for start in range(0, len(self.head), size)]
