@@ -181,9 +181,9 @@ class _Pass:
         logits = self._logits(self.inputs[rows])
         if settings.temperature != 1.0:
             logits = logits.div_(settings.temperature)
+        chosen, largest = logits.gather(-1, self.tokens[rows, None]), logits.amax(dim=-1, keepdim=True)
         if self.offset is not None:
             logits.clamp_(min=-1e30)  # 0 x -inf is nan: an impossible token adds nothing to the entropy
-        chosen, largest = logits.gather(-1, self.tokens[rows, None]), logits.amax(dim=-1, keepdim=True)
         log_sum, mean_logit = self._to_probabilities(logits)
         self.logprobs[rows] = (chosen - largest - log_sum).squeeze(-1)
         if settings.with_entropy:
@@ -192,16 +192,18 @@ class _Pass:
             self.logprobs[rows], self.entropy[rows] if settings.with_entropy else None, rows
         )
         self.of_logprobs[rows] = of_logprobs
-        # The gradient of the logits is `factor` times what the buffer of the logits comes to hold.
-        buffer, factor, own = logits, -of_logprobs[:, None], torch.ones_like(chosen)
+        # Where the probabilities stand, the gradient of the logits comes to stand, up to a factor for each row.
+        scale = of_logprobs[:, None]
+        own, factor = torch.ones_like(chosen), -scale
         if of_entropy is not None and bool((of_entropy != 0).any()):
             # ∂H/∂z_j = -p_j (log p_j + H)
             self.of_entropy[rows] = of_entropy
-            slope, own, factor = of_entropy[:, None], of_logprobs[:, None], -torch.ones_like(chosen)
-            logarithms = torch.xlogy(buffer, buffer).mul_(slope)
-            buffer = buffer.mul_(own + slope * self.entropy[rows, None]).add_(logarithms)
-        buffer.scatter_add_(-1, self.tokens[rows, None], -own.to(buffer.dtype))
-        self._take(rows, buffer, factor / settings.temperature)
+            slope = of_entropy[:, None]
+            p_log_p = torch.xlogy(logits, logits)
+            logits.mul_(scale + slope * self.entropy[rows, None]).add_(p_log_p.mul_(slope))
+            own, factor = scale, -own
+        logits.scatter_add_(-1, self.tokens[rows, None], -own.to(logits.dtype))
+        self._take(rows, logits, factor / settings.temperature)
 
     def _to_probabilities(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Tensor, Tensor]:
         """Put probabilities in the place of logits; log Σ exp(z - max z), and Σ p z where entropy is wanted, [rows, 1].

@@ -55,7 +55,8 @@ def test_fused_statistics_and_gradients_equal_the_plain_ones(
     chunk_size: int, ent_coef: float, temperature: float, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`scale` is what loss scaling or the number of processes does to every slope."""
-    monkeypatch.setattr(fused_head, "BLOCK", 4)  # the head's gradient is added in blocks
+    monkeypatch.setattr(fused_head, "BLOCK", 4)  # the head is multiplied in blocks
+    monkeypatch.setattr(fused_head, "IN_CACHE", fused_head.MOST_BYTES // (3 * 4 * VOCAB))  # and seen by three rows
     hidden, weight, bias, tokens = parts()
     settings: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
     results = []
@@ -160,3 +161,15 @@ def test_a_second_backward_pass_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="got a second"):
         loss.backward()
+
+
+def test_an_impossible_token_has_no_probability_and_leaves_the_entropy_finite() -> None:
+    hidden, weight, bias, tokens = parts()
+    barred = torch.zeros(VOCAB, dtype=bias.dtype)
+    barred[tokens[0]] = -torch.inf
+    results = []
+    for compute in (lambda *given: fused_token_statistics(*given, slopes=slopes(0.0)), plain):
+        found = compute(hidden, weight, bias + barred, tokens)
+        results.append((found.logprobs, found.entropy))
+    assert results[0][0][0] == -torch.inf and bool(results[0][1].isfinite().all())
+    assert_close(results[0], results[1])
