@@ -45,7 +45,7 @@ def together(scenarios_: dict[str, Scenario], folder: Path, *, file: str = "ddp"
     wishes = json.dumps([asdict(scenario) for scenario in scenarios_.values()])
     launch_file(
         file, Path(scenarios.__file__), wishes, str(folder), processes=len(ranks),
-        mixed_precision=first.mixed_precision, use_cpu=not file.startswith("zero"),
+        mixed_precision=first.mixed_precision,
     )  # fmt: skip
     return {
         name: [Outcome(**torch.load(folder / f"{number}-{rank}.pt", weights_only=False)) for rank in ranks]

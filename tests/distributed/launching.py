@@ -22,7 +22,7 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def torchrun(processes: int, script: Path, *arguments: str, timeout: float = PATIENCE, use_cpu: bool = True) -> str:
+def torchrun(processes: int, script: Path, *arguments: str, timeout: float = PATIENCE) -> str:
     """Run `script` under torchrun; returns its output.
 
     Args:
@@ -30,10 +30,9 @@ def torchrun(processes: int, script: Path, *arguments: str, timeout: float = PAT
         script: A Python file.
         arguments: Of the script.
         timeout: Seconds until all processes are killed.
-        use_cpu: Tell Accelerate to; under DeepSpeed that would silently switch DeepSpeed off.
     """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-    return launch((*launcher, str(script), *arguments), timeout=timeout, use_cpu=use_cpu)
+    return launch((*launcher, str(script), *arguments), timeout=timeout)
 
 
 def launch_file(
@@ -42,10 +41,9 @@ def launch_file(
     *arguments: str,
     processes: int = 2,
     mixed_precision: str = "no",
-    use_cpu: bool = False,
     expect: int = 0,
 ) -> str:
-    """Run `script` under `accelerate launch` with a file of recipes/launch, for this many processes; its output.
+    """Run `script` under `accelerate launch` with a file of recipes/launch, for this many CPU processes; its output.
 
     Args:
         name: Of the file, without its ending.
@@ -53,12 +51,12 @@ def launch_file(
         arguments: Of the script.
         processes: How many.
         mixed_precision: Instead of the file's.
-        use_cpu: Tell Accelerate to; under DeepSpeed that would be refused.
         expect: 0, or anything else for a failure.
     """
     launcher = ("-m", "accelerate.commands.launch", "--main_process_port", "0")  # 0: any that is free
     file = ("--config_file", str(ROOT / "recipes" / "launch" / f"{name}.yaml"))
     size = ("--num_processes", str(processes), "--mixed_precision", mixed_precision)
+    use_cpu = not name.startswith("zero")  # under DeepSpeed that would be refused
     return launch((*launcher, *file, *size, str(script), *arguments), use_cpu=use_cpu, expect=expect)
 
 

@@ -142,8 +142,7 @@ if __name__ == "__main__":
         trainer().train(dies_on_process_one, replace(unjudged(Path(sys.argv[2])), resume=False))
     else:
         here, stage = Path(sys.argv[2]), int(sys.argv[3])
-        if stage == 3:
-            small_parameters_in_parts()
+        small_parameters_in_parts()
         main(here)
         if not stage:
             adapted(here)

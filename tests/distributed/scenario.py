@@ -152,6 +152,8 @@ def fsdp2() -> Iterator[None]:
 
 def small_parameters_in_parts() -> None:
     """Let ZeRO-3 share out even the smallest parameters, as all of these models' are; it would leave them whole."""
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") != "3":
+        return
     from accelerate.utils import DeepSpeedPlugin
 
     made = DeepSpeedPlugin.__post_init__
@@ -226,8 +228,7 @@ def _sabotage(trainer: PPOTrainer, what: str | None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        small_parameters_in_parts()
+    small_parameters_in_parts()
     for number, wished in enumerate(json.loads(sys.argv[1])):
         print(f"scenario {number}: {wished}", flush=True)
         scenario = Scenario(**{**wished, "shares": tuple(wished["shares"])})

@@ -94,7 +94,7 @@ def test_what_the_file_launches_takes_the_steps_of_one_process(name: str, tmp_pa
 @pytest.mark.distributed
 def test_what_needs_a_gpu_says_so_where_there_is_none(tmp_path: Path) -> None:
     wishes = json.dumps([{"shares": [5, 4]}])
-    said = launch_file("fsdp2_offload", Path(scenario.__file__), wishes, str(tmp_path), use_cpu=True, expect=1)
+    said = launch_file("fsdp2_offload", Path(scenario.__file__), wishes, str(tmp_path), expect=1)
     assert "FSDP2's offload pins memory for an accelerator, and there is none" in said
 
 

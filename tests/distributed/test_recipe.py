@@ -42,7 +42,7 @@ def test_the_recipe_runs_on_two_processes_and_resumes(tmp_path: Path) -> None:
     computes in bfloat16 where the processor can.
     """
     told = arguments(tmp_path, "run")
-    output = launch_file("cpu_2", RECIPE, *told, use_cpu=True)
+    output = launch_file("cpu_2", RECIPE, *told)
     assert output.count("[4/5] PPO") == 1
     first = rows(tmp_path / "run")
     assert [row["iteration"] for row in first] == [1, 2, 3]
@@ -50,7 +50,7 @@ def test_the_recipe_runs_on_two_processes_and_resumes(tmp_path: Path) -> None:
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 9
     shutil.rmtree(tmp_path / "run" / "checkpoint-3")
     shutil.rmtree(tmp_path / "run" / "model")
-    launch_file("fsdp2_cpu", RECIPE, *told, use_cpu=True)
+    launch_file("fsdp2_cpu", RECIPE, *told)
     again = rows(tmp_path / "run")
     assert again[:2] == first[:2]
     assert again[2]["env/reward_mean"] == pytest.approx(first[2]["env/reward_mean"], rel=1e-3)
