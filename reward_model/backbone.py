@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -53,6 +54,11 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
         initialise_head(model, seed=seed)
     separate_padding(model, tokenizer)
     return model, tokenizer
+
+
+def layers_of(model: Any) -> Any:
+    """What lies below the scalar head of a sequence classifier, whether adapters wrap it or not."""
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
 
 
 def head_name(model: nn.Module) -> str:

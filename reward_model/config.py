@@ -47,6 +47,10 @@ class RewardModelConfig:
     """Arithmetic of the forward pass (weights stay float32); auto is bfloat16 on GPUs that have it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a fifth more time."""
+    packing: bool = True
+    """On a CPU, texts of unequal length run side by side instead of padded, where the model computes the same."""
+    fast_products: bool = True
+    """On a CPU, matrix products in float32 run on oneDNN where it is clearly faster than torch's own."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
 

@@ -1,7 +1,8 @@
 """The trained reward model as PPO uses it: texts in, one float a text out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from reward_model.backbone import head_name, longest_input
+from reward_model.backbone import head_name, layers_of, longest_input
 from reward_model.contract import Contract, ContractError, tokenizer_sha256
 from reward_model.text import Texts, encode, prepare_tokenizer
 from rlhf_ppo.batch import cut, pad_rows
+from rlhf_ppo.models.packing import can_be_packed
 from rlhf_ppo.models.placing import own_device
+from rlhf_ppo.models.unpadded import unpadded
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -38,6 +41,8 @@ class RewardModel:
         self.tokenizer = prepare_tokenizer(tokenizer, contract.text, source=contract.base or "the reward model")
         self.contract = contract
         self.max_tokens = max_tokens
+        self._packs: bool | None = None
+        """Whether rows of unequal length run side by side on a CPU; None: not tried yet."""
 
     @classmethod
     def from_pretrained(
@@ -171,8 +176,18 @@ class RewardModel:
         mask = pad_rows([torch.ones_like(row) for row in ids], value=0)
         padded = pad_rows(ids, value=self.tokenizer.pad_token_id)
         device = self.model.device
-        logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
+        with self._unpadded(ids):
+            logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
         return logits.squeeze(-1).float().cpu()  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _unpadded(self, rows: list[torch.Tensor]) -> Iterator[None]:
+        """Inside, on a CPU, padding does not go through the layers; products stay torch's own, to the last bit."""
+        layers = layers_of(self.model)
+        if self._packs is None and len({len(row) for row in rows}) > 1:
+            self._packs = self.model.device.type == "cpu" and can_be_packed(layers, rows)
+        with unpadded(layers) if self._packs else nullcontext():
+            yield
 
 
 def load_classifier(folder: Path, contract: Contract, *, dtype: torch.dtype) -> Any:

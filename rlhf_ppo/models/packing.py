@@ -5,7 +5,7 @@ for each length, over the rows of that length: no mask, no padding, and torch's 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -46,15 +46,15 @@ def padded_hidden(model: Any, rows: Sequence[Tensor]) -> Hidden:
     return Hidden(output.last_hidden_state.flatten(0, 1), [width * i for i in range(len(rows))], ids.numel())
 
 
-def packed_hidden(model: Any, rows: Sequence[Tensor]) -> Hidden:
-    """Rows beside each other, those of one length together."""
+def packed_hidden(model: Any, rows: Sequence[Tensor], *, run: Callable[..., Any] | None = None) -> Hidden:
+    """Rows beside each other, those of one length together, through `model`, or through `run` in its place."""
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     lengths = [len(rows[row]) for row in order]
     runs = [(len(list(group)), length) for length, group in groupby(lengths)]
     ids = torch.cat([rows[row] for row in order])[None]
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
     with _attention(model.config, NAME):
-        output = model(input_ids=ids, position_ids=positions, use_cache=False, packed_runs=runs)
+        output = (run or model)(input_ids=ids, position_ids=positions, use_cache=False, packed_runs=runs)
     starts, begin = [0] * len(rows), 0
     for row, length in zip(order, lengths, strict=True):
         starts[row] = begin
