@@ -13,8 +13,8 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 
 
-KERNELS = 32
-"""Compiled products that oneDNN and torch keep each: twice what one pass of training needs."""
+KERNELS = 24
+"""Compiled products that oneDNN and torch keep each: a little more than one pass of training needs."""
 
 
 def bound_kernel_caches() -> None:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_ppo.functional.products import bfloat16_is_faster, fits_onednn, linear, low_linear, onednn_is_faster
 from rlhf_ppo.functional.shared_gradient import SharedGradient, shared_embedding
+from rlhf_ppo.models.fused_modules import fused_class, plain_class
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,8 @@ class FusedGELU(NewGELUActivation):
         return nn.functional.gelu(input, approximate="tanh")
 
 
-FASTER: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: FastLinear, Conv1D: FastConv1D, NewGELUActivation: FusedGELU,
-}  # fmt: skip
+PRODUCTS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FastLinear, Conv1D: FastConv1D}
+FASTER = PRODUCTS | {NewGELUActivation: FusedGELU}
 PLAIN = {fast: plain for plain, fast in FASTER.items()}
 
 
@@ -89,21 +89,29 @@ def use_fast_layers(model: nn.Module, *, product_dtype: torch.dtype | None = Non
     if product_dtype is not None and not bfloat16_is_faster():
         logger.warning("products stay in float32: on this CPU those in %s are not faster", product_dtype)
         product_dtype = None
-    if product_dtype is None and not onednn_is_faster():
-        return 0
-    found = [module for module in model.modules() if type(module) in FASTER]
-    for module in found:
-        module.__class__ = FASTER[type(module)]
+    products = product_dtype is not None or onednn_is_faster()
+    count = 0
+    for module in list(model.modules()):
+        faster = FASTER.get(type(module)) or fused_class(module)
+        if faster is None or (type(module) in PRODUCTS and not products):
+            continue
+        module.__class__ = faster
+        count += 1
         if isinstance(module, FastLinear | FastConv1D) and min(module.weight.shape) >= NARROW:
             module.product_dtype = product_dtype
-    return len(found)
+    return count
 
 
 def use_plain_layers(model: nn.Module) -> None:
     """Undo `use_fast_layers`."""
-    for module in model.modules():
-        if type(module) in PLAIN:
-            module.__class__ = PLAIN[type(module)]
+    for module, plain in _exchanged(model).items():
+        module.__class__ = plain
+
+
+def _exchanged(model: nn.Module) -> dict[nn.Module, type[nn.Module]]:
+    """The modules that are fast ones now, with the classes that they had."""
+    plain = {module: PLAIN.get(type(module)) or plain_class(module) for module in model.modules()}
+    return {module: kind for module, kind in plain.items() if kind is not None}
 
 
 @contextmanager
@@ -112,7 +120,7 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
 
     Nobody may move the weights inside: products of a lower precision use a copy made at the entrance.
     """
-    before = {module for module in model.modules() if type(module) in PLAIN}
+    before = _exchanged(model)
     use_fast_layers(model)
     low = [layer for layer in model.modules() if isinstance(layer, _Low) and layer.product_dtype is not None]
     for layer in low:
@@ -122,15 +130,15 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in low:
             layer.kept = None
-        for module in model.modules():
-            if type(module) in PLAIN and module not in before:
-                module.__class__ = PLAIN[type(module)]
+        for module, plain in _exchanged(model).items():
+            if module not in before:
+                module.__class__ = plain
 
 
 @contextmanager
 def plain_layers(model: nn.Module) -> Iterator[None]:
     """Inside, the layers of `model` are torch's and transformers' own; those that were fast are so again afterwards."""
-    fast = [(module, type(module)) for module in model.modules() if type(module) in PLAIN]
+    fast = [(module, type(module)) for module in _exchanged(model)]
     use_plain_layers(model)
     try:
         yield

@@ -142,6 +142,11 @@ class RewardOnPolicy:
         """Where the policy is."""
         return next(self.policy.parameters()).device
 
+    @property
+    def base_model(self) -> Any:
+        """The layers that it shares with the policy."""
+        return adapters.layers_of(self.policy.pretrained_model)
+
     def eval(self) -> "RewardOnPolicy":
         """Itself: it is never in training mode."""
         return self
