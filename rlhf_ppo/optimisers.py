@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -80,3 +80,24 @@ def adam(
         return TensorFlowAdam(parameters, lr, eps=eps)
     fused = fused and all(parameter.is_floating_point() for parameter in parameters)
     return Adam(parameters, lr=lr, eps=eps, fused=fused or None)
+
+
+def create_moments(optimizer: Optimizer) -> None:
+    """Let Adam's moments come to life now instead of at the first step, behind the first gradients.
+
+    A gradient that comes to lie below them in memory leaves a hole when it is forgotten, into which activations and
+    logits go first, and no gradient of that size any more. Values and steps are the same. Other optimisers, and moments
+    that are there already, are left alone.
+    """
+    plain = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if type(plain) not in (Adam, AdamW):
+        return
+    for group in plain.param_groups:
+        if group["amsgrad"] or group["capturable"]:
+            continue
+        for parameter in group["params"]:
+            if parameter.requires_grad and not plain.state.get(parameter):
+                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                plain.state[parameter] = {
+                    "step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone(),
+                }  # fmt: skip

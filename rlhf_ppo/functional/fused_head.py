@@ -24,7 +24,7 @@ Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tenso
 
 MOST_BYTES = 31 * 2**20
 """Of one chunk of float32 logits on a CPU: blocks of 32 MiB are those that the C library gives back each time."""
-FEWEST = 128
+FEWEST = 64
 """Rows of a chunk, whatever the vocabulary. The head's gradient is walked through once a chunk: with fewer rows that
 would take longer than the products, and the time of a token would grow with the square of the vocabulary."""
 IN_CACHE = 8
@@ -43,7 +43,7 @@ class _Settings:
     temperature: float
     chunk_size: int
     with_entropy: bool
-    slopes: Slopes
+    slopes: Slopes | None
     dtype: torch.dtype | None
     shared: SharedGradient | None
     trains_hidden: bool
@@ -57,7 +57,7 @@ def fused_token_statistics(
     bias: Float[Tensor, " vocab"] | None,
     tokens: Int[Tensor, " tokens"],
     *,
-    slopes: Slopes,
+    slopes: Slopes | None,
     temperature: float = 1.0,
     chunk_size: int = 1024,
     with_entropy: bool = True,
@@ -75,14 +75,17 @@ def fused_token_statistics(
         weight: Of the LM head, `logits = hidden weight^T + bias`.
         bias: Of the LM head.
         tokens: The tokens drawn there.
-        slopes: The loss's derivatives at each token, given the token's log-probability and entropy.
+        slopes: The loss's derivatives at each token, given the token's log-probability and entropy; None without a
+            gradient, where the same walk scores alone.
         temperature: What the logits are divided by.
         chunk_size: Tokens at a time, at most; fewer where their logits would take more than 16 MiB (CPU) or 256 MiB.
         with_entropy: Also the entropy, which costs one more pass over each chunk.
         product_dtype: Of the three products; None: that of the states.
         shared: Takes the weight's gradient, for the embedding of the same weight that `hidden` comes from.
     """
-    rows = rows_at_once(chunk_size, len(weight), weight.device)
+    if slopes is None and torch.is_grad_enabled():
+        raise ValueError("expected slopes where gradients are taken, got None: the head would get no gradient.")
+    rows = min(chunk_size, _rows_in(MOST_BYTES, len(weight), weight.device, 1 if slopes is None else FEWEST))
     trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     shared = shared if trained[0] else None  # the embedding's turn comes through the states
     settings = _Settings(temperature, rows, with_entropy, slopes, product_dtype, shared, *trained)
@@ -91,8 +94,8 @@ def fused_token_statistics(
 
 
 def rows_at_once(chunk_size: int, vocab: int, device: torch.device) -> int:
-    """Tokens whose logits live at once: `chunk_size`, or fewer where that would take too many bytes."""
-    return min(chunk_size, _rows_in(MOST_BYTES, vocab, device, FEWEST))
+    """Tokens whose logits live at once without a gradient: `chunk_size`, or fewer where they take too many bytes."""
+    return min(chunk_size, _rows_in(MOST_BYTES, vocab, device))
 
 
 def _rows_in(most: int, vocab: int, device: torch.device, fewest: int = 1) -> int:
@@ -170,13 +173,13 @@ class _Pass:
         self.of_bias = torch.zeros_like(bias) if bias is not None and settings.trains_bias else None
         self.weight_dtype = weight.dtype
 
-    def run(self, slopes: Slopes) -> None:
+    def run(self, slopes: Slopes | None) -> None:
         for start in range(0, len(self.tokens), self.settings.chunk_size):
             self._chunk(slice(start, start + self.settings.chunk_size), slopes)
         if self.settings.trains_weight and self.of_weight is None:  # no tokens
             self.of_weight = torch.zeros_like(self.head, dtype=self.weight_dtype)
 
-    def _chunk(self, rows: slice, slopes: Slopes) -> None:
+    def _chunk(self, rows: slice, slopes: Slopes | None) -> None:
         settings = self.settings
         logits = self._logits(self.inputs[rows])
         if settings.temperature != 1.0:
@@ -188,6 +191,8 @@ class _Pass:
         self.logprobs[rows] = (chosen - largest - log_sum).squeeze(-1)
         if settings.with_entropy:
             self.entropy[rows] = (largest + log_sum - mean_logit).squeeze(-1)
+        if slopes is None:
+            return
         of_logprobs, of_entropy = slopes(
             self.logprobs[rows], self.entropy[rows] if settings.with_entropy else None, rows
         )

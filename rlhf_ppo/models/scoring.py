@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from rlhf_ppo.functional import TokenStatistics, categorical_metric, chunked_cat
 from rlhf_ppo.functional.fused_head import Slopes, fused_token_statistics, rows_at_once
 from rlhf_ppo.functional.shared_gradient import SharedGradient
 from rlhf_ppo.functional.trust_region import Metric
-from rlhf_ppo.models.fast_layers import fast_layers, is_plain_head, shared_with_head
+from rlhf_ppo.models.fast_layers import is_plain_head, shared_with_head
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 from rlhf_ppo.models.trunk import Trunk
 
@@ -123,18 +123,15 @@ class TokenPolicy(nn.Module):
     ) -> TokenStatistics:
         head = self._head()
         settings: dict[str, Any] = {"temperature": self.temperature, "with_entropy": with_entropy}
-        if slopes is not None and isinstance(head, nn.Linear):
-            settings |= {"product_dtype": getattr(head, "product_dtype", None), "shared": shared}
+        scores = self.fused_head and not torch.is_grad_enabled() and is_plain_head(head)
+        if isinstance(head, nn.Linear) and (slopes is not None or scores):
+            settings |= {"product_dtype": getattr(head, "product_dtype", None), "shared": shared, "slopes": slopes}
             return fused_token_statistics(
-                acting, head.weight, head.bias, tokens, slopes=slopes, chunk_size=self.chunk_size, **settings
+                acting, head.weight, head.bias, tokens, chunk_size=self.chunk_size, **settings
             )
         vocab = getattr(head, "weight", tokens).shape[0]
         rows = rows_at_once(self.chunk_size, vocab, acting.device)
-        low = getattr(head, "product_dtype", None) is not None and not torch.is_grad_enabled()
-        with (
-            fast_layers(cast("nn.Module", head)) if low else nullcontext()
-        ):  # one low copy of the weight for all chunks
-            return chunked_token_statistics(head, acting, tokens, chunk_size=rows, **settings)
+        return chunked_token_statistics(head, acting, tokens, chunk_size=rows, **settings)
 
     @torch.no_grad()
     def snapshot(self, inputs: TokenInputs) -> Float[Tensor, "batch time hidden"]:

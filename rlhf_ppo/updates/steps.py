@@ -14,6 +14,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rlhf_ppo.optimisers import create_moments
+
 
 @runtime_checkable
 class Steps(Protocol):
@@ -46,9 +48,12 @@ class PlainSteps:
     def __init__(self, policy: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> None:
         self.policy, self.optimizer, self.accelerator = policy, optimizer, accelerator
         self.parameters = list(policy.parameters())  # once: a walk through all modules costs as much as a small step
+        self._on_cpu = accelerator.device.type == "cpu" and accelerator.distributed_type != DistributedType.FSDP
         self._norm = math.nan
 
     def piece(self, *, last: bool) -> AbstractContextManager[object]:
+        if self._on_cpu and not self.optimizer.state:
+            create_moments(self.optimizer)
         synchronise: AbstractContextManager[object] = nullcontext() if last else self.accelerator.no_sync(self.policy)
         return synchronise
 

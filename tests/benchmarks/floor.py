@@ -1,7 +1,7 @@
 """The least that an update can cost: its matrix products, nothing else."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,12 @@ def update_floor(model: Any, workload: Workload, dtype: torch.dtype) -> dict[str
     """CPU seconds of the products of all optimiser steps, forward once and backward twice.
 
     Every linear layer of the trunk sees the real tokens of a minibatch in one product, the LM head its response
-    tokens. Attention, norms, softmax and the optimiser are left out: a lower bound.
+    tokens; in attention, the queries of each row see its keys. Norms, softmax, activations and the optimiser are left
+    out: a lower bound.
 
     Returns:
-        `torch`: by `torch.mm` into memory that is there already; `fastest`: by the faster of that and oneDNN.
+        Of the products with weights: `torch`, by `torch.mm` into memory that is there already; `fastest`, by the
+        faster of that and oneDNN. `attention`: the products of attention, by the faster of `torch.bmm` and oneDNN.
     """
     head = model.get_output_embeddings().weight.to(dtype)
     trunk = [layer for layer in model.base_model.modules() if isinstance(layer, nn.Linear | Conv1D)]
@@ -34,7 +36,7 @@ def update_floor(model: Any, workload: Workload, dtype: torch.dtype) -> dict[str
     weights = [weight.to(dtype) for weight in weights]
     lengths = torch.tensor(workload.lengths())
     generator = torch.Generator().manual_seed(0)
-    found = {"torch": 0.0, "fastest": 0.0}
+    found = {"torch": 0.0, "fastest": 0.0, "attention": 0.0}
     for _ in range(workload.epochs):
         for rows in torch.randperm(workload.rows, generator=generator).split(workload.minibatch):
             responses = int(lengths[rows].sum())
@@ -43,7 +45,25 @@ def update_floor(model: Any, workload: Workload, dtype: torch.dtype) -> dict[str
                 by_torch, by_the_other = layer_seconds(weight, inputs)
                 found["torch"] += by_torch
                 found["fastest"] += min(by_torch, by_the_other)
+            row_lengths = (lengths[rows] + workload.prompt).tolist()
+            found["attention"] += workload.layers * sum(attention_seconds(workload, row, dtype) for row in row_lengths)
     return found
+
+
+def attention_seconds(workload: Workload, length: int, dtype: torch.dtype) -> float:
+    """CPU seconds of the six products of one layer for one row: scores and output, the gradients of what they are of.
+
+    Whole squares: what a token does not see is multiplied, too.
+    """
+    q, k, v, grad = torch.randn(4, workload.heads, length, workload.width // workload.heads).to(dtype)
+    weights = torch.rand(workload.heads, length, length).to(dtype)
+    forward = [(q, k.mT), (weights, v)]
+    backward = [(weights.mT, grad), (grad, v.mT), (weights, k), (weights.mT, q)]
+    products = forward + backward
+    ways: list[list[Callable[[], object]]] = [[partial(torch.bmm, a, b) for a, b in products]]
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        ways.append([partial(by_onednn, a, b) for pair in products for a, b in zip(*pair, strict=True)])
+    return min(_seconds(way) for way in ways)
 
 
 def layer_seconds(weight: Tensor, tokens: int) -> tuple[float, float]:
@@ -52,15 +72,17 @@ def layer_seconds(weight: Tensor, tokens: int) -> tuple[float, float]:
     x, y = torch.randn(tokens, inputs).to(weight), torch.randn(tokens, outputs).to(weight)
     operands = ((x, weight.T), (y, weight), (y.T, x))
     results = [x.new_ones(a.shape[0], b.shape[1]) for a, b in operands]
-    ways: list[list[Callable[[], Tensor]]] = [
+    ways: list[list[Callable[[], object]]] = [
         [partial(torch.mm, a, b, out=result) for (a, b), result in zip(operands, results, strict=True)]
     ]
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         ways.append([partial(by_onednn, a, b) for a, b in operands])
-    seconds = []
-    for products in ways:
-        start = time.process_time()
-        for multiply in products:
-            multiply()
-        seconds.append(time.process_time() - start)
+    seconds = [_seconds(way) for way in ways]
     return seconds[0], seconds[-1]
+
+
+def _seconds(products: Sequence[Callable[[], object]]) -> float:
+    start = time.process_time()
+    for multiply in products:
+        multiply()
+    return time.process_time() - start

@@ -36,18 +36,22 @@ def iterations(found: dict[str, Any]) -> str:
 
 def floors(found: dict[str, Any]) -> str:
     """The update beside its bare matrix products, and counted work."""
-    head = ["workload", "update, CPU s", "bare products, CPU s", "update / products", "by torch's own, CPU s"]
-    head += ["update / torch's own", "trunk / real tokens", "head rows / response tokens"]
+    head = ["workload", "update, CPU s", "bare products, CPU s", "update / products"]
+    head += ["with weights alone, CPU s", "update / those", "those by torch's own, CPU s", "update / torch's own"]
+    head += ["trunk / real tokens", "head rows / response tokens"]
     rows = []
     for name, side, entry in [(name, side, entry) for name, entry in found.items() for side in ("ours", "bf16")]:
         of = [costs[side] for costs in entry["rounds"] if side in costs]
         if not of:
             continue
         updates = [costs["step"]["update"] for costs in of]
-        bounds = {way: [costs["floor"][way] for costs in of] for way in ("fastest", "torch")}
+        bounds = {way: [costs["floor"][way] for costs in of] for way in ("fastest", "attention", "torch")}
+        bounds["all"] = [sum(both) for both in zip(bounds["fastest"], bounds["attention"], strict=True)]
         work = of[-1]["work"]
         passes = work["work/real_tokens"] / entry["tokens"]
-        cells = [cell for bound in bounds.values() for cell in (_median(bound), _ratio(updates, bound))]
+        cells = [
+            cell for way in ("all", "fastest", "torch") for cell in (_median(bounds[way]), _ratio(updates, bounds[way]))
+        ]
         padding = work["work/trunk_tokens"] / work["work/real_tokens"]
         heads = work["work/head_rows"] / passes / entry["response_tokens"]
         words = name if side == "ours" else f"{name}, bfloat16"

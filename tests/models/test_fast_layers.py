@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -181,19 +182,42 @@ def test_scoring_in_chunks_casts_the_head_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fast_layers, "bfloat16_is_faster", lambda: True)
     model = llama()
     use_fast_layers(model, product_dtype=torch.bfloat16)
-    kept: list[bool] = []
-    low_linear = fast_layers.low_linear
-
-    def watched(x: torch.Tensor, weight: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
-        if weight is model.lm_head.weight:
-            kept.append(settings["kept"] is not None)
-        return low_linear(x, weight, *arguments, **settings)
-
-    monkeypatch.setattr(fast_layers, "low_linear", watched)
     inputs = TokenInputs(prompts=[torch.arange(1, 4)], responses=[torch.arange(1, 41)])
-    with torch.no_grad():
+    casts: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten._to_copy.default and args[0].shape == model.lm_head.weight.shape:
+                casts.append(str(kwargs["dtype"]))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
         TokenPolicy(model, chunk_size=16)(inputs)
-    assert kept == [True, True, True] and model.lm_head.kept is None
+    assert casts == ["torch.bfloat16"]
+
+
+def test_scoring_has_no_work_space_of_the_heads_size() -> None:
+    """A product with the whole head has one in a kernel's own order, kept for each number of rows."""
+    torch.manual_seed(0)
+    vocab, width = 20_000, 64
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, vocab_size=vocab, pad_token_id=0)).eval()
+    use_fast_layers(model)
+    shapes: list[tuple[int, ...]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.mkldnn._linear_pointwise.default:
+                shapes.append(tuple(args[1].shape))
+            return function(*args, **(kwargs or {}))
+
+    inputs = TokenInputs(prompts=[torch.arange(1, 4)], responses=[torch.arange(1, 41)])
+    with torch.no_grad(), Watch():
+        fused = TokenPolicy(model)(inputs)
+    assert sum(rows for rows, _ in shapes if rows > 64) == vocab and max(shapes)[0] <= 4096
+    with torch.no_grad():
+        plain = TokenPolicy(model, fused_head=False)(inputs)
+    assert_close(fused.logprobs, plain.logprobs, rtol=0, atol=1e-5)
 
 
 def tied_policy(vocab: int = 97, width: int = 32) -> Any:
