@@ -24,7 +24,7 @@ Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tenso
 
 MOST_BYTES = 31 * 2**20
 """Of one chunk of float32 logits on a CPU: blocks of 32 MiB are those that the C library gives back each time."""
-FEWEST = 64
+FEWEST = 96
 """Rows of a chunk, whatever the vocabulary. The head's gradient is walked through once a chunk: with fewer rows that
 would take longer than the products, and the time of a token would grow with the square of the vocabulary."""
 IN_CACHE = 8
