@@ -5,10 +5,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rlhf_ppo.optimisers import TensorFlowAdam, adam, create_moments, linear_to_zero
+from tests.test_classic import trainer_of
 
 
 def quadratic(parameter: nn.Parameter) -> Tensor:
@@ -109,3 +111,23 @@ def test_moments_of_other_optimisers_are_their_own_business() -> None:
     ):  # fmt: skip
         create_moments(optimizer)
         assert not optimizer.state
+
+
+def test_a_trainers_moments_are_there_before_its_first_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the first gradients in memory, they leave a hole that no later gradient of that size fits into."""
+    trainer = trainer_of()
+    seen: list[tuple[int, int]] = []
+    plain = Accelerator.backward
+
+    def watched(accelerator: Accelerator, loss: Tensor, **settings: object) -> None:
+        moments = sum("exp_avg" in state for state in trainer.optimizer.state.values())
+        gradients = sum(parameter.grad is not None for parameter in trainer.model.parameters())
+        seen.append((moments, gradients))
+        plain(accelerator, loss, **settings)
+
+    monkeypatch.setattr(Accelerator, "backward", watched)
+    queries = [torch.tensor([3, 4, 5]), torch.tensor([6, 7])]
+    responses = [torch.tensor([8, 9]), torch.tensor([10, 11, 12])]
+    trainer.step(queries, responses, [torch.tensor(1.0), torch.tensor(-1.0)])
+    trained = sum(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert seen[0] == (trained, 0)

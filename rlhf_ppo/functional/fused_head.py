@@ -78,7 +78,7 @@ def fused_token_statistics(
         slopes: The loss's derivatives at each token, given the token's log-probability and entropy; None without a
             gradient, where the same walk scores alone.
         temperature: What the logits are divided by.
-        chunk_size: Tokens at a time, at most; fewer where their logits would take more than 16 MiB (CPU) or 256 MiB.
+        chunk_size: Tokens at a time, at most; fewer where their logits would take more than 31 MiB (CPU) or 496 MiB.
         with_entropy: Also the entropy, which costs one more pass over each chunk.
         product_dtype: Of the three products; None: that of the states.
         shared: Takes the weight's gradient, for the embedding of the same weight that `hidden` comes from.
