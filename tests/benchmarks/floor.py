@@ -46,22 +46,22 @@ def update_floor(model: Any, workload: Workload, dtype: torch.dtype) -> dict[str
                 found["torch"] += by_torch
                 found["fastest"] += min(by_torch, by_the_other)
             row_lengths = (lengths[rows] + workload.prompt).tolist()
-            found["attention"] += workload.layers * sum(attention_seconds(workload, row, dtype) for row in row_lengths)
+            found["attention"] += workload.layers * sum(attention_seconds(workload, row) for row in row_lengths)
     return found
 
 
-def attention_seconds(workload: Workload, length: int, dtype: torch.dtype) -> float:
+def attention_seconds(workload: Workload, length: int) -> float:
     """CPU seconds of the six products of one layer for one row: scores and output, the gradients of what they are of.
 
-    Whole squares: what a token does not see is multiplied, too.
+    Whole squares: what a token does not see is multiplied, too. In float32, in which attention runs on a CPU.
     """
-    q, k, v, grad = torch.randn(4, workload.heads, length, workload.width // workload.heads).to(dtype)
-    weights = torch.rand(workload.heads, length, length).to(dtype)
+    q, k, v, grad = torch.randn(4, workload.heads, length, workload.width // workload.heads)
+    weights = torch.rand(workload.heads, length, length)
     forward = [(q, k.mT), (weights, v)]
     backward = [(weights.mT, grad), (grad, v.mT), (weights, k), (weights.mT, q)]
     products = forward + backward
     ways: list[list[Callable[[], object]]] = [[partial(torch.bmm, a, b) for a, b in products]]
-    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available():
         ways.append([partial(by_onednn, a, b) for pair in products for a, b in zip(*pair, strict=True)])
     return min(_seconds(way) for way in ways)
 

@@ -45,10 +45,17 @@ def test_states_and_gradients_are_those_of_a_padded_pass(name: str) -> None:
         assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
 
 
+def holed(row: int, column: int) -> Tensor:
+    mask = MASK.clone()
+    mask[row, column] = 0
+    return mask
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"attention_mask": None}, {"attention_mask": torch.ones_like(MASK)}, {"attention_mask": MASK.flip(1)},
+        {"attention_mask": holed(1, 0)}, {"attention_mask": holed(1, 4)},
         {"use_cache": True}, {"output_hidden_states": True}, {"position_ids": torch.arange(IDS.shape[1])[None]},
     ],
     ids=lambda changes: f"{next(iter(changes))}",

@@ -65,12 +65,14 @@ def test_no_padding_goes_through_the_layers_and_products_are_exchanged(
     for kind in (FastLinear, FastConv1D):
         monkeypatch.setattr(kind, "forward", _counting(kind.forward, fast))
     trained: list[int] = []
+    fast_in_training = [0]
     step = PreferenceTrainer.training_step
 
     def counted(*arguments: Any, **options: Any) -> Any:
         passes.clear()
         loss = step(*arguments, **options)
         trained.append(passes[0])
+        fast_in_training[0] = len(fast)
         return loss
 
     monkeypatch.setattr(PreferenceTrainer, "training_step", counted)
@@ -80,6 +82,7 @@ def test_no_padding_goes_through_the_layers_and_products_are_exchanged(
         fast.clear()
         config = tiny_config(tiny_base, tmp_path / name, batch_size=20, **settings)
         train_reward_model(config, train=rows[:40], evaluation=rows[40:])
+        assert len(fast) == (fast_in_training[0] if settings != PLAIN else 0)  # what is judged afterwards is plain
         found[name] = (sum(trained), bool(fast))
     tokenizer = tiny_tokenizer()
     texts = [row["prompt"] + row[side] for row in rows[:40] for side in ("chosen", "rejected")]
