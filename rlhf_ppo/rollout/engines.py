@@ -11,7 +11,7 @@ from rlhf_ppo.rollout.sampling import Sampler
 from rlhf_ppo.rollout.transformers_generate import TransformersGenerate
 from rlhf_ppo.rollout.vllm import VLLMSampler
 
-SamplerName: TypeAlias = Literal["loop", "generate", "continuous", "vllm-server", "vllm-colocate"]
+SamplerName: TypeAlias = Literal["loop", "generate", "generate-static", "continuous", "vllm-server", "vllm-colocate"]
 
 
 def make_sampler(
@@ -20,7 +20,8 @@ def make_sampler(
     """The sampler called `name`, with its defaults.
 
     Args:
-        name: "loop" (our own), "generate" and "continuous" (of transformers), "vllm-server", "vllm-colocate".
+        name: "loop" (our own), "generate", "generate-static" and "continuous" (of transformers), "vllm-server",
+            "vllm-colocate".
         tokenizer: Of the policy; needed for stop strings and by vLLM.
         vllm_url: Of the server ("vllm-server" only).
     """
@@ -29,6 +30,8 @@ def make_sampler(
             return DecodeLoop(tokenizer)
         case "generate":
             return TransformersGenerate(tokenizer=tokenizer)
+        case "generate-static":
+            return TransformersGenerate(tokenizer=tokenizer, static_cache=True)
         case "continuous":
             return ContinuousBatching()
         case "vllm-server":

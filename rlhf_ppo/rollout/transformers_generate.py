@@ -51,6 +51,9 @@ class TransformersGenerate:
     """Needed for `stop_strings` only."""
     max_rows: int = 512
     """Rows generated at once, at most."""
+    static_cache: bool = False
+    """Whether keys and values stand in a cache of fixed size: on CUDA, `generate` then compiles its decoding step and
+    replays it as a CUDA graph. Not for encoder-decoders."""
 
     def __call__(
         self,
@@ -75,7 +78,7 @@ class TransformersGenerate:
                 torch.manual_seed(seed_from(generator))
             for begin in range(0, len(order), size):
                 batch = order[begin : begin + size]
-                drawn = _generate(inner, [prompts[i] for i in batch], rules)
+                drawn = _generate(inner, [prompts[i] for i in batch], rules, static_cache=self.static_cache)
                 for place, (response, ended) in enumerate(drawn):
                     row = batch[place // copies] * copies + place % copies
                     responses[row], finished[row] = response, ended
@@ -88,7 +91,9 @@ class TransformersGenerate:
         )
 
 
-def _generate(model: Any, prompts: list[Tensor], rules: DecodeRules) -> list[tuple[Tensor, bool]]:
+def _generate(
+    model: Any, prompts: list[Tensor], rules: DecodeRules, *, static_cache: bool
+) -> list[tuple[Tensor, bool]]:
     """Responses to one batch, and whether each stopped by itself."""
     config = rules.config
     encoder_decoder = model.config.is_encoder_decoder
@@ -107,6 +112,7 @@ def _generate(model: Any, prompts: list[Tensor], rules: DecodeRules) -> list[tup
         eos_token_id=list(config.stop_token_ids) or None,
         pad_token_id=config.stop_token_ids[0] if config.stop_token_ids else 0,
         stopping_criteria=StoppingCriteriaList([recorder]),
+        cache_implementation="static" if static_cache and not encoder_decoder else None,
         **(warpers if config.do_sample else {}),
     )[:, start:]
     lengths = torch.zeros(len(output)) if recorder.lengths is None else recorder.lengths

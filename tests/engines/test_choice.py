@@ -17,7 +17,7 @@ def test_every_name_has_a_sampler(name: SamplerName) -> None:
     sampler = make_sampler(name, tiny_tokenizer(), vllm_url="http://gpu:8000")
     assert isinstance(sampler, Sampler)
     assert isinstance(sampler, WeightFollower) == name.startswith("vllm")
-    assert (usual_cap(name) is None) == (name in ("loop", "generate"))
+    assert (usual_cap(name) is None) == (name in ("loop", "generate", "generate-static"))
 
 
 def test_a_name_decides() -> None:

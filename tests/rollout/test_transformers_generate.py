@@ -1,10 +1,12 @@
 """The sampler over `model.generate`: same contract as the decode loop, without log-probabilities."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2LMHeadModel
 
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.sampling import SamplingConfig
@@ -30,14 +32,29 @@ def seeded(seed: int = 0) -> torch.Generator:
     [{}, {"min_new_tokens": 5}, {"repetition_penalty": 1.5}, {"stop_token_ids": ()}, {"stop_strings": ("e",)}],
     ids=str,
 )
-def test_greedy_responses_equal_the_decode_loop_s(build: type, rules: dict[str, object]) -> None:
+@pytest.mark.parametrize("static_cache", [False, True], ids=["growing cache", "static cache"])
+def test_greedy_responses_equal_the_decode_loop_s(build: type, rules: dict[str, object], static_cache: bool) -> None:
     model, tokenizer, queries = build(), tiny_tokenizer(), prompts(3, 9, 5)
     config = replace(DRAW, do_sample=False, **rules)
-    theirs = TransformersGenerate(tokenizer=tokenizer)(model, queries, config)
+    theirs = TransformersGenerate(tokenizer=tokenizer, static_cache=static_cache)(model, queries, config)
     ours = DecodeLoop(tokenizer)(model, queries, config)
     assert [r.tolist() for r in theirs.responses] == [r.tolist() for r in ours.responses]
     assert theirs.finished == ours.finished
     assert theirs.logprobs is None
+
+
+def test_a_static_cache_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[str] = []
+    plain = GPT2LMHeadModel.forward
+
+    def watched(model: GPT2LMHeadModel, *arguments: Any, **settings: Any) -> Any:
+        caches.append(type(settings["past_key_values"]).__name__)
+        return plain(model, *arguments, **settings)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", watched)
+    for static in (False, True):
+        TransformersGenerate(static_cache=static)(tiny_gpt2(), prompts(3), replace(DRAW, max_new_tokens=2))
+    assert set(caches) == {"DynamicCache", "StaticCache"}
 
 
 def test_copies_stand_side_by_side_and_end_at_their_own_stop() -> None:
