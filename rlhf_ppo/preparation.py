@@ -88,4 +88,6 @@ def prepare(
     if ref_model is not None:
         scorer = TokenPolicy(ref_model, **scoring).requires_grad_(False)
         reference = place_reference(scorer, accelerator, config.reference_placement, policy=list(model.parameters()))
+        if not (token_policy.has_plain_head() and scorer.has_plain_head()):
+            token_policy.fused_scoring = scorer.fused_scoring = False
     return Prepared(policy, optimizer, scheduler, reference)

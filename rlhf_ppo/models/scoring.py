@@ -67,6 +67,9 @@ class TokenPolicy(nn.Module):
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.fused_head = fused_head
+        self.fused_scoring = fused_head
+        """The same walk over the vocabulary without a gradient. Where policy and reference do not score in one and the
+        same way, equal models differ by rounding."""
         self._trunk = Trunk(packing=packing)
         self.checkpointing = False
         """Gradient checkpointing, which the layers only do in training mode; all dropout must then be 0."""
@@ -123,7 +126,7 @@ class TokenPolicy(nn.Module):
     ) -> TokenStatistics:
         head = self._head()
         settings: dict[str, Any] = {"temperature": self.temperature, "with_entropy": with_entropy}
-        scores = self.fused_head and not torch.is_grad_enabled() and is_plain_head(head)
+        scores = self.fused_scoring and not torch.is_grad_enabled() and is_plain_head(head)
         if isinstance(head, nn.Linear) and (slopes is not None or scores):
             settings |= {"product_dtype": getattr(head, "product_dtype", None), "shared": shared, "slopes": slopes}
             return fused_token_statistics(
@@ -267,6 +270,10 @@ class TokenPolicy(nn.Module):
 
     def _rows(self, inputs: TokenInputs) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
         return self._trunk(self.language_model, inputs)
+
+    def has_plain_head(self) -> bool:
+        """Whether the fused walk over the vocabulary fits its LM head."""
+        return is_plain_head(self._head())
 
     def _head(self, *, copied: bool = False) -> Head:
         language_model: Any = self.language_model

@@ -1,6 +1,7 @@
 """Faster layers compute what the plain ones do, and leave the model what it was."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_ppo import AutoModelForCausalLMWithValueHead
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.functional import products
 from rlhf_ppo.models import fast_layers
 from rlhf_ppo.models.fast_layers import FastConv1D, FastLinear, use_fast_layers, use_plain_layers
 from rlhf_ppo.models.scoring import TokenPolicy
 from tests.benchmarks.allocations import peak_bytes
+from tests.helpers import tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch carries no oneDNN linear kernel"
@@ -261,3 +263,20 @@ def test_a_tied_embedding_needs_no_second_gradient_of_its_size() -> None:
         output.logprobs.sum().backward()
 
     assert peak_bytes(one_pass) < 1.5 * 4 * 20_000 * 128
+
+
+def test_a_policy_whose_head_is_hooked_and_its_reference_score_in_one_way() -> None:
+    """Under ZeRO-3 the policy's head is: by two ways, equal models would differ by rounding."""
+    torch.manual_seed(0)
+    model, reference = (AutoModelForCausalLMWithValueHead.from_pretrained(llama()) for _ in range(2))
+    model.pretrained_model.lm_head.register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No dataset")
+        trainer = PPOTrainer(
+            PPOConfig(batch_size=2, mini_batch_size=2, diagnose=False), model, reference, tiny_tokenizer()
+        )
+    queries, responses = [torch.arange(3, 9), torch.arange(4, 7)], [torch.arange(5, 40), torch.arange(9, 30)]
+    statistics = trainer.step(queries, responses, [torch.tensor(1.0), torch.tensor(-1.0)])
+    assert statistics["objective/kl"] == 0.0
+    for scored in (trainer.scorer.policy, trainer.scorer.reference):
+        assert isinstance(scored, TokenPolicy) and not scored.fused_scoring
