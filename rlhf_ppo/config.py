@@ -169,7 +169,8 @@ class PPOConfig:
     keep_freed_memory: bool = True
     """On CPUs: keep the memory of freed tensors instead of giving it back to the system: new pages cost time."""
     fast_products: bool = True
-    """On CPUs: compute float32 products with oneDNN where it is faster than torch's own, equal to rounding."""
+    """On CPUs, equal to rounding: float32 products by oneDNN where it is faster than torch's own; RMSNorm and SwiGLU
+    that keep less for the backward pass."""
 
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs"):

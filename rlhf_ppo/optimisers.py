@@ -1,4 +1,6 @@
-"""Adam as TensorFlow had it, and a learning rate that falls to zero: two tricks of the first implementations."""
+"""Adam as TensorFlow had it and a learning rate that falls to zero, two tricks of the first implementations; and where
+Adam's moments come to lie in memory.
+"""
 
 import math
 from collections.abc import Callable, Iterable

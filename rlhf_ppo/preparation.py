@@ -14,8 +14,9 @@ from rlhf_ppo.allocator import keep_freed_memory
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.frozen import Reference, place_reference
 from rlhf_ppo.models import PreTrainedModelWrapper
+from rlhf_ppo.models.dropout import switch_off_dropout
 from rlhf_ppo.models.fast_layers import use_fast_layers
-from rlhf_ppo.models.scoring import TokenPolicy, switch_off_dropout
+from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.shards import settle, sharing_out
 from rlhf_ppo.zero import keep_head_whole
 
@@ -54,29 +55,19 @@ def prepare(
             "kl_penalty='full' reads the LM heads of policy and reference at once, which ZeRO-3 and FSDP hold in "
             "parts between passes. Use kl_penalty='kl', or launch with DDP or ZeRO-2."
         )
-    scoring: dict[str, Any] = {
-        "temperature": config.temperature,
-        "chunk_size": config.logits_chunk_size,
-        "fused_head": config.fused_head,
-        # One attention call a length: many launches. And a trial that some processes make and others do not.
-        "packing": config.packing and accelerator.device.type == "cpu" and not sharded,
-    }
+    scoring = _scoring(accelerator, config, sharded=sharded)
     token_policy = TokenPolicy(model, **scoring)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         switch_off_dropout(model)
         token_policy.checkpointing = True
-    if config.keep_freed_memory and accelerator.device.type == "cpu":
-        keep_freed_memory()
     if engine is not None:
         # Sizes that the engine checks against each other and otherwise only reports.
         sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes}
         engine.deepspeed_config.update(sizes)
-    elif (config.fast_products or config.bf16) and accelerator.device.type == "cpu" and not has_fsdp:
+    if accelerator.device.type == "cpu":
         # Engines and FSDP have layers of their own.
-        for scored in (model, ref_model):
-            if scored is not None:
-                use_fast_layers(scored, product_dtype=torch.bfloat16 if config.bf16 else None)
+        _settle_on_cpu(config, [model, ref_model], own_layers=engine is None and not has_fsdp)
     with sharing_out(accelerator) if has_fsdp else nullcontext():
         policy, optimizer = accelerator.prepare(token_policy, optimizer)
     if has_fsdp:
@@ -91,3 +82,24 @@ def prepare(
         if not (token_policy.has_plain_head() and scorer.has_plain_head()):
             token_policy.fused_scoring = scorer.fused_scoring = False
     return Prepared(policy, optimizer, scheduler, reference)
+
+
+def _scoring(accelerator: Accelerator, config: PPOConfig, *, sharded: bool) -> dict[str, Any]:
+    """How policy and reference score."""
+    return {
+        "temperature": config.temperature,
+        "chunk_size": config.logits_chunk_size,
+        "fused_head": config.fused_head,
+        # One attention call a length: many launches. And a trial that some processes make and others do not.
+        "packing": config.packing and accelerator.device.type == "cpu" and not sharded,
+    }
+
+
+def _settle_on_cpu(config: PPOConfig, models: list[PreTrainedModelWrapper | None], *, own_layers: bool) -> None:
+    """Memory and layers as a CPU has them fastest."""
+    if config.keep_freed_memory:
+        keep_freed_memory()
+    if own_layers and (config.fast_products or config.bf16):
+        for model in models:
+            if model is not None:
+                use_fast_layers(model, product_dtype=torch.bfloat16 if config.bf16 else None)

@@ -18,7 +18,8 @@ from accelerate import Accelerator
 
 from rlhf_ppo.algorithms import build_algorithm
 from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from rlhf_ppo.models.scoring import TokenPolicy, switch_off_dropout
+from rlhf_ppo.models.dropout import switch_off_dropout
+from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates import MinibatchConfig
 from rlhf_ppo.updates.nonfinite import innermost
 from rlhf_ppo.watch.dump import FACTS, FORMAT, MODEL, algorithm_of, read_batch

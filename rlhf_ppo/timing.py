@@ -16,8 +16,8 @@ def timed(timing: dict[str, float], name: str) -> Iterator[None]:
 
 
 @contextmanager
-def emptied_cache() -> Iterator[None]:
-    """Give the device's unused memory back after the block."""
+def emptied_cache(wanted: bool) -> Iterator[None]:
+    """Give the device's unused memory back after the block, where that is wanted."""
     yield
-    if torch.cuda.is_available():
+    if wanted and torch.cuda.is_available():
         torch.cuda.empty_cache()

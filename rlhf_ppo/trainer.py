@@ -1,7 +1,7 @@
 """`PPOTrainer`: `generate`, `step`, `train`. One iteration reads like the paper's algorithm box, see `learn`."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -170,7 +170,7 @@ class PPOTrainer(ClassicSurface):
         check_correctable(responses, cap)
         work = self.accelerator.unwrap_model(self.policy).work
         work.clear()  # an evaluation may have counted in between
-        with timed(timing, "total"), self._device_cache():
+        with timed(timing, "total"), emptied_cache(self.config.optimize_device_cache):
             with timed(timing, "forward_pass"):
                 scored: Scored = self.reuse(self.scorer, responses)  # log π_old, V, log π_ref
             check_scored(scored, responses.mask, self.processes, self.model)  # nothing has changed so far
@@ -297,6 +297,3 @@ class PPOTrainer(ClassicSurface):
             separate_prompts=self.is_encoder_decoder, reduce_sum=self.processes.reduce_sum,
             reduce_max=self.processes.reduce_max,
         )  # fmt: skip
-
-    def _device_cache(self) -> AbstractContextManager[None]:
-        return emptied_cache() if self.config.optimize_device_cache else nullcontext()

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, pad_rows
 from rlhf_ppo.functional import TokenStatistics, categorical_metric, chunked_categorical_kl, chunked_token_statistics
-from rlhf_ppo.functional.fused_head import Slopes, fused_token_statistics, rows_at_once
+from rlhf_ppo.functional.fused_head import fused_token_statistics
+from rlhf_ppo.functional.head_walk import Slopes, rows_at_once
 from rlhf_ppo.functional.shared_gradient import SharedGradient
 from rlhf_ppo.functional.trust_region import Metric
 from rlhf_ppo.models.fast_layers import is_plain_head, shared_with_head
@@ -292,13 +293,3 @@ class TokenPolicy(nn.Module):
             return hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
         values: Tensor = self.model.v_head(hidden).squeeze(-1).float()
         return values
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of `model` to 0, modules and plain attributes alike."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)

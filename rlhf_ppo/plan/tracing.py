@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.functional import fused_head
+from rlhf_ppo.functional import head_walk
 from rlhf_ppo.functional.products import bfloat16_is_faster, onednn_is_faster
 
 
@@ -122,6 +122,7 @@ def counting(module: nn.Module, mode: FakeTensorMode, *, device: str = "cpu") ->
     live.leave_out(iter([*module.parameters(), *module.buffers()]))
     # Where transformers sees tensors without content, it makes a mask that it leaves out for real ones without padding.
     masks = patch.object(masking_utils, "is_tracing", lambda _=None: False)
-    chunk = fused_head.MOST_BYTES * (1 if device == "cpu" else fused_head.ELSEWHERE)
-    with masks, patch.object(fused_head, "MOST_BYTES", chunk), mode, live:
+    times = 1 if device == "cpu" else head_walk.ELSEWHERE
+    chunk = patch.object(head_walk, "MOST_BYTES", times * head_walk.MOST_BYTES)
+    with masks, chunk, patch.object(head_walk, "BLOCK", times * head_walk.BLOCK), mode, live:
         yield live

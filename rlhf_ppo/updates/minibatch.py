@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_ppo.batch import TrainBatch
-from rlhf_ppo.functional.fused_head import Slopes
+from rlhf_ppo.functional.head_walk import Slopes
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates.nonfinite import Examination, NonFiniteUpdateError, broken_gradients
 from rlhf_ppo.updates.objective import (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, TrainBatch
-from rlhf_ppo.functional.fused_head import Slopes
+from rlhf_ppo.functional.head_walk import Slopes
 from rlhf_ppo.updates.objective import Objective
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_ppo.functional import fused_head
-from rlhf_ppo.functional.fused_head import Slopes, fused_token_statistics
+from rlhf_ppo.functional import head_walk
+from rlhf_ppo.functional.fused_head import fused_token_statistics
+from rlhf_ppo.functional.head_walk import Slopes
 from rlhf_ppo.functional.logprobs import chunked_token_statistics
 
 N, HIDDEN, VOCAB = 37, 6, 11
@@ -55,8 +56,7 @@ def test_fused_statistics_and_gradients_equal_the_plain_ones(
     chunk_size: int, ent_coef: float, temperature: float, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`scale` is what loss scaling or the number of processes does to every slope."""
-    monkeypatch.setattr(fused_head, "BLOCK", 4)  # the head is multiplied in blocks
-    monkeypatch.setattr(fused_head, "IN_CACHE", fused_head.MOST_BYTES // (3 * 4 * VOCAB))  # and seen by three rows
+    monkeypatch.setattr(head_walk, "BLOCK", 4)  # the head is multiplied in blocks
     hidden, weight, bias, tokens = parts()
     settings: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
     results = []
@@ -70,6 +70,54 @@ def test_fused_statistics_and_gradients_equal_the_plain_ones(
         results.append([found.logprobs, found.entropy, *torch.autograd.grad(loss, (hidden, weight, bias))])
     for ours, theirs in zip(*results, strict=True):
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("ent_coef", [0.0, 0.7])
+def test_a_token_in_a_block_without_a_share_keeps_its_gradient(
+    ent_coef: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share of its block underflows, even in float64: exp(-800) is 0."""
+    monkeypatch.setattr(head_walk, "BLOCK", 4)
+    hidden, weight, _, tokens = parts()
+    bias = torch.where(torch.arange(VOCAB) < 4, -800.0, 0.0).double().requires_grad_()
+    results: list[list[Any]] = []
+    for fused in (True, False):
+        found: Any = (
+            fused_token_statistics(hidden, weight, bias, tokens, slopes=linear_slopes(ent_coef))
+            if fused
+            else plain(hidden, weight, bias, tokens)
+        )
+        loss = (found.logprobs + ent_coef * found.entropy).sum()
+        results.append([found.logprobs, found.entropy, *torch.autograd.grad(loss, (hidden, weight, bias))])
+    assert float(results[0][0].detach().min()) < -700
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
+def linear_slopes(ent_coef: float) -> Slopes:
+    """Of the sum of log-probabilities and weighed entropies."""
+    return lambda logprobs, entropy, _: (
+        torch.ones_like(logprobs), None if entropy is None else torch.full_like(entropy, ent_coef)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [4, 4096])
+def test_a_sure_token_has_a_small_gradient_in_bfloat16_too(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 cannot tell 0.9995 from 1: what is kept is p - 1."""
+    monkeypatch.setattr(head_walk, "BLOCK", block)
+    hidden, weight, _, tokens = parts(torch.float32)
+    bias = torch.zeros(VOCAB).index_fill_(0, tokens[:1], 12.0)
+    gradients = []
+    for fused in (True, False):
+        given = (hidden[:1], 0.1 * weight, bias, tokens[:1])
+        found = (
+            fused_token_statistics(*given, slopes=linear_slopes(0.0), product_dtype=torch.bfloat16)
+            if fused
+            else plain(*given)
+        )
+        assert -1e-3 < float(found.logprobs.detach()) < -1e-5
+        gradients.append(torch.autograd.grad(found.logprobs.sum(), weight)[0])
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.02
 
 
 def test_a_loss_that_is_no_sum_over_tokens_still_gets_its_own_gradient() -> None:
@@ -95,7 +143,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return a @ b if bias is None else torch.addmm(bias, a, b)
 
-    monkeypatch.setattr(fused_head, "product", counted)
+    monkeypatch.setattr(head_walk, "product", counted)
     return calls
 
 
@@ -167,7 +215,7 @@ def test_an_impossible_token_has_no_probability_and_leaves_the_entropy_finite() 
     hidden, weight, bias, tokens = parts()
     barred = torch.zeros(VOCAB, dtype=bias.dtype)
     barred[tokens[0]] = -torch.inf
-    results = []
+    results: list[Any] = []
     for compute in (lambda *given: fused_token_statistics(*given, slopes=slopes(0.0)), plain):
         found = compute(hidden, weight, bias + barred, tokens)
         results.append((found.logprobs, found.entropy))

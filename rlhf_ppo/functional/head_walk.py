@@ -1,0 +1,215 @@
+"""One walk through the vocabulary for some tokens: what the LM head says of them, and its gradient.
+
+The vocabulary is cut into blocks, each with a softmax of its own. What a block holds of the whole probability is a
+number a row, which goes to the narrow side of the block's products: logits are written once, read while they are in the
+processor's cache, and only their probabilities wait for the loss.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_ppo.functional.masked import at_least_float32
+from rlhf_ppo.functional.products import product
+
+Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
+"""(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
+
+MOST_BYTES = 31 * 2**20
+"""Of one chunk's probabilities on a CPU."""
+FEWEST = 160
+"""Rows of a chunk, whatever the vocabulary. The head's gradient is walked through once a chunk: with fewer rows that
+would take longer than the products, and the time of a token would grow with the square of the vocabulary."""
+BLOCK = 4096
+"""Tokens of the vocabulary in a block on a CPU: its logits and both sides of its products stay in the processor's
+cache, and neither a second gradient of the head's size comes to life nor a copy of the head in a kernel's own order."""
+ELSEWHERE = 16
+"""Times as many bytes, and tokens in a block, on other devices."""
+IMPOSSIBLE = -1e30
+"""Stands for a logit of -inf: 0 x -inf is nan, and an impossible token adds nothing to the entropy."""
+
+
+def rows_at_once(chunk_size: int, vocab: int, device: torch.device) -> int:
+    """Tokens whose logits live at once without a gradient: `chunk_size`, or fewer where they take too many bytes."""
+    return min(chunk_size, _rows_in(MOST_BYTES, 4 * vocab, device))
+
+
+def _rows_in(most: int, row: int, device: torch.device) -> int:
+    """Rows of so many bytes each in `most` bytes of a CPU, more elsewhere."""
+    most = most if device.type == "cpu" else ELSEWHERE * most
+    return max(1, most // max(row, 1))
+
+
+@dataclass(frozen=True)
+class WalkSettings:
+    """How to walk, and which gradients to take."""
+
+    temperature: float
+    chunk_size: int
+    with_entropy: bool
+    dtype: torch.dtype | None
+    trains_hidden: bool
+    trains_weight: bool
+    trains_bias: bool
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some rows' softmax over each block of the vocabulary."""
+
+    rows: slice
+    probabilities: Float[Tensor, "blocks rows size"]
+    """Empty where no gradient will be asked for; the last block may fill a part of its place."""
+    shares: Float[Tensor, "rows blocks"]
+    """Of each block in the whole probability."""
+
+
+class HeadWalk:
+    """One walk over all chunks; what it finds lies in its attributes."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, settings: WalkSettings
+    ) -> None:
+        self.tokens, self.settings = tokens, settings
+        self.inputs = hidden.to(settings.dtype or hidden.dtype)
+        self.head = weight.to(self.inputs.dtype)
+        self.offset = None if bias is None else bias.to(self.inputs.dtype)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        zeros = torch.zeros(len(tokens), dtype=dtype, device=hidden.device)
+        self.logprobs, self.entropy = zeros, zeros.clone()
+        self.of_logprobs, self.of_entropy = zeros.clone(), zeros.clone()
+        self.of_hidden = torch.zeros_like(hidden) if settings.trains_hidden else None
+        self.of_weight: Tensor | None = None
+        self.of_bias = torch.zeros_like(bias) if bias is not None and settings.trains_bias else None
+        self.weight_dtype = weight.dtype
+
+    def run(self, slopes: Slopes | None) -> None:
+        """Score all tokens, and take the gradients where the loss's slopes are given."""
+        kept = slopes is not None
+        chunks = max(1, math.ceil(len(self.tokens) / self._most_rows(kept=kept)))
+        size = max(1, math.ceil(len(self.tokens) / chunks))
+        for start in range(0, len(self.tokens), size):
+            chunk = self._score(slice(start, start + size), kept=kept)
+            if slopes is not None:
+                self._take(chunk, *self._slopes_at(chunk.rows, slopes))
+        if self.of_weight is None and self.settings.trains_weight:  # no tokens
+            self.of_weight = torch.zeros_like(self.head, dtype=self.weight_dtype)
+
+    def _slopes_at(self, rows: slice, slopes: Slopes) -> tuple[Tensor, Tensor | None]:
+        """The loss's, noted down; None for those at the entropy where all are 0."""
+        entropy = self.entropy[rows] if self.settings.with_entropy else None
+        of_logprobs, of_entropy = slopes(self.logprobs[rows], entropy, rows)
+        self.of_logprobs[rows] = of_logprobs
+        if of_entropy is None or not bool((of_entropy != 0).any()):
+            return of_logprobs, None
+        self.of_entropy[rows] = of_entropy
+        return of_logprobs, of_entropy
+
+    def _most_rows(self, *, kept: bool) -> int:
+        """So many that the probabilities of the whole vocabulary fit, or one block's logits where none are kept."""
+        bytes_of_a_row = self.head.element_size() * len(self.head) if kept else 8 * self._block_size()
+        rows = _rows_in(MOST_BYTES, bytes_of_a_row, self.head.device)
+        return min(self.settings.chunk_size, max(FEWEST, rows))
+
+    def _block_size(self) -> int:
+        size = BLOCK if self.head.device.type == "cpu" else ELSEWHERE * BLOCK
+        return max(1, min(size, len(self.head)))
+
+    def _parts(self) -> list[slice]:
+        """The blocks of the vocabulary."""
+        size, vocab = self._block_size(), len(self.head)
+        return [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]
+
+    def _score(self, rows: slice, *, kept: bool) -> _Chunk:
+        """Write down the log-probabilities and entropy of some rows."""
+        parts = self._parts()
+        shape = (len(parts), len(self.tokens[rows]), self._block_size() if kept else 0)
+        probabilities = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
+        chosen = torch.full_like(self.logprobs[rows, None], -torch.inf)
+        found = []
+        for part, place in zip(parts, probabilities, strict=True):
+            *numbers, p = self._softmax(rows, part, chosen)
+            found.append(numbers)
+            if kept:
+                place[:, : p.shape[-1]] = p
+        largest, log_sums, means = (torch.cat(column, dim=-1) for column in zip(*found, strict=True))
+        highest = largest.amax(dim=-1, keepdim=True)
+        log_sums = log_sums + (largest - highest)
+        log_sum = log_sums.logsumexp(dim=-1, keepdim=True)
+        shares = (log_sums - log_sum).exp_()
+        self.logprobs[rows] = (chosen - highest - log_sum).squeeze(-1)
+        if self.settings.with_entropy:
+            self.entropy[rows] = (highest + log_sum).squeeze(-1) - (shares * means).sum(dim=-1)
+        return _Chunk(rows, probabilities, shares)
+
+    def _softmax(self, rows: slice, part: slice, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One block's: max z, log Σ exp(z - max z) and Σ p z, each [rows, 1], and p.
+
+        The logits of those tokens that lie in it go into `chosen`, [rows, 1].
+        """
+        offset = None if self.offset is None else self.offset[part]
+        z = at_least_float32(product(self.inputs[rows], self.head[part].t(), offset))
+        if self.settings.temperature != 1.0:
+            z = z.div_(self.settings.temperature)
+        place = self.tokens[rows, None] - part.start
+        inside = (place >= 0) & (place < z.shape[-1])
+        chosen.copy_(torch.where(inside, z.gather(-1, place.clamp(0, z.shape[-1] - 1)), chosen))
+        if self.offset is not None:
+            z.clamp_(min=IMPOSSIBLE)
+        largest, p = z.amax(dim=-1, keepdim=True), torch.softmax(z, dim=-1)
+        # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.
+        log_sum = p.amax(dim=-1, keepdim=True).log_().neg_()
+        mean = z.mul_(p).sum(dim=-1, keepdim=True) if self.settings.with_entropy else log_sum
+        return largest, log_sum, mean, p
+
+    def _take(self, chunk: _Chunk, of_logprobs: Tensor, of_entropy: Tensor | None) -> None:
+        """Add up what these rows give to the gradients."""
+        inputs, settings = self.inputs[chunk.rows], self.settings
+        put: Callable[[Tensor, Tensor], object] = Tensor.add_
+        if self.of_weight is None and settings.trains_weight:
+            self.of_weight, put = torch.empty_like(self.head, dtype=self.weight_dtype), Tensor.copy_
+        of_hidden = torch.zeros_like(self.logprobs[chunk.rows, None].expand(inputs.shape))
+        factors = self._to_gradient(chunk, of_logprobs, of_entropy).split(1, dim=-1)
+        for part, place, factor in zip(self._parts(), chunk.probabilities, factors, strict=True):
+            of_logits = place[:, : part.stop - part.start]
+            if self.of_bias is not None:
+                self.of_bias[part] += (factor.t().to(of_logits.dtype) @ of_logits)[0].to(self.of_bias.dtype)
+            if self.of_hidden is not None:
+                of_hidden.addcmul_(product(of_logits, self.head[part]), factor)
+            if self.of_weight is not None:
+                # Not kept under a name: the next block's would stand beside it.
+                put(self.of_weight[part], product(of_logits.t(), (inputs * factor).to(inputs.dtype)))
+        if self.of_hidden is not None:
+            self.of_hidden[chunk.rows] = of_hidden.to(self.of_hidden.dtype)
+
+    def _to_gradient(
+        self, chunk: _Chunk, of_logprobs: Tensor, of_entropy: Tensor | None
+    ) -> Float[Tensor, "rows blocks"]:
+        """Put ∂loss/∂logits in the place of the probabilities, up to a factor for each row and block.
+
+        With g = ∂loss/∂log π(token) and s = ∂loss/∂H it is g (1[j = token] - p_j) - s p_j (log p_j + H).
+        """
+        q, shares, tokens = chunk.probabilities, chunk.shares, self.tokens[chunk.rows]
+        row, own = torch.arange(len(tokens), device=tokens.device), tokens // q.shape[-1]
+        # A token's own block gets its share now: its entry p - 1, divided by a share, could be anything.
+        q[own, row] = (q[own, row] * shares[row, own, None]).to(q.dtype)
+        shares = shares.scatter(1, own[:, None], 1.0)
+        log_p = self.logprobs[chunk.rows]
+        entry, factor = torch.expm1(log_p), -of_logprobs[:, None]
+        if of_entropy is not None:
+            entropy, p = self.entropy[chunk.rows], log_p.exp()
+            slope = (of_logprobs + of_entropy * entropy)[:, None]
+            for part, place, share in zip(self._parts(), q, shares.split(1, dim=-1), strict=True):
+                probability = at_least_float32(place[:, : part.stop - part.start])
+                own_slope = slope + of_entropy[:, None] * share.log().clamp(min=IMPOSSIBLE)
+                p_log_p = torch.xlogy(probability, probability)
+                place[:, : probability.shape[-1]] = probability * own_slope + p_log_p * of_entropy[:, None]
+            entry = entry * of_logprobs + of_entropy * (p * entropy + torch.xlogy(p, p))
+            factor = -torch.ones_like(factor)
+        q[own, row, tokens % q.shape[-1]] = entry.to(q.dtype)
+        return factor * shares / self.settings.temperature
