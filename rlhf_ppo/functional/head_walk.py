@@ -20,29 +20,39 @@ from rlhf_ppo.functional.products import product
 Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
 """(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
 
-MOST_BYTES = 31 * 2**20
-"""Of one chunk's probabilities on a CPU."""
 FEWEST = 160
 """Rows of a chunk, whatever the vocabulary. The head's gradient is walked through once a chunk: with fewer rows that
 would take longer than the products, and the time of a token would grow with the square of the vocabulary."""
-BLOCK = 4096
-"""Tokens of the vocabulary in a block on a CPU: its logits and both sides of its products stay in the processor's
-cache, and neither a second gradient of the head's size comes to life nor a copy of the head in a kernel's own order."""
-ELSEWHERE = 16
-"""Times as many bytes, and tokens in a block, on other devices."""
 IMPOSSIBLE = -1e30
 """Stands for a logit of -inf: 0 x -inf is nan, and an impossible token adds nothing to the entropy."""
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How much of the walk lives at once."""
+
+    kept: int
+    """Bytes of a chunk's probabilities, where the loss is waited for."""
+    scored: int
+    """Bytes of a block's logits, where it is not."""
+    block: int
+    """Tokens of the vocabulary in a block."""
+
+
+ON_CPU = Sizes(kept=31 * 2**20, scored=4 * 2**20, block=4096)
+"""A block's logits and both sides of its products stay in the processor's cache, and neither a second gradient of the
+head's size comes to life nor a copy of the head in a kernel's own order."""
+ELSEWHERE = Sizes(kept=496 * 2**20, scored=496 * 2**20, block=2**16)
+
+
+def sizes(device: torch.device) -> Sizes:
+    """Those of a device."""
+    return ON_CPU if device.type == "cpu" else ELSEWHERE
+
+
 def rows_at_once(chunk_size: int, vocab: int, device: torch.device) -> int:
     """Tokens whose logits live at once without a gradient: `chunk_size`, or fewer where they take too many bytes."""
-    return min(chunk_size, _rows_in(MOST_BYTES, 4 * vocab, device))
-
-
-def _rows_in(most: int, row: int, device: torch.device) -> int:
-    """Rows of so many bytes each in `most` bytes of a CPU, more elsewhere."""
-    most = most if device.type == "cpu" else ELSEWHERE * most
-    return max(1, most // max(row, 1))
+    return min(chunk_size, max(1, sizes(device).kept // (4 * max(vocab, 1))))
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class HeadWalk:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, settings: WalkSettings
     ) -> None:
-        self.tokens, self.settings = tokens, settings
+        self.tokens, self.settings, self.sizes = tokens, settings, sizes(weight.device)
         self.inputs = hidden.to(settings.dtype or hidden.dtype)
         self.head = weight.to(self.inputs.dtype)
         self.offset = None if bias is None else bias.to(self.inputs.dtype)
@@ -112,31 +122,24 @@ class HeadWalk:
 
     def _most_rows(self, *, kept: bool) -> int:
         """So many that the probabilities of the whole vocabulary fit, or one block's logits where none are kept."""
-        bytes_of_a_row = self.head.element_size() * len(self.head) if kept else 8 * self._block_size()
-        rows = _rows_in(MOST_BYTES, bytes_of_a_row, self.head.device)
-        return min(self.settings.chunk_size, max(FEWEST, rows))
-
-    def _block_size(self) -> int:
-        size = BLOCK if self.head.device.type == "cpu" else ELSEWHERE * BLOCK
-        return max(1, min(size, len(self.head)))
+        if kept:
+            rows = max(FEWEST, self.sizes.kept // (self.head.element_size() * max(len(self.head), 1)))
+        else:
+            rows = self.sizes.scored // (4 * self.sizes.block)
+        return min(self.settings.chunk_size, rows)
 
     def _parts(self) -> list[slice]:
         """The blocks of the vocabulary."""
-        size, vocab = self._block_size(), len(self.head)
+        size, vocab = self.sizes.block, len(self.head)
         return [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]
 
     def _score(self, rows: slice, *, kept: bool) -> _Chunk:
         """Write down the log-probabilities and entropy of some rows."""
         parts = self._parts()
-        shape = (len(parts), len(self.tokens[rows]), self._block_size() if kept else 0)
+        shape = (len(parts), len(self.tokens[rows]), min(self.sizes.block, len(self.head)) if kept else 0)
         probabilities = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
         chosen = torch.full_like(self.logprobs[rows, None], -torch.inf)
-        found = []
-        for part, place in zip(parts, probabilities, strict=True):
-            *numbers, p = self._softmax(rows, part, chosen)
-            found.append(numbers)
-            if kept:
-                place[:, : p.shape[-1]] = p
+        found = [self._softmax(rows, part, chosen, place) for part, place in zip(parts, probabilities, strict=True)]
         largest, log_sums, means = (torch.cat(column, dim=-1) for column in zip(*found, strict=True))
         highest = largest.amax(dim=-1, keepdim=True)
         log_sums = log_sums + (largest - highest)
@@ -147,25 +150,27 @@ class HeadWalk:
             self.entropy[rows] = (highest + log_sum).squeeze(-1) - (shares * means).sum(dim=-1)
         return _Chunk(rows, probabilities, shares)
 
-    def _softmax(self, rows: slice, part: slice, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One block's: max z, log Σ exp(z - max z) and Σ p z, each [rows, 1], and p.
+    def _softmax(self, rows: slice, part: slice, chosen: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One block's: max z, log Σ exp(z - max z) and Σ p z, each [rows, 1].
 
-        The logits of those tokens that lie in it go into `chosen`, [rows, 1].
+        p goes into `place` if that is not empty, and the logits of those tokens that lie in the block into `chosen`.
         """
         offset = None if self.offset is None else self.offset[part]
         z = at_least_float32(product(self.inputs[rows], self.head[part].t(), offset))
         if self.settings.temperature != 1.0:
             z = z.div_(self.settings.temperature)
-        place = self.tokens[rows, None] - part.start
-        inside = (place >= 0) & (place < z.shape[-1])
-        chosen.copy_(torch.where(inside, z.gather(-1, place.clamp(0, z.shape[-1] - 1)), chosen))
+        index = self.tokens[rows, None] - part.start
+        inside = (index >= 0) & (index < z.shape[-1])
+        chosen.copy_(torch.where(inside, z.gather(-1, index.clamp(0, z.shape[-1] - 1)), chosen))
         if self.offset is not None:
             z.clamp_(min=IMPOSSIBLE)
         largest, p = z.amax(dim=-1, keepdim=True), torch.softmax(z, dim=-1)
         # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.
         log_sum = p.amax(dim=-1, keepdim=True).log_().neg_()
         mean = z.mul_(p).sum(dim=-1, keepdim=True) if self.settings.with_entropy else log_sum
-        return largest, log_sum, mean, p
+        if place.numel() > 0:
+            place[:, : p.shape[-1]] = p
+        return largest, log_sum, mean
 
     def _take(self, chunk: _Chunk, of_logprobs: Tensor, of_entropy: Tensor | None) -> None:
         """Add up what these rows give to the gradients."""

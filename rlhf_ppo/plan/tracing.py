@@ -122,7 +122,6 @@ def counting(module: nn.Module, mode: FakeTensorMode, *, device: str = "cpu") ->
     live.leave_out(iter([*module.parameters(), *module.buffers()]))
     # Where transformers sees tensors without content, it makes a mask that it leaves out for real ones without padding.
     masks = patch.object(masking_utils, "is_tracing", lambda _=None: False)
-    times = 1 if device == "cpu" else head_walk.ELSEWHERE
-    chunk = patch.object(head_walk, "MOST_BYTES", times * head_walk.MOST_BYTES)
-    with masks, chunk, patch.object(head_walk, "BLOCK", times * head_walk.BLOCK), mode, live:
+    chunks = patch.object(head_walk, "ON_CPU", head_walk.sizes(torch.device(device)))
+    with masks, chunks, mode, live:
         yield live

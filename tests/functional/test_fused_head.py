@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rlhf_ppo.functional import head_walk
 from rlhf_ppo.functional.fused_head import fused_token_statistics
 from rlhf_ppo.functional.head_walk import Slopes
 from rlhf_ppo.functional.logprobs import chunked_token_statistics
+from tests.benchmarks.allocations import peak_bytes
 
 N, HIDDEN, VOCAB = 37, 6, 11
 
@@ -24,6 +26,10 @@ def parts(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, T
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     return numbers(N, HIDDEN), numbers(VOCAB, HIDDEN), numbers(VOCAB), torch.arange(N) * 3 % VOCAB
+
+
+def blocks_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, block=tokens))
 
 
 def loss_of(logprobs: Tensor, entropy: Tensor | None, ent_coef: float, rows: slice = slice(None)) -> Tensor:
@@ -56,7 +62,7 @@ def test_fused_statistics_and_gradients_equal_the_plain_ones(
     chunk_size: int, ent_coef: float, temperature: float, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`scale` is what loss scaling or the number of processes does to every slope."""
-    monkeypatch.setattr(head_walk, "BLOCK", 4)  # the head is multiplied in blocks
+    blocks_of(4, monkeypatch)  # the head is multiplied in blocks
     hidden, weight, bias, tokens = parts()
     settings: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
     results = []
@@ -77,7 +83,7 @@ def test_a_token_in_a_block_without_a_share_keeps_its_gradient(
     ent_coef: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The share of its block underflows, even in float64: exp(-800) is 0."""
-    monkeypatch.setattr(head_walk, "BLOCK", 4)
+    blocks_of(4, monkeypatch)
     hidden, weight, _, tokens = parts()
     bias = torch.where(torch.arange(VOCAB) < 4, -800.0, 0.0).double().requires_grad_()
     results: list[list[Any]] = []
@@ -104,7 +110,7 @@ def linear_slopes(ent_coef: float) -> Slopes:
 @pytest.mark.parametrize("block", [4, 4096])
 def test_a_sure_token_has_a_small_gradient_in_bfloat16_too(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 cannot tell 0.9995 from 1: what is kept is p - 1."""
-    monkeypatch.setattr(head_walk, "BLOCK", block)
+    blocks_of(block, monkeypatch)
     hidden, weight, _, tokens = parts(torch.float32)
     bias = torch.zeros(VOCAB).index_fill_(0, tokens[:1], 12.0)
     gradients = []
@@ -201,6 +207,36 @@ def test_kept_memory_does_not_grow_with_the_vocabulary_times_the_tokens() -> Non
     kept = found.logprobs.grad_fn.found  # type: ignore[union-attr]
     sizes = [value.numel() for value in vars(kept).values() if isinstance(value, Tensor)]
     assert max(sizes) == max(N * HIDDEN, VOCAB * HIDDEN) < N * VOCAB
+
+
+@torch.no_grad()
+def test_scoring_holds_one_block_of_logits_whatever_the_vocabulary() -> None:
+    hidden, tokens = torch.randn(64, 16), torch.arange(64)
+
+    def peak(vocab: int) -> int:
+        weight = torch.randn(vocab, 16)
+        return peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, slopes=None))
+
+    block = 64 * head_walk.ON_CPU.block * 4
+    assert peak(2 * head_walk.ON_CPU.block) == pytest.approx(peak(16 * head_walk.ON_CPU.block), abs=0.05 * block)
+    assert peak(16 * head_walk.ON_CPU.block) < 3 * block  # its logits, their probabilities, and what a product takes
+
+
+def test_chunks_of_a_large_vocabulary_keep_so_many_rows_that_its_gradient_is_rarely_walked_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And they are of one size: 37 tokens go as 10, 10, 10 and 7 where 12 are the least that a chunk has."""
+    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
+    monkeypatch.setattr(head_walk, "FEWEST", 12)
+    hidden, weight, bias, tokens = parts()
+    sizes: list[int] = []
+
+    def noted(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> tuple[Tensor, None]:
+        sizes.append(len(logprobs))
+        return torch.ones_like(logprobs), None
+
+    fused_token_statistics(hidden, weight, bias, tokens, slopes=noted)
+    assert sizes == [10, 10, 10, 7]
 
 
 def test_a_second_backward_pass_is_refused() -> None:
