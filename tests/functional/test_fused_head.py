@@ -210,16 +210,16 @@ def test_kept_memory_does_not_grow_with_the_vocabulary_times_the_tokens() -> Non
 
 
 @torch.no_grad()
-def test_scoring_holds_one_block_of_logits_whatever_the_vocabulary() -> None:
-    hidden, tokens = torch.randn(64, 16), torch.arange(64)
-
-    def peak(vocab: int) -> int:
-        weight = torch.randn(vocab, 16)
+def test_scoring_holds_one_block_of_logits_whatever_the_vocabulary_and_the_rows() -> None:
+    def peak(rows: int, blocks: int) -> int:
+        hidden, weight = torch.randn(rows, 16), torch.randn(blocks * head_walk.ON_CPU.block, 16)
+        tokens = torch.arange(rows)
         return peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, slopes=None))
 
-    block = 64 * head_walk.ON_CPU.block * 4
-    assert peak(2 * head_walk.ON_CPU.block) == pytest.approx(peak(16 * head_walk.ON_CPU.block), abs=0.05 * block)
-    assert peak(16 * head_walk.ON_CPU.block) < 3 * block  # its logits, their probabilities, and what a product takes
+    block = head_walk.ON_CPU.scored
+    small, large = peak(256, 2), peak(1000, 16)
+    assert small == pytest.approx(large, abs=0.05 * block)
+    assert large < 3 * block  # its logits, their probabilities, and what a product takes
 
 
 def test_chunks_of_a_large_vocabulary_keep_so_many_rows_that_its_gradient_is_rarely_walked_through(
