@@ -90,6 +90,6 @@ def worst(expected: Outcome, outcomes: list[Outcome]) -> tuple[str, float]:
 
 EVERYTHING_GLOBAL = {
     "use_score_scaling": True, "use_score_norm": True, "score_clip": 2.0, "whiten_rewards": True, "max_grad_norm": 0.5,
-    "init_kl_coef": 0.05, "horizon": 50.0, "ent_coef": 0.01, "adam_eps": 1e-6,
+    "init_kl_coef": 0.05, "horizon": 50.0, "ent_coef": 0.01, "adam_eps": 1e-5,
 }  # fmt: skip
 """With its usual 1e-8 Adam would scale up gradients that are nothing but rounding."""
