@@ -41,14 +41,15 @@ def floors(found: dict[str, Any]) -> str:
     head += ["trunk / real tokens", "head rows / response tokens"]
     rows = []
     for name, side, entry in [(name, side, entry) for name, entry in found.items() for side in ("ours", "bf16")]:
-        of = [costs[side] for costs in entry["rounds"] if side in costs]
-        if not of:
+        rounds = [costs for costs in entry["rounds"] if side in costs]
+        if not rounds:
             continue
+        of = [costs[side] for costs in rounds]
         updates = [costs["step"]["update"] for costs in of]
         bounds = {way: [costs["floor"][way] for costs in of] for way in ("fastest", "torch")}
         # Attention runs in float32 on either side.
-        attention = [costs["ours"]["floor"]["attention"] for costs in entry["rounds"]]
-        bounds["all"] = [sum(both) for both in zip(bounds["fastest"], attention, strict=False)]
+        attention = [costs["ours"]["floor"]["attention"] for costs in rounds]
+        bounds["all"] = [sum(both) for both in zip(bounds["fastest"], attention, strict=True)]
         work = of[-1]["work"]
         passes = work["work/real_tokens"] / entry["tokens"]
         cells = [
