@@ -26,6 +26,10 @@ would take longer than the products, and the time of a token would grow with the
 IMPOSSIBLE = -1e30
 """Stands for a logit of -inf: 0 x -inf is nan, and an impossible token adds nothing to the entropy."""
 
+NO_SHARE = -1e3
+"""Stands for the logarithm of a share that is 0; float64 holds none below exp(-745). Times that share it is 0, and
+float16 holds it, which -1e30 would overflow."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -211,7 +215,7 @@ class HeadWalk:
             slope = (of_logprobs + of_entropy * entropy)[:, None]
             for part, place, share in zip(self._parts(), q, shares.split(1, dim=-1), strict=True):
                 probability = at_least_float32(place[:, : part.stop - part.start])
-                own_slope = slope + of_entropy[:, None] * share.log().clamp(min=IMPOSSIBLE)
+                own_slope = slope + of_entropy[:, None] * share.log().clamp(min=NO_SHARE)
                 p_log_p = torch.xlogy(probability, probability)
                 place[:, : probability.shape[-1]] = probability * own_slope + p_log_p * of_entropy[:, None]
             entry = entry * of_logprobs + of_entropy * (p * entropy + torch.xlogy(p, p))

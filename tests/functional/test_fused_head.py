@@ -100,6 +100,26 @@ def test_a_token_in_a_block_without_a_share_keeps_its_gradient(
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_block_without_a_share_spoils_no_gradient_in_half_precision(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands for the logarithm of nothing must be a number there, too: inf x 0 is nan."""
+    blocks_of(4, monkeypatch)
+    hidden, weight, _, tokens = parts(torch.float32)
+    bias = torch.where(torch.arange(VOCAB) < 4, -800.0, 0.0).requires_grad_()
+    gradients = []
+    for fused in (True, False):
+        found: Any = (
+            fused_token_statistics(hidden, weight, bias, tokens, slopes=linear_slopes(0.7), product_dtype=dtype)
+            if fused
+            else plain(hidden, weight, bias, tokens)
+        )
+        gradients.append(torch.autograd.grad((found.logprobs + 0.7 * found.entropy).sum(), (hidden, weight, bias)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+
+
 def linear_slopes(ent_coef: float) -> Slopes:
     """Of the sum of log-probabilities and weighed entropies."""
     return lambda logprobs, entropy, _: (
