@@ -47,7 +47,7 @@ def fused_token_statistics(
         slopes: The loss's derivatives at each token, given the token's log-probability and entropy; None without a
             gradient, where the same walk scores alone.
         temperature: What the logits are divided by.
-        chunk_size: Tokens at a time, at most; fewer, down to 160, where their probabilities would take more than
+        chunk_size: Tokens at a time, at most; fewer, down to 128, where their probabilities would take more than
             31 MiB (CPU) or 496 MiB.
         with_entropy: Also the entropy, which costs one more pass over each chunk.
         product_dtype: Of the three products; None: that of the states.
@@ -76,8 +76,7 @@ class _Fused(torch.autograd.Function):
         shared: SharedGradient | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            found = HeadWalk(hidden, weight, bias, tokens, settings)
-            found.run(slopes)
+            found = HeadWalk(hidden, weight, bias, tokens, settings).run(slopes)
         ctx.settings, ctx.shared, ctx.found = settings, shared, found
         ctx.save_for_backward(hidden, weight, bias, tokens)
         return found.logprobs, found.entropy
@@ -95,8 +94,8 @@ class _Fused(torch.autograd.Function):
         if factor is None:
             hidden, weight, bias, tokens = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False):
-                found = HeadWalk(hidden, weight, bias, tokens, ctx.settings)
-                found.run(lambda _, __, rows: (of_logprobs[rows], of_entropy[rows]))
+                walk = HeadWalk(hidden, weight, bias, tokens, ctx.settings)
+                found = walk.run(lambda _, __, rows: (of_logprobs[rows], of_entropy[rows]))
             factor = 1.0
         gradients: tuple[Tensor | None, ...] = (found.of_hidden, found.of_weight, found.of_bias)
         if factor != 1.0:

@@ -20,7 +20,7 @@ from rlhf_ppo.functional.products import product
 Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
 """(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
 
-FEWEST = 160
+FEWEST = 128
 """Rows of a chunk, whatever the vocabulary. The head's gradient is walked through once a chunk: with fewer rows that
 would take longer than the products, and the time of a token would grow with the square of the vocabulary."""
 IMPOSSIBLE = -1e30
@@ -83,8 +83,22 @@ class _Chunk:
     """Of each block in the whole probability."""
 
 
+@dataclass
+class Found:
+    """What a walk finds out, for each token and for all of them together."""
+
+    logprobs: Float[Tensor, " tokens"]
+    entropy: Float[Tensor, " tokens"]
+    of_logprobs: Float[Tensor, " tokens"]
+    """The loss's slope at each, as it was foreseen."""
+    of_entropy: Float[Tensor, " tokens"]
+    of_hidden: Float[Tensor, "tokens hidden"] | None
+    of_bias: Float[Tensor, " vocab"] | None
+    of_weight: Float[Tensor, "vocab hidden"] | None = None
+
+
 class HeadWalk:
-    """One walk over all chunks; what it finds lies in its attributes."""
+    """One walk over all chunks; what it needs on the way ends with it."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, settings: WalkSettings
@@ -93,35 +107,46 @@ class HeadWalk:
         self.inputs = hidden.to(settings.dtype or hidden.dtype)
         self.head = weight.to(self.inputs.dtype)
         self.offset = None if bias is None else bias.to(self.inputs.dtype)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        zeros = torch.zeros(len(tokens), dtype=dtype, device=hidden.device)
-        self.logprobs, self.entropy = zeros, zeros.clone()
-        self.of_logprobs, self.of_entropy = zeros.clone(), zeros.clone()
-        self.of_hidden = torch.zeros_like(hidden) if settings.trains_hidden else None
-        self.of_weight: Tensor | None = None
-        self.of_bias = torch.zeros_like(bias) if bias is not None and settings.trains_bias else None
+        zeros = torch.zeros(len(tokens), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        of_hidden = torch.zeros_like(hidden) if settings.trains_hidden else None
+        of_bias = torch.zeros_like(bias) if bias is not None and settings.trains_bias else None
+        self.found = Found(zeros, zeros.clone(), zeros.clone(), zeros.clone(), of_hidden, of_bias)
         self.weight_dtype = weight.dtype
+        self.place = self.head.new_empty(0)
 
-    def run(self, slopes: Slopes | None) -> None:
+    def run(self, slopes: Slopes | None) -> Found:
         """Score all tokens, and take the gradients where the loss's slopes are given."""
         kept = slopes is not None
-        chunks = max(1, math.ceil(len(self.tokens) / self._most_rows(kept=kept)))
+        most = self._most_rows(kept=kept)
+        chunks = max(1, math.ceil(len(self.tokens) / most))
         size = max(1, math.ceil(len(self.tokens) / chunks))
+        if kept:
+            self._make_room(min(len(self.tokens), most))
         for start in range(0, len(self.tokens), size):
             chunk = self._score(slice(start, start + size), kept=kept)
             if slopes is not None:
                 self._take(chunk, *self._slopes_at(chunk.rows, slopes))
-        if self.of_weight is None and self.settings.trains_weight:  # no tokens
-            self.of_weight = torch.zeros_like(self.head, dtype=self.weight_dtype)
+        return self.found
+
+    def _make_room(self, rows: int) -> None:
+        """For the head's gradient, then for the most probabilities of a chunk.
+
+        In this order, and in sizes that differ as little as can be: in the holes that they leave in memory, those of
+        the next minibatch find their place, and nothing that stays stands between them.
+        """
+        if self.settings.trains_weight:
+            make = torch.empty_like if len(self.tokens) > 0 else torch.zeros_like
+            self.found.of_weight = make(self.head, dtype=self.weight_dtype)
+        self.place = self.head.new_empty(len(self._parts()) * rows * min(self.sizes.block, len(self.head)))
 
     def _slopes_at(self, rows: slice, slopes: Slopes) -> tuple[Tensor, Tensor | None]:
         """The loss's, noted down; None for those at the entropy where all are 0."""
-        entropy = self.entropy[rows] if self.settings.with_entropy else None
-        of_logprobs, of_entropy = slopes(self.logprobs[rows], entropy, rows)
-        self.of_logprobs[rows] = of_logprobs
+        entropy = self.found.entropy[rows] if self.settings.with_entropy else None
+        of_logprobs, of_entropy = slopes(self.found.logprobs[rows], entropy, rows)
+        self.found.of_logprobs[rows] = of_logprobs
         if of_entropy is None or not bool((of_entropy != 0).any()):
             return of_logprobs, None
-        self.of_entropy[rows] = of_entropy
+        self.found.of_entropy[rows] = of_entropy
         return of_logprobs, of_entropy
 
     def _most_rows(self, *, kept: bool) -> int:
@@ -141,17 +166,17 @@ class HeadWalk:
         """Write down the log-probabilities and entropy of some rows."""
         parts = self._parts()
         shape = (len(parts), len(self.tokens[rows]), min(self.sizes.block, len(self.head)) if kept else 0)
-        probabilities = torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
-        chosen = torch.full_like(self.logprobs[rows, None], -torch.inf)
+        probabilities = self.place[: math.prod(shape)].view(shape)
+        chosen = torch.full_like(self.found.logprobs[rows, None], -torch.inf)
         found = [self._softmax(rows, part, chosen, place) for part, place in zip(parts, probabilities, strict=True)]
         largest, log_sums, means = (torch.cat(column, dim=-1) for column in zip(*found, strict=True))
         highest = largest.amax(dim=-1, keepdim=True)
         log_sums = log_sums + (largest - highest)
         log_sum = log_sums.logsumexp(dim=-1, keepdim=True)
         shares = (log_sums - log_sum).exp_()
-        self.logprobs[rows] = (chosen - highest - log_sum).squeeze(-1)
+        self.found.logprobs[rows] = (chosen - highest - log_sum).squeeze(-1)
         if self.settings.with_entropy:
-            self.entropy[rows] = (highest + log_sum).squeeze(-1) - (shares * means).sum(dim=-1)
+            self.found.entropy[rows] = (highest + log_sum).squeeze(-1) - (shares * means).sum(dim=-1)
         return _Chunk(rows, probabilities, shares)
 
     def _softmax(self, rows: slice, part: slice, chosen: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,23 +203,21 @@ class HeadWalk:
 
     def _take(self, chunk: _Chunk, of_logprobs: Tensor, of_entropy: Tensor | None) -> None:
         """Add up what these rows give to the gradients."""
-        inputs, settings = self.inputs[chunk.rows], self.settings
-        put: Callable[[Tensor, Tensor], object] = Tensor.add_
-        if self.of_weight is None and settings.trains_weight:
-            self.of_weight, put = torch.empty_like(self.head, dtype=self.weight_dtype), Tensor.copy_
-        of_hidden = torch.zeros_like(self.logprobs[chunk.rows, None].expand(inputs.shape))
+        inputs, found = self.inputs[chunk.rows], self.found
+        put: Callable[[Tensor, Tensor], object] = Tensor.copy_ if chunk.rows.start == 0 else Tensor.add_
+        of_hidden = torch.zeros_like(found.logprobs[chunk.rows, None].expand(inputs.shape))
         factors = self._to_gradient(chunk, of_logprobs, of_entropy).split(1, dim=-1)
         for part, place, factor in zip(self._parts(), chunk.probabilities, factors, strict=True):
             of_logits = place[:, : part.stop - part.start]
-            if self.of_bias is not None:
-                self.of_bias[part] += (factor.t().to(of_logits.dtype) @ of_logits)[0].to(self.of_bias.dtype)
-            if self.of_hidden is not None:
+            if found.of_bias is not None:
+                found.of_bias[part] += (factor.t().to(of_logits.dtype) @ of_logits)[0].to(found.of_bias.dtype)
+            if found.of_hidden is not None:
                 of_hidden.addcmul_(product(of_logits, self.head[part]), factor)
-            if self.of_weight is not None:
+            if found.of_weight is not None:
                 # Not kept under a name: the next block's would stand beside it.
-                put(self.of_weight[part], product(of_logits.t(), (inputs * factor).to(inputs.dtype)))
-        if self.of_hidden is not None:
-            self.of_hidden[chunk.rows] = of_hidden.to(self.of_hidden.dtype)
+                put(found.of_weight[part], product(of_logits.t(), (inputs * factor).to(inputs.dtype)))
+        if found.of_hidden is not None:
+            found.of_hidden[chunk.rows] = of_hidden.to(found.of_hidden.dtype)
 
     def _to_gradient(
         self, chunk: _Chunk, of_logprobs: Tensor, of_entropy: Tensor | None
@@ -208,10 +231,10 @@ class HeadWalk:
         # A token's own block gets its share now: its entry p - 1, divided by a share, could be anything.
         q[own, row] = (q[own, row] * shares[row, own, None]).to(q.dtype)
         shares = shares.scatter(1, own[:, None], 1.0)
-        log_p = self.logprobs[chunk.rows]
+        log_p = self.found.logprobs[chunk.rows]
         entry, factor = torch.expm1(log_p), -of_logprobs[:, None]
         if of_entropy is not None:
-            entropy, p = self.entropy[chunk.rows], log_p.exp()
+            entropy, p = self.found.entropy[chunk.rows], log_p.exp()
             slope = (of_logprobs + of_entropy * entropy)[:, None]
             for part, place, share in zip(self._parts(), q, shares.split(1, dim=-1), strict=True):
                 probability = at_least_float32(place[:, : part.stop - part.start])

@@ -1,6 +1,7 @@
 """The fused LM head against the plain computation, in float64 where equality is at stake."""
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -240,6 +241,36 @@ def test_scoring_holds_one_block_of_logits_whatever_the_vocabulary_and_the_rows(
     small, large = peak(256, 2), peak(1000, 16)
     assert small == pytest.approx(large, abs=0.05 * block)
     assert large < 3 * block  # its logits, their probabilities, and what a product takes
+
+
+def test_training_holds_the_heads_gradient_and_one_chunks_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second chunk's would stand behind the gradient in memory, where the next minibatch's gradient has no place."""
+    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
+    block, chunk, rows = head_walk.ON_CPU.block, head_walk.FEWEST, 3 * head_walk.FEWEST
+    vocab = 16 * block
+    hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (rows, vocab))
+    tokens = torch.arange(rows)
+
+    def slope(logprobs: Tensor, _: Tensor | None, __: slice) -> tuple[Tensor, None]:
+        return torch.ones_like(logprobs), None
+
+    peak = peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, slopes=slope, with_entropy=False))
+    gradient, kept = 4 * weight.numel(), 4 * chunk * vocab
+    assert gradient + kept < peak < gradient + kept + 3 * 4 * chunk * block
+
+
+def test_probabilities_do_not_wait_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[weakref.ref[head_walk.HeadWalk]] = []
+    run = head_walk.HeadWalk.run
+
+    def noted(self: head_walk.HeadWalk, slopes: Slopes | None) -> head_walk.Found:
+        walks.append(weakref.ref(self))
+        return run(self, slopes)
+
+    monkeypatch.setattr(head_walk.HeadWalk, "run", noted)
+    result = fused_token_statistics(*parts(), slopes=slopes(0.0), with_entropy=False)
+    assert result.logprobs.requires_grad
+    assert [walk() for walk in walks] == [None]
 
 
 def test_chunks_of_a_large_vocabulary_keep_so_many_rows_that_its_gradient_is_rarely_walked_through(
