@@ -18,13 +18,14 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_ppo.batch import pad_rows
+from rlhf_ppo.models.last_layer import last_layer_on, read_places, tokenwise_parts
 
 logger = logging.getLogger(__name__)
 
 NAME = "rlhf_ppo_packed"
 """Of the attention function among those of `transformers`."""
 CLOSE = 1e-4
-"""How far hidden states may differ between the two layouts, relative to the largest, for a model to be packed."""
+"""How far hidden states may differ from the plain ones, relative to the largest, for a short cut to be taken."""
 
 
 @dataclass(frozen=True)
@@ -37,28 +38,43 @@ class Hidden:
     """Tokens that went through the trunk, padding included."""
 
 
-def padded_hidden(model: Any, rows: Sequence[Tensor]) -> Hidden:
-    """Rows below each other. Padding stands on the right, where a causal model cannot see it."""
+def padded_hidden(model: Any, rows: Sequence[Tensor], *, first_read: Sequence[int] | None = None) -> Hidden:
+    """Rows below each other. Padding stands on the right, where a causal model cannot see it.
+
+    Args:
+        first_read: The first position of each row whose state is read: those before are void. None: all are read.
+    """
     ids = pad_rows(rows)
-    # A mask of ones keeps the fast causal kernels, and without any, some models warn of padding.
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    width = ids.shape[1]
-    return Hidden(output.last_hidden_state.flatten(0, 1), [width * i for i in range(len(rows))], ids.numel())
+    starts = [ids.shape[1] * row for row in range(len(rows))]
+    with last_layer_on(model, read_places(starts, rows, first_read)):
+        # A mask of ones keeps the fast causal kernels, and without any, some models warn of padding.
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return Hidden(output.last_hidden_state.flatten(0, 1), starts, ids.numel())
 
 
-def packed_hidden(model: Any, rows: Sequence[Tensor], *, run: Callable[..., Any] | None = None) -> Hidden:
-    """Rows beside each other, those of one length together, through `model`, or through `run` in its place."""
+def packed_hidden(
+    model: Any,
+    rows: Sequence[Tensor],
+    *,
+    first_read: Sequence[int] | None = None,
+    run: Callable[..., Any] | None = None,
+) -> Hidden:
+    """Rows beside each other, those of one length together, through `model`, or through `run` in its place.
+
+    Args:
+        first_read: The first position of each row whose state is read: those before are void. None: all are read.
+    """
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     lengths = [len(rows[row]) for row in order]
     runs = [(len(list(group)), length) for length, group in groupby(lengths)]
     ids = torch.cat([rows[row] for row in order])[None]
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
-    with _attention(model.config, NAME):
-        output = (run or model)(input_ids=ids, position_ids=positions, use_cache=False, packed_runs=runs)
     starts, begin = [0] * len(rows), 0
     for row, length in zip(order, lengths, strict=True):
         starts[row] = begin
         begin += length
+    with _attention(model.config, NAME), last_layer_on(model, read_places(starts, rows, first_read)):
+        output = (run or model)(input_ids=ids, position_ids=positions, use_cache=False, packed_runs=runs)
     return Hidden(output.last_hidden_state[0], starts, begin)
 
 
@@ -69,20 +85,35 @@ def can_be_packed(model: Any, rows: Sequence[Tensor]) -> bool:
     """
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return False
+    return _same_on_trial(model, rows, packed_hidden, first_of=lambda row: 0)
+
+
+def can_skip_unread(model: Any, rows: Sequence[Tensor]) -> bool:
+    """Whether this architecture computes the same with its last layer on the tokens alone that are read: tried, too."""
+    if not tokenwise_parts(model):
+        return False
+    return _same_on_trial(model, rows, padded_hidden, first_of=lambda row: len(row) // 2)
+
+
+def _same_on_trial(
+    model: Any, rows: Sequence[Tensor], arrange: Callable[..., Hidden], *, first_of: Callable[[Tensor], int]
+) -> bool:
+    """Whether the beginnings of two rows, read from `first_of` on, get by `arrange` the states of plain padding."""
     sample = [rows[0][:7], rows[-1][:5]]
+    first_read = [first_of(row) for row in sample]
+    name = f"{type(model).__name__}, {arrange.__name__} read from {first_read}"
     try:
         with torch.no_grad():
-            padded, packed = padded_hidden(model, sample), packed_hidden(model, sample)
+            plain, other = padded_hidden(model, sample), arrange(model, sample, first_read=first_read)
     except Exception as refusal:  # whatever a foreign architecture makes of an argument that it does not know
-        logger.info("%s is not packed: %s", type(model).__name__, refusal)
+        logger.info("%s: not taken: %s", name, refusal)
         return False
-    pairs = zip(sample, padded.starts, packed.starts, strict=True)
     differences = [
-        float((padded.states[a : a + len(row)] - packed.states[b : b + len(row)]).abs().max()) for row, a, b in pairs
+        float((plain.states[a + first : a + len(row)] - other.states[b + first : b + len(row)]).abs().max())
+        for row, first, a, b in zip(sample, first_read, plain.starts, other.starts, strict=True)
     ]
-    same = max(differences) <= CLOSE * float(padded.states.abs().max())
-    logger.info("%s: packed and padded hidden states differ by %.1e", type(model).__name__, max(differences))
-    return same
+    logger.info("%s: hidden states differ by %.1e from the plain ones", name, max(differences))
+    return max(differences) <= CLOSE * float(plain.states.abs().max())
 
 
 def packed_attention(

@@ -48,7 +48,7 @@ class TokenPolicy(nn.Module):
             its encoder reads the prompt, its decoder the response after a start token.
         temperature: What logits are divided by before the softmax, in rollout and update alike (Ziegler et al. 2019).
         chunk_size: Response tokens whose [chunk, vocabulary] logits may live at once, at most.
-        packing: Run rows of unequal length side by side instead of padded, where the model computes the same.
+        packing: Compute nothing for positions that nobody reads, where the model computes the same: see `Trunk`.
         fused_head: Let `forward` take the LM head's gradients while the logits are at hand, given `slopes`.
     """
 

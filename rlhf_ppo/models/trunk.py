@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
-from rlhf_ppo.models.packing import Hidden, can_be_packed, packed_hidden, padded_hidden
+from rlhf_ppo.models.packing import Hidden, can_be_packed, can_skip_unread, packed_hidden, padded_hidden
 
 
 class Trunk:
@@ -17,12 +17,15 @@ class Trunk:
     The model is passed each time, never kept: whoever wraps a policy may exchange its modules.
 
     Args:
-        packing: Run rows of unequal length side by side instead of padded, where the model computes the same.
+        packing: Compute nothing for positions that nobody reads, where the model computes the same: run rows of
+            unequal length side by side instead of padded, and the last layer from a prompt's last token on.
     """
 
     def __init__(self, *, packing: bool) -> None:
         self.packs: bool | None = None if packing else False
         """Whether rows go side by side; None: not tried yet."""
+        self.skips_unread: bool | None = None if packing else False
+        """Whether the last layer leaves prompts out; None: not tried yet."""
         self.work: Counter[str] = Counter()
         """Deterministic work counters, summed until the owner clears them."""
 
@@ -66,11 +69,17 @@ class Trunk:
         ragged = len({len(row) for row in rows}) > 1
         if ragged and self.packs is None:
             self.packs = can_be_packed(layers, rows)
-        # A checkpointed layer runs again in the backward pass, where the attention function is the model's own.
-        packed = ragged and self.packs and not layers.training
-        hidden = packed_hidden(layers, rows) if packed else padded_hidden(layers, rows)
+        if self.skips_unread is None:
+            self.skips_unread = can_skip_unread(layers, rows)
+        # A checkpointed layer runs again in the backward pass, where attention and last layer are the model's own.
+        again = layers.training
+        first_read = [len(prompt) - 1 for prompt in inputs.prompts] if self.skips_unread and not again else None
+        arrange = packed_hidden if ragged and self.packs and not again else padded_hidden
+        hidden = arrange(layers, rows, first_read=first_read)
         self.work["trunk_tokens"] += hidden.positions
-        self.work["real_tokens"] += sum(len(row) for row in rows)
+        real = sum(len(row) for row in rows)
+        self.work["real_tokens"] += real
+        self.work["last_layer_tokens"] += hidden.positions if first_read is None else real - sum(first_read)
         return hidden
 
 

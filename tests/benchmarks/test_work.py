@@ -59,6 +59,12 @@ def test_the_lm_head_runs_on_the_response_tokens_of_each_pass_alone(work: list[d
     assert heads == [TINY.epochs + 1, TINY.epochs]
 
 
+def test_the_last_layer_runs_on_the_states_alone_that_are_read(work: list[dict[str, float]]) -> None:
+    """One behind each response token, and one before the first, where V(s_0) stands and the first token is drawn."""
+    states = sum(TINY.lengths()) + TINY.rows
+    assert [counts["work/last_layer_tokens"] / states for counts in work] == [TINY.epochs + 1, TINY.epochs]
+
+
 def test_the_decode_loop_computes_at_most_a_quarter_more_than_the_response_tokens() -> None:
     """The fewest possible: a row's first token comes from the prefill, so that its other tokens are its row-steps."""
     config = SamplingConfig(max_new_tokens=TINY.cap)
