@@ -37,6 +37,9 @@ class PairSide:
 class Ours(PairSide):
     """`reward_model`'s trainer."""
 
+    fast = True
+    """Whether with its fast paths."""
+
     def build(self) -> Any:
         import datasets
 
@@ -55,12 +58,19 @@ class Ours(PairSide):
         settings = RewardModelConfig(
             model=str(self.folder), output_dir=str(self.folder / "ours"), batch_size=self.workload.minibatch,
             learning_rate=LEARNING_RATE, epochs=1, evaluations=1, checkpoints=0, progress=False, precision="float32",
+            packing=self.fast, fast_products=self.fast,
         )  # fmt: skip
         return PreferenceTrainer(
             settings=settings, has_ties=False, model=self.model, args=_arguments(settings, len(rows)),
             train_dataset=datasets.Dataset.from_list(rows), processing_class=self.tokenizer,
             data_collator=ComparisonCollator(pad_token_id=0),
         )  # fmt: skip
+
+
+class Plain(Ours):
+    """The same trainer with padding through the layers and torch's own products."""
+
+    fast = False
 
 
 class Classic(PairSide):
@@ -105,4 +115,4 @@ def write_pairs(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve({"ours": Ours, "classic": Classic})
+    serve({"ours": Ours, "plain": Plain, "classic": Classic})
