@@ -159,8 +159,8 @@ class PPOConfig:
     """Use torch's fused Adam for the default optimiser: the same numbers to rounding, several times cheaper."""
 
     packing: bool = True
-    """On CPUs: compute nothing that nobody reads, where that leaves results alike: rows of unequal length go through the
-    model side by side instead of padded, and through the last layer from a prompt's last token on."""
+    """On CPUs: compute nothing that nobody reads, where that leaves results alike: rows of unequal length go through
+    the model side by side instead of padded, and through the last layer from a prompt's last token on."""
     fused_head: bool = True
     """Take the LM head's gradients chunk by chunk in the forward pass, where the logits are at hand."""
     bf16: bool = False
