@@ -99,13 +99,15 @@ def conditions(found: dict[str, Any]) -> str:
 
 def pairs(found: dict[str, Any]) -> str:
     """An epoch of reward-model training."""
-    head = ["", "rlhf_ppo", "TRL 0.11.4", "TRL / ours", "rounds"]
+    sides = ("ours", "plain", "classic")
+    head = ["", *(SIDES[side] for side in sides), "TRL / ours", "plain / ours", "rounds"]
     rows = []
     measures = {"CPU s": "cpu", "wall s": "wall", "peak memory of the process, MiB": "peak_mib"}
     for entry in found.values():
         for words, name in measures.items():
-            ours, classic = ([costs[side][name] for costs in entry["rounds"]] for side in ("ours", "classic"))
-            rows.append([words, _median(ours), _median(classic), _ratio(classic, ours), str(len(ours))])
+            of = {side: [costs[side][name] for costs in entry["rounds"]] for side in sides}
+            ratios = [_ratio(of[other], of["ours"]) for other in ("classic", "plain")]
+            rows.append([words, *map(_median, of.values()), *ratios, str(len(of["ours"]))])
     return _table(head, rows)
 
 
