@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import BloomConfig, BloomForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
 from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.models import last_layer
 from rlhf_ppo.models.last_layer import last_layer_on, tokenwise_parts
 from rlhf_ppo.models.packing import can_skip_unread, padded_hidden
 from rlhf_ppo.models.scoring import TokenPolicy
@@ -93,6 +94,22 @@ def test_a_layer_that_looks_at_its_neighbours_is_found_out() -> None:
     assert can_skip_unread(layers, rows)
     layers.h[-1].mlp = Neighbourly(layers.h[-1].mlp)
     assert not can_skip_unread(layers, rows)
+
+
+def test_keys_or_values_by_another_name_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that are read look at those of all others: the trial must leave some out to notice."""
+    layers = ARCHITECTURES["llama"]().base_model
+    rows = [torch.arange(2, 9), torch.arange(4, 9)]
+    assert can_skip_unread(layers, rows)
+    monkeypatch.setattr(last_layer, "OF_ATTENTION", (*last_layer.OF_ATTENTION, "v_proj"))
+    assert not can_skip_unread(layers, rows)
+
+
+def test_layers_in_two_stacks_are_left_alone() -> None:
+    """Which of them comes last, nobody knows."""
+    layers = tiny_gpt2().base_model
+    layers.more = nn.ModuleList(nn.Identity() for _ in layers.h)
+    assert tokenwise_parts(layers) == []
 
 
 def test_an_architecture_with_other_names_is_left_alone() -> None:
