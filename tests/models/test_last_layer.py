@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import BloomConfig, BloomForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
+from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.models import last_layer
 from rlhf_ppo.models.last_layer import last_layer_on, tokenwise_parts
 from rlhf_ppo.models.packing import can_skip_unread, padded_hidden
 from rlhf_ppo.models.scoring import TokenPolicy
 from tests.helpers import VOCAB_SIZE, tiny_gpt2
-from tests.models.test_packing import RAGGED, inputs
+from tests.models.test_packing import RAGGED, bloom, inputs
 from tests.rollout.test_decoding import ARCHITECTURES
 
 EQUAL = ((4, 6), (7, 3), (1, 9), (9, 1))
@@ -29,10 +30,6 @@ def mixtral() -> Any:
 def opt() -> Any:
     sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     return OPTForCausalLM(OPTConfig(vocab_size=VOCAB_SIZE, word_embed_proj_dim=16, **sizes)).eval()
-
-
-def bloom() -> Any:
-    return BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=16, n_layer=1, n_head=2)).eval()
 
 
 BUILD = ARCHITECTURES | {"mixtral": mixtral, "opt": opt, "bloom": bloom}
@@ -52,7 +49,7 @@ def test_skipping_what_nobody_reads_leaves_results_and_gradients(architecture: s
     rows, results = inputs(*lengths), []
     for skips in (False, True):
         torch.manual_seed(0)
-        policy = TokenPolicy(BUILD[architecture](), packing=True)
+        policy = TokenPolicy(AutoModelForCausalLMWithValueHead.from_pretrained(BUILD[architecture]()), packing=True)
         policy._trunk.skips_unread = None if skips else False
         results.append((*scored(policy, rows), policy.work["last_layer_tokens"], policy.work["trunk_tokens"]))
     (outputs, gradients, everywhere, positions), (found, slopes, read, _) = results
@@ -60,6 +57,7 @@ def test_skipping_what_nobody_reads_leaves_results_and_gradients(architecture: s
         assert_close(a, b, rtol=0, atol=1e-5)
     for a, b in zip(slopes, gradients, strict=True):
         assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
+    assert all(float(values.abs().max()) > 0 for values in found)
     assert everywhere == positions
     bloom_adds_the_residual_inside = architecture == "bloom"
     assert read == (positions if bloom_adds_the_residual_inside else sum(b + 1 for _, b in lengths))
