@@ -47,7 +47,7 @@ def fused_token_statistics(
         slopes: The loss's derivatives at each token, given the token's log-probability and entropy; None without a
             gradient, where the same walk scores alone.
         temperature: What the logits are divided by.
-        chunk_size: Tokens at a time, at most; fewer, down to 128, where their probabilities would take more than
+        chunk_size: Tokens at a time, at most; fewer, down to 64, where their probabilities would take more than
             31 MiB (CPU) or 496 MiB.
         with_entropy: Also the entropy, which costs one more pass over each chunk.
         product_dtype: Of the three products; None: that of the states.

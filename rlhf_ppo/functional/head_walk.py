@@ -15,14 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_ppo.functional.masked import at_least_float32
-from rlhf_ppo.functional.products import product
+from rlhf_ppo.functional.products import add_product, product
 
 Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
 """(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
 
-FEWEST = 128
-"""Rows of a chunk, whatever the vocabulary. The head's gradient is walked through once a chunk: with fewer rows that
-would take longer than the products, and the time of a token would grow with the square of the vocabulary."""
+FEWEST = 64
+"""Rows of a chunk, whatever the vocabulary: at 128,000 tokens as many bytes as `kept`. The head's gradient is walked
+through once a chunk: with fewer rows that would take longer than the products, and the time of a token would grow with
+the square of the vocabulary."""
 IMPOSSIBLE = -1e30
 """Stands for a logit of -inf: 0 x -inf is nan, and an impossible token adds nothing to the entropy."""
 
@@ -193,18 +194,18 @@ class HeadWalk:
         chosen.copy_(torch.where(inside, z.gather(-1, index.clamp(0, z.shape[-1] - 1)), chosen))
         if self.offset is not None:
             z.clamp_(min=IMPOSSIBLE)
-        largest, p = z.amax(dim=-1, keepdim=True), torch.softmax(z, dim=-1)
+        largest = z.amax(dim=-1, keepdim=True)
+        p = torch.softmax(z, dim=-1, out=place) if place.shape == z.shape and place.dtype == z.dtype else z.softmax(-1)
         # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.
         log_sum = p.amax(dim=-1, keepdim=True).log_().neg_()
         mean = z.mul_(p).sum(dim=-1, keepdim=True) if self.settings.with_entropy else log_sum
-        if place.numel() > 0:
+        if place.numel() > 0 and p is not place:
             place[:, : p.shape[-1]] = p
         return largest, log_sum, mean
 
     def _take(self, chunk: _Chunk, of_logprobs: Tensor, of_entropy: Tensor | None) -> None:
         """Add up what these rows give to the gradients."""
         inputs, found = self.inputs[chunk.rows], self.found
-        put: Callable[[Tensor, Tensor], object] = Tensor.copy_ if chunk.rows.start == 0 else Tensor.add_
         of_hidden = torch.zeros_like(found.logprobs[chunk.rows, None].expand(inputs.shape))
         factors = self._to_gradient(chunk, of_logprobs, of_entropy).split(1, dim=-1)
         for part, place, factor in zip(self._parts(), chunk.probabilities, factors, strict=True):
@@ -214,8 +215,8 @@ class HeadWalk:
             if found.of_hidden is not None:
                 of_hidden.addcmul_(product(of_logits, self.head[part]), factor)
             if found.of_weight is not None:
-                # Not kept under a name: the next block's would stand beside it.
-                put(found.of_weight[part], product(of_logits.t(), (inputs * factor).to(inputs.dtype)))
+                scaled = (inputs * factor).to(inputs.dtype)
+                add_product(of_logits.t(), scaled, to=found.of_weight[part], empty=chunk.rows.start == 0)
         if found.of_hidden is not None:
             found.of_hidden[chunk.rows] = of_hidden.to(found.of_hidden.dtype)
 

@@ -170,7 +170,11 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return a @ b if bias is None else torch.addmm(bias, a, b)
 
+    def added(a: Tensor, b: Tensor, *, to: Tensor, empty: bool) -> None:
+        to.copy_(counted(a, b) if empty else to + counted(a, b))
+
     monkeypatch.setattr(head_walk, "product", counted)
+    monkeypatch.setattr(head_walk, "add_product", added)
     return calls
 
 
@@ -257,6 +261,26 @@ def test_training_holds_the_heads_gradient_and_one_chunks_probabilities(monkeypa
     peak = peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, slopes=slope, with_entropy=False))
     gradient, kept = 4 * weight.numel(), 4 * chunk * vocab
     assert gradient + kept < peak < gradient + kept + 3 * 4 * chunk * block
+
+
+def test_beside_the_heads_gradient_training_holds_no_more_at_four_times_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Up to 128,000 tokens, of which the fewest rows of a chunk fill what is allowed; here it is a sixteenth."""
+    real = head_walk.ON_CPU
+    assert 0.98 * real.kept < 4 * head_walk.FEWEST * 128_000 < 1.02 * real.kept
+    monkeypatch.setattr(head_walk, "ON_CPU", replace(real, kept=4 * head_walk.FEWEST * 8000, block=real.block // 16))
+
+    def peak(vocab: int) -> int:
+        hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (512, vocab))
+        tokens = torch.arange(512)
+
+        def slope(logprobs: Tensor, entropy: Tensor | None, _: slice) -> tuple[Tensor, Tensor | None]:
+            return torch.ones_like(logprobs), entropy
+
+        return peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, slopes=slope)) - 64 * vocab
+
+    assert peak(8000) < 1.02 * peak(2000)
 
 
 def test_probabilities_do_not_wait_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
