@@ -55,7 +55,7 @@ def test_a_merged_model_loads_plainly_with_the_logits_of_the_policy(
     save_merged(model, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(plain).__name__ in ("GPT2LMHeadModel", "LlamaForCausalLM")
-    assert distance(plain(TOKENS).logits, expected) < 1e-6
+    assert distance(plain(TOKENS).logits, expected) < 1e-5
     assert not torch.allclose(make()(TOKENS).logits, expected, atol=1e-2)
     assert torch.equal(model(TOKENS)[0], expected)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -69,7 +69,7 @@ def test_the_command_merges_a_saved_adapter_into_its_base(tmp_path: Path, capsys
     arguments = [str(tmp_path / "adapter"), str(tmp_path / "merged")]
     assert main(arguments) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert distance(merged(TOKENS).logits, model(TOKENS)[0]) < 1e-6
+    assert distance(merged(TOKENS).logits, model(TOKENS)[0]) < 1e-5
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     assert main(arguments) == 1
     assert main([str(tmp_path / "base"), str(tmp_path / "again")]) == 1

@@ -239,7 +239,8 @@ def test_a_guards_line_given_by_a_flag_ends_training_and_is_said(
     monkeypatch.setattr("sys.argv", ["recipe", *flags.split(), "--eval-every", "1"])
     given = command_line.parse(recipe.Config, None)
     output = tmp_path / "run"
-    recipe.main(settings(world, output, guards=given.guards, eval_every=given.eval_every))
+    # The KL is estimated from draws, so the first may be below 0: other processors draw otherwise.
+    recipe.main(settings(world, output, guards=given.guards, eval_every=given.eval_every, iterations=30))
     rows = RunFolder.open(output).metrics()
     assert [row["objective/kl"] > 1e-9 for row in rows] == [*[False] * (len(rows) - 1), True]
     assert f"{len(rows)} iterations, ended by KL budget: " in capsys.readouterr().out
