@@ -14,7 +14,8 @@ from tests.distributed import scenario as scenarios
 from tests.distributed.launching import launch_file
 from tests.distributed.scenario import Outcome, Scenario
 
-TOLERANCE = 1e-5
+TOLERANCE = 3e-5
+"""Rounding, which Adam carries on: below 1e-5 on one processor; on another 1.9e-5 after two optimiser steps of LoRA."""
 LOCAL = ("time/", "work/")
 
 

@@ -67,7 +67,7 @@ def test_the_comparison_notices_what_is_local_instead_of_global(
 ) -> None:
     """Dividing by a process's own tokens is the classic mistake: short responses would weigh more."""
     _, difference = worst(alone(SABOTAGE[sabotage]), outcomes[sabotage])
-    assert difference > 100 * TOLERANCE
+    assert difference > 1e-3  # what rounding does is a hundredth of it
 
 
 def test_under_fsdp2_processes_really_hold_parts(outcomes: dict[str, list[Outcome]]) -> None:
