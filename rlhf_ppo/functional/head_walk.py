@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_ppo.functional.head_room import Room
 from rlhf_ppo.functional.masked import at_least_float32
 from rlhf_ppo.functional.products import add_product, product
 
@@ -21,9 +22,9 @@ Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tenso
 """(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
 
 FEWEST = 64
-"""Rows of a chunk, whatever the vocabulary: at 128,000 tokens as many bytes as `kept`. The head's gradient is walked
-through once a chunk: with fewer rows that would take longer than the products, and the time of a token would grow with
-the square of the vocabulary."""
+"""Rows of a chunk beside the gradient, whatever the vocabulary: at 128,000 tokens as many bytes as `kept`. The head's
+gradient is walked through once a chunk: with fewer rows that would take longer than the products, and the time of a
+token would grow with the square of the vocabulary."""
 IMPOSSIBLE = -1e30
 """Stands for a logit of -inf: 0 x -inf is nan, and an impossible token adds nothing to the entropy."""
 
@@ -37,11 +38,11 @@ class Sizes:
     """How much of the walk lives at once."""
 
     kept: int
-    """Bytes of a chunk's probabilities, where the loss is waited for."""
+    """Bytes of a chunk's probabilities, where the loss is waited for and the gradient's place is taken."""
     scored: int
     """Bytes of a block's logits, where it is not."""
     block: int
-    """Tokens of the vocabulary in a block."""
+    """Tokens of the vocabulary in a block, at most."""
 
 
 ON_CPU = Sizes(kept=31 * 2**20, scored=4 * 2**20, block=4096)
@@ -80,6 +81,8 @@ class _Chunk:
     rows: slice
     probabilities: Float[Tensor, "blocks rows size"]
     """Empty where no gradient will be asked for; the last block may fill a part of its place."""
+    in_gradient: bool
+    """Whether they stand where the head's gradient will: what is written there reads them for the last time."""
     shares: Float[Tensor, "rows blocks"]
     """Of each block in the whole probability."""
 
@@ -112,33 +115,29 @@ class HeadWalk:
         of_hidden = torch.zeros_like(hidden) if settings.trains_hidden else None
         of_bias = torch.zeros_like(bias) if bias is not None and settings.trains_bias else None
         self.found = Found(zeros, zeros.clone(), zeros.clone(), zeros.clone(), of_hidden, of_bias)
-        self.weight_dtype = weight.dtype
-        self.place = self.head.new_empty(0)
+        self.block = math.ceil(len(weight) / max(1, math.ceil(len(weight) / self.sizes.block)))
+        self.room = Room(self.head, self.block, weight.dtype if settings.trains_weight else None)
 
     def run(self, slopes: Slopes | None) -> Found:
         """Score all tokens, and take the gradients where the loss's slopes are given."""
-        kept = slopes is not None
-        most = self._most_rows(kept=kept)
-        chunks = max(1, math.ceil(len(self.tokens) / most))
-        size = max(1, math.ceil(len(self.tokens) / chunks))
-        if kept:
-            self._make_room(min(len(self.tokens), most))
-        for start in range(0, len(self.tokens), size):
-            chunk = self._score(slice(start, start + size), kept=kept)
+        chunks = self._chunks(kept=slopes is not None)
+        if slopes is not None:
+            self.room.make(chunks)
+            self.found.of_weight = self.room.gradient
+        for rows in chunks:
+            chunk = self._score(rows, kept=slopes is not None)
             if slopes is not None:
                 self._take(chunk, *self._slopes_at(chunk.rows, slopes))
         return self.found
 
-    def _make_room(self, rows: int) -> None:
-        """For the head's gradient, then for the most probabilities of a chunk.
-
-        In this order, and in sizes that differ as little as can be: in the holes that they leave in memory, those of
-        the next minibatch find their place, and nothing that stays stands between them.
-        """
-        if self.settings.trains_weight:
-            make = torch.empty_like if len(self.tokens) > 0 else torch.zeros_like
-            self.found.of_weight = make(self.head, dtype=self.weight_dtype)
-        self.place = self.head.new_empty(len(self._parts()) * rows * min(self.sizes.block, len(self.head)))
+    def _chunks(self, *, kept: bool) -> list[slice]:
+        """The rows that the gradient has room for, then all others in chunks of one size."""
+        total = len(self.tokens)
+        start = min(total, self.settings.chunk_size, self.room.rows) if kept else 0
+        chunks = math.ceil((total - start) / self._most_rows(kept=kept))
+        size = math.ceil((total - start) / max(1, chunks))
+        others = [slice(first, min(first + size, total)) for first in range(start, total, max(1, size))]
+        return [slice(0, start), *others] if start > 0 else others
 
     def _slopes_at(self, rows: slice, slopes: Slopes) -> tuple[Tensor, Tensor | None]:
         """The loss's, noted down; None for those at the entropy where all are 0."""
@@ -151,7 +150,7 @@ class HeadWalk:
         return of_logprobs, of_entropy
 
     def _most_rows(self, *, kept: bool) -> int:
-        """So many that the probabilities of the whole vocabulary fit, or one block's logits where none are kept."""
+        """Of a chunk whose probabilities fit beside the gradient or, where none is taken, a block's logits anywhere."""
         if kept:
             rows = max(FEWEST, self.sizes.kept // (self.head.element_size() * max(len(self.head), 1)))
         else:
@@ -160,14 +159,13 @@ class HeadWalk:
 
     def _parts(self) -> list[slice]:
         """The blocks of the vocabulary."""
-        size, vocab = self.sizes.block, len(self.head)
+        size, vocab = self.block, len(self.head)
         return [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]
 
     def _score(self, rows: slice, *, kept: bool) -> _Chunk:
         """Write down the log-probabilities and entropy of some rows."""
         parts = self._parts()
-        shape = (len(parts), len(self.tokens[rows]), min(self.sizes.block, len(self.head)) if kept else 0)
-        probabilities = self.place[: math.prod(shape)].view(shape)
+        probabilities = self.room.of(rows) if kept else self.head.new_empty(len(parts), rows.stop - rows.start, 0)
         chosen = torch.full_like(self.found.logprobs[rows, None], -torch.inf)
         found = [self._softmax(rows, part, chosen, place) for part, place in zip(parts, probabilities, strict=True)]
         largest, log_sums, means = (torch.cat(column, dim=-1) for column in zip(*found, strict=True))
@@ -178,7 +176,7 @@ class HeadWalk:
         self.found.logprobs[rows] = (chosen - highest - log_sum).squeeze(-1)
         if self.settings.with_entropy:
             self.found.entropy[rows] = (highest + log_sum).squeeze(-1) - (shares * means).sum(dim=-1)
-        return _Chunk(rows, probabilities, shares)
+        return _Chunk(rows, probabilities, self.room.is_in_gradient(rows), shares)
 
     def _softmax(self, rows: slice, part: slice, chosen: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One block's: max z, log Σ exp(z - max z) and Σ p z, each [rows, 1].
@@ -216,7 +214,10 @@ class HeadWalk:
                 of_hidden.addcmul_(product(of_logits, self.head[part]), factor)
             if found.of_weight is not None:
                 scaled = (inputs * factor).to(inputs.dtype)
-                add_product(of_logits.t(), scaled, to=found.of_weight[part], empty=chunk.rows.start == 0)
+                if chunk.in_gradient:
+                    found.of_weight[part] = product(of_logits.t(), scaled)
+                else:
+                    add_product(of_logits.t(), scaled, to=found.of_weight[part])
         if found.of_hidden is not None:
             found.of_hidden[chunk.rows] = of_hidden.to(found.of_hidden.dtype)
 

@@ -75,16 +75,15 @@ def product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], bias: Float[Tensor
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
-def add_product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[Tensor, "n m"], empty: bool) -> None:
-    """Add A B to `to` in place, or write it there where `to` is `empty`: of torch's own products, in the same kernel.
+def add_product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[Tensor, "n m"]) -> None:
+    """Add A B to `to` in place: of torch's own products, in the same kernel.
 
     oneDNN's make a result of their own, and so do those in another dtype than that of `to`.
     """
     if a.dtype == b.dtype == to.dtype and not (fits_onednn(a, b) and onednn_is_faster()):
-        to.addmm_(a, b, beta=0 if empty else 1)
-        return
-    # Not kept under a name: the next one's would stand beside it.
-    (to.copy_ if empty else to.add_)(product(a, b))
+        to.addmm_(a, b)
+    else:
+        to.add_(product(a, b))
 
 
 def linear(

@@ -55,7 +55,7 @@ def plain(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, **settin
     return chunked_token_statistics(lambda h: h @ weight.t() + bias, hidden, tokens, **settings)
 
 
-@pytest.mark.parametrize("chunk_size", [16, 1000])
+@pytest.mark.parametrize("chunk_size", [2, 16, 1000])
 @pytest.mark.parametrize("ent_coef", [0.0, 0.7])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("scale", [1.0, 8.0])
@@ -170,8 +170,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return a @ b if bias is None else torch.addmm(bias, a, b)
 
-    def added(a: Tensor, b: Tensor, *, to: Tensor, empty: bool) -> None:
-        to.copy_(counted(a, b) if empty else to + counted(a, b))
+    def added(a: Tensor, b: Tensor, *, to: Tensor) -> None:
+        to.add_(counted(a, b))
 
     monkeypatch.setattr(head_walk, "product", counted)
     monkeypatch.setattr(head_walk, "add_product", added)
@@ -179,15 +179,15 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_foreseen_gradient_multiplies_three_times_and_another_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits, and one product for each gradient; the plain way has four."""
+    """Logits, and one product for each gradient, in each of two chunks; the plain way has four."""
     calls = counting(monkeypatch)
     hidden, weight, bias, tokens = parts()
     found = fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0), with_entropy=False)
     loss_of(found.logprobs, None, 0.0).backward()
-    assert len(calls) == 3
+    assert len(calls) == 2 * 3
     found = fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0), with_entropy=False)
     found.logprobs[3].backward()
-    assert len(calls) == 3 + 6
+    assert len(calls) == 2 * 3 + 2 * 6
 
 
 def test_a_frozen_head_or_trunk_gets_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,18 +300,45 @@ def test_probabilities_do_not_wait_for_the_backward_pass(monkeypatch: pytest.Mon
 def test_chunks_of_a_large_vocabulary_keep_so_many_rows_that_its_gradient_is_rarely_walked_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And they are of one size: 37 tokens go as 10, 10, 10 and 7 where 12 are the least that a chunk has."""
+    """And they are of one size: 31 tokens beside the gradient go as 11, 11 and 9 where 12 are the least of a chunk."""
     monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
     monkeypatch.setattr(head_walk, "FEWEST", 12)
-    hidden, weight, bias, tokens = parts()
+    assert chunks_of(*parts()) == [HIDDEN, 11, 11, 9]
+
+
+def chunks_of(*given: Any, **settings: Any) -> list[int]:
+    """Rows of each chunk."""
     sizes: list[int] = []
 
     def noted(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> tuple[Tensor, None]:
         sizes.append(len(logprobs))
         return torch.ones_like(logprobs), None
 
-    fused_token_statistics(hidden, weight, bias, tokens, slopes=noted)
-    assert sizes == [10, 10, 10, 7]
+    fused_token_statistics(*given, slopes=noted, **settings)
+    return sizes
+
+
+def test_the_heads_gradient_has_room_for_the_probabilities_of_as_many_tokens_as_its_smallest_block_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A row of 6 float32 numbers is as wide as 12 in bfloat16; the last of the blocks 4 + 4 + 3 has three quarters."""
+    hidden, weight, bias, tokens = parts(torch.float32)
+    assert chunks_of(hidden, weight, bias, tokens) == [6, 31]
+    assert chunks_of(hidden, weight, bias, tokens, product_dtype=torch.bfloat16) == [12, 25]
+    assert chunks_of(hidden, weight, bias, tokens, product_dtype=torch.float64) == [37]
+    assert chunks_of(hidden, weight.detach(), bias, tokens) == [37]
+    assert chunks_of(hidden, weight, bias, tokens, chunk_size=5) == [5] * 7 + [2]
+    blocks_of(4, monkeypatch)
+    assert chunks_of(hidden, weight, bias, tokens) == [6 * 3 // 4, 33]
+
+
+def test_nothing_stands_beside_the_heads_gradient_for_no_more_tokens_than_a_state_is_wide() -> None:
+    """Nothing of the vocabulary's size, that is: logits and products are those of one block."""
+    rows, block = 16, head_walk.ON_CPU.block
+    hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (rows, 16 * block))
+    given = (hidden, weight, None, torch.arange(rows))
+    peak = peak_bytes(lambda: fused_token_statistics(*given, slopes=linear_slopes(0.0), with_entropy=False))
+    assert peak < 4 * (weight.numel() + 64 * block + 3 * rows * block) < 4 * (weight.numel() + rows * 16 * block)
 
 
 def test_a_second_backward_pass_is_refused() -> None:
