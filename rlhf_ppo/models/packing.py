@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_ppo.batch import pad_rows
+from rlhf_ppo.functional.run_attention import fits_kernel, run_attention
 from rlhf_ppo.models.last_layer import last_layer_on, read_places, tokenwise_parts
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,10 @@ def packed_attention(
     if settings.get("position_bias") is not None or attention_mask is not None:
         raise NotImplementedError("attention with a bias or mask of its own is not packed")
     settings.pop("is_causal", None)
+    windowed = sliding_window is not None and any(length > sliding_window for _, length in packed_runs)
+    if not windowed and not settings.get("dropout") and fits_kernel(query, key, value):
+        heads = (tensor.squeeze(0) for tensor in (query, key, value))  # [0] would cost a copy on the way back
+        return run_attention(*heads, packed_runs, scale=settings.get("scaling"))[None], None
     sizes = [count * length for count, length in packed_runs]
     parts = zip(packed_runs, *(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
     outputs = []

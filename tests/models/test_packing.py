@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from transformers import AttentionInterface, BloomConfig, BloomForCausalLM
 
@@ -92,3 +93,29 @@ def test_checkpointed_layers_are_padded_and_the_models_attention_is_left_alone()
     policy(inputs(*RAGGED)).logprobs.sum().backward()
     assert policy.work["trunk_tokens"] == 5 * 12
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_window_or_dropout_or_another_kernel_goes_through_the_models_own_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A window as wide as the longest row hides nothing, and a row alone is its own beginning."""
+    from rlhf_ppo.models import packing
+
+    calls: list[int] = []
+    plain = packing.run_attention
+    monkeypatch.setattr(packing, "run_attention", lambda *of, **settings: calls.append(1) or plain(*of, **settings))
+    states = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    module = torch.nn.Module()
+
+    def attention(**settings: Any) -> Tensor:
+        return packing.packed_attention(module, *states, None, packed_runs=[(1, 3), (1, 5)], **settings)[0]
+
+    ours = attention(sliding_window=5)
+    assert calls == [1]
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_close(attention(), ours)
+    windowed = attention(sliding_window=4)
+    assert_close(windowed[:, :-1], ours[:, :-1])
+    assert not torch.allclose(windowed[:, -1], ours[:, -1])
+    attention(dropout=0.5)
+    assert calls == [1]
