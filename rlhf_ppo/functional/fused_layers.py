@@ -22,6 +22,21 @@ def swiglu(gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"]) -> Fl
     return result
 
 
+def rotate(
+    x: Float[Tensor, "*batch d"], cos: Float[Tensor, "*#batch d"], sin: Float[Tensor, "*#batch d"]
+) -> Float[Tensor, "*batch d"]:
+    """Rotary position embedding (x1, x2) cos + (-x2, x1) sin of the two halves of x (Su et al. 2021, eq. 34).
+
+    Args:
+        x: Queries or keys.
+        cos: Broadcast over the heads, without a gradient.
+        sin: Likewise.
+    """
+    first, second = sin.chunk(2, dim=-1)
+    result: Tensor = _Rotation.apply(x, cos, first, second, 1.0)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -59,6 +74,25 @@ class _SwiGLU(torch.autograd.Function):
             return of_gate * sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid * grad
         torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
         return of_gate, torch.nn.functional.silu(gate).mul_(grad)
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is a rotation, too, by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: float) -> Tensor:
+        ctx.save_for_backward(cos, first, second)
+        ctx.sign = sign
+        rotated = x * cos
+        ours, theirs = rotated.chunk(2, dim=-1), x.chunk(2, dim=-1)
+        ours[0].addcmul_(theirs[1], first, value=-sign)
+        ours[1].addcmul_(theirs[0], second, value=sign)
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, first, second = ctx.saved_tensors
+        return _Rotation.apply(grad, cos, second, first, -ctx.sign), None, None, None, None  # type: ignore[no-untyped-call]
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm and gated feed-forward layers of any architecture, exchanged for ones that keep less for the backward pass.
+"""Norms, gated layers and rotary attention of any architecture, exchanged for ones that walk less over the states.
 
 Architectures of `transformers` bring classes of their own that compute the same. Which do is found out by trial: a
 class is exchanged once a module of it has given what the fused one gives.
@@ -13,6 +13,7 @@ from transformers.activations import SiLUActivation
 
 from rlhf_ppo.functional.fused_layers import rms_norm, swiglu
 from rlhf_ppo.functional.products import fits_onednn
+from rlhf_ppo.models.fused_rotary import rotating_forward
 
 CLOSE = 1e-5
 """How far outputs may differ in the trial, relative to the largest."""
@@ -50,12 +51,17 @@ def fused_class(module: nn.Module) -> type[nn.Module] | None:
     """What the class of `module` may be exchanged for; None where nothing is known that computes the same."""
     kind = type(module)
     if kind not in _FUSED and not issubclass(kind, FusedModule):
-        mixin = _candidate(module)
-        if mixin is not None:
-            fused = type(f"Fused{kind.__name__}", (mixin, kind), {"__module__": __name__})
-            if _computes_the_same(module, fused):
-                _FUSED[kind] = fused
+        rotating, mixin = rotating_forward(module), _candidate(module)
+        if rotating is not None:
+            _FUSED[kind] = _before(kind, FusedModule, forward=rotating)
+        elif mixin is not None and _computes_the_same(module, _before(kind, mixin)):
+            _FUSED[kind] = _before(kind, mixin)
     return _FUSED.get(kind)
+
+
+def _before(kind: type[nn.Module], mixin: type, **members: Any) -> Any:
+    """A class that is `kind` behind `mixin`."""
+    return type(f"Fused{kind.__name__}", (mixin, kind), {"__module__": __name__, **members})
 
 
 def plain_class(module: nn.Module) -> type[nn.Module] | None:
