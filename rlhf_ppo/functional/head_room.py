@@ -55,7 +55,7 @@ class Room:
 
     def is_in_gradient(self, rows: slice) -> bool:
         """Whether this chunk's probabilities wait there: those of the first do, for the place is then taken."""
-        return rows.start == 0 and rows.stop <= self.rows
+        return bool(rows.start == 0 and rows.stop <= self.rows)
 
     def of(self, rows: slice) -> Float[Tensor, "blocks rows size"]:
         """The place of a chunk's probabilities; the last block may fill a part of its own."""

@@ -134,8 +134,8 @@ def packed_attention(
     settings.pop("is_causal", None)
     windowed = sliding_window is not None and any(length > sliding_window for _, length in packed_runs)
     if not windowed and not settings.get("dropout") and fits_kernel(query, key, value):
-        heads = (tensor.squeeze(0) for tensor in (query, key, value))  # [0] would cost a copy on the way back
-        return run_attention(*heads, packed_runs, scale=settings.get("scaling"))[None], None
+        q, k, v = (tensor.squeeze(0) for tensor in (query, key, value))  # [0] would cost a copy on the way back
+        return run_attention(q, k, v, packed_runs, scale=settings.get("scaling"))[None], None
     sizes = [count * length for count, length in packed_runs]
     parts = zip(packed_runs, *(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
     outputs = []
