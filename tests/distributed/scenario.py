@@ -196,21 +196,21 @@ def _parameters(trainer: PPOTrainer) -> list[Tensor]:
 
 
 def _counted_passes(trainer: PPOTrainer) -> list[int]:
-    """How often each optimiser step calls the objective, kept up to date while the trainer runs."""
+    """Of each optimiser step, kept up to date while the trainer runs."""
     update: Any = trainer.algorithm.update
     update = getattr(update, "inner", update)
     passes: list[int] = []
-    objective, step = update.objective, update._step
+    backward, step = update._backward, update._step
 
-    def counted_objective(*arguments: Any) -> Any:
+    def counted_backward(*arguments: Any, **settings: Any) -> Any:
         passes[-1] += 1
-        return objective(*arguments)
+        return backward(*arguments, **settings)
 
     def counted_step(*arguments: Any) -> None:
         passes.append(0)
         step(*arguments)
 
-    update.objective, update._step = counted_objective, counted_step
+    update._backward, update._step = counted_backward, counted_step
     return passes
 
 
