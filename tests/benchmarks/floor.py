@@ -1,4 +1,4 @@
-"""The least that an update can cost: its matrix products, nothing else."""
+"""The least that an optimiser step can cost: its matrix products, nothing else."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ def by_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_floor(model: Any, workload: Workload, dtype: torch.dtype) -> dict[str, float]:
-    """CPU seconds of the products of all optimiser steps, forward once and backward twice.
+def step_floor(model: Any, workload: Workload, rows: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """CPU seconds of the products of one optimiser step, forward once and backward twice.
 
-    Every linear layer of the trunk sees the real tokens of a minibatch in one product, the LM head its response
+    Every linear layer of the trunk sees the real tokens of the step's rows in one product, the LM head their response
     tokens; in attention, the queries of each row see its keys. Norms, softmax, activations and the optimiser are left
     out: a lower bound.
 
@@ -33,20 +33,16 @@ def update_floor(model: Any, workload: Workload, dtype: torch.dtype) -> dict[str
     head = model.get_output_embeddings().weight.to(dtype)
     trunk = [layer for layer in model.base_model.modules() if isinstance(layer, nn.Linear | Conv1D)]
     weights = [layer.weight.T if isinstance(layer, Conv1D) else layer.weight for layer in trunk]
-    weights = [weight.to(dtype) for weight in weights]
-    lengths = torch.tensor(workload.lengths())
-    generator = torch.Generator().manual_seed(0)
-    found = {"torch": 0.0, "fastest": 0.0, "attention": 0.0}
-    for _ in range(workload.epochs):
-        for rows in torch.randperm(workload.rows, generator=generator).split(workload.minibatch):
-            responses = int(lengths[rows].sum())
-            tokens = responses + workload.prompt * len(rows)
-            for weight, inputs in [*((weight, tokens) for weight in weights), (head, responses)]:
-                by_torch, by_the_other = layer_seconds(weight, inputs)
-                found["torch"] += by_torch
-                found["fastest"] += min(by_torch, by_the_other)
-            row_lengths = (lengths[rows] + workload.prompt).tolist()
-            found["attention"] += workload.layers * sum(attention_seconds(workload, row) for row in row_lengths)
+    lengths = torch.tensor(workload.lengths())[rows.cpu()]
+    responses = int(lengths.sum())
+    tokens = responses + workload.prompt * len(rows)
+    found = {"torch": 0.0, "fastest": 0.0}
+    for weight, inputs in [*((weight.to(dtype), tokens) for weight in weights), (head, responses)]:
+        by_torch, by_the_other = layer_seconds(weight, inputs)
+        found["torch"] += by_torch
+        found["fastest"] += min(by_torch, by_the_other)
+    row_lengths = (lengths + workload.prompt).tolist()
+    found["attention"] = workload.layers * sum(attention_seconds(workload, length) for length in row_lengths)
     return found
 
 

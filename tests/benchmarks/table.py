@@ -45,7 +45,8 @@ def floors(found: dict[str, Any]) -> str:
         if not rounds:
             continue
         of = [costs[side] for costs in rounds]
-        updates = [costs["step"]["update"] for costs in of]
+        # Taken in turns with its products, step by step; earlier rounds measured them one behind the other.
+        updates = [costs["floor"].get("update", costs["step"]["update"]) for costs in of]
         bounds = {way: [costs["floor"][way] for costs in of] for way in ("fastest", "torch")}
         # Attention runs in float32 on either side.
         attention = [costs["ours"]["floor"]["attention"] for costs in rounds]
