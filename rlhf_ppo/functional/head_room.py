@@ -1,7 +1,9 @@
-"""Where probabilities wait for the loss: where the head's gradient will stand, as far as it has room, else beside it.
+"""Where probabilities wait for the loss: in the room of the head's gradient, a step ahead of it, and as far beyond as
+the rest needs.
 
-The gradient of a block of the vocabulary is [block, hidden]. Until it is known, that place holds the block's
-probabilities of as many tokens as a state is wide, or of twice as many where they are half as precise.
+The gradient of a block of the vocabulary is [block, hidden]; until it is known, the block's probabilities are
+[rows, block]. Both go through one piece of memory from the front to the back: a block's gradient is written where only
+probabilities of blocks before it have stood.
 """
 
 import math
@@ -12,7 +14,7 @@ from torch import Tensor
 
 
 class Room:
-    """The head's gradient, and the place beside it."""
+    """One piece of memory for the head's gradient and for a chunk's probabilities."""
 
     def __init__(self, head: Float[Tensor, "vocab hidden"], block: int, gradient: torch.dtype | None) -> None:
         """Plan, and take no memory yet.
@@ -25,42 +27,36 @@ class Room:
         self.head, self.block, self.dtype = head, block, gradient
         self.blocks = math.ceil(len(head) / block)
         self.gradient: Tensor | None = None
-        self.beside = head.new_empty(0)
+        self.memory = head.new_empty(0)
 
     @property
     def rows(self) -> int:
-        """Tokens whose probabilities the gradient has room for: those of its last block, the smallest."""
+        """Tokens whose probabilities take no more memory than the gradient; 0 where the two can not share it."""
         if self.dtype is None or self.dtype.itemsize % self.head.element_size() != 0:
             return 0
-        smallest = len(self.head) - (self.blocks - 1) * self.block
-        return smallest * self._width // self.block
-
-    @property
-    def _width(self) -> int:
-        """Of a row of the gradient, in probabilities."""
-        return self.head.shape[1] * (self.dtype or self.head.dtype).itemsize // self.head.element_size()
+        return self.head.shape[1] * self.dtype.itemsize // self.head.element_size()
 
     def make(self, chunks: list[slice]) -> None:
-        """Take the memory: the gradient's, then that of the most probabilities that stand beside it.
+        """Take the memory that these chunks need one after the other; the first stands in the gradient's way.
 
-        In this order, and in sizes that differ as little as can be: in the holes that they leave in memory, those of
-        the next minibatch find their place, and nothing that stays stands between them.
+        All in one piece: in the hole that it leaves in memory, that of the next minibatch finds its place.
         """
-        if self.dtype is not None:
-            # A chunk that stood in the gradient writes all of it; otherwise every chunk adds to it.
-            written = any(self.is_in_gradient(rows) for rows in chunks)
-            self.gradient = (torch.empty_like if written else torch.zeros_like)(self.head, dtype=self.dtype)
-        outside = (rows.stop - rows.start for rows in chunks if not self.is_in_gradient(rows))
-        self.beside = self.head.new_empty(self.blocks * max(outside, default=0) * self.block)
+        sizes, width = [rows.stop - rows.start for rows in chunks], self.rows
+        if self.dtype is None or width == 0 or not chunks:
+            self.memory = self.head.new_empty(self.blocks * self.block * max(sizes, default=0))
+            self.gradient = None if self.dtype is None else torch.zeros_like(self.head, dtype=self.dtype)
+            return
+        first, later = sizes[0], max(sizes[1:], default=0)
+        # What begins later than the gradient by one block of it ends later, too, the more so the more rows there are.
+        ahead = self.blocks * max(width, first) + min(width, first)
+        self.memory = self.head.new_empty(self.block * max(ahead, self.blocks * (width + later)))
+        self.gradient = self.memory[: len(self.head) * width].view(self.dtype).view(self.head.shape)
 
-    def is_in_gradient(self, rows: slice) -> bool:
-        """Whether this chunk's probabilities wait there: those of the first do, for the place is then taken."""
-        return bool(rows.start == 0 and rows.stop <= self.rows)
+    def is_ahead(self, rows: slice) -> bool:
+        """Whether this chunk's probabilities stand in the gradient's way: it is then written, not added to."""
+        return rows.start == 0 and self.rows > 0
 
     def of(self, rows: slice) -> Float[Tensor, "blocks rows size"]:
-        """The place of a chunk's probabilities; the last block may fill a part of its own."""
+        """The place of a chunk's probabilities, at the end; the last block may fill a part of its own."""
         shape = (self.blocks, rows.stop - rows.start, self.block)
-        if self.gradient is None or not self.is_in_gradient(rows):
-            return self.beside[: math.prod(shape)].view(shape)
-        flat = self.gradient.view(-1).view(self.head.dtype)
-        return flat.as_strided(shape, (self.block * self._width, self.block, 1))
+        return self.memory[len(self.memory) - math.prod(shape) :].view(shape)

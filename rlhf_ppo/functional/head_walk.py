@@ -16,13 +16,13 @@ from torch import Tensor
 
 from rlhf_ppo.functional.head_room import Room
 from rlhf_ppo.functional.masked import at_least_float32
-from rlhf_ppo.functional.products import add_product, product
+from rlhf_ppo.functional.products import add_product, product, write_product
 
 Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
 """(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
 
 FEWEST = 64
-"""Rows of a chunk beside the gradient, whatever the vocabulary: at 128,000 tokens as many bytes as `kept`. The head's
+"""Rows beyond the gradient's room, whatever the vocabulary: at 128,000 tokens as many bytes as `kept`. The head's
 gradient is walked through once a chunk: with fewer rows that would take longer than the products, and the time of a
 token would grow with the square of the vocabulary."""
 IMPOSSIBLE = -1e30
@@ -38,7 +38,7 @@ class Sizes:
     """How much of the walk lives at once."""
 
     kept: int
-    """Bytes of a chunk's probabilities, where the loss is waited for and the gradient's place is taken."""
+    """Bytes of probabilities beyond the gradient's room, where the loss is waited for."""
     scored: int
     """Bytes of a block's logits, where it is not."""
     block: int
@@ -81,8 +81,8 @@ class _Chunk:
     rows: slice
     probabilities: Float[Tensor, "blocks rows size"]
     """Empty where no gradient will be asked for; the last block may fill a part of its place."""
-    in_gradient: bool
-    """Whether they stand where the head's gradient will: what is written there reads them for the last time."""
+    ahead: bool
+    """Whether they stand where the head's gradient will, a step ahead of it: what is there is no gradient yet."""
     shares: Float[Tensor, "rows blocks"]
     """Of each block in the whole probability."""
 
@@ -131,10 +131,10 @@ class HeadWalk:
         return self.found
 
     def _chunks(self, *, kept: bool) -> list[slice]:
-        """The rows that the gradient has room for, then all others in chunks of one size."""
-        total = len(self.tokens)
-        start = min(total, self.settings.chunk_size, self.room.rows) if kept else 0
-        chunks = math.ceil((total - start) / self._most_rows(kept=kept))
+        """The rows that the gradient and what may stand beyond have room for, then all others in chunks of one size."""
+        total, most = len(self.tokens), self._most_rows(kept=kept)
+        start = min(total, self.settings.chunk_size, self.room.rows + most) if kept and self.room.rows > 0 else 0
+        chunks = math.ceil((total - start) / most)
         size = math.ceil((total - start) / max(1, chunks))
         others = [slice(first, min(first + size, total)) for first in range(start, total, max(1, size))]
         return [slice(0, start), *others] if start > 0 else others
@@ -150,7 +150,7 @@ class HeadWalk:
         return of_logprobs, of_entropy
 
     def _most_rows(self, *, kept: bool) -> int:
-        """Of a chunk whose probabilities fit beside the gradient or, where none is taken, a block's logits anywhere."""
+        """Of a chunk whose probabilities fit beyond the gradient or, where none is taken, a block's logits anywhere."""
         if kept:
             rows = max(FEWEST, self.sizes.kept // (self.head.element_size() * max(len(self.head), 1)))
         else:
@@ -176,7 +176,7 @@ class HeadWalk:
         self.found.logprobs[rows] = (chosen - highest - log_sum).squeeze(-1)
         if self.settings.with_entropy:
             self.found.entropy[rows] = (highest + log_sum).squeeze(-1) - (shares * means).sum(dim=-1)
-        return _Chunk(rows, probabilities, self.room.is_in_gradient(rows), shares)
+        return _Chunk(rows, probabilities, self.room.is_ahead(rows), shares)
 
     def _softmax(self, rows: slice, part: slice, chosen: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One block's: max z, log Σ exp(z - max z) and Σ p z, each [rows, 1].
@@ -214,10 +214,8 @@ class HeadWalk:
                 of_hidden.addcmul_(product(of_logits, self.head[part]), factor)
             if found.of_weight is not None:
                 scaled = (inputs * factor).to(inputs.dtype)
-                if chunk.in_gradient:
-                    found.of_weight[part] = product(of_logits.t(), scaled)
-                else:
-                    add_product(of_logits.t(), scaled, to=found.of_weight[part])
+                into_gradient = write_product if chunk.ahead else add_product
+                into_gradient(of_logits.t(), scaled, to=found.of_weight[part])
         if found.of_hidden is not None:
             found.of_hidden[chunk.rows] = of_hidden.to(found.of_hidden.dtype)
 

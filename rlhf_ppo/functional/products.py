@@ -80,10 +80,22 @@ def add_product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[T
 
     oneDNN's make a result of their own, and so do those in another dtype than that of `to`.
     """
-    if a.dtype == b.dtype == to.dtype and not (fits_onednn(a, b) and onednn_is_faster()):
+    if _is_torchs_own(a, b, to):
         to.addmm_(a, b)
     else:
         to.add_(product(a, b))
+
+
+def write_product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[Tensor, "n m"]) -> None:
+    """Write A B into `to`: the same kernels as those of `add_product`."""
+    if _is_torchs_own(a, b, to):
+        torch.mm(a, b, out=to)
+    else:
+        to.copy_(product(a, b))
+
+
+def _is_torchs_own(a: Tensor, b: Tensor, to: Tensor) -> bool:
+    return a.dtype == b.dtype == to.dtype and not (fits_onednn(a, b) and onednn_is_faster())
 
 
 def linear(

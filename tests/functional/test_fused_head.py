@@ -4,15 +4,19 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_ppo.functional import head_walk
 from rlhf_ppo.functional.fused_head import fused_token_statistics
+from rlhf_ppo.functional.head_room import Room
 from rlhf_ppo.functional.head_walk import Slopes
 from rlhf_ppo.functional.logprobs import chunked_token_statistics
 from tests.benchmarks.allocations import peak_bytes
@@ -173,13 +177,19 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def added(a: Tensor, b: Tensor, *, to: Tensor) -> None:
         to.add_(counted(a, b))
 
+    def written(a: Tensor, b: Tensor, *, to: Tensor) -> None:
+        to.copy_(counted(a, b))
+
     monkeypatch.setattr(head_walk, "product", counted)
     monkeypatch.setattr(head_walk, "add_product", added)
+    monkeypatch.setattr(head_walk, "write_product", written)
     return calls
 
 
 def test_a_foreseen_gradient_multiplies_three_times_and_another_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, and one product for each gradient, in each of two chunks; the plain way has four."""
+    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
+    monkeypatch.setattr(head_walk, "FEWEST", N - HIDDEN - 1)
     calls = counting(monkeypatch)
     hidden, weight, bias, tokens = parts()
     found = fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0), with_entropy=False)
@@ -247,8 +257,8 @@ def test_scoring_holds_one_block_of_logits_whatever_the_vocabulary_and_the_rows(
     assert large < 3 * block  # its logits, their probabilities, and what a product takes
 
 
-def test_training_holds_the_heads_gradient_and_one_chunks_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second chunk's would stand behind the gradient in memory, where the next minibatch's gradient has no place."""
+def test_training_holds_the_heads_gradient_and_the_fewest_rows_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece, however many chunks there are, and one block of it for the gradient to be a step behind."""
     monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
     block, chunk, rows = head_walk.ON_CPU.block, head_walk.FEWEST, 3 * head_walk.FEWEST
     vocab = 16 * block
@@ -259,8 +269,8 @@ def test_training_holds_the_heads_gradient_and_one_chunks_probabilities(monkeypa
         return torch.ones_like(logprobs), None
 
     peak = peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, slopes=slope, with_entropy=False))
-    gradient, kept = 4 * weight.numel(), 4 * chunk * vocab
-    assert gradient + kept < peak < gradient + kept + 3 * 4 * chunk * block
+    gradient, kept = 4 * (weight.numel() + 16 * block), 4 * chunk * vocab
+    assert gradient + kept < peak < gradient + kept + 3 * 4 * (chunk + 16) * block
 
 
 def test_beside_the_heads_gradient_training_holds_no_more_at_four_times_the_vocabulary(
@@ -300,10 +310,10 @@ def test_probabilities_do_not_wait_for_the_backward_pass(monkeypatch: pytest.Mon
 def test_chunks_of_a_large_vocabulary_keep_so_many_rows_that_its_gradient_is_rarely_walked_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And they are of one size: 31 tokens beside the gradient go as 11, 11 and 9 where 12 are the least of a chunk."""
+    """The first has what the gradient has room for and the least beyond; those behind it are of one size, 10 and 9."""
     monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
     monkeypatch.setattr(head_walk, "FEWEST", 12)
-    assert chunks_of(*parts()) == [HIDDEN, 11, 11, 9]
+    assert chunks_of(*parts()) == [HIDDEN + 12, 10, 9]
 
 
 def chunks_of(*given: Any, **settings: Any) -> list[int]:
@@ -318,27 +328,51 @@ def chunks_of(*given: Any, **settings: Any) -> list[int]:
     return sizes
 
 
-def test_the_heads_gradient_has_room_for_the_probabilities_of_as_many_tokens_as_its_smallest_block_holds(
+def test_the_heads_gradient_has_room_for_the_probabilities_of_as_many_tokens_as_a_state_is_wide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A row of 6 float32 numbers is as wide as 12 in bfloat16; the last of the blocks 4 + 4 + 3 has three quarters."""
+    """A row of 6 float32 numbers is as wide as 12 in bfloat16. Where the two share no memory, all stand beside."""
+    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
+    monkeypatch.setattr(head_walk, "FEWEST", 20)
     hidden, weight, bias, tokens = parts(torch.float32)
-    assert chunks_of(hidden, weight, bias, tokens) == [6, 31]
-    assert chunks_of(hidden, weight, bias, tokens, product_dtype=torch.bfloat16) == [12, 25]
-    assert chunks_of(hidden, weight, bias, tokens, product_dtype=torch.float64) == [37]
-    assert chunks_of(hidden, weight.detach(), bias, tokens) == [37]
+    assert chunks_of(hidden, weight, bias, tokens) == [6 + 20, 11]
+    assert chunks_of(hidden, weight, bias, tokens, product_dtype=torch.bfloat16) == [12 + 20, 5]
+    assert chunks_of(hidden, weight, bias, tokens, product_dtype=torch.float64) == [19, 18]
+    assert chunks_of(hidden, weight.detach(), bias, tokens) == [19, 18]
     assert chunks_of(hidden, weight, bias, tokens, chunk_size=5) == [5] * 7 + [2]
-    blocks_of(4, monkeypatch)
-    assert chunks_of(hidden, weight, bias, tokens) == [6 * 3 // 4, 33]
 
 
-def test_nothing_stands_beside_the_heads_gradient_for_no_more_tokens_than_a_state_is_wide() -> None:
-    """Nothing of the vocabulary's size, that is: logits and products are those of one block."""
-    rows, block = 16, head_walk.ON_CPU.block
-    hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (rows, 16 * block))
-    given = (hidden, weight, None, torch.arange(rows))
-    peak = peak_bytes(lambda: fused_token_statistics(*given, slopes=linear_slopes(0.0), with_entropy=False))
-    assert peak < 4 * (weight.numel() + 64 * block + 3 * rows * block) < 4 * (weight.numel() + rows * 16 * block)
+@given(
+    st.integers(1, 40), st.integers(1, 9), st.integers(1, 6), st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_a_blocks_gradient_is_written_where_no_probability_is_waited_for(
+    vocab: int, block: int, hidden: int, sizes: list[int], dtype: torch.dtype
+) -> None:
+    """Each block's gradient in turn: probabilities of later blocks, and its own, which it is made from, stay."""
+    stops = torch.tensor(sizes).cumsum(0).tolist()
+    chunks = [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
+    room = Room(torch.zeros(vocab, hidden, dtype=dtype), block, torch.float32)
+    room.make(chunks)
+    assert room.gradient is not None and [room.is_ahead(rows) for rows in chunks] == [True] + [False] * (len(sizes) - 1)
+    place = room.of(chunks[0]).fill_(1.0)
+    for number in range(room.blocks):
+        room.gradient[number * block : (number + 1) * block] = math.nan
+        assert bool((place[number:] == 1).all())
+    room.gradient.zero_()
+    for rows in chunks[1:]:
+        room.of(rows).fill_(1.0)
+    assert bool((room.gradient == 0).all())
+
+
+def test_beyond_the_heads_gradient_stand_a_block_of_it_and_the_rows_that_a_state_is_not_wide_enough_for() -> None:
+    """Beside logits and products of one block, of which there are 16."""
+    block = head_walk.ON_CPU.block
+    for rows, beyond in ((16, 16), (80, 64 + 16 * 16)):
+        hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (rows, 16 * block))
+        asked = partial(fused_token_statistics, hidden, weight, None, torch.arange(rows))
+        peak = peak_bytes(partial(asked, slopes=linear_slopes(0.0)))
+        assert 0 < peak - 4 * (weight.numel() + beyond * block) < 4 * 4 * rows * block
 
 
 def test_a_second_backward_pass_is_refused() -> None:
