@@ -47,8 +47,8 @@ def fused_token_statistics(
         slopes: The loss's derivatives at each token, given the token's log-probability and entropy; None without a
             gradient, where the same walk scores alone.
         temperature: What the logits are divided by.
-        chunk_size: Tokens at a time, at most: as many as the head's gradient has room for the probabilities of, then,
-            beside it, as many as take 31 MiB (CPU) or 496 MiB, but no fewer than 64.
+        chunk_size: Tokens at a time, at most: first as many as the head's gradient has room for the probabilities of
+            and, beyond it, as many as take 31 MiB (CPU) or 496 MiB, but no fewer than 64; then as many as these.
         with_entropy: Also the entropy, which costs one more pass over each chunk.
         product_dtype: Of the three products; None: that of the states.
         shared: Takes the weight's gradient, for the embedding of the same weight that `hidden` comes from.

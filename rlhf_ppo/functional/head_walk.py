@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_ppo.functional.head_room import Room
 from rlhf_ppo.functional.masked import at_least_float32
-from rlhf_ppo.functional.products import add_product, product, write_product
+from rlhf_ppo.functional.products import add_product, product, write_product, writes_in_place
 
 Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
 """(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
@@ -183,23 +183,36 @@ class HeadWalk:
 
         p goes into `place` if that is not empty, and the logits of those tokens that lie in the block into `chosen`.
         """
-        offset = None if self.offset is None else self.offset[part]
-        z = at_least_float32(product(self.inputs[rows], self.head[part].t(), offset))
-        if self.settings.temperature != 1.0:
-            z = z.div_(self.settings.temperature)
+        z = self._logits(rows, part, place)
+        fits = place.shape == z.shape and place.dtype == z.dtype
         index = self.tokens[rows, None] - part.start
         inside = (index >= 0) & (index < z.shape[-1])
         chosen.copy_(torch.where(inside, z.gather(-1, index.clamp(0, z.shape[-1] - 1)), chosen))
         if self.offset is not None:
             z.clamp_(min=IMPOSSIBLE)
         largest = z.amax(dim=-1, keepdim=True)
-        p = torch.softmax(z, dim=-1, out=place) if place.shape == z.shape and place.dtype == z.dtype else z.softmax(-1)
+        logits = z.clone() if z is place and self.settings.with_entropy else z
+        p = torch.softmax(z, dim=-1, out=place) if fits else z.softmax(-1)
         # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.
         log_sum = p.amax(dim=-1, keepdim=True).log_().neg_()
-        mean = z.mul_(p).sum(dim=-1, keepdim=True) if self.settings.with_entropy else log_sum
+        mean = logits.mul_(p).sum(dim=-1, keepdim=True) if self.settings.with_entropy else log_sum
         if place.numel() > 0 and p is not place:
             place[:, : p.shape[-1]] = p
         return largest, log_sum, mean
+
+    def _logits(self, rows: slice, part: slice, place: Tensor) -> Tensor:
+        """Those of one block, [rows, block], at least in float32; in `place` where a CPU's product can write there.
+
+        What stands in the way comes from memory while the product is busy, and the probabilities need not wait for it.
+        """
+        inputs, head = self.inputs[rows], self.head[part].t()
+        offset = None if self.offset is None else self.offset[part]
+        whole = place.shape == (len(inputs), head.shape[1]) and at_least_float32(place) is place
+        if whole and place.device.type == "cpu" and writes_in_place(inputs, head, place):
+            z = write_product(inputs, head, offset, to=place)
+        else:
+            z = at_least_float32(product(inputs, head, offset))
+        return z if self.settings.temperature == 1.0 else z.div_(self.settings.temperature)
 
     def _take(self, chunk: _Chunk, of_logprobs: Tensor, of_entropy: Tensor | None) -> None:
         """Add up what these rows give to the gradients."""

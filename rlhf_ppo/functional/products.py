@@ -80,21 +80,23 @@ def add_product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[T
 
     oneDNN's make a result of their own, and so do those in another dtype than that of `to`.
     """
-    if _is_torchs_own(a, b, to):
+    if writes_in_place(a, b, to):
         to.addmm_(a, b)
     else:
         to.add_(product(a, b))
 
 
-def write_product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[Tensor, "n m"]) -> None:
-    """Write A B into `to`: the same kernels as those of `add_product`."""
-    if _is_torchs_own(a, b, to):
-        torch.mm(a, b, out=to)
-    else:
-        to.copy_(product(a, b))
+def write_product(
+    a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], bias: Float[Tensor, " m"] | None = None, *, to: Float[Tensor, "n m"]
+) -> Float[Tensor, "n m"]:
+    """Write A B + bias into `to`, and return it: the same kernels as those of `add_product`."""
+    if not writes_in_place(a, b, to):
+        return to.copy_(product(a, b, bias))
+    return torch.mm(a, b, out=to) if bias is None else torch.addmm(bias, a, b, out=to)
 
 
-def _is_torchs_own(a: Tensor, b: Tensor, to: Tensor) -> bool:
+def writes_in_place(a: Tensor, b: Tensor, to: Tensor) -> bool:
+    """Whether the product A B is torch's own and of the dtype of `to`, so that its kernel can write there."""
     return a.dtype == b.dtype == to.dtype and not (fits_onednn(a, b) and onednn_is_faster())
 
 

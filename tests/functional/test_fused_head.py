@@ -83,6 +83,22 @@ def test_fused_statistics_and_gradients_equal_the_plain_ones(
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_a_head_without_a_bias_is_one_whose_bias_is_zero(with_entropy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits may be written by the product where the probabilities will stand; a last block is not whole."""
+    blocks_of(4, monkeypatch)
+    hidden, weight, bias, tokens = parts()
+    settings: dict[str, Any] = {"with_entropy": with_entropy, "temperature": 0.6, "chunk_size": 16}
+    results = []
+    for offset, compute in ((None, fused_token_statistics), (torch.zeros_like(bias), plain)):
+        given = settings if compute is plain else settings | {"slopes": slopes(0.7 * with_entropy)}
+        found = compute(hidden, weight, offset, tokens, **given)
+        loss = loss_of(found.logprobs, found.entropy, 0.7)
+        results.append([found.logprobs, *torch.autograd.grad(loss, (hidden, weight))])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("ent_coef", [0.0, 0.7])
 def test_a_token_in_a_block_without_a_share_keeps_its_gradient(
     ent_coef: float, monkeypatch: pytest.MonkeyPatch
@@ -177,8 +193,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def added(a: Tensor, b: Tensor, *, to: Tensor) -> None:
         to.add_(counted(a, b))
 
-    def written(a: Tensor, b: Tensor, *, to: Tensor) -> None:
-        to.copy_(counted(a, b))
+    def written(a: Tensor, b: Tensor, bias: Tensor | None = None, *, to: Tensor) -> Tensor:
+        return to.copy_(counted(a, b, bias))
 
     monkeypatch.setattr(head_walk, "product", counted)
     monkeypatch.setattr(head_walk, "add_product", added)
