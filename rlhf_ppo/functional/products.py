@@ -87,7 +87,11 @@ def add_product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[T
 
 
 def write_product(
-    a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], bias: Float[Tensor, " m"] | None = None, *, to: Float[Tensor, "n m"]
+    a: Float[Tensor, "n k"],
+    b: Float[Tensor, "k m"],
+    bias: Float[Tensor, " m"] | None = None,
+    *,
+    to: Float[Tensor, "n m"],
 ) -> Float[Tensor, "n m"]:
     """Write A B + bias into `to`, and return it: the same kernels as those of `add_product`."""
     if not writes_in_place(a, b, to):
