@@ -48,8 +48,8 @@ def fused_token_statistics(
             gradient, where the same walk scores alone.
         temperature: What the logits are divided by.
         chunk_size: Tokens at a time, at most: first as many as the head's gradient has room for the probabilities of
-            and, beyond it, as many as take 31 MiB (CPU) or 496 MiB, but no fewer than 64; then as many as these.
-        with_entropy: Also the entropy, which costs one more pass over each chunk.
+            and, beyond it, as many as take 93 MiB (CPU) or 496 MiB, but no fewer than 192; then as many as these.
+        with_entropy: Also the entropy, which costs more passes over each chunk where `slopes` read it.
         product_dtype: Of the three products; None: that of the states.
         shared: Takes the weight's gradient, for the embedding of the same weight that `hidden` comes from.
     """
@@ -95,7 +95,7 @@ class _Fused(torch.autograd.Function):
             hidden, weight, bias, tokens = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False):
                 walk = HeadWalk(hidden, weight, bias, tokens, ctx.settings)
-                found = walk.run(lambda _, __, rows: (of_logprobs[rows], of_entropy[rows]))
+                found = walk.run(Slopes(lambda _, __, rows: (of_logprobs[rows], of_entropy[rows])))
             factor = 1.0
         gradients: tuple[Tensor | None, ...] = (found.of_hidden, found.of_weight, found.of_bias)
         if factor != 1.0:

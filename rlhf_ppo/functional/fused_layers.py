@@ -1,5 +1,6 @@
 """Parts of a transformer layer whose backward pass is written out: fewer walks over the states, fewer of them kept."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,26 @@ def swiglu(gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"]) -> Fl
     """SiLU(gate) · up (Shazeer 2020, eq. 6, without its products); SiLU(gate) is computed twice instead of kept."""
     result: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     return result
+
+
+def through_swiglu(
+    layer: Callable[[Tensor], Tensor], gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"]
+) -> Tensor:
+    """layer(swiglu(gate, up)), where what `layer` keeps of its input is computed again from `gate` and `up` instead."""
+    product = swiglu(gate, up)
+    if not product.requires_grad:
+        return layer(product)
+    storage, parts = product.untyped_storage()._cdata, (gate.detach(), up.detach())
+
+    def pack(saved: Tensor) -> Tensor | tuple[Any, ...]:
+        ours = saved.untyped_storage()._cdata == storage
+        return (saved.shape, saved.stride(), saved.storage_offset()) if ours else saved
+
+    def unpack(packed: Tensor | tuple[Any, ...]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else _gated(*parts).as_strided(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return layer(product)
 
 
 def rotate(
@@ -63,7 +84,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +94,7 @@ class _SwiGLU(torch.autograd.Function):
             sigmoid = torch.sigmoid(gate)
             return of_gate * sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid * grad
         torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
-        return of_gate, torch.nn.functional.silu(gate).mul_(grad)
+        return of_gate, _gated(gate, grad)
 
 
 class _Rotation(torch.autograd.Function):
@@ -93,6 +114,10 @@ class _Rotation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, first, second = ctx.saved_tensors
         return _Rotation.apply(grad, cos, second, first, -ctx.sign), None, None, None, None  # type: ignore[no-untyped-call]
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate).mul_(up)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -8,7 +8,6 @@ processor's cache, and only their probabilities wait for the loss.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -18,12 +17,20 @@ from rlhf_ppo.functional.head_room import Room
 from rlhf_ppo.functional.masked import at_least_float32
 from rlhf_ppo.functional.products import add_product, product, write_product, writes_in_place
 
-Slopes: TypeAlias = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
-"""(log-probs [n], entropy [n] or None, which of the tokens) -> (∂loss/∂log-prob [n], ∂loss/∂entropy [n] or None)."""
 
-FEWEST = 64
-"""Rows beyond the gradient's room, whatever the vocabulary: at 128,000 tokens as many bytes as `kept`. The head's
-gradient is walked through once a chunk: with fewer rows that would take longer than the products, and the time of a
+@dataclass(frozen=True)
+class Slopes:
+    """What a loss will send back for each token, foreseen."""
+
+    at: Callable[[Tensor, Tensor | None, slice], tuple[Tensor, Tensor | None]]
+    """(log-probs [n], entropy [n] or None, which of the tokens) -> the loss's derivatives, the second one or None."""
+    read_entropy: bool = True
+    """Whether they depend on the entropy. Where not, they may get None: it then comes from the gradient's products."""
+
+
+FEWEST = 192
+"""Rows beyond the gradient's room, whatever the vocabulary: at 128,000 tokens as many bytes as `kept`. Each chunk walks
+once through head and gradient, in the time of the products of ten rows or more: with few rows in a chunk the time of a
 token would grow with the square of the vocabulary."""
 IMPOSSIBLE = -1e30
 """Stands for a logit of -inf: 0 x -inf is nan, and an impossible token adds nothing to the entropy."""
@@ -39,16 +46,20 @@ class Sizes:
 
     kept: int
     """Bytes of probabilities beyond the gradient's room, where the loss is waited for."""
+    logits: int
+    """Bytes of a block's logits there, by which the block is cut."""
     scored: int
-    """Bytes of a block's logits, where it is not."""
+    """Bytes of a block's logits where no loss is waited for, by which the rows are cut."""
+    plain: int
+    """Bytes of logits of a head that is not walked through by blocks."""
     block: int
     """Tokens of the vocabulary in a block, at most."""
 
 
-ON_CPU = Sizes(kept=31 * 2**20, scored=4 * 2**20, block=4096)
+ON_CPU = Sizes(kept=93 * 2**20, logits=8 * 2**20, scored=4 * 2**20, plain=31 * 2**20, block=4096)
 """A block's logits and both sides of its products stay in the processor's cache, and neither a second gradient of the
 head's size comes to life nor a copy of the head in a kernel's own order."""
-ELSEWHERE = Sizes(kept=496 * 2**20, scored=496 * 2**20, block=2**16)
+ELSEWHERE = Sizes(kept=496 * 2**20, logits=496 * 2**20, scored=496 * 2**20, plain=496 * 2**20, block=2**16)
 
 
 def sizes(device: torch.device) -> Sizes:
@@ -58,7 +69,7 @@ def sizes(device: torch.device) -> Sizes:
 
 def rows_at_once(chunk_size: int, vocab: int, device: torch.device) -> int:
     """Tokens whose logits live at once without a gradient: `chunk_size`, or fewer where they take too many bytes."""
-    return min(chunk_size, max(1, sizes(device).kept // (4 * max(vocab, 1))))
+    return min(chunk_size, max(1, sizes(device).plain // (4 * max(vocab, 1))))
 
 
 @dataclass(frozen=True)
@@ -115,13 +126,16 @@ class HeadWalk:
         of_hidden = torch.zeros_like(hidden) if settings.trains_hidden else None
         of_bias = torch.zeros_like(bias) if bias is not None and settings.trains_bias else None
         self.found = Found(zeros, zeros.clone(), zeros.clone(), zeros.clone(), of_hidden, of_bias)
-        self.block = math.ceil(len(weight) / max(1, math.ceil(len(weight) / self.sizes.block)))
-        self.room = Room(self.head, self.block, weight.dtype if settings.trains_weight else None)
+        self.gradient = weight.dtype if settings.trains_weight else None
+        self.entropy_first = settings.with_entropy
 
     def run(self, slopes: Slopes | None) -> Found:
         """Score all tokens, and take the gradients where the loss's slopes are given."""
+        self.block = self._block(kept=slopes is not None)
+        self.room = Room(self.head, self.block, self.gradient)
         chunks = self._chunks(kept=slopes is not None)
         if slopes is not None:
+            self.entropy_first &= slopes.read_entropy or not self._entropy_can_wait()
             self.room.make(chunks)
             self.found.of_weight = self.room.gradient
         for rows in chunks:
@@ -129,6 +143,14 @@ class HeadWalk:
             if slopes is not None:
                 self._take(chunk, *self._slopes_at(chunk.rows, slopes))
         return self.found
+
+    def _block(self, *, kept: bool) -> int:
+        """Tokens of the vocabulary in a block: all blocks are as good as equal."""
+        vocab, most = len(self.head), self.sizes.block
+        if kept:
+            rows = max(1, min(len(self.tokens), self.settings.chunk_size))
+            most = max(1, min(most, self.sizes.logits // (4 * rows)))
+        return math.ceil(vocab / max(1, math.ceil(vocab / most)))
 
     def _chunks(self, *, kept: bool) -> list[slice]:
         """The rows that the gradient and what may stand beyond have room for, then all others in chunks of one size."""
@@ -139,12 +161,16 @@ class HeadWalk:
         others = [slice(first, min(first + size, total)) for first in range(start, total, max(1, size))]
         return [slice(0, start), *others] if start > 0 else others
 
+    def _entropy_can_wait(self) -> bool:
+        """Whether the product that the gradient of the states needs is there, and good enough, to tell the entropy."""
+        return self.found.of_hidden is not None and self.offset is None and at_least_float32(self.head) is self.head
+
     def _slopes_at(self, rows: slice, slopes: Slopes) -> tuple[Tensor, Tensor | None]:
         """The loss's, noted down; None for those at the entropy where all are 0."""
-        entropy = self.found.entropy[rows] if self.settings.with_entropy else None
-        of_logprobs, of_entropy = slopes(self.found.logprobs[rows], entropy, rows)
+        entropy = self.found.entropy[rows] if self.entropy_first else None
+        of_logprobs, of_entropy = slopes.at(self.found.logprobs[rows], entropy, rows)
         self.found.of_logprobs[rows] = of_logprobs
-        if of_entropy is None or not bool((of_entropy != 0).any()):
+        if of_entropy is None or not self.entropy_first or not bool((of_entropy != 0).any()):
             return of_logprobs, None
         self.found.of_entropy[rows] = of_entropy
         return of_logprobs, of_entropy
@@ -174,7 +200,7 @@ class HeadWalk:
         log_sum = log_sums.logsumexp(dim=-1, keepdim=True)
         shares = (log_sums - log_sum).exp_()
         self.found.logprobs[rows] = (chosen - highest - log_sum).squeeze(-1)
-        if self.settings.with_entropy:
+        if self.entropy_first:
             self.found.entropy[rows] = (highest + log_sum).squeeze(-1) - (shares * means).sum(dim=-1)
         return _Chunk(rows, probabilities, self.room.is_ahead(rows), shares)
 
@@ -191,11 +217,11 @@ class HeadWalk:
         if self.offset is not None:
             z.clamp_(min=IMPOSSIBLE)
         largest = z.amax(dim=-1, keepdim=True)
-        logits = z.clone() if z is place and self.settings.with_entropy else z
+        logits = z.clone() if z is place and self.entropy_first else z
         p = torch.softmax(z, dim=-1, out=place) if fits else z.softmax(-1)
         # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.
         log_sum = p.amax(dim=-1, keepdim=True).log_().neg_()
-        mean = logits.mul_(p).sum(dim=-1, keepdim=True) if self.settings.with_entropy else log_sum
+        mean = logits.mul_(p).sum(dim=-1, keepdim=True) if self.entropy_first else log_sum
         if place.numel() > 0 and p is not place:
             place[:, : p.shape[-1]] = p
         return largest, log_sum, mean
@@ -218,26 +244,33 @@ class HeadWalk:
         """Add up what these rows give to the gradients."""
         inputs, found = self.inputs[chunk.rows], self.found
         of_hidden = torch.zeros_like(found.logprobs[chunk.rows, None].expand(inputs.shape))
-        factors = self._to_gradient(chunk, of_logprobs, of_entropy).split(1, dim=-1)
-        for part, place, factor in zip(self._parts(), chunk.probabilities, factors, strict=True):
-            of_logits = place[:, : part.stop - part.start]
+        slope = (-of_logprobs if of_entropy is None else -torch.ones_like(of_logprobs))[:, None]
+        slope /= self.settings.temperature
+        shares = self._to_gradient(chunk, of_logprobs, of_entropy)
+        for part, place, share in zip(self._parts(), chunk.probabilities, shares.split(1, dim=-1), strict=True):
+            of_logits, factor = place[:, : part.stop - part.start], share * slope
             if found.of_bias is not None:
                 found.of_bias[part] += (factor.t().to(of_logits.dtype) @ of_logits)[0].to(found.of_bias.dtype)
             if found.of_hidden is not None:
-                of_hidden.addcmul_(product(of_logits, self.head[part]), factor)
+                of_hidden.addcmul_(product(of_logits, self.head[part]), share)
             if found.of_weight is not None:
                 scaled = (inputs * factor).to(inputs.dtype)
                 into_gradient = write_product if chunk.ahead else add_product
                 into_gradient(of_logits.t(), scaled, to=found.of_weight[part])
         if found.of_hidden is not None:
-            found.of_hidden[chunk.rows] = of_hidden.to(found.of_hidden.dtype)
+            found.of_hidden[chunk.rows] = (of_hidden * slope).to(found.of_hidden.dtype)
+        if self.settings.with_entropy and not self.entropy_first:
+            # H = -log p - Σ (p_j - 1[j = token]) z_j, and Σ (p_j - 1[j = token]) w_j has just been taken.
+            others = (inputs * of_hidden).sum(dim=-1) / self.settings.temperature
+            found.entropy[chunk.rows] = -found.logprobs[chunk.rows] - others
 
     def _to_gradient(
         self, chunk: _Chunk, of_logprobs: Tensor, of_entropy: Tensor | None
     ) -> Float[Tensor, "rows blocks"]:
-        """Put ∂loss/∂logits in the place of the probabilities, up to a factor for each row and block.
+        """Put ∂loss/∂logits in the place of the probabilities, up to a factor for each row and for each row and block.
 
-        With g = ∂loss/∂log π(token) and s = ∂loss/∂H it is g (1[j = token] - p_j) - s p_j (log p_j + H).
+        With g = ∂loss/∂log π(token) and s = ∂loss/∂H it is g (1[j = token] - p_j) - s p_j (log p_j + H). Left out are
+        -g where s = 0, else -1, and the block's share, which is returned.
         """
         q, shares, tokens = chunk.probabilities, chunk.shares, self.tokens[chunk.rows]
         row, own = torch.arange(len(tokens), device=tokens.device), tokens // q.shape[-1]
@@ -245,7 +278,7 @@ class HeadWalk:
         q[own, row] = (q[own, row] * shares[row, own, None]).to(q.dtype)
         shares = shares.scatter(1, own[:, None], 1.0)
         log_p = self.found.logprobs[chunk.rows]
-        entry, factor = torch.expm1(log_p), -of_logprobs[:, None]
+        entry = torch.expm1(log_p)
         if of_entropy is not None:
             entropy, p = self.found.entropy[chunk.rows], log_p.exp()
             slope = (of_logprobs + of_entropy * entropy)[:, None]
@@ -255,6 +288,5 @@ class HeadWalk:
                 p_log_p = torch.xlogy(probability, probability)
                 place[:, : probability.shape[-1]] = probability * own_slope + p_log_p * of_entropy[:, None]
             entry = entry * of_logprobs + of_entropy * (p * entropy + torch.xlogy(p, p))
-            factor = -torch.ones_like(factor)
         q[own, row, tokens % q.shape[-1]] = entry.to(q.dtype)
-        return factor * shares / self.settings.temperature
+        return shares

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import SiLUActivation
 
-from rlhf_ppo.functional.fused_layers import rms_norm, swiglu
+from rlhf_ppo.functional.fused_layers import rms_norm, swiglu, through_swiglu
 from rlhf_ppo.functional.products import fits_onednn
 from rlhf_ppo.models.fused_rotary import rotating_forward
 
@@ -39,12 +39,15 @@ class _FusedNorm(FusedModule):
 
 
 class _FusedGatedMLP(FusedModule):
-    """A SwiGLU layer that computes SiLU(gate) again in the backward pass."""
+    """A SwiGLU layer that computes SiLU(gate), and SiLU(gate) · up, again in the backward pass."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if type(self.act_fn) not in SILU or not fits_onednn(x):
             return super().forward(x)  # type: ignore[no-any-return,misc]
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.training:  # gradient checkpointing may be on: it drops gate and up, too, unless somebody holds them
+            return self.down_proj(swiglu(gate, up))  # type: ignore[no-any-return]
+        return through_swiglu(self.down_proj, gate, up)
 
 
 def fused_class(module: nn.Module) -> type[nn.Module] | None:

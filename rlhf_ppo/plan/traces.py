@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
+from rlhf_ppo.functional.head_walk import Slopes
 from rlhf_ppo.models.dropout import switch_off_dropout
 from rlhf_ppo.models.fast_layers import use_fast_layers
 from rlhf_ppo.models.scoring import TokenPolicy
@@ -139,7 +140,7 @@ def _pass(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> tuple[float
     before = live.restart()
     had = sum(_bytes(iter([p.grad])) for p in policy.parameters() if p.grad is not None)
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
-        slopes = None if plan.strategy in SHARDED else _slopes
+        slopes = None if plan.strategy in SHARDED else SLOPES
         output = policy(_inputs(plan, plan.mini_batch_size), with_entropy=True, slopes=slopes)
         loss = output.logprobs.sum() + output.values.sum()
     saved, forward = live.live - before, live.peak - before + had
@@ -148,9 +149,8 @@ def _pass(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> tuple[float
     return saved, forward, live.peak - before + had
 
 
-def _slopes(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> tuple[Tensor, None]:
-    """A loss whose slope is the same at every token, known beforehand as that of the trainer's losses is."""
-    return torch.ones_like(logprobs), None
+SLOPES = Slopes(lambda logprobs, _, __: (torch.ones_like(logprobs), None), read_entropy=False)
+"""Of a loss whose slope is the same at every token, known beforehand as that of the trainer's losses is."""
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Objectives through a whole language model in float64, against finite differences of their value."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ from torch.testing import assert_close
 
 from rlhf_ppo import GRPO, DivergenceMask, PPOClip
 from rlhf_ppo.algorithms.objectives import bounded, objective, penalised, per_sequence, with_reference
-from rlhf_ppo.batch import TokenInputs, TrainBatch, pad_rows
+from rlhf_ppo.batch import PolicyOutput, TokenInputs, TrainBatch, pad_rows
 from rlhf_ppo.models.scoring import OldPolicy, TokenPolicy
 from rlhf_ppo.updates import Objective
+from rlhf_ppo.updates.objective import Terms
+from rlhf_ppo.updates.slopes import slopes_of
 from tests.helpers import tiny_gpt2
 
 VOCAB = 11
@@ -81,6 +84,22 @@ def test_the_gradient_of_an_objective_is_its_slope(name: str) -> None:
             values.append(loss())
     assert abs(float(slope)) > 1e-3
     assert_close(slope, (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+def test_only_objectives_that_use_the_entropy_are_told_it_beforehand() -> None:
+    """Whether it has a gradient or not."""
+    data = batch(policy(1), policy(2))
+
+    def told(given: Objective) -> bool:
+        return slopes_of(given, data, data.mask.sum()).read_entropy
+
+    def beside(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Terms:
+        terms = TERMS["asymmetric clip"](output, batch, count)
+        assert output.entropy is not None
+        return replace(terms, loss=terms.loss * output.entropy.detach().mean())
+
+    assert told(TERMS["entropy"]) and told(TERMS["dual clip"]) and told(beside)
+    assert not told(TERMS["asymmetric clip"]) and not told(TERMS["k3 in the loss"])
 
 
 def test_the_exact_divergences_are_those_of_the_plain_logits() -> None:

@@ -2,7 +2,6 @@
 
 import math
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,7 +51,7 @@ def slopes(ent_coef: float) -> Slopes:
         gradients = torch.autograd.grad(loss, leaves)
         return gradients[0], gradients[1] if len(gradients) > 1 else None
 
-    return found
+    return Slopes(found)
 
 
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, **settings: Any) -> Any:
@@ -143,9 +142,9 @@ def test_a_block_without_a_share_spoils_no_gradient_in_half_precision(
 
 def linear_slopes(ent_coef: float) -> Slopes:
     """Of the sum of log-probabilities and weighed entropies."""
-    return lambda logprobs, entropy, _: (
+    return Slopes(lambda logprobs, entropy, _: (
         torch.ones_like(logprobs), None if entropy is None else torch.full_like(entropy, ent_coef)
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("block", [4, 4096])
@@ -165,6 +164,87 @@ def test_a_sure_token_has_a_small_gradient_in_bfloat16_too(block: int, monkeypat
         assert -1e-3 < float(found.logprobs.detach()) < -1e-5
         gradients.append(torch.autograd.grad(found.logprobs.sum(), weight)[0])
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.02
+
+
+def without_reading(given: Slopes, asked: list[Tensor | None]) -> Slopes:
+    """The same slopes, who say that they need no entropy; what they got goes into `asked`."""
+
+    def at(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+        asked.append(entropy)
+        return given.at(logprobs, entropy, rows)
+
+    return Slopes(at, read_entropy=False)
+
+
+@pytest.mark.parametrize("chunk_size", [3, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("trains_weight", [True, False])
+def test_the_entropy_that_no_slope_reads_comes_from_the_gradients_products(
+    chunk_size: int, temperature: float, trains_weight: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a token whose own slope is 0."""
+    blocks_of(4, monkeypatch)
+    hidden, weight, _, tokens = parts()
+    weight.requires_grad_(trains_weight)
+    asked: list[Tensor | None] = []
+    weights = torch.linspace(-1, 2, N, dtype=hidden.dtype) * (torch.arange(N) % 3 > 0)
+    foreseen = without_reading(Slopes(lambda logprobs, _, rows: (weights[rows], None)), asked)
+    settings: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
+    found = fused_token_statistics(hidden, weight, None, tokens, slopes=foreseen, **settings)
+    exact: Any = chunked_token_statistics(lambda h: h @ weight.t(), hidden, tokens, **settings)
+    assert asked == [None] * len(asked) and len(asked) == math.ceil(N / chunk_size)
+    leaves = [hidden, weight] if trains_weight else [hidden]
+    ours, theirs = (torch.autograd.grad((weights * result.logprobs).sum(), leaves) for result in (found, exact))
+    assert_close((found.logprobs, found.entropy, *ours), (exact.logprobs, exact.entropy, *theirs))
+
+
+def test_an_entropy_taken_late_is_as_exact_far_from_zero_and_vanishes_for_a_sure_token() -> None:
+    """Logits around -100, as GPT-2 has them, which come from one wide dimension of the states."""
+    hidden, weight, _, tokens = (part.detach() for part in parts())
+    hidden, weight = (
+        torch.cat([hidden, torch.full((N, 1), 50.0)], 1),
+        torch.cat([weight, torch.full((VOCAB, 1), -2.0)], 1),
+    )
+    hidden[0] = 40 * weight[tokens[0]]  # nothing else has a probability
+    hidden[0, -1] = 50.0
+    exact = chunked_token_statistics(lambda h: h @ weight.double().t(), hidden.double(), tokens)
+    for late in (True, False):
+        slope = linear_slopes(0.0)
+        given = (hidden.float().requires_grad_(), weight.float().requires_grad_(), None, tokens)
+        found = fused_token_statistics(*given, slopes=without_reading(slope, []) if late else slope)
+        assert exact.entropy is not None and found.entropy is not None
+        assert float(exact.entropy[0]) < 1e-12
+        assert abs(float(found.entropy[0].detach())) < (1e-12 if late else 1e-4)
+        assert_close(found.entropy.double(), exact.entropy, rtol=1e-5, atol=1e-4)
+
+
+def test_an_entropy_waits_for_no_product_in_bfloat16_and_none_that_is_not_made() -> None:
+    hidden, weight, bias, tokens = parts(torch.float32)
+    for asked, dtype in (
+        ((hidden, weight, None, tokens), torch.bfloat16),
+        ((hidden.detach(), weight, None, tokens), None),
+        ((hidden, weight, bias, tokens), None),
+    ):
+        slope, results = linear_slopes(0.0), []
+        for foreseen in (slope, without_reading(slope, [])):
+            found = fused_token_statistics(*asked, slopes=foreseen, product_dtype=dtype)
+            assert found.entropy is not None
+            results.append(found.entropy)
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    "foreseen", [Slopes(lambda logprobs, _, __: (torch.ones_like(logprobs), torch.ones_like(logprobs)), False),
+                 Slopes(lambda logprobs, _, __: (torch.ones_like(logprobs), None), False)]
+)  # fmt: skip
+def test_slopes_that_were_wrong_about_the_entropy_are_corrected(foreseen: Slopes) -> None:
+    hidden, weight, _, tokens = parts()
+    found = fused_token_statistics(hidden, weight, None, tokens, slopes=foreseen)
+    exact = chunked_token_statistics(lambda h: h @ weight.t(), hidden, tokens)
+    gradients = [
+        torch.autograd.grad((result.logprobs + result.entropy).sum(), (hidden, weight)) for result in (found, exact)
+    ]
+    assert_close(*gradients)
 
 
 def test_a_loss_that_is_no_sum_over_tokens_still_gets_its_own_gradient() -> None:
@@ -245,7 +325,7 @@ def test_impossible_tokens_make_no_nan() -> None:
 
 def test_no_tokens_give_zero_gradients() -> None:
     hidden, weight, bias, _ = parts()
-    nobody: Callable[..., Any] = lambda logprobs, entropy, rows: (logprobs, entropy)
+    nobody = Slopes(lambda logprobs, entropy, rows: (logprobs, entropy))
     found = fused_token_statistics(hidden[:0], weight, bias, torch.zeros(0, dtype=torch.long), slopes=nobody)
     found.logprobs.sum().backward()
     assert weight.grad is not None and float(weight.grad.abs().sum()) == 0.0
@@ -281,10 +361,8 @@ def test_training_holds_the_heads_gradient_and_the_fewest_rows_beyond_it(monkeyp
     hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (rows, vocab))
     tokens = torch.arange(rows)
 
-    def slope(logprobs: Tensor, _: Tensor | None, __: slice) -> tuple[Tensor, None]:
-        return torch.ones_like(logprobs), None
-
-    peak = peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, slopes=slope, with_entropy=False))
+    asked = partial(fused_token_statistics, slopes=linear_slopes(0.0), with_entropy=False)
+    peak = peak_bytes(lambda: asked(hidden, weight, None, tokens))
     gradient, kept = 4 * (weight.numel() + 16 * block), 4 * chunk * vocab
     assert gradient + kept < peak < gradient + kept + 3 * 4 * (chunk + 16) * block
 
@@ -298,12 +376,10 @@ def test_beside_the_heads_gradient_training_holds_no_more_at_four_times_the_voca
     monkeypatch.setattr(head_walk, "ON_CPU", replace(real, kept=4 * head_walk.FEWEST * 8000, block=real.block // 16))
 
     def peak(vocab: int) -> int:
-        hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (512, vocab))
-        tokens = torch.arange(512)
+        hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (1024, vocab))
+        tokens = torch.arange(1024)
 
-        def slope(logprobs: Tensor, entropy: Tensor | None, _: slice) -> tuple[Tensor, Tensor | None]:
-            return torch.ones_like(logprobs), entropy
-
+        slope = Slopes(lambda logprobs, entropy, _: (torch.ones_like(logprobs), entropy))
         return peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, slopes=slope)) - 64 * vocab
 
     assert peak(8000) < 1.02 * peak(2000)
@@ -340,7 +416,7 @@ def chunks_of(*given: Any, **settings: Any) -> list[int]:
         sizes.append(len(logprobs))
         return torch.ones_like(logprobs), None
 
-    fused_token_statistics(*given, slopes=noted, **settings)
+    fused_token_statistics(*given, slopes=Slopes(noted), **settings)
     return sizes
 
 

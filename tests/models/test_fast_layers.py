@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.functional import products
+from rlhf_ppo.functional.head_walk import Slopes
 from rlhf_ppo.models import fast_layers
 from rlhf_ppo.models.fast_layers import FastConv1D, FastLinear, use_fast_layers, use_plain_layers
 from rlhf_ppo.models.scoring import TokenPolicy
@@ -132,12 +133,46 @@ def test_a_slower_onednn_leaves_the_products_alone(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("by_onednn", [False, True])
 @pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
-def test_a_product_is_added_in_place(by_onednn: bool, low: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [2, 1024])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_a_product_is_added_and_written_in_place(
+    by_onednn: bool, low: torch.dtype, tile: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(products, "onednn_is_faster", lambda: by_onednn)
-    a, b = torch.randn(7, 5).to(low), torch.randn(7, 3).to(low)
-    place = torch.ones(5, 3)
-    products.add_product(a.t(), b, to=place)
-    assert_close(place, 1 + (a.t() @ b).float())
+    monkeypatch.setattr(products, "TILE", tile)
+    a, b, bias = torch.randn(7, shape[0]).to(low).t(), torch.randn(7, shape[1]).to(low), torch.randn(shape[1]).to(low)
+    place = torch.ones(shape)
+    products.add_product(a, b, to=place)
+    assert_close(place, 1 + (a @ b).float())
+    for offset, exact in ((None, a @ b), (bias, a @ b + bias)):
+        beside = torch.zeros(shape[0], 2 * shape[1])  # a part of a wider result
+        assert products.write_product(a, b, offset, to=beside[:, : shape[1]]).shape == shape
+        tolerance = 3e-2 if low == torch.bfloat16 else 1e-5
+        assert_close(beside[:, : shape[1]], exact.float(), rtol=tolerance, atol=tolerance)
+        assert not beside[:, shape[1] :].any()
+
+
+def test_a_product_is_written_a_piece_of_its_longer_side_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(products, "TILE", 4)
+    written: list[tuple[int, ...]] = []
+    mm = torch.mm
+
+    def noted(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        written.append(tuple(out.shape))
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    for shape in ((9, 3), (3, 9), (4, 4)):
+        products.write_product(torch.ones(shape[0], 2), torch.ones(2, shape[1]), to=torch.empty(shape))
+    assert written == [(4, 3), (4, 3), (1, 3), (3, 4), (3, 4), (3, 1), (4, 4)]
+
+
+def test_libraries_are_timed_in_turns() -> None:
+    """A shared processor changes its pace for longer than all calls of one library take."""
+    calls: list[str] = []
+    products._seconds(lambda: calls.append("ours"), lambda: calls.append("theirs"), repeats=3)
+    assert calls == ["ours", "theirs"] * 4
 
 
 def test_inside_the_context_alone_layers_are_fast() -> None:
@@ -248,8 +283,8 @@ def gradients_of(
     """Of a loss that is a sum over tokens, passed twice as two micro-batches are."""
     policy.zero_grad()
     for _ in range(2):
-        slopes = (lambda logprobs, entropy, rows: (torch.full_like(logprobs, of_logprobs), None)) if foreseen else None
-        output = policy(INPUTS, slopes=slopes)
+        slopes = Slopes(lambda logprobs, entropy, rows: (torch.full_like(logprobs, of_logprobs), None))
+        output = policy(INPUTS, slopes=slopes if foreseen else None)
         loss = of_values * output.values.square().sum()
         (loss + of_logprobs * output.logprobs.sum() if of_logprobs else loss).backward()
     return [parameter.grad.clone() for parameter in policy.parameters() if parameter.grad is not None]
@@ -269,7 +304,7 @@ def test_a_tied_embedding_needs_no_second_gradient_of_its_size() -> None:
     policy = tied_policy(20_000, 128)
 
     def one_pass() -> None:
-        output = policy(INPUTS, slopes=lambda logprobs, entropy, rows: (torch.ones_like(logprobs), None))
+        output = policy(INPUTS, slopes=Slopes(lambda logprobs, entropy, rows: (torch.ones_like(logprobs), None)))
         output.logprobs.sum().backward()
 
     assert peak_bytes(one_pass) < 1.5 * 4 * 20_000 * 128

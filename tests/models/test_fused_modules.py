@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 from rlhf_ppo.functional import fused_layers
-from rlhf_ppo.functional.fused_layers import rms_norm, rotate, swiglu
+from rlhf_ppo.functional.fused_layers import rms_norm, rotate, swiglu, through_swiglu
 from rlhf_ppo.models import fast_layers
 from rlhf_ppo.models.fast_layers import use_fast_layers, use_plain_layers
 from rlhf_ppo.models.fused_modules import fused_class
@@ -25,11 +26,13 @@ def inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 def functions() -> list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
     """Each with what it is a function of; cosines and sines belong to no angle."""
-    x, weight, gate, up, heads = inputs((2, 3, 5), (5,), (4, 6), (4, 6), (2, 3, 4))
+    x, weight, gate, up, down, heads = inputs((2, 3, 5), (5,), (4, 6), (4, 6), (6, 3), (2, 3, 4))
     cos, sin = (tensor.detach() for tensor in inputs((3, 4), (3, 4)))
     return [
         (lambda a, b: rms_norm(a, b, 1e-6), (x, weight)),
         (swiglu, (gate, up)),
+        (lambda a, b, c: through_swiglu(lambda x: x @ c, a, b), (gate, up, down)),
+        (lambda a, b, c: through_swiglu(lambda x: x[1:, ::2] @ c[::2] + x.sum(), a, b), (gate, up, down)),
         (lambda a: rotate(a, cos, sin), (heads,)),
     ]
 
@@ -127,3 +130,17 @@ def test_a_gated_layer_keeps_one_tensor_less() -> None:
         kept.clear()
         swiglu(gate, up)
     assert (plain, len(set(kept))) == (3, 2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_gated_layer_multiplies_last_is_not_kept_unless_its_parts_may_be_dropped(training: bool) -> None:
+    """Gradient checkpointing, which only layers in training mode do, would find its savings held by somebody else."""
+    model = tiny_llama()
+    use_fast_layers(model)
+    gated: Any = model.model.layers[0].mlp.train(training)
+    inner: list[StorageWeakRef] = []
+    gated.down_proj.register_forward_pre_hook(lambda _, given: inner.append(StorageWeakRef(given[0].untyped_storage())))
+    output = gated(torch.randn(2, 3, model.config.hidden_size))
+    assert inner[0].expired() != training
+    output.sum().backward()
+    assert gated.down_proj.weight.grad.abs().sum() > 0

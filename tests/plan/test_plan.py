@@ -19,7 +19,7 @@ from rlhf_ppo.plan.compute import Rates, work
 from rlhf_ppo.plan.config import read_config
 from rlhf_ppo.plan.memory import GIB, HEAP_SPARE
 from rlhf_ppo.plan.models import PRESETS, build, with_layers
-from rlhf_ppo.plan.traces import _inputs, _slopes, _trace
+from rlhf_ppo.plan.traces import SLOPES, _inputs, _trace
 from rlhf_ppo.plan.tracing import LiveBytes, counting, without_content
 from tests.plan.record import RESULTS, RUNS
 
@@ -73,7 +73,7 @@ def test_bytes_without_content_are_those_of_the_real_pass(shape: Any, settings: 
         live.leave_out(iter([*model.parameters(), *model.buffers()]))
         with live if real else counting(model, mode) as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
-                output = TokenPolicy(model)(_inputs(plan, 4), with_entropy=True, slopes=_slopes)
+                output = TokenPolicy(model)(_inputs(plan, 4), with_entropy=True, slopes=SLOPES)
                 (output.logprobs.sum() + output.values.sum()).backward()
         peaks.append(live.peak)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
