@@ -63,8 +63,8 @@ class Side:
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.workload.dtype == "bfloat16")
 
-    def reset(self) -> None:
-        """Weights, optimiser, shuffles and free memory as at the start."""
+    def reset(self, *, trim: bool = True) -> None:
+        """Weights, optimiser and shuffles as at the start; with `trim` free memory, too."""
         from safetensors.torch import load_file
 
         weights = load_file(self.task.folder / "model.safetensors")
@@ -76,7 +76,7 @@ class Side:
         self.trainer.kl_ctl.value = self.trainer.config.init_kl_coef
         self.reshuffle()
         gc.collect()
-        if sys.platform.startswith("linux"):  # what the floor and the comparison took must not count as a peak
+        if trim and sys.platform.startswith("linux"):  # what the floor and the comparison took must not count as a peak
             getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
 
     def step(self) -> dict[str, float]:
@@ -168,14 +168,15 @@ class Ours(Side):
     def floor(self) -> dict[str, float]:
         """The step once more, and behind each of its optimiser steps the bare matrix products of just that one.
 
-        A processor shared with others is faster and slower by the second; the two then see the same of it.
+        A processor shared with others is faster and slower by the second; the two then see the same of it. Memory is
+        as the iteration before left it, which is what all iterations of a run find but the first.
 
         Returns:
             Sums of `tests.benchmarks.floor.step_floor`; `update`: CPU seconds of the update between them.
         """
         from tests.benchmarks.floor import step_floor
 
-        self.reset()
+        self.reset(trim=False)
         dtype = torch.bfloat16 if self.options.get("bf16") else torch.float32
         found = {"torch": 0.0, "fastest": 0.0, "attention": 0.0}
         beside = 0.0
