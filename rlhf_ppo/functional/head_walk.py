@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_ppo.functional.head_room import Room
 from rlhf_ppo.functional.masked import at_least_float32
-from rlhf_ppo.functional.products import add_product, product, write_product, writes_in_place
+from rlhf_ppo.functional.products import TILE, add_product, product, write_product, writes_in_place
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Sizes:
     kept: int
     """Bytes of probabilities beyond the gradient's room, where the loss is waited for."""
     logits: int
-    """Bytes of a block's logits there, by which the block is cut."""
+    """Bytes of a block's logits there, by which the block is cut, down to one tile of a product."""
     scored: int
     """Bytes of a block's logits where no loss is waited for, by which the rows are cut."""
     plain: int
@@ -149,7 +149,7 @@ class HeadWalk:
         vocab, most = len(self.head), self.sizes.block
         if kept:
             rows = max(1, min(len(self.tokens), self.settings.chunk_size))
-            most = max(1, min(most, self.sizes.logits // (4 * rows)))
+            most = min(most, max(TILE, self.sizes.logits // (4 * rows)))
         return math.ceil(vocab / max(1, math.ceil(vocab / most)))
 
     def _chunks(self, *, kept: bool) -> list[slice]:

@@ -457,6 +457,16 @@ def test_a_blocks_gradient_is_written_where_no_probability_is_waited_for(
     assert bool((room.gradient == 0).all())
 
 
+@pytest.mark.parametrize("rows, block", [(100, 4000), (1024, 2000), (8000, 1016)])
+def test_many_rows_go_by_smaller_blocks(rows: int, block: int) -> None:
+    """8 MiB of logits at a time, but no fewer tokens than a tile has: 63 blocks of a vocabulary of 64,000."""
+    hidden, weight = torch.randn(rows, 2), torch.randn(64_000, 2)
+    settings = head_walk.WalkSettings(1.0, 10_000, False, None, True, True, False)
+    walk = head_walk.HeadWalk(hidden, weight, None, torch.zeros(rows, dtype=torch.long), settings)
+    assert walk._block(kept=True) == block
+    assert walk._block(kept=False) == 4000
+
+
 def test_beyond_the_heads_gradient_stand_a_block_of_it_and_the_rows_that_a_state_is_not_wide_enough_for() -> None:
     """Beside logits and products of one block, of which there are 16."""
     block = head_walk.ON_CPU.block
