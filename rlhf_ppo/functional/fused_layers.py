@@ -30,6 +30,7 @@ def through_swiglu(
     product = swiglu(gate, up)
     if not product.requires_grad:
         return layer(product)
+    # By identity, not by address: a plan's tensors have none.
     storage, parts = product.untyped_storage()._cdata, (gate.detach(), up.detach())
 
     def pack(saved: Tensor) -> Tensor | tuple[Any, ...]:

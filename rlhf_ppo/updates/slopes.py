@@ -14,6 +14,8 @@ from rlhf_ppo.updates.objective import Objective
 def slopes_of(objective: Objective, batch: TrainBatch, count: Tensor) -> Slopes:
     """The derivatives of `objective` at some tokens of `batch`, taken as if those tokens were all there are.
 
+    Whether they depend on the entropy is tried once, with one that is not a number.
+
     Right for every objective that is a sum over tokens divided by `count`; for another the fused head notices.
 
     Args:
