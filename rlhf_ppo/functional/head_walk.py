@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_ppo import pages
 from rlhf_ppo.functional.head_room import Room
-from rlhf_ppo.functional.masked import at_least_float32
+from rlhf_ppo.functional.masked import HALF, at_least_float32
 from rlhf_ppo.functional.products import TILE, add_product, product, write_product, writes_in_place
+from rlhf_ppo.functional.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Slopes:
     """Whether they depend on the entropy. Where not, they may get None: it then comes from the gradient's products."""
 
 
-FEWEST = 192
+FEWEST = 64
 """Rows beyond the gradient's room, whatever the vocabulary: at 128,000 tokens as many bytes as `kept`. Each chunk walks
 once through head and gradient, in the time of the products of ten rows or more: with few rows in a chunk the time of a
 token would grow with the square of the vocabulary."""
@@ -56,7 +58,7 @@ class Sizes:
     """Tokens of the vocabulary in a block, at most."""
 
 
-ON_CPU = Sizes(kept=93 * 2**20, logits=8 * 2**20, scored=4 * 2**20, plain=31 * 2**20, block=4096)
+ON_CPU = Sizes(kept=31 * 2**20, logits=8 * 2**20, scored=4 * 2**20, plain=31 * 2**20, block=4096)
 """A block's logits and both sides of its products stay in the processor's cache, and neither a second gradient of the
 head's size comes to life nor a copy of the head in a kernel's own order."""
 ELSEWHERE = Sizes(kept=496 * 2**20, logits=496 * 2**20, scored=496 * 2**20, plain=496 * 2**20, block=2**16)
@@ -120,7 +122,7 @@ class HeadWalk:
     ) -> None:
         self.tokens, self.settings, self.sizes = tokens, settings, sizes(weight.device)
         self.inputs = hidden.to(settings.dtype or hidden.dtype)
-        self.head = weight.to(self.inputs.dtype)
+        self.head = pages.cast(weight, self.inputs.dtype)
         self.offset = None if bias is None else bias.to(self.inputs.dtype)
         zeros = torch.zeros(len(tokens), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         of_hidden = torch.zeros_like(hidden) if settings.trains_hidden else None
@@ -128,6 +130,7 @@ class HeadWalk:
         self.found = Found(zeros, zeros.clone(), zeros.clone(), zeros.clone(), of_hidden, of_bias)
         self.gradient = weight.dtype if settings.trains_weight else None
         self.entropy_first = settings.with_entropy
+        self.scratch = Scratch(weight.device)
 
     def run(self, slopes: Slopes | None) -> Found:
         """Score all tokens, and take the gradients where the loss's slopes are given."""
@@ -136,7 +139,7 @@ class HeadWalk:
         chunks = self._chunks(kept=slopes is not None)
         if slopes is not None:
             self.entropy_first &= slopes.read_entropy or not self._entropy_can_wait()
-            self.room.make(chunks)
+            self.room.make(chunks, self._most_rows(kept=True))
             self.found.of_weight = self.room.gradient
         for rows in chunks:
             chunk = self._score(rows, kept=slopes is not None)
@@ -163,7 +166,7 @@ class HeadWalk:
 
     def _entropy_can_wait(self) -> bool:
         """Whether the product that the gradient of the states needs is there, and good enough, to tell the entropy."""
-        return self.found.of_hidden is not None and self.offset is None and at_least_float32(self.head) is self.head
+        return self.found.of_hidden is not None and self.offset is None and self.head.dtype not in HALF
 
     def _slopes_at(self, rows: slice, slopes: Slopes) -> tuple[Tensor, Tensor | None]:
         """The loss's, noted down; None for those at the entropy where all are 0."""
@@ -209,16 +212,18 @@ class HeadWalk:
 
         p goes into `place` if that is not empty, and the logits of those tokens that lie in the block into `chosen`.
         """
+        self.scratch.begin()
         z = self._logits(rows, part, place)
-        fits = place.shape == z.shape and place.dtype == z.dtype
         index = self.tokens[rows, None] - part.start
         inside = (index >= 0) & (index < z.shape[-1])
         chosen.copy_(torch.where(inside, z.gather(-1, index.clamp(0, z.shape[-1] - 1)), chosen))
         if self.offset is not None:
             z.clamp_(min=IMPOSSIBLE)
         largest = z.amax(dim=-1, keepdim=True)
-        logits = z.clone() if z is place and self.entropy_first else z
-        p = torch.softmax(z, dim=-1, out=place) if fits else z.softmax(-1)
+        fits = place.shape == z.shape and place.dtype == z.dtype
+        other = self.scratch.empty(z.shape, z.dtype) if self.entropy_first else z
+        logits = other.copy_(z) if z is place and self.entropy_first else z
+        p = torch.softmax(z, dim=-1, out=place if fits else other)
         # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.
         log_sum = p.amax(dim=-1, keepdim=True).log_().neg_()
         mean = logits.mul_(p).sum(dim=-1, keepdim=True) if self.entropy_first else log_sum
@@ -233,11 +238,13 @@ class HeadWalk:
         """
         inputs, head = self.inputs[rows], self.head[part].t()
         offset = None if self.offset is None else self.offset[part]
-        whole = place.shape == (len(inputs), head.shape[1]) and at_least_float32(place) is place
-        if whole and place.device.type == "cpu" and writes_in_place(inputs, head, place):
-            z = write_product(inputs, head, offset, to=place)
+        shape, dtype = (len(inputs), head.shape[1]), torch.promote_types(inputs.dtype, torch.float32)
+        if place.shape != shape or place.dtype != dtype or place.device.type != "cpu":
+            place = self.scratch.empty(shape, dtype)
+        if dtype != inputs.dtype or writes_in_place(inputs, head, place):
+            z = write_product(inputs, head, offset, to=place, scratch=self.scratch)
         else:
-            z = at_least_float32(product(inputs, head, offset))
+            z = product(inputs, head, offset)
         return z if self.settings.temperature == 1.0 else z.div_(self.settings.temperature)
 
     def _take(self, chunk: _Chunk, of_logprobs: Tensor, of_entropy: Tensor | None) -> None:
@@ -249,14 +256,15 @@ class HeadWalk:
         shares = self._to_gradient(chunk, of_logprobs, of_entropy)
         for part, place, share in zip(self._parts(), chunk.probabilities, shares.split(1, dim=-1), strict=True):
             of_logits, factor = place[:, : part.stop - part.start], share * slope
+            self.scratch.begin()
             if found.of_bias is not None:
                 found.of_bias[part] += (factor.t().to(of_logits.dtype) @ of_logits)[0].to(found.of_bias.dtype)
             if found.of_hidden is not None:
-                of_hidden.addcmul_(product(of_logits, self.head[part]), share)
+                of_hidden.addcmul_(product(of_logits, self.head[part], scratch=self.scratch), share)
             if found.of_weight is not None:
-                scaled = (inputs * factor).to(inputs.dtype)
+                scaled = torch.mul(inputs, factor, out=self.scratch.empty(inputs.shape, inputs.dtype))
                 into_gradient = write_product if chunk.ahead else add_product
-                into_gradient(of_logits.t(), scaled, to=found.of_weight[part])
+                into_gradient(of_logits.t(), scaled, to=found.of_weight[part], scratch=self.scratch)
         if found.of_hidden is not None:
             found.of_hidden[chunk.rows] = (of_hidden * slope).to(found.of_hidden.dtype)
         if self.settings.with_entropy and not self.entropy_first:

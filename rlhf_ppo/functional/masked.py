@@ -22,6 +22,9 @@ A tensor that broadcasts against the steps: each step's own divisor (`sequence_m
 """
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
 def identity(x: Tensor) -> Tensor:
     """The `ReduceSum` of a single process."""
     return x
@@ -168,4 +171,4 @@ def next_action(
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` itself in float32 or float64, raised to float32 from half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in HALF else x

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_ppo.allocator import bound_kernel_caches
+from rlhf_ppo.functional.scratch import Scratch
 
 logger = logging.getLogger(__name__)
 
@@ -72,20 +73,32 @@ def fits_onednn(*tensors: Tensor | None) -> bool:
     )
 
 
-def product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], bias: Float[Tensor, " m"] | None = None) -> Tensor:
-    """A b + bias, [n, m], without a gradient of its own: either operand may be a transposed view."""
+def product(
+    a: Float[Tensor, "n k"],
+    b: Float[Tensor, "k m"],
+    bias: Float[Tensor, " m"] | None = None,
+    *,
+    scratch: Scratch | None = None,
+) -> Float[Tensor, "n m"]:
+    """A B + bias without a gradient of its own: either operand may be a transposed view.
+
+    It lies in `scratch`, where that is given and the product is torch's own.
+    """
     if fits_onednn(a, b, bias) and onednn_is_faster():
         return _by_onednn(a, b, bias)
-    return a @ b if bias is None else torch.addmm(bias, a, b)
+    out = None if scratch is None else scratch.empty((a.shape[0], b.shape[1]), a.dtype)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
-def add_product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[Tensor, "n m"]) -> None:
+def add_product(
+    a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[Tensor, "n m"], scratch: Scratch | None = None
+) -> None:
     """Add A B to `to` in place: of torch's own products, in the same kernel.
 
-    oneDNN's make a result of their own, and so do those in another dtype than that of `to`.
+    oneDNN's make a result of their own, and so do those in another dtype than that of `to`, in `scratch` where given.
     """
     if not writes_in_place(a, b, to):
-        to.add_(product(a, b))
+        to.add_(product(a, b, scratch=scratch))
         return
     for rows, columns in _tiles(to):
         to[rows, columns].addmm_(a[rows], b[:, columns])
@@ -97,10 +110,11 @@ def write_product(
     bias: Float[Tensor, " m"] | None = None,
     *,
     to: Float[Tensor, "n m"],
+    scratch: Scratch | None = None,
 ) -> Float[Tensor, "n m"]:
     """Write A B + bias into `to`, and return it: the same kernels as those of `add_product`."""
     if not writes_in_place(a, b, to):
-        return to.copy_(product(a, b, bias))
+        return to.copy_(product(a, b, bias, scratch=scratch))
     for rows, columns in _tiles(to):
         if bias is None:
             torch.mm(a[rows], b[:, columns], out=to[rows, columns])
@@ -181,54 +195,3 @@ def _seconds(*functions: Callable[[], object], repeats: int = 7) -> list[float]:
             function()
             least[index] = min(least[index], time.thread_time() - start)
     return [max(seconds, 1e-9) for seconds in least]
-
-
-def low_linear(
-    x: Float[Tensor, "*batch k"],
-    weight: Float[Tensor, "m k"] | Float[Tensor, "k m"],
-    bias: Float[Tensor, " m"] | None,
-    *,
-    dtype: torch.dtype,
-    kept: Tensor | None = None,
-    transposed: bool = False,
-) -> Float[Tensor, "*batch m"]:
-    """`linear` whose products run in `dtype`; what goes in and comes out, gradients too, stays in float32.
-
-    Args:
-        x: Inputs.
-        weight: The master weights.
-        bias: Added in float32.
-        dtype: Of the three products, e.g. bfloat16.
-        kept: `weight` in `dtype`, where somebody knows that it has not moved since.
-        transposed: Whether the weight is GPT-2's.
-    """
-    low = weight.detach().to(dtype) if kept is None else kept
-    result: Tensor = _LowLinear.apply(x, weight, low, bias, transposed)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _LowLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, low: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        inputs = x.reshape(-1, x.shape[-1]).to(low.dtype)
-        ctx.save_for_backward(inputs, low)
-        ctx.transposed, ctx.shape = transposed, x.shape
-        flat = (inputs @ (low if transposed else low.t())).to(x.dtype)
-        if bias is not None:
-            flat += bias
-        return flat.view(*x.shape[:-1], flat.shape[-1])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, low = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        of_x = of_weight = of_bias = None
-        if ctx.needs_input_grad[3]:
-            of_bias = flat.sum(dim=0)
-        flat = flat.to(low.dtype)
-        if ctx.needs_input_grad[0]:
-            of_x = (flat @ (low.t() if ctx.transposed else low)).to(grad.dtype).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            of_weight = (inputs.t() @ flat if ctx.transposed else flat.t() @ inputs).to(grad.dtype)
-        return of_x, of_weight, None, of_bias, None

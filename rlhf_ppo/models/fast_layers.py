@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_ppo.functional.products import bfloat16_is_faster, fits_onednn, linear, low_linear, onednn_is_faster
+from rlhf_ppo.functional.low_products import low_linear
+from rlhf_ppo.functional.products import bfloat16_is_faster, fits_onednn, linear, onednn_is_faster
 from rlhf_ppo.functional.shared_gradient import SharedGradient, shared_embedding
 from rlhf_ppo.models.fused_modules import fused_class, plain_class
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional.head_walk import Slopes
 from rlhf_ppo.models.scoring import TokenPolicy
+from rlhf_ppo.pages import pages_kept
 from rlhf_ppo.updates.nonfinite import Examination, NonFiniteUpdateError, broken_gradients
 from rlhf_ppo.updates.objective import (
     CompareWith,
@@ -103,15 +104,19 @@ class MinibatchUpdate(Resumable):
         self.config = self._read_config()
         record = UpdateRecord()
         batch = everyones(batch, self.accelerator)
+        with pages_kept():
+            self._epochs(batch, record)
+        if self.accelerator.num_processes > 1:
+            record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
+        return record
+
+    def _epochs(self, batch: TrainBatch, record: UpdateRecord) -> None:
         for _ in range(self.config.epochs):
             for rows in self._shuffled(len(batch), batch.mask.device):
                 self._step(batch, rows, record)
             if self._moved_too_far(record):
                 record.stopped_early = True
                 break
-        if self.accelerator.num_processes > 1:
-            record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
-        return record
 
     def _shuffled(self, rows: int, device: torch.device) -> list[Tensor]:
         return list(self.shuffle(rows, device).split(self.config.minibatch_size * self.accelerator.num_processes))

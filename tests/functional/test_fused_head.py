@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_ppo.functional import head_walk
+from rlhf_ppo.functional import head_walk, products
 from rlhf_ppo.functional.fused_head import fused_token_statistics
 from rlhf_ppo.functional.head_room import Room
 from rlhf_ppo.functional.head_walk import Slopes
 from rlhf_ppo.functional.logprobs import chunked_token_statistics
-from tests.benchmarks.allocations import peak_bytes
+from tests.benchmarks.allocations import allocated_bytes, peak_bytes
 
 N, HIDDEN, VOCAB = 37, 6, 11
 
@@ -266,14 +266,14 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry a product."""
     calls: list[int] = []
 
-    def counted(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    def counted(a: Tensor, b: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
         calls.append(1)
         return a @ b if bias is None else torch.addmm(bias, a, b)
 
-    def added(a: Tensor, b: Tensor, *, to: Tensor) -> None:
+    def added(a: Tensor, b: Tensor, *, to: Tensor, **_: Any) -> None:
         to.add_(counted(a, b))
 
-    def written(a: Tensor, b: Tensor, bias: Tensor | None = None, *, to: Tensor) -> Tensor:
+    def written(a: Tensor, b: Tensor, bias: Tensor | None = None, *, to: Tensor, **_: Any) -> Tensor:
         return to.copy_(counted(a, b, bias))
 
     monkeypatch.setattr(head_walk, "product", counted)
@@ -495,3 +495,28 @@ def test_an_impossible_token_has_no_probability_and_leaves_the_entropy_finite() 
         results.append((found.logprobs, found.entropy))
     assert results[0][0][0] == -torch.inf and bool(results[0][1].isfinite().all())
     assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("product_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("trained", [True, False])
+def test_logits_and_products_of_a_block_lie_where_those_of_the_block_before_have_stood(
+    monkeypatch: pytest.MonkeyPatch, trained: bool, product_dtype: torch.dtype | None
+) -> None:
+    """Twelve blocks more bring no other tensors to life than their share of those of the head's size, and numbers."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)  # its results lie elsewhere
+    rows, width, block = 32, 8, 2048
+    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, block=block, scored=4 * rows * block))
+
+    def allocated(blocks: int) -> int:
+        hidden, weight = (torch.randn(n, width, requires_grad=trained) for n in (rows, blocks * block))
+        slope = linear_slopes(0.0) if trained else None
+        asked = partial(fused_token_statistics, slopes=slope, product_dtype=product_dtype, with_entropy=False)
+        with torch.set_grad_enabled(trained):
+            return allocated_bytes(partial(asked, hidden, weight, None, torch.arange(rows)))
+
+    low = 2 if product_dtype is not None else 4
+    sized = low * block * width if product_dtype is not None else 0  # the head in that precision
+    # Probabilities with the head's gradient in one piece, which is no shorter than the gradient.
+    sized += block * max(low * rows, 4 * width) if trained else 0
+    grown = allocated(16) - allocated(4) - 12 * sized
+    assert 0 <= grown < 12 * 0.8 * 4 * rows * block  # torch's bfloat16 product orders an operand anew

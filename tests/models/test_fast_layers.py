@@ -203,6 +203,20 @@ def test_low_products_are_close_and_everything_else_stays_float32(monkeypatch: p
     assert float(torch.cosine_similarity(found, theirs, dim=0)) > 0.999
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(24, 40), Conv1D(40, 24)])
+def test_low_layers_keep_what_plain_ones_keep_for_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch, layer: nn.Module
+) -> None:
+    """The input, which layers beside it keep as well, and the weight: no copy of either."""
+    monkeypatch.setattr(fast_layers, "bfloat16_is_faster", lambda: True)
+    use_fast_layers(layer, product_dtype=torch.bfloat16)
+    x, kept = torch.randn(3, 5, 24, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.data_ptr()) or saved, lambda x: x):
+        layer(x).sum().backward()
+    weight: Any = layer.weight
+    assert sorted(kept) == sorted([x.data_ptr(), weight.data_ptr()])
+
+
 def test_low_weights_are_kept_inside_the_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that outlived it would be one optimiser step behind."""
     monkeypatch.setattr(fast_layers, "bfloat16_is_faster", lambda: True)
@@ -234,8 +248,8 @@ def test_scoring_in_chunks_casts_the_head_once(monkeypatch: pytest.MonkeyPatch) 
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is torch.ops.aten._to_copy.default and args[0].shape == model.lm_head.weight.shape:
-                casts.append(str(kwargs["dtype"]))
+            if function is torch.ops.aten.copy_.default and args[1].shape == model.lm_head.weight.shape:
+                casts.append(str(args[0].dtype))
             return function(*args, **(kwargs or {}))
 
     with torch.no_grad(), Watch():
