@@ -48,7 +48,7 @@ def fused_token_statistics(
             gradient, where the same walk scores alone.
         temperature: What the logits are divided by.
         chunk_size: Tokens at a time, at most: first as many as the head's gradient has room for the probabilities of
-            and, beyond it, as many as take 93 MiB (CPU) or 496 MiB, but no fewer than 192; then as many as these.
+            and, beyond it, as many as take 31 MiB (CPU) or 496 MiB, but no fewer than 64; then as many as these.
         with_entropy: Also the entropy, which costs more passes over each chunk where `slopes` read it.
         product_dtype: Of the three products; None: that of the states.
         shared: Takes the weight's gradient, for the embedding of the same weight that `hidden` comes from.

@@ -29,6 +29,12 @@ VOCABULARIES = {
     )
     for vocab in (32_000, 64_000, 128_000)
 }
+"""Minibatches of some 300 response tokens, which do not fill what the LM head's walk may hold at 32,000."""
+LARGER = {
+    vocab: replace(workload, name="vocabulary-larger", rows=32, minibatch=16)
+    for vocab, workload in VOCABULARIES.items()
+}
+"""Of some 600, which do."""
 
 
 def cost(side: Process, workload: Workload) -> dict[str, float]:
@@ -54,7 +60,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/performance-scaling.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for sizes in (ROWS, VOCABULARIES):
+    for sizes in (ROWS, VOCABULARIES, LARGER):
         with tempfile.TemporaryDirectory() as name:
             sides = {}
             for size, workload in sizes.items():
