@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 
+from rlhf_ppo import pages
 from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.sampling import SamplingConfig
 from rlhf_ppo.updates.shares import deal
@@ -101,6 +105,29 @@ def test_memory_does_not_grow_with_the_rollout(tmp_path: Path) -> None:
         equal = replace(TINY, vocab=4000, rows=count, prompt=8, cap=24, lengths_are="full", epochs=1)
         rows[count] = peak_bytes(side(equal, folder).step)
     assert rows[32] <= 1.05 * rows[16]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere all stays on the heap")
+def test_all_minibatches_of_an_update_take_the_same_pages_and_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their rows are of other lengths, so that the tensors are of other sizes."""
+    taken: list[int] = []
+    new = pages.mmap.mmap
+
+    def counted(number: int, size: int, **settings: int) -> object:
+        taken.append(size)
+        return new(number, size, **settings)
+
+    monkeypatch.setattr(pages.mmap, "mmap", counted)
+    found = []
+    for least in (1, math.inf):
+        monkeypatch.setattr(pages, "LEAST", least)
+        ours = side(TINY, tmp_path)
+        ours.step()
+        found.append(torch.cat([parameter.detach().flatten() for parameter in ours.model.parameters()]))
+    assert len(taken) == 1
+    assert_close(*found, rtol=0, atol=0)
 
 
 def test_the_gate_on_memory_notices_a_kept_logit_of_every_token() -> None:
