@@ -92,8 +92,8 @@ def make_plan(config: PlanConfig, traces: Traces, *, devices: int = 1, reward_we
     rollout = _rollout(config)
     whole = traces.weights if shares.weights < 1 else 0.0  # gathered once for a rollout
     floor = sum(standing.values()) + shares.buffers
-    # Gradients come once and stay, so the first pass finds no hole of theirs.
-    spare = HEAP_SPARE * max(0.0, transient - gradients) if config.device == "cpu" else 0.0
+    # Gradients come once and stay, so the first pass finds no hole of theirs; pages of their own leave none.
+    spare = HEAP_SPARE * max(0.0, transient - gradients - traces.paged) if config.device == "cpu" else 0.0
     roles = standing | {
         "gradients": gradients,
         "activations": traces.saved,

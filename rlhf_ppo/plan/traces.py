@@ -61,6 +61,8 @@ class Traces:
     """Peak of a forward pass when gradients of an earlier one exist, these included."""
     next_backward: float
     """Peak of its backward pass, where new gradients are added to those."""
+    paged: float
+    """Of a pass, in pages of their own beside the head's gradient, and so not on the heap."""
     prefill: float
     """Transient peak of reading all prompts that are decoded together, without the cache."""
 
@@ -117,8 +119,8 @@ def _trace(config: PreTrainedConfig, plan: PlanConfig) -> Traces:
     with counting(model, mode, device=plan.device) as live:
         scoring = _scoring(policy, plan, plan.mini_batch_size, live)
         prefill = _prefill(policy, plan, live)
-        saved, first_forward, first_backward = _pass(policy, plan, live)
-        _, next_forward, next_backward = _pass(policy, plan, live)
+        saved, paged, first_forward, first_backward = _pass(policy, plan, live)
+        _, _, next_forward, next_backward = _pass(policy, plan, live)
     inside, outside = language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight
     sizes = [_bytes(layer.parameters()) for layer in _layers(language_model)]
     return Traces(
@@ -132,21 +134,25 @@ def _trace(config: PreTrainedConfig, plan: PlanConfig) -> Traces:
         largest_layer=max([*sizes, _bytes([inside])]),
         scoring=scoring, prefill=prefill, saved=saved, first_forward=first_forward, first_backward=first_backward,
         next_forward=next_forward, next_backward=next_backward,
+        paged=max(0, paged - (_bytes([outside]) if outside.requires_grad else 0)),
     )  # fmt: skip
 
 
-def _pass(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> tuple[float, float, float]:
-    """Activations saved, and the peaks of one forward and one backward pass: one of them grows along a line each."""
+def _pass(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> tuple[float, float, float, float]:
+    """Activations saved, bytes in pages of their own, and the peaks of one forward and one backward pass.
+
+    Each grows along a line with the depth.
+    """
     before = live.restart()
     had = sum(_bytes(iter([p.grad])) for p in policy.parameters() if p.grad is not None)
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
         slopes = None if plan.strategy in SHARDED else SLOPES
         output = policy(_inputs(plan, plan.mini_batch_size), with_entropy=True, slopes=slopes)
         loss = output.logprobs.sum() + output.values.sum()
-    saved, forward = live.live - before, live.peak - before + had
+    saved, paged, forward = live.live - before, live.paged, live.peak - before + had
     live.restart()
     loss.backward()
-    return saved, forward, live.peak - before + had
+    return saved, paged, forward, live.peak - before + had
 
 
 SLOPES = Slopes(lambda logprobs, _, __: (torch.ones_like(logprobs), None), read_entropy=False)

@@ -1,7 +1,8 @@
 """Live bytes of a computation that is never carried out: the real code on tensors without content."""
 
+import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
+from rlhf_ppo import pages
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.functional import head_walk
 from rlhf_ppo.functional.products import bfloat16_is_faster, onednn_is_faster
@@ -32,12 +34,20 @@ class LiveBytes(TorchDispatchMode):
         """Bytes alive now."""
         self.peak = 0
         """Most bytes alive at once since `restart`."""
+        self.paged = 0
+        """Bytes of tensors that would have had pages of their own, outside of the heap, since `restart`."""
         self._alive: set[int] = set()
 
     def restart(self) -> int:
         """Forget the peak; returns the bytes alive."""
-        self.peak = self.live
+        self.peak, self.paged = self.live, 0
         return self.live
+
+    def empty(self, shape: Sequence[int], *, like: Tensor, room_for: int = 0) -> Tensor:
+        """In the place of `rlhf_ppo.pages.empty`: a tensor without content has no pages."""
+        size = math.prod(shape) * like.element_size()
+        self.paged += size if size >= pages.LEAST else 0
+        return like.new_empty(shape)
 
     def leave_out(self, tensors: Iterator[Tensor]) -> None:
         """Not to be counted: what was there before (weights)."""
@@ -123,5 +133,5 @@ def counting(module: nn.Module, mode: FakeTensorMode, *, device: str = "cpu") ->
     # Where transformers sees tensors without content, it makes a mask that it leaves out for real ones without padding.
     masks = patch.object(masking_utils, "is_tracing", lambda _=None: False)
     chunks = patch.object(head_walk, "ON_CPU", head_walk.sizes(torch.device(device)))
-    with masks, chunks, mode, live:
+    with masks, chunks, patch.object(pages, "empty", live.empty), mode, live:
         yield live

@@ -26,6 +26,7 @@ from tests.plan.record import RESULTS, RUNS
 TINY = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=512)
 SMALL = PlanConfig(batch_size=4, mini_batch_size=2, prompt_tokens=8, new_tokens=8)
 FLAT = Traces(
+    paged=0,
     parameters=1000, trainable=1000, head_parameters=200, lookup_parameters=0, weights=4000, value_head=40,
     gradients=4000, largest_layer=400, scoring=10, saved=500, prefill=5,
     first_forward=900, first_backward=6000, next_forward=4900, next_backward=7000,
