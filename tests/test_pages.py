@@ -1,6 +1,7 @@
 """Large tensors have pages of their own, which go from one to the next."""
 
 import gc
+import subprocess
 import sys
 import weakref
 
@@ -128,3 +129,9 @@ def test_a_view_outlives_its_tensor() -> None:
     gone, part = weakref.ref(tensor), tensor.view(2, -1)[1]
     del tensor
     assert gone() is None and bool((part == 5.0).all())
+
+
+def test_a_process_may_end_with_a_tensor_in_its_pages() -> None:
+    program = "import torch; from rlhf_ppo import pages; kept = pages.empty((2**23,), like=torch.ones(1)).fill_(1.0)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, text=True)
+    assert (found.returncode, found.stderr) == (0, "")

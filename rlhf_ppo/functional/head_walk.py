@@ -221,7 +221,9 @@ class HeadWalk:
             z.clamp_(min=IMPOSSIBLE)
         largest = z.amax(dim=-1, keepdim=True)
         fits = place.shape == z.shape and place.dtype == z.dtype
-        other = self.scratch.empty(z.shape, z.dtype) if self.entropy_first else z
+        # On a CPU a row's probabilities may take the place of its logits.
+        apart = self.entropy_first or z.device.type != "cpu"
+        other = self.scratch.empty(z.shape, z.dtype) if apart else z
         logits = other.copy_(z) if z is place and self.entropy_first else z
         p = torch.softmax(z, dim=-1, out=place if fits else other)
         # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.

@@ -23,6 +23,7 @@ A tensor that broadcasts against the steps: each step's own divisor (`sequence_m
 
 
 HALF = (torch.float16, torch.bfloat16)
+"""What is raised to float32 where numbers are added up."""
 
 
 def identity(x: Tensor) -> Tensor:
