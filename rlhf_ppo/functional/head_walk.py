@@ -56,12 +56,17 @@ class Sizes:
     """Bytes of logits of a head that is not walked through by blocks."""
     block: int
     """Tokens of the vocabulary in a block, at most."""
+    in_place: bool
+    """Whether a row's probabilities may take the place of its logits, and a block's results that of the block before.
+    Torch's own allocator does as well on a GPU."""
 
 
-ON_CPU = Sizes(kept=31 * 2**20, logits=8 * 2**20, scored=4 * 2**20, plain=31 * 2**20, block=4096)
+ON_CPU = Sizes(kept=31 * 2**20, logits=8 * 2**20, scored=4 * 2**20, plain=31 * 2**20, block=4096, in_place=True)
 """A block's logits and both sides of its products stay in the processor's cache, and neither a second gradient of the
 head's size comes to life nor a copy of the head in a kernel's own order."""
-ELSEWHERE = Sizes(kept=496 * 2**20, logits=496 * 2**20, scored=496 * 2**20, plain=496 * 2**20, block=2**16)
+ELSEWHERE = Sizes(
+    kept=496 * 2**20, logits=496 * 2**20, scored=496 * 2**20, plain=496 * 2**20, block=2**16, in_place=False
+)
 
 
 def sizes(device: torch.device) -> Sizes:
@@ -130,7 +135,7 @@ class HeadWalk:
         self.found = Found(zeros, zeros.clone(), zeros.clone(), zeros.clone(), of_hidden, of_bias)
         self.gradient = weight.dtype if settings.trains_weight else None
         self.entropy_first = settings.with_entropy
-        self.scratch = Scratch(weight.device)
+        self.scratch = Scratch(weight.device, reuse=self.sizes.in_place)
 
     def run(self, slopes: Slopes | None) -> Found:
         """Score all tokens, and take the gradients where the loss's slopes are given."""
@@ -221,9 +226,7 @@ class HeadWalk:
             z.clamp_(min=IMPOSSIBLE)
         largest = z.amax(dim=-1, keepdim=True)
         fits = place.shape == z.shape and place.dtype == z.dtype
-        # On a CPU a row's probabilities may take the place of its logits.
-        apart = self.entropy_first or z.device.type != "cpu"
-        other = self.scratch.empty(z.shape, z.dtype) if apart else z
+        other = self.scratch.empty(z.shape, z.dtype) if self.entropy_first or not self.sizes.in_place else z
         logits = other.copy_(z) if z is place and self.entropy_first else z
         p = torch.softmax(z, dim=-1, out=place if fits else other)
         # Of the likeliest token log p = 0 - log Σ exp: exact where the sum of a huge vocabulary would be.

@@ -15,15 +15,20 @@ ALIGNED = 64
 
 
 class Scratch:
-    """Memory for one turn, as large as the largest turn so far; on a GPU torch's allocator does this itself."""
+    """Memory for one turn, as large as the largest turn so far.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where results are.
+        reuse: False: each result has memory of its own, because torch's allocator finds it the same place (on a GPU).
+    """
+
+    def __init__(self, device: torch.device, *, reuse: bool = True) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
-        self.used = 0
+        self.used, self.reuse = 0, reuse
 
     def begin(self) -> None:
         """Start a turn: what came of the turn before is overwritten."""
-        if self.used > len(self.memory):
+        if self.reuse and self.used > len(self.memory):
             self.memory = self.memory.new_empty(self.used)
         self.used = 0
 
@@ -31,6 +36,6 @@ class Scratch:
         """An uninitialised tensor for this turn."""
         size = math.prod(shape) * dtype.itemsize
         start, self.used = self.used, self.used + math.ceil(size / ALIGNED) * ALIGNED
-        if self.memory.device.type != "cpu" or start + size > len(self.memory):
+        if start + size > len(self.memory):
             return self.memory.new_empty(shape, dtype=dtype)
         return self.memory[start : start + size].view(dtype).view(*shape)

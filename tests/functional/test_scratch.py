@@ -33,3 +33,12 @@ def test_results_of_one_turn_never_overlap(turns: list[list[tuple[int, int, torc
         for index, (tensor, (rows, columns, dtype)) in enumerate(zip(found, turn, strict=True)):
             assert tensor.shape == (rows, columns) and tensor.dtype == dtype and bool((tensor == index).all())
             assert tensor.data_ptr() % ALIGNED == 0 or tensor.numel() == 0
+
+
+def test_without_reuse_no_memory_is_held() -> None:
+    scratch = Scratch(torch.device("cpu"), reuse=False)
+    for _ in range(3):
+        scratch.begin()
+        found = scratch.empty((4,), torch.float32).fill_(1.0)
+    scratch.begin()
+    assert scratch.memory.numel() == 0 and float(found.sum() + scratch.empty((4,), torch.float32).zero_().sum()) == 4.0
