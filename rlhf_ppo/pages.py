@@ -73,5 +73,6 @@ def _pages(size: int) -> mmap.mmap:
 
 
 def _give_back(pages: mmap.mmap) -> None:
-    if _spare is not None:
-        _spare.append(pages)
+    spare = _spare  # once: the last tensor may end on another thread
+    if spare is not None:
+        spare.append(pages)

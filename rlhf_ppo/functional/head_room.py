@@ -14,9 +14,6 @@ from torch import Tensor
 
 from rlhf_ppo import pages
 
-ROUNDING = 8192
-"""Tokens that blocks of one size may have beyond the vocabulary, and those of one block of at most 4096."""
-
 
 class Room:
     """One piece of memory for the head's gradient and for a chunk's probabilities."""
@@ -41,11 +38,10 @@ class Room:
             return 0
         return self.head.shape[1] * self.dtype.itemsize // self.head.element_size()
 
-    def make(self, chunks: list[slice], most: int = 0) -> None:
+    def make(self, chunks: list[slice], room_for: int = 0) -> None:
         """Take the memory that these chunks need one after the other; the first stands in the gradient's way.
 
-        All in one piece, whose pages go to the next minibatch. `most`: rows that a chunk of any other one may have
-        beyond the gradient.
+        All in one piece, whose pages go to the next minibatch. `room_for`: elements that any other one may need.
         """
         sizes, width = [rows.stop - rows.start for rows in chunks], self.rows
         if self.dtype is None or width == 0 or not chunks:
@@ -56,8 +52,7 @@ class Room:
         # What begins later than the gradient by one block of it ends later, too, the more so the more rows there are.
         ahead = self.blocks * max(width, first) + min(width, first)
         size = self.block * max(ahead, self.blocks * (width + later))
-        at_most = (len(self.head) + ROUNDING) * (width + most)
-        self.memory = pages.empty((size,), like=self.head, room_for=at_most)
+        self.memory = pages.empty((size,), like=self.head, room_for=room_for)
         self.gradient = self.memory[: len(self.head) * width].view(self.dtype).view(self.head.shape)
 
     def is_ahead(self, rows: slice) -> bool:

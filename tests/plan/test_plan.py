@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, LlamaConfig
 
+from rlhf_ppo import pages
 from rlhf_ppo.functional.products import onednn_is_faster
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.plan import PlanConfig, PlanError, Traces, make_plan
@@ -184,6 +185,16 @@ def test_a_heap_keeps_spare_blocks_where_cuda_keeps_none() -> None:
     on_gpu, on_cpu = make_plan(SMALL, FLAT), make_plan(replace(SMALL, device="cpu"), FLAT)
     assert on_gpu.roles["spare"] == 0
     assert on_cpu.phases["update"] - on_gpu.phases["update"] == pytest.approx(HEAP_SPARE * (6000 - 4000))
+
+
+def test_pages_of_their_own_leave_no_spare_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: 16 response tokens' probabilities of 512 tokens each are ahead of the head's gradient, and no more."""
+    plan = replace(SMALL, device="cpu")
+    assert _trace(TINY, plan).paged == 0  # too small
+    monkeypatch.setattr(pages, "LEAST", 1)
+    assert _trace(TINY, plan).paged == 4 * 512 * 16
+    heap, paged = (make_plan(plan, replace(FLAT, paged=size)).roles["spare"] for size in (0, 300))
+    assert heap - paged == pytest.approx(HEAP_SPARE * 300)
 
 
 def test_chunks_of_logits_are_larger_on_a_gpu() -> None:
