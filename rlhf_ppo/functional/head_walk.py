@@ -145,8 +145,8 @@ class HeadWalk:
         if slopes is not None:
             self.entropy_first &= slopes.read_entropy or not self._entropy_can_wait()
             # The last block's rest, and a block for the gradient to be behind: both differ with the rows.
-            tokens, rows = len(self.head) + 2 * self.sizes.block, self.room.rows + self._most_rows(kept=True)
-            self.room.make(chunks, room_for=tokens * rows)
+            tokens, most = len(self.head) + 2 * self.sizes.block, self.room.rows + self._most_rows(kept=True)
+            self.room.make(chunks, room_for=tokens * most)
             self.found.of_weight = self.room.gradient
         for rows in chunks:
             chunk = self._score(rows, kept=slopes is not None)
