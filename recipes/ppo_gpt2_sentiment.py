@@ -20,11 +20,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
-from rlhf_ppo.optimisers import adam, linear_to_zero
+from rlhf_ppo.loop.run_folder import Estimates
 from rlhf_ppo.report import write_report
-from rlhf_ppo.report.run_folder import Estimates
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.updates.optimizers import adam, linear_to_zero
 from sentiment import stages
 from sentiment.adapters import AdapterSettings, model_line
 from sentiment.engines import EngineSettings

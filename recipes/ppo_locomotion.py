@@ -27,7 +27,7 @@ from rlhf_ppo.control import (
     Randomization,
     control_algorithm,
 )
-from rlhf_ppo.report.run_folder import Estimates, RunFolder
+from rlhf_ppo.loop.run_folder import Estimates, RunFolder
 from sentiment.stages import Phases, at_least, open_run_folder, run
 
 RateByAlgorithm: TypeAlias = Annotated[

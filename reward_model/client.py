@@ -10,7 +10,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from reward_model.text import Texts
-from rlhf_ppo.redaction import redacted
+from rlhf_ppo.utils.redaction import redacted
 
 _TRANSIENT = (429, 500, 502, 503, 504)
 _LARGEST = 3.4e38  # float32

@@ -14,9 +14,9 @@ from reward_model.backbone import head_name, layers_of, longest_input
 from reward_model.contract import Contract, ContractError, tokenizer_sha256
 from reward_model.text import Texts, encode, prepare_tokenizer
 from rlhf_ppo.batch import cut, pad_rows
-from rlhf_ppo.models.packing import can_be_packed
-from rlhf_ppo.models.placing import own_device
-from rlhf_ppo.models.unpadded import unpadded
+from rlhf_ppo.kernels.packing import can_be_packed
+from rlhf_ppo.kernels.unpadded import unpadded
+from rlhf_ppo.models.device import own_device
 
 ADAPTER_FILE = "adapter_config.json"
 

@@ -6,8 +6,8 @@ from transformers import AutoTokenizer
 
 from reward_model.contract import Contract, ContractError
 from reward_model.model import ADAPTER_FILE, RewardModel, check_tokenizer
-from rlhf_ppo.models.one_base import put_reward_adapter
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+from rlhf_ppo.models.shared_base_adapters import put_reward_adapter
 
 
 def reward_on_policy(policy: PreTrainedModelWrapper, path: str | Path, *, max_tokens: int = 16_384) -> RewardModel:

@@ -16,9 +16,9 @@ from reward_model.losses import (
     plackett_luce_loss,
     weighted_mean,
 )
-from rlhf_ppo.models.fast_layers import use_fast_layers, use_plain_layers
-from rlhf_ppo.models.packing import can_be_packed
-from rlhf_ppo.models.unpadded import unpadded
+from rlhf_ppo.kernels.linear_layers import use_fast_layers, use_plain_layers
+from rlhf_ppo.kernels.packing import can_be_packed
+from rlhf_ppo.kernels.unpadded import unpadded
 
 
 class PreferenceTrainer(RewardTrainer):

@@ -25,7 +25,7 @@ from reward_model.preference_trainer import PreferenceTrainer
 from reward_model.progress import TidyProgress
 from reward_model.scoring import fit_normalisation, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
-from rlhf_ppo.leaving import leave_safely
+from rlhf_ppo.distributed.shutdown import leave_safely
 
 logger = logging.getLogger(__name__)
 

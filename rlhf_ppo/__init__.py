@@ -16,11 +16,11 @@ from rlhf_ppo.algorithms import (
     Reinforce,
     ReinforcePlusPlus,
 )
-from rlhf_ppo.best_of_n import BestOfNSampler
-from rlhf_ppo.config import PPOConfig
-from rlhf_ppo.controllers import AdaptiveKLController, FixedKLController
-from rlhf_ppo.extras import LengthSampler, respond_to_batch, set_seed
+from rlhf_ppo.classic.best_of_n import BestOfNSampler
+from rlhf_ppo.classic.helpers import LengthSampler, respond_to_batch, set_seed
 from rlhf_ppo.functional import compute_ppo_total_loss
+from rlhf_ppo.learner.config import PPOConfig
+from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController
 from rlhf_ppo.loop.training import TrainConfig, TrainState
 from rlhf_ppo.models import (
     AutoModelForCausalLMWithValueHead,

@@ -1,5 +1,5 @@
 """Where scripts for the classic look for helpers: `trl.core` with the package's name changed."""
 
-from rlhf_ppo.extras import LengthSampler, respond_to_batch, set_seed
+from rlhf_ppo.classic.helpers import LengthSampler, respond_to_batch, set_seed
 
 __all__ = ["LengthSampler", "respond_to_batch", "set_seed"]

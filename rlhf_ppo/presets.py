@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
-from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.rollout.collect import MissingEOS
 
 PresetName: TypeAlias = Literal["ziegler2019", "stiennon2020", "nplus2024", "trl-classic"]

@@ -17,13 +17,13 @@ import torch
 from accelerate import Accelerator
 
 from rlhf_ppo.algorithms import build_algorithm
+from rlhf_ppo.diagnostics.dump import FACTS, FORMAT, MODEL, algorithm_of, read_batch
+from rlhf_ppo.learner.finite_checks import broken_parameters
 from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from rlhf_ppo.models.dropout import switch_off_dropout
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates import MinibatchConfig
 from rlhf_ppo.updates.nonfinite import innermost
-from rlhf_ppo.watch.dump import FACTS, FORMAT, MODEL, algorithm_of, read_batch
-from rlhf_ppo.watch.finite import broken_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

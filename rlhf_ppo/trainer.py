@@ -15,36 +15,36 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from rlhf_ppo.algorithms import AlgorithmConfig, build_algorithm
-from rlhf_ppo.arguments import check_arguments, default_optimizer, fill_in, make_accelerator
 from rlhf_ppo.batch import TrainBatch
-from rlhf_ppo.classic import ClassicSurface
-from rlhf_ppo.config import PPOConfig
-from rlhf_ppo.correction import check_correctable, corrected, mismatch_metrics, own_ratios
-from rlhf_ppo.extras import set_seed
+from rlhf_ppo.classic.helpers import set_seed
+from rlhf_ppo.classic.surface import ClassicSurface
+from rlhf_ppo.diagnostics.doctor import diagnose, first_look
+from rlhf_ppo.diagnostics.dump import dumping
+from rlhf_ppo.diagnostics.findings import Diagnosis
+from rlhf_ppo.diagnostics.text_checks import Specimen
+from rlhf_ppo.distributed.collectives import Processes
+from rlhf_ppo.learner.arguments import check_arguments, default_optimizer, fill_in, make_accelerator
+from rlhf_ppo.learner.config import PPOConfig
+from rlhf_ppo.learner.finite_checks import check_scored, warn_of_negative_kl
+from rlhf_ppo.learner.importance_correction import check_correctable, corrected, mismatch_metrics, own_ratios
+from rlhf_ppo.learner.prepare import prepare
+from rlhf_ppo.learner.running_moments import RunningMoments, normalised_scores
+from rlhf_ppo.learner.start_kl import StartCheck
+from rlhf_ppo.learner.statistics import Statistics, StepFacts, classic_statistics, extra_metrics, work_metrics
+from rlhf_ppo.learner.trackers import Trackers
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.loop.training import Callback, TrainConfig, TrainingLoop, TrainState
-from rlhf_ppo.metrics import Statistics, StepFacts, classic_statistics, extra_metrics, work_metrics
 from rlhf_ppo.models import PreTrainedModelWrapper, reference_adapter
 from rlhf_ppo.models.reference import settle_reference
 from rlhf_ppo.models.trunk import start_token_of
-from rlhf_ppo.normalizers import RunningMoments, normalised_scores
-from rlhf_ppo.preparation import prepare
-from rlhf_ppo.processes import Processes
+from rlhf_ppo.rewards.sources import Sources
 from rlhf_ppo.rollout.checks import Limits, check_step_inputs
 from rlhf_ppo.rollout.experience import Responses, Scored, Scorer, Shaping, shape_rollout
-from rlhf_ppo.rollout.placement import in_loss
+from rlhf_ppo.rollout.kl_placement import in_loss
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.reuse import SamplerReuse
-from rlhf_ppo.rollout.reward_sources import Sources
-from rlhf_ppo.rollout.sampling import Sampler, Samples, SamplingConfig
-from rlhf_ppo.timing import emptied_cache, timed
-from rlhf_ppo.trackers import Trackers
-from rlhf_ppo.watch.doctor import Specimen
-from rlhf_ppo.watch.dump import dumping
-from rlhf_ppo.watch.findings import Diagnosis
-from rlhf_ppo.watch.finite import check_scored, warn_of_negative_kl
-from rlhf_ppo.watch.first_look import diagnose, first_look
-from rlhf_ppo.watch.start import StartCheck
+from rlhf_ppo.rollout.sampler_reuse import SamplerReuse
+from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
+from rlhf_ppo.utils.timing import emptied_cache, timed
 
 
 class PPOTrainer(ClassicSurface):

@@ -30,7 +30,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-import tests.typechecking  # noqa: F401  the type checker that pyproject.toml names, which is looked up as an attribute
+import tests.support.typechecking  # noqa: F401  the type checker that pyproject.toml names, which is looked up as an attribute
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 from reward_model.on_policy import reward_on_policy
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.models.adapters import trained_share
-from rlhf_ppo.models.one_base import attach_critic_adapter
+from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter
 
 from .command_line import is_main_process
 from .reviews import ReviewParts

@@ -19,7 +19,7 @@ import tyro
 
 from rlhf_ppo import TrainState
 from rlhf_ppo.checkpoints import only_run_in
-from rlhf_ppo.signals import EXIT_AT_ONCE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
+from rlhf_ppo.loop.signals import EXIT_AT_ONCE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 
 from .assets import AssetError
 

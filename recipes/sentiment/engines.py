@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 from trl.import_utils import is_vllm_available
 
-from rlhf_ppo.rollout.engines import SamplerName, make_sampler, usual_cap
-from rlhf_ppo.rollout.sampling import Sampler
+from rlhf_ppo.samplers.base import Sampler
+from rlhf_ppo.samplers.make_sampler import SamplerName, make_sampler, usual_cap
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,6 @@ def further(name: PresetName | None) -> dict[str, Any]:
 
 
 def adam_settings(name: PresetName | None) -> dict[str, Any]:
-    """For `rlhf_ppo.optimisers.adam`."""
+    """For `rlhf_ppo.updates.optimizers.adam`."""
     config = PPOConfig(**further(name))
     return {"eps": config.adam_eps, "tensorflow": config.optimizer == "adam_tensorflow"}

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
 from reward_model.client import RemoteRewardModel
 from reward_model.ensemble import load_reward_model
-from rlhf_ppo.models.placing import own_device
+from rlhf_ppo.models.device import own_device
 
 from .assets import MINILM, fetch
 from .cache import build_once, cache_root, fingerprint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf_ppo.watch.guards import Guards
+from rlhf_ppo.diagnostics.guards import Guards
 
 from .command_line import FloatByModel, IntByModel, Measured, SwitchByModel
 

@@ -16,9 +16,9 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.checkpoints.folders import checkpoints
 from rlhf_ppo.loop.evaluation import Evaluation
-from rlhf_ppo.redaction import redacted
-from rlhf_ppo.report.run_folder import Estimates, RunFolder, Sample
+from rlhf_ppo.loop.run_folder import Estimates, RunFolder, Sample
 from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.utils.redaction import redacted
 
 from .algorithms import CHOICES as CHOICES
 from .algorithms import AlgorithmName as AlgorithmName

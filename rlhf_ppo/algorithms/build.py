@@ -39,8 +39,8 @@ from rlhf_ppo.algorithms.objectives import bounded, likelihood, penalised, per_s
 from rlhf_ppo.algorithms.parts import Parts
 from rlhf_ppo.algorithms.penalty import AdaptPenalty, KeepOldPolicy
 from rlhf_ppo.algorithms.warmup import CriticWarmup
-from rlhf_ppo.controllers import PenaltyBeta
 from rlhf_ppo.functional import ReferenceKL
+from rlhf_ppo.learner.kl_controllers import PenaltyBeta
 from rlhf_ppo.updates import Gradients, MinibatchConfig, Objective, TrustRegionUpdate, Update, sequences
 
 

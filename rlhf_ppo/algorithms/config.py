@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from rlhf_ppo.field_types import check_fields
 from rlhf_ppo.functional import DivergenceKind
 from rlhf_ppo.updates import TrustRegion
+from rlhf_ppo.utils.field_types import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from rlhf_ppo.algorithms.advantages import EstimateAdvantages
 from rlhf_ppo.batch import Rollout, TrainBatch
 from rlhf_ppo.updates import CriticFit, Objective, Update, UpdateRecord
 from rlhf_ppo.updates.measure import standing_record
-from rlhf_ppo.updates.shares import everyones
+from rlhf_ppo.updates.sharding import everyones
 
 
 class CriticWarmup:

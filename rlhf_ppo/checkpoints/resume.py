@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from rlhf_ppo.checkpoints import folders
+from rlhf_ppo.checkpoints.compatibility import check_sameness, facts_of_the_run, trained_parameters
 from rlhf_ppo.checkpoints.folders import CheckpointError
+from rlhf_ppo.checkpoints.nested_state import save_tree, write_tensors
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
-from rlhf_ppo.checkpoints.sameness import check_sameness, facts_of_the_run, trained_parameters
-from rlhf_ppo.checkpoints.saved import ENGINE, FACTS, LOOP, MODEL, OPTIMIZER, PROCESSES, Saved, read
-from rlhf_ppo.checkpoints.trees import save_tree, write_tensors
-from rlhf_ppo.shards import part_like, parted_state, whole_tree
+from rlhf_ppo.checkpoints.reader import ENGINE, FACTS, LOOP, MODEL, OPTIMIZER, PROCESSES, Saved, read
+from rlhf_ppo.distributed.fsdp import part_like, parted_state, whole_tree
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer

@@ -11,9 +11,9 @@ if find_spec("gymnasium") is None or find_spec("mujoco") is None:
 from rlhf_ppo.control.algorithms import AlgorithmName, control_algorithm
 from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
 from rlhf_ppo.control.evaluation import Episodes, evaluate, frames
-from rlhf_ppo.control.normalisation import Normalizer
+from rlhf_ppo.control.normalization import Normalizer
 from rlhf_ppo.control.policy import Categorical, ControlInputs, ControlPolicy, Gaussian
-from rlhf_ppo.control.randomisation import DomainRandomization, Randomization
+from rlhf_ppo.control.randomization import DomainRandomization, Randomization
 from rlhf_ppo.control.trainer import ControlConfig, ControlTrainer
 
 __all__ = [

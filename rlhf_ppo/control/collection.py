@@ -8,7 +8,7 @@ import torch
 
 from rlhf_ppo.batch import Rollout, TrainBatch
 from rlhf_ppo.control.environments import Environments
-from rlhf_ppo.control.normalisation import Normalizer
+from rlhf_ppo.control.normalization import Normalizer
 from rlhf_ppo.control.policy import ControlInputs, ControlPolicy
 
 

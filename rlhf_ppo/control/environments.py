@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from rlhf_ppo.control.randomisation import DomainRandomization, Randomization
+from rlhf_ppo.control.randomization import DomainRandomization, Randomization
 from rlhf_ppo.control.snapshots import restored, snapshot
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
-from rlhf_ppo.control.normalisation import Normalizer
+from rlhf_ppo.control.normalization import Normalizer
 from rlhf_ppo.control.policy import ControlPolicy
 
 

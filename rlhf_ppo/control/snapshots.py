@@ -6,7 +6,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from rlhf_ppo.control.randomisation import DomainRandomization
+from rlhf_ppo.control.randomization import DomainRandomization
 
 
 def snapshot(env: Any) -> dict[str, Any]:

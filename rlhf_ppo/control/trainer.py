@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from rlhf_ppo.algorithms import Algorithm, AlgorithmConfig, build_algorithm
 from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.checkpoints.lock import only_run_in
-from rlhf_ppo.checkpoints.trees import load_tree, save_tree
+from rlhf_ppo.checkpoints.nested_state import load_tree, save_tree
 from rlhf_ppo.control.algorithms import control_algorithm, discount
 from rlhf_ppo.control.collection import Collector, by_step
 from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
 from rlhf_ppo.control.evaluation import Episodes, evaluate
-from rlhf_ppo.control.lowering import LoweredGradients
-from rlhf_ppo.control.normalisation import Normalizer
+from rlhf_ppo.control.normalization import Normalizer
+from rlhf_ppo.control.numpy_gradients import LoweredGradients
 from rlhf_ppo.control.policy import Categorical, ControlPolicy, Gaussian
-from rlhf_ppo.field_types import check_fields
 from rlhf_ppo.updates import MinibatchConfig
+from rlhf_ppo.utils.field_types import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.loop.config import TrainConfig
-from rlhf_ppo.processes import Processes
-from rlhf_ppo.rollout.decode_support import check_positions
+from rlhf_ppo.rewards.failures import RewardFailures
+from rlhf_ppo.rewards.sources import RewardSourceError, Sources, combine
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.reward_failures import RewardFailures
-from rlhf_ppo.rollout.reward_sources import RewardSourceError, Sources, combine
+from rlhf_ppo.samplers.decode_support import check_positions
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from rlhf_ppo.field_types import check_fields
+from rlhf_ppo.diagnostics.guards import Guards
 from rlhf_ppo.loop.evaluation import Evaluation
+from rlhf_ppo.rewards.failures import RAISE, RewardFailures
 from rlhf_ppo.rollout.collect import MissingEOS
-from rlhf_ppo.rollout.reward_failures import RAISE, RewardFailures
-from rlhf_ppo.rollout.sampling import SamplingConfig
-from rlhf_ppo.watch.guards import Guards
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.utils.field_types import check_fields
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer

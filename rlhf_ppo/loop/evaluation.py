@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.metrics import row_sums
+from rlhf_ppo.learner.statistics import row_sums
+from rlhf_ppo.rewards.sources import Sources
 from rlhf_ppo.rollout.collect import Collector
 from rlhf_ppo.rollout.experience import Scorer
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.reward_sources import Sources
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,22 +12,22 @@ from tqdm.auto import tqdm
 from rlhf_ppo.checkpoints.best import BestModels
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
 from rlhf_ppo.checkpoints.resume import Stateful
-from rlhf_ppo.frozen import waiting_sources
+from rlhf_ppo.diagnostics.guards import GuardWatch, Verdict, repetition, with_budget
+from rlhf_ppo.diagnostics.text_checks import Specimen
+from rlhf_ppo.distributed.placement import waiting_sources
+from rlhf_ppo.learner.statistics import scalars
 from rlhf_ppo.loop.checks import LostRollouts, check_inputs
 from rlhf_ppo.loop.config import Callback, TrainConfig, TrainState, check_settings
-from rlhf_ppo.loop.drawing import collector_for
 from rlhf_ppo.loop.evaluation import Evaluation, evaluate, merged
-from rlhf_ppo.loop.keeper import RunKeeper
-from rlhf_ppo.loop.traces import token_traces
-from rlhf_ppo.metrics import scalars
+from rlhf_ppo.loop.run_keeper import RunKeeper
+from rlhf_ppo.loop.sampling import collector_for
+from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
+from rlhf_ppo.loop.token_traces import token_traces
+from rlhf_ppo.rewards.sources import Scores, Sources, combine
 from rlhf_ppo.rollout.collect import Collected
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
-from rlhf_ppo.rollout.reward_sources import Scores, Sources, combine
-from rlhf_ppo.rollout.sampling import Sampler
-from rlhf_ppo.rollout.sharing import shared_out
-from rlhf_ppo.signals import StopRequest, TimeLimit, stop_on_signals
-from rlhf_ppo.watch.doctor import Specimen
-from rlhf_ppo.watch.guards import GuardWatch, Verdict, repetition, with_budget
+from rlhf_ppo.rollout.rebalance import shared_out
+from rlhf_ppo.samplers.base import Sampler
 
 if TYPE_CHECKING:
     import rlhf_ppo.trainer

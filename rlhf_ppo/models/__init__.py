@@ -2,7 +2,6 @@
 
 from rlhf_ppo.models.critic import SeparateCritic, attach_critic
 from rlhf_ppo.models.merging import save_merged
-from rlhf_ppo.models.one_base import attach_critic_adapter, put_reward_adapter
 from rlhf_ppo.models.pretrained import (
     SUPPORTED_ARCHITECTURES,
     AutoModelForCausalLMWithValueHead,
@@ -10,6 +9,7 @@ from rlhf_ppo.models.pretrained import (
     PreTrainedModelWrapper,
 )
 from rlhf_ppo.models.reference import create_reference_model, prepare_reference_adapter, reference_adapter
+from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter, put_reward_adapter
 from rlhf_ppo.models.value_head import ValueHead
 
 __all__ = [

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, pad_rows
 from rlhf_ppo.functional import TokenStatistics, categorical_metric, chunked_categorical_kl, chunked_token_statistics
-from rlhf_ppo.functional.fused_head import fused_token_statistics
-from rlhf_ppo.functional.head_walk import Slopes, rows_at_once
-from rlhf_ppo.functional.shared_gradient import SharedGradient
 from rlhf_ppo.functional.trust_region import Metric
-from rlhf_ppo.models.fast_layers import is_plain_head, shared_with_head
+from rlhf_ppo.kernels.fused_linear_logprobs import fused_token_statistics
+from rlhf_ppo.kernels.head_walk import Slopes, rows_at_once
+from rlhf_ppo.kernels.linear_layers import is_plain_head, shared_with_head
+from rlhf_ppo.kernels.tied_embedding import SharedGradient
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 from rlhf_ppo.models.trunk import Trunk
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
-from rlhf_ppo.models.packing import Hidden, can_be_packed, can_skip_unread, packed_hidden, padded_hidden
+from rlhf_ppo.kernels.packing import Hidden, can_be_packed, can_skip_unread, packed_hidden, padded_hidden
 
 
 class Trunk:

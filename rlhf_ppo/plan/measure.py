@@ -24,9 +24,9 @@ from rlhf_ppo.plan.compute import Rates, work
 from rlhf_ppo.plan.config import PlanConfig
 from rlhf_ppo.plan.models import build, model_config
 from rlhf_ppo.plan.traces import trace
-from rlhf_ppo.rollout.decoding import DecodeLoop
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
 
 
 def measure(plan: PlanConfig) -> dict[str, Any]:

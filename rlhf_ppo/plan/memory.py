@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from rlhf_ppo.plan.config import PlanConfig
 from rlhf_ppo.plan.models import DTYPES, model_config
 from rlhf_ppo.plan.traces import Traces
-from rlhf_ppo.rollout.kv_cache import bytes_per_token
+from rlhf_ppo.samplers.kv_cache import bytes_per_token
 
 GIB = 2**30
 BUCKET_ELEMENTS = 5e8

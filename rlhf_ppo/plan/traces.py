@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from rlhf_ppo.functional.head_walk import Slopes
+from rlhf_ppo.kernels.head_walk import Slopes
+from rlhf_ppo.kernels.linear_layers import use_fast_layers
 from rlhf_ppo.models.dropout import switch_off_dropout
-from rlhf_ppo.models.fast_layers import use_fast_layers
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.plan.config import PlanConfig
 from rlhf_ppo.plan.models import build, model_config, with_layers

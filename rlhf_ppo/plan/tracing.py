@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from rlhf_ppo import pages
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.functional import head_walk
-from rlhf_ppo.functional.products import bfloat16_is_faster, onednn_is_faster
+from rlhf_ppo.kernels import head_walk, memory
+from rlhf_ppo.kernels.matmul import bfloat16_is_faster, onednn_is_faster
 
 
 class LiveBytes(TorchDispatchMode):
@@ -44,9 +43,9 @@ class LiveBytes(TorchDispatchMode):
         return self.live
 
     def empty(self, shape: Sequence[int], *, like: Tensor, room_for: int = 0) -> Tensor:
-        """In the place of `rlhf_ppo.pages.empty`: a tensor without content has no pages."""
+        """In the place of `rlhf_ppo.kernels.memory.empty`: a tensor without content has no memory."""
         size = math.prod(shape) * like.element_size()
-        self.paged += size if size >= pages.LEAST else 0
+        self.paged += size if size >= memory.LEAST else 0
         return like.new_empty(shape)
 
     def leave_out(self, tensors: Iterator[Tensor]) -> None:
@@ -133,5 +132,5 @@ def counting(module: nn.Module, mode: FakeTensorMode, *, device: str = "cpu") ->
     # Where transformers sees tensors without content, it makes a mask that it leaves out for real ones without padding.
     masks = patch.object(masking_utils, "is_tracing", lambda _=None: False)
     chunks = patch.object(head_walk, "ON_CPU", head_walk.sizes(torch.device(device)))
-    with masks, chunks, patch.object(pages, "empty", live.empty), mode, live:
+    with masks, chunks, patch.object(memory, "empty", live.empty), mode, live:
         yield live

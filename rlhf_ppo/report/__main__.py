@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_ppo.loop.run_folder import RunFolderError
 from rlhf_ppo.report.page import write_report
-from rlhf_ppo.report.run_folder import RunFolderError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

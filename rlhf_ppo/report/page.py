@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ppo.loop.run_folder import RunFolder, Sample
 from rlhf_ppo.report.model_card import model_card
 from rlhf_ppo.report.plots import DARK, LIGHT, Plot, draw_plots
 from rlhf_ppo.report.run_data import RunData, read_run
-from rlhf_ppo.report.run_folder import RunFolder, Sample
 from rlhf_ppo.report.settings import setting_rows
 from rlhf_ppo.report.summary import JUDGES, evaluation_rows, findings, headline, tiles
 from rlhf_ppo.report.templates import render

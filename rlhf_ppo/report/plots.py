@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_ppo.loop.run_folder import Sample
 from rlhf_ppo.report.figures import (
     FIGURES,
     FRONTIER_READING,
@@ -18,7 +19,6 @@ from rlhf_ppo.report.figures import (
     Panel,
 )
 from rlhf_ppo.report.run_data import RunData
-from rlhf_ppo.report.run_folder import Sample
 from rlhf_ppo.report.wording import label_of
 
 if TYPE_CHECKING:

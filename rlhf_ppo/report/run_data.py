@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rlhf_ppo.report.run_folder import Estimates, RunFolder, RunFolderError, Sample, TokenTrace
+from rlhf_ppo.loop.run_folder import Estimates, RunFolder, RunFolderError, Sample, TokenTrace
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf_ppo.loop.run_folder import Estimates
 from rlhf_ppo.report.run_data import RunData
-from rlhf_ppo.report.run_folder import Estimates
 from rlhf_ppo.report.wording import EVALUATION_LABELS, decimals_for, explanation_of, label_of, number, with_error
 
 JUDGES = ("vader", "classifier", "score")

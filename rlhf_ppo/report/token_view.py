@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_ppo.report.run_folder import TokenTrace
+from rlhf_ppo.loop.run_folder import TokenTrace
 from rlhf_ppo.report.wording import number
 
 MOST_RESPONSES = 6

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.rollout.experience import Responses
-from rlhf_ppo.rollout.sampling import Samples
+from rlhf_ppo.samplers.base import Samples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.functional import missing_eos_penalty
+from rlhf_ppo.rewards.failures import RAISE, RewardFailures
+from rlhf_ppo.rewards.gather import Ask, Finish, Prepare, Scoring
+from rlhf_ppo.rewards.sources import RewardRequest, Scores, Sources, score_batch
 from rlhf_ppo.rollout.checks import Limits, check_count, check_samples
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptBatch
-from rlhf_ppo.rollout.reward_failures import RAISE, RewardFailures
-from rlhf_ppo.rollout.reward_sources import RewardRequest, Scores, Sources, score_batch
-from rlhf_ppo.rollout.sampling import Sampler, Samples, SamplingConfig
-
-Prepare: TypeAlias = Callable[[], RewardRequest]
-Finish: TypeAlias = Callable[[Scores], Scores]
-Scoring: TypeAlias = Callable[[Prepare, Callable[[RewardRequest], Scores], Finish], Scores]
-"""(what to ask, how to ask it, what to do with the answer) -> scores: who of several processes asks is its matter."""
+from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
 
 
-def _alone(prepare: Prepare, ask: Callable[[RewardRequest], Scores], finish: Finish) -> Scores:
+def _alone(prepare: Prepare, ask: Ask, finish: Finish) -> Scores:
     return finish(ask(prepare()))
 
 

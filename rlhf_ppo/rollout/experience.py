@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_ppo.batch import PolicyOutput, Rollout, TokenInputs, cut, pad_rows
 from rlhf_ppo.functional import classic_whiten_rewards, kl_estimate, kl_shaped_rewards, last_action
 from rlhf_ppo.models.scoring import TokenPolicy
-from rlhf_ppo.rollout.placement import KLPenalty, KLPlacement, in_reward
+from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, in_reward
 
 _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "k3": "k3"}
 

@@ -13,7 +13,7 @@ from rlhf_ppo.batch import PolicyInputs, PolicyOutput, TrainBatch, cut, pad_rows
 from rlhf_ppo.functional import value_loss
 from rlhf_ppo.updates.minibatch import MinibatchConfig
 from rlhf_ppo.updates.objective import Gradients, Terms
-from rlhf_ppo.updates.shares import deal
+from rlhf_ppo.updates.sharding import deal
 from rlhf_ppo.updates.shuffle import Shuffle
 
 

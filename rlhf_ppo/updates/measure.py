@@ -9,7 +9,7 @@ from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import kl_estimate, masked_mean
 from rlhf_ppo.updates.minibatch import MinibatchConfig
 from rlhf_ppo.updates.objective import Objective, UpdateRecord, batch_statistics
-from rlhf_ppo.updates.shares import everyones, own_pieces
+from rlhf_ppo.updates.sharding import everyones, own_pieces
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_ppo.batch import TrainBatch
-from rlhf_ppo.functional.head_walk import Slopes
+from rlhf_ppo.kernels.head_walk import Slopes
+from rlhf_ppo.kernels.memory import pages_kept
 from rlhf_ppo.models.scoring import TokenPolicy
-from rlhf_ppo.pages import pages_kept
 from rlhf_ppo.updates.nonfinite import Examination, NonFiniteUpdateError, broken_gradients
 from rlhf_ppo.updates.objective import (
     CompareWith,
@@ -26,10 +26,10 @@ from rlhf_ppo.updates.objective import (
     batch_statistics,
     nobody,
 )
-from rlhf_ppo.updates.shares import everyones, own_pieces
+from rlhf_ppo.updates.sharding import everyones, own_pieces
 from rlhf_ppo.updates.shuffle import Resumable
-from rlhf_ppo.updates.slopes import slopes_of
 from rlhf_ppo.updates.steps import PlainSteps, steps_of
+from rlhf_ppo.updates.token_loss_gradients import slopes_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from rlhf_ppo.batch import PolicyOutput
-from rlhf_ppo.field_types import check_fields
 from rlhf_ppo.functional.trust_region import Metric
+from rlhf_ppo.utils.field_types import check_fields
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlhf_ppo.optimisers import create_moments
+from rlhf_ppo.updates.optimizers import create_moments
 
 
 @runtime_checkable

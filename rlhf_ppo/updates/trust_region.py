@@ -34,7 +34,7 @@ from rlhf_ppo.updates.minibatch import MinibatchConfig
 from rlhf_ppo.updates.nonfinite import Examination, NonFiniteUpdateError
 from rlhf_ppo.updates.objective import CompareWith, Gradients, Objective, Terms, UpdateRecord, batch_statistics, nobody
 from rlhf_ppo.updates.region import CurvedPolicy, TrustRegion, check_parameters, check_processes
-from rlhf_ppo.updates.shares import everyones, own_pieces
+from rlhf_ppo.updates.sharding import everyones, own_pieces
 from rlhf_ppo.updates.shuffle import Resumable
 
 

@@ -26,8 +26,8 @@ from rlhf_ppo import (
 )
 from rlhf_ppo.algorithms.baselines import MovingBaseline
 from rlhf_ppo.algorithms.parts import Parts
-from rlhf_ppo.rollout.sampling import SamplingConfig
-from tests.test_training import config, parameters, share_of_e, trainer
+from rlhf_ppo.samplers.base import SamplingConfig
+from tests.loop.test_training import config, parameters, share_of_e, trainer
 
 EVERY: dict[str, AlgorithmConfig] = {
     "ppo-clip": PPOClip(dual_clip=3.0, gae=GAE(lam=0.9, value_lam=1.0, length_alpha=0.5), ent_coef=0.01),

@@ -14,8 +14,8 @@ from rlhf_ppo.batch import PolicyOutput, TokenInputs, TrainBatch, pad_rows
 from rlhf_ppo.models.scoring import OldPolicy, TokenPolicy
 from rlhf_ppo.updates import Objective
 from rlhf_ppo.updates.objective import Terms
-from rlhf_ppo.updates.slopes import slopes_of
-from tests.helpers import tiny_gpt2
+from rlhf_ppo.updates.token_loss_gradients import slopes_of
+from tests.support.tiny_models import tiny_gpt2
 
 VOCAB = 11
 

@@ -19,12 +19,12 @@ from reward_model.data import parse_row
 from reward_model.sources import read_rows
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.algorithms import GAE, GRPO, TRPO
+from rlhf_ppo.diagnostics.guards import Guard, Guards
 from rlhf_ppo.replay import replay
+from rlhf_ppo.rewards.sources import RewardFailures, RewardRequest, score_batch
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.reward_sources import RewardFailures, RewardRequest, score_batch
-from rlhf_ppo.rollout.sampling import SamplingConfig
-from rlhf_ppo.watch.guards import Guard, Guards
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from rlhf_ppo.samplers.base import SamplingConfig
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 VOCABULARY, POSITIONS = 320, 16
 SAMPLING = SamplingConfig(max_new_tokens=4)

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 from torch.profiler import ProfilerActivity, profile
 
-from rlhf_ppo import pages
+from rlhf_ppo.kernels import memory
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -21,8 +21,8 @@ def allocated_bytes(function: Callable[[], object]) -> int:
 
 
 def _changes(function: Callable[[], object]) -> list[int]:
-    """Tensors in pages of their own go to the heap here: the allocator that counts knows nothing of such pages."""
-    heap = patch.object(pages, "LEAST", math.inf)
+    """Tensors in pages of their own go to the heap here: the allocator that counts knows nothing of such memory."""
+    heap = patch.object(memory, "LEAST", math.inf)
     with heap, profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         function()
     events = record.profiler.kineto_results.events()

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ppo.rollout.decoding import DecodeLoop
-from rlhf_ppo.rollout.sampling import Samples, SamplingConfig
+from rlhf_ppo.samplers.base import Samples, SamplingConfig
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.benchmarks.records import add_rounds
 from tests.benchmarks.sides import generation_settings
 from tests.benchmarks.workloads import Workload

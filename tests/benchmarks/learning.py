@@ -21,11 +21,11 @@ import torch
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.sampling import SamplingConfig
-from rlhf_ppo.rollout.transformers_generate import TransformersGenerate
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.samplers.transformers_generate import TransformersGenerate
 from tests.benchmarks.plain import PlainTrainer, plain_config
 from tests.benchmarks.records import processor, revision
-from tests.helpers import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 
 PATHS = ("fast", "plain")
 WORDS = ("The movie", "This film was", "I liked", "My morning began with", "We went to see", "What a", "It was", "Our")

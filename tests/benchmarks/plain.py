@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo import PPOConfig, PPOTrainer
-from rlhf_ppo.metrics import Statistics
+from rlhf_ppo.learner.statistics import Statistics
 from rlhf_ppo.rollout.experience import Responses
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
-from rlhf_ppo.rollout.decoding import DecodeLoop
-from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.benchmarks.records import ROOT, add_rounds
 from tests.benchmarks.workloads import WORKLOADS, Task, Workload
 

@@ -119,8 +119,8 @@ class Ours(Side):
         self.trainer = PPOTrainer(PPOConfig(**self.settings()), self.model, None, self.task.tokenizer())
 
     def generate(self, rows_per_call: int | None = None) -> None:
-        from rlhf_ppo.rollout.decoding import DecodeLoop
-        from rlhf_ppo.rollout.sampling import SamplingConfig
+        from rlhf_ppo.samplers.base import SamplingConfig
+        from rlhf_ppo.samplers.decode_loop import DecodeLoop
 
         config, generator = SamplingConfig(max_new_tokens=self.workload.cap), torch.Generator().manual_seed(3)
         with self.autocast():
@@ -291,9 +291,9 @@ def count_cpu_seconds(side: str) -> None:
 
         trl.trainer.ppo_trainer.time = SimpleNamespace(time=time.process_time)
     else:
-        import rlhf_ppo.timing
+        import rlhf_ppo.utils.timing
 
-        rlhf_ppo.timing.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
+        rlhf_ppo.utils.timing.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
 
 
 def memory(name: str) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ppo.rollout.sampling import Samples
+from rlhf_ppo.samplers.base import Samples
 from tests.benchmarks import generation, table
 from tests.benchmarks.plain import PlainTrainer
 from tests.benchmarks.ppo import TOLERANCES, differences, prepare

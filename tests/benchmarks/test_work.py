@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_ppo import pages
-from rlhf_ppo.rollout.decoding import DecodeLoop
-from rlhf_ppo.rollout.sampling import SamplingConfig
-from rlhf_ppo.updates.shares import deal
+from rlhf_ppo.kernels import memory
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
+from rlhf_ppo.updates.sharding import deal
 from rlhf_ppo.updates.shuffle import Shuffle
 from tests.benchmarks.allocations import peak_bytes
 from tests.benchmarks.ppo import prepare
@@ -113,16 +113,16 @@ def test_all_minibatches_of_an_update_take_the_same_pages_and_compute_the_same(
 ) -> None:
     """Their rows are of other lengths, so that the tensors are of other sizes."""
     taken: list[int] = []
-    new = pages.mmap.mmap
+    new = memory.mmap.mmap
 
     def counted(number: int, size: int, **settings: int) -> object:
         taken.append(size)
         return new(number, size, **settings)
 
-    monkeypatch.setattr(pages.mmap, "mmap", counted)
+    monkeypatch.setattr(memory.mmap, "mmap", counted)
     found = []
     for least in (1, math.inf):
-        monkeypatch.setattr(pages, "LEAST", least)
+        monkeypatch.setattr(memory, "LEAST", least)
         ours = side(TINY, tmp_path)
         ours.step()
         found.append(torch.cat([parameter.detach().flatten() for parameter in ours.model.parameters()]))

@@ -19,9 +19,9 @@ from peft import LoraConfig
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.models import attach_critic_adapter
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.samplers.base import SamplingConfig
 from tests.distributed.scenario import fsdp2, small_parameters_in_parts, whole_weights
-from tests.helpers import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 
 TEXTS = ["The movie", "This film was", "I liked", "My morning began with", "What a story"]
 SAMPLING = SamplingConfig(max_new_tokens=6, stop_token_ids=(EOS_TOKEN_ID,))

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo.rewards.sources import RewardFailures
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.reward_sources import RewardFailures
-from rlhf_ppo.rollout.sampling import SamplingConfig
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from rlhf_ppo.samplers.base import SamplingConfig
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 QUERIES, RESPONSES = [torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8, 9]), torch.tensor([10])]
 

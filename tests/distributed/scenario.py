@@ -34,7 +34,7 @@ from rlhf_ppo import (
 )
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.rollout.experience import Responses
-from tests.helpers import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 ITERATIONS = 3
 ALGORITHMS: dict[str, AlgorithmConfig | None] = {

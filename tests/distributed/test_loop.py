@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
-from rlhf_ppo.checkpoints.trees import load_tree
+from rlhf_ppo.checkpoints.nested_state import load_tree
 from tests.distributed import loop
 from tests.distributed.launching import launch
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, python_blocks
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 LOOK_ALIKES = ("gpt2", "Qwen/Qwen2.5-0.5B-Instruct")
 """Names in the pages; a folder of that name stands in for the hub."""

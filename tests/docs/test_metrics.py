@@ -7,9 +7,9 @@ import torch
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.samplers.base import SamplingConfig
 from tests.docs.pages import ROOT
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 NAMES = set(re.findall(r"`((?:objective|ppo|tokens|sampler|time|work|env|eval|guard)/[\w/*]+)`", PAGE))

@@ -1,10 +1,10 @@
-"""Claims of docs/migrating-from-trl.md beyond its table of defects, which has tests/test_classic_defects.py."""
+"""Claims of docs/migrating-from-trl.md beyond its table of defects, which has tests/classic/test_classic_defects.py."""
 
 import pytest
 import torch
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 
 @pytest.mark.filterwarnings("ignore:No dataset is provided")

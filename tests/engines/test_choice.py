@@ -4,12 +4,12 @@ from typing import Any, get_args
 
 import pytest
 
-from rlhf_ppo.rollout.decoding import DecodeLoop
-from rlhf_ppo.rollout.engines import SamplerName, make_sampler, usual_cap
-from rlhf_ppo.rollout.sampling import Sampler, WeightFollower
-from rlhf_ppo.rollout.vllm import VLLMSampler
+from rlhf_ppo.samplers.base import Sampler, WeightFollower
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
+from rlhf_ppo.samplers.make_sampler import SamplerName, make_sampler, usual_cap
+from rlhf_ppo.samplers.vllm import VLLMSampler
 from sentiment.engines import EngineSettings
-from tests.helpers import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", get_args(SamplerName))

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from rlhf_ppo.rollout.decoding import DecodeLoop
-from rlhf_ppo.rollout.engines import SamplerName, make_sampler
-from rlhf_ppo.rollout.sampling import SamplingConfig
-from tests.helpers import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
+from rlhf_ppo.samplers.make_sampler import SamplerName, make_sampler
+from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,

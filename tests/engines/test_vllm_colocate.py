@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from rlhf_ppo.rollout.sampling import SamplingConfig
-from rlhf_ppo.rollout.vllm import VLLMSampler
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.samplers.vllm import VLLMSampler
 from tests.engines.test_vllm_server import PROMPTS, largest_gap
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 
 def test_the_engine_draws_from_the_weights_of_the_moment(stand_in: Any, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, T
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.sampling import SamplingConfig, WeightFollower
-from rlhf_ppo.rollout.vllm import VLLMSampler
+from rlhf_ppo.samplers.base import SamplingConfig, WeightFollower
+from rlhf_ppo.samplers.vllm import VLLMSampler
 from tests.engines.fake_vllm import FakeVLLM, serving
-from tests.helpers import VOCAB_SIZE, tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_tokenizer
 
 PROMPTS = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
 DRAW = SamplingConfig(max_new_tokens=6, num_return_sequences=2, stop_token_ids=tuple(range(0, VOCAB_SIZE, 9)))

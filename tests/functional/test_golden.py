@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_ppo import functional as F
-from rlhf_ppo.controllers import AdaptiveKLController
+from rlhf_ppo.learner.kl_controllers import AdaptiveKLController
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "classic_ppo.json").read_text())
 MODEL_FREE = GOLDEN["A_model_free"]

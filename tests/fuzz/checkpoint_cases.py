@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.checkpoints.folders import MANIFEST
+from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.loop.training import TrainingLoop
-from rlhf_ppo.report.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.samplers.base import SamplingConfig
 from tests.fuzz.config_cases import trees
 from tests.fuzz.harness import Target
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 DAMAGES = [
     "flip", "flip", "cut", "empty", "grow", "remove", "swap", "json", "key", "folder", "format", "format",

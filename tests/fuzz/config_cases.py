@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from reward_model.contract import CONTRACT_FILE, Contract
 from rlhf_ppo import PPOConfig, TrainConfig
 from rlhf_ppo.algorithms import GRPO, RLOO, TRPO, PPOClip, PPOPenalty, Reinforce
-from rlhf_ppo.field_types import check_fields
-from rlhf_ppo.report.run_folder import RunFolder
-from rlhf_ppo.rollout.reward_failures import RewardFailures
-from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.loop.run_folder import RunFolder
+from rlhf_ppo.rewards.failures import RewardFailures
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.utils.field_types import check_fields
 from tests.fuzz.harness import Target
 
 KINDS: list[Any] = [PPOConfig, TrainConfig, SamplingConfig, RewardFailures]

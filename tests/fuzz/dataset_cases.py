@@ -11,7 +11,7 @@ from reward_model.data import BadRow, as_comparisons, parse_row
 from reward_model.sources import read_rows
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.fuzz.harness import Target
-from tests.helpers import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 texts = st.one_of(
     st.text(max_size=12),

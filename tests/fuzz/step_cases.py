@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from tests.fuzz.harness import Target
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 VOCABULARY, POSITIONS, ROWS = 16, 12, 2
 _DTYPES = [

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf_ppo import AlgorithmConfig, AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.rollout.experience import Responses
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 ACTIONS = 8
 REWARDS = torch.tensor([0.0, 1.0, 0.2, -0.5, 0.6, -1.0, 0.8, 0.1])

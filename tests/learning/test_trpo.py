@@ -15,7 +15,7 @@ from rlhf_ppo.batch import TokenInputs, TrainBatch, pad_rows
 from rlhf_ppo.functional import flatten
 from rlhf_ppo.updates import TrustRegionUpdate
 from rlhf_ppo.updates.region import check_processes
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
 VOCAB = 7

@@ -17,7 +17,7 @@ from rlhf_ppo.models import (
     prepare_reference_adapter,
     reference_adapter,
 )
-from tests.helpers import tiny_gpt2
+from tests.support.tiny_models import tiny_gpt2
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

@@ -18,7 +18,7 @@ from rlhf_ppo import (
 )
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.rollout.experience import Responses
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 VOCAB = 320
 

@@ -12,8 +12,8 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.merge import main
 from rlhf_ppo.models import prepare_reference_adapter
 from rlhf_ppo.models.merging import save_merged
-from rlhf_ppo.models.one_base import attach_critic_adapter
-from tests.helpers import tiny_gpt2, tiny_llama, tiny_tokenizer
+from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter
+from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [11, 12, 13, 14, 15]])
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, pretrained
-from tests.helpers import tiny_gpt2, tiny_llama, tiny_t5
+from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [11, 12, 13, 14, 15]])
 

@@ -9,14 +9,14 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from rlhf_ppo.kernels.linear_layers import use_plain_layers
 from rlhf_ppo.merge import merge
 from rlhf_ppo.models.adapters import trained_share
-from rlhf_ppo.models.fast_layers import use_plain_layers
 from rlhf_ppo.models.merging import save_merged
-from rlhf_ppo.models.one_base import attach_critic_adapter
+from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter
 from rlhf_ppo.rollout.prompts import PromptDataset
-from tests.helpers import tiny_llama, tiny_tokenizer
-from tests.tiny_run import TEXTS, config, share_of_e
+from tests.support.tiny_models import tiny_llama, tiny_tokenizer
+from tests.support.tiny_run import TEXTS, config, share_of_e
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra: pip install 'rlhf_ppo[quantisation]'")
 

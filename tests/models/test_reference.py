@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, create_reference_model, reference
-from tests.helpers import tiny_gpt2, tiny_llama
+from tests.support.tiny_models import tiny_gpt2, tiny_llama
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
 

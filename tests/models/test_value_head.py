@@ -9,7 +9,7 @@ from transformers import GPT2Config, OPTConfig, OPTForCausalLM
 
 from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, ValueHead
 from rlhf_ppo.models.value_head import load_value_head, read_value_head
-from tests.helpers import tiny_gpt2
+from tests.support.tiny_models import tiny_gpt2
 
 
 def test_the_default_start_is_the_first_draw_of_a_linear_layer() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, LlamaConfig
 
-from rlhf_ppo import pages
-from rlhf_ppo.functional.products import onednn_is_faster
+from rlhf_ppo.kernels import memory
+from rlhf_ppo.kernels.matmul import onednn_is_faster
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.plan import PlanConfig, PlanError, Traces, make_plan
 from rlhf_ppo.plan.__main__ import main
@@ -191,7 +191,7 @@ def test_pages_of_their_own_leave_no_spare_blocks(monkeypatch: pytest.MonkeyPatc
     """By hand: 16 response tokens' probabilities of 512 tokens each are ahead of the head's gradient, and no more."""
     plan = replace(SMALL, device="cpu")
     assert _trace(TINY, plan).paged == 0  # too small
-    monkeypatch.setattr(pages, "LEAST", 1)
+    monkeypatch.setattr(memory, "LEAST", 1)
     assert _trace(TINY, plan).paged == 4 * 512 * 16
     heap, paged = (make_plan(plan, replace(FLAT, paged=size)).roles["spare"] for size in (0, 300))
     assert heap - paged == pytest.approx(HEAP_SPARE * 300)

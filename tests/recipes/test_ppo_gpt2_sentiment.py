@@ -17,8 +17,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
+from rlhf_ppo.loop.signals import EXIT_RESUMABLE
 from rlhf_ppo.report import RunFolder
-from rlhf_ppo.signals import EXIT_RESUMABLE
 from sentiment import command_line, rewards, stages
 from sentiment.reviews import load_reviews, split_reviews
 from tests.recipes.tiny_world import (

@@ -22,7 +22,7 @@ from sentiment.sft import (
 )
 from sentiment.threads import choose_threads
 from sentiment.training import batches
-from tests.helpers import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 TINY = SFTConfig(
     vocabulary_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32, row_length=12, batch_size=4, steps=40

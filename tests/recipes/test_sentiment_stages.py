@@ -15,8 +15,8 @@ from sentiment import rewards, stages
 from sentiment.command_line import Phases, one_line, reason, unboxed
 from sentiment.language_models import EMBEDDED_MODELS
 from sentiment.reviews import Review, load_reviews, split_reviews
-from tests.helpers import tiny_tokenizer
 from tests.recipes.tiny_world import save_classic_classifier, save_gpt2, save_reward_model, write_reviews
+from tests.support.tiny_models import tiny_tokenizer
 
 
 def wishes(**given: Any) -> SimpleNamespace:

@@ -10,7 +10,7 @@ import torch
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedTokenizerFast
 
 from reward_model import RewardModelConfig, train_reward_model
-from tests.helpers import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 OPENINGS = ["The movie", "This film", "I", "We went to the cinema and", "What a story:", "My morning began and"]
 SUBJECTS = ["the actors", "the plot", "the music", "the ending", "the story", "my friends", "the camera", "the cast"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 GOOD = ["good", "great", "lovely", "wonderful"]
 BAD = ["bad", "boring", "terrible", "awful"]

@@ -12,7 +12,7 @@ from datasets import Dataset
 from reward_model.commands import run
 from reward_model.preparation import load_comparisons
 from reward_model.train import main
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 GOOD_ROW = {"prompt": "The movie was ", "chosen": "good", "rejected": "bad"}
 CHAT_ROW = {

@@ -14,8 +14,8 @@ from reward_model import ContractError, RewardModel, train_reward_model
 from reward_model.ensemble import EnsembleRewardModel, load_reward_model
 from reward_model.train import train_ensemble
 from reward_model.trainer import _finish
-from tests.helpers import tiny_tokenizer
 from tests.reward_model.conftest import preference_rows, tiny_config
+from tests.support.tiny_models import tiny_tokenizer
 
 PROMPTS, RESPONSES = ["The movie was "] * 3, ["great", "awful and boring", "lovely good"]
 

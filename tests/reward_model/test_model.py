@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_model import ContractError, RewardModel, TextRule
 from reward_model.text import encode
-from tests.helpers import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 PROMPTS = ["The movie was ", "The movie was ", "", "My morning "]
 RESPONSES = ["great", "awful and boring and terrible, what a disappointment", "lovely", "good good bad"]

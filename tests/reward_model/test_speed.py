@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from reward_model import RewardModel, train_reward_model
 from reward_model.backbone import layers_of
 from reward_model.preference_trainer import PreferenceTrainer
-from rlhf_ppo.models.fast_layers import FastConv1D, FastLinear
-from tests.helpers import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
+from rlhf_ppo.kernels.linear_layers import FastConv1D, FastLinear
 from tests.reward_model.conftest import preference_rows, tiny_config
+from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 PLAIN: dict[str, Any] = {"packing": False, "fast_products": False}
 
@@ -39,7 +39,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_training_ends_at_the_weights_of_plain_training(
     build: Any, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf_ppo.models.fast_layers.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("rlhf_ppo.kernels.linear_layers.onednn_is_faster", lambda: True)
     build().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     rows, weights = preference_rows(100), []
@@ -60,7 +60,7 @@ def test_training_ends_at_the_weights_of_plain_training(
 def test_no_padding_goes_through_the_layers_and_products_are_exchanged(
     tiny_base: Path, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf_ppo.models.fast_layers.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("rlhf_ppo.kernels.linear_layers.onednn_is_faster", lambda: True)
     fast: list[int] = []
     for kind in (FastLinear, FastConv1D):
         monkeypatch.setattr(kind, "forward", _counting(kind.forward, fast))

@@ -14,8 +14,8 @@ from reward_model.backbone import PAD_TOKEN, initialise_head, load_backbone
 from reward_model.contract import Contract
 from reward_model.encoding import LengthGroupedBatches
 from reward_model.trainer import training_folder
-from tests.helpers import CHAT_TEMPLATE, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.reward_model.conftest import preference_rows, tiny_config
+from tests.support.tiny_models import CHAT_TEMPLATE, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 PROMPTS, RESPONSES = ["The movie was "] * 2, ["great", "awful and boring"]
 

@@ -33,11 +33,11 @@ from safetensors.torch import load_file
 
 from rlhf_ppo.checkpoints import best
 from rlhf_ppo.checkpoints.folders import checkpoints, find_damage, read_json, write_json
-from rlhf_ppo.loop import keeper, training
-from rlhf_ppo.report.run_folder import RunFolder
+from rlhf_ppo.loop import run_keeper, training
+from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
-from tests.helpers import tiny_gpt2
-from tests.tiny_run import TEXTS, config, parameters, share_of_e, trainer
+from tests.support.tiny_models import tiny_gpt2
+from tests.support.tiny_run import TEXTS, config, parameters, share_of_e, trainer
 
 PHASES = ("start-up", "rollout and scoring", "update", "evaluation", "best model", "checkpoint", "between")
 KILLS_OF_A_RUN = 3
@@ -112,7 +112,7 @@ def run(folder: Path, board: Board, kill_at: int | None) -> None:
     loop._learn = marked(board, "update", loop._learn)
     loop.evaluate = marked(board, "evaluation", loop.evaluate)
     best.BestModels._write = marked(board, "best model", best.BestModels._write)  # type: ignore[method-assign]
-    keeper.save_checkpoint = marked(board, "checkpoint", keeper.save_checkpoint)
+    run_keeper.save_checkpoint = marked(board, "checkpoint", run_keeper.save_checkpoint)
     watch_file_operations(board, folder, kill_at)
     torch.manual_seed(0)
     own = trainer()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rlhf_ppo.checkpoints.folders import MANIFEST, read_json, write_json
-from rlhf_ppo.checkpoints.trees import load_tree
+from rlhf_ppo.checkpoints.nested_state import load_tree
 
 
 def as_format_1(folder: Path) -> None:

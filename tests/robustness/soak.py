@@ -30,8 +30,8 @@ import torch
 from rlhf_ppo import PPOTrainer, TrainState
 from rlhf_ppo.checkpoints.folders import write_json
 from rlhf_ppo.rollout.prompts import PromptDataset
-from tests.helpers import tiny_gpt2
-from tests.tiny_run import TEXTS, config, share_of_e, trainer
+from tests.support.tiny_models import tiny_gpt2
+from tests.support.tiny_run import TEXTS, config, share_of_e, trainer
 
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 

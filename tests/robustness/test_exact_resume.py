@@ -25,13 +25,13 @@ from rlhf_ppo import (
     TrainConfig,
 )
 from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, checkpoints, read_json, write_json
-from rlhf_ppo.checkpoints.trees import load_tree, save_tree
-from rlhf_ppo.report.run_folder import RunFolder
+from rlhf_ppo.checkpoints.nested_state import load_tree, save_tree
+from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.rollout.sampling import SamplingConfig
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from rlhf_ppo.samplers.base import SamplingConfig
 from tests.robustness.old_format import as_format_1
-from tests.tiny_run import TEXTS, config, parameters, share_of_e, trainer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_run import TEXTS, config, parameters, share_of_e, trainer
 
 PAIRS = SamplingConfig(max_new_tokens=6, num_return_sequences=2)
 

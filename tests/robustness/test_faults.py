@@ -27,7 +27,7 @@ from rlhf_ppo import PPOTrainer, TrainState
 from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.checkpoints.folders import CheckpointError, checkpoints, find_damage, latest
 from rlhf_ppo.checkpoints.resume import CheckpointNotWrittenError
-from tests.tiny_run import config, parameters, share_of_e, trainer
+from tests.support.tiny_run import config, parameters, share_of_e, trainer
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_stop_on_a_full_disk_is_an_error_and_leaves_the_checkpoint_before(tmp_
 def test_a_full_disk_for_metrics_is_said_and_costs_lines_only(
     tmp_path: Path, undisturbed: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_ppo.report.run_folder import RunFolder
+    from rlhf_ppo.loop.run_folder import RunFolder
 
     append = RunFolder.append_metrics
 

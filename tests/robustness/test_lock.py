@@ -14,7 +14,7 @@ from rlhf_ppo.checkpoints import FolderInUseError, only_run_in
 from rlhf_ppo.checkpoints.folders import write_json
 from rlhf_ppo.checkpoints.lock import HOLDER, LOCK
 from tests.robustness.another_run import another_run_in
-from tests.tiny_run import config, parameters, share_of_e, trainer
+from tests.support.tiny_run import config, parameters, share_of_e, trainer
 
 
 def test_a_second_run_in_a_folder_is_refused_by_name_and_changes_nothing(tmp_path: Path) -> None:

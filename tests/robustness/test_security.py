@@ -16,12 +16,12 @@ from reward_model.client import RemoteRewardModel
 from reward_model.serve import ServeConfig, authorised
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, find_damage
+from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.models.value_head import read_value_head
-from rlhf_ppo.redaction import redacted
-from rlhf_ppo.report.run_folder import RunFolder
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from rlhf_ppo.utils.redaction import redacted
 from tests.robustness.old_format import as_format_1
-from tests.tiny_run import config, parameters, share_of_e, trainer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_run import config, parameters, share_of_e, trainer
 
 SECRET = "hf_mysecret"
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ppo import PPOTrainer, TrainState, signals
+from rlhf_ppo import PPOTrainer, TrainState
 from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.checkpoints.folders import checkpoints, find_damage
-from rlhf_ppo.signals import TimeLimit
-from tests.tiny_run import config, parameters, share_of_e, trainer
+from rlhf_ppo.loop import signals
+from rlhf_ppo.loop.signals import TimeLimit
+from tests.support.tiny_run import config, parameters, share_of_e, trainer
 
 
 def whole() -> torch.Tensor:

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_ppo import PPOConfig
-from rlhf_ppo.trackers import Trackers
-from tests.tiny_run import config, share_of_e, trainer
+from rlhf_ppo.learner.trackers import Trackers
+from tests.support.tiny_run import config, share_of_e, trainer
 
 
 def test_the_id_of_a_tracked_run_is_saved_and_given_back_on_resume() -> None:

@@ -5,7 +5,7 @@ import jaxtyping
 import pytest
 
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
-from tests.helpers import EOS_TOKEN_ID, VOCAB_SIZE, tiny_tokenizer
+from tests.support.tiny_models import EOS_TOKEN_ID, VOCAB_SIZE, tiny_tokenizer
 
 TEXTS = ["The movie was good.", "", "I liked this film a lot", "bad"]
 

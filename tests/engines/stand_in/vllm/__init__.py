@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_ppo.rollout.decoding import DecodeLoop
-from rlhf_ppo.rollout.sampling import SamplingConfig
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
 
 __version__ = "0.31.0"
 

@@ -1,0 +1,167 @@
+"""`PPOTrainer.generate` as scripts for the classic API call it: tensors in, tensors out, settings of `generate`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ppo.samplers.base import EvalMode, SamplingConfig, check_prompts, pad_prompts, unwrap_causal_lm
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
+from rlhf_ppo.samplers.decode_support import why_unsupported
+
+# Settings of `generate` that the decode loop reads, and those that do not change what it draws.
+UNDERSTOOD = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+WITHOUT_EFFECT = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "use_cache", "transformers_version")
+NEUTRAL = {
+    "num_beams": 1, "num_beam_groups": 1, "typical_p": 1.0, "length_penalty": 1.0, "encoder_repetition_penalty": 1.0,
+    "num_return_sequences": 1, "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4, "assistant_lookbehind": 10, "target_lookbehind": 10,
+}  # fmt: skip
+TOP_K_OF_TRANSFORMERS = 50  # what `generate(do_sample=True)` uses when nobody says anything
+
+
+def generate_responses(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    query_tensor: Tensor | Sequence[Tensor],
+    *,
+    length_sampler: Callable[[], int] | None = None,
+    batch_size: int = 4,
+    return_prompt: bool = True,
+    remove_padding: bool = True,
+    pad_to_multiple_of: int | None = None,
+    device: torch.device | str | None = None,
+    **generation_kwargs: Any,
+) -> Tensor | list[Tensor]:
+    """Generate a response to one query, or to each of a list.
+
+    The settings mean what they mean to `model.generate`, its generation config included. The decode loop draws where it
+    can (sampling or greedy, with the usual filters, one response per query); `model.generate` does everything else.
+
+    Args:
+        model: anything with `generate`, or a wrapper of it.
+        tokenizer: its end-of-sequence token ends a response, whatever the model stops at.
+        query_tensor: token ids of one query, or a list of them.
+        length_sampler: called once for each `batch_size` queries; its value is their `max_new_tokens`.
+        batch_size: queries that share one draw of `length_sampler`, and one call of `model.generate`. The decode loop
+            packs rows by its own limits.
+        return_prompt: whether a response begins with its query (decoder-only models).
+        remove_padding: whether responses of a list are cut after the first end-of-sequence token. Only the response is
+            searched: a query may hold that token too, and begins with it where BOS and EOS are one.
+        pad_to_multiple_of: accepted for compatibility; padding never changes a response.
+        device: where the results lie; None: where the model is.
+        generation_kwargs: for `model.generate`.
+
+    Returns:
+        One query: a tensor [1, length] ([n, length] for `num_return_sequences=n`). A list: a list of one-dimensional
+        tensors, in order.
+
+    Raises:
+        ValueError: for a query of another shape.
+    """
+    single = isinstance(query_tensor, Tensor)
+    if isinstance(query_tensor, Tensor) and query_tensor.dim() != 1:
+        raise ValueError(
+            "query_tensor must be a tensor of shape (`seq_len`) or a list of tensors of shape (`seq_len`), got shape "
+            f"{tuple(query_tensor.shape)}: rows of one tensor would share their padding with the query. "
+            "Pass `list(query_tensor)`, without padding."
+        )
+    queries = [query_tensor] if isinstance(query_tensor, Tensor) else list(query_tensor)
+    check_prompts(queries)
+    inner = unwrap_causal_lm(model)
+    if device is None and queries:
+        device = next(inner.parameters()).device
+    call = _Call(inner, tokenizer, queries, length_sampler, 1 if single else batch_size, generation_kwargs)
+    rows = call.run()
+    copies = len(rows) // max(len(queries), 1)
+    encoder_decoder = bool(getattr(inner.config, "is_encoder_decoder", False))
+    outputs = []
+    for index, row in enumerate(rows):
+        response = row
+        if remove_padding and not single:
+            response = _until_eos(row, tokenizer.eos_token_id, start=1 if encoder_decoder else 0)
+        if return_prompt and not encoder_decoder:
+            response = torch.cat([queries[index // copies].to(row.device), response])
+        outputs.append(response.to(device))
+    if not single:
+        return outputs
+    padding = generation_kwargs.get("pad_token_id") or tokenizer.pad_token_id or 0
+    return nn.utils.rnn.pad_sequence(outputs, batch_first=True, padding_value=padding)
+
+
+@dataclass
+class _Call:
+    """The queries of one call, in chunks that share a draw of the length sampler."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    queries: list[Tensor]
+    length_sampler: Callable[[], int] | None
+    batch_size: int
+    kwargs: dict[str, Any]
+
+    def run(self) -> list[Tensor]:
+        """Responses without their queries."""
+        starts = range(0, len(self.queries), max(1, self.batch_size))
+        lengths = None if self.length_sampler is None else [int(self.length_sampler()) for _ in starts]
+        settings = self.kwargs if lengths is None else {**self.kwargs, "max_new_tokens": max(lengths, default=1)}
+        config = as_sampling_config(self.model, settings)
+        if config is not None and why_unsupported(self.model) is None:
+            limits = None
+            if lengths is not None:
+                limits = [lengths[index // self.batch_size] for index in range(len(self.queries))]
+            return DecodeLoop(self.tokenizer)(self.model, self.queries, config, limits=limits).responses
+        rows: list[Tensor] = []
+        with EvalMode(self.model), torch.no_grad():
+            for chunk, start in enumerate(starts):
+                own = {} if lengths is None else {"max_new_tokens": lengths[chunk]}
+                rows += self._generate(self.queries[start : start + self.batch_size], {**self.kwargs, **own})
+        return rows
+
+    def _generate(self, queries: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
+        encoder_decoder = self.model.config.is_encoder_decoder
+        ids, mask = pad_prompts(queries, self.model.device, side="right" if encoder_decoder else "left")
+        settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        output = self.model.generate(input_ids=ids, attention_mask=mask, **settings)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        return list(sequences if encoder_decoder else sequences[:, ids.shape[1] :])
+
+
+def as_sampling_config(model: Any, generation_kwargs: Mapping[str, Any]) -> SamplingConfig | None:
+    """What `model.generate(**generation_kwargs)` would do, in the decode loop's terms; None where it has none."""
+    settings = {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
+    settings |= generation_kwargs
+    if settings.get("max_new_tokens") is None:
+        return None
+    stops = settings.pop("eos_token_id", None)
+    strings = settings.pop("stop_strings", None) or ()
+    understood = {name: settings.pop(name) for name in UNDERSTOOD if settings.get(name) is not None}
+    if (settings.pop("min_length", None) or 0) > 0 or any(not _is_neutral(*item) for item in settings.items()):
+        return None
+    understood["top_k"] = int(understood.get("top_k", TOP_K_OF_TRANSFORMERS))
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    return SamplingConfig(
+        **{"do_sample": False, **understood},
+        stop_token_ids=tuple(stop for stop in stops if stop >= 0),
+        stop_strings=(strings,) if isinstance(strings, str) else tuple(strings),
+    )
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a setting leaves alone what the decode loop draws."""
+    if name in WITHOUT_EFFECT or name == "max_length" or name.startswith("_") or value is None:
+        return True
+    if name in NEUTRAL:
+        return bool(value == NEUTRAL[name])
+    return isinstance(value, (bool, int, float)) and not value
+
+
+def _until_eos(response: Tensor, eos_token_id: int | None, *, start: int) -> Tensor:
+    """The response up to its first end-of-sequence token, that token included."""
+    if eos_token_id is None:
+        return response
+    places = (response[start:] == eos_token_id).nonzero()
+    return response if len(places) == 0 else response[: start + int(places[0]) + 1]

@@ -1,0 +1,240 @@
+"""What a loop of one's own needs around `step()`: generation, dataloader, logging, saving. The classic's names."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ppo.classic.generate import generate_responses
+from rlhf_ppo.classic.inner_methods import ClassicPieces
+from rlhf_ppo.distributed.collectives import Processes
+from rlhf_ppo.learner.config import PPOConfig
+from rlhf_ppo.learner.trackers import Trackers
+from rlhf_ppo.models import PreTrainedModelWrapper
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_EXTRA_COLUMNS = ("label", "query", "response")
+
+
+class ClassicSurface(ClassicPieces):
+    """Methods of `PPOTrainer` beside `step` and `train`. Abstract: the trainer supplies the attributes."""
+
+    config: PPOConfig
+    accelerator: Accelerator
+    model: PreTrainedModelWrapper
+    ref_model: PreTrainedModelWrapper | None
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: "Optimizer"
+    current_device: torch.device
+    current_step: int
+    compare_step: int = 0
+    """Steps that `push_to_hub_if_best_kwargs` has seen."""
+    highest_reward: float = -float("inf")
+    """Best mean score among those compared."""
+    is_distributed: bool
+    processes: Processes
+    trackers: Trackers
+
+    reference_at_hand: Callable[[], AbstractContextManager[object]]
+
+    def whole_parameters(self, *, of_the_reference: bool = False) -> AbstractContextManager[None]:
+        """The trainer's, for models of which a process holds only parts."""
+        raise NotImplementedError
+
+    def whole_state(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """The trainer's, for models of which a process holds only parts."""
+        raise NotImplementedError
+
+    def generate(
+        self,
+        query_tensor: Tensor | list[Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int = 4,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Sample responses with the policy; keyword arguments are those of transformers' `generate`.
+
+        Args:
+            query_tensor: One Long [P], or a list of them, without padding.
+            length_sampler: Called once a chunk of `batch_size` for its `max_new_tokens`.
+            batch_size: Prompts of one call, when a list is given.
+            return_prompt: Whether a response begins with its prompt.
+            generate_ref_response: Also sample from the reference.
+
+        Returns:
+            A [1, L] tensor for a tensor, a list of 1-D tensors for a list; a pair (policy, reference) if asked for.
+        """
+        settings = {
+            "length_sampler": length_sampler, "batch_size": batch_size, "return_prompt": return_prompt,
+            "device": self.current_device, **generation_kwargs,
+        }  # fmt: skip
+        with self.whole_parameters():
+            responses = generate_responses(self.model, self.tokenizer, query_tensor, **settings)
+        if not generate_ref_response:
+            return responses
+        with self.whole_parameters(of_the_reference=True), self.reference_at_hand():
+            others = generate_responses(self.ref_model or self.model, self.tokenizer, query_tensor, **settings)
+        return responses, others
+
+    def prepare_dataloader(
+        self, dataset: torch.utils.data.Dataset[Any] | datasets.Dataset, data_collator: Callable[..., Any] | None = None
+    ) -> DataLoader[Any]:
+        """Shuffled batches of `config.batch_size`, the incomplete last one dropped; unused columns removed."""
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset)
+        loader = DataLoader(
+            dataset,
+            batch_size=self.config.batch_size,
+            collate_fn=data_collator,
+            shuffle=True,
+            drop_last=True,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def log_stats(
+        self,
+        stats: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rewards: list[Tensor] | Tensor,
+        columns_to_log: Iterable[str] = ("query", "response"),
+    ) -> None:
+        """Send the statistics of a step to the tracker, from the main process; adds `env/reward_*`.
+
+        Args:
+            stats: What `step` returned.
+            batch: Columns of the batch, texts among them.
+            rewards: One score a sample.
+            columns_to_log: Columns of the table `game_log` (Weights & Biases only).
+        """
+        own = (
+            rewards if isinstance(rewards, Tensor) else torch.stack([reward.float().reshape(()) for reward in rewards])
+        )
+        scores: Tensor = self.accelerator.gather(own.to(self.current_device)).flatten().float().cpu()
+        columns = list(columns_to_log)
+        table: list[list[Any]] = []
+        if self.config.log_with == "wandb":
+            if missing := [column for column in columns if column not in batch]:
+                raise ValueError(
+                    f"Columns to log {columns} are not present in the batch {list(batch)}: {missing} missing"
+                )
+            table = [self.processes.gather_objects(list(batch[column])) for column in columns]
+        if not self.accelerator.is_main_process:
+            return
+        if "query" not in batch and "response" not in batch:
+            warnings.warn(
+                "The game logs will not be logged because the batch does not contain the keys 'query' and 'response'.",
+                UserWarning,
+                stacklevel=2,
+            )
+        logs = {name: value.float() if isinstance(value, Tensor) else value for name, value in stats.items()}
+        logs["env/reward_mean"] = float(scores.mean())
+        logs["env/reward_std"] = float(scores.std()) if len(scores) > 1 else 0.0
+        logs["env/reward_dist"] = scores.numpy()
+        if table:
+            logs["game_log"] = _wandb_table([*columns, "reward"], [*table, scores.tolist()])
+        self.current_step += 1
+        self._track(logs)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write model, value head, tokenizer and a model card; the folder loads as a plain causal LM too."""
+        with self.whole_state() as state:
+            if self.accelerator.is_main_process:
+                self.model.save_pretrained(save_directory, state_dict=state)
+        if not self.accelerator.is_main_process:
+            return
+        self.tokenizer.save_pretrained(save_directory)
+        self.create_model_card(str(save_directory))
+
+    _save_pretrained = save_pretrained
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Push model and tokenizer to the hub."""
+        if self.accelerator.is_main_process:
+            self.model.push_to_hub(repo_id, **kwargs)
+            self.tokenizer.push_to_hub(repo_id, **kwargs)
+
+    def create_model_card(self, path: str, model_name: str | None = None) -> None:
+        """Write `README.md` with what was trained and how to load it."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(_MODEL_CARD.format(name=model_name or folder.name), encoding="utf-8")
+
+    def _track(self, logs: Mapping[str, Any]) -> None:
+        self.trackers.begin()
+        self.trackers.step = self.current_step
+        values = dict(logs)
+        if self.config.log_with == "tensorboard":
+            # Accelerate's writer takes numbers and texts; distributions go to the writer itself.
+            arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+            for name, value in arrays.items():
+                if value.size:
+                    writer.add_histogram(name, value, self.current_step)
+            values = {name: value for name, value in values.items() if name not in arrays}
+        self.accelerator.log(values, step=self.current_step)
+
+    def _push_if_best(self, scores: Tensor) -> None:
+        """Push the policy that earned these scores, before it is updated, if no batch scored better."""
+        settings: Any = self.config.push_to_hub_if_best_kwargs
+        if not settings:
+            return
+        if self.compare_step % self.config.compare_steps == 0:
+            mean = float(self.accelerator.gather(scores.sum(dim=-1) if scores.dim() > 1 else scores).mean())
+            if mean > self.highest_reward:
+                self.highest_reward = mean
+                self.push_to_hub(**settings)
+        self.compare_step += 1
+
+    def _remove_unused_columns(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        if not self.config.remove_unused_columns:
+            return dataset
+        known = {*inspect.signature(self.model.forward).parameters, *_EXTRA_COLUMNS}
+        known |= set(inspect.signature(self.model.pretrained_model.forward).parameters)
+        unused = [column for column in dataset.column_names if column not in known]
+        if len(unused) == len(dataset.column_names):
+            raise ValueError(
+                f"none of the dataset's columns {dataset.column_names} is an argument of the model or one of "
+                f"{_EXTRA_COLUMNS}: the dataloader would be empty. Tokenize first, or set remove_unused_columns=False."
+            )
+        return dataset.remove_columns(unused)
+
+
+def _wandb_table(columns: list[str], values: list[list[Any]]) -> Any:
+    import wandb  # only there when the tracker is
+
+    return wandb.Table(columns=columns, rows=[list(row) for row in zip(*values, strict=True)])
+
+
+_MODEL_CARD = """---
+library_name: transformers
+tags: [rlhf, ppo, rlhf_ppo]
+---
+
+# {name}
+
+A language model fine-tuned with rlhf_ppo: token-level PPO with a KL penalty towards a frozen reference.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+With its value head, to train on: `rlhf_ppo.AutoModelForCausalLMWithValueHead.from_pretrained(...)`.
+"""

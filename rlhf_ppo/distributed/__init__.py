@@ -1,0 +1,1 @@
+"""Several processes: collectives, sharded parameters, where frozen models wait, an orderly exit."""

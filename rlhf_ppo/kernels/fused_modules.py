@@ -1,0 +1,103 @@
+"""Norms, gated layers and rotary attention of any architecture, exchanged for ones that walk less over the states.
+
+Architectures of `transformers` bring classes of their own that compute the same. Which do is found out by trial: a
+class is exchanged once a module of it has given what the fused one gives.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.activations import SiLUActivation
+
+from rlhf_ppo.kernels.fused_layers import rms_norm, swiglu, through_swiglu
+from rlhf_ppo.kernels.fused_rotary import rotating_forward
+from rlhf_ppo.kernels.matmul import fits_onednn
+
+CLOSE = 1e-5
+"""How far outputs may differ in the trial, relative to the largest."""
+
+SILU = (nn.SiLU, SiLUActivation)
+"""Classes of activations that are x · sigmoid(x)."""
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {}
+"""Classes that have passed the trial, and what takes their place."""
+
+
+class FusedModule:
+    """Stands before the plain class in the bases of a fused one."""
+
+
+class _FusedNorm(FusedModule):
+    """An RMSNorm that keeps its input and one number a row."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        eps = _eps(self)
+        if eps is None or not fits_onednn(hidden_states, self.weight):
+            return super().forward(hidden_states)  # type: ignore[no-any-return,misc]
+        return rms_norm(hidden_states, self.weight, eps)
+
+
+class _FusedGatedMLP(FusedModule):
+    """A SwiGLU layer that computes SiLU(gate), and SiLU(gate) · up, again in the backward pass."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if type(self.act_fn) not in SILU or not fits_onednn(x):
+            return super().forward(x)  # type: ignore[no-any-return,misc]
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.training:  # gradient checkpointing may be on: it drops gate and up, too, unless somebody holds them
+            return self.down_proj(swiglu(gate, up))  # type: ignore[no-any-return]
+        return through_swiglu(self.down_proj, gate, up)
+
+
+def fused_class(module: nn.Module) -> type[nn.Module] | None:
+    """What the class of `module` may be exchanged for; None where nothing is known that computes the same."""
+    kind = type(module)
+    if kind not in _FUSED and not issubclass(kind, FusedModule):
+        rotating, mixin = rotating_forward(module), _candidate(module)
+        if rotating is not None:
+            _FUSED[kind] = _before(kind, FusedModule, forward=rotating)
+        elif mixin is not None and _computes_the_same(module, _before(kind, mixin)):
+            _FUSED[kind] = _before(kind, mixin)
+    return _FUSED.get(kind)
+
+
+def _before(kind: type[nn.Module], mixin: type, **members: Any) -> Any:
+    """A class that is `kind` behind `mixin`."""
+    return type(f"Fused{kind.__name__}", (mixin, kind), {"__module__": __name__, **members})
+
+
+def plain_class(module: nn.Module) -> type[nn.Module] | None:
+    """What the class of a fused module was; None of any other."""
+    kind = type(module)
+    return kind.__bases__[1] if issubclass(kind, FusedModule) else None
+
+
+def _candidate(module: nn.Module) -> type | None:
+    name = type(module).__name__
+    if name.endswith("RMSNorm") and _eps(module) is not None and set(dict(module.named_parameters())) == {"weight"}:
+        return _FusedNorm
+    parts = dict(module.named_children())
+    if name.endswith("MLP") and set(parts) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return _FusedGatedMLP if type(parts["act_fn"]) in SILU else None
+    return None
+
+
+@torch.no_grad()
+def _computes_the_same(module: Any, fused: Any) -> bool:
+    weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
+    if not fits_onednn(weight):
+        return False
+    if isinstance(weight.data, FakeTensor):  # a plan's weights have no content: their names must do
+        return True
+    x = torch.linspace(-2, 3, 2 * weight.shape[-1]).to(weight).reshape(2, -1)
+    expected, found = module(x), fused.forward(module, x)
+    return bool((found - expected).abs().max() <= CLOSE * expected.abs().max())
+
+
+def _eps(module: Any) -> float | None:
+    """The norm's ε, by the name that its class has for it."""
+    for name in ("variance_epsilon", "eps"):
+        if isinstance(getattr(module, name, None), float):
+            return float(getattr(module, name))
+    return None

@@ -1,0 +1,1 @@
+"""The learner: one iteration of the algorithm, from checked responses to updated parameters."""

@@ -1,0 +1,130 @@
+"""The arguments of `PPOTrainer`: checked, and completed by what follows from them."""
+
+import importlib.util
+import warnings
+from typing import Any, cast
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ppo.distributed.deepspeed import engine_arguments, keep_optimizer
+from rlhf_ppo.distributed.fsdp import keep_fsdp
+from rlhf_ppo.distributed.shutdown import leave_safely
+from rlhf_ppo.learner.config import PPOConfig
+from rlhf_ppo.models import PreTrainedModelWrapper
+from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.updates.optimizers import adam
+
+
+def check_arguments(
+    config: object, model: object, ref_model: object, tokenizer: object, dataset: object, lr_scheduler: object
+) -> None:
+    """Refuse what `PPOTrainer` cannot work with, before anything is moved or changed.
+
+    Raises:
+        ValueError: Naming the first argument that is wrong.
+    """
+    if not isinstance(config, PPOConfig):
+        raise ValueError(f"config must be a PPOConfig, got {type(config)}")
+    if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
+        raise ValueError(
+            "You have to specify repo_id in order to push the model to the hub! Got push_to_hub_if_best_kwargs = "
+            f"{config.push_to_hub_if_best_kwargs}: add {{'repo_id': 'user/name'}}."
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or a PreTrainedTokenizerFast, "
+            f"got {type(tokenizer)}"
+        )
+    if not isinstance(model, PreTrainedModelWrapper):
+        raise ValueError(
+            f"model must be a PreTrainedModelWrapper, got {type(model)} - wrap it: "
+            "`AutoModelForCausalLMWithValueHead.from_pretrained(model)`"
+        )
+    if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
+        raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)}")
+    if ref_model is model:
+        raise ValueError(
+            "model and ref_model are the same object: the reference would move with the policy and the KL penalty "
+            "would always be 0. Pass `ref_model=None` for a frozen copy."
+        )
+    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | datasets.Dataset | PromptDataset):
+        raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
+    if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
+        raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
+    if dataset is None:
+        warnings.warn(
+            "No dataset is provided. Make sure to set config.batch_size to the correct value before training.",
+            UserWarning, stacklevel=3,
+        )  # fmt: skip
+
+
+def make_accelerator(config: PPOConfig) -> Accelerator:
+    """Processes, precision and trackers as `config` says.
+
+    Raises:
+        ValueError: If Accelerate would divide gradients a second time, or FSDP or DeepSpeed are set up as they cannot
+            be used here.
+    """
+    accelerator = Accelerator(
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
+        **engine_arguments(cast("dict[str, Any]", config.accelerator_kwargs)),
+    )
+    keep_optimizer(accelerator)
+    if accelerator.num_processes > 1:
+        leave_safely()
+    given = config.accelerator_kwargs
+    keep_fsdp(accelerator, given.get("fsdp_plugin") if isinstance(given, dict) else None)
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: gradients would "
+            "be divided by it once more. Set it to 1 there, and `PPOConfig.gradient_accumulation_steps` to your number."
+        )
+    return accelerator
+
+
+def fill_in(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft_model: bool) -> None:
+    """Set the fields of the classic configuration that are known only now."""
+    config.world_size = processes
+    config.global_batch_size = config.batch_size * processes
+    config.global_backward_batch_size = (config.backward_batch_size or config.mini_batch_size) * processes
+    config.is_encoder_decoder = is_encoder_decoder
+    config.is_peft_model = is_peft_model
+
+
+def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Optimizer:
+    """What `config.optimizer` names, over the trainable parameters; torch's are fused where these allow it.
+
+    Raises:
+        ValueError: The 8-bit optimiser is asked for where it does not run.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.optimizer == "adamw_8bit":
+        return _eight_bit(parameters, config.learning_rate, config.adam_eps)
+    rate, eps = config.learning_rate, config.adam_eps
+    if config.optimizer == "adamw":
+        fused = config.fused_adam and all(parameter.is_floating_point() for parameter in parameters)
+        return AdamW(parameters, lr=rate, eps=eps, fused=fused or None)
+    tensorflow = config.optimizer == "adam_tensorflow"
+    return adam(parameters, lr=rate, eps=eps, tensorflow=tensorflow, fused=config.fused_adam)
+
+
+def _eight_bit(parameters: list[torch.nn.Parameter], learning_rate: float, eps: float) -> Optimizer:
+    """AdamW whose moments take one byte a parameter instead of four (Dettmers et al. 2022)."""
+    missing = "a CUDA device" if not torch.cuda.is_available() else None
+    if missing is None and importlib.util.find_spec("bitsandbytes") is None:
+        missing = "the package bitsandbytes (pip install bitsandbytes)"
+    if missing is not None:
+        raise ValueError(
+            f"optimizer='adamw_8bit' needs {missing}, which is not here: moments cannot be kept in 8 bits. Use "
+            "optimizer='adamw'; to save memory on a CPU, set gradient_checkpointing=True or train LoRA adapters."
+        )
+    optim = importlib.import_module("bitsandbytes.optim")
+    chosen: Optimizer = optim.AdamW8bit(parameters, lr=learning_rate, eps=eps)
+    return chosen

@@ -1,0 +1,294 @@
+"""Settings of `PPOTrainer`: the classic fields under their classic names, then ours."""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from rlhf_ppo.algorithms import GAE, Critic, PPOClip
+from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, Controller, FixedKLController
+from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, check_placement
+from rlhf_ppo.updates import MinibatchConfig
+from rlhf_ppo.utils.field_types import check_fields
+
+ReferencePlacement: TypeAlias = Literal["auto", "whole", "sharded", "offloaded"]
+
+
+@dataclass
+class PPOConfig:
+    """Settings of `PPOTrainer`; sizes are those of one process.
+
+    The fields and defaults of TRL's classic `PPOConfig` (<= 0.11.4), so that its scripts keep their meaning. A field
+    that does not exist cannot be set: a misspelt name raises instead of being ignored.
+    """
+
+    exp_name: str = Path(sys.argv[0]).stem or "rlhf_ppo"
+    """Name of the experiment."""
+    seed: int = 0
+    """Seeds Python, NumPy, torch and the minibatch shuffles."""
+    log_with: str | None = None
+    """Tracker of Accelerate: "tensorboard", "wandb", ...; None: none."""
+    task_name: str | None = None
+    """For trackers only."""
+    model_name: str = "gpt2"
+    """For trackers and scripts only."""
+    query_dataset: str = "stanfordnlp/imdb"
+    """For trackers and scripts only."""
+    reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"
+    """For trackers and scripts only."""
+    remove_unused_columns: bool = True
+    """Drop dataset columns that are neither arguments of the model's forward nor `label`, `query`, `response`."""
+    tracker_kwargs: dict[str, Any] | str | None = field(default_factory=dict)
+    """Passed to the tracker as `init_kwargs`; JSON on a command line."""
+    accelerator_kwargs: dict[str, Any] | str | None = field(default_factory=dict)
+    """Passed to `Accelerator`; JSON on a command line."""
+    project_kwargs: dict[str, Any] | str | None = field(default_factory=dict)
+    """Passed to `ProjectConfiguration`, e.g. `logging_dir`; JSON on a command line."""
+    tracker_project_name: str = "rlhf_ppo"
+    """Project name given to the tracker."""
+    push_to_hub_if_best_kwargs: dict[str, Any] | str | None = field(default_factory=dict)
+    """When given (with `repo_id`): push whenever the mean score is the best so far; JSON on a command line."""
+    steps: int = 20000
+    """Episodes in all; `total_ppo_epochs` = ceil(steps / batch_size) calls of `step()`."""
+    learning_rate: float = 1.41e-5
+    """Of the default Adam."""
+    adap_kl_ctrl: bool = True
+    """Adapt the coefficient of the KL to the reference (Ziegler et al. 2019); otherwise it is fixed."""
+    init_kl_coef: float = 0.2
+    """Initial coefficient of the KL penalty in the reward."""
+    kl_penalty: KLPenalty = "kl"
+    """Per-token estimate of KL(policy || reference): log-ratio, its absolute value, half its square, exact, or k3."""
+    target: float = 6.0
+    """KL of a response, nats, that the adaptive controller aims at."""
+    horizon: float = 10000.0
+    """Episodes over which the adaptive controller acts."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """λ of generalised advantage estimation."""
+    cliprange: float = 0.2
+    """ε of the clipped surrogate."""
+    cliprange_value: float = 0.2
+    """How far a value may move from the old one before its loss is clipped."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    batch_size: int = 128
+    """Responses of one `step()`, on this process."""
+    forward_batch_size: int | None = None
+    """Deprecated name of `mini_batch_size`."""
+    mini_batch_size: int = 128
+    """Responses of one forward and backward pass."""
+    gradient_accumulation_steps: int = 1
+    """Passes of one optimiser step. A mean over tokens of the whole step: the cut never changes the gradient."""
+    world_size: int | None = None
+    """Filled in by the trainer: number of processes."""
+    ppo_epochs: int = 4
+    """Passes over a batch."""
+    max_grad_norm: float | None = None
+    """Gradient norm above which gradients are scaled down, in every optimiser step."""
+    optimize_cuda_cache: bool | None = None
+    """Deprecated name of `optimize_device_cache`."""
+    optimize_device_cache: bool = False
+    """Empty the device's cache around `step()`."""
+    early_stopping: bool = False
+    """Stop the epochs when the policy's KL to the old policy exceeds 1.5 x `target_kl`."""
+    target_kl: float = 1.0
+    """See `early_stopping`; nats per token."""
+    compare_steps: int = 1
+    """Compare with the best mean score every so many steps (`push_to_hub_if_best_kwargs`)."""
+    ratio_threshold: float = 10.0
+    """A minibatch whose mean probability ratio exceeds this is skipped; the optimiser does not move."""
+    use_score_scaling: bool = False
+    """Divide scores by their running standard deviation."""
+    use_score_norm: bool = False
+    """With `use_score_scaling`: also subtract the running mean."""
+    most_skips_in_a_row: int = 5
+    """The run stops after so many optimiser steps in a row whose loss or gradient was not finite; none was taken."""
+    dump_dir: str | None = None
+    """Where such a stop leaves what `python -m rlhf_ppo.replay` reproduces it from; None: the run folder, if any."""
+    diagnose: bool = True
+    """Let the doctor look at the first batch and warn of what it finds (`PPOTrainer.diagnose`)."""
+    score_clip: float | None = None
+    """Clip scores to [-score_clip, score_clip]."""
+    whiten_rewards: bool = False
+    """Scale shaped rewards to variance 1, keeping their mean, before advantages are estimated."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory for more time."""
+    is_encoder_decoder: bool | None = None
+    """Filled in by the trainer."""
+    is_peft_model: bool | None = None
+    """Filled in by the trainer."""
+    backward_batch_size: int | None = None
+    """Derived: mini_batch_size x gradient_accumulation_steps, the responses of one optimiser step."""
+    global_backward_batch_size: int | None = None
+    """Filled in by the trainer: over all processes."""
+    global_batch_size: int | None = None
+    """Filled in by the trainer: over all processes."""
+    dataset_num_proc: int | None = None
+    """Processes of `datasets` when it filters columns."""
+    total_ppo_epochs: int | None = None
+    """Derived: ceil(steps / batch_size)."""
+
+    output_dir: str | None = None
+    """Default run folder of `train()`."""
+    ent_coef: float = 0.0
+    """Weight of the exact full-vocabulary entropy in the loss."""
+    kl_placement: KLPlacement = "reward"
+    """Where the KL to the reference stands; "split": each state's own, exact, in the loss, later states' in the reward.
+    Its coefficient means the same in all three, except where a group's standard deviation scales advantages (GRPO)."""
+    reference_placement: ReferencePlacement = "auto"
+    """The reference between its scoring passes: "whole" on the device; "sharded" over processes (ZeRO-3, FSDP);
+    "offloaded" to main memory; "auto": sharded where the policy is, else whole."""
+    temperature: float = 1.0
+    """What logits are divided by in rollout, reference and update alike."""
+    importance_sampling_cap: float | None = None
+    """C >= 1: weigh each token's policy loss by min(trainer's / sampler's probability, C), for tokens that another
+    engine drew; None: do not weigh."""
+    token_budget: int | None = None
+    """Most padded tokens of one forward and backward pass; cuts minibatches by work instead of by rows."""
+    logits_chunk_size: int = 1024
+    """Response tokens whose logits over the vocabulary may live at once."""
+    optimizer: Literal["adam", "adamw", "adamw_8bit", "adam_tensorflow"] = "adam"
+    """The default optimiser: Adam; AdamW (weight decay 0.01); AdamW with 8-bit moments (CUDA and bitsandbytes); Adam
+    with ε where the first implementations had it, which makes the first steps smaller."""
+    adam_eps: float = 1e-8
+    """ε of the default optimiser."""
+    fused_adam: bool = True
+    """Use torch's fused Adam for the default optimiser: the same numbers to rounding, several times cheaper."""
+
+    packing: bool = True
+    """On CPUs: compute nothing that nobody reads, where that leaves results alike: rows of unequal length go through
+    the model side by side instead of padded, and through the last layer from a prompt's last token on."""
+    fused_head: bool = True
+    """Take the LM head's gradients chunk by chunk in the forward pass, where the logits are at hand."""
+    bf16: bool = False
+    """On CPUs with AVX-512-BF16 or AMX: products of linear layers in bfloat16; weights and all else in float32."""
+    reuse_logprobs: bool = True
+    """In `train()`: take the sampler's log-probabilities and values for the policy's own, once they proved equal."""
+    keep_freed_memory: bool = True
+    """On CPUs: keep the memory of freed tensors instead of giving it back to the system: new pages cost time."""
+    fast_products: bool = True
+    """On CPUs, equal to rounding: float32 products by oneDNN where it is faster than torch's own; RMSNorm and SwiGLU
+    that keep less for the backward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs"):
+            value = getattr(self, name)
+            setattr(self, name, _object(name, value) if isinstance(value, str) else value or {})
+        check_fields(self)
+        if self.forward_batch_size is not None:
+            self.mini_batch_size = self.forward_batch_size
+        if self.optimize_cuda_cache is not None:
+            self.optimize_device_cache = self.optimize_cuda_cache
+        self._validate()
+        self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.batch_size % self.backward_batch_size:
+            raise ValueError(
+                "`batch_size` must be a multiple of `mini_batch_size * gradient_accumulation_steps`, inexact division: "
+                f"{self.batch_size} / {self.backward_batch_size} = {self.batch_size / self.backward_batch_size}. "
+                "A rest would be dropped or weigh more than the others; choose sizes that divide."
+            )
+        self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _FIELD_NAMES:
+            raise AttributeError(
+                f"PPOConfig has no setting {name!r}; its settings are {', '.join(sorted(_FIELD_NAMES))}"
+            )
+        super().__setattr__(name, value)
+
+    def algorithm(self) -> PPOClip:
+        """The algorithm that the classic fields describe: PPO with the clipped surrogate."""
+        return PPOClip(
+            clip_low=self.cliprange,
+            clip_high=self.cliprange,
+            ent_coef=self.ent_coef,
+            gae=GAE(gamma=self.gamma, lam=self.lam),
+            critic=Critic(vf_coef=self.vf_coef, clip_range_value=self.cliprange_value),
+        )
+
+    def minibatch(self) -> MinibatchConfig:
+        """How an update cuts and repeats its batch."""
+        return MinibatchConfig(
+            epochs=self.ppo_epochs,
+            minibatch_size=self.mini_batch_size * self.gradient_accumulation_steps,
+            micro_batch_size=self.mini_batch_size,
+            token_budget=self.token_budget,
+            max_grad_norm=self.max_grad_norm,
+            ratio_threshold=self.ratio_threshold,
+            most_skips_in_a_row=self.most_skips_in_a_row,
+            target_kl=self.target_kl if self.early_stopping else None,
+        )
+
+    def kl_controller(self) -> Controller:
+        """What sets the coefficient of the KL to the reference."""
+        if self.adap_kl_ctrl:
+            return AdaptiveKLController(self.init_kl_coef, self.target, self.horizon)
+        return FixedKLController(self.init_kl_coef)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, nested keys joined by "/"."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if isinstance(value, dict):
+                flat.update({f"{name}/{key}": item for key, item in value.items()})
+            else:
+                flat[name] = value
+        return flat
+
+    def _validate(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"seed must be in [0, 2^32), got {self.seed}: NumPy's generator takes no other. Use e.g. seed=0."
+            )
+        positive: tuple[str, ...] = (
+            "batch_size",
+            "mini_batch_size",
+            "gradient_accumulation_steps",
+            "ppo_epochs",
+            "logits_chunk_size",
+        )
+        positive += ("most_skips_in_a_row",)
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: nothing would be done. Use 1.")
+        for name in ("temperature", "cliprange", "horizon", "ratio_threshold", "adam_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}: it divides or bounds. Use 1.0.")
+        if self.importance_sampling_cap is not None and not self.importance_sampling_cap >= 1:
+            raise ValueError(
+                f"importance_sampling_cap must be at least 1 (or None), got {self.importance_sampling_cap}: where "
+                "sampler and trainer agree the ratio is 1, and a lower cap would shrink each such token. Usual: 2."
+            )
+        check_placement(self.kl_penalty, self.kl_placement)
+        if self.reference_placement == "offloaded" and (self.kl_penalty, self.kl_placement) == ("full", "loss"):
+            raise ValueError(
+                "reference_placement='offloaded' keeps the reference away from the update, where kl_penalty='full' in "
+                "the loss reads it in every pass. Use reference_placement='whole', or kl_penalty='mse'."
+            )
+        if self.learning_rate < 0 or not math.isfinite(self.learning_rate):
+            raise ValueError(
+                f"learning_rate must be finite and not negative, got {self.learning_rate}: steps go uphill. Use 1e-5."
+            )
+
+
+def _object(name: str, text: str) -> dict[str, Any]:
+    """A JSON object from the command line."""
+    try:
+        content = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"PPOConfig.{name} must be a dict or its JSON, got {text!r:.80} ({error}): nothing could be passed on. "
+            'Write e.g. {"key": "value"}.'
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"PPOConfig.{name} must be a dict or its JSON, got JSON of a {type(content).__name__}: it names no "
+            'settings. Write e.g. {"key": "value"}.'
+        )
+    return content
+
+
+_FIELD_NAMES = frozenset(item.name for item in fields(PPOConfig))

@@ -1,0 +1,296 @@
+"""The folder of a run: what training writes down, and what the report and a resumed run read back.
+
+    config.json       the resolved settings
+    metrics.jsonl     one flat object of numbers per iteration, with the key "iteration"
+    evaluation.json   {"before": {metric: {"mean", "stderr"}}, "after": {...}}
+    samples.jsonl     held-out prompts with the responses before and after training
+    tokens.jsonl      a few responses token by token
+
+Whole files are written aside and renamed: a reader never meets half a file. Lines are appended and flushed: what
+a crash can spoil is the last line, which readers pass over and `resume_from` cuts off.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rlhf_ppo.utils.redaction import redacted
+
+Estimates: TypeAlias = dict[str, tuple[float, float]]
+
+CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
+SAMPLES, TOKENS = "samples.jsonl", "tokens.jsonl"
+
+
+class RunFolderError(ValueError):
+    """A file of a run folder does not hold what it should; the message is one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One held-out prompt, answered by the policy before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+    before_scores: Mapping[str, float] = field(default_factory=dict)
+    """What each judge gave the response before training."""
+    after_scores: Mapping[str, float] = field(default_factory=dict)
+    """The same judges on the response after training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTrace:
+    """One response, token by token, as the update saw it. All lists are as long as `tokens`."""
+
+    iteration: int
+    prompt: str
+    score: float
+    tokens: list[str]
+    """The text of each response token."""
+    logprobs: list[float]
+    """log π(token), in nats."""
+    kl: list[float]
+    """The KL term to the reference, in nats."""
+    values: list[float]
+    """What the value head expected before the token."""
+    advantages: list[float]
+    """How much better than expected the token turned out to be, as used in the loss."""
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in ("tokens", "logprobs", "kl", "values", "advantages")}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"A TokenTrace needs one number per token, got lists of length {lengths}.")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Reads and writes one run folder; it holds no state but the path, so any number may be open."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path | str) -> RunFolder:
+        """The folder at `path`, made if it is not there."""
+        folder = cls(Path(path))
+        folder.path.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """The folder at `path`, which must exist.
+
+        Raises:
+            RunFolderError: there is no such folder.
+        """
+        if not Path(path).is_dir():
+            raise RunFolderError(f"There is no run folder {str(path)!r}. Give the folder that training wrote into.")
+        return cls(Path(path))
+
+    def check_writable(self) -> None:
+        """Raise OSError, which names the folder, if no file can be written into it."""
+        try:
+            self.write_bytes(".writable", b"")
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise OSError(
+                f"cannot write into the run folder {self.path} ({error.strerror or error}): metrics and checkpoints "
+                "would be lost. Choose another output_dir."
+            ) from error
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the resolved settings without secrets; what JSON does not know is written as text."""
+        self._replace(CONFIG, _json(redacted(config), indent=2) + "\n")
+
+    def append_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Add the numbers of one iteration; nan and infinities are written as null."""
+        self._append(METRICS, {"iteration": iteration, **{name: float(value) for name, value in metrics.items()}})
+
+    def append_tokens(self, traces: Iterable[TokenTrace]) -> None:
+        """Add responses for the token view."""
+        for trace in traces:
+            self._append(TOKENS, asdict(trace))
+
+    def write_samples(self, samples: Iterable[Sample]) -> None:
+        """Write all held-out samples; the report shows some and counts all."""
+        self._replace(SAMPLES, "".join(_json(asdict(sample)) + "\n" for sample in samples))
+
+    def write_evaluation(self, *, before: Estimates, after: Estimates) -> None:
+        """Write the held-out evaluation: for each metric its mean and the standard error of that mean."""
+        both = {"before": before, "after": after}
+        content = {
+            when: {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in found.items()}
+            for when, found in both.items()
+        }
+        self._replace(EVALUATION, _json(content, indent=2) + "\n")
+
+    def resume_from(self, iteration: int) -> None:
+        """Forget every line of an iteration after this one, and a line cut short by a crash.
+
+        A run resumed from the checkpoint of iteration n writes n + 1 again; without this it would be there twice.
+        """
+        for name in (METRICS, TOKENS):
+            if (self.path / name).exists():
+                rows, _ = self._lines(name)
+                kept = [row for row in rows if _iteration(row) <= iteration]
+                self._replace(name, "".join(_json(row) + "\n" for row in kept))
+
+    def config(self) -> dict[str, Any]:
+        """The settings; empty if none were written."""
+        return self._read_object(CONFIG)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """One row per iteration, in order; of an iteration written twice the later row. null is read as nan."""
+        rows, _ = self._lines(METRICS)
+        latest = {_iteration(row): row for row in rows if "iteration" in row}
+        return [_floats(latest[iteration]) for iteration in sorted(latest)]
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Iterations and values of one metric, where it is present and finite."""
+        found = [(row["iteration"], row[name]) for row in self.metrics() if math.isfinite(row.get(name, math.nan))]
+        return [iteration for iteration, _ in found], [value for _, value in found]
+
+    def samples(self) -> list[Sample]:
+        """The held-out samples; empty if none were written."""
+        scores = ("before_scores", "after_scores")
+        rows = [row | {key: _floats(row.get(key) or {}) for key in scores} for row in self._lines(SAMPLES)[0]]
+        return [_build(Sample, row, SAMPLES) for row in rows]
+
+    def tokens(self) -> list[TokenTrace]:
+        """The responses for the token view; empty if none were written."""
+        numbers = ("logprobs", "kl", "values", "advantages")
+        rows = [
+            row | {key: [_number(x) for x in row.get(key, [])] for key in numbers} for row in self._lines(TOKENS)[0]
+        ]
+        return [_build(TokenTrace, row, TOKENS) for row in rows]
+
+    def evaluation(self) -> dict[str, Estimates]:
+        """Mean and standard error of each metric under "before" and "after"; either may be missing."""
+        content = self._read_object(EVALUATION)
+        try:
+            return {
+                when: {name: (_number(item["mean"]), _number(item.get("stderr"))) for name, item in dict(found).items()}
+                for when, found in content.items()
+            }
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise RunFolderError(
+                f'{EVALUATION} must read {{"before": {{metric: {{"mean": .., "stderr": ..}}}}, "after": ..}}; '
+                "it does not. Write it with RunFolder.write_evaluation."
+            ) from error
+
+    def unreadable_lines(self) -> dict[str, int]:
+        """How many lines of each file cannot be read, files without such lines left out."""
+        counts = {name: self._lines(name)[1] for name in (METRICS, SAMPLES, TOKENS)}
+        return {name: count for name, count in counts.items() if count}
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file of the folder, whole or not at all."""
+        return self._replace(name, text)
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Write a file of the folder, whole or not at all."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with aside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+        return target
+
+    def _replace(self, name: str, text: str) -> Path:
+        return self.write_bytes(name, text.encode("utf-8", errors="replace"))
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self.path / name).open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")  # A crash left half a line: keep it from swallowing this one.
+            file.write(_json(row).encode("utf-8", errors="replace") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint of this iteration must not outlive its line
+
+    def _lines(self, name: str) -> tuple[list[dict[str, Any]], int]:
+        """The objects in a file of lines, and how many lines are none."""
+        try:
+            lines = (self.path / name).read_text(encoding="utf-8", errors="replace").split("\n")
+        except FileNotFoundError:
+            return [], 0
+        rows, unreadable = [], 0
+        for line in lines:
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if isinstance(row, dict):
+                    rows.append(row)
+                else:
+                    unreadable += 1
+        return rows, unreadable
+
+    def _read_object(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise RunFolderError(
+                f"{name} is no JSON: {error}. Restore it, or delete it to go on without it."
+            ) from error
+        if not isinstance(content, dict):
+            raise RunFolderError(f"{name} must hold a JSON object, it holds a {type(content).__name__}.")
+        return content
+
+
+def _json(value: Any, *, indent: int | None = None) -> str:
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it: nan and infinities as null, anything unknown as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | bool | int) else str(value)
+
+
+def _floats(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: _number(value) for name, value in row.items() if value is None or isinstance(value, int | float)}
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _iteration(row: Mapping[str, Any]) -> int:
+    """The iteration of a row; a row without one belongs to no iteration and is never in the future."""
+    iteration = row.get("iteration")
+    return int(iteration) if isinstance(iteration, int | float) else -1
+
+
+def _build(kind: type[Any], row: Mapping[str, Any], name: str) -> Any:
+    known = {f.name for f in fields(kind)}
+    lacking = [
+        f.name for f in fields(kind) if f.name not in row and f.default_factory is MISSING and f.default is MISSING
+    ]
+    if lacking:
+        raise RunFolderError(f"A line of {name} lacks {', '.join(map(repr, lacking))}: it is no {kind.__name__}.")
+    try:
+        return kind(**{key: value for key, value in row.items() if key in known})
+    except (TypeError, ValueError) as error:
+        raise RunFolderError(f"A line of {name} is no {kind.__name__}: {error}") from error

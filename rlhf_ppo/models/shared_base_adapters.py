@@ -1,0 +1,203 @@
+"""One base model in memory for all: a critic and a reward model as further adapters on the policy's frozen base."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.kernels.linear_layers import plain_layers
+from rlhf_ppo.models import adapters
+from rlhf_ppo.models.critic import state_values
+from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+from rlhf_ppo.models.value_head import last_hidden_width
+
+CRITIC_ADAPTER = "critic"
+
+
+class AdapterCritic(nn.Module):
+    """V(s_t) by the policy's base under an adapter of its own: a separate critic at the price of an adapter.
+
+    The value loss pulls at no weight of the policy, as with `SeparateCritic`, and costs a second pass; there is no
+    second base.
+
+    Args:
+        model: Carries the adapter, and the policy's beside it.
+        head: From the last hidden state to one number.
+        name: Of the adapter.
+    """
+
+    def __init__(self, model: PeftModel, head: nn.Linear, name: str = CRITIC_ADAPTER) -> None:
+        super().__init__()
+        self._shared = (model,)  # in a tuple: it is the policy's, and no part of the critic
+        self.name = name
+        self.head = head
+        self.adapter = nn.ParameterList(adapters.parameters_of(model, name).values())
+
+    def forward(self, inputs: TokenInputs) -> list[Float[Tensor, " states"]]:
+        """V(s_0) ... V(s_T) of each row, without padding, float32."""
+        (model,) = self._shared
+        with adapters.active_adapter(model, self.name):
+            return state_values(adapters.layers_of(model), self.head, inputs)
+
+
+def attach_critic_adapter(
+    model: PreTrainedModelWrapper,
+    peft_config: LoraConfig | None = None,
+    *,
+    from_reward_adapter: bool = False,
+    gain: float = 1.0,
+    bias: float = 0.0,
+) -> None:
+    """Let an adapter of its own on the policy's base give the values from now on; the value head is frozen.
+
+    Do it before the trainer or an optimiser is built. It starts with V = 0, or as the reward model. Checkpoints of
+    `train()` hold the critic; `save_pretrained` saves the policy alone.
+
+    Args:
+        model: A policy with adapters.
+        peft_config: Of the critic's adapter; None: that of the policy's, or of the reward model's.
+        from_reward_adapter: Start as the reward adapter that `model` was loaded with: V of a whole response is its
+            score (Stiennon et al. 2020, appendix B.1).
+        gain: The reward model's normalisation, so that values have the scale of the rewards: gain · raw + bias.
+        bias: See `gain`.
+
+    Raises:
+        ValueError: The model has no adapters, has a critic already, is an encoder-decoder, or has no reward adapter.
+    """
+    _check_critic(model, peft_config, from_reward_adapter)
+    peft_model: PeftModel = model.pretrained_model
+    source = str(model.rm_adapter_name if from_reward_adapter else model.policy_adapter_name)
+    config: Any = copy.deepcopy(peft_model.peft_config[source] if peft_config is None else peft_config)
+    config.inference_mode = False
+    config.modules_to_save = None  # a trained LM head is the policy's
+    head = nn.Linear(last_hidden_width(model.config), 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    with adapters.unchanged_requires_grad(peft_model):
+        peft_model.add_adapter(CRITIC_ADAPTER, config)
+        if from_reward_adapter:
+            weights = get_peft_model_state_dict(peft_model, adapter_name=source, save_embedding_layers=False)
+            set_peft_model_state_dict(peft_model, weights, adapter_name=CRITIC_ADAPTER)
+            with torch.no_grad():
+                head.weight.copy_(gain * model.score.weight)
+                head.bias.fill_(bias if model.score.bias is None else gain * float(model.score.bias) + bias)
+    critic = AdapterCritic(peft_model, head.to(model.v_head.summary.weight.device))
+    model.v_head.requires_grad_(False)
+    model.critic = critic.requires_grad_(True)
+
+
+def _check_critic(model: PreTrainedModelWrapper, peft_config: LoraConfig | None, from_reward_adapter: bool) -> None:
+    if not model.is_peft_model or model.is_encoder_decoder:
+        raise ValueError(
+            f"expected a causal policy with adapters, got {type(model.pretrained_model).__name__}: its base is "
+            "trained (or is no causal model), so a critic cannot stand on it. Load it with `peft_config=LoraConfig("
+            "...)`, or give it a SeparateCritic."
+        )
+    if model.critic is not None:
+        raise ValueError("expected a policy without a critic, got one that has one already: it would be replaced.")
+    if from_reward_adapter and (not model.supports_rm_adapter or model.score.out_features != 1):
+        raise ValueError(
+            "expected a policy with a reward adapter of one label, got one without: the critic has nothing to start "
+            "from. Load the policy with `reward_adapter='folder'`, or leave from_reward_adapter at False."
+        )
+    if from_reward_adapter and peft_config is not None:
+        raise ValueError(
+            "expected from_reward_adapter or peft_config, got both: the critic has the shape of the adapter that it "
+            "starts from. Leave peft_config out."
+        )
+
+
+class RewardOnPolicy:
+    """A causal sequence classifier whose base is the policy's: what a reward model needs beside it is an adapter.
+
+    It is called as `AutoModelForSequenceClassification` is, gives the same logits for the same token ids (by torch's
+    own products, whatever the policy's are computed with), and changes nothing of the policy. Batches are padded on the
+    right.
+
+    Args:
+        model: A policy that was loaded with `reward_adapter`, or given one by `put_reward_adapter`.
+    """
+
+    def __init__(self, model: PreTrainedModelWrapper) -> None:
+        if not model.supports_rm_adapter or model.rm_adapter_name is None:
+            raise ValueError(
+                "expected a policy with a reward adapter, got one without: there is nothing to score with. Load it "
+                "with `reward_adapter='folder'`."
+            )
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                "expected whole parameters, got those of ZeRO-3: each process scores samples of its own, and would "
+                "wait for parts that the others do not send. Use ZeRO-2, or a reward model of its own."
+            )
+        self.policy, self.config = model, model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        return next(self.policy.parameters()).device
+
+    @property
+    def base_model(self) -> Any:
+        """The layers that it shares with the policy."""
+        return adapters.layers_of(self.policy.pretrained_model)
+
+    def eval(self) -> "RewardOnPolicy":
+        """Itself: it is never in training mode."""
+        return self
+
+    @torch.no_grad()
+    def __call__(self, *, input_ids: Int[Tensor, "rows time"], attention_mask: Tensor) -> SequenceClassifierOutput:
+        """Logits [rows, labels] at each row's last token, in the score head's precision."""
+        peft_model: PeftModel = self.policy.pretrained_model
+        last = attention_mask.long().sum(dim=1) - 1
+        was_training = peft_model.training
+        peft_model.eval()
+        try:
+            with adapters.active_adapter(peft_model, str(self.policy.rm_adapter_name)), plain_layers(peft_model):
+                hidden = adapters.layers_of(peft_model)(
+                    # The padding token may be one that only the reward model's own table has.
+                    input_ids=input_ids.masked_fill(attention_mask == 0, 0), attention_mask=attention_mask,
+                    use_cache=False,
+                ).last_hidden_state  # fmt: skip
+        finally:
+            peft_model.train(was_training)
+        states = hidden[torch.arange(len(last), device=hidden.device), last]
+        score = self.policy.score.to(states.device)
+        logits: Any = score(states.to(score.weight.dtype))
+        return SequenceClassifierOutput(logits=logits)
+
+
+def put_reward_adapter(model: PreTrainedModelWrapper, folder: str, name: str = "reward_adapter") -> RewardOnPolicy:
+    """Add the reward model's adapter in `folder` to a policy that is loaded already, and score with it.
+
+    Raises:
+        ValueError: The policy has no adapters, or the reward model was trained on another base.
+    """
+    if not model.is_peft_model:
+        raise ValueError(
+            f"expected a policy with adapters, got {type(model.pretrained_model).__name__}: its base is trained, and "
+            "the reward model would change with it. Load it with `peft_config=LoraConfig(...)`."
+        )
+    peft_model: PeftModel = model.pretrained_model
+    own = peft_model.peft_config[str(model.policy_adapter_name)].base_model_name_or_path
+    other = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if own and other and not _same_place(own, other):
+        raise ValueError(
+            f"expected a reward adapter on the policy's base {own!r}, got one on {other!r} ({folder}): on other "
+            "weights its scores mean nothing. Train the reward model on the policy's base, or load it by itself."
+        )
+    model.score = adapters.add_reward_adapter(peft_model, folder, name)
+    model.rm_adapter_name, model.supports_rm_adapter = name, True
+    return RewardOnPolicy(model)
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two names mean one model: the same name, or folders that are one."""
+    first, second = Path(one), Path(other)
+    return one == other or (first.exists() and second.exists() and first.samefile(second))

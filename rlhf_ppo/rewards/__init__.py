@@ -1,0 +1,1 @@
+"""Reward sources: who scores responses, and what happens when a source fails."""

@@ -1,0 +1,97 @@
+"""Who asks the reward sources: every process about its own samples, or one about everybody's."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any, TypeAlias
+
+from accelerate.utils import broadcast_object_list
+
+from rlhf_ppo.distributed.collectives import Processes
+from rlhf_ppo.rewards.sources import RewardRequest, RewardSourceError, Scores
+
+Prepare: TypeAlias = Callable[[], RewardRequest]
+Ask: TypeAlias = Callable[[RewardRequest], Scores]
+Finish: TypeAlias = Callable[[Scores], Scores]
+Scoring: TypeAlias = Callable[[Prepare, Ask, Finish], Scores]
+"""(what to ask, how to ask it, what to do with the answer) -> scores: who of several processes asks is its matter."""
+
+
+def scoring_of(processes: Processes, *, once: bool) -> Scoring:
+    """How a rollout of all processes is scored.
+
+    Args:
+        processes: All of them call it together; if it fails for one, it fails for all.
+        once: Let process 0 ask about the samples of all processes, in the order of the processes.
+    """
+    return partial(_once if once and processes.accelerator.num_processes > 1 else _each, processes)
+
+
+def _each(processes: Processes, prepare: Prepare, ask: Ask, finish: Finish) -> Scores:
+    """Every process asks about its own samples."""
+    return processes.together(lambda: finish(ask(prepare())))
+
+
+def _once(processes: Processes, prepare: Prepare, ask: Ask, finish: Finish) -> Scores:
+    """Process 0 asks about the samples of all; each is handed its own."""
+    requests = processes.gather_objects([processes.together(prepare)])
+    everyones = _on_main(processes, lambda: ask(joined(requests)))
+    sizes = [len(request.prompts) for request in requests]
+    rank = processes.accelerator.process_index
+    first = sum(sizes[:rank])
+    own = part(everyones, slice(first, first + sizes[rank]), requests[rank])
+    if rank:
+        own = replace(own, failed_calls=0)  # process 0 counts them
+    return processes.together(lambda: finish(own))
+
+
+def joined(requests: list[RewardRequest]) -> RewardRequest:
+    """One request about the samples of all, in their order."""
+    lengths: list[int] | None = None
+    if all(request.response_lengths is not None for request in requests):
+        lengths = [length for request in requests for length in request.response_lengths or []]
+    names = requests[0].columns
+    return RewardRequest(
+        prompts=list(chain.from_iterable(request.prompts for request in requests)),
+        responses=list(chain.from_iterable(request.responses for request in requests)),
+        columns={name: list(chain.from_iterable(request.columns[name] for request in requests)) for name in names},
+        response_lengths=lengths,
+    )
+
+
+def part(scores: Scores, rows: slice, request: RewardRequest) -> Scores:
+    """What was said about the samples `rows`, which are those of `request`."""
+    width = max(request.response_lengths or [0], default=0)
+    return replace(
+        scores,
+        total=scores.total[rows],
+        per_token=None if scores.per_token is None else scores.per_token[rows, :width],
+        per_source={name: values[rows] for name, values in scores.per_source.items()},
+        skipped=scores.skipped[rows],
+        dropped=scores.dropped[rows],
+    )
+
+
+def _on_main(processes: Processes, work: Callable[[], Scores]) -> Scores:
+    """`work()` of process 0, on every process; its error, too.
+
+    Raises:
+        RewardSourceError, TypeError, ValueError: What process 0 raised, of the same kind and with the same message.
+    """
+    said: list[Any] = [None, None]
+    raised: Exception | None = None
+    if processes.accelerator.is_main_process:
+        try:
+            said[0] = work()
+        except Exception as error:
+            raised, said[1] = error, (type(error).__name__, str(error))
+    result, problem = broadcast_object_list(said)
+    if raised is not None:
+        raise raised
+    if problem is not None:
+        name, message = problem
+        known = {kind.__name__: kind for kind in (RewardSourceError, TypeError, ValueError)}
+        raise known.get(name, RewardSourceError)(message)
+    found: Scores = result
+    return found

@@ -1,0 +1,1 @@
+"""Samplers: prompts in, response tokens and their log-probabilities out."""

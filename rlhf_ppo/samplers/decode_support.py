@@ -1,0 +1,74 @@
+"""Which models the decode loop fits, and how their LM head is fed."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from rlhf_ppo.samplers.kv_cache import has_selectable_rows
+
+NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
+
+
+def why_unsupported(model: Any) -> str | None:
+    """What about the model DecodeLoop does not fit, in words; None if it fits."""
+    config = getattr(model, "config", None)
+    if config is None or not isinstance(model, nn.Module):
+        return f"{type(model).__name__} is not a transformers model (it has no config)"
+    base = _without_adapters(model)
+    name = type(base).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder"
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return f"{name} has virtual prompt tokens ({model.active_peft_config.peft_type})"
+    parameters = inspect.signature(base.forward).parameters
+    missing = [argument for argument in NEEDED_ARGUMENTS if argument not in parameters]
+    if missing:
+        return f"{name}.forward does not take {', '.join(missing)}"
+    if not has_selectable_rows(config):
+        return f"{name} keeps a state other than full or sliding-window attention's keys and values"
+    return None
+
+
+@contextmanager
+def contiguous_head(model: Any) -> Iterator[list[Tensor]]:
+    """Hand the LM head its rows in one piece; the list holds what it was handed last.
+
+    The last position of a prefill is a slice with gaps. On such a slice torch multiplies batch by batch and copies the
+    head's weights for every row: gigabytes at a vocabulary of 50,000.
+    """
+    handed: list[Tensor] = []
+
+    def tidy(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        handed[:] = [inputs[0].contiguous()]
+        return (handed[0], *inputs[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(tidy)
+    try:
+        yield handed
+    finally:
+        hook.remove()
+
+
+def check_positions(config: Any, length: int) -> None:
+    """A model with a learned table of positions has no entry beyond its end."""
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    relative = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if limit is not None and length > limit and not relative:
+        raise ValueError(
+            f"The longest prompt plus max_new_tokens must be at most max_position_embeddings = {limit}, got {length}: "
+            "the model has no embedding for the positions beyond. Shorten the prompts or lower max_new_tokens."
+        )
+
+
+def keeps_logits(model: Any) -> bool:
+    """Whether the model can be told to run its LM head on the last position only."""
+    return "logits_to_keep" in inspect.signature(_without_adapters(model).forward).parameters
+
+
+def _without_adapters(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,0 +1,50 @@
+"""The samplers by name: one place that chooses."""
+
+from typing import Literal, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import assert_never
+
+from rlhf_ppo.samplers.base import Sampler
+from rlhf_ppo.samplers.continuous import ContinuousBatching
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
+from rlhf_ppo.samplers.transformers_generate import TransformersGenerate
+from rlhf_ppo.samplers.vllm import VLLMSampler
+
+SamplerName: TypeAlias = Literal["loop", "generate", "generate-static", "continuous", "vllm-server", "vllm-colocate"]
+
+
+def make_sampler(
+    name: SamplerName, tokenizer: PreTrainedTokenizerBase | None = None, *, vllm_url: str = "http://localhost:8000"
+) -> Sampler:
+    """The sampler called `name`, with its defaults.
+
+    Args:
+        name: "loop" (our own), "generate", "generate-static" and "continuous" (of transformers), "vllm-server",
+            "vllm-colocate".
+        tokenizer: Of the policy; needed for stop strings and by vLLM.
+        vllm_url: Of the server ("vllm-server" only).
+    """
+    match name:
+        case "loop":
+            return DecodeLoop(tokenizer)
+        case "generate":
+            return TransformersGenerate(tokenizer=tokenizer)
+        case "generate-static":
+            return TransformersGenerate(tokenizer=tokenizer, static_cache=True)
+        case "continuous":
+            return ContinuousBatching()
+        case "vllm-server":
+            return VLLMSampler(mode="server", base_url=vllm_url, tokenizer=tokenizer)
+        case "vllm-colocate":
+            return VLLMSampler(mode="colocate", tokenizer=tokenizer)
+        case _:
+            assert_never(name)
+
+
+def usual_cap(name: SamplerName) -> float | None:
+    """`PPOConfig.importance_sampling_cap` that suits a sampler: 2 for engines whose numbers differ from the trainer's.
+
+    None for the own loop, which agrees with the trainer, and for `generate`, which does not say how likely a token was.
+    """
+    return 2.0 if name in ("continuous", "vllm-server", "vllm-colocate") else None

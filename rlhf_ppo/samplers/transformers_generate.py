@@ -1,0 +1,119 @@
+"""Sampler over `model.generate`, for models that the decode loop does not fit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from rlhf_ppo.samplers.base import (
+    EvalMode,
+    Samples,
+    SamplingConfig,
+    SamplingWork,
+    check_prompts,
+    pad_prompts,
+    seed_from,
+    unwrap_causal_lm,
+)
+from rlhf_ppo.samplers.logits_processing import DecodeRules
+
+
+class _StopRecorder(StoppingCriteria):
+    """Ends rows at stop tokens and strings of the *response*, and remembers at which step."""
+
+    def __init__(self, rules: DecodeRules, start: int) -> None:
+        self.rules, self.start = rules, start
+        self.eos_token_id = rules.stop_tokens  # generate pads finished rows only where a criterion has this name
+        self.lengths: Tensor | None = None
+
+    def __call__(self, input_ids: Int[Tensor, "rows width"], scores: object, **_: object) -> Bool[Tensor, "rows"]:
+        response = input_ids[:, self.start :]
+        ends = self.rules.stopped(response)
+        lengths = torch.zeros_like(response[:, 0]) if self.lengths is None else self.lengths
+        self.lengths = torch.where(ends & (lengths == 0), response.shape[1], lengths)
+        return self.lengths > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersGenerate:
+    """Sampler over `model.generate`: works for every model it works for, encoder-decoders included.
+
+    Finished rows stay in the batch until the last has ended, and log-probabilities are not returned: the scores that
+    `generate` could return hold the whole vocabulary for every token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Needed for `stop_strings` only."""
+    max_rows: int = 512
+    """Rows generated at once, at most."""
+    static_cache: bool = False
+    """Whether keys and values stand in a cache of fixed size: on CUDA, `generate` then compiles its decoding step and
+    replays it as a CUDA graph. Not for encoder-decoders."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Int[Tensor, "_"]],
+        config: SamplingConfig,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Samples:
+        """Draw responses; see `Sampler`. The global random state is put back afterwards when a generator is given."""
+        check_prompts(prompts)
+        inner = unwrap_causal_lm(model)
+        rules = DecodeRules.build(config, self.tokenizer, inner.device)
+        copies = config.num_return_sequences
+        responses: list[Tensor] = [torch.empty(0)] * (len(prompts) * copies)
+        finished = [False] * len(responses)
+        order = sorted(range(len(prompts)), key=lambda prompt: (-len(prompts[prompt]), prompt))
+        size = max(1, self.max_rows // copies)
+        devices = [inner.device] if inner.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=generator is not None), EvalMode(inner), torch.no_grad():
+            if generator is not None:
+                torch.manual_seed(seed_from(generator))
+            for begin in range(0, len(order), size):
+                batch = order[begin : begin + size]
+                drawn = _generate(inner, [prompts[i] for i in batch], rules, static_cache=self.static_cache)
+                for place, (response, ended) in enumerate(drawn):
+                    row = batch[place // copies] * copies + place % copies
+                    responses[row], finished[row] = response, ended
+        return Samples(
+            prompts=[prompt for prompt in prompts for _ in range(copies)],
+            responses=responses,
+            logprobs=None,
+            finished=finished,
+            work=SamplingWork(response_tokens=sum(len(response) for response in responses)),
+        )
+
+
+def _generate(
+    model: Any, prompts: list[Tensor], rules: DecodeRules, *, static_cache: bool
+) -> list[tuple[Tensor, bool]]:
+    """Responses to one batch, and whether each stopped by itself."""
+    config = rules.config
+    encoder_decoder = model.config.is_encoder_decoder
+    ids, mask = pad_prompts(prompts, model.device, side="right" if encoder_decoder else "left")
+    start = 1 if encoder_decoder else ids.shape[1]
+    recorder = _StopRecorder(rules, start)
+    warpers = {"temperature": float(config.temperature), "top_k": config.top_k, "top_p": float(config.top_p)}
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens if config.stop_token_ids else 0,
+        do_sample=config.do_sample,
+        repetition_penalty=float(config.repetition_penalty),
+        num_return_sequences=config.num_return_sequences,
+        eos_token_id=list(config.stop_token_ids) or None,
+        pad_token_id=config.stop_token_ids[0] if config.stop_token_ids else 0,
+        stopping_criteria=StoppingCriteriaList([recorder]),
+        cache_implementation="static" if static_cache and not encoder_decoder else None,
+        **(warpers if config.do_sample else {}),
+    )[:, start:]
+    lengths = torch.zeros(len(output)) if recorder.lengths is None else recorder.lengths
+    return [(row[: n or len(row)].clone(), n > 0) for row, n in zip(output, lengths.tolist(), strict=True)]

@@ -1,0 +1,109 @@
+"""Frozen models wait where they are told to, and compute what they would compute anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo.distributed import placement
+from rlhf_ppo.distributed.placement import Waiting
+from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.samplers.base import SamplingConfig
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that were brought to the device are others than those that wait, as they are with a GPU."""
+    monkeypatch.setattr(placement, "bring", lambda weights, device: weights.clone())
+
+
+def places(module: nn.Module) -> list[int]:
+    """Where the weights are in memory."""
+    return [value.data_ptr() for value in (*module.parameters(), *module.buffers())]
+
+
+def test_weights_wait_in_main_memory_and_are_on_the_device_while_at_hand() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    waiting, home = Waiting(module, CPU), places(module)
+    for _ in range(2):
+        with waiting.at_hand():
+            assert not set(places(module)) & set(home)
+        assert places(module) == home, "nothing is copied on the way back"
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_an_error_in_between_leaves_the_weights_waiting() -> None:
+    module = nn.Linear(2, 3)
+    waiting, home = Waiting(module, CPU), places(module)
+    with pytest.raises(RuntimeError, match="lost"), waiting.at_hand():
+        raise RuntimeError("lost")
+    assert places(module) == home
+
+
+def test_layers_shared_with_the_policy_stay_where_they_are() -> None:
+    shared, own = nn.Linear(2, 2), nn.Linear(2, 2)
+    waiting, home = Waiting(nn.Sequential(shared, own), CPU, others=shared.parameters()), places(own)
+    before = places(shared)
+    with waiting.at_hand():
+        assert places(shared) == before
+        assert places(own) != home
+
+
+class Judge:
+    """A reward source with a model, which notes where that is when it is asked."""
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(1, 1)
+        self.seen: list[list[int]] = []
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **_: Any) -> list[float]:
+        self.seen.append(places(self.model))
+        return [float(len(response)) for response in responses]
+
+
+def trainer(**settings: Any) -> PPOTrainer:
+    """A tiny one with prompts."""
+    tokenizer = tiny_tokenizer()
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(n_layer=1, n_embd=8, n_head=1))
+    config = PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1, learning_rate=1e-3, diagnose=False, **settings)
+    return PPOTrainer(config, model, tokenizer=tokenizer, dataset=PromptDataset.from_texts(["I", "We"], tokenizer))
+
+
+def test_reward_models_wait_between_questions_and_come_home_after_the_run() -> None:
+    judge, waiting = Judge(), []
+    sampling = SamplingConfig(max_new_tokens=2)
+    config = TrainConfig(iterations=2, sampling=sampling, offload_rewards=True, progress=False)
+    trainer().train(judge, config, callbacks=[lambda *_: waiting.append(places(judge.model))])
+    assert waiting[0] == waiting[1], "the same memory waits"
+    assert waiting[0] not in judge.seen
+    assert places(judge.model) != waiting[0]
+
+
+def test_an_offloaded_reference_gives_the_steps_of_one_at_hand() -> None:
+    """On a CPU both are main memory: the same numbers, whichever way they went."""
+    queries, responses = [torch.tensor([5, 6])] * 2, [torch.tensor([8, 9]), torch.tensor([10, 7, 7])]
+    found = []
+    for where in ("whole", "offloaded"):
+        stepped = trainer(reference_placement=where)
+        for _ in range(2):
+            statistics = stepped.step(queries, responses, [torch.tensor(1.0), torch.tensor(-1.0)])
+        found.append((statistics["objective/kl"], stepped.model.v_head.summary.weight.detach()))
+    assert found[0][0] == found[1][0] != 0.0
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_what_cannot_be_placed_so_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"sharded' needs ZeRO-3 or FSDP.*fsdp2\.yaml"):
+        trainer(reference_placement="sharded")
+    with pytest.raises(ValueError, match=r"keeps the reference away from the update.*mse"):
+        trainer(reference_placement="offloaded", kl_penalty="full", kl_placement="loss")

@@ -1,0 +1,121 @@
+"""Rows side by side give what rows below each other give, and no padding goes through the trunk."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+from transformers import AttentionInterface, BloomConfig, BloomForCausalLM
+
+from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.kernels.packing import can_be_packed
+from rlhf_ppo.models.scoring import TokenPolicy
+from tests.samplers.test_decode_loop import ARCHITECTURES
+from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2
+
+
+def inputs(*lengths: tuple[int, int]) -> TokenInputs:
+    """Random prompts and responses of the given lengths."""
+    generator = torch.Generator().manual_seed(3)
+
+    def tokens(length: int) -> Tensor:
+        return torch.randint(2, VOCAB_SIZE, (length,), generator=generator)
+
+    return TokenInputs(prompts=[tokens(a) for a, _ in lengths], responses=[tokens(b) for _, b in lengths])
+
+
+RAGGED = ((3, 9), (5, 2), (1, 11), (5, 2), (8, 1))
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"gpt2-lora"}))
+def test_packed_rows_have_the_log_probabilities_and_gradients_of_padded_ones(architecture: str) -> None:
+    results = []
+    for packing in (False, True):
+        model = ARCHITECTURES[architecture]()
+        policy = TokenPolicy(model, packing=packing)
+        output = policy(inputs(*RAGGED), with_entropy=True)
+        (output.logprobs.sum() + output.entropy.square().sum()).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((output, gradients, policy))
+    (padded, theirs, _), (packed, ours, policy) = results
+    assert_close(packed.logprobs, padded.logprobs, rtol=0, atol=1e-5)
+    assert_close(packed.entropy, padded.entropy, rtol=0, atol=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
+    assert policy.work["real_tokens"] == 12 + 7 + 12 + 7 + 9
+    soft_capped = architecture.startswith("gemma2")  # attention that torch's kernel does not compute
+    assert policy.work["trunk_tokens"] == (5 * 12 if soft_capped else policy.work["real_tokens"])
+
+
+def bloom() -> Any:
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=16, n_layer=1, n_head=2)).eval()
+
+
+def eager() -> Any:
+    model = tiny_gpt2()
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("build", [bloom, eager])
+def test_a_model_that_is_not_torchs_attention_is_padded(build: Callable[[], Any]) -> None:
+    policy = TokenPolicy(build(), packing=True)
+    output = policy(inputs(*RAGGED))
+    assert output.logprobs.isfinite().all()
+    assert policy.work["trunk_tokens"] == 5 * 12
+
+
+def test_a_model_that_sees_its_neighbours_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the runs, attention reaches from one row into the next."""
+    from rlhf_ppo.kernels import packing
+
+    model = tiny_gpt2()
+    rows = [torch.arange(2, 9), torch.arange(4, 9)]
+    assert can_be_packed(model.base_model, rows)
+    plain = packing.packed_attention
+
+    def leaking(*arguments: Any, packed_runs: Any, **settings: Any) -> Any:
+        return plain(*arguments, packed_runs=[(1, sum(count * length for count, length in packed_runs))], **settings)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, packing.NAME, leaking)
+    assert not can_be_packed(model.base_model, rows)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on switching checkpointing on
+def test_checkpointed_layers_are_padded_and_the_models_attention_is_left_alone() -> None:
+    model = tiny_gpt2()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = TokenPolicy(model, packing=True)
+    policy.checkpointing = True
+    policy(inputs(*RAGGED)).logprobs.sum().backward()
+    assert policy.work["trunk_tokens"] == 5 * 12
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_window_or_dropout_or_another_kernel_goes_through_the_models_own_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A window as wide as the longest row hides nothing, and a row alone is its own beginning."""
+    from rlhf_ppo.kernels import packing
+
+    calls: list[int] = []
+    plain = packing.run_attention
+    monkeypatch.setattr(packing, "run_attention", lambda *of, **settings: calls.append(1) or plain(*of, **settings))
+    states = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    module = torch.nn.Module()
+
+    def attention(**settings: Any) -> Tensor:
+        return packing.packed_attention(module, *states, None, packed_runs=[(1, 3), (1, 5)], **settings)[0]
+
+    ours = attention(sliding_window=5)
+    assert calls == [1]
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_close(attention(), ours)
+    windowed = attention(sliding_window=4)
+    assert_close(windowed[:, :-1], ours[:, :-1])
+    assert not torch.allclose(windowed[:, -1], ours[:, -1])
+    attention(dropout=0.5)
+    assert calls == [1]
