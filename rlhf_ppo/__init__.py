@@ -17,7 +17,7 @@ from rlhf_ppo.algorithms import (
     ReinforcePlusPlus,
 )
 from rlhf_ppo.classic.best_of_n import BestOfNSampler
-from rlhf_ppo.classic.helpers import LengthSampler, respond_to_batch, set_seed
+from rlhf_ppo.classic.helpers import LengthSampler, respond_to_batch
 from rlhf_ppo.functional import compute_ppo_total_loss
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController
@@ -31,6 +31,7 @@ from rlhf_ppo.models import (
     create_reference_model,
 )
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.utils.seeding import set_seed
 
 __version__ = "0.1.0"
 

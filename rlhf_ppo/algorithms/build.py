@@ -38,9 +38,9 @@ from rlhf_ppo.algorithms.config import (
 from rlhf_ppo.algorithms.objectives import bounded, likelihood, penalised, per_sequence, unbounded
 from rlhf_ppo.algorithms.parts import Parts
 from rlhf_ppo.algorithms.penalty import AdaptPenalty, KeepOldPolicy
+from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
 from rlhf_ppo.algorithms.warmup import CriticWarmup
 from rlhf_ppo.functional import ReferenceKL
-from rlhf_ppo.learner.kl_controllers import PenaltyBeta
 from rlhf_ppo.updates import Gradients, MinibatchConfig, Objective, TrustRegionUpdate, Update, sequences
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
 from rlhf_ppo.batch import TrainBatch, cut
-from rlhf_ppo.learner.kl_controllers import PenaltyBeta
 from rlhf_ppo.models.scoring import OldPolicy, TokenPolicy
 from rlhf_ppo.updates import MinibatchConfig, MinibatchUpdate, Objective, Update, UpdateRecord
 from rlhf_ppo.updates.measure import reached_kl

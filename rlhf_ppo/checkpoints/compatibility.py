@@ -2,18 +2,16 @@
 
 import hashlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from rlhf_ppo.checkpoints.folders import CheckpointError
 from rlhf_ppo.checkpoints.reader import Saved
 from rlhf_ppo.distributed.fsdp import reshard
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.models.value_head import VALUE_HEAD_PREFIX
 from rlhf_ppo.utils.redaction import redacted
-
-if TYPE_CHECKING:
-    import rlhf_ppo.trainer
 
 _OF_THE_MACHINE = (
     "exp_name", "log_with", "world_size", "global_backward_batch_size", "global_batch_size", "total_ppo_epochs",
@@ -23,35 +21,35 @@ _SAMPLED = 64
 """Entries of each frozen parameter that the fingerprint looks at."""
 
 
-def trained_parameters(trainer: "rlhf_ppo.trainer.PPOTrainer") -> dict[str, torch.Tensor]:
+def trained_parameters(learner: PPOLearner) -> dict[str, torch.Tensor]:
     """Parameters that training moves, detached, under their names; in parts under FSDP2."""
-    if trainer.processes.has_fsdp:
-        reshard(trainer.policy)
-    named = trainer.model.named_parameters()
+    if learner.processes.has_fsdp:
+        reshard(learner.policy)
+    named = learner.model.named_parameters()
     return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
 
 
-def facts_of_the_run(trainer: "rlhf_ppo.trainer.PPOTrainer") -> dict[str, Any]:
+def facts_of_the_run(learner: PPOLearner) -> dict[str, Any]:
     """What tells this run from others, for `state.json`."""
     settings = {
         name: value
-        for name, value in redacted(trainer.config.to_dict()).items()
+        for name, value in redacted(learner.config.to_dict()).items()
         if name not in _OF_THE_MACHINE and "/" not in name and isinstance(value, int | float | str | None)
     }
-    return {"frozen": frozen_fingerprint(trainer), "settings": settings}
+    return {"frozen": frozen_fingerprint(learner), "settings": settings}
 
 
-def frozen_fingerprint(trainer: "rlhf_ppo.trainer.PPOTrainer") -> str | None:
+def frozen_fingerprint(learner: PPOLearner) -> str | None:
     """A digest of some entries of every frozen parameter of policy and reference; None where a process holds parts.
 
     A reference's value head is a copy of one that may start from anything, and nobody asks it.
     """
-    if trainer.processes.sharded:
+    if learner.processes.sharded:
         return None
     digest = hashlib.sha256()
-    for module in (trainer.model, trainer.ref_model):
+    for module in (learner.model, learner.ref_model):
         for name, parameter in [] if module is None else module.named_parameters():
-            frozen = not parameter.requires_grad or module is trainer.ref_model
+            frozen = not parameter.requires_grad or module is learner.ref_model
             if frozen and not name.startswith(VALUE_HEAD_PREFIX):
                 flat = parameter.detach().flatten()
                 entries = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
@@ -59,23 +57,23 @@ def frozen_fingerprint(trainer: "rlhf_ppo.trainer.PPOTrainer") -> str | None:
     return digest.hexdigest()
 
 
-def check_sameness(trainer: "rlhf_ppo.trainer.PPOTrainer", saved: Saved) -> None:
+def check_sameness(learner: PPOLearner, saved: Saved) -> None:
     """Refuse a checkpoint of another model; name settings that have changed.
 
     Raises:
         CheckpointError: Parameters, optimiser states or frozen weights are not this run's.
     """
     if saved.weights:
-        _check_parameters(trainer, saved)
-        _check_optimizer(trainer, saved)
-    before, now = saved.facts.get("frozen"), frozen_fingerprint(trainer)
+        _check_parameters(learner, saved)
+        _check_optimizer(learner, saved)
+    before, now = saved.facts.get("frozen"), frozen_fingerprint(learner)
     if None not in (before, now) and before != now:
         raise CheckpointError(
             f"{saved.path.name} was trained on other frozen weights than this run has (the base model under adapters, "
             "or the reference): the KL would be measured from another place. Start from the model that the first run "
             "started from; the checkpoint brings the trained weights itself."
         )
-    settings, present = saved.facts.get("settings") or {}, facts_of_the_run(trainer)["settings"]
+    settings, present = saved.facts.get("settings") or {}, facts_of_the_run(learner)["settings"]
     changed = [f"{key}={present[key]!r} (was {settings[key]!r})" for key in settings if settings[key] != present[key]]
     if changed:
         warnings.warn(
@@ -85,8 +83,8 @@ def check_sameness(trainer: "rlhf_ppo.trainer.PPOTrainer", saved: Saved) -> None
         )
 
 
-def _check_parameters(trainer: "rlhf_ppo.trainer.PPOTrainer", saved: Saved) -> None:
-    known = {name: (tuple(value.shape), value.dtype) for name, value in trained_parameters(trainer).items()}
+def _check_parameters(learner: PPOLearner, saved: Saved) -> None:
+    known = {name: (tuple(value.shape), value.dtype) for name, value in trained_parameters(learner).items()}
     found = {name: (tuple(value.shape), value.dtype) for name, value in saved.weights.items()}
     for name in sorted(known.keys() | found.keys()):
         if known.get(name) != found.get(name):
@@ -101,11 +99,11 @@ def _described(entry: tuple[tuple[int, ...], torch.dtype] | None) -> str:
     return "nothing" if entry is None else f"shape {entry[0]} {str(entry[1]).removeprefix('torch.')}"
 
 
-def _check_optimizer(trainer: "rlhf_ppo.trainer.PPOTrainer", saved: Saved) -> None:
+def _check_optimizer(learner: PPOLearner, saved: Saved) -> None:
     groups: list[dict[str, Any]] = saved.optimizer["param_groups"]
-    parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in groups for index in group["params"]]
-    sizes = [len(group["params"]) for group in trainer.optimizer.param_groups]
+    sizes = [len(group["params"]) for group in learner.optimizer.param_groups]
     if [len(group["params"]) for group in groups] != sizes:
         raise CheckpointError(
             f"{saved.path.name} holds an optimiser of {len(indices)} parameters in {len(groups)} groups, this run's "

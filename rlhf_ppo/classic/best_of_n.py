@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_ppo.classic.helpers import set_seed
 from rlhf_ppo.models import SUPPORTED_ARCHITECTURES
+from rlhf_ppo.utils.seeding import set_seed
 
 Queries = Sequence[int] | Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 

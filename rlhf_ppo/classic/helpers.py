@@ -1,6 +1,5 @@
-"""Small helpers that scripts around PPO use: random lengths, seeds, plain sampling."""
+"""Small helpers that classic scripts use: random lengths and plain sampling."""
 
-import random
 from typing import Any
 
 import numpy as np
@@ -31,13 +30,6 @@ class LengthSampler:
 
     def __call__(self) -> int:
         return int(np.random.choice(self.values))
-
-
-def set_seed(seed: int) -> None:
-    """Seed Python's, numpy's and torch's global generators (every device's)."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 @torch.no_grad()

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from rlhf_ppo.functional import (
     entropy_from_logits,
@@ -24,24 +22,16 @@ from rlhf_ppo.functional import (
     value_loss,
     whiten,
 )
-from rlhf_ppo.learner.config import PPOConfig
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.rollout.checks import Limits, check_step_inputs
 
 _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
 
 
-class ClassicPieces:
-    """Abstract: the trainer supplies the attributes."""
+class ClassicInnerMethods(PPOLearner):
+    """The methods that the classic's `step` was made of."""
 
-    config: PPOConfig
-    accelerator: Accelerator
-    model: Any
-    tokenizer: Any
     data_collator: Any
-    kl_ctl: Any
-    optimizer: Optimizer
-    current_device: torch.device
-    is_encoder_decoder: bool
 
     def prepare_model_inputs(self, queries: list[Tensor], responses: list[Tensor]) -> dict[str, Tensor]:
         """Queries and responses joined and padded on the tokenizer's side: `input_ids`, `attention_mask` [B, L]."""
@@ -157,7 +147,7 @@ class ClassicPieces:
         return moved[0], moved[1], moved[2], None if masks is None else [row.to(self.current_device) for row in masks]
 
     def _padded(self, rows: list[Tensor]) -> dict[str, Tensor]:
-        features = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+        features: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
         padded = self.tokenizer.pad(features, padding=True, return_tensors="pt")
         return {name: padded[name].to(self.current_device) for name in ("input_ids", "attention_mask")}
 

@@ -3,59 +3,29 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.classic.generate import generate_responses
-from rlhf_ppo.classic.inner_methods import ClassicPieces
-from rlhf_ppo.distributed.collectives import Processes
-from rlhf_ppo.learner.config import PPOConfig
-from rlhf_ppo.learner.trackers import Trackers
-from rlhf_ppo.models import PreTrainedModelWrapper
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
+from rlhf_ppo.classic.inner_methods import ClassicInnerMethods
+from rlhf_ppo.learner.model_card import write_model_card
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 
 _EXTRA_COLUMNS = ("label", "query", "response")
 
 
-class ClassicSurface(ClassicPieces):
-    """Methods of `PPOTrainer` beside `step` and `train`. Abstract: the trainer supplies the attributes."""
+class ClassicSurface(ClassicInnerMethods):
+    """Methods of `PPOTrainer` beside `step` and `train`, under the names of the classic trainer."""
 
-    config: PPOConfig
-    accelerator: Accelerator
-    model: PreTrainedModelWrapper
-    ref_model: PreTrainedModelWrapper | None
-    tokenizer: PreTrainedTokenizerBase
-    optimizer: "Optimizer"
-    current_device: torch.device
-    current_step: int
     compare_step: int = 0
     """Steps that `push_to_hub_if_best_kwargs` has seen."""
     highest_reward: float = -float("inf")
     """Best mean score among those compared."""
-    is_distributed: bool
-    processes: Processes
-    trackers: Trackers
-
-    reference_at_hand: Callable[[], AbstractContextManager[object]]
-
-    def whole_parameters(self, *, of_the_reference: bool = False) -> AbstractContextManager[None]:
-        """The trainer's, for models of which a process holds only parts."""
-        raise NotImplementedError
-
-    def whole_state(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """The trainer's, for models of which a process holds only parts."""
-        raise NotImplementedError
 
     def generate(
         self,
@@ -148,19 +118,9 @@ class ClassicSurface(ClassicPieces):
         if table:
             logs["game_log"] = _wandb_table([*columns, "reward"], [*table, scores.tolist()])
         self.current_step += 1
-        self._track(logs)
+        self.trackers.log(logs, self.current_step)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write model, value head, tokenizer and a model card; the folder loads as a plain causal LM too."""
-        with self.whole_state() as state:
-            if self.accelerator.is_main_process:
-                self.model.save_pretrained(save_directory, state_dict=state)
-        if not self.accelerator.is_main_process:
-            return
-        self.tokenizer.save_pretrained(save_directory)
-        self.create_model_card(str(save_directory))
-
-    _save_pretrained = save_pretrained
+    _save_pretrained = PPOLearner.save_pretrained
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
         """Push model and tokenizer to the hub."""
@@ -170,23 +130,7 @@ class ClassicSurface(ClassicPieces):
 
     def create_model_card(self, path: str, model_name: str | None = None) -> None:
         """Write `README.md` with what was trained and how to load it."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "README.md").write_text(_MODEL_CARD.format(name=model_name or folder.name), encoding="utf-8")
-
-    def _track(self, logs: Mapping[str, Any]) -> None:
-        self.trackers.begin()
-        self.trackers.step = self.current_step
-        values = dict(logs)
-        if self.config.log_with == "tensorboard":
-            # Accelerate's writer takes numbers and texts; distributions go to the writer itself.
-            arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
-            for name, value in arrays.items():
-                if value.size:
-                    writer.add_histogram(name, value, self.current_step)
-            values = {name: value for name, value in values.items() if name not in arrays}
-        self.accelerator.log(values, step=self.current_step)
+        write_model_card(Path(path), model_name)
 
     def _push_if_best(self, scores: Tensor) -> None:
         """Push the policy that earned these scores, before it is updated, if no batch scored better."""
@@ -218,23 +162,3 @@ def _wandb_table(columns: list[str], values: list[list[Any]]) -> Any:
     import wandb  # only there when the tracker is
 
     return wandb.Table(columns=columns, rows=[list(row) for row in zip(*values, strict=True)])
-
-
-_MODEL_CARD = """---
-library_name: transformers
-tags: [rlhf, ppo, rlhf_ppo]
----
-
-# {name}
-
-A language model fine-tuned with rlhf_ppo: token-level PPO with a KL penalty towards a frozen reference.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-With its value head, to train on: `rlhf_ppo.AutoModelForCausalLMWithValueHead.from_pretrained(...)`.
-"""

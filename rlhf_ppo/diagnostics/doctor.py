@@ -1,33 +1,32 @@
 """When the doctor looks by itself: once, at the first step, on the main process."""
 
 import logging
-from typing import TYPE_CHECKING
 
 from rlhf_ppo.diagnostics.findings import Diagnosis
 from rlhf_ppo.diagnostics.model_checks import examine_model
 from rlhf_ppo.diagnostics.text_checks import Specimen, examine_tokens
-
-if TYPE_CHECKING:
-    import rlhf_ppo.trainer
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 
 logger = logging.getLogger(__name__)
 
 
-def diagnose(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen) -> Diagnosis:
+def diagnose(learner: PPOLearner, batch: Specimen) -> Diagnosis:
     """All checks. Those that run the model are left out where a process holds only parts of it."""
-    tokens = examine_tokens(batch, trainer.tokenizer)
-    if trainer.processes.sharded:
+    tokens = examine_tokens(batch, learner.tokenizer)
+    if learner.processes.sharded:
         return tokens
     # A checkpoint that was loaded has an optimiser with a past.
-    model = examine_model(trainer, batch, is_fresh=not trainer.optimizer.state and not trainer.start.goes_on)
+    model = examine_model(learner, batch, is_fresh=not learner.optimizer.state and not learner.start.goes_on)
     return Diagnosis(findings=[*tokens.findings, *model.findings], checked=[*tokens.checked, *model.checked])
 
 
-def first_look(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen) -> Diagnosis | None:
-    """Diagnose the first batch of a trainer, and warn of what spoils the run; None afterwards and elsewhere."""
-    if trainer.diagnosis is not None or not trainer.config.diagnose or not trainer.accelerator.is_main_process:
-        return None
-    found = diagnose(trainer, batch)
-    for finding in found.warnings:
+def diagnose_first_batch(learner: PPOLearner, batch: Specimen) -> None:
+    """Diagnose the first batch of a learner on the main process, set `learner.diagnosis`, log what spoils the run.
+
+    Does nothing at later batches, and with `PPOConfig.diagnose` off.
+    """
+    if learner.diagnosis is not None or not learner.config.diagnose or not learner.accelerator.is_main_process:
+        return
+    learner.diagnosis = diagnose(learner, batch)
+    for finding in learner.diagnosis.warnings:
         logger.warning("The doctor found something in the first batch. %s", finding)
-    return found

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,28 +15,26 @@ from rlhf_ppo.algorithms import AlgorithmConfig
 from rlhf_ppo.algorithms import config as algorithm_settings
 from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.learner.finite_checks import broken_parameters
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.updates.nonfinite import NonFiniteUpdateError
-
-if TYPE_CHECKING:
-    import rlhf_ppo.trainer
 
 FORMAT = 1
 FACTS, BATCH, MODEL = "dump.json", "batch.safetensors", "model"
 
 
 @contextmanager
-def dumping(trainer: "rlhf_ppo.trainer.PPOTrainer") -> Iterator[None]:
+def dumping(learner: PPOLearner) -> Iterator[None]:
     """Inside, an update that gives up leaves a dump; the error names it. All processes enter together."""
     try:
         yield
     except NonFiniteUpdateError as error:
-        folder = trainer.dump_dir
+        folder = learner.dump_dir
         if folder is None:
             said = "For a dump that can be replayed, set `PPOConfig.dump_dir`."
         else:
-            path = write_dump(trainer, error, folder)
+            path = write_dump(learner, error, folder)
             said = f"Everything is in {path}; `python -m rlhf_ppo.replay {path}` computes it again."
-        broken = broken_parameters(trainer.model)
+        broken = broken_parameters(learner.model)
         if broken:
             said = f"The step before has already broken {', '.join(broken[:3])}: go back to a checkpoint. {said}"
         raise NonFiniteUpdateError(
@@ -44,18 +42,18 @@ def dumping(trainer: "rlhf_ppo.trainer.PPOTrainer") -> Iterator[None]:
         ) from error
 
 
-def write_dump(trainer: "rlhf_ppo.trainer.PPOTrainer", error: NonFiniteUpdateError, folder: Path) -> Path:
+def write_dump(learner: PPOLearner, error: NonFiniteUpdateError, folder: Path) -> Path:
     """Write `folder/dump-N`; every process calls it, the main one writes. Whole or absent: aside, then renamed."""
     number = len(list(folder.glob("dump-*")))
     final, aside = folder / f"dump-{number}", folder / f".dump-{number}.partial"
-    with trainer.whole_state() as state:
-        if trainer.accelerator.is_main_process:
+    with learner.whole_state() as state:
+        if learner.accelerator.is_main_process:
             aside.mkdir(parents=True, exist_ok=True)
-            trainer.model.save_pretrained(str(aside / MODEL), state_dict=state)
+            learner.model.save_pretrained(str(aside / MODEL), state_dict=state)
             save_file(_tensors(error.batch), aside / BATCH)
-            (aside / FACTS).write_text(json.dumps(_facts(trainer, error), indent=2), encoding="utf-8")
+            (aside / FACTS).write_text(json.dumps(_facts(learner, error), indent=2), encoding="utf-8")
             aside.rename(final)
-    trainer.accelerator.wait_for_everyone()
+    learner.accelerator.wait_for_everyone()
     return final
 
 
@@ -101,8 +99,8 @@ def _tensors(batch: TrainBatch) -> dict[str, Tensor]:
     return found
 
 
-def _facts(trainer: "rlhf_ppo.trainer.PPOTrainer", error: NonFiniteUpdateError) -> dict[str, Any]:
-    config = trainer.config
+def _facts(learner: PPOLearner, error: NonFiniteUpdateError) -> dict[str, Any]:
+    config = learner.config
     return {
         "format": FORMAT,
         "message": str(error),
@@ -113,13 +111,13 @@ def _facts(trainer: "rlhf_ppo.trainer.PPOTrainer", error: NonFiniteUpdateError) 
             if isinstance(value := getattr(error.batch, item.name), int | float)
         },
         "metrics": {name: repr(value) for name, value in error.metrics.items()},  # JSON has no nan
-        "algorithm": _encoded(trainer.algorithm_config),
-        "update": trainer.algorithm.update.state_dict(),
-        "minibatch": asdict(trainer.config.minibatch()),
+        "algorithm": _encoded(learner.algorithm_config),
+        "update": learner.algorithm.update.state_dict(),
+        "minibatch": asdict(learner.config.minibatch()),
         "scoring": {"temperature": config.temperature, "chunk_size": config.logits_chunk_size},
         "gradient_checkpointing": config.gradient_checkpointing,
-        "mixed_precision": trainer.accelerator.mixed_precision,
-        "processes": trainer.accelerator.num_processes,
-        "is_encoder_decoder": trainer.is_encoder_decoder,
-        "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+        "mixed_precision": learner.accelerator.mixed_precision,
+        "processes": learner.accelerator.num_processes,
+        "is_encoder_decoder": learner.is_encoder_decoder,
+        "dtype": str(next(learner.model.parameters()).dtype).removeprefix("torch."),
     }

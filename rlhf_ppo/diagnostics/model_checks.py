@@ -1,13 +1,12 @@
 """The doctor's checks that run the model: is a token's probability the same wherever it is computed?
 
-Each row is scored alone, without padding, by the model itself; then by the trainer, and once more the way an update
+Each row is scored alone, without padding, by the model itself; then by the learner, and once more the way an update
 does. What the sampler reports, and what can be read off the tokens drawn, must agree with that.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,11 +16,9 @@ from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.diagnostics.findings import Diagnosis, Finding, finding
 from rlhf_ppo.diagnostics.resampled_logprobs import Drawn, draw_again
 from rlhf_ppo.diagnostics.text_checks import Specimen, actions, select
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.experience import Scorer
-
-if TYPE_CHECKING:
-    import rlhf_ppo.trainer
 
 ROWS, TOKENS = 8, 256
 """At most so many rows and response tokens are looked at."""
@@ -29,21 +26,21 @@ RARE = math.log(1e-6)
 """log-probability under which an honest sampler does not do what was seen."""
 
 
-def examine_model(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen, *, is_fresh: bool) -> Diagnosis:
+def examine_model(learner: PPOLearner, batch: Specimen, *, is_fresh: bool) -> Diagnosis:
     """Every check that runs the model, on the first rows.
 
     Args:
-        trainer: Whose policy; its parameters must be whole on this process.
+        learner: Whose policy; its parameters must be whole on this process.
         batch: What was drawn.
         is_fresh: Whether nothing has been learned yet, so that policy and reference must agree.
     """
     part = select(batch, rows=ROWS, tokens=TOKENS)
-    policy: TokenPolicy = trainer.accelerator.unwrap_model(trainer.policy)
-    device = trainer.current_device
+    policy: TokenPolicy = learner.accelerator.unwrap_model(learner.policy)
+    device = learner.current_device
     inputs = TokenInputs(prompts=part.prompts, responses=part.responses).to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        drawn = draw_again(trainer, policy, part)
-        scorer = _unwrapped(trainer, policy)
+        drawn = draw_again(learner, policy, part)
+        scorer = _unwrapped(learner, policy)
         scored = scorer(inputs)
         with torch.enable_grad(), saved_tensors_hooks(_forget, _refuse):  # as an update runs it, and nothing is kept
             updated = scorer.passes(policy, inputs).logprobs.detach()
@@ -51,16 +48,16 @@ def examine_model(trainer: "rlhf_ppo.trainer.PPOTrainer", batch: Specimen, *, is
         actions(part, [row[: len(tokens)].float() for row, tokens in zip(values, part.responses, strict=True)])
         for values in (scored.logprobs, scored.ref_logprobs, updated)
     )
-    tolerance = 1e-3 if drawn.logprobs.dtype == torch.float32 and _is_full_precision(trainer) else 0.1
+    tolerance = 1e-3 if drawn.logprobs.dtype == torch.float32 and _is_full_precision(learner) else 0.1
     findings = [*_padding(own, drawn.logprobs, tolerance), *_ratio(own, update, tolerance)]
     findings += (
-        _sampler(part, drawn.logprobs, tolerance, trainer.config.importance_sampling_cap)
+        _sampler(part, drawn.logprobs, tolerance, learner.config.importance_sampling_cap)
         if part.logprobs is not None
         else []
     )
-    findings += _settings(part, trainer.config.temperature)
+    findings += _settings(part, learner.config.temperature)
     findings += _draws(drawn) if not findings or all(finding.severity == "note" for finding in findings) else []
-    findings += _reference(own, reference, tolerance, trainer.is_peft_model) if is_fresh else []
+    findings += _reference(own, reference, tolerance, learner.is_peft_model) if is_fresh else []
     known = {"sampler": part.logprobs is not None, "sampling": part.sampling is not None, "reference": is_fresh}
     return Diagnosis(findings=findings, checked=["padding", "ratio", "draws", *(name for name in known if known[name])])
 
@@ -124,10 +121,10 @@ def _reference(own: Tensor, reference: Tensor, tolerance: float, is_peft: bool) 
     return [finding("reference", said, cause=adapters if is_peft else None)] if gap > tolerance else []
 
 
-def _unwrapped(trainer: "rlhf_ppo.trainer.PPOTrainer", policy: TokenPolicy) -> Scorer:
+def _unwrapped(learner: PPOLearner, policy: TokenPolicy) -> Scorer:
     """The trainer's scorer without the wrappers in which one process waits for the others."""
-    scorer = trainer.scorer
-    reference = None if scorer.reference is None else trainer.accelerator.unwrap_model(scorer.reference)
+    scorer = learner.scorer
+    reference = None if scorer.reference is None else learner.accelerator.unwrap_model(scorer.reference)
     return replace(scorer, policy=policy, reference=reference, kl_penalty="kl")
 
 
@@ -139,7 +136,7 @@ def _refuse(_: None) -> Tensor:
     raise RuntimeError("expected no backward pass from the doctor's look, got one: its tensors were not kept")
 
 
-def _is_full_precision(trainer: "rlhf_ppo.trainer.PPOTrainer") -> bool:
-    kinds: Sequence[torch.dtype] = [parameter.dtype for parameter in trainer.model.parameters()]
-    mixed = trainer.accelerator.mixed_precision != "no"
+def _is_full_precision(learner: PPOLearner) -> bool:
+    kinds: Sequence[torch.dtype] = [parameter.dtype for parameter in learner.model.parameters()]
+    mixed = learner.accelerator.mixed_precision != "no"
     return not mixed and all(kind in (torch.float32, torch.float64) for kind in kinds)

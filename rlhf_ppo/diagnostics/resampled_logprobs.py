@@ -5,19 +5,17 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_ppo.diagnostics.text_checks import Specimen
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.models.trunk import start_token_of
 from rlhf_ppo.samplers.base import EvalMode
-
-if TYPE_CHECKING:
-    import rlhf_ppo.trainer
 
 ENTRIES = 2**21
 """At most so many logits come from the model at once: 8 MiB in float32."""
@@ -83,15 +81,15 @@ class Drawn:
         return rank, of_rank, mass, of_mass
 
 
-def draw_again(trainer: "rlhf_ppo.trainer.PPOTrainer", policy: TokenPolicy, part: Specimen) -> Drawn:
+def draw_again(learner: PPOLearner, policy: TokenPolicy, part: Specimen) -> Drawn:
     """Each row through the language model by itself, without padding, masks or packing, some positions at a time."""
 
     def look() -> Distributions:
         masks = part.masks or [torch.ones(len(response), dtype=torch.bool) for response in part.responses]
         for prompt, response, mask in zip(part.prompts, part.responses, masks, strict=True):
-            prompt, response = (tokens.to(trainer.current_device) for tokens in (prompt, response))
-            for rows, call in _calls(policy, prompt, response, trainer.limits.vocab_size or 1):
-                with torch.no_grad(), EvalMode(policy), trainer.accelerator.autocast():
+            prompt, response = (tokens.to(learner.current_device) for tokens in (prompt, response))
+            for rows, call in _calls(policy, prompt, response, learner.limits.vocab_size or 1):
+                with torch.no_grad(), EvalMode(policy), learner.accelerator.autocast():
                     logits = call()
                 ours = mask[rows].to(logits.device)
                 size = max(1, PART // logits.shape[-1])

@@ -1,9 +1,9 @@
 """Frozen models between the phases that read them: whole where they compute, in parts, or waiting in main memory."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +13,8 @@ from trl.models.utils import prepare_deepspeed
 
 from rlhf_ppo.distributed.deepspeed import keep_head_whole
 from rlhf_ppo.distributed.fsdp import settle, sharing_out
-from rlhf_ppo.learner.config import ReferencePlacement
-from rlhf_ppo.rewards.sources import Sources, combine
+
+ReferencePlacement: TypeAlias = Literal["auto", "whole", "sharded", "offloaded"]
 
 
 class Waiting:
@@ -126,37 +126,3 @@ def _in_zero_parts(module: nn.Module, accelerator: Accelerator) -> nn.Module:
     parted: nn.Module = prepare_deepspeed(module, accelerator)
     keep_head_whole(module)
     return parted
-
-
-@contextmanager
-def waiting_sources(sources: Sources) -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """Inside, the models of reward sources wait in main memory; what is yielded brings them to their devices.
-
-    A source's models are itself or its attributes, where these are modules.
-    """
-    models = [model for item in combine(sources) for model in _models(item.source) if _device(model) is not None]
-    waiting = [Waiting(model, _device(model) or torch.device("cpu")) for model in models]
-
-    @contextmanager
-    def at_hand() -> Iterator[None]:
-        with ExitStack() as stack:
-            for model in waiting:
-                stack.enter_context(model.at_hand())
-            yield
-
-    try:
-        yield at_hand
-    finally:
-        for model in waiting:
-            model.go_home()
-
-
-def _device(model: nn.Module) -> torch.device | None:
-    parameter = next(model.parameters(), None)
-    return None if parameter is None else parameter.device
-
-
-def _models(source: Any) -> list[nn.Module]:
-    if isinstance(source, nn.Module):
-        return [source]
-    return [value for value in getattr(source, "__dict__", {}).values() if isinstance(value, nn.Module)]

@@ -5,15 +5,14 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
+from rlhf_ppo.distributed.placement import ReferencePlacement
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, Controller, FixedKLController
 from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, check_placement
 from rlhf_ppo.updates import MinibatchConfig
 from rlhf_ppo.utils.field_types import check_fields
-
-ReferencePlacement: TypeAlias = Literal["auto", "whole", "sharded", "offloaded"]
 
 
 @dataclass

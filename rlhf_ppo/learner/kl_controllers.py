@@ -1,7 +1,8 @@
-"""Coefficients that follow a measured KL: to the reference (in the reward), or to the old policy (in the loss)."""
+"""KL coefficients of the reward: fixed, or adapted to hold the KL to the reference near a target."""
 
-import math
 from typing import Protocol, runtime_checkable
+
+from rlhf_ppo.algorithms.penalty_beta import check_finite_kl
 
 
 @runtime_checkable
@@ -77,7 +78,7 @@ class AdaptiveKLController:
         Raises:
             ValueError: The KL is not finite.
         """
-        _check_finite(current)
+        check_finite_kl(current)
         error = min(max(current / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_steps / self.horizon
 
@@ -88,59 +89,3 @@ class AdaptiveKLController:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from a saved coefficient."""
         self.value = state["value"]
-
-
-class PenaltyBeta:
-    """β of PPO-penalty, which holds the KL to the *old policy* near a target (Schulman et al. 2017, §4).
-
-        β ← β / 2   where KL < target / 1.5
-        β ← β · 2   where KL > target · 1.5
-
-    Args:
-        beta: β at the start, > 0.
-        target: Mean KL per action of one update, nats, > 0.
-
-    Raises:
-        ValueError: β or the target is not positive.
-    """
-
-    def __init__(self, beta: float, target: float) -> None:
-        if not (beta > 0 and target > 0):
-            raise ValueError(
-                f"beta and target must be > 0, got beta={beta}, target={target}: β only doubles and halves, so "
-                "from 0 it never moves. The article starts at beta=1.0 with targets of 0.003 to 0.03."
-            )
-        self.value = beta
-        self.target = target
-
-    def update(self, current: float, n_steps: int = 1) -> None:
-        """Follow the mean KL(π_old || π_θ) per action after an update.
-
-        Args:
-            current: The KL, nats.
-            n_steps: Not used: the rule looks at one update at a time.
-
-        Raises:
-            ValueError: The KL is not finite.
-        """
-        _check_finite(current)
-        if current < self.target / 1.5:
-            self.value /= 2
-        elif current > self.target * 1.5:
-            self.value *= 2
-
-    def state_dict(self) -> dict[str, float]:
-        """The current β; the target belongs to the configuration."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a saved β."""
-        self.value = state["value"]
-
-
-def _check_finite(current: float) -> None:
-    if not math.isfinite(current):
-        raise ValueError(
-            f"expected a finite KL, got {current}: the coefficient would be {current} for the rest of the run. "
-            "The log-probabilities of this iteration are broken; look at the step's loss and gradient norm."
-        )

@@ -1,7 +1,9 @@
 """Accelerate's trackers: begun once, told no secrets, and continued by a run that is resumed."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from rlhf_ppo.learner.config import PPOConfig
@@ -14,17 +16,14 @@ class Trackers:
     Args:
         accelerator: Has them.
         config: Names them; its settings are what they show of the run.
-        at_once: Begin now. Else with the first line that is logged, when a resumed run knows what it goes on from.
     """
 
-    def __init__(self, accelerator: Accelerator, config: PPOConfig, *, at_once: bool = False) -> None:
+    def __init__(self, accelerator: Accelerator, config: PPOConfig) -> None:
         self.accelerator, self.config = accelerator, config
         self.step = 0
         """Newest step that was logged."""
         self._begun = config.log_with is None
         self._before: dict[str, Any] = {}
-        if at_once:
-            self.begin()
 
     def begin(self) -> None:
         """Start them, or the runs of the checkpoint again; later calls do nothing.
@@ -44,6 +43,21 @@ class Trackers:
             again = {"purge_step": int(self._before["step"]) + 1}
             arguments["tensorboard"] = again | arguments.get("tensorboard", {})
         self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=arguments)
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Send one step's values; NumPy arrays are distributions, which TensorBoard shows as histograms."""
+        self.begin()
+        self.step = step
+        values = dict(values)
+        if self.config.log_with == "tensorboard":
+            # Accelerate's writer takes numbers and texts; distributions go to the writer itself.
+            arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+            for name, value in arrays.items():
+                if value.size:
+                    writer.add_histogram(name, value, step)
+            values = {name: value for name, value in values.items() if name not in arrays}
+        self.accelerator.log(values, step=step)
 
     def state_dict(self) -> dict[str, Any]:
         """The id of the run, where the tracker gives one, and the newest step."""

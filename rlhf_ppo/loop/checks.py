@@ -2,26 +2,23 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from rlhf_ppo.distributed.collectives import Processes
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.config import TrainConfig
 from rlhf_ppo.rewards.failures import RewardFailures
 from rlhf_ppo.rewards.sources import RewardSourceError, Sources, combine
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.decode_support import check_positions
 
-if TYPE_CHECKING:
-    import rlhf_ppo.trainer
-
 MOST_LOST = 3
 """Rollouts in a row without one usable score, after which the run ends."""
 
 
 def check_inputs(
-    trainer: "rlhf_ppo.trainer.PPOTrainer",
+    learner: PPOLearner,
     config: TrainConfig,
     *,
     prompts: PromptDataset,
@@ -48,16 +45,16 @@ def check_inputs(
             f"eval_every={config.eval_every}: the score could run away unseen. Pass `judges=` to train() and set "
             "eval_every, or leave guards.judge without a limit."
         )
-    vocab_size = trainer.limits.vocab_size
+    vocab_size = learner.limits.vocab_size
     if vocab_size is not None and any(token >= vocab_size for token in config.sampling.stop_token_ids):
         raise ValueError(
             f"expected stop_token_ids below the model's vocabulary of {vocab_size}, got "
             f"{config.sampling.stop_token_ids}: no response would ever stop. Take them from the model's own tokenizer."
         )
-    if not trainer.is_encoder_decoder:
+    if not learner.is_encoder_decoder:
         sets = [prompts] if eval_prompts is None else [prompts, eval_prompts]
         longest = max(dataset.longest for dataset in sets)
-        check_positions(trainer.model.pretrained_model.config, longest + config.sampling.max_new_tokens)
+        check_positions(learner.model.pretrained_model.config, longest + config.sampling.max_new_tokens)
 
 
 @dataclass

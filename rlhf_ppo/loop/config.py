@@ -2,17 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from rlhf_ppo.diagnostics.guards import Guards
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.rewards.failures import RAISE, RewardFailures
 from rlhf_ppo.rollout.collect import MissingEOS
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.utils.field_types import check_fields
-
-if TYPE_CHECKING:
-    import rlhf_ppo.trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,32 +106,32 @@ class TrainState:
     """Whether it was stopped by a signal or the time limit: the same call goes on from the checkpoint."""
 
 
-Callback: TypeAlias = Callable[["rlhf_ppo.trainer.PPOTrainer", TrainState], object]
+Callback: TypeAlias = Callable[[PPOLearner, TrainState], object]
 """Called after every iteration; returning True stops the loop. With `state_dict` and `load_state_dict`, it is saved."""
 
 
-def check_settings(trainer: "rlhf_ppo.trainer.PPOTrainer", config: TrainConfig) -> None:
+def check_settings(learner: PPOLearner, config: TrainConfig) -> None:
     """Refuse settings that do not go together.
 
     Raises:
         ValueError: Naming both, before anything is drawn.
     """
     sampling = config.sampling
-    vocab_size = trainer.limits.vocab_size
-    if vocab_size is not None and len(trainer.tokenizer) > vocab_size:
+    vocab_size = learner.limits.vocab_size
+    if vocab_size is not None and len(learner.tokenizer) > vocab_size:
         raise ValueError(
-            f"the tokenizer's ids go up to {len(trainer.tokenizer) - 1}, but the model has {vocab_size} embeddings: "
+            f"the tokenizer's ids go up to {len(learner.tokenizer) - 1}, but the model has {vocab_size} embeddings: "
             "they do not belong together. Load the model's own tokenizer, or resize the model's token embeddings."
         )
-    if sampling.temperature != trainer.config.temperature:
+    if sampling.temperature != learner.config.temperature:
         raise ValueError(
-            f"sampling.temperature is {sampling.temperature}, PPOConfig.temperature {trainer.config.temperature}: "
+            f"sampling.temperature is {sampling.temperature}, PPOConfig.temperature {learner.config.temperature}: "
             "probability ratios and KL would be those of another distribution. Give both the same value."
         )
-    if trainer.config.batch_size % sampling.num_return_sequences:
+    if learner.config.batch_size % sampling.num_return_sequences:
         raise ValueError(
-            f"batch_size {trainer.config.batch_size} must be a multiple of num_return_sequences "
+            f"batch_size {learner.config.batch_size} must be a multiple of num_return_sequences "
             f"{sampling.num_return_sequences}: a prompt's responses stand in one batch"
         )
-    if trainer.algorithm.needs_groups and sampling.num_return_sequences < 2:
+    if learner.algorithm.needs_groups and sampling.num_return_sequences < 2:
         raise ValueError("this algorithm compares responses to one prompt: set num_return_sequences to 2 or more")

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 from rlhf_ppo.checkpoints.lock import only_run_in
 from rlhf_ppo.checkpoints.resume import (
@@ -13,10 +12,8 @@ from rlhf_ppo.checkpoints.resume import (
     restore_checkpoint,
     save_checkpoint,
 )
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    import rlhf_ppo.trainer
 
 Parts = Callable[[], Mapping[str, Stateful]]
 
@@ -25,7 +22,7 @@ class RunKeeper:
     """Writes checkpoints and records of one run, and finds the newest checkpoint again.
 
     Args:
-        trainer: Whose state is saved.
+        learner: Whose state is saved.
         output_dir: Run folder, made when missing; None: nothing is written.
         shared: State that is the same on every process, beside the trainer's.
         own: State that each process has for itself.
@@ -37,17 +34,17 @@ class RunKeeper:
 
     def __init__(
         self,
-        trainer: "rlhf_ppo.trainer.PPOTrainer",
+        learner: PPOLearner,
         output_dir: str | None,
         *,
         shared: Parts,
         own: Parts,
         keep_last: int,
     ) -> None:
-        self.trainer, self.keep_last = trainer, keep_last
+        self.learner, self.keep_last = learner, keep_last
         self.shared, self.own = shared, own
         self.folder = None if output_dir is None else RunFolder.create(output_dir)
-        if self.folder is not None and trainer.accelerator.is_main_process:
+        if self.folder is not None and learner.accelerator.is_main_process:
             self.folder.check_writable()
         self.owes_checkpoint = False
         """Whether a checkpoint could not be written when it was due."""
@@ -63,23 +60,23 @@ class RunKeeper:
         with ExitStack() as held:
 
             def hold() -> None:
-                if self.folder is not None and self.trainer.accelerator.is_main_process:
+                if self.folder is not None and self.learner.accelerator.is_main_process:
                     held.enter_context(only_run_in(self.folder.path))
 
-            self.trainer.processes.together(hold)
+            self.learner.processes.together(hold)
             yield
 
     def restore(self) -> Restored | None:
         """Go on from the newest whole checkpoint, if there is one; later lines of the metrics are dropped."""
         if self.folder is None:
             return None
-        found = restore_checkpoint(self.trainer, self.folder.path, shared=self.shared(), own=self.own())
+        found = restore_checkpoint(self.learner, self.folder.path, shared=self.shared(), own=self.own())
         if found is None:
             return None
         self._newest = found.iteration
-        if self.trainer.accelerator.is_main_process:
+        if self.learner.accelerator.is_main_process:
             self.folder.resume_from(found.iteration)
-        self.trainer.accelerator.wait_for_everyone()
+        self.learner.accelerator.wait_for_everyone()
         return found
 
     def save(self, iteration: int, *, must: bool) -> None:
@@ -96,7 +93,7 @@ class RunKeeper:
             return
         try:
             save_checkpoint(
-                self.trainer, self.folder.path, iteration=iteration, shared=self.shared(), own=self.own(),
+                self.learner, self.folder.path, iteration=iteration, shared=self.shared(), own=self.own(),
                 keep_last=self.keep_last,
             )  # fmt: skip
         except CheckpointNotWrittenError as error:
@@ -109,7 +106,7 @@ class RunKeeper:
 
     def write(self, iteration: int, action: Callable[[RunFolder], object]) -> None:
         """Write into the run folder from the main process; a full disk costs lines of it, not the run."""
-        if self.folder is None or not self.trainer.accelerator.is_main_process:
+        if self.folder is None or not self.learner.accelerator.is_main_process:
             return
         try:
             action(self.folder)

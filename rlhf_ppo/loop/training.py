@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
@@ -12,9 +11,10 @@ from tqdm.auto import tqdm
 from rlhf_ppo.checkpoints.best import BestModels
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
 from rlhf_ppo.checkpoints.resume import Stateful
+from rlhf_ppo.diagnostics.doctor import diagnose_first_batch
 from rlhf_ppo.diagnostics.guards import GuardWatch, Verdict, repetition, with_budget
 from rlhf_ppo.diagnostics.text_checks import Specimen
-from rlhf_ppo.distributed.placement import waiting_sources
+from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import scalars
 from rlhf_ppo.loop.checks import LostRollouts, check_inputs
 from rlhf_ppo.loop.config import Callback, TrainConfig, TrainState, check_settings
@@ -23,14 +23,12 @@ from rlhf_ppo.loop.run_keeper import RunKeeper
 from rlhf_ppo.loop.sampling import collector_for
 from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
 from rlhf_ppo.loop.token_traces import token_traces
+from rlhf_ppo.rewards.offload import waiting_sources
 from rlhf_ppo.rewards.sources import Scores, Sources, combine
 from rlhf_ppo.rollout.collect import Collected
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
 from rlhf_ppo.rollout.rebalance import shared_out
 from rlhf_ppo.samplers.base import Sampler
-
-if TYPE_CHECKING:
-    import rlhf_ppo.trainer
 
 __all__ = ["Callback", "TrainConfig", "TrainState", "TrainingLoop"]
 
@@ -40,7 +38,7 @@ class TrainingLoop:
     """One call of `PPOTrainer.train`: wiring in the order of the data.
 
     Args:
-        trainer: Whose `learn` is the optimisation step.
+        learner: Whose `learn` is the optimisation step.
         prompts: What is answered.
         rewards: Who scores the answers.
         config: How long, how often, where to.
@@ -50,7 +48,7 @@ class TrainingLoop:
         sampler: Who draws responses; None: the own decode loop.
     """
 
-    trainer: "rlhf_ppo.trainer.PPOTrainer"
+    learner: PPOLearner
     prompts: PromptDataset
     rewards: Sources
     config: TrainConfig
@@ -60,31 +58,31 @@ class TrainingLoop:
     sampler: Sampler | None = None
 
     def __post_init__(self) -> None:
-        trainer, sampling, config = self.trainer, self.config.sampling, self.config
-        check_settings(trainer, config)
+        learner, sampling, config = self.learner, self.config.sampling, self.config
+        check_settings(learner, config)
         check_inputs(
-            trainer, config, prompts=self.prompts, eval_prompts=self.eval_prompts, rewards=self.rewards,
+            learner, config, prompts=self.prompts, eval_prompts=self.eval_prompts, rewards=self.rewards,
             judges=self.judges,
         )  # fmt: skip
-        accelerator, seed = trainer.accelerator, trainer.config.seed
-        self.collector = collector_for(trainer, config, self.sampler)
+        accelerator, seed = learner.accelerator, learner.config.seed
+        self.collector = collector_for(learner, config, self.sampler)
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.order = PromptSampler(
-            len(self.prompts), batch_size=trainer.config.batch_size // sampling.num_return_sequences, seed=seed,
+            len(self.prompts), batch_size=learner.config.batch_size // sampling.num_return_sequences, seed=seed,
             rank=accelerator.process_index, world_size=accelerator.num_processes, lengths=self.prompts.lengths,
         )  # fmt: skip
         self.keeper = RunKeeper(
-            trainer, config.output_dir, shared=self.shared_parts, own=self.own_parts, keep_last=config.keep_last
+            learner, config.output_dir, shared=self.shared_parts, own=self.own_parts, keep_last=config.keep_last
         )
         folder = None if self.keeper.folder is None else self.keeper.folder.path
         self.best = BestModels(
             folder=folder, measure=config.keep_best or "score",
-            most=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=trainer.save_pretrained,
+            most=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=learner.save_pretrained,
             is_main_process=accelerator.is_main_process,
         )  # fmt: skip
         self.watch = GuardWatch(with_budget(config.guards, config.max_reference_kl))
-        self.lost = LostRollouts(trainer.processes, config.reward_failures)
-        trainer.dump_dir = trainer.dump_dir or folder
+        self.lost = LostRollouts(learner.processes, config.reward_failures)
+        learner.dump_dir = learner.dump_dir or folder
         self.state = TrainState()
         self.newest: tuple[Collected, Scores] | None = None
         self._request = StopRequest()
@@ -107,7 +105,7 @@ class TrainingLoop:
         limit = TimeLimit(self.config.max_time)
         bar = tqdm(
             total=self.config.iterations, initial=self.state.iteration, desc="PPO", unit="it",
-            disable=not (self.config.progress and self.trainer.accelerator.is_main_process),
+            disable=not (self.config.progress and self.learner.accelerator.is_main_process),
         )  # fmt: skip
         with bar, stop_on_signals() as self._request:
             while self.state.iteration < self.config.iterations and self.state.stopped is None:
@@ -135,7 +133,7 @@ class TrainingLoop:
     def shared_parts(self) -> dict[str, Stateful]:
         """What is the same on every process, beside the trainer's own."""
         return {
-            "prompts": self.order, "best": self.best, "trackers": self.trainer.trackers, "guards": self.watch,
+            "prompts": self.order, "best": self.best, "trackers": self.learner.trackers, "guards": self.watch,
             "lost": self.lost,
         }  # fmt: skip
 
@@ -168,8 +166,8 @@ class TrainingLoop:
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was sent a signal."""
-        asked = torch.tensor(float(self._request.asked), device=self.trainer.current_device)
-        return float(self.trainer.processes.reduce_sum(asked)) > 0
+        asked = torch.tensor(float(self._request.asked), device=self.learner.current_device)
+        return float(self.learner.processes.reduce_sum(asked)) > 0
 
     def _drop(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
         """Forget a rollout as if it had never begun, and stop."""
@@ -180,26 +178,26 @@ class TrainingLoop:
 
     def _rescue(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
         """Before an error in a rollout ends the run: save what was finished. Several processes cannot agree here."""
-        if self.trainer.accelerator.num_processes == 1:
+        if self.learner.accelerator.num_processes == 1:
             for name, part in parts.items():
                 part.load_state_dict(before[name])
             self.keeper.save(self.state.iteration, must=False)
 
     def _learn(self, collected: Collected, scores: Scores, times: dict[str, float]) -> None:
-        trainer = self.trainer
+        learner = self.learner
         start = time.perf_counter()
-        trainer.look_once(Specimen.of_rollout(collected, scores, self.config.sampling, self.rewards))
+        diagnose_first_batch(learner, Specimen.of_rollout(collected, scores, self.config.sampling, self.rewards))
         own = self.collector.responses(collected.samples, scores)
-        process, device = trainer.accelerator.process_index, trainer.current_device
-        responses = shared_out(own, trainer.processes.gather_objects, process, device)
-        statistics = trainer.learn(responses)
+        process, device = learner.accelerator.process_index, learner.current_device
+        responses = shared_out(own, learner.processes.gather_objects, process, device)
+        statistics = learner.learn(responses)
         self.newest = (collected, scores) if responses is own else None  # else: others' rows, without their texts
         self.state.iteration += 1
-        first, *others = trainer.processes.gather_objects([scores])
+        first, *others = learner.processes.gather_objects([scores])
         everyones: Scores = first.joined(others)
-        finished = trainer.processes.gather_objects(collected.samples.finished)
-        repeated = trainer.processes.gather_objects([repetition(row.tolist()) for row in collected.samples.responses])
-        metrics = scalars(statistics) | trainer.metrics | everyones.metrics() | times
+        finished = learner.processes.gather_objects(collected.samples.finished)
+        repeated = learner.processes.gather_objects([repetition(row.tolist()) for row in collected.samples.responses])
+        metrics = scalars(statistics) | learner.metrics | everyones.metrics() | times
         metrics |= {
             "env/reward_mean": float(everyones.total[~everyones.skipped].mean()),
             "env/rollouts_lost": float(self.lost.total),
@@ -212,16 +210,16 @@ class TrainingLoop:
         del self.state.history[: -self.config.keep_history]
 
     def _record(self) -> None:
-        trainer, metrics = self.trainer, self.state.metrics
-        trainer.current_step = self.state.iteration
-        trainer._track(metrics)
+        learner, metrics = self.learner, self.state.metrics
+        learner.current_step = self.state.iteration
+        learner.trackers.log(metrics, self.state.iteration)
         self.keeper.write(self.state.iteration, lambda folder: folder.append_metrics(self.state.iteration, metrics))
 
     def evaluate(self, *, seed: int = 0) -> Evaluation:
         """Answer the held-out prompts with the policy as it is; every process takes its share."""
         if self.eval_prompts is None:
             raise ValueError("there are no held-out prompts: pass `eval_prompts`")
-        accelerator = self.trainer.accelerator
+        accelerator = self.learner.accelerator
         if len(self.eval_prompts) < accelerator.num_processes:
             raise ValueError(
                 f"{accelerator.num_processes} processes share {len(self.eval_prompts)} held-out prompts: each needs "
@@ -229,10 +227,10 @@ class TrainingLoop:
             )
         rows = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
         found = evaluate(
-            self.collector, self.trainer.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
+            self.collector, self.learner.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
             seed=seed + 100003 * accelerator.process_index,
         )  # fmt: skip
-        return merged(self.trainer.processes.gather_objects([found]))
+        return merged(self.learner.processes.gather_objects([found]))
 
     def _after_iteration(self, limit: TimeLimit) -> None:
         config, state = self.config, self.state
@@ -258,7 +256,7 @@ class TrainingLoop:
 
     def _find_reason_to_stop(self, limit: TimeLimit, verdict: Verdict) -> None:
         state = self.state
-        wishes = [bool(callback(self.trainer, state)) for callback in self.callbacks]
+        wishes = [bool(callback(self.learner, state)) for callback in self.callbacks]
         is_near = limit.is_near()
         interruptions = {
             self._request.name or "signal": self._request.asked,
@@ -269,8 +267,8 @@ class TrainingLoop:
             verdict.stop or "guard": verdict.stop is not None,
         }
         # A wish of one process is a wish of all: nobody may go on alone.
-        asked = self.trainer.processes.reduce_sum(
-            torch.tensor([float(wish) for wish in reasons.values()], device=self.trainer.current_device)
+        asked = self.learner.processes.reduce_sum(
+            torch.tensor([float(wish) for wish in reasons.values()], device=self.learner.current_device)
         )
         if float(asked.sum()) > 0:
             first = int(asked.argmax())
@@ -278,13 +276,13 @@ class TrainingLoop:
 
     def _write_traces(self) -> None:
         """Some responses of the newest iteration, token by token."""
-        trainer = self.trainer
-        if self.newest is None or trainer.newest is None:
+        learner = self.learner
+        if self.newest is None or learner.newest is None:
             return
         collected, scores = self.newest
         kept = self.collector.kept(scores)
         traces = token_traces(
-            *trainer.newest, trainer.tokenizer, iteration=self.state.iteration,
+            *learner.newest, learner.tokenizer, iteration=self.state.iteration,
             prompts=[collected.prompts[row] for row in kept], scores=scores.total[kept].tolist(),
         )  # fmt: skip
         self.keeper.write(self.state.iteration, lambda folder: folder.append_tokens(traces))

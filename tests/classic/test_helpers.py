@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from rlhf_ppo import LengthSampler, respond_to_batch, set_seed
 from rlhf_ppo.classic.best_of_n import BestOfNSampler
-from rlhf_ppo.classic.helpers import LengthSampler, respond_to_batch, set_seed
 from rlhf_ppo.models import AutoModelForCausalLMWithValueHead
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 

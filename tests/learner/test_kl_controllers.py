@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, Controller, FixedKLController, PenaltyBeta
+from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
+from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, Controller, FixedKLController
 
 
 def test_the_adaptive_controller_follows_its_equation_and_clips_the_error() -> None:

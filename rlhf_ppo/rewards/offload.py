@@ -1,0 +1,45 @@
+"""Models of reward sources that wait on the CPU between the phases that score."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_ppo.distributed.placement import Waiting
+from rlhf_ppo.rewards.sources import Sources, combine
+
+
+@contextmanager
+def waiting_sources(sources: Sources) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+    """Inside, the models of reward sources wait in main memory; what is yielded brings them to their devices.
+
+    A source's models are itself or its attributes, where these are modules.
+    """
+    models = [model for item in combine(sources) for model in _models(item.source) if _device(model) is not None]
+    waiting = [Waiting(model, _device(model) or torch.device("cpu")) for model in models]
+
+    @contextmanager
+    def at_hand() -> Iterator[None]:
+        with ExitStack() as stack:
+            for model in waiting:
+                stack.enter_context(model.at_hand())
+            yield
+
+    try:
+        yield at_hand
+    finally:
+        for model in waiting:
+            model.go_home()
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    parameter = next(model.parameters(), None)
+    return None if parameter is None else parameter.device
+
+
+def _models(source: Any) -> list[nn.Module]:
+    if isinstance(source, nn.Module):
+        return [source]
+    return [value for value in getattr(source, "__dict__", {}).values() if isinstance(value, nn.Module)]
