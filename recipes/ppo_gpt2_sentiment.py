@@ -5,7 +5,7 @@ r"""All of RLHF in one script: a language model learns from a reward model to wr
     accelerate launch recipes/ppo_gpt2_sentiment.py --model lvwerra/gpt2-imdb \
         --reward-model lvwerra/distilbert-imdb --dataset stanfordnlp/imdb          # the classic pair, from the hub
 
-Five phases: (1) a small GPT-2 is trained on real reviews, (2) a reward model on preference pairs from labelled
+Five phases: (1) a small GPT-2 is trained on real reviews, (2) a reward model on preference pairs from labeled
 reviews, (3) held-out prompts are answered and judged, (4) token-level PPO against the frozen reference, (5) the same
 prompts again, and a report. Phases 1 and 2 are cached; an interrupted phase 4 goes on where it stopped.
 
@@ -49,7 +49,7 @@ class Config(SettingsByModel, AdapterSettings, GuardSettings, EngineSettings, Ru
     output_dir: str = "runs/ppo_gpt2_sentiment"
     """Run folder: model, metrics, samples, plots, report."""
     algorithm: stages.AlgorithmName = "ppo-clip"
-    """What is optimised."""
+    """What is optimized."""
     preset: stages.PresetName | None = None
     """Numbers of a published run (rlhf_ppo.presets) instead of those that suit the model."""
     seed: int = 0
@@ -75,7 +75,7 @@ def main(config: Config) -> dict[str, Estimates]:
 
     phase("language model")
     parts = split_reviews(load_reviews(config.dataset))
-    policy, tokenizer = stages.load_policy(config.model, chosen, config.quantisation)
+    policy, tokenizer = stages.load_policy(config.model, chosen, config.quantization)
 
     phase("reward model")
     reward, line = config.furnish(policy, config.reward_url or config.reward_model, parts)

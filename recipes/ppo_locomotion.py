@@ -42,7 +42,7 @@ class Config:
     env: str = "Hopper-v5"
     """Gymnasium's name of a task with a vector of observations."""
     algorithm: AlgorithmName = "ppo-clip"
-    """What is optimised."""
+    """What is optimized."""
     output_dir: str = "runs/ppo_locomotion"
     """Run folder: checkpoint, metrics, evaluation, pictures."""
     seed: int = 0
@@ -54,7 +54,7 @@ class Config:
     rollout_steps: int = 256
     """Steps in each of them between two updates."""
     minibatch_size: int = 64
-    """Steps of one optimiser step."""
+    """Steps of one optimizer step."""
     epochs: int = 10
     """Passes over a rollout; REINFORCE makes one."""
     learning_rate: RateByAlgorithm = None

@@ -1,4 +1,4 @@
-"""A reward model from labelled film reviews: pairs, training, held-out accuracy and the report card, in minutes.
+"""A reward model from labeled film reviews: pairs, training, held-out accuracy and the report card, in minutes.
 
     accelerate launch recipes/train_reward_model.py                                  # laptop CPU, no model hub
     accelerate launch recipes/train_reward_model.py --base gpt2 --learning-rate 1e-5  # GPUs, any model of the hub
@@ -58,7 +58,7 @@ class Config:
     epochs: float = 1.0
     """Passes over the pairs."""
     batch_size: int = 32
-    """Pairs in one optimiser step."""
+    """Pairs in one optimizer step."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights."""
     merge_adapter: bool = True

@@ -1,7 +1,7 @@
-"""Reward models from preference data: train, judge, normalise, serve, and score inside PPO."""
+"""Reward models from preference data: train, judge, normalize, serve, and score inside PPO."""
 
 from reward_model.config import RewardModelConfig
-from reward_model.contract import Contract, ContractError, Normalisation, TextRule
+from reward_model.contract import Contract, ContractError, Normalization, TextRule
 from reward_model.data import BadRow, Comparison
 from reward_model.model import RewardModel
 from reward_model.on_policy import reward_on_policy
@@ -13,7 +13,7 @@ __all__ = [
     "Comparison",
     "Contract",
     "ContractError",
-    "Normalisation",
+    "Normalization",
     "RewardModel",
     "RewardModelConfig",
     "TextRule",

@@ -22,7 +22,7 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
     """Model and tokenizer of `name` with a scalar head, in float32.
 
     A causal LM, an encoder without a head and a classifier with another number of labels get a fresh head
-    (`initialise_head`); a one-label classifier keeps its own.
+    (`initialize_head`); a one-label classifier keeps its own.
 
     Args:
         name: Hub name or folder.
@@ -51,7 +51,7 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
         ) from error
     missing = {str(key) for key in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
     if head_name(model) in missing or head_name(model).removesuffix(".weight") + ".bias" in missing:
-        initialise_head(model, seed=seed)
+        initialize_head(model, seed=seed)
     separate_padding(model, tokenizer)
     return model, tokenizer
 
@@ -78,7 +78,7 @@ def head_name(model: nn.Module) -> str:
     return f"{names[-1]}.weight"
 
 
-def initialise_head(model: nn.Module, *, seed: int) -> None:
+def initialize_head(model: nn.Module, *, seed: int) -> None:
     """Draw the head's weight from N(0, 1 / (d + 1)), that is standard deviation 1/sqrt(d + 1), and set its bias to 0.
 
     The first rewards then have a variance near 1, whatever the width d (Ziegler et al. 2019, their code; the 2020

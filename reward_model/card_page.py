@@ -178,7 +178,7 @@ def _draw_histogram(axis: Any, scores: Mapping[str, Sequence[float]]) -> None:
     options = {"bins": 40, "alpha": 0.6, "density": True}
     axis.hist(scores["chosen"], color="#2da44e", label="chosen", **options)
     axis.hist(scores["rejected"], color="#cf222e", label="rejected", **options)
-    axis.set(title="Scores (normalised)", xlabel="score", ylabel="density")
+    axis.set(title="Scores (normalized)", xlabel="score", ylabel="density")
     axis.legend(frameon=False)
 
 

@@ -38,7 +38,7 @@ class RewardModelConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     batch_size: int = 64
-    """Comparisons in one optimiser step, over all processes and micro-batches."""
+    """Comparisons in one optimizer step, over all processes and micro-batches."""
     micro_batch_size: int | None = None
     """Comparisons in one forward pass of one process; None: batch_size over the number of processes."""
     max_grad_norm: float = 1.0
@@ -56,7 +56,7 @@ class RewardModelConfig:
 
     label_smoothing: float = 0.0
     """Share of labels taken to be flipped."""
-    centring: float = 0.0
+    centering: float = 0.0
     """Weight of the penalty on (r_chosen + r_rejected)^2; 0.01 is usual."""
     tie_strength: float = 1.0
     """Davidson's nu, used when the data has ties: two equal completions tie with probability nu / (2 + nu)."""
@@ -83,7 +83,7 @@ class RewardModelConfig:
     progress: bool = True
     """Whether to show progress bars."""
     log_every: int = 10
-    """Optimiser steps between two logged losses."""
+    """Optimizer steps between two logged losses."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "learning_rate", "batch_size", "max_length", "max_grad_norm", "tie_strength", "log_every")
@@ -96,7 +96,7 @@ class RewardModelConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}.")
         if self.label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing must be < 0.5, got {self.label_smoothing}: above, worse becomes better.")
-        counts = ("lora_rank", "evaluations", "early_stop_patience", "checkpoints", "centring", "weight_decay")
+        counts = ("lora_rank", "evaluations", "early_stop_patience", "checkpoints", "centering", "weight_decay")
         for name in counts:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}.")
@@ -107,7 +107,7 @@ class RewardModelConfig:
             )
 
     def accumulation(self, processes: int) -> tuple[int, int]:
-        """(comparisons in one forward pass of one process, forward passes in one optimiser step).
+        """(comparisons in one forward pass of one process, forward passes in one optimizer step).
 
         Raises:
             ValueError: batch_size does not divide evenly.

@@ -48,7 +48,7 @@ class TextRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Normalisation:
+class Normalization:
     """score = gain · raw + bias, chosen so that reference texts have mean 0 and standard deviation 1."""
 
     gain: float = 1.0
@@ -60,16 +60,16 @@ class Normalisation:
     def __post_init__(self) -> None:
         if not (_is_number(self.gain) and _is_number(self.bias)):
             raise ContractError(
-                f"normalisation.gain and .bias must be finite numbers, got {self.gain!r:.40} and {self.bias!r:.40}: "
+                f"normalization.gain and .bias must be finite numbers, got {self.gain!r:.40} and {self.bias!r:.40}: "
                 "scores would mean nothing. Restore the file or train the model again."
             )
         if not self.gain > 0:
             raise ContractError(
-                f"normalisation.gain must be > 0, got {self.gain!r}: it would turn the order of all scores around."
+                f"normalization.gain must be > 0, got {self.gain!r}: it would turn the order of all scores around."
             )
 
     def apply(self, raw: float) -> float:
-        """The normalised score of a raw one."""
+        """The normalized score of a raw one."""
         return self.gain * raw + self.bias
 
 
@@ -85,7 +85,7 @@ class Contract:
     """Parameter name of the scalar head: a checkpoint without it is refused."""
     text: TextRule = field(default_factory=TextRule)
     tokenizer_sha256: str = ""
-    normalisation: Normalisation = field(default_factory=Normalisation)
+    normalization: Normalization = field(default_factory=Normalization)
     members: tuple[str, ...] = ()
     """Sub-folders of an ensemble's members."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class Contract:
         if not path.is_file():
             raise ContractError(
                 f"{path} does not exist: {folder} is not a reward model made by this package, so its template, "
-                "end-of-text rule and normalisation are unknown. Train one with `python -m reward_model.train`."
+                "end-of-text rule and normalization are unknown. Train one with `python -m reward_model.train`."
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -132,6 +132,9 @@ class Contract:
                 f"{path}: field format_version is {version!r}, this version of the package reads {FORMAT_VERSION}. "
                 "Use the version named in its field `versions`, or train the model again."
             )
+        if "normalisation" in values:  # as versions before 0.2 spelled it
+            values = {**values, "normalization": values["normalisation"]}
+            del values["normalisation"]
         known = {item.name for item in fields(cls)}
         wrong = sorted(set(values) ^ known)
         if wrong:
@@ -143,14 +146,14 @@ class Contract:
                     "as it was written. Restore it or train the model again."
                 )
         try:
-            parts = {"text": TextRule(**values["text"]), "normalisation": Normalisation(**values["normalisation"])}
+            parts = {"text": TextRule(**values["text"]), "normalization": Normalization(**values["normalization"])}
         except TypeError as error:
-            raise ContractError(f"{path}: field text or normalisation is malformed: {error}.") from error
+            raise ContractError(f"{path}: field text or normalization is malformed: {error}.") from error
         return cls(**(values | parts | {"members": tuple(values["members"])}))
 
 
 _KINDS: dict[str, type] = {
-    "base": str, "head": str, "text": dict, "tokenizer_sha256": str, "normalisation": dict, "members": list,
+    "base": str, "head": str, "text": dict, "tokenizer_sha256": str, "normalization": dict, "members": list,
     "data": dict, "metrics": dict, "versions": dict,
 }  # fmt: skip
 

@@ -16,8 +16,8 @@ from reward_model.text import Text
 Row = Mapping[str, Any]
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "margin", "weight", "preference", "tie", "source")
 RANKED_COLUMNS = ("prompt", "completions", "ranks", "scores", "weight", "source")
-LABELLED_COLUMNS = ("text", "label", "source")
-COLUMNS = tuple(dict.fromkeys(PAIR_COLUMNS + RANKED_COLUMNS + LABELLED_COLUMNS))
+LABELED_COLUMNS = ("text", "label", "source")
+COLUMNS = tuple(dict.fromkeys(PAIR_COLUMNS + RANKED_COLUMNS + LABELED_COLUMNS))
 LONGEST_TEXT = 1_000_000
 """Characters above which a text is taken for a mistake (a whole file in one field)."""
 

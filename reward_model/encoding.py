@@ -27,7 +27,7 @@ class Encoded:
 
 
 def encode_comparisons(comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule) -> Encoded:
-    """Tokenise each comparison and drop those with a text above `rule.max_length`, counted.
+    """Tokenize each comparison and drop those with a text above `rule.max_length`, counted.
 
     The columns are those of trl's preference collator (`chosen_ids`, `rejected_ids`: best and worst) plus the label
     details and, for more than two completions, `middle_ids` and `ranks`.
@@ -106,7 +106,7 @@ class ComparisonCollator(DataCollatorForPreference):
 
 
 class LengthGroupedBatches(Sampler[int]):
-    """A fresh order each epoch in which an optimiser step sees texts of similar length, and padding stays small.
+    """A fresh order each epoch in which an optimizer step sees texts of similar length, and padding stays small.
 
     Unlike transformers' sampler, the order depends on seed and epoch alone, neither on the number of processes nor on
     how a step is cut into micro-batches, and steps of long and short texts come in random order.
@@ -117,7 +117,7 @@ class LengthGroupedBatches(Sampler[int]):
 
         Args:
             lengths: Tokens of each example.
-            batch_size: Examples in one optimiser step, over all processes.
+            batch_size: Examples in one optimizer step, over all processes.
             seed: Seed of the order.
             pool: Steps that are drawn together and sorted by length; larger pads less and mixes less.
         """

@@ -1,4 +1,4 @@
-"""Several reward models as one: the mean of their normalised scores, or a cautious lower bound of it."""
+"""Several reward models as one: the mean of their normalized scores, or a cautious lower bound of it."""
 
 import shutil
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from reward_model.text import Texts
 
 
 class EnsembleRewardModel:
-    """Mean of the members' normalised scores, less `caution` standard deviations over the members.
+    """Mean of the members' normalized scores, less `caution` standard deviations over the members.
 
-    Every member is normalised to mean 0 and standard deviation 1 on its reference samples, so the scores are on one
-    scale. A positive caution penalises texts that the members disagree on (Coste et al. 2024, eq. 6), which is where
+    Every member is normalized to mean 0 and standard deviation 1 on its reference samples, so the scores are on one
+    scale. A positive caution penalizes texts that the members disagree on (Coste et al. 2024, eq. 6), which is where
     a policy finds rewards that are not there.
     """
 
@@ -47,7 +47,7 @@ class EnsembleRewardModel:
         return scores.mean(dim=0) - self.caution * scores.std(dim=0)
 
     def member_scores(self, prompts: Texts, responses: Texts) -> list[list[float]]:
-        """Normalised scores of each member, [members][samples]."""
+        """Normalized scores of each member, [members][samples]."""
         return [member(prompts, responses) for member in self.members]
 
 

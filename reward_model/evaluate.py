@@ -39,7 +39,7 @@ class EvaluateConfig:
     json: str | None = None
     """File for the numbers; default: report_card.json in the model's folder."""
     seed: int = 0
-    """Seed of the pairs drawn from labelled texts."""
+    """Seed of the pairs drawn from labeled texts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def contract_facts(contract: Contract) -> dict[str, str]:
         "longest text": f"{contract.text.max_length} tokens",
         "training comparisons": str(contract.data.get("train", "unknown")),
         "training data": str(contract.data.get("fingerprint", "unknown"))[:16],
-        "normalised on": f"{contract.normalisation.samples} samples ({contract.normalisation.reference})",
+        "normalized on": f"{contract.normalization.samples} samples ({contract.normalization.reference})",
     }
 
 

@@ -1,7 +1,7 @@
 """Preference losses: pure functions from scores to one loss per comparison. No model, no state.
 
 A score r(x, y) is a log-strength: every model below makes exp(r) the worth of a completion, and only differences of
-scores within one comparison matter (until `centring_penalty` pins the level).
+scores within one comparison matter (until `centering_penalty` pins the level).
 """
 
 import torch
@@ -108,7 +108,7 @@ def plackett_luce_loss(
     return torch.where(counted, denominators - scores, 0.0).sum(dim=1)
 
 
-def centring_penalty(scores: Float[Tensor, "groups items"], mask: Bool[Tensor, "groups items"]) -> Groups:
+def centering_penalty(scores: Float[Tensor, "groups items"], mask: Bool[Tensor, "groups items"]) -> Groups:
     """Squared level of a comparison's scores (Eisenstein et al. 2023, eq. 2), so that rewards stay near mean 0.
 
     (r_1 + ... + r_K)² (2 / K)²: for a pair the (r_chosen + r_rejected)² of the paper.
@@ -123,7 +123,7 @@ def weighted_mean(losses: Groups, weights: Groups, total: Tensor | None = None) 
     Args:
         losses: One a comparison.
         weights: >= 0.
-        total: Sum of weights of the whole optimiser step, over micro-batches and processes; None is the sum here.
+        total: Sum of weights of the whole optimizer step, over micro-batches and processes; None is the sum here.
     """
     denominator = weights.sum() if total is None else total
     return (losses * weights).sum() / denominator.clamp(min=torch.finfo(losses.dtype).tiny)

@@ -24,9 +24,9 @@ def wilson(successes: float, count: int, *, z: float = 1.959964) -> Share:
     if count == 0:
         return Share(value=math.nan, low=math.nan, high=math.nan, count=0)
     share = successes / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return Share(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), count=count)
+    return Share(value=share, low=max(0.0, center - half), high=min(1.0, center + half), count=count)
 
 
 def pair_accuracy(differences: Sequence[float]) -> Share:

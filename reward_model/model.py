@@ -34,7 +34,7 @@ class RewardModel:
         Args:
             model: Sequence classifier with one label.
             tokenizer: Its own tokenizer, whatever the policy's is.
-            contract: Text rule and normalisation.
+            contract: Text rule and normalization.
             max_tokens: Most padded tokens in one forward pass.
         """
         self.model = model.eval()
@@ -75,7 +75,7 @@ class RewardModel:
         return cls(model.to(own_device() if device is None else device), tokenizer, contract, max_tokens=max_tokens)
 
     def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
-        """Normalised scores, gain · raw + bias, one for each prompt-response text.
+        """Normalized scores, gain · raw + bias, one for each prompt-response text.
 
         Args:
             prompts: Texts, or lists of chat messages; "" where the response stands alone.
@@ -85,7 +85,7 @@ class RewardModel:
             ValueError: Unequal numbers, or a score that is not finite; names the sample.
             TypeError: A prompt or response that is neither text nor messages; names the sample.
         """
-        return [self.contract.normalisation.apply(raw) for raw in self.raw_scores(prompts, responses)]
+        return [self.contract.normalization.apply(raw) for raw in self.raw_scores(prompts, responses)]
 
     def check_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[str, str, str]]:
         """What sets these texts apart from those of the training, each as (found, cause, remedy): for PPO's doctor."""
@@ -146,10 +146,10 @@ class RewardModel:
             )
         return scores.tolist()
 
-    def with_normalisation(self, gain: float, bias: float, *, reference: str, samples: int) -> "RewardModel":
-        """The same model under another normalisation."""
-        normalisation = replace(self.contract.normalisation, gain=gain, bias=bias, reference=reference, samples=samples)
-        contract = replace(self.contract, normalisation=normalisation)
+    def with_normalization(self, gain: float, bias: float, *, reference: str, samples: int) -> "RewardModel":
+        """The same model under another normalization."""
+        normalization = replace(self.contract.normalization, gain=gain, bias=bias, reference=reference, samples=samples)
+        contract = replace(self.contract, normalization=normalization)
         return RewardModel(self.model, self.tokenizer, contract, max_tokens=self.max_tokens)
 
     @torch.inference_mode()

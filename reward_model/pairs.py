@@ -1,4 +1,4 @@
-"""Labelled texts become preference pairs: a text of a higher label is preferred to one of a lower label."""
+"""Labeled texts become preference pairs: a text of a higher label is preferred to one of a lower label."""
 
 import random
 from collections import Counter
@@ -18,7 +18,7 @@ def pairs_from_labels(
     every text.
 
     Args:
-        texts: The labelled texts.
+        texts: The labeled texts.
         labels: Numbers, high is better.
         seed: Seed of the draw.
         rounds: How many times each text may appear, each time against another partner.

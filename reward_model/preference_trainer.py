@@ -11,7 +11,7 @@ from reward_model.config import RewardModelConfig
 from reward_model.encoding import LengthGroupedBatches
 from reward_model.losses import (
     bradley_terry_loss,
-    centring_penalty,
+    centering_penalty,
     davidson_loss,
     plackett_luce_loss,
     weighted_mean,
@@ -24,7 +24,7 @@ from rlhf_ppo.kernels.unpadded import unpadded
 class PreferenceTrainer(RewardTrainer):
     """trl's RewardTrainer with weights, soft labels, ties and rankings; a step's loss is one weighted mean.
 
-    The mean runs over all comparisons of an optimiser step, whatever the number of processes and micro-batches.
+    The mean runs over all comparisons of an optimizer step, whatever the number of processes and micro-batches.
     """
 
     loss_is_scaled_for_ga = True
@@ -66,7 +66,7 @@ class PreferenceTrainer(RewardTrainer):
         return LengthGroupedBatches(dataset["length"], batch_size=self.settings.batch_size, seed=self.settings.seed)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Total weight of the comparisons of an optimiser step, over micro-batches and processes."""
+        """Total weight of the comparisons of an optimizer step, over micro-batches and processes."""
         local = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum().to(device)
         return self.accelerator.reduce(local, reduction="sum")  # type: ignore[no-any-return]
 
@@ -93,7 +93,7 @@ class PreferenceTrainer(RewardTrainer):
             mask = inputs["groups"] >= 0
             grouped = scores[inputs["groups"].clamp(min=0)]
             losses = plackett_luce_loss(grouped, inputs["ranks"], mask)
-            return losses + settings.centring * centring_penalty(grouped, mask) if settings.centring else losses
+            return losses + settings.centering * centering_penalty(grouped, mask) if settings.centering else losses
         chosen, rejected = scores[: 2 * len(inputs["tie"])].chunk(2)
         labels = {
             "margin": inputs["margin"] * settings.margin_scale,
@@ -104,9 +104,9 @@ class PreferenceTrainer(RewardTrainer):
             losses = davidson_loss(chosen, rejected, inputs["tie"], tie_strength=settings.tie_strength, **labels)
         else:
             losses = bradley_terry_loss(chosen, rejected, **labels)
-        if settings.centring:
+        if settings.centering:
             pairs = torch.stack((chosen, rejected), dim=1)
-            losses = losses + settings.centring * centring_penalty(pairs, torch.ones_like(pairs, dtype=torch.bool))
+            losses = losses + settings.centering * centering_penalty(pairs, torch.ones_like(pairs, dtype=torch.bool))
         return losses
 
     def _record(self, mode: str, scores: torch.Tensor, inputs: dict[str, Any]) -> None:

@@ -59,15 +59,15 @@ def load_comparisons(
     seed: int = 0,
     pair_rounds: int = 1,
 ) -> Loaded:
-    """Read, check, pair (labelled texts) and deduplicate a source.
+    """Read, check, pair (labeled texts) and deduplicate a source.
 
     Args:
         source: See `read_rows`.
         split: Which part of a folder or hub dataset.
         columns: Our column names -> the source's.
         on_bad_row: `stop` raises at the first malformed row; `skip` counts it and goes on.
-        seed: Seed of the pairs drawn from labelled texts.
-        pair_rounds: How many pairs each labelled text may appear in.
+        seed: Seed of the pairs drawn from labeled texts.
+        pair_rounds: How many pairs each labeled text may appear in.
 
     Raises:
         BadRow: A malformed row, with on_bad_row="stop".
@@ -139,7 +139,7 @@ def write_bad_rows(bad_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 class _Reader:
-    """Sorts rows into comparisons, labelled texts and bad rows."""
+    """Sorts rows into comparisons, labeled texts and bad rows."""
 
     def __init__(self, columns: Mapping[str, str], on_bad_row: OnBadRow) -> None:
         self.columns = columns

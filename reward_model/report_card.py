@@ -177,10 +177,10 @@ def _by_quartile(scored: Pairs, values: Tensor, unit: str) -> dict[str, Any]:
 
 
 def _by_margin(scored: Pairs) -> dict[str, Any]:
-    """Buckets of the labelled margin where the data has one, else of the model's own."""
+    """Buckets of the labeled margin where the data has one, else of the model's own."""
     margins = torch.tensor([pair.margin for pair in scored.comparisons])
     if len(set(margins.tolist())) > 1:
-        return {"kind": "labelled", "buckets": _by_quartile(scored, margins, "labelled")}
+        return {"kind": "labeled", "buckets": _by_quartile(scored, margins, "labeled")}
     return {"kind": "predicted", "buckets": _by_quartile(scored, scored.differences.abs(), "std")}
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_model.contract import Normalisation
+from reward_model.contract import Normalization
 from reward_model.data import Comparison
 from reward_model.ensemble import EnsembleRewardModel
 from reward_model.metrics import log_loss, pair_accuracy
@@ -23,7 +23,7 @@ class CompletionScores:
     raw: Float[Tensor, "members completions"]
     """Raw scores of each member (one, where there is no ensemble)."""
     members: Float[Tensor, "members completions"]
-    """Normalised scores of each member."""
+    """Normalized scores of each member."""
     scores: Float[Tensor, " completions"]
     """What the model returns for the text."""
     first: list[int]
@@ -49,13 +49,13 @@ def score_completions(model: RewardModel | EnsembleRewardModel, comparisons: Seq
         last.append(len(texts) - 1)
     members = model.members if isinstance(model, EnsembleRewardModel) else [model]
     raw = torch.tensor([member.raw_scores(prompts, texts) for member in members], dtype=torch.float64)
-    scales = [member.contract.normalisation for member in members]
-    normalised = torch.stack([scale.gain * row + scale.bias for scale, row in zip(scales, raw, strict=True)])
-    scores = normalised[0]
+    scales = [member.contract.normalization for member in members]
+    normalized = torch.stack([scale.gain * row + scale.bias for scale, row in zip(scales, raw, strict=True)])
+    scores = normalized[0]
     if isinstance(model, EnsembleRewardModel):
-        scores = model.combine(normalised)
+        scores = model.combine(normalized)
     return CompletionScores(
-        comparisons=list(comparisons), raw=raw, members=normalised, scores=scores, first=first, last=last
+        comparisons=list(comparisons), raw=raw, members=normalized, scores=scores, first=first, last=last
     )
 
 
@@ -76,7 +76,7 @@ def held_out_metrics(scored: CompletionScores) -> dict[str, float]:
     }
 
 
-def fit_normalisation(raw: Sequence[float], reference: str) -> Normalisation:
+def fit_normalization(raw: Sequence[float], reference: str) -> Normalization:
     """Gain and bias that give the raw scores of reference samples mean 0 and standard deviation 1.
 
     Args:
@@ -93,4 +93,4 @@ def fit_normalisation(raw: Sequence[float], reference: str) -> Normalisation:
             f"The raw scores of the {len(values)} reference samples are all equal: no scale can be read from them. "
             "Give at least two different samples."
         )
-    return Normalisation(gain=1 / std, bias=-float(values.mean()) / std, reference=reference, samples=len(values))
+    return Normalization(gain=1 / std, bias=-float(values.mean()) / std, reference=reference, samples=len(values))

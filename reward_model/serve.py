@@ -95,7 +95,7 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
         return JSONResponse({"error": message}, status_code=status)
 
     async def score(request: Request) -> JSONResponse:
-        if not authorised(request.headers.get("authorization"), secret):
+        if not authorized(request.headers.get("authorization"), secret):
             return refuse(401, "Send the server's token as `Authorization: Bearer TOKEN`.")
         body = bytearray()
         async for chunk in request.stream():
@@ -115,7 +115,7 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
     return Starlette(routes=[Route("/score", score, methods=["POST"]), Route("/health", health)])
 
 
-def authorised(header: str | None, token: str | None) -> bool:
+def authorized(header: str | None, token: str | None) -> bool:
     """Whether the header carries the token; compared in constant time."""
     return token is None or hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode())
 

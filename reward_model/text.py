@@ -14,8 +14,8 @@ Texts = Sequence[Any]
 def encode(tokenizer: Any, rule: TextRule, prompt: Text, response: Text, *, truncate: bool) -> list[int]:
     """Token ids of prompt + response under `rule`.
 
-    Prompt and response are joined as text and tokenised once, as in training: tokens that span the boundary are the
-    same in both. The end-of-text token is added by id, so it never depends on how its text would be tokenised.
+    Prompt and response are joined as text and tokenized once, as in training: tokens that span the boundary are the
+    same in both. The end-of-text token is added by id, so it never depends on how its text would be tokenized.
 
     Args:
         tokenizer: The reward model's own.
@@ -65,7 +65,7 @@ def as_messages(text: Text, role: str) -> list[dict[str, Any]]:
 
 
 def _render(tokenizer: Any, rule: TextRule, prompt: Text, response: Text) -> tuple[str, bool]:
-    """The text to tokenise, and whether the tokenizer adds its own special tokens (a template already did)."""
+    """The text to tokenize, and whether the tokenizer adds its own special tokens (a template already did)."""
     if rule.template == "chat":
         messages = as_messages(prompt, "user") + as_messages(response, "assistant")
         return str(tokenizer.apply_chat_template(messages, tokenize=False)), False

@@ -40,7 +40,7 @@ class DataConfig:
     on_bad_row: Literal["stop", "skip"] = "stop"
     """At a malformed row: stop with its place, or skip it into a side file beside the output."""
     pair_rounds: int = 1
-    """How many pairs each labelled text may appear in (only for text, label data)."""
+    """How many pairs each labeled text may appear in (only for text, label data)."""
     max_comparisons: int = 0
     """Use only that many training comparisons, the first ones after a shuffle; 0 uses all."""
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         (DataConfig, RewardModelConfig, EnsembleConfig),
         arguments,
         program="python -m reward_model.train",
-        description="Train a reward model from preferences: pairs, rankings or labelled texts.",
+        description="Train a reward model from preferences: pairs, rankings or labeled texts.",
     )
     loaded = _load(data, data.data, data.split, config.seed)
     train, evaluation = loaded.comparisons, None

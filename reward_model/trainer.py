@@ -1,4 +1,4 @@
-"""Train a reward model: load, encode, run trl's trainer, judge on held-out comparisons, normalise, save."""
+"""Train a reward model: load, encode, run trl's trainer, judge on held-out comparisons, normalize, save."""
 
 import logging
 import shutil
@@ -23,7 +23,7 @@ from reward_model.encoding import ComparisonCollator, Encoded, encode_comparison
 from reward_model.model import RewardModel
 from reward_model.preference_trainer import PreferenceTrainer
 from reward_model.progress import TidyProgress
-from reward_model.scoring import fit_normalisation, held_out_metrics, score_completions
+from reward_model.scoring import fit_normalization, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
 from rlhf_ppo.distributed.shutdown import leave_safely
 
@@ -47,7 +47,7 @@ def train_reward_model(
     callbacks: Sequence[TrainerCallback] = (),
     data_report: dict[str, Any] | None = None,
 ) -> TrainedRewardModel:
-    """Train, judge, normalise and save a reward model.
+    """Train, judge, normalize and save a reward model.
 
     Args:
         config: The settings.
@@ -230,7 +230,7 @@ def _finish(
     held_out: Sequence[Comparison],
     reference_samples: Sequence[tuple[Text, Text]] | None,
 ) -> TrainedRewardModel:
-    """Judge, normalise and save on the main process; the folder appears by one rename."""
+    """Judge, normalize and save on the main process; the folder appears by one rename."""
     output = Path(config.output_dir)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     metrics: dict[str, float] = {}
@@ -245,7 +245,7 @@ def _finish(
         if reference_samples:
             prompts, responses = zip(*reference_samples, strict=True)
             raw, reference = reward_model.raw_scores(prompts, responses), "reference policy"
-        contract = replace(contract, metrics=metrics, normalisation=fit_normalisation(raw, reference))
+        contract = replace(contract, metrics=metrics, normalization=fit_normalization(raw, reference))
         _save(saved, trainer.processing_class, contract, output)
         shutil.rmtree(training_folder(config), ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

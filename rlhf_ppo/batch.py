@@ -42,7 +42,7 @@ class PolicyInputs(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInputs:
-    """Ragged prompts and responses: the tokens as they were sampled, never decoded and tokenised again."""
+    """Ragged prompts and responses: the tokens as they were sampled, never decoded and tokenized again."""
 
     prompts: Sequence[Tensor]
     """One Long [P_i] a row, without padding."""
@@ -130,7 +130,7 @@ class TrainBatch:
     logprobs: Float[Tensor, "batch time"]
     """Under the policy that acted: the denominator of the probability ratio."""
     values: Float[Tensor, "batch time"]
-    """V of the policy that acted: the centre of value clipping."""
+    """V of the policy that acted: the center of value clipping."""
     advantages: Float[Tensor, "batch time"]
     returns: Float[Tensor, "batch time"]
     """Targets of the value function."""

@@ -1,7 +1,7 @@
 """Compute an update again that was refused: `python -m rlhf_ppo.replay DUMP`.
 
 A run that stops because losses or gradients are not finite leaves a dump (`PPOConfig.dump_dir`). This loads its weights
-and its batch, computes the refused optimiser step again, says whether it comes out the same, and which sample and
+and its batch, computes the refused optimizer step again, says whether it comes out the same, and which sample and
 which parameters are to blame.
 """
 
@@ -59,7 +59,7 @@ class Replay:
 
 
 def replay(folder: str | Path, model: Any = None) -> Replay:
-    """Compute the refused optimiser step of a dump again, in one process; nothing is changed.
+    """Compute the refused optimizer step of a dump again, in one process; nothing is changed.
 
     Args:
         folder: The dump.

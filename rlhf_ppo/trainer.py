@@ -46,7 +46,7 @@ class PPOTrainer(ClassicSurface):
         num_shared_layers: Lower layers that policy and copied reference share in memory, frozen.
         lr_scheduler: Stepped once a `step()`.
         training_data_collator: Kept for the classic methods that pad a batch.
-        algorithm: What is optimised; None: PPO with the clipped surrogate, from the classic fields of `config`.
+        algorithm: What is optimized; None: PPO with the clipped surrogate, from the classic fields of `config`.
 
     Raises:
         ValueError: For an argument of the wrong kind, before anything is moved or changed.
@@ -89,7 +89,7 @@ class PPOTrainer(ClassicSurface):
         scores: list[Tensor],
         response_masks: list[Tensor] | None = None,
     ) -> Statistics:
-        """One optimisation step on responses that you sampled and scored.
+        """One optimization step on responses that you sampled and scored.
 
         Args:
             queries: One Long [P_i] a sample: prompt tokens.

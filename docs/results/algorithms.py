@@ -80,19 +80,19 @@ def table(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Reward against KL, one colour an algorithm, one line a seed."""
+    """Reward against KL, one color an algorithm, one line a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.7), layout="constrained")
-    colours = dict(zip(NAMES, pyplot.get_cmap("tab10").colors, strict=False))
+    colors = dict(zip(NAMES, pyplot.get_cmap("tab10").colors, strict=False))
     for item in found["runs"]:
         curve = [_mean(item["curve"][max(0, end - SMOOTHED) : end]) for end in range(1, len(item["curve"]) + 1)]
         is_first = item is next(other for other in found["runs"] if other["algorithm"] == item["algorithm"])
         axes.plot(
-            [kl for kl, _ in curve], [reward for _, reward in curve], color=colours[item["algorithm"]], alpha=0.8,
+            [kl for kl, _ in curve], [reward for _, reward in curve], color=colors[item["algorithm"]], alpha=0.8,
             linewidth=1.6, label=item["algorithm"] if is_first else None,
         )  # fmt: skip
     axes.set_xlabel("KL to the reference of a rollout's response, nats")

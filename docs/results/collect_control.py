@@ -35,7 +35,7 @@ InvertedPendulum is judged by ten deterministic episodes, the other rows by trai
 for other versions of the tasks (v4) and of MuJoCo. Three seeds say little about the spread."""
 SAME = """\
 The same networks (two of 64 x 64, tanh, orthogonal), eight environments, 2048 steps a batch, minibatches of 64, ten
-epochs, Adam with ε = 1e-5 annealed to 0, observations and rewards normalised (`VecNormalize`), one thread. TRPO: both
+epochs, Adam with ε = 1e-5 annealed to 0, observations and rewards normalized (`VecNormalize`), one thread. TRPO: both
 with a KL of 0.01 and the critic's learning rate 1e-3, otherwise each library's defaults."""
 WORLDS = """\
 Hopper-v5, 1M steps, ppo-clip. With: mass and friction x 0.7 to 1.3, motors x 0.8 to 1.2, sensor noise 0.01, drawn anew
@@ -66,8 +66,8 @@ def page(runs: dict[str, Run]) -> str:
         "![Learning curves](../assets/control.png)",
         "## Beside Stable-Baselines3",
         *_comparison(runs),
-        "## Domain randomisation",
-        *_randomisation(runs),
+        "## Domain randomization",
+        *_randomization(runs),
         "## What each part is worth",
         *_ablations(runs),
         "## Where the numbers come from",
@@ -117,8 +117,8 @@ def _comparison(runs: dict[str, Run]) -> Iterable[str]:
     yield SAME
 
 
-def _randomisation(runs: dict[str, Run]) -> Iterable[str]:
-    plain, worlds = seeds(runs, "hopper-clip"), seeds(runs, "hopper-randomised")
+def _randomization(runs: dict[str, Run]) -> Iterable[str]:
+    plain, worlds = seeds(runs, "hopper-clip"), seeds(runs, "hopper-randomized")
     if not worlds:
         yield "Not run yet."
         return

@@ -32,7 +32,7 @@ class AdaptationConfig:
     batch_size: int = 8
     """Rows of a step."""
     steps: int = 120
-    """Optimiser steps."""
+    """Optimizer steps."""
     rank: int = 16
     """Rank of the LoRA matrices, on every linear layer of the blocks."""
     learning_rate: float = 1e-3
@@ -78,7 +78,7 @@ def adapt(base: Path, texts: Sequence[str], config: AdaptationConfig, folder: Pa
     if len(rows) < config.batch_size:
         raise ValueError(
             f"One step needs {config.batch_size} reviews of at least {config.row_length} tokens, got {len(rows)} of "
-            f"{len(texts)}: nothing could be learnt. Give more reviews, or lower batch_size or row_length."
+            f"{len(texts)}: nothing could be learned. Give more reviews, or lower batch_size or row_length."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -88,12 +88,12 @@ def adapt(base: Path, texts: Sequence[str], config: AdaptationConfig, folder: Pa
             model,
             LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
-    optimise_adapter(model.to(device), rows, config, device)
+    optimize_adapter(model.to(device), rows, config, device)
     model.merge_and_unload().cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def optimise_adapter(model: Any, rows: torch.Tensor, config: AdaptationConfig, device: torch.device) -> None:
+def optimize_adapter(model: Any, rows: torch.Tensor, config: AdaptationConfig, device: torch.device) -> None:
     """Next-token cross-entropy on batches of rows [batch, row_length]."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -51,12 +51,12 @@ class AdapterSettings:
             raise ValueError("--reward-on-base and --reward-url name two reward models: leave one of them out")
         if self.load_in_4bit and find_spec("bitsandbytes") is None:
             raise ValueError(
-                "--load-in-4bit needs bitsandbytes, which is not installed: `pip install 'rlhf_ppo[quantisation]'`"
+                "--load-in-4bit needs bitsandbytes, which is not installed: `pip install 'rlhf_ppo[quantization]'`"
             )
 
     @property
-    def quantisation(self) -> BitsAndBytesConfig | None:
-        """How the base is loaded (Dettmers et al. 2023): NF4, its constants quantised too."""
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """How the base is loaded (Dettmers et al. 2023): NF4, its constants quantized too."""
         if not self.load_in_4bit:
             return None
         return BitsAndBytesConfig(

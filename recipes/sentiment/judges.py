@@ -16,7 +16,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from .reviews import Review, labelled_excerpts
+from .reviews import Review, labeled_excerpts
 
 GROUP_SIZE = 64
 """Texts over which distinct n-grams are counted: a ratio that falls with the number of texts needs a fixed one."""
@@ -70,7 +70,7 @@ class ReviewClassifier:
         """Learn from excerpts as long as the texts to be judged.
 
         Args:
-            reviews: Reviews that nothing under judgement was trained on.
+            reviews: Reviews that nothing under judgment was trained on.
             min_words: Shortest excerpt.
             max_words: Longest excerpt.
             per_review: Excerpts of each review.
@@ -78,7 +78,7 @@ class ReviewClassifier:
         Raises:
             ValueError: When the reviews do not contain both labels.
         """
-        texts, labels = labelled_excerpts(reviews, min_words=min_words, max_words=max_words, per_review=per_review)
+        texts, labels = labeled_excerpts(reviews, min_words=min_words, max_words=max_words, per_review=per_review)
         if len(set(labels)) < 2:
             raise ValueError(
                 f"The judge needs positive and negative reviews, got {len(reviews)} with the labels "
@@ -98,7 +98,7 @@ class ReviewClassifier:
 
     def accuracy(self, reviews: Sequence[Review], *, min_words: int = 20, max_words: int = 32) -> Measurement:
         """Share of openings of held-out reviews whose label it tells."""
-        texts, labels = labelled_excerpts(reviews, min_words=min_words, max_words=max_words)
+        texts, labels = labeled_excerpts(reviews, min_words=min_words, max_words=max_words)
         return Measurement.of([float((p > 0.5) == (label == 1)) for p, label in zip(self(texts), labels, strict=True)])
 
 

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_ppo.models.loading import with_quantisation
+from rlhf_ppo.models.loading import with_quantization
 
 from .adaptation import adapted_model
 from .assets import SMOLLM2, fetch
@@ -70,7 +70,7 @@ def load_language_model(
     sft: SFTConfig | None = None,
     threads: int | None = None,
     dtype: torch.dtype = torch.float32,
-    quantisation: BitsAndBytesConfig | None = None,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer, ready to generate in batches: with a padding token, padded on the left.
 
@@ -80,7 +80,7 @@ def load_language_model(
         sft: How the small GPT-2 is trained.
         threads: PyTorch threads for that.
         dtype: Of the weights.
-        quantisation: Fewer bits for the weights of linear layers, on this process's device.
+        quantization: Fewer bits for the weights of linear layers, on this process's device.
 
     Raises:
         ValueError: When there is no such model, it is not a causal one, or the tokenizer does not fit it.
@@ -89,7 +89,7 @@ def load_language_model(
     location = model_location(name, reviews=reviews, sft=sft, threads=threads)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
-        few_bits = with_quantisation({"quantization_config": quantisation}) if quantisation is not None else {}
+        few_bits = with_quantization({"quantization_config": quantization}) if quantization is not None else {}
         model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **few_bits)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Labelled movie reviews, cleaned and cut into parts that share no review, without any random number.
+"""Labeled movie reviews, cleaned and cut into parts that share no review, without any random number.
 
 A review's place is decided by the hash of its text, so it is the same on every machine and in every version of Python,
 and adding reviews does not move the others far. The parts: text for the language model, the reward model and the judge,
-prompts to optimise on, and prompts to be evaluated on that nothing else has seen.
+prompts to optimize on, and prompts to be evaluated on that nothing else has seen.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def prompt_texts(
     return list(prompts)
 
 
-def labelled_excerpts(
+def labeled_excerpts(
     reviews: Sequence[Review], *, min_words: int, max_words: int, per_review: int = 1
 ) -> tuple[list[str], list[int]]:
     """Excerpts of hash-chosen lengths with their reviews' labels.
@@ -204,7 +204,7 @@ def preference_pairs(
 
     Both texts of a pair are cut to the same number of words, so that length tells nothing; forty words stay within the
     positions that the small language model was trained on. Excerpts begin where
-    [`labelled_excerpts`][sentiment.reviews.labelled_excerpts] begins them.
+    [`labeled_excerpts`][sentiment.reviews.labeled_excerpts] begins them.
 
     Returns:
         A dataset with the text columns `chosen` and `rejected`.

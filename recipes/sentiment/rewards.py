@@ -29,7 +29,7 @@ def reward_source(choice: str, parts: ReviewParts, *, seed: int = 0) -> tuple[Ca
     """Who rewards the policy, and a line about it.
 
     Args:
-        choice: "train" for a reward model trained here on preference pairs from labelled reviews, the folder of a
+        choice: "train" for a reward model trained here on preference pairs from labeled reviews, the folder of a
             `reward_model` artifact, the URL of a reward server, or a sentiment classifier of the hub such as
             lvwerra/distilbert-imdb.
         parts: The reviews.

@@ -19,7 +19,7 @@ class SettingsByModel:
     batch_size: IntByModel = None
     """Responses of one rollout, on each process."""
     mini_batch_size: IntByModel = None
-    """Responses of one optimiser step, on each process."""
+    """Responses of one optimizer step, on each process."""
     learning_rate: FloatByModel = None
     """Peak; it falls to 0 along a straight line."""
     kl_coef: FloatByModel = None

@@ -48,7 +48,7 @@ class SFTConfig:
     batch_size: int = 32
     """Rows of a step."""
     steps: int = 1300
-    """Optimiser steps."""
+    """Optimizer steps."""
     opening_fraction: float = 0.5
     """Last part of the steps that sees openings alone; before, any stretch that begins with a sentence."""
     matrix_learning_rate: float = 0.02
@@ -111,13 +111,13 @@ def train_language_model(reviews: Sequence[Review], config: SFTConfig, folder: P
     if len(openings) < config.batch_size:
         raise ValueError(
             f"One step needs {config.batch_size} reviews of at least {config.row_length} tokens, got {len(openings)} "
-            f"of {len(texts)}: nothing could be learnt. Give more reviews, or lower batch_size or row_length."
+            f"of {len(texts)}: nothing could be learned. Give more reviews, or lower batch_size or row_length."
         )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = new_model(config, tokenizer)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    optimise(model, openings, stretches, config)
+    optimize(model, openings, stretches, config)
     model.cpu().eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -171,7 +171,7 @@ def training_rows(
 
 
 def new_model(config: SFTConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """An untrained GPT-2 without dropout: no row is seen often enough to be learnt by heart."""
+    """An untrained GPT-2 without dropout: no row is seen often enough to be learned by heart."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
@@ -190,7 +190,7 @@ def new_model(config: SFTConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHe
     )
 
 
-def optimise(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config: SFTConfig) -> None:
+def optimize(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config: SFTConfig) -> None:
     """Next-token cross-entropy for `config.steps` steps, in bfloat16 where the processor computes with it."""
     device = next(model.parameters()).device
     optimizers = make_optimizers(model, config)

@@ -157,11 +157,11 @@ def precision(algorithm: AlgorithmName = "ppo-clip") -> dict[str, str]:
 
 
 def load_policy(
-    name: str, chosen: Preset, quantisation: BitsAndBytesConfig | None = None
+    name: str, chosen: Preset, quantization: BitsAndBytesConfig | None = None
 ) -> tuple[AutoModelForCausalLMWithValueHead, PreTrainedTokenizerBase]:
     """The policy with its value head at zero, under LoRA adapters if asked for, and its tokenizer."""
     dtype = torch.bfloat16 if chosen.bfloat16 else torch.float32
-    model, tokenizer = load_language_model(name, dtype=dtype, quantisation=quantisation)
+    model, tokenizer = load_language_model(name, dtype=dtype, quantization=quantization)
     adapters = None
     if rank := chosen.lora_rank:
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -1,4 +1,4 @@
-"""What is optimised: one frozen config each, one place that chooses."""
+"""What is optimized: one frozen config each, one place that chooses."""
 
 from rlhf_ppo.algorithms.build import Algorithm, build_algorithm
 from rlhf_ppo.algorithms.config import (

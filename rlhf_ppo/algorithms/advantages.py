@@ -1,4 +1,4 @@
-"""`Rollout` -> `TrainBatch`: the credit of each action, standardised over the batch of all processes."""
+"""`Rollout` -> `TrainBatch`: the credit of each action, standardized over the batch of all processes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,14 +27,14 @@ BaselineOf: TypeAlias = Callable[[Rollout, Tensor], Tensor]
 
 
 def from_values(config: GAE, reduce_sum: ReduceSum) -> EstimateAdvantages:
-    """Generalised advantage estimates; value targets are formed before whitening, with a λ of their own if asked."""
+    """Generalized advantage estimates; value targets are formed before whitening, with a λ of their own if asked."""
 
     def estimate(rollout: Rollout) -> TrainBatch:
         lam = config.lam if config.length_alpha is None else length_adaptive_lam(rollout.mask, config.length_alpha)
         advantages, returns = _gae(rollout, config.gamma, lam)
         if config.value_lam is not None:
             _, returns = _gae(rollout, config.gamma, config.value_lam)
-        return _standardised(rollout, advantages, returns, reduce_sum)
+        return _standardized(rollout, advantages, returns, reduce_sum)
 
     return estimate
 
@@ -63,8 +63,8 @@ def from_returns(
             rollout.rewards, rollout.terminated, rollout.truncated, gamma=gamma, mask=rollout.mask,
             values=rollout.values if bootstrap else None,
         )  # fmt: skip
-        centred = zero_outside(returns - baseline(rollout, returns), rollout.mask)
-        return _standardised(rollout, centred, returns, reduce_sum, shift_mean=shift_mean, scale=scale)
+        centered = zero_outside(returns - baseline(rollout, returns), rollout.mask)
+        return _standardized(rollout, centered, returns, reduce_sum, shift_mean=shift_mean, scale=scale)
 
     return estimate
 
@@ -87,7 +87,7 @@ def from_groups(config: RLOO | GRPO) -> EstimateAdvantages:
 
 
 def no_baseline(rollout: Rollout, returns: Tensor) -> Tensor:
-    """Nothing to subtract; the batch mean is what standardising subtracts."""
+    """Nothing to subtract; the batch mean is what standardizing subtracts."""
     return torch.zeros_like(returns)
 
 
@@ -111,8 +111,8 @@ def group_baseline(config: ReinforcePlusPlus) -> BaselineOf:
 
     def baseline(rollout: Rollout, returns: Tensor) -> Tensor:
         totals = _totals(rollout)
-        centred = grpo_advantages(totals, rollout.group_size, normalize_std=False, eps=0.0)
-        return (totals - centred)[:, None].expand_as(returns)
+        centered = grpo_advantages(totals, rollout.group_size, normalize_std=False, eps=0.0)
+        return (totals - centered)[:, None].expand_as(returns)
 
     return baseline if config.group_baseline else no_baseline
 
@@ -127,7 +127,7 @@ def _totals(rollout: Rollout) -> Tensor:
     return zero_outside(rollout.rewards, rollout.mask).sum(dim=1)
 
 
-def _standardised(
+def _standardized(
     rollout: Rollout,
     advantages: Tensor,
     returns: Tensor,

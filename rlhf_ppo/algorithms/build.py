@@ -35,7 +35,7 @@ from rlhf_ppo.algorithms.config import (
     Reinforce,
     ReinforcePlusPlus,
 )
-from rlhf_ppo.algorithms.objectives import bounded, likelihood, penalised, per_sequence, unbounded
+from rlhf_ppo.algorithms.objectives import bounded, likelihood, penalized, per_sequence, unbounded
 from rlhf_ppo.algorithms.parts import Parts
 from rlhf_ppo.algorithms.penalty import AdaptPenalty, KeepOldPolicy
 from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
@@ -46,7 +46,7 @@ from rlhf_ppo.updates import Gradients, MinibatchConfig, Objective, TrustRegionU
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What is optimised, as two callables."""
+    """What is optimized, as two callables."""
 
     estimate_advantages: EstimateAdvantages
     """Rollout -> TrainBatch."""
@@ -68,12 +68,12 @@ def build_algorithm(
     reference_kl: ReferenceKL | None = None,
     reference: nn.Module | None = None,
 ) -> Algorithm:
-    """The algorithm that `config` names, over one policy, optimiser and set of processes.
+    """The algorithm that `config` names, over one policy, optimizer and set of processes.
 
     Args:
         config: Which, and its settings.
         policy: The prepared policy.
-        optimizer: Its prepared optimiser.
+        optimizer: Its prepared optimizer.
         accelerator: Of both.
         minibatch: Sizes of passes and steps, asked at each update.
         seed: Of shuffles. The same on all processes.
@@ -142,7 +142,7 @@ def _ppo_penalty(parts: Parts, config: PPOPenalty) -> Algorithm:
     old = KeepOldPolicy(parts.module, parts.minibatch) if config.exact else None
 
     def penalty(weight: float) -> Objective:
-        return parts.objective(penalised(weight), critic=config.critic, ent_coef=config.ent_coef)
+        return parts.objective(penalized(weight), critic=config.critic, ent_coef=config.ent_coef)
 
     terms = penalty(beta.value)
     compare_with = None if old is None else old.compare_with

@@ -96,7 +96,7 @@ class PPOPenalty:
     target_kl: float = 0.01
     """d_targ, nats per action: β doubles above 1.5 d_targ and halves below d_targ / 1.5."""
     exact: bool = False
-    """Penalise the KL over the whole vocabulary, which keeps the old hidden states; else its estimate from the drawn
+    """Penalize the KL over the whole vocabulary, which keeps the old hidden states; else its estimate from the drawn
     tokens, ρ - 1 - log ρ, which is right on average."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
@@ -106,7 +106,7 @@ class PPOPenalty:
 
 @dataclass(frozen=True, kw_only=True)
 class TRPO(TrustRegion):
-    """Trust region policy optimisation (Schulman et al. 2015), for policies of up to about 100 M parameters.
+    """Trust region policy optimization (Schulman et al. 2015), for policies of up to about 100 M parameters.
 
     One natural-gradient step on each batch, whatever the learning rate: that and `ppo_epochs`, `mini_batch_size` are
     those of the value head, which is fitted after the step on hidden states that stay as they are. Refused under
@@ -164,7 +164,7 @@ class Reinforce:
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforcePlusPlus:
-    """REINFORCE++ (Hu et al. 2025): returns to go without critic, standardised over the whole batch, clipped ratios."""
+    """REINFORCE++ (Hu et al. 2025): returns to go without critic, standardized over the whole batch, clipped ratios."""
 
     gamma: float = 1.0
     """Discount γ in [0, 1]."""
@@ -196,7 +196,7 @@ class RLOO:
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO:
-    """Group-relative PPO (Shao et al. 2024): scores are standardised within the responses to a prompt.
+    """Group-relative PPO (Shao et al. 2024): scores are standardized within the responses to a prompt.
 
     The article's KL to the reference, k3 in the loss, is `PPOConfig(kl_placement="loss", kl_penalty="k3")`.
     """

@@ -1,4 +1,4 @@
-"""What is minimised: a policy term, a value term, an entropy term, each divided by the same global count."""
+"""What is minimized: a policy term, a value term, an entropy term, each divided by the same global count."""
 
 from collections.abc import Callable
 from typing import Literal, TypeAlias
@@ -52,7 +52,7 @@ def bounded(config: PPOClip | ReinforcePlusPlus | RLOO | GRPO) -> PolicyTerm:
     return masked
 
 
-def penalised(beta: float) -> PolicyTerm:
+def penalized(beta: float) -> PolicyTerm:
     """The surrogate minus β KL(π_old || π_θ), exact where the output holds it."""
 
     def term(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every algorithm is built from: one policy, its optimiser, the processes, the reference where a loss reads it."""
+"""What every algorithm is built from: one policy, its optimizer, the processes, the reference where a loss reads it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

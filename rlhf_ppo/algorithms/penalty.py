@@ -18,7 +18,7 @@ class AdaptPenalty:
     """Run an update, then adapt β to the KL it reached (Schulman et al. 2017, §4).
 
     Args:
-        update: Minimises the objective of the present β.
+        update: Minimizes the objective of the present β.
         beta: Follows the KL.
         objective: Of a β.
     """

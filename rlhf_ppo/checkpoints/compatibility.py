@@ -61,7 +61,7 @@ def check_sameness(learner: PPOLearner, saved: Saved) -> None:
     """Refuse a checkpoint of another model; name settings that have changed.
 
     Raises:
-        CheckpointError: Parameters, optimiser states or frozen weights are not this run's.
+        CheckpointError: Parameters, optimizer states or frozen weights are not this run's.
     """
     if saved.weights:
         _check_parameters(learner, saved)
@@ -78,7 +78,7 @@ def check_sameness(learner: PPOLearner, saved: Saved) -> None:
     if changed:
         warnings.warn(
             f"{saved.path.name} was written with other settings: {', '.join(changed)}. The run goes on with the new "
-            "ones, except for the learning rate, which is the optimiser's.",
+            "ones, except for the learning rate, which is the optimizer's.",
             stacklevel=4,
         )
 
@@ -106,8 +106,8 @@ def _check_optimizer(learner: PPOLearner, saved: Saved) -> None:
     sizes = [len(group["params"]) for group in learner.optimizer.param_groups]
     if [len(group["params"]) for group in groups] != sizes:
         raise CheckpointError(
-            f"{saved.path.name} holds an optimiser of {len(indices)} parameters in {len(groups)} groups, this run's "
-            f"has {len(parameters)} in {len(sizes)}: it was written by a run of another optimiser. Build the one of "
+            f"{saved.path.name} holds an optimizer of {len(indices)} parameters in {len(groups)} groups, this run's "
+            f"has {len(parameters)} in {len(sizes)}: it was written by a run of another optimizer. Build the one of "
             "the first run."
         )
     for index, parameter in zip(indices, parameters, strict=True):

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 FORMAT = 2
-"""1: optimiser and random states by `torch.save`. 2: safetensors only, with a checksum of the manifest itself."""
+"""1: optimizer and random states by `torch.save`. 2: safetensors only, with a checksum of the manifest itself."""
 MANIFEST, STATE = "manifest.json", "state.json"
 """Every checkpoint has both."""
 _NAME = re.compile(r"checkpoint-(\d{1,12})")

@@ -18,7 +18,7 @@ MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 LOOP, PROCESSES = "loop.safetensors", "processes.safetensors"
 FACTS = folders.STATE
 ENGINE = "engine"
-"""Folder of a DeepSpeed engine's own files: parameters and optimiser states, in parts."""
+"""Folder of a DeepSpeed engine's own files: parameters and optimizer states, in parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +54,17 @@ def read(path: Path, *, engine: bool, processes: int) -> Saved:
     if engine != (path / ENGINE).is_dir():
         raise CheckpointError(
             f"{path.name} was written {'without' if engine else 'by'} DeepSpeed, this run differs: the "
-            "optimiser's parts and whole do not replace each other. Resume with the first run's launch configuration."
+            "optimizer's parts and whole do not replace each other. Resume with the first run's launch configuration."
         )
     saved = _read_format_1(path, engine) if folders.format_of(path) == 1 else _read(path, engine)
     if saved.processes != processes and engine:
         raise CheckpointError(
             f"{path.name} was written by {saved.processes} processes of DeepSpeed, this run has {processes}: the "
-            "optimiser's states lie in as many parts. Resume with the first run's number of processes."
+            "optimizer's states lie in as many parts. Resume with the first run's number of processes."
         )
     if saved.processes != processes:
         warnings.warn(
-            f"{path.name} was written by {saved.processes} process(es), this run has {processes}. Weights, optimiser, "
+            f"{path.name} was written by {saved.processes} process(es), this run has {processes}. Weights, optimizer, "
             "schedule, controller, moments, shuffles and the place in the prompts continue exactly; random streams "
             "start anew, so samples differ from those of an uninterrupted run, and an iteration holds "
             f"{processes / saved.processes:g} x as many responses unless batch_size is changed.",
@@ -83,7 +83,7 @@ def _read(path: Path, engine: bool) -> Saved:
 
 
 def _read_format_1(path: Path, engine: bool) -> Saved:
-    """Optimiser and random states came from `torch.save`, everything else stood in `state.json`."""
+    """Optimizer and random states came from `torch.save`, everything else stood in `state.json`."""
     state = folders.read_json(path / FACTS)
     running = {name: torch.tensor(value) for name, value in state["running"].items()}
     shared = {name: state[name] for name in ("kl_controller", "update", "prompts")} | {"running": running}

@@ -60,7 +60,7 @@ def save_checkpoint(
     """Write `checkpoint-<iteration>` into `folder`, whole or not at all. All processes call it; the main one writes.
 
     Args:
-        learner: Its weights, optimiser, schedule, controller, moments and shuffles are saved.
+        learner: Its weights, optimizer, schedule, controller, moments and shuffles are saved.
         folder: On a file system that all processes share.
         iteration: Iterations finished.
         shared: Further state that is the same on every process.
@@ -138,7 +138,7 @@ def restore_checkpoint(
 
 
 def _all(learner: PPOLearner, shared: Parts) -> dict[str, Stateful]:
-    """The trainer's state beside parameters and optimiser, and what the caller adds."""
+    """The trainer's state beside parameters and optimizer, and what the caller adds."""
     known: dict[str, Stateful] = {
         "kl_controller": learner.kl_ctl, "running": learner.running, "update": learner.algorithm.update,
         "reuse": learner.reuse, **shared,

@@ -116,7 +116,7 @@ class ClassicInnerMethods(PPOLearner):
         self, old_logprobs: Tensor, values: Tensor, logprobs: Tensor, logits: Tensor, vpreds: Tensor, mask: Tensor,
         advantages: Tensor, returns: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """One optimiser step on one padded minibatch; skipped when its mean ratio exceeds `ratio_threshold`."""
+        """One optimizer step on one padded minibatch; skipped when its mean ratio exceeds `ratio_threshold`."""
         policy, value, stats = self.loss(old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns)
         self.accelerator.backward(policy + value)
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm

@@ -53,7 +53,7 @@ def discount(algorithm: AlgorithmConfig) -> float:
         case PPOPenalty(exact=True):
             raise ValueError(
                 "expected PPOPenalty(exact=False), got True: control keeps no old policy beside the new one, and would "
-                "penalise the estimate without a word. Leave `exact` out."
+                "penalize the estimate without a word. Leave `exact` out."
             )
         case PPOClip() | PPOPenalty() | TRPO():
             return algorithm.gae.gamma

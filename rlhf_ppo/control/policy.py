@@ -31,7 +31,7 @@ class ControlInputs:
     """What the policy saw and did: one row an environment, or one row a step (T = 1)."""
 
     observations: Float[Tensor, "batch time observation"]
-    """Normalised, as the policy that acted saw them."""
+    """Normalized, as the policy that acted saw them."""
     actions: Tensor
     """As drawn, not clipped: float [B, T, A] of a Gaussian, long [B, T, 1] of a categorical."""
 
@@ -173,7 +173,7 @@ def mlp(sizes: Sequence[int], *, last_gain: float, orthogonal: bool = True) -> n
     Args:
         sizes: Inputs, hidden widths, outputs.
         last_gain: 0.01 keeps a new policy close to its standard deviation (Andrychowicz et al. 2021); a critic has 1.
-        orthogonal: False leaves PyTorch's initialisation.
+        orthogonal: False leaves PyTorch's initialization.
     """
     layers: list[nn.Module] = []
     for index, (width, following) in enumerate(itertools.pairwise(sizes)):
@@ -194,7 +194,7 @@ class ControlPolicy(nn.Module):
         distribution: Over actions; `Gaussian` or `Categorical`.
         action_size: Outputs of the actor: joints or choices.
         hidden: Widths of the hidden layers, the same in both networks.
-        orthogonal: Orthogonal initialisation.
+        orthogonal: Orthogonal initialization.
     """
 
     chunk_size = 1 << 30

@@ -1,4 +1,4 @@
-"""Domain randomisation (Tobin et al. 2017; Peng et al. 2018): every episode in a slightly different body and world."""
+"""Domain randomization (Tobin et al. 2017; Peng et al. 2018): every episode in a slightly different body and world."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -60,7 +60,7 @@ class DomainRandomization(gym.Wrapper[Any, Any, Any, Any]):
         if not isinstance(model, mujoco.MjModel):
             raise ValueError(
                 f"expected a MuJoCo environment, got {env.unwrapped.spec.id if env.unwrapped.spec else env}: it has no "
-                "masses and motors to change. Leave the randomisation out, or take e.g. Hopper-v5."
+                "masses and motors to change. Leave the randomization out, or take e.g. Hopper-v5."
             )
         self.config, self._model, self._data = config, model, env.unwrapped.data
         self._nominal = {name: getattr(model, name).copy() for name in _QUANTITIES}

@@ -35,7 +35,7 @@ class ControlConfig:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     """The task."""
     algorithm: AlgorithmConfig = field(default_factory=lambda: control_algorithm("ppo-clip"))
-    """What is optimised."""
+    """What is optimized."""
     total_steps: int = 1_000_000
     """Environment steps of the whole run, cut down to whole iterations; the learning rate reaches 0 with the last."""
     environments: int = 8
@@ -43,7 +43,7 @@ class ControlConfig:
     rollout_steps: int = 256
     """T: steps in each environment of one iteration."""
     minibatch_size: int = 64
-    """Steps of one optimiser step."""
+    """Steps of one optimizer step."""
     epochs: int = 10
     """K: passes over a rollout; of the critic alone in TRPO."""
     learning_rate: float = 3e-4
@@ -57,7 +57,7 @@ class ControlConfig:
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers."""
     orthogonal: bool = True
-    """Orthogonal initialisation."""
+    """Orthogonal initialization."""
     normalize_observations: bool = True
     """Scale observations by running moments."""
     normalize_rewards: bool = True
@@ -96,7 +96,7 @@ def _silent(_: dict[str, float]) -> None:
 
 
 class ControlTrainer:
-    """Policy, environments, normalisers and algorithm of one run, on one process and the CPU.
+    """Policy, environments, normalizers and algorithm of one run, on one process and the CPU.
 
     Args:
         config: Everything about the run.

@@ -15,7 +15,7 @@ def diagnose(learner: PPOLearner, batch: Specimen) -> Diagnosis:
     tokens = examine_tokens(batch, learner.tokenizer)
     if learner.processes.sharded:
         return tokens
-    # A checkpoint that was loaded has an optimiser with a past.
+    # A checkpoint that was loaded has an optimizer with a past.
     model = examine_model(learner, batch, is_fresh=not learner.optimizer.state and not learner.start.goes_on)
     return Diagnosis(findings=[*tokens.findings, *model.findings], checked=[*tokens.checked, *model.checked])
 

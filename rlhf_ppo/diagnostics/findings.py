@@ -106,7 +106,7 @@ CURES: dict[str, Cure] = {
         "the text was cut or changed after sampling, or the response encoded again from it",
         "score the decoded tokens, and pass the tokens that were sampled",
     ),
-    "retokenisation": Cure(
+    "retokenization": Cure(
         "several token sequences spell one text, and a policy draws all of them",
         "never train on encoded text: `step` and `train` keep the sampled tokens; so must code around them",
     ),

@@ -1,6 +1,6 @@
 """Guards against reward hacking: what is measured, where the line is, and what happens beyond it.
 
-A reward is right about texts like those it was made for. A policy that is optimised against it finds others: endless
+A reward is right about texts like those it was made for. A policy that is optimized against it finds others: endless
 ones, repeated ones, one text for every prompt. Each guard watches one number that moves when this begins.
 """
 

@@ -112,7 +112,7 @@ def pad_is_eos(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[Find
     ]  # fmt: skip
 
 
-def retokenisation(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
+def retokenization(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
     """Tokens that do not survive decoding and encoding; texts that are not those of the tokens."""
     special = set(tokenizer.all_special_ids)
     rows = [[token for token in response.tolist() if token not in special] for response in batch.responses]
@@ -131,7 +131,7 @@ def retokenisation(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[
     ]
     if drifting:
         said = f"{len(drifting)} of {len(texts)} responses become other tokens when their text is encoded again"
-        findings.append(finding("retokenisation", said, severity="note"))
+        findings.append(finding("retokenization", said, severity="note"))
     return findings
 
 
@@ -165,7 +165,7 @@ def spread(batch: Specimen, _: PreTrainedTokenizerBase) -> list[Finding] | None:
 
 
 TEXT_CHECKS: dict[str, Check] = {
-    "eos_in_prompt": eos_in_prompt, "pad_is_eos": pad_is_eos, "retokenisation": retokenisation,
+    "eos_in_prompt": eos_in_prompt, "pad_is_eos": pad_is_eos, "retokenization": retokenization,
     "reward_template": reward_template, "spread": spread,
 }  # fmt: skip
 

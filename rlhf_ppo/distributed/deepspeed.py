@@ -43,14 +43,14 @@ def engine_arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_optimizer(accelerator: Accelerator) -> None:
-    """Without a GPU, leave torch's optimiser where the launch file offloads it: DeepSpeed's own would be compiled."""
+    """Without a GPU, leave torch's optimizer where the launch file offloads it: DeepSpeed's own would be compiled."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and accelerator.device.type == "cpu":
         plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def keep_head_whole(policy: Any) -> None:
-    """Gather the LM head once a pass, and hold it until the optimiser steps or everything is gathered anyway.
+    """Gather the LM head once a pass, and hold it until the optimizer steps or everything is gathered anyway.
 
     The head runs once for each chunk of response tokens and again in the backward pass. DeepSpeed would gather and
     release it each time: processes whose responses fill different numbers of chunks would wait for each other for

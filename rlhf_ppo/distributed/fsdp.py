@@ -143,7 +143,7 @@ def part_like(value: Any, parameter: Tensor) -> Any:
 
 
 def parted_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """The `state_dict` of an optimiser over whole parameters, as one over these parameters loads it."""
+    """The `state_dict` of an optimizer over whole parameters, as one over these parameters loads it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in state["param_groups"] for index in group["params"]]
     parts = {

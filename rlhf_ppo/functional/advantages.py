@@ -17,7 +17,7 @@ def gae(
     lam: float | Float[Tensor, " batch"],
     mask: Bool[Tensor, "batch time"] | None = None,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-    """Generalised advantage estimates (Schulman et al. 2016, eq. 16) and their value targets.
+    """Generalized advantage estimates (Schulman et al. 2016, eq. 16) and their value targets.
 
         δ_t = r_t + γ (1 - terminated_t) V(s_{t'}) - V(s_t)
         Â_t = δ_t + γ λ (1 - done_t) Â_{t'},        done_t = terminated_t or truncated_t
@@ -121,7 +121,7 @@ def rloo_advantages(scores: Float[Tensor, " batch"], group_size: int) -> Float[T
     """Leave-one-out advantages (Kool et al. 2019; Ahmadian et al. 2024): score minus the mean of the group's others.
 
     Args:
-        scores: Groups one after the other: the `group_size` responses to a prompt are neighbours.
+        scores: Groups one after the other: the `group_size` responses to a prompt are neighbors.
         group_size: Responses per prompt, >= 2.
 
     Raises:
@@ -140,7 +140,7 @@ def grpo_advantages(
     A group whose scores are all equal says nothing and gets exactly 0.
 
     Args:
-        scores: Groups one after the other: the `group_size` responses to a prompt are neighbours.
+        scores: Groups one after the other: the `group_size` responses to a prompt are neighbors.
         group_size: Responses per prompt, >= 2.
         normalize_std: False leaves the standard deviation out (Liu et al. 2025, "Dr. GRPO"): dividing by it weighs
             up prompts that are almost always, or almost never, solved.
@@ -150,11 +150,11 @@ def grpo_advantages(
         ValueError: The group size is below 2, or does not divide the batch.
     """
     groups = _grouped(scores, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
+    centered = groups - groups.mean(1, keepdim=True)
     if normalize_std:
-        centred = centred / (groups.std(1, keepdim=True) + eps)
+        centered = centered / (groups.std(1, keepdim=True) + eps)
     constant = (groups == groups[:, :1]).all(1, keepdim=True)
-    return centred.masked_fill(constant, 0).flatten()
+    return centered.masked_fill(constant, 0).flatten()
 
 
 def _check_length(rewards: Tensor, values: Tensor) -> None:

@@ -52,7 +52,7 @@ def divergence_masked_loss(
     threshold: float,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """The surrogate without the tokens that are beyond the region and moving away (DPPO, Qi et al. 2026), to minimise.
+    """The surrogate without the tokens that are beyond the region and moving away (DPPO, Qi et al. 2026), to minimize.
 
         L = -E[M_t ρ_t Â_t],    M_t = 0 where D_t > threshold and (ρ_t - 1) Â_t > 0, else 1
 

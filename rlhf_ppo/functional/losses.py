@@ -1,6 +1,6 @@
-"""Losses to minimise, each a sum over the masked steps divided by `count`.
+"""Losses to minimize, each a sum over the masked steps divided by `count`.
 
-Every loss takes the count of the whole optimiser step (`Count` in `masked`), so that micro-batches and processes add
+Every loss takes the count of the whole optimizer step (`Count` in `masked`), so that micro-batches and processes add
 up to the same gradient as one batch. Every metric is detached and divided by the same count.
 """
 
@@ -27,7 +27,7 @@ def ppo_clip_loss(
     dual_clip: float | None = None,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """The clipped surrogate (Schulman et al. 2017, eq. 7), to minimise.
+    """The clipped surrogate (Schulman et al. 2017, eq. 7), to minimize.
 
         L = -E[min(ρ_t Â_t, clip(ρ_t, 1 - ε_low, 1 + ε_high) Â_t)],    ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
 
@@ -73,7 +73,7 @@ def kl_penalty_loss(
     old_kl: Float[Tensor, "*shape"] | None = None,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """The penalised surrogate (Schulman et al. 2017, eq. 8), to minimise.
+    """The penalized surrogate (Schulman et al. 2017, eq. 8), to minimize.
 
         L = -E[ρ_t Â_t - β KL(π_old(·|s_t) || π_θ(·|s_t))]
 
@@ -88,7 +88,7 @@ def kl_penalty_loss(
         count: What the sums are divided by, see `Count`.
 
     Returns:
-        The loss; and the metrics of `surrogate_loss` with `old_kl`, the mean of the penalised divergence.
+        The loss; and the metrics of `surrogate_loss` with `old_kl`, the mean of the penalized divergence.
 
     Raises:
         ValueError: β is negative.
@@ -113,7 +113,7 @@ def surrogate_loss(
     *,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """The surrogate without a bound (Schulman et al. 2015, eq. 14), to minimise: L = -E[ρ_t Â_t].
+    """The surrogate without a bound (Schulman et al. 2015, eq. 14), to minimize: L = -E[ρ_t Â_t].
 
     TRPO bounds it by a constraint. Alone, over several epochs, it diverges.
 
@@ -191,7 +191,7 @@ def value_loss(
 def entropy_bonus(
     entropy: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, count: Count = None
 ) -> Float[Tensor, ""]:
-    """Mean entropy `S[π_θ](s_t)` in nats, to *maximise*: subtract ent_coef times it from the loss."""
+    """Mean entropy `S[π_θ](s_t)` in nats, to *maximize*: subtract ent_coef times it from the loss."""
     return masked_mean(entropy, mask, count)
 
 
@@ -207,7 +207,7 @@ def compute_ppo_total_loss(
     c2: float = 0.01,
     mask: Bool[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The total objective of PPO (Schulman et al. 2017, eq. 9), to minimise, in one call.
+    """The total objective of PPO (Schulman et al. 2017, eq. 9), to minimize, in one call.
 
         L = -E[min(ρ Â, clip(ρ, 1 - ε, 1 + ε) Â)] + c₁ E[(V - R)²] - c₂ E[S]
 

@@ -17,7 +17,7 @@ ReduceSum: TypeAlias = Callable[[Tensor], Tensor]
 Count: TypeAlias = int | float | Tensor | None
 """What a sum over steps is divided by.
 
-None: the number of True entries in the mask. A number or a 0-d tensor: that many steps, global in an optimiser step.
+None: the number of True entries in the mask. A number or a 0-d tensor: that many steps, global in an optimizer step.
 A tensor that broadcasts against the steps: each step's own divisor (`sequence_mean_count`).
 """
 
@@ -62,7 +62,7 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], count:
     Args:
         x: Any values, junk allowed outside the mask.
         mask: True = counts.
-        count: What the sum is divided by, see `Count`. Given the count of a whole optimiser step, the results of its
+        count: What the sum is divided by, see `Count`. Given the count of a whole optimizer step, the results of its
             micro-batches and processes add up to the mean over the step. An empty mask has mean 0.
     """
     kept = zero_outside(x, mask)
@@ -78,7 +78,7 @@ def sequence_mean_count(mask: Bool[Tensor, "batch time"], n_sequences: int | Ten
 
     Args:
         mask: True = an action of ours.
-        n_sequences: Sequences in the whole optimiser step, over micro-batches and processes.
+        n_sequences: Sequences in the whole optimizer step, over micro-batches and processes.
     """
     return mask.sum(1, keepdim=True).clamp(min=1).float() * n_sequences
 

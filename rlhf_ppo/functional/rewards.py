@@ -18,7 +18,7 @@ def kl_shaped_rewards(
     *,
     kl_coef: float,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-    """Rewards of the KL-regularised objective (Ziegler et al. 2019, eq. 2), spread over the tokens.
+    """Rewards of the KL-regularized objective (Ziegler et al. 2019, eq. 2), spread over the tokens.
 
         r_t = -kl_coef · kl_t + score_t
 
@@ -52,7 +52,7 @@ def kl_shaped_rewards(
 def missing_eos_penalty(
     scores: Float[Tensor, " batch"], finished: Bool[Tensor, " batch"], *, penalty: float, mode: PenaltyMode
 ) -> Float[Tensor, " batch"]:
-    """Penalise responses that ran into the length limit.
+    """Penalize responses that ran into the length limit.
 
     "replace" sets their score to -penalty, whatever the text (Ziegler et al. 2019 with penalty 1); "subtract" takes
     the penalty off their score.
@@ -76,8 +76,8 @@ def missing_eos_penalty(
             f"mode must be 'replace' or 'subtract', got {mode!r}: the two differ by the whole score. "
             "'replace' sets the score to -penalty, 'subtract' takes penalty off it."
         )
-    penalised = torch.full_like(scores, -penalty) if mode == "replace" else scores - penalty
-    return torch.where(finished, scores, penalised)
+    penalized = torch.full_like(scores, -penalty) if mode == "replace" else scores - penalty
+    return torch.where(finished, scores, penalized)
 
 
 def clip_scores(scores: Float[Tensor, "*shape"], limit: float) -> Float[Tensor, "*shape"]:

@@ -104,8 +104,8 @@ def categorical_metric(logits: Float[Tensor, "*shape vocab"], weights: Float[Ten
 
     def metric(tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (tangent,) = tangents
-        centred = tangent - (probabilities * tangent).sum(-1, keepdim=True)
-        return (weights.unsqueeze(-1) * probabilities * centred,)
+        centered = tangent - (probabilities * tangent).sum(-1, keepdim=True)
+        return (weights.unsqueeze(-1) * probabilities * centered,)
 
     return metric
 

@@ -78,7 +78,7 @@ PLAIN = {fast: plain for plain, fast in FASTER.items()}
 def use_fast_layers(model: nn.Module, *, product_dtype: torch.dtype | None = None) -> int:
     """Exchange the layers of `model` that a faster class computes, where this CPU has one; how many were exchanged.
 
-    Subclasses (quantised layers, layers of an engine) stay as they are, and so do models on other devices.
+    Subclasses (quantized layers, layers of an engine) stay as they are, and so do models on other devices.
 
     Args:
         model: Changed in place.

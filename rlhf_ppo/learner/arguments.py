@@ -102,7 +102,7 @@ def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Optimizer:
     """What `config.optimizer` names, over the trainable parameters; torch's are fused where these allow it.
 
     Raises:
-        ValueError: The 8-bit optimiser is asked for where it does not run.
+        ValueError: The 8-bit optimizer is asked for where it does not run.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "adamw_8bit":

@@ -66,7 +66,7 @@ class PPOConfig:
     gamma: float = 1.0
     """Discount."""
     lam: float = 0.95
-    """λ of generalised advantage estimation."""
+    """λ of generalized advantage estimation."""
     cliprange: float = 0.2
     """ε of the clipped surrogate."""
     cliprange_value: float = 0.2
@@ -80,13 +80,13 @@ class PPOConfig:
     mini_batch_size: int = 128
     """Responses of one forward and backward pass."""
     gradient_accumulation_steps: int = 1
-    """Passes of one optimiser step. A mean over tokens of the whole step: the cut never changes the gradient."""
+    """Passes of one optimizer step. A mean over tokens of the whole step: the cut never changes the gradient."""
     world_size: int | None = None
     """Filled in by the trainer: number of processes."""
     ppo_epochs: int = 4
     """Passes over a batch."""
     max_grad_norm: float | None = None
-    """Gradient norm above which gradients are scaled down, in every optimiser step."""
+    """Gradient norm above which gradients are scaled down, in every optimizer step."""
     optimize_cuda_cache: bool | None = None
     """Deprecated name of `optimize_device_cache`."""
     optimize_device_cache: bool = False
@@ -98,13 +98,13 @@ class PPOConfig:
     compare_steps: int = 1
     """Compare with the best mean score every so many steps (`push_to_hub_if_best_kwargs`)."""
     ratio_threshold: float = 10.0
-    """A minibatch whose mean probability ratio exceeds this is skipped; the optimiser does not move."""
+    """A minibatch whose mean probability ratio exceeds this is skipped; the optimizer does not move."""
     use_score_scaling: bool = False
     """Divide scores by their running standard deviation."""
     use_score_norm: bool = False
     """With `use_score_scaling`: also subtract the running mean."""
     most_skips_in_a_row: int = 5
-    """The run stops after so many optimiser steps in a row whose loss or gradient was not finite; none was taken."""
+    """The run stops after so many optimizer steps in a row whose loss or gradient was not finite; none was taken."""
     dump_dir: str | None = None
     """Where such a stop leaves what `python -m rlhf_ppo.replay` reproduces it from; None: the run folder, if any."""
     diagnose: bool = True
@@ -120,7 +120,7 @@ class PPOConfig:
     is_peft_model: bool | None = None
     """Filled in by the trainer."""
     backward_batch_size: int | None = None
-    """Derived: mini_batch_size x gradient_accumulation_steps, the responses of one optimiser step."""
+    """Derived: mini_batch_size x gradient_accumulation_steps, the responses of one optimizer step."""
     global_backward_batch_size: int | None = None
     """Filled in by the trainer: over all processes."""
     global_batch_size: int | None = None
@@ -150,12 +150,12 @@ class PPOConfig:
     logits_chunk_size: int = 1024
     """Response tokens whose logits over the vocabulary may live at once."""
     optimizer: Literal["adam", "adamw", "adamw_8bit", "adam_tensorflow"] = "adam"
-    """The default optimiser: Adam; AdamW (weight decay 0.01); AdamW with 8-bit moments (CUDA and bitsandbytes); Adam
+    """The default optimizer: Adam; AdamW (weight decay 0.01); AdamW with 8-bit moments (CUDA and bitsandbytes); Adam
     with ε where the first implementations had it, which makes the first steps smaller."""
     adam_eps: float = 1e-8
-    """ε of the default optimiser."""
+    """ε of the default optimizer."""
     fused_adam: bool = True
-    """Use torch's fused Adam for the default optimiser: the same numbers to rounding, several times cheaper."""
+    """Use torch's fused Adam for the default optimizer: the same numbers to rounding, several times cheaper."""
 
     packing: bool = True
     """On CPUs: compute nothing that nobody reads, where that leaves results alike: rows of unequal length go through

@@ -21,7 +21,7 @@ from rlhf_ppo.learner.finite_checks import check_scored, warn_of_negative_kl
 from rlhf_ppo.learner.importance_correction import check_correctable, corrected, mismatch_metrics, own_ratios
 from rlhf_ppo.learner.model_card import write_model_card
 from rlhf_ppo.learner.prepare import prepare
-from rlhf_ppo.learner.running_moments import RunningMoments, normalised_scores
+from rlhf_ppo.learner.running_moments import RunningMoments, normalized_scores
 from rlhf_ppo.learner.start_kl import StartCheck
 from rlhf_ppo.learner.statistics import Statistics, StepFacts, classic_statistics, extra_metrics, work_metrics
 from rlhf_ppo.learner.trackers import Trackers
@@ -48,7 +48,7 @@ class PPOLearner:
         optimizer: Over the trainable parameters of `model`; None: what `config.optimizer` names.
         num_shared_layers: Lower layers that policy and copied reference share in memory, frozen.
         lr_scheduler: Stepped once a `learn`.
-        algorithm: What is optimised; None: PPO with the clipped surrogate, from the classic fields of `config`.
+        algorithm: What is optimized; None: PPO with the clipped surrogate, from the classic fields of `config`.
     """
 
     metrics: dict[str, float]
@@ -120,7 +120,7 @@ class PPOLearner:
                 scored: Scored = self.reuse(self.scorer, responses)  # log π_old, V, log π_ref
             check_scored(scored, responses.mask, self.processes, self.model)  # nothing has changed so far
             self.start(scored, responses.mask)
-            scores = normalised_scores(
+            scores = normalized_scores(
                 responses.scores, self.running, scale=self.config.use_score_scaling, shift=self.config.use_score_norm,
                 clip=self.config.score_clip, reduce_sum=self.processes.reduce_sum,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Policy, reference and optimiser handed to Accelerate, as processes and engine need them."""
+"""Policy, reference and optimizer handed to Accelerate, as processes and engine need them."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass

@@ -37,7 +37,7 @@ class StepFacts:
 
     @classmethod
     def of(cls, responses: Responses, scores: Tensor, scored: Scored, penalty: Tensor) -> "StepFacts":
-        """Gathered from the stages of an iteration; `scores` are the normalised ones, [B] or [B, T]."""
+        """Gathered from the stages of an iteration; `scores` are the normalized ones, [B] or [B, T]."""
         return cls(
             scores=scores if scores.dim() == 1 else scores.sum(dim=1), kl=scored.kl, logprobs=scored.logprobs,
             ref_logprobs=scored.ref_logprobs, non_score_rewards=penalty, mask=responses.mask,

@@ -25,7 +25,7 @@ def token_traces(
     """The first `count` responses of a batch; they are not chosen.
 
     Args:
-        batch: What the update learnt from; its inputs are tokens.
+        batch: What the update learned from; its inputs are tokens.
         scored: The same rows under policy and reference.
         tokenizer: Turns token ids into text.
         iteration: That the batch belongs to.

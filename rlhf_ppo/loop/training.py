@@ -38,7 +38,7 @@ class TrainingLoop:
     """One call of `PPOTrainer.train`: wiring in the order of the data.
 
     Args:
-        learner: Whose `learn` is the optimisation step.
+        learner: Whose `learn` is the optimization step.
         prompts: What is answered.
         rewards: Who scores the answers.
         config: How long, how often, where to.

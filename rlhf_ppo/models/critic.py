@@ -34,7 +34,7 @@ class SeparateCritic(nn.Module):
 
         Args:
             classifier: A causal sequence classifier with one label (`AutoModelForSequenceClassification`), copied.
-            gain: The reward model's normalisation, so that values have the scale of the rewards: gain · raw + bias.
+            gain: The reward model's normalization, so that values have the scale of the rewards: gain · raw + bias.
             bias: See `gain`.
 
         Raises:
@@ -80,7 +80,7 @@ def state_values(backbone: nn.Module, head: nn.Linear, inputs: TokenInputs) -> l
 def attach_critic(model: PreTrainedModelWrapper, critic: SeparateCritic) -> None:
     """Let `critic` give the values of `model` from now on; the value head on the trunk is frozen.
 
-    Do it before the trainer or an optimiser is built. Checkpoints of `train()` hold the critic; `save_pretrained`
+    Do it before the trainer or an optimizer is built. Checkpoints of `train()` hold the critic; `save_pretrained`
     saves the policy alone.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a name, a folder or an object to a language model, with or without adapters, quantised or not."""
+"""From a name, a folder or an object to a language model, with or without adapters, quantized or not."""
 
 import inspect
 import logging
@@ -53,7 +53,7 @@ def load_language_model(
         return source
     if isinstance(source, str | os.PathLike):
         hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
-        arguments = {"trust_remote_code": False, **with_quantisation(arguments)}  # None would ask at a prompt
+        arguments = {"trust_remote_code": False, **with_quantization(arguments)}  # None would ask at a prompt
         if find_file(source, "adapter_config.json", **hub) is not None:
             if peft_config is not None:
                 logger.warning(
@@ -73,15 +73,15 @@ def load_language_model(
         )
     if peft_config is None:
         return model  # type: ignore[no-any-return]
-    if any(quantised_bits(model)):
+    if any(quantized_bits(model)):
         model = prepare_model_for_kbit_training(model, **kbit)  # type: ignore[no-untyped-call]
     return get_peft_model(model, peft_config)
 
 
-def with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
+def with_quantization(arguments: dict[str, Any]) -> dict[str, Any]:
     """Write `load_in_8bit`/`load_in_4bit` as the `quantization_config` that transformers 5 takes in their place.
 
-    A quantised model goes whole onto this process's device unless `device_map` says otherwise. One that is not is
+    A quantized model goes whole onto this process's device unless `device_map` says otherwise. One that is not is
     loaded in float32 unless `dtype` is given: PPO's small steps vanish in the rounding of bfloat16 weights.
     """
     arguments = dict(arguments)
@@ -96,7 +96,7 @@ def with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def quantised_bits(model: LanguageModel) -> tuple[bool, bool]:
+def quantized_bits(model: LanguageModel) -> tuple[bool, bool]:
     """Whether the weights are stored in 8 bits, and whether in 4."""
     return bool(getattr(model, "is_loaded_in_8bit", False)), bool(getattr(model, "is_loaded_in_4bit", False))
 

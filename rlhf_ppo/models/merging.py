@@ -44,7 +44,7 @@ def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -
         folder: Made when missing.
 
     Raises:
-        ValueError: The base is quantised.
+        ValueError: The base is quantized.
     """
     language_model: Any = model.pretrained_model
     if not model.is_peft_model:

@@ -71,7 +71,7 @@ class PreTrainedModelWrapper(nn.Module):
         self.pretrained_model = pretrained_model
         self.config = pretrained_model.config
         self.is_peft_model = isinstance(pretrained_model, PeftModel)
-        self.is_loaded_in_8bit, self.is_loaded_in_4bit = loading.quantised_bits(pretrained_model)
+        self.is_loaded_in_8bit, self.is_loaded_in_4bit = loading.quantized_bits(pretrained_model)
         self.is_sequential_parallel = len(set(loading.device_map_of(pretrained_model).values())) > 1
         self.policy_adapter_name = self.pretrained_model.active_adapter if self.is_peft_model else None
         self.supports_rm_adapter = score_module is not None

@@ -56,7 +56,7 @@ def attach_critic_adapter(
 ) -> None:
     """Let an adapter of its own on the policy's base give the values from now on; the value head is frozen.
 
-    Do it before the trainer or an optimiser is built. It starts with V = 0, or as the reward model. Checkpoints of
+    Do it before the trainer or an optimizer is built. It starts with V = 0, or as the reward model. Checkpoints of
     `train()` hold the critic; `save_pretrained` saves the policy alone.
 
     Args:
@@ -64,7 +64,7 @@ def attach_critic_adapter(
         peft_config: Of the critic's adapter; None: that of the policy's, or of the reward model's.
         from_reward_adapter: Start as the reward adapter that `model` was loaded with: V of a whole response is its
             score (Stiennon et al. 2020, appendix B.1).
-        gain: The reward model's normalisation, so that values have the scale of the rewards: gain · raw + bias.
+        gain: The reward model's normalization, so that values have the scale of the rewards: gain · raw + bias.
         bias: See `gain`.
 
     Raises:

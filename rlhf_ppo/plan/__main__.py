@@ -26,7 +26,7 @@ HELP = {
     "lora_rank": "0 trains every weight",
     "batch_size": "responses of one iteration, on each process",
     "mini_batch_size": "responses of one forward and backward pass",
-    "gradient_accumulation_steps": "passes of one optimiser step",
+    "gradient_accumulation_steps": "passes of one optimizer step",
     "ppo_epochs": "passes over an iteration's responses",
     "prompt_tokens": "longest prompt",
     "new_tokens": "longest response",

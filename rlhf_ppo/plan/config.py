@@ -39,7 +39,7 @@ class PlanConfig:
     mini_batch_size: int = 8
     """Responses of one forward and backward pass."""
     gradient_accumulation_steps: int = 1
-    """Passes of one optimiser step."""
+    """Passes of one optimizer step."""
     ppo_epochs: int = 4
     """Passes over an iteration's responses."""
     prompt_tokens: int = 64

@@ -16,7 +16,7 @@ HEAP_SPARE = 0.7
 Not derived: read off the five runs marked `fitted` in docs/results/plan.json, where the live bytes are the traced ones.
 """
 NF4_BYTES = 0.5 + 0.127 / 8
-"""Bytes of a weight in NF4 with its constants quantised too (Dettmers et al. 2023, section 3)."""
+"""Bytes of a weight in NF4 with its constants quantized too (Dettmers et al. 2023, section 3)."""
 ROLES = (
     "policy", "critic", "reference", "reward", "gradients", "optimizer", "activations", "logits", "kv", "buffers",
     "spare",

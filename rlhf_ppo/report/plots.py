@@ -34,7 +34,7 @@ HEIGHT = 4.7
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of one version of the plots; the page uses the same."""
+    """Colors of one version of the plots; the page uses the same."""
 
     ink: str
     faint: str
@@ -88,7 +88,7 @@ def draw_plots(data: RunData) -> tuple[list[Plot], list[str]]:
 
 
 def smoothed(values: Sequence[float], *, window: int) -> list[float]:
-    """Moving average over the neighbours within half a window on each side, as far as there are any."""
+    """Moving average over the neighbors within half a window on each side, as far as there are any."""
     half = window // 2
     sums = list(itertools.accumulate(values, initial=0.0))
     ranges = [(max(0, index - half), min(len(values), index + half + 1)) for index in range(len(values))]

@@ -1,4 +1,4 @@
-"""Responses token by token: how strongly to colour each token for each quantity."""
+"""Responses token by token: how strongly to color each token for each quantity."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Quantity:
     key: str
     label: str
     low: str
-    """What the colour of negative numbers means; "" if there are none."""
+    """What the color of negative numbers means; "" if there are none."""
     high: str
-    """What the other colour means."""
+    """What the other color means."""
 
 
 QUANTITIES = (
@@ -35,7 +35,7 @@ QUANTITIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token's text, what to say about it, and its colours by quantity from -1 to 1."""
+    """A token's text, what to say about it, and its colors by quantity from -1 to 1."""
 
     text: str
     tooltip: str
@@ -44,7 +44,7 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """One coloured response."""
+    """One colored response."""
 
     iteration: int
     prompt: str
@@ -55,7 +55,7 @@ class Response:
 
 
 def token_view(traces: Sequence[TokenTrace]) -> tuple[list[Response], dict[str, str]]:
-    """The latest responses, coloured, and for each quantity the number at which its colour is full.
+    """The latest responses, colored, and for each quantity the number at which its color is full.
 
     One scale for all responses, so that they can be compared: the 95th percentile of the absolute values.
     """

@@ -43,7 +43,7 @@ class Scored:
     values: Float[Tensor, "batch time+1"]
     ref_logprobs: Float[Tensor, "batch time"]
     kl: Float[Tensor, "batch time"]
-    """The penalised estimate of KL(policy || reference) at each token, nats; 0 beyond the end."""
+    """The penalized estimate of KL(policy || reference) at each token, nats; 0 beyond the end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,9 @@ class CriticFit:
 
     Args:
         policy: Itself, without its wrapper: a `TokenPolicy`, or one of joints.
-        optimizer: The prepared optimiser; it steps the critic's parameters alone.
+        optimizer: The prepared optimizer; it steps the critic's parameters alone.
         accelerator: Of both.
-        config: Sizes of passes, epochs, rows of an optimiser step.
+        config: Sizes of passes, epochs, rows of an optimizer step.
         shuffle: Of rows. The same on all processes.
         clip_range_value: Of the value loss; None: the plain squared error.
         gradients: Another way to the gradients, on one process; None: autograd.
@@ -83,7 +83,7 @@ class CriticFit:
         for _ in range(config.epochs):
             for rows in self.shuffle(len(batch), torch.device("cpu")).split(config.minibatch_size):
                 gradients(self._objective, batch, rows)
-                for parameter in self._others:  # without a gradient the optimiser leaves them alone
+                for parameter in self._others:  # without a gradient the optimizer leaves them alone
                     parameter.grad = None
                 self.optimizer.step()
                 self.optimizer.zero_grad()

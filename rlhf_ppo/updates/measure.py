@@ -48,7 +48,7 @@ def reached_kl(
 ) -> float:
     """Mean KL(π_old || π_θ) per action, nats, from the actions that π_old drew: E[ρ - 1 - log ρ], which is unbiased.
 
-    The statistics of an update do not know it: each was measured *before* its optimiser step, on one minibatch.
+    The statistics of an update do not know it: each was measured *before* its optimizer step, on one minibatch.
 
     Args:
         policy: The prepared policy, after the update.

@@ -39,7 +39,7 @@ class MinibatchConfig:
     epochs: int = 4
     """K: passes over the batch."""
     minibatch_size: int = 128
-    """Rows of one optimiser step."""
+    """Rows of one optimizer step."""
     micro_batch_size: int | None = None
     """Most rows of one forward and backward pass. Never changes a result, only memory."""
     token_budget: int | None = None
@@ -47,7 +47,7 @@ class MinibatchConfig:
     max_grad_norm: float | None = None
     """Gradients are scaled down to this norm."""
     ratio_threshold: float = 10.0
-    """A minibatch whose mean probability ratio exceeds this is dropped: the optimiser does not move."""
+    """A minibatch whose mean probability ratio exceeds this is dropped: the optimizer does not move."""
     target_kl: float | None = None
     """Stop after an epoch whose last minibatch has mean(log π_old - log π_θ) above 1.5 times this, nats."""
     most_skips_in_a_row: int = 5
@@ -55,22 +55,22 @@ class MinibatchConfig:
 
 
 class MinibatchUpdate(Resumable):
-    """Minimise an objective over shuffled minibatches.
+    """Minimize an objective over shuffled minibatches.
 
-    An optimiser step depends neither on its cut into micro-batches nor on the number of processes: minibatches are
+    An optimizer step depends neither on its cut into micro-batches nor on the number of processes: minibatches are
     drawn from the rows of all processes, and each piece divides its sums by the action count of the whole step.
 
     Args:
         policy: The prepared module that scores a batch: `policy(inputs, with_entropy=...) -> PolicyOutput`.
-        optimizer: The prepared optimiser of its parameters.
-        accelerator: Processes, precision, gradient synchronisation.
-        objective: What is minimised.
+        optimizer: The prepared optimizer of its parameters.
+        accelerator: Processes, precision, gradient synchronization.
+        objective: What is minimized.
         config: Gives the sizes and guards; asked at each call, so that a user may change them between steps.
         seed: Of the shuffles. The same on all processes.
         with_entropy: Whether the objective reads the entropy.
-        gradients: Another way to the gradients of an optimiser step; None: passes over micro-batches with autograd.
+        gradients: Another way to the gradients of an optimizer step; None: passes over micro-batches with autograd.
         compare_with: Further arguments of the policy for a piece: whom to measure an exact KL to.
-        count: What an optimiser step's sums are divided by, from the mask of its rows.
+        count: What an optimizer step's sums are divided by, from the mask of its rows.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class MinibatchUpdate(Resumable):
         return list(self.shuffle(rows, device).split(self.config.minibatch_size * self.accelerator.num_processes))
 
     def examine(self, batch: TrainBatch, rows: Tensor) -> Examination:
-        """Compute the optimiser step on `rows` as an update would, and do not take it."""
+        """Compute the optimizer step on `rows` as an update would, and do not take it."""
         metrics, _ = self._gradient(batch, rows)
         found = Examination(metrics, broken_gradients(self.policy))
         self.steps.drop()
@@ -194,14 +194,14 @@ class MinibatchUpdate(Resumable):
         if broken:
             warnings.warn(
                 f"Skipped a minibatch whose loss ({metrics['loss/total']}) or gradient norm "
-                f"({metrics['policy/grad_norm']}) is not finite; the optimiser did not move.",
+                f"({metrics['policy/grad_norm']}) is not finite; the optimizer did not move.",
                 stacklevel=4,
             )
             return False
         if metrics["policy/ratio_mean"] > self.config.ratio_threshold:
             warnings.warn(
                 f"The average ratio of batch ({metrics['policy/ratio_mean']:.2f}) exceeds threshold "
-                f"{self.config.ratio_threshold:.2f}. Skipping batch; the optimiser did not move.",
+                f"{self.config.ratio_threshold:.2f}. Skipping batch; the optimizer did not move.",
                 stacklevel=4,
             )
             return False

@@ -10,7 +10,7 @@ from rlhf_ppo.batch import TrainBatch
 
 
 class NonFiniteUpdateError(FloatingPointError):
-    """Too many optimiser steps in a row had a loss or gradient that is not finite; none of them was taken.
+    """Too many optimizer steps in a row had a loss or gradient that is not finite; none of them was taken.
 
     Args:
         message: One sentence.
@@ -26,7 +26,7 @@ class NonFiniteUpdateError(FloatingPointError):
 
 @dataclass(frozen=True)
 class Examination:
-    """An optimiser step that was computed and not taken."""
+    """An optimizer step that was computed and not taken."""
 
     metrics: dict[str, float]
     broken: list[str]
@@ -40,7 +40,7 @@ class Examination:
 
 @runtime_checkable
 class Examines(Protocol):
-    """An update whose optimiser steps can be computed without being taken."""
+    """An update whose optimizer steps can be computed without being taken."""
 
     def examine(self, batch: TrainBatch, rows: Tensor) -> Examination:
         """Compute the step on these rows."""

@@ -15,7 +15,7 @@ class Terms:
     """One piece's share of an objective: every entry adds up over micro-batches and processes."""
 
     loss: Tensor
-    """Scalar to minimise: a sum over the piece's actions divided by the count of the whole optimiser step."""
+    """Scalar to minimize: a sum over the piece's actions divided by the count of the whole optimizer step."""
     metrics: dict[str, Tensor]
     """Detached scalars, divided by the same count."""
     ratio: Tensor
@@ -23,7 +23,7 @@ class Terms:
 
 
 Objective: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], Terms]
-"""(new policy output, batch, count of actions in the whole optimiser step) -> terms to minimise."""
+"""(new policy output, batch, count of actions in the whole optimizer step) -> terms to minimize."""
 
 
 CompareWith: TypeAlias = Callable[[TrainBatch], dict[str, Any]]
@@ -47,20 +47,20 @@ def sequences(mask: Tensor) -> Tensor:
 
 @dataclass(kw_only=True)
 class UpdateRecord:
-    """What an update did: one entry an optimiser step in every list."""
+    """What an update did: one entry an optimizer step in every list."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     ratios: list[Tensor] = field(default_factory=list)
     """Of all processes once the update is done, in no particular order."""
     advantages: list[Tensor] = field(default_factory=list)
     skipped: int = 0
-    """Optimiser steps that were dropped by the ratio guard or a non-finite gradient; the optimiser did not move."""
+    """Optimizer steps that were dropped by the ratio guard or a non-finite gradient; the optimizer did not move."""
     stopped_early: bool = False
     extras: dict[str, float] = field(default_factory=dict)
     """What only this algorithm measures, one number an update."""
 
     def mean(self) -> dict[str, float]:
-        """Each metric averaged over optimiser steps."""
+        """Each metric averaged over optimizer steps."""
         names = self.metrics[0].keys() if self.metrics else ()
         return {name: sum(step[name] for step in self.metrics) / len(self.metrics) for name in names}
 
@@ -71,7 +71,7 @@ class UpdateRecord:
 
 @runtime_checkable
 class Gradients(Protocol):
-    """How the gradients of one optimiser step come about, other than by passes with autograd."""
+    """How the gradients of one optimizer step come about, other than by passes with autograd."""
 
     def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
         """Set the gradient of every parameter to that of `objective` over `rows`; its metrics and the ratios."""
@@ -96,7 +96,7 @@ class Update(Protocol):
 
 
 def batch_statistics(batch: TrainBatch, rows: Tensor) -> dict[str, float]:
-    """What is known of an optimiser step's rows before the step."""
+    """What is known of an optimizer step's rows before the step."""
     mask = batch.mask[rows]
     columns = torch.stack([column[rows][mask] for column in (batch.advantages, batch.returns, batch.values)])
     count = max(columns.shape[1], 1)

@@ -88,7 +88,7 @@ def create_moments(optimizer: Optimizer) -> None:
     """Let Adam's moments come to life now instead of at the first step, behind the first gradients.
 
     A gradient that comes to lie below them in memory leaves a hole when it is forgotten, into which activations and
-    logits go first, and no gradient of that size any more. Values and steps are the same. Other optimisers, and moments
+    logits go first, and no gradient of that size any more. Values and steps are the same. Other optimizers, and moments
     that are there already, are left alone.
     """
     plain = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper

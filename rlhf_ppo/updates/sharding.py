@@ -1,4 +1,4 @@
-"""Who does what of an optimiser step when there are several processes.
+"""Who does what of an optimizer step when there are several processes.
 
 A minibatch is a set of rows of the *global* batch, the same on every process, so that a run on two processes takes the
 steps of a run on one. Its rows are dealt out by work; where they were sampled does not matter.
@@ -43,14 +43,14 @@ def own_pieces(
     process: int,
     processes: int,
 ) -> list[TrainBatch]:
-    """This process's micro-batches of an optimiser step, as many as every other process has.
+    """This process's micro-batches of an optimizer step, as many as every other process has.
 
     A process that runs out of rows goes over the shortest row without learning from it: passes are collective when
     parameters are sharded, and DDP waits for everybody's gradients.
 
     Args:
         batch: The global batch.
-        rows: Rows of the optimiser step.
+        rows: Rows of the optimizer step.
         size: Most rows in a piece; None for no bound.
         token_budget: Most padded tokens (rows x longest row) in a piece; None for no bound.
         process: Whose pieces.

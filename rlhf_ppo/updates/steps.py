@@ -19,7 +19,7 @@ from rlhf_ppo.updates.optimizers import create_moments
 
 @runtime_checkable
 class Steps(Protocol):
-    """One optimiser step: pieces, each with a backward pass, then `apply` or `drop`."""
+    """One optimizer step: pieces, each with a backward pass, then `apply` or `drop`."""
 
     norm_is_known: bool
     """Whether `clip` can say the gradient norm before `apply`."""
@@ -54,8 +54,8 @@ class PlainSteps:
     def piece(self, *, last: bool) -> AbstractContextManager[object]:
         if self._on_cpu and not self.optimizer.state:
             create_moments(self.optimizer)
-        synchronise: AbstractContextManager[object] = nullcontext() if last else self.accelerator.no_sync(self.policy)
-        return synchronise
+        synchronize: AbstractContextManager[object] = nullcontext() if last else self.accelerator.no_sync(self.policy)
+        return synchronize
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)

@@ -19,9 +19,9 @@ def slopes_of(objective: Objective, batch: TrainBatch, count: Tensor) -> Slopes:
     Right for every objective that is a sum over tokens divided by `count`; for another the fused head notices.
 
     Args:
-        objective: What is minimised.
+        objective: What is minimized.
         batch: A piece; its inputs are `TokenInputs`.
-        count: Of actions in the whole optimiser step.
+        count: Of actions in the whole optimizer step.
     """
     inputs = batch.inputs
     assert isinstance(inputs, TokenInputs)

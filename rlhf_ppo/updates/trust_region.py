@@ -48,9 +48,9 @@ class TrustRegionUpdate(Resumable):
 
     Args:
         policy: The prepared policy, a `CurvedPolicy`.
-        optimizer: The prepared optimiser; it steps the value head alone, with its learning rate.
+        optimizer: The prepared optimizer; it steps the value head alone, with its learning rate.
         accelerator: Of both.
-        objective: The surrogate, to minimise; without value term.
+        objective: The surrogate, to minimize; without value term.
         region: The trust region.
         config: Sizes of passes; `epochs` and `minibatch_size` are those of the value head's fit.
         seed: Of the choice of curvature rows and of the shuffles. The same on all processes.
@@ -142,7 +142,7 @@ class TrustRegionUpdate(Resumable):
         return product
 
     def _gradient(self, pieces: list[TrainBatch], count: Tensor) -> tuple[Tensor, list[Terms]]:
-        """Of the objective that is minimised, over the whole batch, with its terms."""
+        """Of the objective that is minimized, over the whole batch, with its terms."""
         total, found = torch.zeros_like(flatten(self.parameters)), []
         for piece in pieces:
             terms = self._terms(piece, count)

@@ -65,7 +65,7 @@ def test_every_algorithm_runs_in_the_same_loop_and_moves_the_weights(name: str) 
 
 @pytest.mark.parametrize("name", SIX)
 def test_before_the_first_step_every_ratio_is_one_and_every_kl_zero(name: str) -> None:
-    """One pass, one optimiser step: all statistics of the update are those of the policy that acted.
+    """One pass, one optimizer step: all statistics of the update are those of the policy that acted.
 
     TRPO's are of the policy behind its step, which is therefore made as short as can be.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_ppo import GRPO, DivergenceMask, PPOClip
-from rlhf_ppo.algorithms.objectives import bounded, objective, penalised, per_sequence, with_reference
+from rlhf_ppo.algorithms.objectives import bounded, objective, penalized, per_sequence, with_reference
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, TrainBatch, pad_rows
 from rlhf_ppo.models.scoring import OldPolicy, TokenPolicy
 from rlhf_ppo.updates import Objective
@@ -52,7 +52,7 @@ TERMS: dict[str, Objective] = {
     "k2 in the loss": objective(with_reference(bounded(CLIP), "k2"), critic=None, ent_coef=0.0),
     "k3 in the loss": objective(with_reference(bounded(CLIP), "k3"), critic=None, ent_coef=0.0),
     "full KL in the loss": objective(with_reference(bounded(CLIP), "full"), critic=None, ent_coef=0.0),
-    "exact KL to the old policy": objective(penalised(2.0), critic=None, ent_coef=0.0),
+    "exact KL to the old policy": objective(penalized(2.0), critic=None, ent_coef=0.0),
 }
 
 

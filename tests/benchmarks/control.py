@@ -37,7 +37,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "control"
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib")
 WORLDS = Randomization(mass=(0.7, 1.3), friction=(0.7, 1.3), motor=(0.8, 1.2), sensor_noise=0.01)
 SHIFTS = {
-    "as in training without randomisation": Randomization(),
+    "as in training without randomization": Randomization(),
     "mass x 1.4": Randomization(mass=(1.4, 1.4)),
     "mass x 0.6": Randomization(mass=(0.6, 0.6)),
     "friction x 0.5": Randomization(friction=(0.5, 0.5)),
@@ -78,9 +78,9 @@ def ablations(name: str, base: ControlConfig, chosen: int = 99) -> Iterator[Run]
         "clip": base,
         "no-clip": replace(base, algorithm=NO_CLIP),
         "penalty": replace(base, algorithm=control_algorithm("ppo-penalty")),
-        "without-observation-normalisation": replace(base, normalize_observations=False),
+        "without-observation-normalization": replace(base, normalize_observations=False),
         "without-reward-scaling": replace(base, normalize_rewards=False),
-        "without-orthogonal-initialisation": replace(base, orthogonal=False),
+        "without-orthogonal-initialization": replace(base, orthogonal=False),
         "without-annealing": replace(base, anneal=False),
         "with-value-clipping": replace(base, algorithm=VALUE_CLIP),
         "without-gradient-clipping": replace(base, max_grad_norm=None),
@@ -94,7 +94,7 @@ def ablations(name: str, base: ControlConfig, chosen: int = 99) -> Iterator[Run]
 def runs() -> list[Run]:
     trpo: dict[str, Any] = {"algorithm": "trpo", "learning_rate": 1e-3}  # the rate is the critic's alone
     pendulum, hopper = settings("InvertedPendulum-v5", 61_440), settings("Hopper-v5", 1_000_000)
-    randomised = replace(hopper, environment=EnvironmentConfig(id="Hopper-v5", randomization=WORLDS))
+    randomized = replace(hopper, environment=EnvironmentConfig(id="Hopper-v5", randomization=WORLDS))
     cartpole = settings(
         "CartPole-v1", 102_400, learning_rate=1e-3, normalize_observations=False, normalize_rewards=False
     )
@@ -107,7 +107,7 @@ def runs() -> list[Run]:
         seeds("speed-ours", shortest, group="speed"),
         seeds("speed-sb3", shortest, group="speed", library="sb3"),
     )
-    worlds = list(seeds("hopper-randomised", randomised, shifts=True, group="randomisation"))
+    worlds = list(seeds("hopper-randomized", randomized, shifts=True, group="randomization"))
     return [
         *seeds("pendulum-clip", pendulum),
         *seeds("pendulum-trpo", settings("InvertedPendulum-v5", 61_440, **trpo)),

@@ -1,4 +1,4 @@
-"""The least that an optimiser step can cost: its matrix products, nothing else."""
+"""The least that an optimizer step can cost: its matrix products, nothing else."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ def by_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def step_floor(model: Any, workload: Workload, rows: Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """CPU seconds of the products of one optimiser step, forward once and backward twice.
+    """CPU seconds of the products of one optimizer step, forward once and backward twice.
 
     Every linear layer of the trunk sees the real tokens of the step's rows in one product, the LM head their response
-    tokens; in attention, the queries of each row see its keys. Norms, softmax, activations and the optimiser are left
+    tokens; in attention, the queries of each row see its keys. Norms, softmax, activations and the optimizer are left
     out: a lower bound.
 
     Returns:

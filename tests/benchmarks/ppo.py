@@ -56,7 +56,7 @@ class Process:
         return self._answer()
 
     def iteration(self) -> dict[str, Any]:
-        """What one PPO iteration costs, weights and optimiser fresh; memory above that of the loaded models."""
+        """What one PPO iteration costs, weights and optimizer fresh; memory above that of the loaded models."""
         self("reset")
         phases = {"generate": self("generate"), "step": self("step")}
         for cost in phases.values():

@@ -64,7 +64,7 @@ class Side:
         return torch.autocast(device, torch.bfloat16, enabled=self.workload.dtype == "bfloat16")
 
     def reset(self, *, trim: bool = True) -> None:
-        """Weights, optimiser and shuffles as at the start; with `trim` free memory, too."""
+        """Weights, optimizer and shuffles as at the start; with `trim` free memory, too."""
         from safetensors.torch import load_file
 
         weights = load_file(self.task.folder / "model.safetensors")
@@ -166,7 +166,7 @@ class Ours(Side):
         return {name: value for name, value in self.trainer.metrics.items() if name.startswith(("work/", "sampler/"))}
 
     def floor(self) -> dict[str, float]:
-        """The step once more, and behind each of its optimiser steps the bare matrix products of just that one.
+        """The step once more, and behind each of its optimizer steps the bare matrix products of just that one.
 
         A processor shared with others is faster and slower by the second; the two then see the same of it. Memory is
         as the iteration before left it, which is what all iterations of a run find but the first.

@@ -81,10 +81,10 @@ def test_the_decode_loop_computes_at_most_a_quarter_more_than_the_response_token
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_have_equal_work_in_every_optimiser_step_to_five_percent(processes: int) -> None:
+def test_processes_have_equal_work_in_every_optimizer_step_to_five_percent(processes: int) -> None:
     """What each waits for the slowest in each step: tokens of the busiest process over the mean, 16 rows a process.
 
-    Once as often as an update shuffles: with cpu-skew's lengths, 8 rows of an optimiser step for each process.
+    Once as often as an update shuffles: with cpu-skew's lengths, 8 rows of an optimizer step for each process.
     """
     workload = replace(TINY, rows=TINY.rows * processes)
     costs, shuffle = torch.tensor(workload.lengths()) + workload.prompt, Shuffle(0)

@@ -36,7 +36,7 @@ class Workload:
     """"log-normal" of about `mean`, cut at `cap`; "even", from a sixth of `cap` to `cap`; "full": all `cap`."""
     mean: float = 42.0
     minibatch: int = 8
-    """Rows of one optimiser step."""
+    """Rows of one optimizer step."""
     epochs: int = 4
     dtype: str = "float32"
     """Of the products; "bfloat16" keeps weights in float32 and runs under autocast."""
@@ -92,7 +92,7 @@ WORKLOADS = {
     "cpu-skew": SKEW,
     "cpu-full": replace(SKEW, name="cpu-full", lengths_are="full"),
     "cpu-vocab": replace(SKEW, name="cpu-vocab", vocab=128_000, layers=4, width=256, heads=4, inner=688),
-    # Pairs: prompts with two responses each; at most eight pairs an optimiser step.
+    # Pairs: prompts with two responses each; at most eight pairs an optimizer step.
     "rm-pairs": replace(SKEW, name="rm-pairs", cap=512, mean=100.0, epochs=1),
     # In form what DeepSpeed-Chat and OpenRLHF published: OPT-1.3B's size, 1024 samples of 256 + 256 tokens, one epoch.
     "gpu-dschat": replace(

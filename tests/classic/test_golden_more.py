@@ -21,7 +21,7 @@ from tests.support.tiny_models import tiny_tokenizer
 RECORD = json.loads((Path(__file__).parents[1] / "golden" / "classic_more.json").read_text())
 
 # The classic took variances within each micro-batch (nan for one row of one token), we take them over all rows of an
-# optimiser step: the cut into micro-batches changes memory, never a number.
+# optimizer step: the cut into micro-batches changes memory, never a number.
 OF_MICRO_BATCHES = {"ppo/returns/var", "ppo/val/var", "ppo/val/var_explained"}
 # The classic was wrong with padding on the left, so it was recorded on the right; the side must not matter to us.
 ON_THE_LEFT_TOO = ("full, whitened rewards", "long, minibatches of 2", "masks at the ends, whitened rewards")

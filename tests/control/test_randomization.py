@@ -1,4 +1,4 @@
-"""Domain randomisation: what it changes, when, and that a seed decides it."""
+"""Domain randomization: what it changes, when, and that a seed decides it."""
 
 from typing import Any
 

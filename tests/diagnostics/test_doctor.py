@@ -177,8 +177,8 @@ def test_padding_that_is_the_stop_token_is_a_note_and_a_warning_where_it_was_lef
 def test_tokens_that_do_not_survive_their_text_are_noted_and_texts_of_other_tokens_are_a_warning() -> None:
     whole = TOKENIZER("The movie was good.")["input_ids"]
     letters = [token for letter in "movie" for token in TOKENIZER(letter)["input_ids"]]
-    assert "retokenisation" not in examine_tokens(specimen([[5]], [whole]), TOKENIZER).names()
-    assert "retokenisation" in examine_tokens(specimen([[5]], [letters]), TOKENIZER).names()
+    assert "retokenization" not in examine_tokens(specimen([[5]], [whole]), TOKENIZER).names()
+    assert "retokenization" in examine_tokens(specimen([[5]], [letters]), TOKENIZER).names()
     told = examine_tokens(specimen([[5]], [letters], response_texts=["movie"]), TOKENIZER)
     assert "other_text" not in told.names()
     cut = examine_tokens(specimen([[5]], [letters], response_texts=["mov"]), TOKENIZER)

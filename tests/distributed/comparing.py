@@ -15,12 +15,12 @@ from tests.distributed.launching import launch_file
 from tests.distributed.scenario import Outcome, Scenario
 
 TOLERANCE = 3e-5
-"""Rounding, which Adam carries on: below 1e-5 on one processor; on another 1.9e-5 after two optimiser steps of LoRA."""
+"""Rounding, which Adam carries on: below 1e-5 on one processor; on another 1.9e-5 after two optimizer steps of LoRA."""
 LOCAL = ("time/", "work/")
 
 
 def alone(scenario: Scenario) -> Outcome:
-    """The scenario on one process: the same rows, and as many of them in an optimiser step."""
+    """The scenario on one process: the same rows, and as many of them in an optimizer step."""
     processes = len(scenario.shares)
     return scenarios.run(
         replace(

@@ -80,7 +80,7 @@ class Outcome:
     parameters: dict[str, Tensor]
     kl_coef: float
     passes: list[int]
-    """Passes over the policy in each optimiser step."""
+    """Passes over the policy in each optimizer step."""
     parted: int
     """Parameters of policy and reference of which this process holds a part."""
 
@@ -196,7 +196,7 @@ def _parameters(trainer: PPOTrainer) -> list[Tensor]:
 
 
 def _counted_passes(trainer: PPOTrainer) -> list[int]:
-    """Of each optimiser step, kept up to date while the trainer runs."""
+    """Of each optimizer step, kept up to date while the trainer runs."""
     update: Any = trainer.algorithm.update
     update = getattr(update, "inner", update)
     passes: list[int] = []

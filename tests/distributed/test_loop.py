@@ -125,7 +125,7 @@ def test_a_run_of_one_process_goes_on_with_two_and_says_what_is_not_exact(
         assert torch.equal(first["weights"][name], second["weights"][name]), name
     assert all(torch.equal(first["optimizer"][name], value) for name, value in moments.items())
     assert any(not torch.equal(first["weights"][name], value) for name, value in saved.items())
-    said = "written by 1 process(es), this run has 2. Weights, optimiser, schedule, controller, moments"
+    said = "written by 1 process(es), this run has 2. Weights, optimizer, schedule, controller, moments"
     assert all(any(said in sentence for sentence in one["said"]) for one in (first, second))
     assert first["history"][0]["env/reward_skipped"] == 1 / 8  # eight samples instead of four, process 1 leaves out one
 

@@ -53,7 +53,7 @@ def test_two_processes_under_zero_take_the_steps_of_one(stage: int, tmp_path_fac
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_with_optimiser_and_parameters_in_main_memory_the_steps_are_the_same(
+def test_with_optimizer_and_parameters_in_main_memory_the_steps_are_the_same(
     stage: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Here everything is in main memory anyway: what is tested is the engine's code for it, with torch's Adam."""

@@ -24,7 +24,7 @@ OWN = {"rlhf_ppo", "reward_model", "recipes", "tests"} | {path.stem for path in 
 
 
 def requirements(*extras: str) -> set[str]:
-    """Normalised names of the distributions that the package asks for, with these extras."""
+    """Normalized names of the distributions that the package asks for, with these extras."""
     lists = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
     found = [Requirement(line) for lines in lists for line in lines]
     return {canonicalize_name(item.name) for item in found if item.marker is None or item.marker.evaluate()}

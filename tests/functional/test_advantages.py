@@ -187,7 +187,7 @@ def test_discounted_returns_equal_a_loop(seed: int, shape: tuple[int, int], gamm
 def test_group_advantages_equal_a_loop_over_siblings(seed: int, groups: int, size: int) -> None:
     scores = numbers(seed, groups * size)
     rloo = F.rloo_advantages(scores, size)
-    centred = F.grpo_advantages(scores, size, normalize_std=False, eps=1e-4)
+    centered = F.grpo_advantages(scores, size, normalize_std=False, eps=1e-4)
     scaled = F.grpo_advantages(scores, size, normalize_std=True, eps=1e-4)
     for index in range(groups * size):
         first = index // size * size
@@ -195,7 +195,7 @@ def test_group_advantages_equal_a_loop_over_siblings(seed: int, groups: int, siz
         others = [score for place, score in enumerate(group) if first + place != index]
         score = scores[index].item()
         assert rloo[index].item() == pytest.approx(score - statistics.mean(others), abs=1e-9)
-        assert centred[index].item() == pytest.approx(score - statistics.mean(group), abs=1e-9)
+        assert centered[index].item() == pytest.approx(score - statistics.mean(group), abs=1e-9)
         expected = (score - statistics.mean(group)) / (statistics.stdev(group) + 1e-4)
         assert scaled[index].item() == pytest.approx(expected, abs=1e-9)
 

@@ -72,7 +72,7 @@ def test_impossible_tokens_add_nothing_to_entropy_and_no_nan_to_its_gradient() -
     assert_close(grad, torch.zeros(1, 3))
 
 
-def test_half_precision_logits_are_normalised_in_float32() -> None:
+def test_half_precision_logits_are_normalized_in_float32() -> None:
     """bfloat16 has 8 bits: a log-probability near -3 would be off by up to 0.01 nats."""
     logits = torch.randn(2, 50).bfloat16()
     tokens = torch.tensor([3, 4])

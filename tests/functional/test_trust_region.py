@@ -118,7 +118,7 @@ def test_trust_region_step_has_the_allowed_kl_in_the_quadratic_model() -> None:
 
 @pytest.mark.parametrize("max_kl, tolerance", [(1e-2, 0.3), (1e-4, 0.03), (1e-6, 0.003)])
 def test_a_full_step_has_the_kl_and_the_improvement_that_its_models_foretell(max_kl: float, tolerance: float) -> None:
-    """The whole chain on a small policy. Damping counts as KL, so the realised one is that of the undamped model,
+    """The whole chain on a small policy. Damping counts as KL, so the realized one is that of the undamped model,
     below what was asked for; the error of both models falls with the length of the step, as √δ.
     """
     model, states, advantages = network(), numbers(0, 64, 3), numbers(1, 64)

@@ -36,7 +36,7 @@ trees = st.recursive(
 CONTRACT = json.loads(json.dumps({
     "kind": "single", "format_version": 1, "base": "x", "head": "score.weight",
     "text": {"template": "plain", "append_eos": True, "max_length": 16}, "tokenizer_sha256": "0",
-    "normalisation": {"gain": 1.0, "bias": 0.0, "reference": "none", "samples": 0}, "members": [], "data": {},
+    "normalization": {"gain": 1.0, "bias": 0.0, "reference": "none", "samples": 0}, "members": [], "data": {},
     "metrics": {}, "versions": {},
 }))  # fmt: skip
 
@@ -62,7 +62,7 @@ def cases(draw: st.DrawFn) -> tuple[str, Any, Any]:
         case "contract":
             changed = dict(CONTRACT)
             for _ in range(draw(st.integers(1, 2))):
-                part = draw(st.sampled_from([None, "text", "normalisation"]))
+                part = draw(st.sampled_from([None, "text", "normalization"]))
                 inner = changed if part is None or not isinstance(changed.get(part), dict) else dict(changed[part])
                 key = draw(st.sampled_from(list(inner) + ["other"])) if inner else "other"
                 if draw(st.booleans()):

@@ -19,7 +19,7 @@ def page(found: dict[str, Any]) -> str:
     total = sum(found[name].get("cases", 0) for name in WHAT)
     lines = [
         "# Fuzzing", "", "`python -m tests.fuzz.campaign --cases 30000 [--target ...]`", "",
-        "A case is accepted, or refused by an error of ours that left every parameter and optimiser state as it was.",
+        "A case is accepted, or refused by an error of ours that left every parameter and optimizer state as it was.",
         "Anything else is a finding: another exception, Python's own words, a change, no end within a minute.",
         f"The campaign goes on where it was stopped; {total:,} cases so far.", "",
         "| Entry point | Cases | Refused | Accepted | Findings | Longest, ms of CPU |", "|---|---|---|---|---|---|",

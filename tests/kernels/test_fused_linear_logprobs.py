@@ -305,7 +305,7 @@ def test_a_frozen_head_or_trunk_gets_no_product(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_low_precision_states_are_normalised_in_float32(dtype: torch.dtype, tolerance: float) -> None:
+def test_low_precision_states_are_normalized_in_float32(dtype: torch.dtype, tolerance: float) -> None:
     exact = plain(*parts())
     found = fused_token_statistics(*parts(dtype), slopes=slopes(0.0))
     assert found.logprobs.dtype == torch.float32

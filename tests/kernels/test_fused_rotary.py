@@ -17,7 +17,7 @@ apply_rotary_pos_emb: Any = of_llama
 """Of the attention below; a test puts another in its place."""
 
 
-def of_neighbours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+def of_neighbors(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """GPT-J's and Cohere's: entries rotate with the one beside them, not with that of the other half."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
 
@@ -63,7 +63,7 @@ def test_a_forward_runs_as_it_is_with_our_rotation_in_it(monkeypatch: pytest.Mon
     assert calls == [1, 1]
 
 
-@pytest.mark.parametrize("function", [of_neighbours, of_other_arguments, None])
+@pytest.mark.parametrize("function", [of_neighbors, of_other_arguments, None])
 def test_a_function_that_computes_something_else_stays(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "apply_rotary_pos_emb", function)
     assert rotating_forward(Attention()) is None

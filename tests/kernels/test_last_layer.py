@@ -86,7 +86,7 @@ class Neighbourly(nn.Module):
         return result
 
 
-def test_a_layer_that_looks_at_its_neighbours_is_found_out() -> None:
+def test_a_layer_that_looks_at_its_neighbors_is_found_out() -> None:
     layers = tiny_gpt2().base_model
     rows = [torch.arange(2, 9), torch.arange(4, 9)]
     assert can_skip_unread(layers, rows)

@@ -59,7 +59,7 @@ def test_a_fast_layer_has_the_plain_ones_output_and_gradients(layer: nn.Module) 
         gradients.append([output, *torch.autograd.grad((output * weights).sum(), [leaf, *module.parameters()])])
     for plain, ours in zip(*gradients, strict=True):
         assert_close(ours, plain, rtol=1e-5, atol=1e-6)
-        assert ours.stride() == plain.stride()  # the optimiser's kernels and DDP's buckets count on it
+        assert ours.stride() == plain.stride()  # the optimizer's kernels and DDP's buckets count on it
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])
@@ -217,7 +217,7 @@ def test_low_layers_keep_what_plain_ones_keep_for_the_backward_pass(
 
 
 def test_low_weights_are_kept_inside_the_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy that outlived it would be one optimiser step behind."""
+    """A copy that outlived it would be one optimizer step behind."""
     monkeypatch.setattr(linear_layers, "bfloat16_is_faster", lambda: True)
     model = llama()
     use_fast_layers(model, product_dtype=torch.bfloat16)

@@ -68,7 +68,7 @@ def test_a_model_that_is_not_torchs_attention_is_padded(build: Callable[[], Any]
     assert policy.work["trunk_tokens"] == 5 * 12
 
 
-def test_a_model_that_sees_its_neighbours_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_sees_its_neighbors_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the runs, attention reaches from one row into the next."""
     from rlhf_ppo.kernels import packing
 

@@ -1,4 +1,4 @@
-"""The setting that names the optimiser."""
+"""The setting that names the optimizer."""
 
 import pytest
 import torch

@@ -92,7 +92,7 @@ def test_every_variant_goes_to_the_optimum_of_the_bandit(name: str) -> None:
 
 
 def test_beta_of_the_penalty_follows_the_kl_after_the_update() -> None:
-    """With one optimiser step an update, every statistic is of the policy before it: KL 0, and β would only halve."""
+    """With one optimizer step an update, every statistic is of the policy before it: KL 0, and β would only halve."""
     trainer = bandit(PPOPenalty(beta=1.0, target_kl=1e-4), kl_coef=0.5, ppo_epochs=1, mini_batch_size=128)
     before = probabilities(trainer)
     play(trainer, 1)

@@ -58,7 +58,7 @@ def batch(own: PPOTrainer) -> Responses:
     return Responses(inputs=inputs(), mask=mask, scores=torch.tensor([1.0, -1.0]))
 
 
-def test_the_value_of_a_whole_response_is_its_normalised_score() -> None:
+def test_the_value_of_a_whole_response_is_its_normalized_score() -> None:
     model, rewards = policy(), classifier()
     attach_critic(model, SeparateCritic.from_reward_model(rewards, gain=2.0, bias=-1.0))
     values = model.critic(inputs())  # type: ignore[misc]

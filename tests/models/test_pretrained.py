@@ -251,7 +251,7 @@ def test_a_model_placed_whole_on_the_cpu_is_not_offloaded() -> None:
 
 
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
-def test_quantisation_flags_become_the_config_that_transformers_takes(
+def test_quantization_flags_become_the_config_that_transformers_takes(
     bits: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.support.tiny_models import tiny_llama, tiny_tokenizer
 from tests.support.tiny_run import TEXTS, config, share_of_e
 
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra: pip install 'rlhf_ppo[quantisation]'")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra: pip install 'rlhf_ppo[quantization]'")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning"),

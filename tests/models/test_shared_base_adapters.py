@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from reward_model import RewardModel
-from reward_model.contract import Contract, ContractError, Normalisation, TextRule, tokenizer_sha256
+from reward_model.contract import Contract, ContractError, Normalization, TextRule, tokenizer_sha256
 from reward_model.on_policy import reward_on_policy
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.batch import TokenInputs
@@ -58,7 +58,7 @@ def reward_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     Contract(
         head="score.weight", base=str(base), tokenizer_sha256=tokenizer_sha256(tokenizer),
-        text=TextRule(max_length=64), normalisation=Normalisation(gain=2.0, bias=-1.0),
+        text=TextRule(max_length=64), normalization=Normalization(gain=2.0, bias=-1.0),
     ).write(folder)  # fmt: skip
     return folder
 

@@ -115,7 +115,7 @@ def test_the_model_loads_as_a_wrapper_and_as_a_plain_language_model(finished: tu
     with torch.no_grad():
         logits, _, values = wrapped(input_ids=ids)
         assert torch.equal(plain(input_ids=ids).logits, logits)
-    assert values.abs().max() > 0  # the head began at 0 and was saved with what it learnt
+    assert values.abs().max() > 0  # the head began at 0 and was saved with what it learned
 
 
 def test_tensorboard_has_the_metrics_of_every_iteration(finished: tuple[Path, Measures]) -> None:

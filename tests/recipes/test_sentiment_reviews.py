@@ -7,7 +7,7 @@ import pytest
 from sentiment.reviews import (
     Review,
     clean_review,
-    labelled_excerpts,
+    labeled_excerpts,
     load_reviews,
     preference_pairs,
     prompt_texts,
@@ -103,7 +103,7 @@ def test_sentence_starts_leave_room_for_an_excerpt() -> None:
 
 def test_excerpts_begin_with_the_opening_and_keep_their_reviews_label() -> None:
     reviews = toy_reviews(6)
-    texts, labels = labelled_excerpts(reviews, min_words=4, max_words=6, per_review=2)
+    texts, labels = labeled_excerpts(reviews, min_words=4, max_words=6, per_review=2)
     assert labels == [review.label for review in reviews for _ in range(2)]
     assert all(review.text.startswith(text) for review, text in zip(reviews, texts[::2], strict=True))
     assert {len(text.split()) for text in texts} <= {4, 5, 6}

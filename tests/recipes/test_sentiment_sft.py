@@ -96,7 +96,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_in_a_line() -> None:
     assert rates[49] == pytest.approx(0.5) and rates[99] == pytest.approx(0.0)
 
 
-def test_every_weight_belongs_to_one_optimizer_and_the_tied_embedding_is_not_orthogonalised() -> None:
+def test_every_weight_belongs_to_one_optimizer_and_the_tied_embedding_is_not_orthogonalized() -> None:
     model = new_model(TINY, train_tokenizer([REVIEWS[0].text], vocabulary_size=300))
     muon, adam = ({id(p) for group in o.param_groups for p in group["params"]} for o in make_optimizers(model, TINY))
     assert muon | adam == {id(p) for p in model.parameters()} and not muon & adam

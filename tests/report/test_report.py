@@ -216,7 +216,7 @@ def test_the_error_of_a_change_is_that_of_a_difference(tmp_path: Path) -> None:
     assert (rows["x"].before, rows["x"].after, rows["x"].change) == ("1.000", "–", "–")
 
 
-def test_one_scale_colours_all_tokens_and_the_latest_responses_come_first() -> None:
+def test_one_scale_colors_all_tokens_and_the_latest_responses_come_first() -> None:
     def trace(iteration: int, kl: list[float]) -> TokenTrace:
         zeros = [0.0] * len(kl)
         return TokenTrace(

@@ -13,7 +13,7 @@ from tests.reward_model.conftest import preference_rows, tiny_config
 
 
 class Recorder(TrainerCallback):
-    """Keeps the gradient of every optimiser step and the logged losses."""
+    """Keeps the gradient of every optimizer step and the logged losses."""
 
     def __init__(self) -> None:
         self.gradients: list[torch.Tensor] = []
@@ -34,7 +34,7 @@ def main(base: str, output: str, micro_batch_size: int) -> None:
         row["tie"] = index % 5 == 0
     recorder = Recorder()
     config = tiny_config(
-        Path(base), Path(output), batch_size=16, micro_batch_size=micro_batch_size, log_every=1, centring=0.01
+        Path(base), Path(output), batch_size=16, micro_batch_size=micro_batch_size, log_every=1, centering=0.01
     )
     comparisons = as_comparisons(rows, "rows")
     trained = train_reward_model(config, train=comparisons[:64], evaluation=comparisons[64:], callbacks=[recorder])

@@ -99,7 +99,7 @@ def ensemble_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -
     return train_ensemble(config, 3, rows[:100], rows[100:], {}).path
 
 
-def test_an_ensemble_is_the_mean_of_its_members_normalised_scores(ensemble_folder: Path) -> None:
+def test_an_ensemble_is_the_mean_of_its_members_normalized_scores(ensemble_folder: Path) -> None:
     ensemble = load_reward_model(ensemble_folder)
     members = [RewardModel.from_pretrained(ensemble_folder / f"member-{index}") for index in range(3)]
     alone = torch.tensor([member(PROMPTS, RESPONSES) for member in members], dtype=torch.float64)

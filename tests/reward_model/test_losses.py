@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from reward_model.losses import (
     bradley_terry_loss,
-    centring_penalty,
+    centering_penalty,
     davidson_log_probabilities,
     davidson_loss,
     plackett_luce_loss,
@@ -114,9 +114,9 @@ def test_padding_of_a_ranking_is_never_read() -> None:
     assert padded.grad is not None and torch.isfinite(padded.grad[:, :3]).all()
 
 
-def test_the_centring_penalty_of_a_pair_is_the_squared_sum() -> None:
+def test_the_centering_penalty_of_a_pair_is_the_squared_sum() -> None:
     scores = torch.tensor([[1.0, 0.5, math.nan]], dtype=torch.float64)
-    assert_close(centring_penalty(scores, torch.tensor([[True, True, False]])), f64(2.25))
+    assert_close(centering_penalty(scores, torch.tensor([[True, True, False]])), f64(2.25))
 
 
 @given(st.floats(-5, 5), st.floats(-5, 5), st.floats(-3, 3))

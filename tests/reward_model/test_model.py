@@ -36,9 +36,9 @@ def test_auto_classes_load_the_folder_with_identical_scores(reward_model: Reward
 
 
 def test_scores_are_gain_times_raw_plus_bias(reward_model: RewardModel) -> None:
-    normalisation = reward_model.contract.normalisation
+    normalization = reward_model.contract.normalization
     raw = reward_model.raw_scores(PROMPTS, RESPONSES)
-    expected = [normalisation.gain * value + normalisation.bias for value in raw]
+    expected = [normalization.gain * value + normalization.bias for value in raw]
     assert reward_model(PROMPTS, RESPONSES) == expected
 
 
@@ -144,7 +144,7 @@ def change_contract(folder: Path, **changes: Any) -> None:
         ({"text": {"template": "odd", "append_eos": True, "max_length": 8}}, "text.template"),
         ({"text": {"template": "plain"}, "surprise": 1}, "surprise"),
         ({"text": {"no_such": 1}}, "text"),
-        ({"normalisation": {"gain": -1.0, "bias": 0.0, "reference": "", "samples": 2}}, "normalisation.gain"),
+        ({"normalization": {"gain": -1.0, "bias": 0.0, "reference": "", "samples": 2}}, "normalization.gain"),
     ],
 )
 def test_a_contract_that_does_not_match_is_refused_by_field(
@@ -154,6 +154,18 @@ def test_a_contract_that_does_not_match_is_refused_by_field(
     change_contract(folder, **changes)
     with pytest.raises(ContractError, match=field):
         RewardModel.from_pretrained(folder)
+
+
+def test_a_contract_with_the_field_normalisation_of_earlier_versions_is_read(
+    trained_folder: Path, tmp_path: Path
+) -> None:
+    """Versions before 0.2 spelled it so: a reward model of theirs gives the same scores."""
+    folder = copied(trained_folder, tmp_path / "copy")
+    path = folder / "reward_model.json"
+    values = json.loads(path.read_text())
+    values["normalisation"] = values.pop("normalization")
+    path.write_text(json.dumps(values))
+    assert RewardModel.from_pretrained(folder).contract == RewardModel.from_pretrained(trained_folder).contract
 
 
 def test_a_folder_without_contract_is_refused(tiny_base: Path) -> None:

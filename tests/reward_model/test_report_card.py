@@ -29,7 +29,7 @@ from tests.reward_model.conftest import preference_rows
 
 
 def test_wilson_interval_by_hand() -> None:
-    """p = 1/2, n = 4, z = 2: centre (1/2 + 4/8) / 2 = 1/2, half-width 2/2 * sqrt(1/16 + 4/64) = sqrt(1/8)."""
+    """p = 1/2, n = 4, z = 2: center (1/2 + 4/8) / 2 = 1/2, half-width 2/2 * sqrt(1/16 + 4/64) = sqrt(1/8)."""
     share = wilson(2, 4, z=2.0)
     assert share.low == pytest.approx(0.5 - math.sqrt(1 / 8)) and share.high == pytest.approx(0.5 + math.sqrt(1 / 8))
     assert math.isnan(wilson(0, 0).value)

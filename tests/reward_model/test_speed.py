@@ -35,7 +35,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}, {"centring": 0.01}], ids=["full", "lora", "centring"])
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}, {"centering": 0.01}], ids=["full", "lora", "centering"])
 def test_training_ends_at_the_weights_of_plain_training(
     build: Any, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +113,7 @@ def test_scoring_runs_real_tokens_only_and_scores_as_a_padded_pass(
 
 
 def test_an_encoder_stays_padded(tmp_path: Path, passes: list[int]) -> None:
-    """It reads in both directions: side by side, rows would see their neighbours."""
+    """It reads in both directions: side by side, rows would see their neighbors."""
     config = BertConfig(
         vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1
     )

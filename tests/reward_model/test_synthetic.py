@@ -132,8 +132,8 @@ def test_ties_shrink_the_difference_as_davidson_says(base: Path, tmp_path: Path)
     assert difference == pytest.approx(2 * math.log((1 + math.sqrt(13)) / 2), abs=0.1)
 
 
-def test_centring_brings_the_mean_score_to_zero(base: Path, tmp_path: Path) -> None:
-    model = trained(base, tmp_path / "rm", [pair(0, 1), pair(1, 0)] * 200, epochs=8.0, centring=0.1)
+def test_centering_brings_the_mean_score_to_zero(base: Path, tmp_path: Path) -> None:
+    model = trained(base, tmp_path / "rm", [pair(0, 1), pair(1, 0)] * 200, epochs=8.0, centering=0.1)
     assert abs(float(scores_of_items(model)[:2].mean())) < 0.05
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from reward_model import Comparison, RewardModel, train_reward_model
-from reward_model.backbone import PAD_TOKEN, initialise_head, load_backbone
+from reward_model.backbone import PAD_TOKEN, initialize_head, load_backbone
 from reward_model.contract import Contract
 from reward_model.encoding import LengthGroupedBatches
 from reward_model.trainer import training_folder
@@ -22,7 +22,7 @@ PROMPTS, RESPONSES = ["The movie was "] * 2, ["great", "awful and boring"]
 
 def test_the_head_is_drawn_with_variance_one_over_width_plus_one() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(9_999, 1))
-    initialise_head(model, seed=0)
+    initialize_head(model, seed=0)
     assert float(model[1].weight.detach().std()) == pytest.approx(0.01, rel=0.03)
     assert float(model[1].bias.detach()) == 0.0
 
@@ -39,7 +39,7 @@ def test_a_decoder_that_pads_with_its_end_of_text_token_gets_a_padding_token(tmp
     assert model.get_input_embeddings().weight.shape[0] >= len(found)
 
 
-def test_scores_are_normalised_on_the_held_out_completions(reward_model: RewardModel) -> None:
+def test_scores_are_normalized_on_the_held_out_completions(reward_model: RewardModel) -> None:
     rows = preference_rows(260)[200:]
     scores = torch.tensor(
         reward_model(
@@ -50,7 +50,7 @@ def test_scores_are_normalised_on_the_held_out_completions(reward_model: RewardM
     assert float(scores.std()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_scores_can_be_normalised_on_samples_of_the_reference_policy(tiny_base: Path, tmp_path: Path) -> None:
+def test_scores_can_be_normalized_on_samples_of_the_reference_policy(tiny_base: Path, tmp_path: Path) -> None:
     rows = preference_rows(60)
     samples = [("The movie was ", text) for text in ("fine", "odd", "long and loud")]
     trained = train_reward_model(
@@ -58,7 +58,7 @@ def test_scores_can_be_normalised_on_samples_of_the_reference_policy(tiny_base: 
     )
     model = RewardModel.from_pretrained(trained.path)
     scores = torch.tensor(model([prompt for prompt, _ in samples], [text for _, text in samples]))
-    assert model.contract.normalisation.reference == "reference policy"
+    assert model.contract.normalization.reference == "reference policy"
     assert_close(scores.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
     assert_close(scores.std(), torch.tensor(1.0), atol=1e-5, rtol=0)
 

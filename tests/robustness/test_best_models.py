@@ -24,7 +24,7 @@ def test_the_frontier_is_what_no_other_model_beats_in_both() -> None:
 
 
 def test_thinning_drops_what_costs_least_area_and_the_best_measure_last() -> None:
-    """Areas between neighbours: 2 holds (3 - 2)·(0.3 - 0.1) = 0.2, 3 holds (9 - 3)·(0.4 - 0.3) = 0.6."""
+    """Areas between neighbors: 2 holds (3 - 2)·(0.3 - 0.1) = 0.2, 3 holds (9 - 3)·(0.4 - 0.3) = 0.6."""
     found = points((1, 0.1), (2, 0.3), (3, 0.4), (9, 0.9))
     assert numbers(thinned(found, 3)) == [1, 3, 4]
     assert numbers(thinned(found, 2)) == [1, 4]

@@ -173,7 +173,7 @@ def test_resume_false_leaves_no_checkpoint_of_the_run_before_it_to_go_on_from(tm
 
 @pytest.mark.filterwarnings("ignore:checkpoint-2 was written with other settings")
 def test_a_checkpoint_of_format_1_is_read_and_goes_on_exactly(tmp_path: Path) -> None:
-    """Earlier versions pickled the optimiser and kept the rest in one JSON file, and knew nothing of reuse."""
+    """Earlier versions pickled the optimizer and kept the rest in one JSON file, and knew nothing of reuse."""
     folder = tmp_path / "old"
     torch.manual_seed(0)
     whole = trainer(reuse_logprobs=False)
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_none_older_is_used_instea
 
 
 def test_a_run_of_two_processes_goes_on_with_one_and_says_what_is_not_exact(tmp_path: Path) -> None:
-    """Weights and optimiser are those of the checkpoint; samples are new ones, the same in every such resume."""
+    """Weights and optimizer are those of the checkpoint; samples are new ones, the same in every such resume."""
     torch.manual_seed(0)
     first = trainer()
     first.train(share_of_e, config(tmp_path / "run", iterations=2, save_every=2))

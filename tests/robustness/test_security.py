@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from recipes.sentiment.stages import open_run_folder
 from reward_model.client import RemoteRewardModel
-from reward_model.serve import ServeConfig, authorised
+from reward_model.serve import ServeConfig, authorized
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, find_damage
 from rlhf_ppo.loop.run_folder import RunFolder
@@ -194,6 +194,6 @@ def test_the_servers_token_may_come_from_the_environment_where_no_list_of_proces
     monkeypatch.setenv("REWARD_MODEL_TOKEN", SECRET)
     own = ServeConfig(model="-", host="0.0.0.0")
     assert SECRET not in repr(own)
-    assert authorised(f"Bearer {SECRET}", own.secret)
-    assert not authorised("Bearer ", own.secret)
-    assert not authorised(None, own.secret)
+    assert authorized(f"Bearer {SECRET}", own.secret)
+    assert not authorized("Bearer ", own.secret)
+    assert not authorized(None, own.secret)

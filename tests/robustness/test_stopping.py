@@ -65,14 +65,14 @@ def test_an_update_that_a_signal_meets_is_finished(tmp_path: Path, monkeypatch: 
     """Half of its steps would be a state that no rollout belongs to."""
     step, calls = torch.optim.Adam.step, []
 
-    def signalled(self: torch.optim.Adam, *arguments: Any, **keywords: Any) -> Any:
+    def signaled(self: torch.optim.Adam, *arguments: Any, **keywords: Any) -> Any:
         calls.append(1)
         if len(calls) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", signalled)
+        patch.setattr(torch.optim.Adam, "step", signaled)
         _, state = run(tmp_path)
     assert (state.stopped, state.iteration, len(calls)) == ("SIGTERM", 2, 8)
     resumed, _ = run(tmp_path)

@@ -156,7 +156,7 @@ def test_log_probabilities_equal_those_of_a_plain_forward(name: str) -> None:
     ids=str,
 )
 def test_log_probabilities_are_under_the_distribution_drawn_from(rules: dict[str, Any]) -> None:
-    """Filtered tokens have probability 0 and are not drawn; the rest is normalised over the same support."""
+    """Filtered tokens have probability 0 and are not drawn; the rest is normalized over the same support."""
     model, config = tiny_gpt2(), replace(DRAW, num_return_sequences=3, **rules)
     samples = DecodeLoop()(model, prompts(3, 6), config, generator=seeded())
     assert samples.logprobs is not None

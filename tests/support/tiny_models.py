@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
 
 @cache
 def _tokenizer_json() -> str:
-    """The trained byte-level tokenizer, serialised once per process."""
+    """The trained byte-level tokenizer, serialized once per process."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

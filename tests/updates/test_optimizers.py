@@ -103,7 +103,7 @@ def test_moments_made_before_the_first_step_are_those_that_it_would_have_made(
     assert list(found[1][1]) == [0]
 
 
-def test_moments_of_other_optimisers_are_their_own_business() -> None:
+def test_moments_of_other_optimizers_are_their_own_business() -> None:
     parameter = nn.Parameter(torch.ones(2))
     for optimizer in (
         torch.optim.SGD([parameter], lr=0.1), TensorFlowAdam([parameter], 0.1),
