@@ -6,7 +6,7 @@ from reward_model.data import BadRow, Comparison
 from reward_model.model import RewardModel
 from reward_model.on_policy import reward_on_policy
 from reward_model.pairs import excerpt, pairs_from_labels
-from reward_model.trainer import TrainedRewardModel, train_reward_model
+from reward_model.trainer import RewardModelResult, train_reward_model
 
 __all__ = [
     "BadRow",
@@ -17,7 +17,7 @@ __all__ = [
     "RewardModel",
     "RewardModelConfig",
     "TextRule",
-    "TrainedRewardModel",
+    "RewardModelResult",
     "excerpt",
     "pairs_from_labels",
     "reward_on_policy",

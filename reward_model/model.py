@@ -13,10 +13,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from reward_model.backbone import head_name, layers_of, longest_input
 from reward_model.contract import Contract, ContractError, tokenizer_sha256
 from reward_model.text import Texts, encode, prepare_tokenizer
-from rlhf_ppo.batch import cut, pad_rows
+from rlhf_ppo.batch import pad_rows, split_into_micro_batches
 from rlhf_ppo.kernels.packing import can_be_packed
 from rlhf_ppo.kernels.unpadded import unpadded
-from rlhf_ppo.models.device import own_device
+from rlhf_ppo.models.device import default_device
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -72,7 +72,7 @@ class RewardModel:
         model = load_classifier(folder, contract, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         check_tokenizer(tokenizer, model, contract, folder)
-        return cls(model.to(own_device() if device is None else device), tokenizer, contract, max_tokens=max_tokens)
+        return cls(model.to(default_device() if device is None else device), tokenizer, contract, max_tokens=max_tokens)
 
     def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
         """Normalized scores, gain · raw + bias, one for each prompt-response text.
@@ -136,7 +136,7 @@ class RewardModel:
             if not row:
                 raise ValueError(f"Sample {index} has no tokens (prompt and response are empty): nothing to score.")
         scores = torch.zeros(len(rows))
-        for piece in cut(torch.tensor([len(row) for row in rows]), token_budget=self.max_tokens):
+        for piece in split_into_micro_batches(torch.tensor([len(row) for row in rows]), token_budget=self.max_tokens):
             scores[piece] = self._forward([rows[index] for index in piece.tolist()])
         bad = [index for index, score in enumerate(scores.tolist()) if not math.isfinite(score)]
         if bad:

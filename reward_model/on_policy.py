@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from reward_model.contract import Contract, ContractError
 from reward_model.model import ADAPTER_FILE, RewardModel, check_tokenizer
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
-from rlhf_ppo.models.shared_base_adapters import put_reward_adapter
+from rlhf_ppo.models.shared_base_adapters import attach_reward_adapter
 
 
 def reward_on_policy(policy: PreTrainedModelWrapper, path: str | Path, *, max_tokens: int = 16_384) -> RewardModel:
@@ -34,4 +34,4 @@ def reward_on_policy(policy: PreTrainedModelWrapper, path: str | Path, *, max_to
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer, policy, contract, folder)
-    return RewardModel(put_reward_adapter(policy, str(folder)), tokenizer, contract, max_tokens=max_tokens)
+    return RewardModel(attach_reward_adapter(policy, str(folder)), tokenizer, contract, max_tokens=max_tokens)

@@ -15,7 +15,7 @@ from reward_model.ensemble import EnsembleRewardModel, save_ensemble
 from reward_model.model import RewardModel
 from reward_model.preparation import Loaded, load_comparisons, split_by_prompt, write_bad_rows
 from reward_model.scoring import held_out_metrics, score_completions
-from reward_model.trainer import TrainedRewardModel, processes, train_reward_model
+from reward_model.trainer import RewardModelResult, processes, train_reward_model
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def train_ensemble(
     train: Sequence[Comparison],
     evaluation: Sequence[Comparison],
     facts: dict[str, Any],
-) -> TrainedRewardModel:
+) -> RewardModelResult:
     """Train `members` models that differ in their seed and save them as one ensemble.
 
     Raises:
@@ -116,7 +116,7 @@ def train_ensemble(
         save_ensemble(folders, output, metrics)
         shutil.rmtree(parts, ignore_errors=True)
     state.wait_for_everyone()
-    return TrainedRewardModel(path=output, metrics=metrics)
+    return RewardModelResult(path=output, metrics=metrics)
 
 
 def _train_one(
@@ -125,7 +125,7 @@ def _train_one(
     train: Sequence[Comparison],
     evaluation: Sequence[Comparison],
     facts: dict[str, Any],
-) -> TrainedRewardModel:
+) -> RewardModelResult:
     return train_reward_model(config, train=train, evaluation=evaluation, data_report=facts)
 
 

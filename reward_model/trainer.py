@@ -25,13 +25,13 @@ from reward_model.preference_trainer import PreferenceTrainer
 from reward_model.progress import TidyProgress
 from reward_model.scoring import fit_normalization, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
-from rlhf_ppo.distributed.shutdown import leave_safely
+from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedRewardModel:
+class RewardModelResult:
     """A finished reward model: its folder and what was measured on held-out comparisons."""
 
     path: Path
@@ -46,7 +46,7 @@ def train_reward_model(
     reference_samples: Sequence[tuple[Text, Text]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     data_report: dict[str, Any] | None = None,
-) -> TrainedRewardModel:
+) -> RewardModelResult:
     """Train, judge, normalize and save a reward model.
 
     Args:
@@ -183,7 +183,7 @@ def processes() -> PartialState:
     """The processes of this run. Without a GPU that must be said, or accelerate counts one process under torchrun."""
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes > 1:
-        leave_safely()
+        wait_for_gloo_threads()
     return state
 
 
@@ -229,7 +229,7 @@ def _finish(
     contract: Contract,
     held_out: Sequence[Comparison],
     reference_samples: Sequence[tuple[Text, Text]] | None,
-) -> TrainedRewardModel:
+) -> RewardModelResult:
     """Judge, normalize and save on the main process; the folder appears by one rename."""
     output = Path(config.output_dir)
     trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -249,7 +249,7 @@ def _finish(
         _save(saved, trainer.processing_class, contract, output)
         shutil.rmtree(training_folder(config), ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    return TrainedRewardModel(path=output, metrics=metrics or Contract.read(output).metrics)
+    return RewardModelResult(path=output, metrics=metrics or Contract.read(output).metrics)
 
 
 def _save(model: Any, tokenizer: Any, contract: Contract, output: Path) -> None:

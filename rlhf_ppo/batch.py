@@ -160,7 +160,7 @@ class TrainBatch:
     def joined(self, others: Sequence["TrainBatch"]) -> "TrainBatch":
         """These rows, then those of `others`, padded to the longest of all."""
         changes: dict[str, Any] = {
-            name: join_rows([value, *(getattr(other, name) for other in others)])
+            name: concatenate_rows([value, *(getattr(other, name) for other in others)])
             for name, value in self._each(lambda value: value).items()
         }
         return replace(self, inputs=self.inputs.joined([other.inputs for other in others]), **changes)
@@ -170,24 +170,24 @@ class TrainBatch:
         return {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def cut(
+def split_into_micro_batches(
     costs: Int[Tensor, " rows"], *, size: int | None = None, token_budget: int | None = None
-) -> list[Int[Tensor, " piece"]]:
-    """Positions 0 ... n-1 sorted by cost, longest first, in pieces of bounded rows and padded tokens.
+) -> list[Int[Tensor, " micro_batch"]]:
+    """Positions 0 ... n-1 sorted by cost, longest first, in micro-batches of bounded rows and padded tokens.
 
-    A single row longer than the budget makes a piece of its own: nothing is dropped.
+    A single row longer than the budget makes a micro-batch of its own: nothing is dropped.
     """
-    pieces: list[list[int]] = []
+    micro_batches: list[list[int]] = []
     longest = 0
     for position in torch.argsort(costs, descending=True, stable=True).tolist():
-        if pieces:
-            rows = len(pieces[-1]) + 1
+        if micro_batches:
+            rows = len(micro_batches[-1]) + 1
             if (size is None or rows <= size) and (token_budget is None or rows * longest <= token_budget):
-                pieces[-1].append(position)
+                micro_batches[-1].append(position)
                 continue
-        pieces.append([position])
+        micro_batches.append([position])
         longest = int(costs[position])
-    return [torch.tensor(piece) for piece in pieces]
+    return [torch.tensor(micro_batch) for micro_batch in micro_batches]
 
 
 def pad_rows(rows: Sequence[Tensor], *, width: int | None = None, value: float = 0.0) -> Tensor:
@@ -198,7 +198,7 @@ def pad_rows(rows: Sequence[Tensor], *, width: int | None = None, value: float =
     return torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=value)
 
 
-def join_rows(parts: Sequence[Tensor]) -> Tensor:
+def concatenate_rows(parts: Sequence[Tensor]) -> Tensor:
     """Rows below rows: [B_i] to [ΣB_i], or [B_i, T_i, ...] to [ΣB_i, max T_i, ...], padded with zeros behind."""
     if parts[0].dim() == 1:
         return torch.cat(list(parts))

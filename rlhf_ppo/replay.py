@@ -17,13 +17,13 @@ import torch
 from accelerate import Accelerator
 
 from rlhf_ppo.algorithms import build_algorithm
-from rlhf_ppo.diagnostics.dump import FACTS, FORMAT, MODEL, algorithm_of, read_batch
+from rlhf_ppo.diagnostics.dump import FACTS, FORMAT, MODEL, dumped_algorithm, read_batch
 from rlhf_ppo.learner.finite_checks import broken_parameters
 from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from rlhf_ppo.models.dropout import switch_off_dropout
+from rlhf_ppo.models.dropout import disable_dropout
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates import MinibatchConfig
-from rlhf_ppo.updates.nonfinite import innermost
+from rlhf_ppo.updates.nonfinite import innermost_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +78,19 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
     policy = TokenPolicy(model, **facts["scoring"])
     if facts["gradient_checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        switch_off_dropout(model)
+        disable_dropout(model)
         policy.checkpointing = True
     accelerator = Accelerator(mixed_precision=facts["mixed_precision"])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     policy, optimizer = accelerator.prepare(policy, torch.optim.SGD(parameters, lr=0.0))
     update = build_algorithm(
-        algorithm_of(facts["algorithm"]), policy=policy, optimizer=optimizer, accelerator=accelerator,
+        dumped_algorithm(facts["algorithm"]), policy=policy, optimizer=optimizer, accelerator=accelerator,
         minibatch=lambda: MinibatchConfig(**facts["minibatch"]), seed=0,
     ).update  # fmt: skip
     update.load_state_dict(facts["update"])
     batch = read_batch(folder).to(accelerator.device)
     rows = torch.tensor(facts["rows"], device=accelerator.device)
-    steps = innermost(update)
+    steps = innermost_update(update)
     whole = steps.examine(batch, rows)
     alone = [row for row in facts["rows"] if not steps.examine(batch, torch.tensor([row])).is_finite]
     return Replay(

@@ -14,16 +14,16 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 from rlhf_ppo.algorithms import AlgorithmConfig
 from rlhf_ppo.classic.surface import ClassicSurface
 from rlhf_ppo.diagnostics.doctor import diagnose, diagnose_first_batch
-from rlhf_ppo.diagnostics.dump import dumping
+from rlhf_ppo.diagnostics.dump import dump_on_failure
 from rlhf_ppo.diagnostics.findings import Diagnosis
-from rlhf_ppo.diagnostics.text_checks import Specimen
+from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
 from rlhf_ppo.learner.arguments import check_arguments
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.statistics import Statistics
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.loop.training import Callback, TrainConfig, TrainingLoop, TrainState
 from rlhf_ppo.models import PreTrainedModelWrapper
-from rlhf_ppo.rewards.sources import Sources
+from rlhf_ppo.rewards.sources import RewardSources
 from rlhf_ppo.rollout.checks import check_step_inputs
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
@@ -75,7 +75,7 @@ class PPOTrainer(ClassicSurface):
         super().__init__(
             config, model, ref_model, tokenizer, optimizer, num_shared_layers, lr_scheduler, algorithm=algorithm
         )
-        self.update_context = partial(dumping, self)
+        self.update_context = partial(dump_on_failure, self)
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.dataset, self.dataloader = dataset, None
         if not isinstance(dataset, PromptDataset):  # a loop of the user's own
@@ -107,22 +107,22 @@ class PPOTrainer(ClassicSurface):
         batch = self.processes.together(
             lambda: check_step_inputs(queries, responses, scores, response_masks, limits=limits, device=device)
         )
-        diagnose_first_batch(self, Specimen.of_batch(batch))
+        diagnose_first_batch(self, DiagnosedBatch.of_batch(batch))
         self._push_if_best(batch.scores)
         return self.learn(batch)
 
-    def diagnose(self, batch: Specimen | Samples) -> Diagnosis:
+    def diagnose(self, batch: DiagnosedBatch | Samples) -> Diagnosis:
         """Does the trainer score what the sampler drew? Prompts and responses, and whatever else is known of them."""
-        return diagnose(self, Specimen.of(batch))
+        return diagnose(self, DiagnosedBatch.of(batch))
 
     def train(
         self,
-        rewards: Sources,
+        rewards: RewardSources,
         config: TrainConfig,
         *,
         prompts: PromptDataset | None = None,
         eval_prompts: PromptDataset | None = None,
-        judges: Sources | None = None,
+        judges: RewardSources | None = None,
         callbacks: Sequence[Callback] = (),
         sampler: Sampler | None = None,
     ) -> TrainState:
@@ -146,10 +146,10 @@ class PPOTrainer(ClassicSurface):
     def evaluate(
         self,
         prompts: PromptDataset,
-        rewards: Sources,
+        rewards: RewardSources,
         sampling: SamplingConfig,
         *,
-        judges: Sources | None = None,
+        judges: RewardSources | None = None,
         sampler: Sampler | None = None,
         seed: int = 0,
         reward_calls: Literal["each", "once"] = "each",

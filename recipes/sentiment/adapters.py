@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 
 from reward_model.on_policy import reward_on_policy
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
-from rlhf_ppo.models.adapters import trained_share
+from rlhf_ppo.models.adapters import describe_trainable_parameters
 from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter
 
 from .command_line import is_main_process
@@ -77,7 +77,7 @@ class AdapterSettings:
             reward, line = reward_on_policy(policy, choice), f"adapter of {choice} on the policy's base"
         else:
             reward, line = reward_source(choice, parts)
-        return reward, f"{line}\n{trained_share(policy)}"
+        return reward, f"{line}\n{describe_trainable_parameters(policy)}"
 
 
 def model_line(folder: str, lora_rank: int) -> str:

@@ -18,7 +18,7 @@ import transformers
 import tyro
 
 from rlhf_ppo import TrainState
-from rlhf_ppo.checkpoints import only_run_in
+from rlhf_ppo.checkpoints import lock_run_folder
 from rlhf_ppo.loop.signals import EXIT_AT_ONCE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 
 from .assets import AssetError
@@ -57,7 +57,7 @@ def only_run(output_dir: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # the phase that needs it says what is wrong with the path
             Path(output_dir).mkdir(parents=True, exist_ok=True)
         if is_main_process() and Path(output_dir).is_dir():
-            held.enter_context(only_run_in(Path(output_dir)))
+            held.enter_context(lock_run_folder(Path(output_dir)))
         yield
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.import_utils import is_vllm_available
 
 from rlhf_ppo.samplers.base import Sampler
-from rlhf_ppo.samplers.make_sampler import SamplerName, make_sampler, usual_cap
+from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,4 +34,4 @@ class EngineSettings:
     @property
     def importance_sampling_cap(self) -> float | None:
         """The cap that suits it."""
-        return usual_cap(self.sampler)
+        return default_importance_cap(self.sampler)

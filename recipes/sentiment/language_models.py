@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_ppo.models.loading import with_quantization
+from rlhf_ppo.models.loading import with_quantization_config
 
 from .adaptation import adapted_model
 from .assets import SMOLLM2, fetch
@@ -89,7 +89,7 @@ def load_language_model(
     location = model_location(name, reviews=reviews, sft=sft, threads=threads)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
-        few_bits = with_quantization({"quantization_config": quantization}) if quantization is not None else {}
+        few_bits = with_quantization_config({"quantization_config": quantization}) if quantization is not None else {}
         model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **few_bits)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
 from reward_model.client import RemoteRewardModel
 from reward_model.ensemble import load_reward_model
-from rlhf_ppo.models.device import own_device
+from rlhf_ppo.models.device import default_device
 
 from .assets import MINILM, fetch
 from .cache import build_once, cache_root, fingerprint
@@ -134,7 +134,7 @@ class SentimentClassifier:
                 f"`{name}` has no trained classification head ({', '.join(sorted(info['missing_keys']))} missing): its "
                 f"rewards would be noise. Choose `{TRAIN_REWARD_MODEL}`, a reward model's folder or a classifier."
             )
-        self.model = model.eval().to(own_device())
+        self.model = model.eval().to(default_device())
         labels = {str(label).lower(): index for index, label in self.model.config.id2label.items()}
         self.positive = labels.get("positive", self.model.config.num_labels - 1)
 

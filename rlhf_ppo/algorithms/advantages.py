@@ -16,8 +16,8 @@ from rlhf_ppo.functional import (
     grpo_advantages,
     length_adaptive_lam,
     rloo_advantages,
-    whitening,
-    zero_outside,
+    whitening_statistics,
+    zero_where_masked,
 )
 
 ReduceSum: TypeAlias = Callable[[Tensor], Tensor]
@@ -26,7 +26,7 @@ BaselineOf: TypeAlias = Callable[[Rollout, Tensor], Tensor]
 """(rollout, returns [B, T]) -> what to subtract from the returns, broadcast against them."""
 
 
-def from_values(config: GAE, reduce_sum: ReduceSum) -> EstimateAdvantages:
+def gae_advantages(config: GAE, reduce_sum: ReduceSum) -> EstimateAdvantages:
     """Generalized advantage estimates; value targets are formed before whitening, with a λ of their own if asked."""
 
     def estimate(rollout: Rollout) -> TrainBatch:
@@ -39,12 +39,12 @@ def from_values(config: GAE, reduce_sum: ReduceSum) -> EstimateAdvantages:
     return estimate
 
 
-def monte_carlo(config: GAE, reduce_sum: ReduceSum) -> EstimateAdvantages:
+def monte_carlo_advantages(config: GAE, reduce_sum: ReduceSum) -> EstimateAdvantages:
     """The same with λ = 1: targets that do not read the critic which they train."""
-    return from_values(replace(config, lam=1.0, value_lam=1.0, length_alpha=None), reduce_sum)
+    return gae_advantages(replace(config, lam=1.0, value_lam=1.0, length_alpha=None), reduce_sum)
 
 
-def from_returns(
+def return_advantages(
     baseline: BaselineOf,
     reduce_sum: ReduceSum,
     *,
@@ -63,13 +63,13 @@ def from_returns(
             rollout.rewards, rollout.terminated, rollout.truncated, gamma=gamma, mask=rollout.mask,
             values=rollout.values if bootstrap else None,
         )  # fmt: skip
-        centered = zero_outside(returns - baseline(rollout, returns), rollout.mask)
+        centered = zero_where_masked(returns - baseline(rollout, returns), rollout.mask)
         return _standardized(rollout, centered, returns, reduce_sum, shift_mean=shift_mean, scale=scale)
 
     return estimate
 
 
-def from_groups(config: RLOO | GRPO) -> EstimateAdvantages:
+def group_relative_advantages(config: RLOO | GRPO) -> EstimateAdvantages:
     """One advantage for a whole response, from the other responses to its prompt. KL is part of the score (RLOO)."""
 
     def estimate(rollout: Rollout) -> TrainBatch:
@@ -124,7 +124,7 @@ def _gae(rollout: Rollout, gamma: float, lam: float | Tensor) -> tuple[Tensor, T
 
 
 def _totals(rollout: Rollout) -> Tensor:
-    return zero_outside(rollout.rewards, rollout.mask).sum(dim=1)
+    return zero_where_masked(rollout.rewards, rollout.mask).sum(dim=1)
 
 
 def _standardized(
@@ -136,9 +136,9 @@ def _standardized(
     shift_mean: bool = True,
     scale: bool = True,
 ) -> TrainBatch:
-    mean, factor = whitening(advantages, rollout.mask, reduce_sum=reduce_sum)
+    mean, factor = whitening_statistics(advantages, rollout.mask, reduce_sum=reduce_sum)
     factor = factor if scale else torch.ones_like(factor)
-    shifted = zero_outside((advantages - mean if shift_mean else advantages) * factor, rollout.mask)
+    shifted = zero_where_masked((advantages - mean if shift_mean else advantages) * factor, rollout.mask)
     batch = _batch(rollout, shifted, returns)
     if not rollout.reference_kl_coef:
         return batch

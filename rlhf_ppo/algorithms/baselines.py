@@ -29,7 +29,7 @@ class MovingBaseline:
         return before
 
 
-class WithBaseline:
+class UpdateWithBaseline:
     """An update that saves a moving baseline with its own state.
 
     Args:

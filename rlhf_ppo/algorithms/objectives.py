@@ -21,13 +21,13 @@ from rlhf_ppo.functional import (
     surrogate_loss,
     value_loss,
 )
-from rlhf_ppo.updates import Objective, Terms
+from rlhf_ppo.updates import LossTerms, Objective
 
 PolicyTerm: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], Tensor]
 """(new policy output, batch, count) -> the policy's scalar share of the loss."""
 
 
-def bounded(config: PPOClip | ReinforcePlusPlus | RLOO | GRPO) -> PolicyTerm:
+def clipped_surrogate(config: PPOClip | ReinforcePlusPlus | RLOO | GRPO) -> PolicyTerm:
     """The surrogate, bounded by the clip or by the divergence mask."""
     dual_clip = config.dual_clip if isinstance(config, PPOClip) else None
     divergence = config.divergence
@@ -52,7 +52,7 @@ def bounded(config: PPOClip | ReinforcePlusPlus | RLOO | GRPO) -> PolicyTerm:
     return masked
 
 
-def penalized(beta: float) -> PolicyTerm:
+def kl_penalized_surrogate(beta: float) -> PolicyTerm:
     """The surrogate minus β KL(π_old || π_θ), exact where the output holds it."""
 
     def term(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
@@ -65,18 +65,18 @@ def penalized(beta: float) -> PolicyTerm:
     return term
 
 
-def unbounded(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
+def surrogate(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
     """The bare surrogate, which something else must bound."""
     loss, _ = surrogate_loss(output.logprobs, batch.logprobs, batch.advantages, batch.mask, count=count)
     return loss
 
 
-def likelihood(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
+def policy_gradient(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
     """REINFORCE: -log π(a|s) Â."""
     return reinforce_loss(output.logprobs, batch.advantages, batch.mask, count=count)
 
 
-def with_reference(term: PolicyTerm, kind: ReferenceKL | None) -> PolicyTerm:
+def with_reference_kl(term: PolicyTerm, kind: ReferenceKL | None) -> PolicyTerm:
     """Add the KL to the reference, weighed by the batch's coefficient, to a policy term; None: leave it."""
     if kind is None:
         return term
@@ -90,16 +90,16 @@ def with_reference(term: PolicyTerm, kind: ReferenceKL | None) -> PolicyTerm:
     return total
 
 
-def per_sequence(terms: Objective) -> Objective:
+def mean_over_sequences(terms: Objective) -> Objective:
     """The same objective as a mean over responses of each response's mean; its count is that of responses."""
 
-    def averaged(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Terms:
+    def averaged(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> LossTerms:
         return terms(output, batch, sequence_mean_count(batch.mask, count))
 
     return averaged
 
 
-def objective(
+def total_objective(
     policy_term: PolicyTerm, *, critic: Critic | None, ent_coef: float, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> Objective:
     """The total objective: policy + c_1 value - c_2 entropy (Schulman et al. 2017, eq. 9), with its metrics.
@@ -112,7 +112,7 @@ def objective(
         clip_high: The same above 1.
     """
 
-    def terms(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Terms:
+    def terms(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> LossTerms:
         mask = batch.mask
         policy_loss = policy_term(output, batch, count)
         values = output.values[:, :-1]
@@ -147,7 +147,9 @@ def objective(
             "val/error": value_metrics["error"],
             "val/clipfrac": value_metrics["clip_fraction"],
         }
-        return Terms(loss=loss, metrics={name: item.detach() for name, item in metrics.items()}, ratio=ratio.detach())
+        return LossTerms(
+            loss=loss, metrics={name: item.detach() for name, item in metrics.items()}, ratio=ratio.detach()
+        )
 
     return terms
 

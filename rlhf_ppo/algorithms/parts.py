@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_ppo.algorithms.config import Critic
-from rlhf_ppo.algorithms.objectives import PolicyTerm, objective, with_reference
+from rlhf_ppo.algorithms.objectives import PolicyTerm, total_objective, with_reference_kl
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import ReferenceKL
 from rlhf_ppo.updates import CompareWith, CriticFit, Gradients, MinibatchConfig, MinibatchUpdate, Objective
-from rlhf_ppo.updates.objective import actions
+from rlhf_ppo.updates.objective import count_actions
 from rlhf_ppo.updates.shuffle import Shuffle
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class AlgorithmParts:
     """Builds objectives and updates that agree on who the policy is and which KL the loss holds."""
 
     policy: nn.Module
@@ -67,9 +67,9 @@ class Parts:
         reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return reduced
 
-    def objective(self, term: PolicyTerm, *, critic: Critic | None, ent_coef: float, **clip: float) -> Objective:
+    def total_objective(self, term: PolicyTerm, *, critic: Critic | None, ent_coef: float, **clip: float) -> Objective:
         """The total objective around a policy term, the KL to the reference included where the loss holds it."""
-        return objective(with_reference(term, self.reference_kl), critic=critic, ent_coef=ent_coef, **clip)
+        return total_objective(with_reference_kl(term, self.reference_kl), critic=critic, ent_coef=ent_coef, **clip)
 
     def update(
         self,
@@ -77,13 +77,13 @@ class Parts:
         *,
         sizes: Callable[[], MinibatchConfig] | None = None,
         compare_with: CompareWith | None = None,
-        count: Callable[[Tensor], Tensor] = actions,
+        count: Callable[[Tensor], Tensor] = count_actions,
     ) -> MinibatchUpdate:
         """Epochs of minibatches on an objective."""
 
         def compare(batch: TrainBatch) -> dict[str, Any]:
             others = {} if compare_with is None else compare_with(batch)
-            return others | self.with_reference(batch)
+            return others | self.reference_argument(batch)
 
         return MinibatchUpdate(
             policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator, objective=terms,
@@ -91,7 +91,7 @@ class Parts:
             gradients=self.gradients,
         )  # fmt: skip
 
-    def with_reference(self, batch: TrainBatch) -> dict[str, Any]:
+    def reference_argument(self, batch: TrainBatch) -> dict[str, Any]:
         """The policy's further argument where the loss reads the whole reference distribution."""
         if self.reference_kl != "full" or self.reference is None:
             return {}

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
-from rlhf_ppo.batch import TrainBatch, cut
-from rlhf_ppo.models.scoring import OldPolicy, TokenPolicy
+from rlhf_ppo.batch import TrainBatch, split_into_micro_batches
+from rlhf_ppo.models.scoring import OldPolicyStates, TokenPolicy
 from rlhf_ppo.updates import MinibatchConfig, MinibatchUpdate, Objective, Update, UpdateRecord
-from rlhf_ppo.updates.measure import reached_kl
+from rlhf_ppo.updates.measure import kl_after_update
 
 
-class AdaptPenalty:
+class AdaptiveBetaUpdate:
     """Run an update, then adapt β to the KL it reached (Schulman et al. 2017, §4).
 
     Args:
@@ -33,7 +33,7 @@ class AdaptPenalty:
         inner = self.inner
         inner.objective = self.objective(self.beta.value)
         record = inner(batch)
-        kl = reached_kl(
+        kl = kl_after_update(
             inner.policy, batch, inner.accelerator,
             size=inner.config.micro_batch_size, token_budget=inner.config.token_budget,
         )  # fmt: skip
@@ -51,7 +51,7 @@ class AdaptPenalty:
         self.beta.load_state_dict(state["beta"])
 
 
-class KeepOldPolicy:
+class OldPolicyKeeper:
     """An update that can measure the exact KL(π_old || π_θ): π_old's hidden states and LM head are kept aside.
 
     Args:
@@ -68,26 +68,28 @@ class KeepOldPolicy:
         return _Around(self, update)
 
     def compare_with(self, batch: TrainBatch) -> dict[str, Any]:
-        """What the policy's forward pass needs to measure the KL at a piece."""
+        """What the policy's forward pass needs to measure the KL at a micro-batch."""
         if batch.old_states is None:
-            raise ValueError("the batch carries no old states: run the update through KeepOldPolicy.around")
-        return {"old": OldPolicy(self._head, batch.old_states)}
+            raise ValueError("the batch carries no old states: run the update through OldPolicyKeeper.around")
+        return {"old": OldPolicyStates(self._head, batch.old_states)}
 
     def kept(self, batch: TrainBatch) -> TrainBatch:
         """The batch with the states of the policy as it is now."""
         config, costs = self.config(), batch.inputs.costs()
-        self._head = self.policy.head_copy()
+        self._head = self.policy.copy_head()
         rows: dict[int, torch.Tensor] = {}
-        for piece in cut(costs, size=config.micro_batch_size, token_budget=config.token_budget):
-            inputs: Any = batch.inputs.select(piece)
-            rows |= dict(zip(piece.tolist(), self.policy.snapshot(inputs), strict=True))
+        for micro_batch in split_into_micro_batches(
+            costs, size=config.micro_batch_size, token_budget=config.token_budget
+        ):
+            inputs: Any = batch.inputs.select(micro_batch)
+            rows |= dict(zip(micro_batch.tolist(), self.policy.snapshot(inputs), strict=True))
         width = batch.mask.shape[1]
         states = [torch.nn.functional.pad(row, (0, 0, 0, width - len(row))) for _, row in sorted(rows.items())]
         return replace(batch, old_states=torch.stack(states))
 
 
 class _Around:
-    def __init__(self, keeper: KeepOldPolicy, update: Update) -> None:
+    def __init__(self, keeper: OldPolicyKeeper, update: Update) -> None:
         self.keeper, self.inner = keeper, update
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:

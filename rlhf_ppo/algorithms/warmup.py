@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from rlhf_ppo.algorithms.advantages import EstimateAdvantages
 from rlhf_ppo.batch import Rollout, TrainBatch
 from rlhf_ppo.updates import CriticFit, Objective, Update, UpdateRecord
-from rlhf_ppo.updates.measure import standing_record
-from rlhf_ppo.updates.sharding import everyones
+from rlhf_ppo.updates.measure import record_without_step
+from rlhf_ppo.updates.sharding import all_gather_batch
 
 
 class CriticWarmup:
@@ -44,8 +44,8 @@ class CriticWarmup:
         if not self.remaining:
             return self.inner(batch)
         self.remaining -= 1
-        everything = everyones(batch, self.accelerator)
-        record = standing_record(self.fit.policy, everything, self.objective, self.accelerator, self.fit.config())
+        everything = all_gather_batch(batch, self.accelerator)
+        record = record_without_step(self.fit.policy, everything, self.objective, self.accelerator, self.fit.config())
         self.fit(everything)
         record.extras["val/warmup_remaining"] = float(self.remaining)
         return record

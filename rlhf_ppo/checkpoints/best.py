@@ -11,7 +11,7 @@ from rlhf_ppo.checkpoints import folders
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluated:
+class EvaluatedModel:
     """One model on the held-out prompts."""
 
     iteration: int
@@ -21,16 +21,16 @@ class Evaluated:
     """Mean KL to the reference, nats a response, that is to be low."""
 
 
-def frontier(points: Sequence[Evaluated]) -> list[Evaluated]:
+def pareto_frontier(points: Sequence[EvaluatedModel]) -> list[EvaluatedModel]:
     """Those that no other point beats in both: a higher measure costs more KL from one to the next. By rising KL."""
-    kept: list[Evaluated] = []
+    kept: list[EvaluatedModel] = []
     for point in sorted(points, key=lambda point: (point.kl, -point.measure, point.iteration)):
         if not kept or point.measure > kept[-1].measure:
             kept.append(point)
     return kept
 
 
-def thinned(points: Sequence[Evaluated], most: int) -> list[Evaluated]:
+def thin_frontier(points: Sequence[EvaluatedModel], most: int) -> list[EvaluatedModel]:
     """At most so many points of a frontier: first those go whose loss costs the least area under it.
 
     The point of the highest measure stays longest, then the one of the lowest KL.
@@ -47,7 +47,7 @@ def thinned(points: Sequence[Evaluated], most: int) -> list[Evaluated]:
 
 @dataclass
 class BestModels:
-    """Keeps `best/`, `frontier/iteration-<n>/` and `frontier.json` in a run folder.
+    """Keeps `best/`, `frontier/iteration-<n>/` and `pareto_frontier.json` in a run folder.
 
     Args:
         folder: None: only the figures are kept.
@@ -65,15 +65,15 @@ class BestModels:
     save: Callable[[Path], object]
     is_main_process: bool
     best: float | None = None
-    points: list[Evaluated] = field(default_factory=list)
+    points: list[EvaluatedModel] = field(default_factory=list)
     """All that were evaluated."""
-    kept: list[Evaluated] = field(default_factory=list)
+    kept: list[EvaluatedModel] = field(default_factory=list)
     """Those in `frontier/`, by rising KL."""
 
     def recover(self) -> None:
-        """Put back what a killed run had half replaced. Only where no other run is at it (`only_run_in`)."""
+        """Put back what a killed run had half replaced. Only where no other run is at it (`lock_run_folder`)."""
         if self.folder is not None and self.is_main_process:
-            folders.put_back(self.folder / "best")
+            folders.recover_replaced_folder(self.folder / "best")
 
     def take(self, iteration: int, summary: Mapping[str, Mapping[str, float]], *, is_eligible: bool = True) -> None:
         """Look at an evaluation; keep the model if it deserves it. One that is not eligible never becomes the best.
@@ -83,7 +83,7 @@ class BestModels:
         """
         if self.measure not in summary:
             raise ValueError(f"keep_best names {self.measure!r}, the evaluation has {sorted(summary)}")
-        point = Evaluated(iteration=iteration, measure=summary[self.measure]["mean"], kl=summary["kl"]["mean"])
+        point = EvaluatedModel(iteration=iteration, measure=summary[self.measure]["mean"], kl=summary["kl"]["mean"])
         if not (math.isfinite(point.measure) and math.isfinite(point.kl)):
             return  # nothing was scored
         within = is_eligible and (self.max_reference_kl is None or point.kl <= self.max_reference_kl)
@@ -91,7 +91,7 @@ class BestModels:
             self.best = point.measure
             self._write("best")
         self.points.append(point)
-        self.kept = thinned(frontier([*self.kept, point]), self.most)
+        self.kept = thin_frontier(pareto_frontier([*self.kept, point]), self.most)
         if point in self.kept:
             self._write(f"frontier/iteration-{iteration}")
         self._tidy()
@@ -131,12 +131,12 @@ class BestModels:
         for path in (self.folder / "frontier").glob("iteration-*"):
             if path.name not in names:
                 folders.remove_folder(path)
-        on_it = frontier(self.points)
+        on_it = pareto_frontier(self.points)
         rows = [asdict(point) | {"on_frontier": point in on_it, "kept": point in self.kept} for point in self.points]
         folders.write_json(self.folder / "frontier.json", {"measure": self.measure, "evaluations": rows})
 
 
-def _evaluated(state: Mapping[str, Any]) -> Evaluated:
-    return Evaluated(
+def _evaluated(state: Mapping[str, Any]) -> EvaluatedModel:
+    return EvaluatedModel(
         iteration=int(state["iteration"]), measure=float(state["measure"]), kl=float(state["kl"])
     )  # fmt: skip

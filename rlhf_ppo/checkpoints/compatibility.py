@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rlhf_ppo.checkpoints.folders import CheckpointError
-from rlhf_ppo.checkpoints.reader import Saved
+from rlhf_ppo.checkpoints.reader import SavedCheckpoint
 from rlhf_ppo.distributed.fsdp import reshard
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.models.value_head import VALUE_HEAD_PREFIX
@@ -29,7 +29,7 @@ def trained_parameters(learner: PPOLearner) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
 
 
-def facts_of_the_run(learner: PPOLearner) -> dict[str, Any]:
+def run_facts(learner: PPOLearner) -> dict[str, Any]:
     """What tells this run from others, for `state.json`."""
     settings = {
         name: value
@@ -57,7 +57,7 @@ def frozen_fingerprint(learner: PPOLearner) -> str | None:
     return digest.hexdigest()
 
 
-def check_sameness(learner: PPOLearner, saved: Saved) -> None:
+def check_compatibility(learner: PPOLearner, saved: SavedCheckpoint) -> None:
     """Refuse a checkpoint of another model; name settings that have changed.
 
     Raises:
@@ -73,7 +73,7 @@ def check_sameness(learner: PPOLearner, saved: Saved) -> None:
             "or the reference): the KL would be measured from another place. Start from the model that the first run "
             "started from; the checkpoint brings the trained weights itself."
         )
-    settings, present = saved.facts.get("settings") or {}, facts_of_the_run(learner)["settings"]
+    settings, present = saved.facts.get("settings") or {}, run_facts(learner)["settings"]
     changed = [f"{key}={present[key]!r} (was {settings[key]!r})" for key in settings if settings[key] != present[key]]
     if changed:
         warnings.warn(
@@ -83,7 +83,7 @@ def check_sameness(learner: PPOLearner, saved: Saved) -> None:
         )
 
 
-def _check_parameters(learner: PPOLearner, saved: Saved) -> None:
+def _check_parameters(learner: PPOLearner, saved: SavedCheckpoint) -> None:
     known = {name: (tuple(value.shape), value.dtype) for name, value in trained_parameters(learner).items()}
     found = {name: (tuple(value.shape), value.dtype) for name, value in saved.weights.items()}
     for name in sorted(known.keys() | found.keys()):
@@ -99,7 +99,7 @@ def _described(entry: tuple[tuple[int, ...], torch.dtype] | None) -> str:
     return "nothing" if entry is None else f"shape {entry[0]} {str(entry[1]).removeprefix('torch.')}"
 
 
-def _check_optimizer(learner: PPOLearner, saved: Saved) -> None:
+def _check_optimizer(learner: PPOLearner, saved: SavedCheckpoint) -> None:
     groups: list[dict[str, Any]] = saved.optimizer["param_groups"]
     parameters = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in groups for index in group["params"]]

@@ -40,8 +40,8 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def begin(folder: Path, iteration: int) -> Path:
-    """An empty folder aside, for the files of a checkpoint; `commit` makes it one."""
+def begin_checkpoint(folder: Path, iteration: int) -> Path:
+    """An empty folder aside, for the files of a checkpoint; `commit_checkpoint` makes it one."""
     for left in [*folder.glob(".checkpoint-*.partial"), *folder.glob(".checkpoint-*.removed")]:
         shutil.rmtree(left)  # of a run that was killed
     aside = folder / f".checkpoint-{iteration}.partial"
@@ -49,7 +49,7 @@ def begin(folder: Path, iteration: int) -> Path:
     return aside
 
 
-def commit(aside: Path, *, keep_last: int) -> Path:
+def commit_checkpoint(aside: Path, *, keep_last: int) -> Path:
     """Flush, write the manifest, rename to `checkpoint-<iteration>`, then remove what is not to be kept.
 
     Kept are the newest `keep_last` up to this one. Those of later iterations belong to a run that this one has
@@ -81,7 +81,7 @@ def replace_folder(aside: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def put_back(final: Path) -> None:
+def recover_replaced_folder(final: Path) -> None:
     """Undo a `replace_folder` that was killed between its two renames."""
     old = final.with_name(f".{final.name}.removed")
     if old.is_dir() and not final.exists():

@@ -21,7 +21,7 @@ class FolderInUseError(OSError):
 
 
 @contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Inside, no other process that asks runs in `folder`. The same process may ask again.
 
     The operating system holds the lock (flock, or its like on Windows) for as long as the process lives: one that was

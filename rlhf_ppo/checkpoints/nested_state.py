@@ -12,11 +12,11 @@ _SKELETON = "tree"
 
 
 class DamagedFileError(ValueError):
-    """A file does not hold what `save_tree` or the checkpoint writes; the message says what was found."""
+    """A file does not hold what `save_nested_state` or the checkpoint writes; the message says what was found."""
 
 
-def save_tree(tree: Any, path: Path) -> None:
-    """Write dicts, lists, tuples, numbers, texts, None and tensors so that `load_tree` gives back an equal tree.
+def save_nested_state(tree: Any, path: Path) -> None:
+    """Write nested dicts, lists, tuples, numbers, texts, None and tensors; `load_nested_state` reads them back.
 
     Raises:
         TypeError: Something else is in there; its place is named.
@@ -27,8 +27,8 @@ def save_tree(tree: Any, path: Path) -> None:
     write_tensors(tensors, path, metadata={_SKELETON: json.dumps(skeleton)})
 
 
-def load_tree(path: Path) -> Any:
-    """What `save_tree` wrote.
+def load_nested_state(path: Path) -> Any:
+    """What `save_nested_state` wrote.
 
     Raises:
         DamagedFileError: The file holds something else.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.checkpoints.folders import CheckpointError
-from rlhf_ppo.checkpoints.nested_state import DamagedFileError, load_tree
+from rlhf_ppo.checkpoints.nested_state import DamagedFileError, load_nested_state
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 LOOP, PROCESSES = "loop.safetensors", "processes.safetensors"
@@ -22,7 +22,7 @@ ENGINE = "engine"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class SavedCheckpoint:
     """One checkpoint in memory."""
 
     path: Path
@@ -40,7 +40,7 @@ class Saved:
     """What `state.json` says of the run."""
 
 
-def read(path: Path, *, engine: bool, processes: int) -> Saved:
+def read_checkpoint(path: Path, *, engine: bool, processes: int) -> SavedCheckpoint:
     """All of a checkpoint whose checksums have been looked at.
 
     Args:
@@ -73,16 +73,17 @@ def read(path: Path, *, engine: bool, processes: int) -> Saved:
     return saved
 
 
-def _read(path: Path, engine: bool) -> Saved:
+def _read(path: Path, engine: bool) -> SavedCheckpoint:
     facts = folders.read_json(path / FACTS)
-    own = load_tree(path / PROCESSES)
-    return Saved(
-        path=path, iteration=_count(facts["iteration"]), processes=len(own), shared=load_tree(path / LOOP), own=own,
-        weights={} if engine else _weights(path), optimizer={} if engine else load_tree(path / OPTIMIZER), facts=facts,
+    own = load_nested_state(path / PROCESSES)
+    return SavedCheckpoint(
+        path=path, iteration=_count(facts["iteration"]), processes=len(own), facts=facts, own=own,
+        shared=load_nested_state(path / LOOP), weights={} if engine else _weights(path),
+        optimizer={} if engine else load_nested_state(path / OPTIMIZER),
     )  # fmt: skip
 
 
-def _read_format_1(path: Path, engine: bool) -> Saved:
+def _read_format_1(path: Path, engine: bool) -> SavedCheckpoint:
     """Optimizer and random states came from `torch.save`, everything else stood in `state.json`."""
     state = folders.read_json(path / FACTS)
     running = {name: torch.tensor(value) for name, value in state["running"].items()}
@@ -92,7 +93,7 @@ def _read_format_1(path: Path, engine: bool) -> Saved:
         shared["lr_scheduler"] = state["lr_scheduler"]
     files = sorted(path.glob("rng-*.pt"), key=lambda file: int(file.stem.removeprefix("rng-")))
     own = [{"random": _tensors(file)} for file in files]
-    return Saved(
+    return SavedCheckpoint(
         path=path, iteration=_count(state["iteration"]), processes=len(own), shared=shared, own=own,
         weights={} if engine else _weights(path),
         optimizer={} if engine else _tensors(path / "optimizer.pt"),

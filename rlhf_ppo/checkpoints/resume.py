@@ -10,12 +10,21 @@ from typing import Any, Protocol, runtime_checkable
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from rlhf_ppo.checkpoints import folders
-from rlhf_ppo.checkpoints.compatibility import check_sameness, facts_of_the_run, trained_parameters
+from rlhf_ppo.checkpoints.compatibility import check_compatibility, run_facts, trained_parameters
 from rlhf_ppo.checkpoints.folders import CheckpointError
-from rlhf_ppo.checkpoints.nested_state import save_tree, write_tensors
+from rlhf_ppo.checkpoints.nested_state import save_nested_state, write_tensors
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
-from rlhf_ppo.checkpoints.reader import ENGINE, FACTS, LOOP, MODEL, OPTIMIZER, PROCESSES, Saved, read
-from rlhf_ppo.distributed.fsdp import part_like, parted_state, whole_tree
+from rlhf_ppo.checkpoints.reader import (
+    ENGINE,
+    FACTS,
+    LOOP,
+    MODEL,
+    OPTIMIZER,
+    PROCESSES,
+    SavedCheckpoint,
+    read_checkpoint,
+)
+from rlhf_ppo.distributed.fsdp import gather_nested_tensors, shard_like, shard_optimizer_state
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 
 
@@ -71,19 +80,19 @@ def save_checkpoint(
         CheckpointNotWrittenError: On every process, if one could not write; what it wrote is removed again.
         TypeError: A `state_dict` holds something that safetensors and JSON do not; it is named.
     """
-    everyones = learner.processes.gather_objects([{name: part.state_dict() for name, part in own.items()}])
+    states = learner.processes.gather_objects([{name: part.state_dict() for name, part in own.items()}])
     aside = folder / f".checkpoint-{iteration}.partial"
     has_engine, main = _has_engine(learner), learner.accelerator.is_main_process
-    learned = None if has_engine else whole_tree(_learned(learner), keep=main)
+    learned = None if has_engine else gather_nested_tensors(_learned(learner), keep=main)
 
     def write() -> None:
-        folders.begin(folder, iteration)
+        folders.begin_checkpoint(folder, iteration)
         if learned is not None:
             write_tensors(learned[MODEL], aside / MODEL)
-            save_tree(learned[OPTIMIZER], aside / OPTIMIZER)
-        save_tree({name: part.state_dict() for name, part in _all(learner, shared).items()}, aside / LOOP)
-        save_tree(everyones, aside / PROCESSES)
-        folders.write_json(aside / FACTS, {"iteration": iteration, **facts_of_the_run(learner)})
+            save_nested_state(learned[OPTIMIZER], aside / OPTIMIZER)
+        save_nested_state({name: part.state_dict() for name, part in _all(learner, shared).items()}, aside / LOOP)
+        save_nested_state(states, aside / PROCESSES)
+        folders.write_json(aside / FACTS, {"iteration": iteration, **run_facts(learner)})
 
     def write_engine() -> None:
         try:
@@ -94,7 +103,7 @@ def save_checkpoint(
     _together(learner, write if main else None, aside)
     if has_engine:
         _together(learner, write_engine, aside)
-    _together(learner, (lambda: folders.commit(aside, keep_last=keep_last)) if main else None, aside)
+    _together(learner, (lambda: folders.commit_checkpoint(aside, keep_last=keep_last)) if main else None, aside)
     return folder / f"checkpoint-{iteration}"
 
 
@@ -110,8 +119,8 @@ def restore_checkpoint(
     if path is None:
         return None
     try:
-        saved = read(path, engine=_has_engine(learner), processes=learner.accelerator.num_processes)
-        check_sameness(learner, saved)
+        saved = read_checkpoint(path, engine=_has_engine(learner), processes=learner.accelerator.num_processes)
+        check_compatibility(learner, saved)
         exact = saved.processes == learner.accelerator.num_processes
         mine = saved.own[learner.accelerator.process_index % saved.processes]
         parts: dict[str, tuple[Stateful, Any]] = {}
@@ -206,10 +215,10 @@ def _load(parts: Mapping[str, tuple[Stateful, Any]]) -> None:
         raise
 
 
-def _load_parameters(learner: PPOLearner, saved: Saved) -> None:
+def _load_parameters(learner: PPOLearner, saved: SavedCheckpoint) -> None:
     if _has_engine(learner):
         learner.policy.load_checkpoint(str(saved.path), tag=ENGINE)
         return
-    learner.optimizer.load_state_dict(parted_state(saved.optimizer, learner.optimizer))
+    learner.optimizer.load_state_dict(shard_optimizer_state(saved.optimizer, learner.optimizer))
     for name, parameter in trained_parameters(learner).items():
-        parameter.copy_(part_like(saved.weights[name], parameter))
+        parameter.copy_(shard_like(saved.weights[name], parameter))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.samplers.base import EvalMode, SamplingConfig, check_prompts, pad_prompts, unwrap_causal_lm
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
-from rlhf_ppo.samplers.decode_support import why_unsupported
+from rlhf_ppo.samplers.decode_support import unsupported_reason
 
 # Settings of `generate` that the decode loop reads, and those that do not change what it draws.
 UNDERSTOOD = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -109,7 +109,7 @@ class _Call:
         lengths = None if self.length_sampler is None else [int(self.length_sampler()) for _ in starts]
         settings = self.kwargs if lengths is None else {**self.kwargs, "max_new_tokens": max(lengths, default=1)}
         config = as_sampling_config(self.model, settings)
-        if config is not None and why_unsupported(self.model) is None:
+        if config is not None and unsupported_reason(self.model) is None:
             limits = None
             if lengths is not None:
                 limits = [lengths[index // self.batch_size] for index in range(len(self.queries))]

@@ -23,7 +23,7 @@ from rlhf_ppo.functional import (
     whiten,
 )
 from rlhf_ppo.learner.ppo_learner import PPOLearner
-from rlhf_ppo.rollout.checks import Limits, check_step_inputs
+from rlhf_ppo.rollout.checks import ModelLimits, check_step_inputs
 
 _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
 
@@ -140,7 +140,7 @@ class ClassicInnerMethods(PPOLearner):
         masks: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None]:
         """Check a batch as `step` does; its tensors on the device, scores squeezed."""
-        limits = Limits(batch_size=batch_size, vocab_size=None, max_positions=None)
+        limits = ModelLimits(batch_size=batch_size, vocab_size=None, max_positions=None)
         check_step_inputs(queries, responses, scores, masks, limits=limits, device=self.current_device)
         squeezed = [score.squeeze() if score.numel() == 1 else score for score in scores]
         moved = [[tensor.to(self.current_device) for tensor in part] for part in (queries, responses, squeezed)]

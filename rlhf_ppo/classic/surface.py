@@ -52,11 +52,11 @@ class ClassicSurface(ClassicInnerMethods):
             "length_sampler": length_sampler, "batch_size": batch_size, "return_prompt": return_prompt,
             "device": self.current_device, **generation_kwargs,
         }  # fmt: skip
-        with self.whole_parameters():
+        with self.gathered_parameters():
             responses = generate_responses(self.model, self.tokenizer, query_tensor, **settings)
         if not generate_ref_response:
             return responses
-        with self.whole_parameters(of_the_reference=True), self.reference_at_hand():
+        with self.gathered_parameters(of_reference=True), self.reference_context():
             others = generate_responses(self.ref_model or self.model, self.tokenizer, query_tensor, **settings)
         return responses, others
 

@@ -24,7 +24,7 @@ Array: TypeAlias = Any
 aten: Any = torch.ops.aten
 
 
-class LoweredGradients:
+class NumpyGradients:
     """A `Gradients` for `MinibatchUpdate`: the same numbers as autograd's up to rounding, in a fraction of the time.
 
     Args:
@@ -61,9 +61,11 @@ class LoweredGradients:
 
         def derivative(values: list[Tensor], columns: list[Tensor]) -> tuple[Any, list[Tensor], Tensor]:
             parameters = dict(zip(self.parameters, values, strict=True))
-            piece = _batch(columns)
-            output = functional_call(self.policy, parameters, (piece.inputs,), {"with_entropy": self.with_entropy})
-            terms = objective(output, piece, piece.mask.sum().float())
+            micro_batch = _batch(columns)
+            output = functional_call(
+                self.policy, parameters, (micro_batch.inputs,), {"with_entropy": self.with_entropy}
+            )
+            terms = objective(output, micro_batch, micro_batch.mask.sum().float())
             names[:] = terms.metrics
             gradients = torch.autograd.grad(terms.loss, values, materialize_grads=True)
             return gradients, list(terms.metrics.values()), terms.ratio

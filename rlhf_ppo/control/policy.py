@@ -92,7 +92,7 @@ class Distribution(Protocol):
         """The distribution's parameters with graph, and their Fisher information."""
         ...
 
-    def kl_from_here(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    def kl_from_current(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
         """A function of new outputs: KL(here || there), nats."""
         ...
 
@@ -128,7 +128,7 @@ class Gaussian(nn.Module):
         spread = self.log_std.expand_as(outputs)
         return (outputs, spread), gaussian_metric(spread, weights)
 
-    def kl_from_here(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    def kl_from_current(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
         log_std = self.log_std.detach().clone()
         return lambda there: gaussian_kl(outputs, log_std, there, self.log_std)
 
@@ -163,7 +163,7 @@ class Categorical(nn.Module):
     def tangents(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], Metric]:
         return (outputs,), categorical_metric(outputs, weights)
 
-    def kl_from_here(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    def kl_from_current(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda there: categorical_kl(outputs, there)
 
 
@@ -251,14 +251,16 @@ class ControlPolicy(nn.Module):
         return self.distribution.tangents(self.actor(inputs.observations), weights)
 
     @torch.no_grad()
-    def kl_from_here(self, pieces: Sequence[ControlInputs]) -> list[Callable[[], Float[Tensor, "batch time"]]]:
-        """For each piece, a function that measures the exact KL(π_here || π) of whatever π has become by then."""
+    def kl_from_current(
+        self, micro_batches: Sequence[ControlInputs]
+    ) -> list[Callable[[], Float[Tensor, "batch time"]]]:
+        """For each micro-batch, a function that measures the exact KL(π_here || π) of whatever π has become by then."""
 
         def distance(inputs: ControlInputs) -> Callable[[], Tensor]:
-            to = self.distribution.kl_from_here(self.actor(inputs.observations))
+            to = self.distribution.kl_from_current(self.actor(inputs.observations))
             return lambda: to(self.actor(inputs.observations))
 
-        return [distance(inputs) for inputs in pieces]
+        return [distance(inputs) for inputs in micro_batches]
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """Those of the critic."""

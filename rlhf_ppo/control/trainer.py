@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_ppo.algorithms import Algorithm, AlgorithmConfig, build_algorithm
 from rlhf_ppo.checkpoints import folders
-from rlhf_ppo.checkpoints.lock import only_run_in
-from rlhf_ppo.checkpoints.nested_state import load_tree, save_tree
+from rlhf_ppo.checkpoints.lock import lock_run_folder
+from rlhf_ppo.checkpoints.nested_state import load_nested_state, save_nested_state
 from rlhf_ppo.control.algorithms import control_algorithm, discount
 from rlhf_ppo.control.collection import Collector, by_step
 from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
 from rlhf_ppo.control.evaluation import Episodes, evaluate
 from rlhf_ppo.control.normalization import Normalizer
-from rlhf_ppo.control.numpy_gradients import LoweredGradients
+from rlhf_ppo.control.numpy_gradients import NumpyGradients
 from rlhf_ppo.control.policy import Categorical, ControlPolicy, Gaussian
 from rlhf_ppo.updates import MinibatchConfig
 from rlhf_ppo.utils.field_types import check_fields
@@ -124,7 +124,7 @@ class ControlTrainer:
         self.algorithm: Algorithm = build_algorithm(
             config.algorithm, policy=self.policy, optimizer=self.optimizer, accelerator=Accelerator(cpu=True),
             minibatch=lambda: _sizes(config), seed=int(streams[3]),
-            gradients=LoweredGradients(self.policy) if config.lowered else None,
+            gradients=NumpyGradients(self.policy) if config.lowered else None,
         )  # fmt: skip
         self.iteration, self.steps, self.episodes = 0, 0, 0
         self.recent: deque[float] = deque(maxlen=100)
@@ -177,7 +177,7 @@ class ControlTrainer:
         """
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        with nullcontext() if folder is None else only_run_in(folder):
+        with nullcontext() if folder is None else lock_run_folder(folder):
             return self._train(folder, save_every, report)
 
     def _train(
@@ -205,17 +205,17 @@ class ControlTrainer:
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint that is whole or absent, with the half-played episodes."""
-        aside = folders.begin(folder, self.iteration)
+        aside = folders.begin_checkpoint(folder, self.iteration)
         save_file({name: item.detach() for name, item in self.policy.named_parameters()}, aside / "model.safetensors")
-        save_tree(self.optimizer.state_dict(), aside / "optimizer.safetensors")
-        save_tree(self.collect.generator.get_state(), aside / "generator.safetensors")
+        save_nested_state(self.optimizer.state_dict(), aside / "optimizer.safetensors")
+        save_nested_state(self.collect.generator.get_state(), aside / "generator.safetensors")
         state = {
             "environment": self.config.environment.id, "iteration": self.iteration, "steps": self.steps,
             "episodes": self.episodes, "recent": list(self.recent), "normalizer": self.normalizer.state_dict(),
             "update": self.algorithm.update.state_dict(), "environments": self.environments.state_dict(),
         }  # fmt: skip
         folders.write_json(aside / "state.json", state)
-        return folders.commit(aside, keep_last=1)
+        return folders.commit_checkpoint(aside, keep_last=1)
 
     def resume(self, folder: Path) -> Path | None:
         """Go on from the newest whole checkpoint of `folder`, if there is one, as if there had been no break.
@@ -268,7 +268,7 @@ def _policy(environments: Environments, config: ControlConfig) -> ControlPolicy:
 def _part(path: Path, name: str) -> Any:
     """One part of a checkpoint; versions before this one wrote it by `torch.save`."""
     file = path / f"{name}.safetensors"
-    return load_tree(file) if file.is_file() else torch.load(path / f"{name}.pt", weights_only=True)
+    return load_nested_state(file) if file.is_file() else torch.load(path / f"{name}.pt", weights_only=True)
 
 
 def _sizes(config: ControlConfig) -> MinibatchConfig:

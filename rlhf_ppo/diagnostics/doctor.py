@@ -3,24 +3,24 @@
 import logging
 
 from rlhf_ppo.diagnostics.findings import Diagnosis
-from rlhf_ppo.diagnostics.model_checks import examine_model
-from rlhf_ppo.diagnostics.text_checks import Specimen, examine_tokens
+from rlhf_ppo.diagnostics.model_checks import run_model_checks
+from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch, run_text_checks
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 
 logger = logging.getLogger(__name__)
 
 
-def diagnose(learner: PPOLearner, batch: Specimen) -> Diagnosis:
+def diagnose(learner: PPOLearner, batch: DiagnosedBatch) -> Diagnosis:
     """All checks. Those that run the model are left out where a process holds only parts of it."""
-    tokens = examine_tokens(batch, learner.tokenizer)
+    tokens = run_text_checks(batch, learner.tokenizer)
     if learner.processes.sharded:
         return tokens
     # A checkpoint that was loaded has an optimizer with a past.
-    model = examine_model(learner, batch, is_fresh=not learner.optimizer.state and not learner.start.goes_on)
+    model = run_model_checks(learner, batch, is_fresh=not learner.optimizer.state and not learner.start.goes_on)
     return Diagnosis(findings=[*tokens.findings, *model.findings], checked=[*tokens.checked, *model.checked])
 
 
-def diagnose_first_batch(learner: PPOLearner, batch: Specimen) -> None:
+def diagnose_first_batch(learner: PPOLearner, batch: DiagnosedBatch) -> None:
     """Diagnose the first batch of a learner on the main process, set `learner.diagnosis`, log what spoils the run.
 
     Does nothing at later batches, and with `PPOConfig.diagnose` off.

@@ -23,7 +23,7 @@ FACTS, BATCH, MODEL = "dump.json", "batch.safetensors", "model"
 
 
 @contextmanager
-def dumping(learner: PPOLearner) -> Iterator[None]:
+def dump_on_failure(learner: PPOLearner) -> Iterator[None]:
     """Inside, an update that gives up leaves a dump; the error names it. All processes enter together."""
     try:
         yield
@@ -46,7 +46,7 @@ def write_dump(learner: PPOLearner, error: NonFiniteUpdateError, folder: Path) -
     """Write `folder/dump-N`; every process calls it, the main one writes. Whole or absent: aside, then renamed."""
     number = len(list(folder.glob("dump-*")))
     final, aside = folder / f"dump-{number}", folder / f".dump-{number}.partial"
-    with learner.whole_state() as state:
+    with learner.gathered_state_dict() as state:
         if learner.accelerator.is_main_process:
             aside.mkdir(parents=True, exist_ok=True)
             learner.model.save_pretrained(str(aside / MODEL), state_dict=state)
@@ -68,7 +68,7 @@ def read_batch(folder: Path) -> TrainBatch:
     return TrainBatch(inputs=TokenInputs(**ragged), **found)
 
 
-def algorithm_of(facts: dict[str, Any]) -> AlgorithmConfig:
+def dumped_algorithm(facts: dict[str, Any]) -> AlgorithmConfig:
     """The algorithm's configuration as it was."""
     found: AlgorithmConfig = _decoded(facts)
     return found

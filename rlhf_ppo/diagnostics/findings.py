@@ -51,70 +51,70 @@ class Diagnosis:
         return "\n".join(f"[{finding.severity}] {finding}" for finding in self.findings)
 
 
-class Cure(NamedTuple):
+class KnownFinding(NamedTuple):
     """What usually causes a finding, and what helps."""
 
     cause: str
     remedy: str
 
 
-CURES: dict[str, Cure] = {
-    "padding": Cure(
+KNOWN_FINDINGS: dict[str, KnownFinding] = {
+    "padding": KnownFinding(
         "the model sees padding or other rows: positions counted from the wrong end, attention to what follows",
         "use a causal model of transformers as it is; check custom attention and position ids",
     ),
-    "ratio": Cure(
+    "ratio": KnownFinding(
         "the model answers differently each time it is asked: dropout is on, or its layers draw random numbers",
         "set every dropout of the model's configuration to 0; the trainer switches to eval mode, but code that ignores "
         "it (functional dropout, custom layers) must be changed",
     ),
-    "sampler": Cure(
+    "sampler": KnownFinding(
         "temperature, top_k, top_p, a penalty or a minimum length in sampling; other weights or another precision in "
         "the sampler; or responses that were encoded again from text",
         "sample with the trainer's temperature and nothing else, from the present weights; for an engine of another "
         "precision set `importance_sampling_cap`",
     ),
-    "sampling": Cure(
+    "sampling": KnownFinding(
         "tokens come from a distribution that is not the policy's: ratios and KL compare the wrong ones",
         "leave these at their defaults and shape the policy by the reward instead",
     ),
-    "truncated": Cure(
+    "truncated": KnownFinding(
         "greedy decoding, or top_k or top_p (transformers' default top_k is 50)",
         "generate with do_sample=True, top_k=0, top_p=1.0",
     ),
-    "temperature": Cure(
+    "temperature": KnownFinding(
         "a temperature other than `PPOConfig.temperature` in generation, or tokens of another policy, another prompt, "
         "or encoded again from text",
         "give generation and `PPOConfig.temperature` the same value, and pass the tokens that were sampled",
     ),
-    "reference": Cure(
+    "reference": KnownFinding(
         "`ref_model` is not the model that training starts from",
         "pass `ref_model=None`: the trainer then takes the starting point, adapters included; keep another reference "
         "only on purpose",
     ),
-    "eos_in_prompt": Cure(
+    "eos_in_prompt": KnownFinding(
         "the tokenizer appends it, prompts were padded with it, or several texts were joined by it; to the model it "
         "says that the text is over",
         "encode prompts without it (`add_eos_token=False`) and without padding, or cut them at the last one",
     ),
-    "pad_is_eos": Cure(
+    "pad_is_eos": KnownFinding(
         "pad_token_id is eos_token_id and the padding of a batched `generate` was not cut off: the policy is rewarded "
         "for tokens that it never drew",
         "cut each response after its first end-of-sequence token (`trainer.generate` does)",
     ),
-    "other_text": Cure(
+    "other_text": KnownFinding(
         "the text was cut or changed after sampling, or the response encoded again from it",
         "score the decoded tokens, and pass the tokens that were sampled",
     ),
-    "retokenization": Cure(
+    "retokenization": KnownFinding(
         "several token sequences spell one text, and a policy draws all of them",
         "never train on encoded text: `step` and `train` keep the sampled tokens; so must code around them",
     ),
-    "equal_scores": Cure(
+    "equal_scores": KnownFinding(
         "the reward does not tell these responses apart",
         "look at the samples; a reward must differ between responses for anything to be learned",
     ),
-    "equal_responses": Cure(
+    "equal_responses": KnownFinding(
         "the policy has collapsed, or its prompts do not reach it",
         "read the samples; start again from an earlier model",
     ),
@@ -128,11 +128,11 @@ def finding(
     """A finding with its usual cause and remedy, unless others are given.
 
     Args:
-        name: Of the finding; in `CURES` unless both are given.
+        name: Of the finding; in `KNOWN_FINDINGS` unless both are given.
         found: What was seen, with numbers.
         severity: How much it matters.
         cause: Instead of the usual one.
         remedy: Instead of the usual one.
     """
-    known = CURES.get(name, Cure("", ""))
+    known = KNOWN_FINDINGS.get(name, KnownFinding("", ""))
     return Finding(name=name, severity=severity, found=found, cause=cause or known.cause, remedy=remedy or known.remedy)

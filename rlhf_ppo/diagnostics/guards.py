@@ -15,7 +15,7 @@ from rlhf_ppo.utils.field_types import check_fields
 Action: TypeAlias = Literal["warn", "stop", "keep_best"]
 NGRAM = 3
 """Tokens of the n-grams that `repetition` counts."""
-FIRST = 5
+BASELINE_ITERATIONS = 5
 """Iterations whose mean length is what `length` compares with."""
 _NO_JUDGES = frozenset({"score", "kl", "kl_k3", "reference_nll", "length"})
 
@@ -96,7 +96,7 @@ _LINES = {
 
 
 @dataclass
-class GuardWatch:
+class GuardMonitor:
     """Looks at every iteration and evaluation; remembers what it compares with. The same on every process.
 
     Args:
@@ -118,7 +118,7 @@ class GuardWatch:
             repetition: Mean share of repeated 3-grams over the responses of all processes.
             length: Mean tokens of those responses.
         """
-        if len(self.lengths) < FIRST:
+        if len(self.lengths) < BASELINE_ITERATIONS:
             self.lengths.append(length)
         factor = length / (math.fsum(self.lengths) / len(self.lengths))
         return {"guard/repetition": repetition, "guard/length_drift": max(factor, 1 / factor)}
@@ -144,7 +144,7 @@ class GuardWatch:
         gains = {name: _gain(estimates[name][0], *self.base[name]) for name in ("score", *judges) if name in self.base}
         return {"guard/judge_lead": max(gains["score"] - gains[name] for name in judges if name in gains)}
 
-    def verdict(self, metrics: Mapping[str, float]) -> "Verdict":
+    def verdict(self, metrics: Mapping[str, float]) -> "GuardVerdict":
         """What the lines say about the numbers of an iteration; numbers that are not there are not judged."""
         crossed: dict[str, str] = {}
         for name, guard in self.guards.each():
@@ -162,7 +162,7 @@ class GuardWatch:
             crossed[name] = sentence
         actions = {name: getattr(self.guards, name).action for name in crossed}
         stops = [sentence for name, sentence in crossed.items() if actions[name] == "stop"]
-        return Verdict(
+        return GuardVerdict(
             stop=stops[0] if stops else None,
             may_keep=all(action == "warn" for action in actions.values()),
             metrics={"guard/crossed": float(len(crossed))},
@@ -184,7 +184,7 @@ class GuardWatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class GuardVerdict:
     """What follows from the lines."""
 
     stop: str | None
@@ -200,7 +200,7 @@ def repetition(tokens: Sequence[int], n: int = NGRAM) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def with_budget(guards: Guards, max_reference_kl: float | None) -> Guards:
+def with_kl_budget(guards: Guards, max_reference_kl: float | None) -> Guards:
     """The same guards under a KL budget, unless they have one of their own."""
     if max_reference_kl is None or guards.kl.limit is not None:
         return guards

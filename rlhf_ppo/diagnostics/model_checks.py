@@ -14,8 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.diagnostics.findings import Diagnosis, Finding, finding
-from rlhf_ppo.diagnostics.resampled_logprobs import Drawn, draw_again
-from rlhf_ppo.diagnostics.text_checks import Specimen, actions, select
+from rlhf_ppo.diagnostics.resampled_logprobs import TokenDistributions, score_rows_alone
+from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch, select_actions, select_rows
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.experience import Scorer
@@ -26,7 +26,7 @@ RARE = math.log(1e-6)
 """log-probability under which an honest sampler does not do what was seen."""
 
 
-def examine_model(learner: PPOLearner, batch: Specimen, *, is_fresh: bool) -> Diagnosis:
+def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bool) -> Diagnosis:
     """Every check that runs the model, on the first rows.
 
     Args:
@@ -34,18 +34,18 @@ def examine_model(learner: PPOLearner, batch: Specimen, *, is_fresh: bool) -> Di
         batch: What was drawn.
         is_fresh: Whether nothing has been learned yet, so that policy and reference must agree.
     """
-    part = select(batch, rows=ROWS, tokens=TOKENS)
+    part = select_rows(batch, rows=ROWS, tokens=TOKENS)
     policy: TokenPolicy = learner.accelerator.unwrap_model(learner.policy)
     device = learner.current_device
     inputs = TokenInputs(prompts=part.prompts, responses=part.responses).to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        drawn = draw_again(learner, policy, part)
+        drawn = score_rows_alone(learner, policy, part)
         scorer = _unwrapped(learner, policy)
         scored = scorer(inputs)
         with torch.enable_grad(), saved_tensors_hooks(_forget, _refuse):  # as an update runs it, and nothing is kept
             updated = scorer.passes(policy, inputs).logprobs.detach()
     own, reference, update = (
-        actions(part, [row[: len(tokens)].float() for row, tokens in zip(values, part.responses, strict=True)])
+        select_actions(part, [row[: len(tokens)].float() for row, tokens in zip(values, part.responses, strict=True)])
         for values in (scored.logprobs, scored.ref_logprobs, updated)
     )
     tolerance = 1e-3 if drawn.logprobs.dtype == torch.float32 and _is_full_precision(learner) else 0.1
@@ -74,15 +74,15 @@ def _ratio(own: Tensor, update: Tensor, tolerance: float) -> list[Finding]:
     return [finding("ratio", said)] if gap > tolerance else []
 
 
-def _sampler(part: Specimen, alone: Tensor, tolerance: float, cap: float | None) -> list[Finding]:
-    reported = actions(part, [row.float().to(alone.device) for row in part.logprobs or []])
+def _sampler(part: DiagnosedBatch, alone: Tensor, tolerance: float, cap: float | None) -> list[Finding]:
+    reported = select_actions(part, [row.float().to(alone.device) for row in part.logprobs or []])
     gap = float((reported - alone).abs().mean())
     said = f"the sampler's log-probabilities differ from the trainer's by {gap:.3g} nats a token on average"
     is_corrected = cap is not None
     return [finding("sampler", said, severity="note" if is_corrected else "warning")] if gap > tolerance else []
 
 
-def _settings(part: Specimen, temperature: float) -> list[Finding]:
+def _settings(part: DiagnosedBatch, temperature: float) -> list[Finding]:
     sampling = part.sampling
     if sampling is None:
         return []
@@ -93,7 +93,7 @@ def _settings(part: Specimen, temperature: float) -> list[Finding]:
     return [finding("sampling", f"responses are drawn with {', '.join(changed)}")] if changed else []
 
 
-def _draws(drawn: Drawn) -> list[Finding]:
+def _draws(drawn: TokenDistributions) -> list[Finding]:
     """What the tokens themselves say about how they were drawn."""
     rank, log_rank, mass, log_mass = drawn.truncation()
     if min(log_rank, log_mass) < RARE:

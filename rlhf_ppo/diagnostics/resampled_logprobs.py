@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf_ppo.diagnostics.text_checks import Specimen
+from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.models.scoring import TokenPolicy
-from rlhf_ppo.models.trunk import start_token_of
+from rlhf_ppo.models.trunk import decoder_start_token
 from rlhf_ppo.samplers.base import EvalMode
 
 ENTRIES = 2**21
@@ -29,7 +29,7 @@ Distributions: TypeAlias = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class TokenDistributions:
     """What the model says about each token, scored alone."""
 
     logprobs: Float[Tensor, " actions"]
@@ -45,7 +45,7 @@ class Drawn:
     """Every distribution once more."""
 
     @classmethod
-    def of(cls, look: Callable[[], Distributions]) -> "Drawn":
+    def of(cls, look: Callable[[], Distributions]) -> "TokenDistributions":
         """Walk over the distributions once."""
         columns = list(zip(*(_summary(rows, tokens) for rows, tokens in look()), strict=True))
         logprobs, expected, variance, ranks, above = (torch.cat(column) for column in columns)
@@ -81,7 +81,7 @@ class Drawn:
         return rank, of_rank, mass, of_mass
 
 
-def draw_again(learner: PPOLearner, policy: TokenPolicy, part: Specimen) -> Drawn:
+def score_rows_alone(learner: PPOLearner, policy: TokenPolicy, part: DiagnosedBatch) -> TokenDistributions:
     """Each row through the language model by itself, without padding, masks or packing, some positions at a time."""
 
     def look() -> Distributions:
@@ -96,7 +96,7 @@ def draw_again(learner: PPOLearner, policy: TokenPolicy, part: Specimen) -> Draw
                 for few, tokens in zip(logits[ours].split(size), response[rows][ours].split(size), strict=True):
                     yield (few.float() / policy.temperature).log_softmax(dim=-1), tokens
 
-    return Drawn.of(look)
+    return TokenDistributions.of(look)
 
 
 def _calls(
@@ -105,7 +105,7 @@ def _calls(
     """Some response tokens at a time, with the call that makes the model's own logits there, [tokens, vocab]."""
     model: Any = policy.language_model
     if model.config.is_encoder_decoder:
-        shown = torch.cat([response.new_tensor([start_token_of(model)]), response[:-1]])[None]
+        shown = torch.cat([response.new_tensor([decoder_start_token(model)]), response[:-1]])[None]
         yield slice(None), lambda: model(input_ids=prompt[None], decoder_input_ids=shown).logits[0]
         return
     selects = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -125,7 +125,7 @@ def _last_logits(model: Any, ids: Tensor, number: int, selects: bool) -> Tensor:
 
 
 def _summary(rows: Float[Tensor, "few vocab"], tokens: Int[Tensor, " few"]) -> tuple[Tensor, ...]:
-    """The columns of `Drawn` at some tokens."""
+    """The columns of `TokenDistributions` at some tokens."""
     chosen = rows.gather(1, tokens[:, None])
     p, finite = rows.exp(), rows.clamp(min=-1e4)  # 0 x -inf is nan
     expected = (p * finite).sum(dim=1)

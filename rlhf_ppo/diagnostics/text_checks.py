@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.diagnostics.findings import Diagnosis, Finding, finding
-from rlhf_ppo.rewards.sources import Scores, Sources, combine
-from rlhf_ppo.rollout.collect import Collected
+from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
+from rlhf_ppo.rollout.collect import CollectedResponses
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Specimen:
+class DiagnosedBatch:
     """A batch to look at. The more is known of it, the more can be checked."""
 
     prompts: Sequence[Tensor]
@@ -38,18 +38,20 @@ class Specimen:
     """Responses as the reward sources read them."""
     scores: Tensor | None = None
     """[B] or [B, T]."""
-    sources: Sources | None = None
+    sources: RewardSources | None = None
     """Who scored."""
 
     @classmethod
-    def of(cls, batch: "Specimen | Samples") -> "Specimen":
+    def of(cls, batch: "DiagnosedBatch | Samples") -> "DiagnosedBatch":
         """`batch` as a specimen."""
-        if isinstance(batch, Specimen):
+        if isinstance(batch, DiagnosedBatch):
             return batch
         return cls(prompts=batch.prompts, responses=batch.responses, logprobs=batch.logprobs)
 
     @classmethod
-    def of_rollout(cls, collected: Collected, scores: Scores, sampling: SamplingConfig, sources: Sources) -> "Specimen":
+    def of_rollout(
+        cls, collected: CollectedResponses, scores: RewardScores, sampling: SamplingConfig, sources: RewardSources
+    ) -> "DiagnosedBatch":
         """What `train()` knows of a rollout."""
         samples = collected.samples
         return cls(
@@ -59,7 +61,7 @@ class Specimen:
         )  # fmt: skip
 
     @classmethod
-    def of_batch(cls, batch: Responses) -> "Specimen":
+    def of_batch(cls, batch: Responses) -> "DiagnosedBatch":
         """What `step()` knows of its batch."""
         inputs = batch.inputs
         masks = [row[: len(tokens)].cpu() for row, tokens in zip(batch.mask, inputs.responses, strict=True)]
@@ -67,7 +69,7 @@ class Specimen:
 
 
 @runtime_checkable
-class ChecksTexts(Protocol):
+class SupportsTextChecks(Protocol):
     """A reward source that can tell whether texts look like those it was trained on."""
 
     def check_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -75,11 +77,11 @@ class ChecksTexts(Protocol):
         ...
 
 
-Check: TypeAlias = Callable[[Specimen, PreTrainedTokenizerBase], list[Finding] | None]
+Check: TypeAlias = Callable[[DiagnosedBatch, PreTrainedTokenizerBase], list[Finding] | None]
 """Findings; None where the specimen does not say enough for the check."""
 
 
-def eos_in_prompt(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
+def eos_in_prompt(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
     """End-of-sequence tokens behind the first token of a prompt. At its start, one may be the BOS of GPT-2's kind."""
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -93,7 +95,7 @@ def eos_in_prompt(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[F
     return [finding("eos_in_prompt", said, severity="warning" if ending else "note")]
 
 
-def pad_is_eos(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
+def pad_is_eos(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
     """Padding that cannot be told from the end; a warning where it has been left in the responses."""
     eos = tokenizer.eos_token_id
     if eos is None or tokenizer.pad_token_id != eos:
@@ -112,7 +114,7 @@ def pad_is_eos(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[Find
     ]  # fmt: skip
 
 
-def retokenization(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
+def retokenization(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
     """Tokens that do not survive decoding and encoding; texts that are not those of the tokens."""
     special = set(tokenizer.all_special_ids)
     rows = [[token for token in response.tolist() if token not in special] for response in batch.responses]
@@ -135,20 +137,20 @@ def retokenization(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> list[
     return findings
 
 
-def reward_template(batch: Specimen, _: PreTrainedTokenizerBase) -> list[Finding] | None:
+def reward_template(batch: DiagnosedBatch, _: PreTrainedTokenizerBase) -> list[Finding] | None:
     """What reward sources that can say so find wrong with the texts they are given."""
     if batch.sources is None or batch.prompt_texts is None or batch.response_texts is None:
         return None
     findings: list[Finding] = []
-    for item in combine(batch.sources):
-        if isinstance(item.source, ChecksTexts):
+    for item in named_sources(batch.sources):
+        if isinstance(item.source, SupportsTextChecks):
             for found, cause, remedy in item.source.check_texts(batch.prompt_texts, batch.response_texts):
                 said = f"reward source {item.name!r}: {found}"
                 findings.append(finding("reward_template", said, cause=cause, remedy=remedy))
     return findings
 
 
-def spread(batch: Specimen, _: PreTrainedTokenizerBase) -> list[Finding] | None:
+def spread(batch: DiagnosedBatch, _: PreTrainedTokenizerBase) -> list[Finding] | None:
     """Scores that are all alike, or responses that are."""
     findings: list[Finding] = []
     if batch.scores is not None and len(batch.scores) >= 4:
@@ -170,14 +172,14 @@ TEXT_CHECKS: dict[str, Check] = {
 }  # fmt: skip
 
 
-def examine_tokens(batch: Specimen, tokenizer: PreTrainedTokenizerBase) -> Diagnosis:
+def run_text_checks(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> Diagnosis:
     """Every check that needs no model."""
     results = {name: check(batch, tokenizer) for name, check in TEXT_CHECKS.items()}
     made = {name: found for name, found in results.items() if found is not None}
     return Diagnosis(findings=[finding for found in made.values() for finding in found], checked=list(made))
 
 
-def select(batch: Specimen, *, rows: int, tokens: int) -> Specimen:
+def select_rows(batch: DiagnosedBatch, *, rows: int, tokens: int) -> DiagnosedBatch:
     """The first rows, as many as hold at most so many response tokens together, and one at least."""
     kept, total = 0, 0
     for response in batch.responses[:rows]:
@@ -189,13 +191,13 @@ def select(batch: Specimen, *, rows: int, tokens: int) -> Specimen:
     def head(values: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
         return None if values is None else values[:kept]
 
-    return Specimen(
+    return DiagnosedBatch(
         prompts=batch.prompts[:kept], responses=batch.responses[:kept], masks=head(batch.masks),
         logprobs=head(batch.logprobs), sampling=batch.sampling,
     )  # fmt: skip
 
 
-def actions(batch: Specimen, values: Sequence[Tensor]) -> Tensor:
+def select_actions(batch: DiagnosedBatch, values: Sequence[Tensor]) -> Tensor:
     """One entry for each action of the policy, 1-D, from one row of entries for each response."""
     if batch.masks is None:
         return torch.cat(list(values))

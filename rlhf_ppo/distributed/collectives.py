@@ -73,18 +73,18 @@ class Processes:
             raise ValueError(f"another process refused, so none goes on with its part. {refused[0]}")
         return result
 
-    def most_passes(self, passes: int) -> int:
+    def max_passes(self, passes: int) -> int:
         """Forward passes that this process must make: where models are sharded, as many as the busiest one."""
         return int(self.gather(torch.tensor(passes)).max()) if self.sharded else passes
 
     @contextmanager
-    def whole_parameters(self, model: nn.Module, policy: nn.Module) -> Iterator[None]:
+    def gathered_parameters(self, model: nn.Module, policy: nn.Module) -> Iterator[None]:
         """Inside, `model` holds every parameter whole on every process: for sampling under ZeRO-3 and FSDP2.
 
         One copy of the model must fit beside the parts. `policy` is the prepared module around it.
         """
         if self.has_fsdp:
-            with fsdp.whole(policy, reshards=bool(self.accelerator.state.fsdp_plugin.reshard_after_forward)):
+            with fsdp.gathered(policy, reshards=bool(self.accelerator.state.fsdp_plugin.reshard_after_forward)):
                 yield
             return
         if not self.has_zero3:
@@ -100,13 +100,13 @@ class Processes:
                 add_hooks(policy)
 
     @contextmanager
-    def whole_state(self, model: nn.Module, policy: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def gathered_state_dict(self, model: nn.Module, policy: nn.Module) -> Iterator[dict[str, Tensor]]:
         """Inside, the `state_dict` of `model` with whole tensors, on the main process; empty on the others."""
         keep = self.accelerator.is_main_process
         if self.has_fsdp:
             fsdp.reshard(policy)
-            state: dict[str, Tensor] = fsdp.whole_tree(dict(model.state_dict()), keep=keep)
+            state: dict[str, Tensor] = fsdp.gather_nested_tensors(dict(model.state_dict()), keep=keep)
             yield state if keep else {}
         else:
-            with self.whole_parameters(model, policy):
+            with self.gathered_parameters(model, policy):
                 yield dict(model.state_dict()) if keep else {}

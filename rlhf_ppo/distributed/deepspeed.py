@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: on machines without a GPU, too; and what a pass reads in several pieces stays whole under ZeRO-3."""
+"""DeepSpeed ZeRO, also on machines without a GPU: settings, and an LM head that stays gathered through a pass."""
 
 import os
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 
-def engine_arguments(given: dict[str, Any]) -> dict[str, Any]:
+def accelerator_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Accelerator`, with what DeepSpeed needs beyond the launch file where there is no GPU.
 
     Without the name of a backend each process would believe that it is alone. DeepSpeed would also compile a way
@@ -42,14 +42,14 @@ def engine_arguments(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"kwargs_handlers": handlers}
 
 
-def keep_optimizer(accelerator: Accelerator) -> None:
+def keep_torch_optimizer(accelerator: Accelerator) -> None:
     """Without a GPU, leave torch's optimizer where the launch file offloads it: DeepSpeed's own would be compiled."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and accelerator.device.type == "cpu":
         plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
-def keep_head_whole(policy: Any) -> None:
+def keep_head_gathered(policy: Any) -> None:
     """Gather the LM head once a pass, and hold it until the optimizer steps or everything is gathered anyway.
 
     The head runs once for each chunk of response tokens and again in the backward pass. DeepSpeed would gather and

@@ -1,7 +1,7 @@
 """FSDP2: parameters in parts on every process, whole where somebody needs them whole.
 
 Accelerate wraps the model (`fully_shard`: every layer a group of its own, embeddings, final norm and heads in the group
-of the root). A pass gathers one layer at a time; sampling and saving need all of them, see `whole`.
+of the root). A pass gathers one layer at a time; sampling and saving need all of them, see `gathered`.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 
-def keep_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> None:
+def enable_fsdp2_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> None:
     """Let Accelerate use FSDP2 on the CPU, too: it drops the plugin there without a word and would run DDP.
 
     Args:
@@ -56,12 +56,12 @@ def keep_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin |
 
 
 @contextmanager
-def sharing_out(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, Accelerate shares out a model as it is: in its own precision, by its own kind of layers.
+def fsdp_sharding(accelerator: Accelerator) -> Iterator[None]:
+    """Context manager: while active, Accelerate shards a model in its own precision, by its own kind of layers.
 
-    Accelerate's policy of mixed precision would round log-probabilities and gradients to 16 bits where they leave the
-    model; passes run under autocast instead, as they do under DDP (`settle`). And it would remember the kind of layers
-    and look for it in the next model.
+    Accelerate's mixed-precision policy would round log-probabilities and gradients to 16 bits where they leave the
+    model; passes run under autocast instead, as they do under DDP (`set_fsdp_root`). And Accelerate would remember the
+    kind of layers and look for it in the next model.
     """
     plugin = accelerator.state.fsdp_plugin
     kept = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
@@ -72,7 +72,7 @@ def sharing_out(accelerator: Accelerator) -> Iterator[None]:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = kept
 
 
-def settle(policy: nn.Module, accelerator: Accelerator) -> None:
+def set_fsdp_root(policy: nn.Module, accelerator: Accelerator) -> None:
     """Tell FSDP2 which module is the outermost: it takes the first that runs, and sampling would run an inner one."""
     own = vars(policy)
     own["forward"] = _nothing
@@ -90,7 +90,7 @@ def _nothing() -> None:
 
 
 @contextmanager
-def whole(policy: nn.Module, *, reshards: bool) -> Iterator[None]:
+def gathered(policy: nn.Module, *, reshards: bool) -> Iterator[None]:
     """Inside, every parameter is whole on every process, and passes of the modules under `policy` gather nothing.
 
     Processes may therefore make different numbers of passes. The price: one whole copy in the precision of the passes,
@@ -119,22 +119,22 @@ def reshard(policy: nn.Module) -> None:
         module.reshard()
 
 
-def whole_tree(tree: Any, *, keep: bool) -> Any:
+def gather_nested_tensors(tree: Any, *, keep: bool) -> Any:
     """The same nested dicts, lists and tuples with every tensor in parts made whole, in main memory.
 
     All processes call it. One tensor at a time is whole on the device; where `keep` is false nothing of it stays.
     """
     if isinstance(tree, dict):
-        return {key: whole_tree(value, keep=keep) for key, value in tree.items()}
+        return {key: gather_nested_tensors(value, keep=keep) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(whole_tree(value, keep=keep) for value in tree)
+        return type(tree)(gather_nested_tensors(value, keep=keep) for value in tree)
     if isinstance(tree, DTensor):
         found = tree.full_tensor()
         return found.cpu() if keep else None
     return tree
 
 
-def part_like(value: Any, parameter: Tensor) -> Any:
+def shard_like(value: Any, parameter: Tensor) -> Any:
     """This process's part of `value`, cut as `parameter` is; anything else than a tensor of its shape as it is."""
     if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
         return value
@@ -142,12 +142,12 @@ def part_like(value: Any, parameter: Tensor) -> Any:
     return distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def parted_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+def shard_optimizer_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """The `state_dict` of an optimizer over whole parameters, as one over these parameters loads it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in state["param_groups"] for index in group["params"]]
     parts = {
-        index: {name: part_like(value, parameter) for name, value in state["state"][index].items()}
+        index: {name: shard_like(value, parameter) for name, value in state["state"][index].items()}
         for index, parameter in zip(indices, parameters, strict=True)
         if index in state["state"]
     }

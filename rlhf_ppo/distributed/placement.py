@@ -11,13 +11,13 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor, nn
 from trl.models.utils import prepare_deepspeed
 
-from rlhf_ppo.distributed.deepspeed import keep_head_whole
-from rlhf_ppo.distributed.fsdp import settle, sharing_out
+from rlhf_ppo.distributed.deepspeed import keep_head_gathered
+from rlhf_ppo.distributed.fsdp import fsdp_sharding, set_fsdp_root
 
 ReferencePlacement: TypeAlias = Literal["auto", "whole", "sharded", "offloaded"]
 
 
-class Waiting:
+class OffloadedWeights:
     """Weights that wait in main memory and compute on a device.
 
     They are frozen, so leaving the device is no copy: what waited is simply taken up again.
@@ -48,14 +48,14 @@ class Waiting:
     def go_home(self) -> None:
         """To the device."""
         for tensor, weights in zip(self.tensors, self.waiting, strict=True):
-            tensor.data = bring(weights, self.device)
+            tensor.data = to_device(weights, self.device)
 
     def _leave(self) -> None:
         for tensor, weights in zip(self.tensors, self.waiting, strict=True):
             tensor.data = weights
 
 
-def bring(weights: Tensor, device: torch.device) -> Tensor:
+def to_device(weights: Tensor, device: torch.device) -> Tensor:
     """Weights on a device."""
     return weights.to(device)
 
@@ -108,7 +108,7 @@ def place_reference(
         for parameter in module.parameters():
             parameter.data = parameter.data.to(_HALF[accelerator.mixed_precision])
     if placement == "offloaded":
-        return Reference(module, Waiting(module, device, others=policy).at_hand)
+        return Reference(module, OffloadedWeights(module, device, others=policy).at_hand)
     return Reference(module.to(device).eval())
 
 
@@ -116,13 +116,13 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _in_fsdp_parts(module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    with sharing_out(accelerator):
+    with fsdp_sharding(accelerator):
         parted: nn.Module = fsdp2_prepare_model(accelerator, module).eval()
-    settle(parted, accelerator)
+    set_fsdp_root(parted, accelerator)
     return parted
 
 
 def _in_zero_parts(module: nn.Module, accelerator: Accelerator) -> nn.Module:
     parted: nn.Module = prepare_deepspeed(module, accelerator)
-    keep_head_whole(module)
+    keep_head_gathered(module)
     return parted

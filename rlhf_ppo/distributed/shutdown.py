@@ -15,7 +15,7 @@ _STATUS = re.compile(
 )
 
 
-def leave_safely() -> None:
+def wait_for_gloo_threads() -> None:
     """From now on, Python ends only after gloo's threads have put their last tensor down.
 
     `all_reduce` returns as soon as the result is there; the thread that computed it may still hold the tensors. If it

@@ -10,7 +10,7 @@ from rlhf_ppo.functional.advantages import (
 from rlhf_ppo.functional.divergence import DivergenceKind, binary_divergence, divergence_masked_loss
 from rlhf_ppo.functional.gaussian import gaussian_entropy, gaussian_kl, gaussian_logprobs
 from rlhf_ppo.functional.importance import importance_ratio, truncated_importance_weights
-from rlhf_ppo.functional.kl import KLKind, ReferenceKL, categorical_kl, kl_estimate, next_states_kl
+from rlhf_ppo.functional.kl import KLKind, ReferenceKL, categorical_kl, kl_estimate, next_state_kl
 from rlhf_ppo.functional.logprobs import (
     Head,
     TokenStatistics,
@@ -33,14 +33,14 @@ from rlhf_ppo.functional.masked import (
     Count,
     ReduceSum,
     identity,
-    last_action,
+    last_action_index,
     masked_mean,
     masked_sum,
     masked_var,
     sequence_mean_count,
     whiten,
-    whitening,
-    zero_outside,
+    whitening_statistics,
+    zero_where_masked,
 )
 from rlhf_ppo.functional.rewards import (
     PenaltyMode,
@@ -99,14 +99,14 @@ __all__ = [
     "kl_estimate",
     "kl_penalty_loss",
     "kl_shaped_rewards",
-    "last_action",
+    "last_action_index",
     "length_adaptive_lam",
     "line_search",
     "masked_mean",
     "masked_sum",
     "masked_var",
     "missing_eos_penalty",
-    "next_states_kl",
+    "next_state_kl",
     "ppo_clip_loss",
     "reinforce_loss",
     "rloo_advantages",
@@ -119,6 +119,6 @@ __all__ = [
     "unflatten",
     "value_loss",
     "whiten",
-    "whitening",
-    "zero_outside",
+    "whitening_statistics",
+    "zero_where_masked",
 ]

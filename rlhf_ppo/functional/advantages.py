@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.functional.masked import next_action, zero_outside
+from rlhf_ppo.functional.masked import next_action_index, zero_where_masked
 
 
 def gae(
@@ -49,13 +49,13 @@ def gae(
     with torch.no_grad():
         mask = torch.ones_like(terminated) if mask is None else mask
         done = terminated | truncated
-        following, is_last = next_action(mask)
+        following, is_last = next_action_index(mask)
         index = torch.where(truncated | is_last, torch.arange(1, mask.shape[1] + 1, device=mask.device), following)
         bootstrap = values.gather(1, index).masked_fill(terminated, 0)
-        delta = zero_outside(rewards + gamma * bootstrap - values[:, :-1], mask)
+        delta = zero_where_masked(rewards + gamma * bootstrap - values[:, :-1], mask)
         decay = gamma * (lam.unsqueeze(1).to(delta) if isinstance(lam, Tensor) else lam)
         advantages = _backward_recursion(delta, decay, done, mask)
-        return advantages, zero_outside(advantages + values[:, :-1], mask)
+        return advantages, zero_where_masked(advantages + values[:, :-1], mask)
 
 
 def discounted_returns(
@@ -85,11 +85,11 @@ def discounted_returns(
     """
     with torch.no_grad():
         mask = torch.ones_like(terminated) if mask is None else mask
-        total = zero_outside(rewards, mask)
+        total = zero_where_masked(rewards, mask)
         if values is not None:
             _check_length(rewards, values)
-            unwatched = (truncated | next_action(mask)[1]) & ~terminated & mask
-            total = total + gamma * zero_outside(values[:, 1:], unwatched)
+            unwatched = (truncated | next_action_index(mask)[1]) & ~terminated & mask
+            total = total + gamma * zero_where_masked(values[:, 1:], unwatched)
         return _backward_recursion(total, gamma, terminated | truncated, mask)
 
 
@@ -174,12 +174,12 @@ def _backward_recursion(terms: Tensor, decay: float | Tensor, done: Tensor, mask
     # A selection, not a product: 0 times the nan of a later episode is nan.
     stops = (done & mask).unbind(1)
     factors = torch.where(mask, torch.as_tensor(decay, dtype=terms.dtype, device=terms.device), 1).unbind(1)
-    steps = zero_outside(terms, mask).unbind(1)
+    steps = zero_where_masked(terms, mask).unbind(1)
     following, results = torch.zeros_like(steps[0]), []
     for step, factor, stop in zip(reversed(steps), reversed(factors), reversed(stops), strict=True):
         following = step + (factor * following).masked_fill(stop, 0)
         results.append(following)
-    return zero_outside(torch.stack(results[::-1], dim=1), mask)
+    return zero_where_masked(torch.stack(results[::-1], dim=1), mask)
 
 
 def _grouped(scores: Tensor, group_size: int) -> Tensor:

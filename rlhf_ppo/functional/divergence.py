@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_ppo.functional.losses import Metrics, surrogate_loss
-from rlhf_ppo.functional.masked import Count, masked_mean, zero_outside
+from rlhf_ppo.functional.masked import Count, masked_mean, zero_where_masked
 
 DivergenceKind: TypeAlias = Literal["tv", "kl"]
 
@@ -79,9 +79,9 @@ def divergence_masked_loss(
             f"threshold must be > 0, got {threshold}: after the first step every token would be dropped. "
             "Pass e.g. 0.15 for 'tv'."
         )
-    new, old = zero_outside(logprobs, mask), zero_outside(old_logprobs, mask)
+    new, old = zero_where_masked(logprobs, mask), zero_where_masked(old_logprobs, mask)
     with torch.no_grad():
-        leaving = (new - old) * zero_outside(advantages, mask) > 0
+        leaving = (new - old) * zero_where_masked(advantages, mask) > 0
         dropped = leaving & (binary_divergence(new, old, kind) > threshold) & mask
     kept = advantages.masked_fill(dropped, 0)
     loss, metrics = surrogate_loss(logprobs, old_logprobs, kept, mask, count=count)

@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.functional.masked import at_least_float32, zero_outside
+from rlhf_ppo.functional.masked import at_least_float32, zero_where_masked
 
 
 def importance_ratio(
@@ -16,7 +16,9 @@ def importance_ratio(
         sampler_logprobs: log μ under the sampler, as it drew (temperature and filters included), nats.
         mask: True = an action of ours; the ratio is 1 elsewhere, whatever stands there.
     """
-    difference = at_least_float32(zero_outside(logprobs, mask)) - at_least_float32(zero_outside(sampler_logprobs, mask))
+    difference = at_least_float32(zero_where_masked(logprobs, mask)) - at_least_float32(
+        zero_where_masked(sampler_logprobs, mask)
+    )
     return difference.exp()
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.functional.masked import at_least_float32, next_action, zero_outside
+from rlhf_ppo.functional.masked import at_least_float32, next_action_index, zero_where_masked
 
 KLKind: TypeAlias = Literal["k1", "abs", "k2", "k3"]
 ReferenceKL: TypeAlias = Literal["k2", "k3", "full"]
@@ -38,7 +38,7 @@ def kl_estimate(
         ValueError: The kind is unknown.
     """
     if mask is not None:
-        logprobs, ref_logprobs = zero_outside(logprobs, mask), zero_outside(ref_logprobs, mask)
+        logprobs, ref_logprobs = zero_where_masked(logprobs, mask), zero_where_masked(ref_logprobs, mask)
     difference = logprobs - ref_logprobs
     match kind:
         case "k1":
@@ -71,7 +71,7 @@ def categorical_kl(
     return (log_p.exp() * difference).sum(-1)
 
 
-def next_states_kl(kl: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
+def next_state_kl(kl: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
     """The exact KL of the state that each action leads to: the share of the sequence KL that an action answers for.
 
         ∇KL(π || π_ref over sequences) = E[Σ_t ∇KL_t + Σ_t ∇log π(a_t|s_t) Σ_{u>t} KL_u],    KL_u = KL(π(·|s_u) || ...)
@@ -86,6 +86,6 @@ def next_states_kl(kl: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch ti
     Returns:
         KL at the row's next action, 0 at its last one and outside the mask.
     """
-    following, is_last = next_action(mask)
-    padded = torch.nn.functional.pad(zero_outside(kl, mask), (0, 1))
-    return zero_outside(padded.gather(1, following), mask & ~is_last)
+    following, is_last = next_action_index(mask)
+    padded = torch.nn.functional.pad(zero_where_masked(kl, mask), (0, 1))
+    return zero_where_masked(padded.gather(1, following), mask & ~is_last)

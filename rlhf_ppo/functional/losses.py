@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.functional.masked import Count, masked_mean, zero_outside
+from rlhf_ppo.functional.masked import Count, masked_mean, zero_where_masked
 
 Metrics: TypeAlias = dict[str, Tensor]
 """Detached scalars."""
@@ -49,7 +49,7 @@ def ppo_clip_loss(
         ValueError: A clip range or `dual_clip` is out of bounds.
     """
     _check_clip(clip_low, clip_high, dual_clip)
-    log_ratio, advantages = _log_ratio(logprobs, old_logprobs, mask), zero_outside(advantages, mask)
+    log_ratio, advantages = _log_ratio(logprobs, old_logprobs, mask), zero_where_masked(advantages, mask)
     ratio = log_ratio.exp()
     surrogate = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
@@ -121,7 +121,7 @@ def surrogate_loss(
         The loss; and metrics `approx_kl`, `policy_kl`, `k3`, `ratio_mean` as in `ppo_clip_loss`.
     """
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
-    loss = -masked_mean(log_ratio.exp() * zero_outside(advantages, mask), mask, count)
+    loss = -masked_mean(log_ratio.exp() * zero_where_masked(advantages, mask), mask, count)
     return loss, _ratio_metrics(log_ratio, mask, count)
 
 
@@ -136,7 +136,7 @@ def reinforce_loss(
 
     Its gradient is right only at the policy that drew the actions: one pass over the data.
     """
-    return -masked_mean(zero_outside(logprobs, mask) * zero_outside(advantages, mask), mask, count)
+    return -masked_mean(zero_where_masked(logprobs, mask) * zero_where_masked(advantages, mask), mask, count)
 
 
 def value_loss(
@@ -172,11 +172,11 @@ def value_loss(
             f"clip_range must be > 0 or None, got {clip_range}: at 0 the critic could only move away from its target. "
             "Pass None to switch value clipping off."
         )
-    values, returns = zero_outside(values, mask), zero_outside(returns, mask)
+    values, returns = zero_where_masked(values, mask), zero_where_masked(returns, mask)
     error = (values - returns).square()
     worst = error
     if clip_range is not None:
-        old_values = zero_outside(old_values, mask)
+        old_values = zero_where_masked(old_values, mask)
         clipped = torch.maximum(torch.minimum(values, old_values + clip_range), old_values - clip_range)
         worst = torch.maximum(error, (clipped - returns).square())
     with torch.no_grad():
@@ -231,7 +231,7 @@ def compute_ppo_total_loss(
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     # Masked before `exp`: 0 times the inf of a junk step is nan, also in the gradient.
-    return zero_outside(logprobs, mask) - zero_outside(old_logprobs, mask)
+    return zero_where_masked(logprobs, mask) - zero_where_masked(old_logprobs, mask)
 
 
 def _ratio_metrics(log_ratio: Tensor, mask: Tensor, count: Count) -> Metrics:

@@ -22,7 +22,7 @@ A tensor that broadcasts against the steps: each step's own divisor (`sequence_m
 """
 
 
-HALF = (torch.float16, torch.bfloat16)
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 """What is raised to float32 where numbers are added up."""
 
 
@@ -31,7 +31,7 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-def zero_outside(x: Tensor, mask: Bool[Tensor, "*shape"]) -> Tensor:
+def zero_where_masked(x: Tensor, mask: Bool[Tensor, "*shape"]) -> Tensor:
     """`x` where the mask is True and 0 elsewhere, for results and gradients alike.
 
     Raises:
@@ -53,7 +53,7 @@ def zero_outside(x: Tensor, mask: Bool[Tensor, "*shape"]) -> Tensor:
 
 def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """Sum of `x` over the steps where the mask is True."""
-    return zero_outside(x, mask).sum()
+    return zero_where_masked(x, mask).sum()
 
 
 def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], count: Count = None) -> Float[Tensor, ""]:
@@ -65,7 +65,7 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], count:
         count: What the sum is divided by, see `Count`. Given the count of a whole optimizer step, the results of its
             micro-batches and processes add up to the mean over the step. An empty mask has mean 0.
     """
-    kept = zero_outside(x, mask)
+    kept = zero_where_masked(x, mask)
     if count is None:
         return kept.sum() / mask.sum().clamp(min=1)
     if isinstance(count, Tensor) and count.ndim > 0:
@@ -92,7 +92,7 @@ def masked_var(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, unbi
         unbiased: Divide by n - 1 (Bessel) instead of n.
     """
     count = mask.sum()
-    deviation = zero_outside(x - masked_mean(x, mask), mask)
+    deviation = zero_where_masked(x - masked_mean(x, mask), mask)
     return deviation.square().sum() / (count - int(unbiased)).clamp(min=1)
 
 
@@ -120,12 +120,12 @@ def whiten(
         eps: Added to the variance, inside the root.
         reduce_sum: Sums over processes, so that every process whitens by the same two numbers.
     """
-    mean, scale = whitening(x, mask, unbiased=unbiased, eps=eps, reduce_sum=reduce_sum)
-    shifted = (zero_outside(x, mask).to(mean.dtype) - mean) * scale
-    return zero_outside(shifted if shift_mean else shifted + mean, mask)
+    mean, scale = whitening_statistics(x, mask, unbiased=unbiased, eps=eps, reduce_sum=reduce_sum)
+    shifted = (zero_where_masked(x, mask).to(mean.dtype) - mean) * scale
+    return zero_where_masked(shifted if shift_mean else shifted + mean, mask)
 
 
-def whitening(
+def whitening_statistics(
     x: Float[Tensor, "*shape"],
     mask: Bool[Tensor, "*shape"],
     *,
@@ -134,15 +134,15 @@ def whitening(
     reduce_sum: ReduceSum = identity,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The two numbers of `whiten`: mean and 1 / sqrt(var + eps) over the masked steps of all processes."""
-    kept = at_least_float32(zero_outside(x, mask))
+    kept = at_least_float32(zero_where_masked(x, mask))
     total, count = reduce_sum(torch.stack([kept.sum(), mask.sum().to(kept.dtype)])).unbind()
     mean = total / count.clamp(min=1)
     # Squares are summed around the global mean: E[x²] - E[x]² loses all digits where |mean| >> std.
-    squares = reduce_sum(zero_outside(kept - mean, mask).square().sum())
+    squares = reduce_sum(zero_where_masked(kept - mean, mask).square().sum())
     return mean, torch.rsqrt(squares / (count - int(unbiased)).clamp(min=1) + eps)
 
 
-def last_action(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, " batch"]:
+def last_action_index(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, " batch"]:
     """Index of the last True of each row, where a score per response belongs.
 
     Raises:
@@ -159,7 +159,7 @@ def last_action(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, " batch"]:
     return last
 
 
-def next_action(
+def next_action_index(
     mask: Bool[Tensor, "batch time"],
 ) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
     """Index of the first True after each step (time where there is none), and whether there is none."""
@@ -172,4 +172,4 @@ def next_action(
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` itself in float32 or float64, raised to float32 from half precision."""
-    return x.float() if x.dtype in HALF else x
+    return x.float() if x.dtype in HALF_PRECISION else x

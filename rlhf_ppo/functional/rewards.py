@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf_ppo.functional.masked import ReduceSum, identity, last_action, whitening, zero_outside
+from rlhf_ppo.functional.masked import ReduceSum, identity, last_action_index, whitening_statistics, zero_where_masked
 
 PenaltyMode: TypeAlias = Literal["replace", "subtract"]
 
@@ -36,16 +36,16 @@ def kl_shaped_rewards(
     Raises:
         ValueError: A row has no action, or the shape of the scores is neither [batch] nor [batch, time].
     """
-    non_score = -kl_coef * zero_outside(kl, mask)
+    non_score = -kl_coef * zero_where_masked(kl, mask)
     if scores.shape == mask.shape:
-        return non_score + zero_outside(scores, mask), non_score
+        return non_score + zero_where_masked(scores, mask), non_score
     if scores.shape != mask.shape[:1]:
         raise ValueError(
             f"scores must be [batch] = {tuple(mask.shape[:1])} or [batch, time] = {tuple(mask.shape)}, got "
             f"{tuple(scores.shape)}: they would be spread over the wrong steps. "
             "Squeeze a trailing dimension, or pad token scores to the width of mask."
         )
-    index = last_action(mask).unsqueeze(1)
+    index = last_action_index(mask).unsqueeze(1)
     return non_score.scatter_add(1, index, scores.to(non_score.dtype).unsqueeze(1)), non_score
 
 
@@ -129,10 +129,10 @@ def classic_whiten_rewards(
     Raises:
         ValueError: A row has no action.
     """
-    mean, scale = whitening(rewards, mask, reduce_sum=reduce_sum)
-    whitened = zero_outside((zero_outside(rewards, mask) - mean) * scale + mean, mask)
+    mean, scale = whitening_statistics(rewards, mask, reduce_sum=reduce_sum)
+    whitened = zero_where_masked((zero_where_masked(rewards, mask) - mean) * scale + mean, mask)
     padding = mean - mean * scale
     steps = torch.arange(1, int(tail.max()) + 1, device=rewards.device) if len(tail) else tail
     weights = torch.where(steps <= tail.unsqueeze(1), (gamma * lam) ** steps.to(mean.dtype), 0)
     leaked = padding * weights.sum(1, keepdim=True)
-    return whitened.scatter_add(1, last_action(mask).unsqueeze(1), leaked.to(whitened.dtype))
+    return whitened.scatter_add(1, last_action_index(mask).unsqueeze(1), leaked.to(whitened.dtype))

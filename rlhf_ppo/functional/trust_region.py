@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.functional.masked import zero_outside
+from rlhf_ppo.functional.masked import zero_where_masked
 
 Vector: TypeAlias = Float[Tensor, " parameters"]
-MatrixProduct: TypeAlias = Callable[[Tensor], Tensor]
+MatrixVectorProduct: TypeAlias = Callable[[Tensor], Tensor]
 """Symmetric matrix times vector."""
 Metric: TypeAlias = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 """Fisher information of the distribution on its own parameters, times tangents of their shapes."""
@@ -60,7 +60,7 @@ def unflatten(vector: Vector, like: Sequence[Tensor]) -> list[Tensor]:
 
 def fisher_vector_product(
     outputs: Sequence[Tensor], parameters: Sequence[Tensor], *, metric: Metric, damping: float = 0.0
-) -> MatrixProduct:
+) -> MatrixVectorProduct:
     """The map v -> (Jᵀ H J + damping) v, by two vector-Jacobian products (Schulman et al. 2015, app. C.1).
 
     J is the Jacobian of the distribution's parameters (logits; mean and log-std) with respect to the network's, H the
@@ -128,11 +128,11 @@ def gaussian_metric(log_std: Float[Tensor, "*shape actions"], weights: Float[Ten
 
 def step_weights(mask: Bool[Tensor, "*shape"], count: int | float | Tensor) -> Float[Tensor, "*shape"]:
     """The `weights` of a metric: 1 / count at our actions, 0 elsewhere."""
-    return zero_outside(torch.ones(mask.shape, device=mask.device) / count, mask)
+    return zero_where_masked(torch.ones(mask.shape, device=mask.device) / count, mask)
 
 
 def conjugate_gradient(
-    product: MatrixProduct, target: Vector, *, iterations: int = 10, tolerance: float = 1e-10
+    product: MatrixVectorProduct, target: Vector, *, iterations: int = 10, tolerance: float = 1e-10
 ) -> Vector:
     """Approximate solution x of A x = b for a positive definite A (Hestenes and Stiefel 1952), from x = 0.
 

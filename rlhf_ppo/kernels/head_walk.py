@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_ppo.functional.masked import HALF, at_least_float32
+from rlhf_ppo.functional.masked import HALF_PRECISION, at_least_float32
 from rlhf_ppo.kernels import memory
 from rlhf_ppo.kernels.logits_buffer import Room
 from rlhf_ppo.kernels.matmul import TILE, add_product, product, write_product, writes_in_place
@@ -173,7 +173,7 @@ class HeadWalk:
 
     def _entropy_can_wait(self) -> bool:
         """Whether the product that the gradient of the states needs is there, and good enough, to tell the entropy."""
-        return self.found.of_hidden is not None and self.offset is None and self.head.dtype not in HALF
+        return self.found.of_hidden is not None and self.offset is None and self.head.dtype not in HALF_PRECISION
 
     def _slopes_at(self, rows: slice, slopes: Slopes) -> tuple[Tensor, Tensor | None]:
         """The loss's, noted down; None for those at the entropy where all are 0."""

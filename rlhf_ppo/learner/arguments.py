@@ -12,9 +12,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.distributed.deepspeed import engine_arguments, keep_optimizer
-from rlhf_ppo.distributed.fsdp import keep_fsdp
-from rlhf_ppo.distributed.shutdown import leave_safely
+from rlhf_ppo.distributed.deepspeed import accelerator_arguments, keep_torch_optimizer
+from rlhf_ppo.distributed.fsdp import enable_fsdp2_on_cpu
+from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -74,13 +74,13 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     accelerator = Accelerator(
         log_with=config.log_with,
         project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
-        **engine_arguments(cast("dict[str, Any]", config.accelerator_kwargs)),
+        **accelerator_arguments(cast("dict[str, Any]", config.accelerator_kwargs)),
     )
-    keep_optimizer(accelerator)
+    keep_torch_optimizer(accelerator)
     if accelerator.num_processes > 1:
-        leave_safely()
+        wait_for_gloo_threads()
     given = config.accelerator_kwargs
-    keep_fsdp(accelerator, given.get("fsdp_plugin") if isinstance(given, dict) else None)
+    enable_fsdp2_on_cpu(accelerator, given.get("fsdp_plugin") if isinstance(given, dict) else None)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: gradients would "
@@ -89,7 +89,7 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     return accelerator
 
 
-def fill_in(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft_model: bool) -> None:
+def fill_runtime_fields(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft_model: bool) -> None:
     """Set the fields of the classic configuration that are known only now."""
     config.world_size = processes
     config.global_batch_size = config.batch_size * processes

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
 from rlhf_ppo.distributed.placement import ReferencePlacement
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, Controller, FixedKLController
-from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, check_placement
+from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, check_kl_placement
 from rlhf_ppo.updates import MinibatchConfig
 from rlhf_ppo.utils.field_types import check_fields
 
@@ -261,7 +261,7 @@ class PPOConfig:
                 f"importance_sampling_cap must be at least 1 (or None), got {self.importance_sampling_cap}: where "
                 "sampler and trainer agree the ratio is 1, and a lower cap would shrink each such token. Usual: 2."
             )
-        check_placement(self.kl_penalty, self.kl_placement)
+        check_kl_placement(self.kl_penalty, self.kl_placement)
         if self.reference_placement == "offloaded" and (self.kl_penalty, self.kl_placement) == ("full", "loss"):
             raise ValueError(
                 "reference_placement='offloaded' keeps the reference away from the update, where kl_penalty='full' in "

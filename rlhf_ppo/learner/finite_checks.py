@@ -7,10 +7,12 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from rlhf_ppo.distributed.collectives import Processes
-from rlhf_ppo.rollout.experience import Scored
+from rlhf_ppo.rollout.experience import ScoredResponses
 
 
-def check_scored(scored: Scored, mask: Bool[Tensor, "batch time"], processes: Processes, model: nn.Module) -> None:
+def check_finite_scores(
+    scored: ScoredResponses, mask: Bool[Tensor, "batch time"], processes: Processes, model: nn.Module
+) -> None:
     """Refuse a batch that policy or reference cannot score; every process refuses if one does.
 
     Raises:
@@ -52,7 +54,7 @@ def warn_of_negative_kl(kl: float, penalty: str) -> None:
         )
 
 
-def _broken_samples(scored: Scored, mask: Tensor) -> list[str]:
+def _broken_samples(scored: ScoredResponses, mask: Tensor) -> list[str]:
     parts = {
         "the policy's log-probabilities": scored.logprobs, "the reference's log-probabilities": scored.ref_logprobs,
         "the KL": scored.kl, "the values": scored.values[:, :-1],

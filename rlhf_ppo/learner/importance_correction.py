@@ -12,7 +12,7 @@ from rlhf_ppo.functional import importance_ratio, truncated_importance_weights
 from rlhf_ppo.rollout.experience import Responses
 
 
-def check_correctable(responses: Responses, cap: float | None) -> None:
+def check_sampler_logprobs(responses: Responses, cap: float | None) -> None:
     """Refuse a batch that is to be weighed but does not say how likely its sampler found each token.
 
     Raises:
@@ -26,7 +26,7 @@ def check_correctable(responses: Responses, cap: float | None) -> None:
         )
 
 
-def corrected(batch: TrainBatch, responses: Responses, cap: float | None) -> TrainBatch:
+def apply_importance_weights(batch: TrainBatch, responses: Responses, cap: float | None) -> TrainBatch:
     """The batch whose advantages carry the importance weights min(π_old / μ, cap); unchanged without a cap.
 
     Weights are not negative, so that weighing the advantage weighs the whole policy term of a token, the clipped
@@ -38,16 +38,16 @@ def corrected(batch: TrainBatch, responses: Responses, cap: float | None) -> Tra
     return replace(batch, advantages=batch.advantages * weights)
 
 
-def own_ratios(batch: TrainBatch, responses: Responses) -> Float[Tensor, " actions"] | None:
+def local_importance_ratios(batch: TrainBatch, responses: Responses) -> Float[Tensor, " actions"] | None:
     """π_old / μ at the actions of this process, in main memory; None where the sampler's side is not known."""
     if responses.sampler_logprobs is None:
         return None
     return importance_ratio(batch.logprobs, responses.sampler_logprobs, batch.mask)[batch.mask].cpu()
 
 
-def mismatch_metrics(everyones: Sequence[Tensor | None], cap: float | None) -> dict[str, float]:
+def mismatch_metrics(all_ratios: Sequence[Tensor | None], cap: float | None) -> dict[str, float]:
     """What sampler and trainer disagree on, over the ratios of all processes; empty where they are not known."""
-    known = [ratios for ratios in everyones if ratios is not None]
+    known = [ratios for ratios in all_ratios if ratios is not None]
     if not known:
         return {}
     ratios = torch.cat(known)

@@ -15,25 +15,30 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.algorithms import AlgorithmConfig, build_algorithm
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.distributed.collectives import Processes
-from rlhf_ppo.learner.arguments import default_optimizer, fill_in, make_accelerator
+from rlhf_ppo.learner.arguments import default_optimizer, fill_runtime_fields, make_accelerator
 from rlhf_ppo.learner.config import PPOConfig
-from rlhf_ppo.learner.finite_checks import check_scored, warn_of_negative_kl
-from rlhf_ppo.learner.importance_correction import check_correctable, corrected, mismatch_metrics, own_ratios
+from rlhf_ppo.learner.finite_checks import check_finite_scores, warn_of_negative_kl
+from rlhf_ppo.learner.importance_correction import (
+    apply_importance_weights,
+    check_sampler_logprobs,
+    local_importance_ratios,
+    mismatch_metrics,
+)
 from rlhf_ppo.learner.model_card import write_model_card
-from rlhf_ppo.learner.prepare import prepare
-from rlhf_ppo.learner.running_moments import RunningMoments, normalized_scores
-from rlhf_ppo.learner.start_kl import StartCheck
-from rlhf_ppo.learner.statistics import Statistics, StepFacts, classic_statistics, extra_metrics, work_metrics
+from rlhf_ppo.learner.prepare import prepare_models
+from rlhf_ppo.learner.running_moments import RunningMoments, normalize_scores
+from rlhf_ppo.learner.start_kl import StartKLCheck
+from rlhf_ppo.learner.statistics import Statistics, StepData, classic_statistics, extra_metrics, work_metrics
 from rlhf_ppo.learner.trackers import Trackers
 from rlhf_ppo.models import PreTrainedModelWrapper, reference_adapter
-from rlhf_ppo.models.reference import settle_reference
-from rlhf_ppo.models.trunk import start_token_of
-from rlhf_ppo.rollout.checks import Limits
-from rlhf_ppo.rollout.experience import Responses, Scored, Scorer, Shaping, shape_rollout
-from rlhf_ppo.rollout.kl_placement import in_loss
+from rlhf_ppo.models.reference import resolve_reference
+from rlhf_ppo.models.trunk import decoder_start_token
+from rlhf_ppo.rollout.checks import ModelLimits
+from rlhf_ppo.rollout.experience import Responses, RewardShaping, ScoredResponses, Scorer, shape_rollout
+from rlhf_ppo.rollout.kl_placement import loss_kl_estimator
 from rlhf_ppo.rollout.sampler_reuse import SamplerReuse
 from rlhf_ppo.utils.seeding import set_seed
-from rlhf_ppo.utils.timing import emptied_cache, timed
+from rlhf_ppo.utils.timing import empty_cache_after, timed
 
 
 class PPOLearner:
@@ -53,13 +58,13 @@ class PPOLearner:
 
     metrics: dict[str, float]
     """What the last step measured beyond the classic's 40 statistics."""
-    newest: tuple[TrainBatch, Scored] | None
+    newest: tuple[TrainBatch, ScoredResponses] | None
     """The last step's batch as its update saw it, with the KL terms, for the token view of the report."""
     diagnosis: Any
     """What the doctor found in the first batch (a `diagnostics.findings.Diagnosis`); None before."""
     dump_dir: Path | None
     """Where an update that gives up leaves its dump."""
-    reference_at_hand: Callable[[], AbstractContextManager[object]]
+    reference_context: Callable[[], AbstractContextManager[object]]
     """Context manager: while active, the reference is on its device, or `model` has its adapters off."""
     update_context: Callable[[], AbstractContextManager[object]]
     """Context manager around every update; the trainer writes a dump there when an update gives up."""
@@ -83,25 +88,25 @@ class PPOLearner:
         self.is_distributed, self.current_device = self.accelerator.num_processes > 1, self.accelerator.device
         self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
         self.is_peft_model = bool(model.is_peft_model)
-        fill_in(config, self.accelerator.num_processes, self.is_encoder_decoder, self.is_peft_model)
-        self.model, self.ref_model = model, settle_reference(model, ref_model, num_shared_layers)
+        fill_runtime_fields(config, self.accelerator.num_processes, self.is_encoder_decoder, self.is_peft_model)
+        self.model, self.ref_model = model, resolve_reference(model, ref_model, num_shared_layers)
         self.kl_ctl = config.kl_controller()
         self.running = RunningMoments()
         self.processes = Processes(self.accelerator)
         self.reuse = SamplerReuse(config.reuse_logprobs, self.processes.reduce_max)
         self.optimizer: Optimizer = optimizer or default_optimizer(model, config)
-        prepared = prepare(self.accelerator, config, model, self.ref_model, self.optimizer, lr_scheduler)
+        prepared = prepare_models(self.accelerator, config, model, self.ref_model, self.optimizer, lr_scheduler)
         self.policy, self.optimizer, self.lr_scheduler = prepared.policy, prepared.optimizer, prepared.lr_scheduler
         found = prepared.reference
         self._reference = None if found is None else found.module
         self._reference_is_whole = found is not None and not found.in_parts
-        self.reference_at_hand = partial(reference_adapter, model) if found is None else found.at_hand
-        self.start = StartCheck(model, self.processes, own_reference=found is None)
+        self.reference_context = partial(reference_adapter, model) if found is None else found.at_hand
+        self.start = StartKLCheck(model, self.processes, own_reference=found is None)
         self.algorithm_config = algorithm or config.algorithm()
         self.algorithm = build_algorithm(
             self.algorithm_config, policy=self.policy, optimizer=self.optimizer,
             accelerator=self.accelerator, minibatch=config.minibatch, seed=config.seed, reference=self._reference,
-            reference_kl=in_loss(config.kl_penalty, config.kl_placement),
+            reference_kl=loss_kl_estimator(config.kl_penalty, config.kl_placement),
         )  # fmt: skip
         self.metrics, self.newest, self.diagnosis, self.current_step = {}, None, None, 0
         self.dump_dir = None if config.dump_dir is None else Path(config.dump_dir)
@@ -112,15 +117,15 @@ class PPOLearner:
         """One iteration on checked responses: score, shape, credit, update (Schulman et al. 2017, Algorithm 1)."""
         timing: dict[str, float] = {}
         cap = self.config.importance_sampling_cap
-        check_correctable(responses, cap)
+        check_sampler_logprobs(responses, cap)
         work = self.accelerator.unwrap_model(self.policy).work
         work.clear()  # an evaluation may have counted in between
-        with timed(timing, "total"), emptied_cache(self.config.optimize_device_cache):
+        with timed(timing, "total"), empty_cache_after(self.config.optimize_device_cache):
             with timed(timing, "forward_pass"):
-                scored: Scored = self.reuse(self.scorer, responses)  # log π_old, V, log π_ref
-            check_scored(scored, responses.mask, self.processes, self.model)  # nothing has changed so far
+                scored: ScoredResponses = self.reuse(self.scorer, responses)  # log π_old, V, log π_ref
+            check_finite_scores(scored, responses.mask, self.processes, self.model)  # nothing has changed so far
             self.start(scored, responses.mask)
-            scores = normalized_scores(
+            scores = normalize_scores(
                 responses.scores, self.running, scale=self.config.use_score_scaling, shift=self.config.use_score_norm,
                 clip=self.config.score_clip, reduce_sum=self.processes.reduce_sum,
             )  # fmt: skip
@@ -128,16 +133,16 @@ class PPOLearner:
                 rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())
             with timed(timing, "compute_advantages"):
                 batch = self.algorithm.estimate_advantages(rollout)  # Â_t and value targets R_t
-                batch = corrected(batch, responses, cap)  # where another engine drew
+                batch = apply_importance_weights(batch, responses, cap)  # where another engine drew
             with timed(timing, "optimize_step"), self.update_context():
                 record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ
             self.newest = batch, scored
             with timed(timing, "calc_stats"):
-                first, *others = self.processes.gather_objects([StepFacts.of(responses, scores, scored, penalty).cpu()])
-                facts: StepFacts = first.joined(others)  # rows of all processes: what follows is the same on each
+                first, *others = self.processes.gather_objects([StepData.of(responses, scores, scored, penalty).cpu()])
+                facts: StepData = first.joined(others)  # rows of all processes: what follows is the same on each
                 rate = float(self.optimizer.param_groups[0]["lr"])
                 statistics = classic_statistics(facts, record, kl_coef=float(self.kl_ctl.value), learning_rate=rate)
-                gathered = self.processes.gather_objects([(dict(work), own_ratios(batch, responses))])
+                gathered = self.processes.gather_objects([(dict(work), local_importance_ratios(batch, responses))])
                 self.metrics = extra_metrics(facts, record) | work_metrics([counts for counts, _ in gathered])
                 self.metrics |= mismatch_metrics([ratios for _, ratios in gathered], cap) | self.reuse.metrics()
             kl = float(statistics["objective/kl"])
@@ -150,7 +155,7 @@ class PPOLearner:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model, value head, tokenizer and a model card; the folder loads as a plain causal LM too."""
-        with self.whole_state() as state:
+        with self.gathered_state_dict() as state:
             if self.accelerator.is_main_process:
                 self.model.save_pretrained(save_directory, state_dict=state)
         if self.accelerator.is_main_process:
@@ -158,29 +163,29 @@ class PPOLearner:
             write_model_card(Path(save_directory))
 
     @contextmanager
-    def whole_parameters(self, *, of_the_reference: bool = False) -> Iterator[None]:
+    def gathered_parameters(self, *, of_reference: bool = False) -> Iterator[None]:
         """Context manager: while active, every process holds all of `model` (or the reference). All processes enter."""
-        if of_the_reference and self._reference_is_whole:
+        if of_reference and self._reference_is_whole:
             yield
             return
-        pair = (self.ref_model, self._reference) if of_the_reference else (None, None)
-        with self.processes.whole_parameters(pair[0] or self.model, pair[1] or self.policy):
+        pair = (self.ref_model, self._reference) if of_reference else (None, None)
+        with self.processes.gathered_parameters(pair[0] or self.model, pair[1] or self.policy):
             yield
 
-    def whole_state(self) -> AbstractContextManager[dict[str, Tensor]]:
+    def gathered_state_dict(self) -> AbstractContextManager[dict[str, Tensor]]:
         """`model.state_dict()` with whole tensors on the main process, {} on the others; all processes enter."""
-        return self.processes.whole_state(self.model, self.policy)
+        return self.processes.gathered_state_dict(self.model, self.policy)
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ModelLimits:
         """What `step()` refuses to exceed."""
         model_config = self.model.pretrained_model.config
-        return Limits(
+        return ModelLimits(
             batch_size=self.config.batch_size,
             needs_groups=self.algorithm.needs_groups,
             vocab_size=getattr(model_config, "vocab_size", None),
             max_positions=getattr(model_config, "max_position_embeddings", None),
-            start_token_id=start_token_of(self.model.pretrained_model) if self.is_encoder_decoder else None,
+            start_token_id=decoder_start_token(self.model.pretrained_model) if self.is_encoder_decoder else None,
         )
 
     @property
@@ -188,12 +193,12 @@ class PPOLearner:
         """Policy and reference side by side, with the settings of this moment."""
         return Scorer(
             policy=self.policy, reference=self._reference, kl_penalty=self.config.kl_penalty,
-            reference_context=self.reference_at_hand, rows=self.config.mini_batch_size,
-            token_budget=self.config.token_budget, most=self.processes.most_passes,
+            reference_context=self.reference_context, rows=self.config.mini_batch_size,
+            token_budget=self.config.token_budget, most=self.processes.max_passes,
         )  # fmt: skip
 
-    def _shaping(self) -> Shaping:
-        return Shaping(
+    def _shaping(self) -> RewardShaping:
+        return RewardShaping(
             kl_coef=float(self.kl_ctl.value), kl_placement=self.config.kl_placement,
             whiten_rewards=self.config.whiten_rewards, gamma=self.config.gamma, lam=self.config.lam,
             separate_prompts=self.is_encoder_decoder, reduce_sum=self.processes.reduce_sum,

@@ -10,19 +10,19 @@ from accelerate.utils import DistributedType
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rlhf_ppo.distributed.deepspeed import keep_head_whole
-from rlhf_ppo.distributed.fsdp import settle, sharing_out
+from rlhf_ppo.distributed.deepspeed import keep_head_gathered
+from rlhf_ppo.distributed.fsdp import fsdp_sharding, set_fsdp_root
 from rlhf_ppo.distributed.placement import Reference, place_reference
 from rlhf_ppo.kernels.allocator import keep_freed_memory
 from rlhf_ppo.kernels.linear_layers import use_fast_layers
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
-from rlhf_ppo.models.dropout import switch_off_dropout
+from rlhf_ppo.models.dropout import disable_dropout
 from rlhf_ppo.models.scoring import TokenPolicy
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedModels:
     """What the trainer works with."""
 
     policy: Any
@@ -34,14 +34,14 @@ class Prepared:
     """Like `policy`, frozen; None where the model is its own reference, with its adapters off."""
 
 
-def prepare(
+def prepare_models(
     accelerator: Accelerator,
     config: PPOConfig,
     model: PreTrainedModelWrapper,
     ref_model: PreTrainedModelWrapper | None,
     optimizer: Optimizer,
     lr_scheduler: LRScheduler | None,
-) -> Prepared:
+) -> PreparedModels:
     """Move everything to its device and wrap it for the processes.
 
     Raises:
@@ -59,7 +59,7 @@ def prepare(
     token_policy = TokenPolicy(model, **scoring)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        switch_off_dropout(model)
+        disable_dropout(model)
         token_policy.checkpointing = True
     if engine is not None:
         # Sizes that the engine checks against each other and otherwise only reports.
@@ -68,12 +68,12 @@ def prepare(
     if accelerator.device.type == "cpu":
         # Engines and FSDP have layers of their own.
         _settle_on_cpu(config, [model, ref_model], own_layers=engine is None and not has_fsdp)
-    with sharing_out(accelerator) if has_fsdp else nullcontext():
+    with fsdp_sharding(accelerator) if has_fsdp else nullcontext():
         policy, optimizer = accelerator.prepare(token_policy, optimizer)
     if has_fsdp:
-        settle(policy, accelerator)
+        set_fsdp_root(policy, accelerator)
     elif sharded:
-        keep_head_whole(token_policy)
+        keep_head_gathered(token_policy)
     scheduler = None if lr_scheduler is None else accelerator.prepare_scheduler(lr_scheduler)
     reference = None
     if ref_model is not None:
@@ -81,7 +81,7 @@ def prepare(
         reference = place_reference(scorer, accelerator, config.reference_placement, policy=list(model.parameters()))
         if not (token_policy.has_plain_head() and scorer.has_plain_head()):
             token_policy.fused_scoring = scorer.fused_scoring = False
-    return Prepared(policy, optimizer, scheduler, reference)
+    return PreparedModels(policy, optimizer, scheduler, reference)
 
 
 def _scoring(accelerator: Accelerator, config: PPOConfig, *, sharded: bool) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _std(squares: Tensor, count: int) -> Tensor:
     return (squares / (count - 1)).sqrt() if count > 1 else torch.ones_like(squares)
 
 
-def normalized_scores(
+def normalize_scores(
     scores: Float[Tensor, "..."],
     moments: RunningMoments,
     *,

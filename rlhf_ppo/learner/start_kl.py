@@ -7,10 +7,10 @@ from torch import Tensor
 from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.adapters import REFERENCE_ADAPTER
-from rlhf_ppo.rollout.experience import Scored
+from rlhf_ppo.rollout.experience import ScoredResponses
 
 
-class StartCheck:
+class StartKLCheck:
     """Looks at the first batch that is learned from, once; due only where the model is its own reference.
 
     A model saved by PPO that goes on from there has left its reference long ago: nothing is due.
@@ -28,7 +28,7 @@ class StartCheck:
         self.is_due = own_reference and not self.goes_on
         """Whether nothing was learned yet; a checkpoint that is loaded sets it to False."""
 
-    def __call__(self, scored: Scored, mask: Bool[Tensor, "batch time"]) -> None:
+    def __call__(self, scored: ScoredResponses, mask: Bool[Tensor, "batch time"]) -> None:
         """Compare policy and reference at every action.
 
         Raises:

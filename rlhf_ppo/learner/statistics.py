@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.batch import join_rows
+from rlhf_ppo.batch import concatenate_rows
 from rlhf_ppo.functional import masked_mean
-from rlhf_ppo.rollout.experience import Responses, Scored
+from rlhf_ppo.rollout.experience import Responses, ScoredResponses
 from rlhf_ppo.updates import UpdateRecord
 
 TIMINGS = ("forward_pass", "compute_rewards", "compute_advantages", "optimize_step", "calc_stats", "total")
@@ -23,7 +23,7 @@ Statistics = dict[str, float | np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepFacts:
+class StepData:
     """What the statistics of a step are made from."""
 
     scores: Float[Tensor, " batch"]
@@ -36,7 +36,7 @@ class StepFacts:
     response_lengths: Float[Tensor, " batch"]
 
     @classmethod
-    def of(cls, responses: Responses, scores: Tensor, scored: Scored, penalty: Tensor) -> "StepFacts":
+    def of(cls, responses: Responses, scores: Tensor, scored: ScoredResponses, penalty: Tensor) -> "StepData":
         """Gathered from the stages of an iteration; `scores` are the normalized ones, [B] or [B, T]."""
         return cls(
             scores=scores if scores.dim() == 1 else scores.sum(dim=1), kl=scored.kl, logprobs=scored.logprobs,
@@ -45,19 +45,19 @@ class StepFacts:
             response_lengths=torch.tensor([float(len(response)) for response in responses.inputs.responses]),
         )  # fmt: skip
 
-    def cpu(self) -> "StepFacts":
+    def cpu(self) -> "StepData":
         """The same facts in main memory."""
-        return StepFacts(**{item.name: getattr(self, item.name).cpu() for item in fields(self)})
+        return StepData(**{item.name: getattr(self, item.name).cpu() for item in fields(self)})
 
-    def joined(self, others: Sequence["StepFacts"]) -> "StepFacts":
+    def joined(self, others: Sequence["StepData"]) -> "StepData":
         """The rows of several processes, one below the other."""
         parts = [self, *others]
-        return StepFacts(
-            **{item.name: join_rows([getattr(part, item.name) for part in parts]) for item in fields(self)}
+        return StepData(
+            **{item.name: concatenate_rows([getattr(part, item.name) for part in parts]) for item in fields(self)}
         )
 
 
-def classic_statistics(facts: StepFacts, record: UpdateRecord, *, kl_coef: float, learning_rate: float) -> Statistics:
+def classic_statistics(facts: StepData, record: UpdateRecord, *, kl_coef: float, learning_rate: float) -> Statistics:
     """The classic's statistics, without the timings.
 
     Args:
@@ -66,7 +66,7 @@ def classic_statistics(facts: StepFacts, record: UpdateRecord, *, kl_coef: float
         kl_coef: The coefficient *used* in this step.
         learning_rate: Of the first parameter group.
     """
-    rows, means = rows_of(facts), record.mean()
+    rows, means = per_row_statistics(facts), record.mean()
     ppo = {f"ppo/{name}": value for name, value in means.items() if name in _UPDATE_NAMES}
     variance = ppo["ppo/returns/var"]
     return {
@@ -93,7 +93,7 @@ def classic_statistics(facts: StepFacts, record: UpdateRecord, *, kl_coef: float
     }
 
 
-def rows_of(facts: StepFacts) -> dict[str, Tensor]:
+def per_row_statistics(facts: StepData) -> dict[str, Tensor]:
     """One number a row for everything that is averaged over rows, each [B]."""
     return {
         "kl": row_sums(facts.kl, facts.mask),
@@ -111,7 +111,7 @@ def row_sums(values: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time
     return values.masked_fill(~mask, 0.0).sum(dim=1)
 
 
-def extra_metrics(facts: StepFacts, record: UpdateRecord) -> dict[str, float]:
+def extra_metrics(facts: StepData, record: UpdateRecord) -> dict[str, float]:
     """What the classic did not report: a KL that cannot be negative, guards, gradient norm."""
     log_ratio = (facts.ref_logprobs - facts.logprobs).masked_fill(~facts.mask, 0.0)
     k3 = torch.expm1(log_ratio) - log_ratio
@@ -138,7 +138,7 @@ def work_metrics(shares: Sequence[Mapping[str, int]]) -> dict[str, float]:
     return work | {"work/imbalance": max(tokens) * len(tokens) / sum(tokens)}
 
 
-def scalars(statistics: Mapping[str, object]) -> dict[str, float]:
+def scalar_statistics(statistics: Mapping[str, object]) -> dict[str, float]:
     """The entries that are one number: what goes to metrics.jsonl and trackers."""
     return {name: float(value) for name, value in statistics.items() if isinstance(value, int | float | np.floating)}
 

@@ -9,7 +9,7 @@ from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.config import TrainConfig
 from rlhf_ppo.rewards.failures import RewardFailures
-from rlhf_ppo.rewards.sources import RewardSourceError, Sources, combine
+from rlhf_ppo.rewards.sources import RewardSourceError, RewardSources, named_sources
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.decode_support import check_positions
 
@@ -23,17 +23,17 @@ def check_inputs(
     *,
     prompts: PromptDataset,
     eval_prompts: PromptDataset | None,
-    rewards: Sources,
-    judges: Sources | None,
+    rewards: RewardSources,
+    judges: RewardSources | None,
 ) -> None:
     """Refuse what would otherwise fail in the middle of a run, or be ignored.
 
     Raises:
         ValueError, TypeError: Naming what, before anything is drawn.
     """
-    combine(rewards)
+    named_sources(rewards)
     if judges is not None:
-        combine(judges)
+        named_sources(judges)
     if config.eval_every and eval_prompts is None:
         raise ValueError(
             f"expected held-out prompts for eval_every={config.eval_every}, got none: no evaluation would ever be "

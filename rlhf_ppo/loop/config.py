@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from rlhf_ppo.diagnostics.guards import Guards
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.evaluation import Evaluation
-from rlhf_ppo.rewards.failures import RAISE, RewardFailures
+from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures
 from rlhf_ppo.rollout.collect import MissingEOS
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.utils.field_types import check_fields
@@ -41,7 +41,7 @@ class TrainConfig:
     """Lines against reward hacking: each a limit, an action, a patience."""
     offload_rewards: bool = False
     """Models of reward sources wait in main memory between questions; only where they share a GPU with the policy."""
-    reward_failures: RewardFailures = RAISE
+    reward_failures: RewardFailures = RAISE_ON_FAILURE
     """How often a failing reward source is asked again, and whether its samples are then dropped."""
     keep_history: int = 200
     """Iterations whose metrics stay in memory, in `TrainState.history`; `metrics.jsonl` has those of all."""

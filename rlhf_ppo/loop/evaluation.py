@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.learner.statistics import row_sums
-from rlhf_ppo.rewards.sources import Sources
+from rlhf_ppo.rewards.sources import RewardSources
 from rlhf_ppo.rollout.collect import Collector
 from rlhf_ppo.rollout.experience import Scorer
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -28,16 +28,16 @@ class Evaluation:
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Mean and standard error of the mean of each measure, over responses."""
-        return {name: mean_and_error(values) for name, values in self.measures.items()}
+        return {name: mean_and_stderr(values) for name, values in self.measures.items()}
 
 
 def evaluate(
     collector: Collector,
     scorer: Scorer,
     prompts: PromptDataset,
-    rewards: Sources,
+    rewards: RewardSources,
     *,
-    judges: Sources | None = None,
+    judges: RewardSources | None = None,
     rows: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Evaluation:
@@ -64,7 +64,7 @@ def evaluate(
     return Evaluation(prompts=collected.prompts, responses=collected.responses, measures=measures)
 
 
-def merged(parts: Sequence[Evaluation]) -> Evaluation:
+def merge_evaluations(parts: Sequence[Evaluation]) -> Evaluation:
     """The evaluations of all processes in the order of the prompts, which were dealt out one by one."""
     nothing = object()
 
@@ -78,7 +78,7 @@ def merged(parts: Sequence[Evaluation]) -> Evaluation:
     )
 
 
-def mean_and_error(values: Sequence[float]) -> dict[str, float]:
+def mean_and_stderr(values: Sequence[float]) -> dict[str, float]:
     """Mean and its standard error (n - 1 in the deviation), nan left out."""
     known = [value for value in values if not math.isnan(value)]
     if not known:

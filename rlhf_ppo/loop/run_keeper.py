@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from rlhf_ppo.checkpoints.lock import only_run_in
+from rlhf_ppo.checkpoints.lock import lock_run_folder
 from rlhf_ppo.checkpoints.resume import (
     CheckpointNotWrittenError,
     Restored,
@@ -46,7 +46,7 @@ class RunKeeper:
         self.folder = None if output_dir is None else RunFolder.create(output_dir)
         if self.folder is not None and learner.accelerator.is_main_process:
             self.folder.check_writable()
-        self.owes_checkpoint = False
+        self.checkpoint_is_overdue = False
         """Whether a checkpoint could not be written when it was due."""
         self._newest: int | None = None
 
@@ -61,7 +61,7 @@ class RunKeeper:
 
             def hold() -> None:
                 if self.folder is not None and self.learner.accelerator.is_main_process:
-                    held.enter_context(only_run_in(self.folder.path))
+                    held.enter_context(lock_run_folder(self.folder.path))
 
             self.learner.processes.together(hold)
             yield
@@ -99,10 +99,10 @@ class RunKeeper:
         except CheckpointNotWrittenError as error:
             if must:
                 raise
-            self.owes_checkpoint = True
+            self.checkpoint_is_overdue = True
             warnings.warn(f"{error} Training goes on and tries again after the next iteration.", stacklevel=2)
         else:
-            self._newest, self.owes_checkpoint = iteration, False
+            self._newest, self.checkpoint_is_overdue = iteration, False
 
     def write(self, iteration: int, action: Callable[[RunFolder], object]) -> None:
         """Write into the run folder from the main process; a full disk costs lines of it, not the run."""

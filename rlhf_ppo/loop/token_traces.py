@@ -7,14 +7,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.loop.run_folder import TokenTrace
-from rlhf_ppo.rollout.experience import Scored
+from rlhf_ppo.rollout.experience import ScoredResponses
 
 _PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 def token_traces(
     batch: TrainBatch,
-    scored: Scored,
+    scored: ScoredResponses,
     tokenizer: PreTrainedTokenizerBase,
     *,
     iteration: int,

@@ -12,22 +12,22 @@ from rlhf_ppo.checkpoints.best import BestModels
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
 from rlhf_ppo.checkpoints.resume import Stateful
 from rlhf_ppo.diagnostics.doctor import diagnose_first_batch
-from rlhf_ppo.diagnostics.guards import GuardWatch, Verdict, repetition, with_budget
-from rlhf_ppo.diagnostics.text_checks import Specimen
+from rlhf_ppo.diagnostics.guards import GuardMonitor, GuardVerdict, repetition, with_kl_budget
+from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
 from rlhf_ppo.learner.ppo_learner import PPOLearner
-from rlhf_ppo.learner.statistics import scalars
+from rlhf_ppo.learner.statistics import scalar_statistics
 from rlhf_ppo.loop.checks import LostRollouts, check_inputs
 from rlhf_ppo.loop.config import Callback, TrainConfig, TrainState, check_settings
-from rlhf_ppo.loop.evaluation import Evaluation, evaluate, merged
+from rlhf_ppo.loop.evaluation import Evaluation, evaluate, merge_evaluations
 from rlhf_ppo.loop.run_keeper import RunKeeper
-from rlhf_ppo.loop.sampling import collector_for
+from rlhf_ppo.loop.sampling import make_collector
 from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
 from rlhf_ppo.loop.token_traces import token_traces
-from rlhf_ppo.rewards.offload import waiting_sources
-from rlhf_ppo.rewards.sources import Scores, Sources, combine
-from rlhf_ppo.rollout.collect import Collected
+from rlhf_ppo.rewards.offload import offload_sources
+from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
+from rlhf_ppo.rollout.collect import CollectedResponses
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
-from rlhf_ppo.rollout.rebalance import shared_out
+from rlhf_ppo.rollout.rebalance import rebalance_empty_ranks
 from rlhf_ppo.samplers.base import Sampler
 
 __all__ = ["Callback", "TrainConfig", "TrainState", "TrainingLoop"]
@@ -50,10 +50,10 @@ class TrainingLoop:
 
     learner: PPOLearner
     prompts: PromptDataset
-    rewards: Sources
+    rewards: RewardSources
     config: TrainConfig
     eval_prompts: PromptDataset | None = None
-    judges: Sources | None = None
+    judges: RewardSources | None = None
     callbacks: Sequence[Callback] = ()
     sampler: Sampler | None = None
 
@@ -65,7 +65,7 @@ class TrainingLoop:
             judges=self.judges,
         )  # fmt: skip
         accelerator, seed = learner.accelerator, learner.config.seed
-        self.collector = collector_for(learner, config, self.sampler)
+        self.collector = make_collector(learner, config, self.sampler)
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.order = PromptSampler(
             len(self.prompts), batch_size=learner.config.batch_size // sampling.num_return_sequences, seed=seed,
@@ -80,11 +80,11 @@ class TrainingLoop:
             most=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=learner.save_pretrained,
             is_main_process=accelerator.is_main_process,
         )  # fmt: skip
-        self.watch = GuardWatch(with_budget(config.guards, config.max_reference_kl))
+        self.watch = GuardMonitor(with_kl_budget(config.guards, config.max_reference_kl))
         self.lost = LostRollouts(learner.processes, config.reward_failures)
         learner.dump_dir = learner.dump_dir or folder
         self.state = TrainState()
-        self.newest: tuple[Collected, Scores] | None = None
+        self.newest: tuple[CollectedResponses, RewardScores] | None = None
         self._request = StopRequest()
 
     def run(self) -> TrainState:
@@ -93,9 +93,9 @@ class TrainingLoop:
         Raises:
             FolderInUseError: Another run writes into the run folder.
         """
-        waiting = waiting_sources(self.rewards) if self.config.offload_rewards else nullcontext(nullcontext)
+        waiting = offload_sources(self.rewards) if self.config.offload_rewards else nullcontext(nullcontext)
         with self.keeper.alone(), waiting as at_hand:
-            self.collector = replace(self.collector, sources_at_hand=at_hand)
+            self.collector = replace(self.collector, sources_context=at_hand)
             return self._run()
 
     def _run(self) -> TrainState:
@@ -122,7 +122,7 @@ class TrainingLoop:
 
     def own_parts(self) -> dict[str, Stateful]:
         """What each process has for itself: random streams, and whatever of the user's has a state."""
-        users: dict[str, object] = {f"rewards/{item.name}": item.source for item in combine(self.rewards)}
+        users: dict[str, object] = {f"rewards/{item.name}": item.source for item in named_sources(self.rewards)}
         users |= {f"callbacks/{index}": callback for index, callback in enumerate(self.callbacks)}
         users["sampler"] = self.sampler
         return {
@@ -143,7 +143,7 @@ class TrainingLoop:
         if found is not None:
             self.state.iteration, self.state.best = found.iteration, self.best.best
 
-    def _roll_out(self) -> tuple[Collected, Scores, dict[str, float]] | None:
+    def _roll_out(self) -> tuple[CollectedResponses, RewardScores, dict[str, float]] | None:
         """Responses and scores. None after a stop: they are dropped, and drawn again when the run is resumed."""
         parts: dict[str, Stateful] = {**self.own_parts(), "prompts": self.order}
         before = {name: part.state_dict() for name, part in parts.items()}
@@ -183,23 +183,23 @@ class TrainingLoop:
                 part.load_state_dict(before[name])
             self.keeper.save(self.state.iteration, must=False)
 
-    def _learn(self, collected: Collected, scores: Scores, times: dict[str, float]) -> None:
+    def _learn(self, collected: CollectedResponses, scores: RewardScores, times: dict[str, float]) -> None:
         learner = self.learner
         start = time.perf_counter()
-        diagnose_first_batch(learner, Specimen.of_rollout(collected, scores, self.config.sampling, self.rewards))
+        diagnose_first_batch(learner, DiagnosedBatch.of_rollout(collected, scores, self.config.sampling, self.rewards))
         own = self.collector.responses(collected.samples, scores)
         process, device = learner.accelerator.process_index, learner.current_device
-        responses = shared_out(own, learner.processes.gather_objects, process, device)
+        responses = rebalance_empty_ranks(own, learner.processes.gather_objects, process, device)
         statistics = learner.learn(responses)
         self.newest = (collected, scores) if responses is own else None  # else: others' rows, without their texts
         self.state.iteration += 1
         first, *others = learner.processes.gather_objects([scores])
-        everyones: Scores = first.joined(others)
+        all_scores: RewardScores = first.joined(others)
         finished = learner.processes.gather_objects(collected.samples.finished)
         repeated = learner.processes.gather_objects([repetition(row.tolist()) for row in collected.samples.responses])
-        metrics = scalars(statistics) | learner.metrics | everyones.metrics() | times
+        metrics = scalar_statistics(statistics) | learner.metrics | all_scores.metrics() | times
         metrics |= {
-            "env/reward_mean": float(everyones.total[~everyones.skipped].mean()),
+            "env/reward_mean": float(all_scores.total[~all_scores.skipped].mean()),
             "env/rollouts_lost": float(self.lost.total),
             "tokens/finished_share": sum(finished) / len(finished),
             "time/iteration": sum(times.values()) + time.perf_counter() - start,
@@ -230,7 +230,7 @@ class TrainingLoop:
             self.collector, self.learner.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
             seed=seed + 100003 * accelerator.process_index,
         )  # fmt: skip
-        return merged(self.learner.processes.gather_objects([found]))
+        return merge_evaluations(self.learner.processes.gather_objects([found]))
 
     def _after_iteration(self, limit: TimeLimit) -> None:
         config, state = self.config, self.state
@@ -251,10 +251,10 @@ class TrainingLoop:
         if due or state.stopped is not None:
             self._write_traces()
         periodic = config.save_every and (due or state.iteration % config.save_every == 0)
-        if periodic or self.keeper.owes_checkpoint or state.stopped is not None:
+        if periodic or self.keeper.checkpoint_is_overdue or state.stopped is not None:
             self.keeper.save(self.state.iteration, must=state.interrupted)
 
-    def _find_reason_to_stop(self, limit: TimeLimit, verdict: Verdict) -> None:
+    def _find_reason_to_stop(self, limit: TimeLimit, verdict: GuardVerdict) -> None:
         state = self.state
         wishes = [bool(callback(self.learner, state)) for callback in self.callbacks]
         is_near = limit.is_near()

@@ -9,7 +9,7 @@ from rlhf_ppo.models.pretrained import (
     PreTrainedModelWrapper,
 )
 from rlhf_ppo.models.reference import create_reference_model, prepare_reference_adapter, reference_adapter
-from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter, put_reward_adapter
+from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter, attach_reward_adapter
 from rlhf_ppo.models.value_head import ValueHead
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "attach_critic_adapter",
     "create_reference_model",
     "prepare_reference_adapter",
-    "put_reward_adapter",
+    "attach_reward_adapter",
     "reference_adapter",
     "save_merged",
 ]

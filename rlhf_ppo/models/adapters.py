@@ -22,7 +22,7 @@ SCORE_HEADS = ("score",)
 
 
 @contextmanager
-def unchanged_requires_grad(model: nn.Module) -> Iterator[None]:
+def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
     """Give every parameter its `requires_grad` back at the end: PEFT turns it on for whichever adapter it activates."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -39,19 +39,19 @@ def active_adapter(model: PeftModel, name: str) -> Iterator[None]:
     if previous == name:
         yield
         return
-    with unchanged_requires_grad(model):
+    with preserve_requires_grad(model):
         model.set_adapter(name)
     try:
         yield
     finally:
-        with unchanged_requires_grad(model):
+        with preserve_requires_grad(model):
             model.set_adapter(previous)
 
 
 @contextmanager
 def no_adapter(model: PeftModel) -> Iterator[None]:
     """Run the base model: adapters off inside, and on again after."""
-    with unchanged_requires_grad(model), model.disable_adapter():
+    with preserve_requires_grad(model), model.disable_adapter():
         yield
 
 
@@ -70,7 +70,7 @@ class _Again:
         self.entered.pop().__exit__(*error)
 
 
-def recomputed_alike(model: PeftModel) -> Callable[[], tuple[_Context, _Context]]:
+def checkpoint_context_fn(model: PeftModel) -> Callable[[], tuple[_Context, _Context]]:
     """`context_fn` for `torch.utils.checkpoint`: a layer runs again under the adapter that it first ran under.
 
     The backward pass comes when another adapter has long been active: without this, a checkpointed pass of the critic
@@ -79,7 +79,7 @@ def recomputed_alike(model: PeftModel) -> Callable[[], tuple[_Context, _Context]
     return lambda: (nullcontext(), _Again(model, str(model.active_adapter)))
 
 
-def changes_the_base(model: PeftModel, name: str) -> bool:
+def is_trained_adapter(model: PeftModel, name: str) -> bool:
     """Whether an adapter is already trained: a fresh LoRA adapter has B = 0, so it starts as the base model exactly.
 
     Of other kinds than LoRA nobody knows how a fresh one looks, so they count as trained.
@@ -89,25 +89,25 @@ def changes_the_base(model: PeftModel, name: str) -> bool:
     return not ups or any(bool(parameter.any()) for parameter in ups)
 
 
-def layers_of(model: PeftModel) -> nn.Module:
+def trunk_of(model: PeftModel) -> nn.Module:
     """The transformer below the LM head, under whichever adapter is active."""
     language_model: Any = model.get_base_model()
     layers: nn.Module = language_model.base_model
     return layers
 
 
-def parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     """The parameters of the adapter `name`, under their names in `model`."""
     return {key: parameter for key, parameter in model.named_parameters() if f".{name}." in f"{key}."}
 
 
 def trained_base_parameters(model: PeftModel) -> list[str]:
     """Names of trained parameters that belong to no adapter: they change the model with its adapters off, too."""
-    own = {id(parameter) for name in model.peft_config for parameter in parameters_of(model, name).values()}
+    own = {id(parameter) for name in model.peft_config for parameter in adapter_parameters(model, name).values()}
     return [key for key, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in own]
 
 
-def trained_share(model: nn.Module) -> str:
+def describe_trainable_parameters(model: nn.Module) -> str:
     """How many parameters are trained, as a sentence: those of all adapters and heads, a base in 4 bits unpacked."""
     counts = [(_count(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trained, total = sum(count for count, is_trained in counts if is_trained), sum(count for count, _ in counts)
@@ -120,7 +120,7 @@ def _count(parameter: nn.Parameter) -> int:
     return 2 * count * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
 
 
-def names_to_save(model: PeftModel, policy: str) -> list[str]:
+def adapters_to_save(model: PeftModel, policy: str) -> list[str]:
     """The adapters that a saved policy consists of: its own, and the one that stands for its reference."""
     return [name for name in model.peft_config if name in (policy, REFERENCE_ADAPTER)]
 
@@ -131,7 +131,7 @@ def add_reference_adapter(model: PeftModel, source: str) -> None:
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # the plain start: others (PiSSA, LoftQ) would change the base's weights
-    with unchanged_requires_grad(model):
+    with preserve_requires_grad(model):
         model.add_adapter(REFERENCE_ADAPTER, config)
         weights = get_peft_model_state_dict(model, adapter_name=source)
         set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)
@@ -140,14 +140,14 @@ def add_reference_adapter(model: PeftModel, source: str) -> None:
 
 def load_reference_adapter(model: PeftModel, folder: str) -> None:
     """Load the adapter saved in `folder` as the frozen "reference"."""
-    with unchanged_requires_grad(model):
+    with preserve_requires_grad(model):
         model.load_adapter(folder, REFERENCE_ADAPTER, is_trainable=False)
     freeze_adapter(model, REFERENCE_ADAPTER)
 
 
 def freeze_adapter(model: PeftModel, name: str) -> None:
     """Take the adapter `name` out of training."""
-    for parameter in parameters_of(model, name).values():
+    for parameter in adapter_parameters(model, name).values():
         parameter.requires_grad_(False)
 
 
@@ -189,7 +189,7 @@ def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments
             "could turn its hidden states into rewards. Train it as a sequence classifier "
             "(LoraConfig(task_type='SEQ_CLS')), which saves `score` with the adapter."
         )
-    with unchanged_requires_grad(model):
+    with preserve_requires_grad(model):
         model.add_adapter(name, config)
         rest = {key: tensor for key, tensor in weights.items() if key not in heads}
         set_peft_model_state_dict(model, rest, adapter_name=name)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
-from rlhf_ppo.models.value_head import last_hidden_width
+from rlhf_ppo.models.value_head import last_hidden_size
 
 
 class SeparateCritic(nn.Module):
@@ -56,7 +56,7 @@ class SeparateCritic(nn.Module):
     @classmethod
     def from_policy(cls, model: PreTrainedModelWrapper) -> "SeparateCritic":
         """Start from a copy of the policy's trunk, with V = 0 everywhere."""
-        head = nn.Linear(last_hidden_width(model.config), 1)
+        head = nn.Linear(last_hidden_size(model.config), 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return cls(copy.deepcopy(model.pretrained_model.base_model).requires_grad_(True), head)

@@ -5,7 +5,7 @@ import os
 import torch
 
 
-def own_device() -> torch.device:
+def default_device() -> torch.device:
     """This process's GPU under a launcher that starts one process a GPU; else the first GPU, else the CPU.
 
     Without asking the launcher, the reward models of all processes would meet on the first GPU.

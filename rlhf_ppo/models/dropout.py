@@ -3,7 +3,7 @@
 from torch import nn
 
 
-def switch_off_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability of `model` to 0, modules and plain attributes alike."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from rlhf_ppo.models.adapters import recomputed_alike
+from rlhf_ppo.models.adapters import checkpoint_context_fn
 from rlhf_ppo.models.value_head import HUB_ARGUMENTS, VALUE_HEAD_PREFIX, find_file
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def load_language_model(
         return source
     if isinstance(source, str | os.PathLike):
         hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
-        arguments = {"trust_remote_code": False, **with_quantization(arguments)}  # None would ask at a prompt
+        arguments = {"trust_remote_code": False, **with_quantization_config(arguments)}  # None would ask at a prompt
         if find_file(source, "adapter_config.json", **hub) is not None:
             if peft_config is not None:
                 logger.warning(
@@ -78,7 +78,7 @@ def load_language_model(
     return get_peft_model(model, peft_config)
 
 
-def with_quantization(arguments: dict[str, Any]) -> dict[str, Any]:
+def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:
     """Write `load_in_8bit`/`load_in_4bit` as the `quantization_config` that transformers 5 takes in their place.
 
     A quantized model goes whole onto this process's device unless `device_map` says otherwise. One that is not is
@@ -113,7 +113,7 @@ def takes_position_ids(model: LanguageModel) -> bool:
     return text_only and "position_ids" in inspect.signature(base.forward).parameters
 
 
-def keep_differentiable(model: nn.Module) -> None:
+def keep_4bit_layers_differentiable(model: nn.Module) -> None:
     """Hold bitsandbytes' 4-bit layers to the storage that has a gradient, on CPUs where they would leave it.
 
     With AVX-512-BF16 a layer in eval mode packs its weight for an inference kernel at its first pass. That kernel has
@@ -140,7 +140,7 @@ def device_map_of(model: LanguageModel) -> dict[str, Any]:
 
 def check_language_model(model: LanguageModel) -> None:
     """Raise ValueError for a model that PPO cannot train."""
-    keep_differentiable(model)
+    keep_4bit_layers_differentiable(model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"PromptLearningConfig is not supported for PPO training, got {type(model.active_peft_config).__name__}: "
@@ -161,18 +161,18 @@ def check_language_model(model: LanguageModel) -> None:
         )
 
 
-def switch_checkpointing(
+def set_gradient_checkpointing(
     model: LanguageModel, switch: Literal["enable", "disable"], settings: dict[str, Any] | None = None
 ) -> None:
     """Turn recomputation of activations on or off, under its present name or the one before."""
     if isinstance(model, PeftModel) and settings is not None and settings.get("use_reentrant") is False:
-        settings = {"context_fn": recomputed_alike(model), **settings}
+        settings = {"context_fn": checkpoint_context_fn(model), **settings}
     present = getattr(model, f"activation_checkpointing_{switch}", None)
     change = getattr(model, f"gradient_checkpointing_{switch}") if present is None else present
     change(*([] if settings is None else [settings]))
 
 
-def report_public_names(_: nn.Module, keys: Any) -> None:
+def name_missing_entries_publicly(_: nn.Module, keys: Any) -> None:
     """Name missing entries as `state_dict()` does: safetensors forgives a tied weight only under that name."""
     keys.missing_keys[:] = [name.replace("pretrained_model.", "", 1) for name in keys.missing_keys]
 

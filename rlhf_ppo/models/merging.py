@@ -14,7 +14,7 @@ from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 
 
 @contextmanager
-def base_weights_kept(model: nn.Module) -> Iterator[None]:
+def preserve_base_weights(model: nn.Module) -> Iterator[None]:
     """Put the weights below adapters back bit for bit afterwards.
 
     Merging adapters and taking them out again leaves rounding errors in the base, at every call, and the base is the
@@ -57,16 +57,16 @@ def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -
             "(`save_pretrained`), then merge it into the whole base: `python -m rlhf_ppo.merge ADAPTER FOLDER`."
         )
     name = str(model.policy_adapter_name)
-    with base_weights_kept(language_model):
+    with preserve_base_weights(language_model):
         language_model.base_model.merge_adapter(adapter_names=[name])
         try:
-            state = plain_state(language_model, name)
+            state = merged_state_dict(language_model, name)
             language_model.get_base_model().save_pretrained(Path(folder), state_dict=state)
         finally:
             language_model.base_model.unmerge_adapter()
 
 
-def plain_state(model: PeftModel, name: str) -> dict[str, Tensor]:
+def merged_state_dict(model: PeftModel, name: str) -> dict[str, Tensor]:
     """The merged weights of `model` under the names of a model without adapters.
 
     Args:

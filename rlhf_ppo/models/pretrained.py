@@ -83,7 +83,7 @@ class PreTrainedModelWrapper(nn.Module):
             self.v_head.to(output_device)
         if score_module is not None:
             self.score = score_module
-        self.register_load_state_dict_post_hook(loading.report_public_names)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(loading.name_missing_entries_publicly)  # type: ignore[no-untyped-call]
         self._takes_position_ids = not self.is_encoder_decoder and loading.takes_position_ids(pretrained_model)
 
     @classmethod
@@ -203,11 +203,11 @@ class PreTrainedModelWrapper(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute the layers' activations in the backward pass (in training mode) instead of keeping them."""
-        loading.switch_checkpointing(self.pretrained_model, "enable", gradient_checkpointing_kwargs)
+        loading.set_gradient_checkpointing(self.pretrained_model, "enable", gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        loading.switch_checkpointing(self.pretrained_model, "disable")
+        loading.set_gradient_checkpointing(self.pretrained_model, "disable")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The language model's own `generate`."""
@@ -270,7 +270,7 @@ class PreTrainedModelWrapper(nn.Module):
             return
         if kwargs.get("is_main_process", True):
             write_value_head(Path(save_directory), state)
-        own = adapters.names_to_save(self.pretrained_model, str(self.policy_adapter_name))
+        own = adapters.adapters_to_save(self.pretrained_model, str(self.policy_adapter_name))
         settings = {"selected_adapters": own, **kwargs}
         self.pretrained_model.save_pretrained(os.fspath(save_directory), state_dict=state, **settings)
 

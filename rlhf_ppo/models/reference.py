@@ -71,7 +71,7 @@ def _parameters_below(model: nn.Module, layer: int, pattern: str | None) -> list
     )
 
 
-def settle_reference(
+def resolve_reference(
     model: PreTrainedModelWrapper, given: PreTrainedModelWrapper | None, num_shared_layers: int | None
 ) -> PreTrainedModelWrapper | None:
     """The reference that `given` is, or that a copy is; None where `model` is its own, with another adapter or none."""
@@ -114,7 +114,7 @@ def prepare_reference_adapter(model: PreTrainedModelWrapper) -> str | None:
     if adapters.REFERENCE_ADAPTER in peft_model.peft_config:
         return adapters.REFERENCE_ADAPTER
     name = str(model.policy_adapter_name)
-    if model.value_head_was_loaded or not adapters.changes_the_base(peft_model, name):
+    if model.value_head_was_loaded or not adapters.is_trained_adapter(peft_model, name):
         return None
     adapters.add_reference_adapter(peft_model, name)
     return adapters.REFERENCE_ADAPTER

@@ -32,7 +32,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class OldPolicy:
+class OldPolicyStates:
     """What is left of a policy that has moved on: enough for its distribution at some responses."""
 
     head: Head
@@ -87,7 +87,7 @@ class TokenPolicy(nn.Module):
         with_entropy: bool = False,
         reference: "TokenPolicy | None" = None,
         slopes: Slopes | None = None,
-        old: OldPolicy | None = None,
+        old: OldPolicyStates | None = None,
     ) -> PolicyOutput:
         """Score every response token of `inputs` in one pass over the shared trunk.
 
@@ -139,13 +139,13 @@ class TokenPolicy(nn.Module):
 
     @torch.no_grad()
     def snapshot(self, inputs: TokenInputs) -> Float[Tensor, "batch time hidden"]:
-        """Hidden states at each response token as they are now, for an `OldPolicy`."""
+        """Hidden states at each response token as they are now, for an `OldPolicyStates`."""
         self.model.eval()
         rows = self._rows(inputs)[0].split(inputs.response_lengths().tolist())
         return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
-    def head_copy(self) -> Head:
-        """The LM head as it is now, for an `OldPolicy`."""
+    def copy_head(self) -> Head:
+        """The LM head as it is now, for an `OldPolicyStates`."""
         return self._head(copied=True)
 
     def kl_to(self, reference: "TokenPolicy", inputs: TokenInputs) -> Float[Tensor, "batch time"]:
@@ -178,7 +178,7 @@ class TokenPolicy(nn.Module):
         Fused attention has no second derivative, so this pass alone runs PyTorch's plain one.
 
         Args:
-            inputs: A piece whose [actions, vocabulary] logits fit into memory several times.
+            inputs: A micro-batch whose [actions, vocabulary] logits fit into memory several times.
             weights: Of each response token in the metric.
         """
         self.model.eval()
@@ -189,8 +189,8 @@ class TokenPolicy(nn.Module):
         return (logits,), categorical_metric(logits, torch.cat([row[:length] for row, length in pairs]))
 
     @torch.no_grad()
-    def kl_from_here(self, pieces: Sequence[TokenInputs]) -> list[Callable[[], Float[Tensor, "batch time"]]]:
-        """For each piece, a function that measures the exact KL(π_here || π) of whatever π has become by then.
+    def kl_from_current(self, micro_batches: Sequence[TokenInputs]) -> list[Callable[[], Float[Tensor, "batch time"]]]:
+        """For each micro-batch, a function that measures the exact KL(π_here || π) of whatever π has become by then.
 
         It keeps hidden states and a copy of the LM head when that is trained, instead of logits.
         """
@@ -210,7 +210,7 @@ class TokenPolicy(nn.Module):
 
             return measure
 
-        return [distance(inputs, self._rows(inputs)[0]) for inputs in pieces]
+        return [distance(inputs, self._rows(inputs)[0]) for inputs in micro_batches]
 
     @property
     def config(self) -> Any:
@@ -253,7 +253,7 @@ class TokenPolicy(nn.Module):
         )
         return pad_rows(kl.split(inputs.response_lengths().tolist()))
 
-    def _kl_from(self, old: OldPolicy, inputs: TokenInputs, acting: Tensor) -> Float[Tensor, "batch time"]:
+    def _kl_from(self, old: OldPolicyStates, inputs: TokenInputs, acting: Tensor) -> Float[Tensor, "batch time"]:
         lengths = inputs.response_lengths().tolist()
         states = torch.cat([row[:length] for row, length in zip(old.states, lengths, strict=True)])
         kl = chunked_categorical_kl(

@@ -15,7 +15,7 @@ from rlhf_ppo.kernels.linear_layers import plain_layers
 from rlhf_ppo.models import adapters
 from rlhf_ppo.models.critic import state_values
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
-from rlhf_ppo.models.value_head import last_hidden_width
+from rlhf_ppo.models.value_head import last_hidden_size
 
 CRITIC_ADAPTER = "critic"
 
@@ -37,13 +37,13 @@ class AdapterCritic(nn.Module):
         self._shared = (model,)  # in a tuple: it is the policy's, and no part of the critic
         self.name = name
         self.head = head
-        self.adapter = nn.ParameterList(adapters.parameters_of(model, name).values())
+        self.adapter = nn.ParameterList(adapters.adapter_parameters(model, name).values())
 
     def forward(self, inputs: TokenInputs) -> list[Float[Tensor, " states"]]:
         """V(s_0) ... V(s_T) of each row, without padding, float32."""
         (model,) = self._shared
         with adapters.active_adapter(model, self.name):
-            return state_values(adapters.layers_of(model), self.head, inputs)
+            return state_values(adapters.trunk_of(model), self.head, inputs)
 
 
 def attach_critic_adapter(
@@ -76,10 +76,10 @@ def attach_critic_adapter(
     config: Any = copy.deepcopy(peft_model.peft_config[source] if peft_config is None else peft_config)
     config.inference_mode = False
     config.modules_to_save = None  # a trained LM head is the policy's
-    head = nn.Linear(last_hidden_width(model.config), 1)
+    head = nn.Linear(last_hidden_size(model.config), 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    with adapters.unchanged_requires_grad(peft_model):
+    with adapters.preserve_requires_grad(peft_model):
         peft_model.add_adapter(CRITIC_ADAPTER, config)
         if from_reward_adapter:
             weights = get_peft_model_state_dict(peft_model, adapter_name=source, save_embedding_layers=False)
@@ -113,7 +113,7 @@ def _check_critic(model: PreTrainedModelWrapper, peft_config: LoraConfig | None,
         )
 
 
-class RewardOnPolicy:
+class RewardAdapterModel:
     """A causal sequence classifier whose base is the policy's: what a reward model needs beside it is an adapter.
 
     It is called as `AutoModelForSequenceClassification` is, gives the same logits for the same token ids (by torch's
@@ -121,7 +121,7 @@ class RewardOnPolicy:
     right.
 
     Args:
-        model: A policy that was loaded with `reward_adapter`, or given one by `put_reward_adapter`.
+        model: A policy that was loaded with `reward_adapter`, or given one by `attach_reward_adapter`.
     """
 
     def __init__(self, model: PreTrainedModelWrapper) -> None:
@@ -145,9 +145,9 @@ class RewardOnPolicy:
     @property
     def base_model(self) -> Any:
         """The layers that it shares with the policy."""
-        return adapters.layers_of(self.policy.pretrained_model)
+        return adapters.trunk_of(self.policy.pretrained_model)
 
-    def eval(self) -> "RewardOnPolicy":
+    def eval(self) -> "RewardAdapterModel":
         """Itself: it is never in training mode."""
         return self
 
@@ -160,7 +160,7 @@ class RewardOnPolicy:
         peft_model.eval()
         try:
             with adapters.active_adapter(peft_model, str(self.policy.rm_adapter_name)), plain_layers(peft_model):
-                hidden = adapters.layers_of(peft_model)(
+                hidden = adapters.trunk_of(peft_model)(
                     # The padding token may be one that only the reward model's own table has.
                     input_ids=input_ids.masked_fill(attention_mask == 0, 0), attention_mask=attention_mask,
                     use_cache=False,
@@ -173,7 +173,9 @@ class RewardOnPolicy:
         return SequenceClassifierOutput(logits=logits)
 
 
-def put_reward_adapter(model: PreTrainedModelWrapper, folder: str, name: str = "reward_adapter") -> RewardOnPolicy:
+def attach_reward_adapter(
+    model: PreTrainedModelWrapper, folder: str, name: str = "reward_adapter"
+) -> RewardAdapterModel:
     """Add the reward model's adapter in `folder` to a policy that is loaded already, and score with it.
 
     Raises:
@@ -194,7 +196,7 @@ def put_reward_adapter(model: PreTrainedModelWrapper, folder: str, name: str = "
         )
     model.score = adapters.add_reward_adapter(peft_model, folder, name)
     model.rm_adapter_name, model.supports_rm_adapter = name, True
-    return RewardOnPolicy(model)
+    return RewardAdapterModel(model)
 
 
 def _same_place(one: str, other: str) -> bool:

@@ -46,7 +46,7 @@ class Trunk:
         What stands before the LM head (a scale, a bias) differs by architecture, so the model makes its logits itself.
         """
         prompts = list(inputs.prompts)
-        starts = [prompt.new_full((1,), start_token_of(model)) for prompt in prompts]
+        starts = [prompt.new_full((1,), decoder_start_token(model)) for prompt in prompts]
         decoded = pad_rows([torch.cat(pair) for pair in zip(starts, inputs.responses, strict=True)])
         input_ids = pad_rows(prompts)
         self.work["trunk_tokens"] += input_ids.numel() + decoded.numel()
@@ -83,7 +83,7 @@ class Trunk:
         return hidden
 
 
-def start_token_of(model: Any) -> int:
+def decoder_start_token(model: Any) -> int:
     """What an encoder-decoder's decoder reads before a response.
 
     Raises:

@@ -60,7 +60,7 @@ class ValueHead(nn.Module):
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(config, "summary_dropout_prob", 0.1)
         self.dropout = nn.Dropout(summary_dropout_prob or 0.0)
-        self.summary = nn.Linear(last_hidden_width(config), 1)
+        self.summary = nn.Linear(last_hidden_size(config), 1)
         if v_head_init_strategy == "normal":
             nn.init.normal_(self.summary.weight, mean=0.0, std=v_head_initializer_range)
             nn.init.zeros_(self.summary.bias)
@@ -74,7 +74,7 @@ class ValueHead(nn.Module):
         return values
 
 
-def last_hidden_width(config: PretrainedConfig) -> int:
+def last_hidden_size(config: PretrainedConfig) -> int:
     """Width of the hidden state that the output embeddings read: the decoder's, after any projection (OPT-350m)."""
     decoder = getattr(config, "decoder", None)
     text: Any = decoder if hasattr(decoder, "hidden_size") else config.get_text_config()

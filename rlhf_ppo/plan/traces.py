@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from rlhf_ppo.kernels.head_walk import Slopes
 from rlhf_ppo.kernels.linear_layers import use_fast_layers
-from rlhf_ppo.models.dropout import switch_off_dropout
+from rlhf_ppo.models.dropout import disable_dropout
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.plan.config import PlanConfig
 from rlhf_ppo.plan.models import build, model_config, with_layers
@@ -112,7 +112,7 @@ def _trace(config: PreTrainedConfig, plan: PlanConfig) -> Traces:
         use_fast_layers(model)
     policy = TokenPolicy(model, chunk_size=plan.logits_chunk_size)
     if plan.gradient_checkpointing:
-        switch_off_dropout(model)
+        disable_dropout(model)
         policy.checkpointing = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     language_model = policy.language_model

@@ -62,7 +62,7 @@ class WeightedSource:
             )
 
 
-def ask_sources(
+def call_sources(
     named: Sequence[WeightedSource],
     request: RewardRequest,
     *,

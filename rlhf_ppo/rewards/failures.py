@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from rlhf_ppo.rewards.calls import RewardRequest, RewardSourceError, WeightedSource, ask_sources
+from rlhf_ppo.rewards.calls import RewardRequest, RewardSourceError, WeightedSource, call_sources
 from rlhf_ppo.utils.field_types import check_fields
 
-Row: TypeAlias = float | list[float] | None
-CheckSample: TypeAlias = Callable[[str, int, object, RewardRequest], Row]
-CheckAnswer: TypeAlias = Callable[[str, object, RewardRequest], list[Row]]
+ScoreRow: TypeAlias = float | list[float] | None
+CheckSample: TypeAlias = Callable[[str, int, object, RewardRequest], ScoreRow]
+CheckAnswer: TypeAlias = Callable[[str, object, RewardRequest], list[ScoreRow]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,15 @@ class RewardFailures:
             raise ValueError(f"RewardFailures.backoff must be >= 0 seconds, got {self.backoff}. Use 0 for no pause.")
 
 
-RAISE = RewardFailures()
+RAISE_ON_FAILURE = RewardFailures()
 """Nothing is tried twice, and any failure ends the run."""
 
 
 @dataclass(kw_only=True)
-class Answers:
+class SourceAnswers:
     """What the sources said in the end."""
 
-    rows: dict[str, list[Row]] = field(default_factory=dict)
+    rows: dict[str, list[ScoreRow]] = field(default_factory=dict)
     """Source -> one entry a sample; None where it skipped the sample or failed on it."""
     failed_on: dict[str, list[int]] = field(default_factory=dict)
     """Source -> the samples that its failure costs."""
@@ -64,7 +64,7 @@ def collect_answers(
     *,
     check: CheckAnswer,
     check_sample: CheckSample,
-) -> Answers:
+) -> SourceAnswers:
     """Ask until every source has given a usable answer, or has failed for good.
 
     Args:
@@ -77,14 +77,14 @@ def collect_answers(
     Raises:
         RewardSourceError, TypeError, ValueError: a source failed for good and `on_failure` is "raise".
     """
-    found, left = Answers(), list(named)
+    found, left = SourceAnswers(), list(named)
     patient = failures.attempts > 1 or failures.on_failure == "drop"
     errors: dict[str, Exception] = {}
     raw: dict[str, object] = {}
     for attempt in range(failures.attempts):
         if attempt:
             time.sleep(failures.backoff * 2 ** (attempt - 1))
-        answers = ask_sources(left, request, timeout=failures.timeout, keep_going=patient)
+        answers = call_sources(left, request, timeout=failures.timeout, keep_going=patient)
         raw = {item.name: answer for item, answer in zip(left, answers, strict=True)}
         errors = _take(raw, request, check, found)
         found.failed_calls += len(errors)
@@ -101,7 +101,7 @@ def collect_answers(
 
 
 def _take(
-    raw: Mapping[str, object], request: RewardRequest, check: CheckAnswer, found: Answers
+    raw: Mapping[str, object], request: RewardRequest, check: CheckAnswer, found: SourceAnswers
 ) -> dict[str, Exception]:
     """Put good answers into `found`; the errors of the others."""
     errors: dict[str, Exception] = {}
@@ -115,13 +115,15 @@ def _take(
     return errors
 
 
-def _usable(name: str, answer: object, request: RewardRequest, check_sample: CheckSample) -> list[tuple[Row, bool]]:
+def _usable(
+    name: str, answer: object, request: RewardRequest, check_sample: CheckSample
+) -> list[tuple[ScoreRow, bool]]:
     """Each entry with whether it is lost. An answer of the wrong length is lost whole: nobody knows whose is whose."""
     count = len(request.prompts)
     answer = answer.tolist() if hasattr(answer, "tolist") else answer
     if not isinstance(answer, Sequence) or isinstance(answer, (str, bytes)) or len(answer) != count:
         return [(None, True)] * count
-    rows: list[tuple[Row, bool]] = []
+    rows: list[tuple[ScoreRow, bool]] = []
     for index, entry in enumerate(answer):
         try:
             rows.append((check_sample(name, index, entry, request), False))

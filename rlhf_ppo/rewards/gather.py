@@ -9,44 +9,44 @@ from typing import Any, TypeAlias
 from accelerate.utils import broadcast_object_list
 
 from rlhf_ppo.distributed.collectives import Processes
-from rlhf_ppo.rewards.sources import RewardRequest, RewardSourceError, Scores
+from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSourceError
 
 Prepare: TypeAlias = Callable[[], RewardRequest]
-Ask: TypeAlias = Callable[[RewardRequest], Scores]
-Finish: TypeAlias = Callable[[Scores], Scores]
-Scoring: TypeAlias = Callable[[Prepare, Ask, Finish], Scores]
+Ask: TypeAlias = Callable[[RewardRequest], RewardScores]
+Finish: TypeAlias = Callable[[RewardScores], RewardScores]
+Scoring: TypeAlias = Callable[[Prepare, Ask, Finish], RewardScores]
 """(what to ask, how to ask it, what to do with the answer) -> scores: who of several processes asks is its matter."""
 
 
-def scoring_of(processes: Processes, *, once: bool) -> Scoring:
+def make_scoring(processes: Processes, *, once: bool) -> Scoring:
     """How a rollout of all processes is scored.
 
     Args:
         processes: All of them call it together; if it fails for one, it fails for all.
         once: Let process 0 ask about the samples of all processes, in the order of the processes.
     """
-    return partial(_once if once and processes.accelerator.num_processes > 1 else _each, processes)
+    return partial(score_on_main if once and processes.accelerator.num_processes > 1 else score_locally, processes)
 
 
-def _each(processes: Processes, prepare: Prepare, ask: Ask, finish: Finish) -> Scores:
+def score_locally(processes: Processes, prepare: Prepare, ask: Ask, finish: Finish) -> RewardScores:
     """Every process asks about its own samples."""
     return processes.together(lambda: finish(ask(prepare())))
 
 
-def _once(processes: Processes, prepare: Prepare, ask: Ask, finish: Finish) -> Scores:
+def score_on_main(processes: Processes, prepare: Prepare, ask: Ask, finish: Finish) -> RewardScores:
     """Process 0 asks about the samples of all; each is handed its own."""
     requests = processes.gather_objects([processes.together(prepare)])
-    everyones = _on_main(processes, lambda: ask(joined(requests)))
+    all_scores = _on_main(processes, lambda: ask(concatenate_requests(requests)))
     sizes = [len(request.prompts) for request in requests]
     rank = processes.accelerator.process_index
     first = sum(sizes[:rank])
-    own = part(everyones, slice(first, first + sizes[rank]), requests[rank])
+    own = select_scores(all_scores, slice(first, first + sizes[rank]), requests[rank])
     if rank:
         own = replace(own, failed_calls=0)  # process 0 counts them
     return processes.together(lambda: finish(own))
 
 
-def joined(requests: list[RewardRequest]) -> RewardRequest:
+def concatenate_requests(requests: list[RewardRequest]) -> RewardRequest:
     """One request about the samples of all, in their order."""
     lengths: list[int] | None = None
     if all(request.response_lengths is not None for request in requests):
@@ -60,7 +60,7 @@ def joined(requests: list[RewardRequest]) -> RewardRequest:
     )
 
 
-def part(scores: Scores, rows: slice, request: RewardRequest) -> Scores:
+def select_scores(scores: RewardScores, rows: slice, request: RewardRequest) -> RewardScores:
     """What was said about the samples `rows`, which are those of `request`."""
     width = max(request.response_lengths or [0], default=0)
     return replace(
@@ -73,7 +73,7 @@ def part(scores: Scores, rows: slice, request: RewardRequest) -> Scores:
     )
 
 
-def _on_main(processes: Processes, work: Callable[[], Scores]) -> Scores:
+def _on_main(processes: Processes, work: Callable[[], RewardScores]) -> RewardScores:
     """`work()` of process 0, on every process; its error, too.
 
     Raises:
@@ -93,5 +93,5 @@ def _on_main(processes: Processes, work: Callable[[], Scores]) -> Scores:
         name, message = problem
         known = {kind.__name__: kind for kind in (RewardSourceError, TypeError, ValueError)}
         raise known.get(name, RewardSourceError)(message)
-    found: Scores = result
+    found: RewardScores = result
     return found

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_ppo.distributed.placement import Waiting
-from rlhf_ppo.rewards.sources import Sources, combine
+from rlhf_ppo.distributed.placement import OffloadedWeights
+from rlhf_ppo.rewards.sources import RewardSources, named_sources
 
 
 @contextmanager
-def waiting_sources(sources: Sources) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+def offload_sources(sources: RewardSources) -> Iterator[Callable[[], AbstractContextManager[object]]]:
     """Inside, the models of reward sources wait in main memory; what is yielded brings them to their devices.
 
     A source's models are itself or its attributes, where these are modules.
     """
-    models = [model for item in combine(sources) for model in _models(item.source) if _device(model) is not None]
-    waiting = [Waiting(model, _device(model) or torch.device("cpu")) for model in models]
+    models = [model for item in named_sources(sources) for model in _models(item.source) if _device(model) is not None]
+    waiting = [OffloadedWeights(model, _device(model) or torch.device("cpu")) for model in models]
 
     @contextmanager
     def at_hand() -> Iterator[None]:

@@ -22,7 +22,7 @@ from rlhf_ppo.rewards.calls import (
     RewardSourceError,
     WeightedSource,
 )
-from rlhf_ppo.rewards.failures import RAISE, Answers, RewardFailures, Row, collect_answers
+from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures, ScoreRow, SourceAnswers, collect_answers
 from rlhf_ppo.rewards.token_scores import token_scores
 
 __all__ = [
@@ -31,10 +31,10 @@ __all__ = [
     "RewardRequest",
     "RewardSource",
     "RewardSourceError",
-    "Scores",
-    "Sources",
+    "RewardScores",
+    "RewardSources",
     "WeightedSource",
-    "combine",
+    "named_sources",
     "score_batch",
 ]
 
@@ -42,7 +42,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
+class RewardScores:
     """What all sources together said. Skipped samples hold 0; no entry of `total` or `per_token` is ever nan."""
 
     total: Float[Tensor, " batch"]
@@ -64,10 +64,10 @@ class Scores:
         """`per_token` where there is one, else `total`: what reward shaping takes."""
         return self.total if self.per_token is None else self.per_token
 
-    def joined(self, others: "Sequence[Scores]") -> "Scores":
+    def joined(self, others: "Sequence[RewardScores]") -> "RewardScores":
         """These samples, then those of `others`, from the same sources; without what each token earned."""
         parts = [self, *others]
-        return Scores(
+        return RewardScores(
             total=torch.cat([part.total for part in parts]),
             per_token=None,
             per_source={name: torch.cat([part.per_source[name] for part in parts]) for name in self.per_source},
@@ -91,10 +91,12 @@ class Scores:
         return found
 
 
-Sources: TypeAlias = RewardSource | Mapping[str, RewardSource | tuple[RewardSource, float]] | Sequence[WeightedSource]
+RewardSources: TypeAlias = (
+    RewardSource | Mapping[str, RewardSource | tuple[RewardSource, float]] | Sequence[WeightedSource]
+)
 
 
-def combine(sources: Sources) -> tuple[WeightedSource, ...]:
+def named_sources(sources: RewardSources) -> tuple[WeightedSource, ...]:
     """One callable, or `{name: callable}`, or `{name: (callable, weight)}`, as named and weighted sources.
 
     Raises:
@@ -113,7 +115,9 @@ def combine(sources: Sources) -> tuple[WeightedSource, ...]:
     return named
 
 
-def score_batch(sources: Sources, request: RewardRequest, failures: RewardFailures = RAISE) -> Scores:
+def score_batch(
+    sources: RewardSources, request: RewardRequest, failures: RewardFailures = RAISE_ON_FAILURE
+) -> RewardScores:
     """Ask every source, check every answer, and add them up: total_i = Σ_s weight_s · score_{s,i}.
 
     If any source returns None for a sample, that sample is skipped as a whole: half a sum would be a different
@@ -128,7 +132,7 @@ def score_batch(sources: Sources, request: RewardRequest, failures: RewardFailur
         RewardSourceError: a source raised or was late; the others are cancelled.
         TypeError, ValueError: an answer of the wrong length, type or value; source and sample are named.
     """
-    named = combine(sources)
+    named = named_sources(sources)
     answers = collect_answers(named, request, failures, check=_check, check_sample=_check_sample)
     rows = answers.rows
     per_source = {
@@ -145,13 +149,13 @@ def score_batch(sources: Sources, request: RewardRequest, failures: RewardFailur
     if any(isinstance(row, list) for found in rows.values() for row in found):
         per_token = _lay_out(named, rows, request, skipped)
     total = total.masked_fill(skipped, 0.0).float()
-    return Scores(
+    return RewardScores(
         total=_finite(total), per_token=per_token, per_source=per_source, skipped=skipped,
         dropped=_dropped(answers, size), failed_calls=answers.failed_calls,
     )  # fmt: skip
 
 
-def _dropped(answers: Answers, size: int) -> Bool[Tensor, " batch"]:
+def _dropped(answers: SourceAnswers, size: int) -> Bool[Tensor, " batch"]:
     lost = torch.zeros(size, dtype=torch.bool)
     for samples in answers.failed_on.values():
         lost[samples] = True
@@ -170,7 +174,7 @@ def _finite(total: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
 
 def _lay_out(
     named: Sequence[WeightedSource],
-    rows: Mapping[str, Sequence[Row]],
+    rows: Mapping[str, Sequence[ScoreRow]],
     request: RewardRequest,
     skipped: Bool[Tensor, " batch"],
 ) -> Float[Tensor, "batch time"]:
@@ -186,7 +190,7 @@ def _lay_out(
     return laid_out.float()
 
 
-def _check(name: str, answer: object, request: RewardRequest) -> list[Row]:
+def _check(name: str, answer: object, request: RewardRequest) -> list[ScoreRow]:
     """The answer as plain Python numbers, or an error that names the source and the sample."""
     answer = answer.tolist() if hasattr(answer, "tolist") else answer
     if not isinstance(answer, Sequence) or isinstance(answer, (str, bytes)):
@@ -202,7 +206,7 @@ def _check(name: str, answer: object, request: RewardRequest) -> list[Row]:
     return [_check_sample(name, index, entry, request) for index, entry in enumerate(answer)]
 
 
-def _check_sample(name: str, index: int, entry: object, request: RewardRequest) -> Row:
+def _check_sample(name: str, index: int, entry: object, request: RewardRequest) -> ScoreRow:
     entry = entry.tolist() if hasattr(entry, "tolist") else entry
     if entry is None:
         return None

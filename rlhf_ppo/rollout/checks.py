@@ -12,7 +12,7 @@ from rlhf_ppo.samplers.base import Samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class ModelLimits:
     """What the model can take."""
 
     batch_size: int | None
@@ -33,7 +33,7 @@ def check_step_inputs(
     scores: list[Tensor],
     masks: list[Tensor] | None,
     *,
-    limits: Limits,
+    limits: ModelLimits,
     device: torch.device,
 ) -> Responses:
     """Validate a batch and move it to the device.
@@ -95,7 +95,7 @@ def check_count(samples: Samples, expected: int) -> None:
             )
 
 
-def check_samples(samples: Samples, limits: Limits, *, device: torch.device) -> None:
+def check_samples(samples: Samples, limits: ModelLimits, *, device: torch.device) -> None:
     """Refuse responses that cannot be learned from, as `step()` would; naming the first sample that is wrong.
 
     Raises:

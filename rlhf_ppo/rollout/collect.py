@@ -11,16 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.functional import missing_eos_penalty
-from rlhf_ppo.rewards.failures import RAISE, RewardFailures
+from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures
 from rlhf_ppo.rewards.gather import Ask, Finish, Prepare, Scoring
-from rlhf_ppo.rewards.sources import RewardRequest, Scores, Sources, score_batch
-from rlhf_ppo.rollout.checks import Limits, check_count, check_samples
+from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSources, score_batch
+from rlhf_ppo.rollout.checks import ModelLimits, check_count, check_samples
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptBatch
 from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
 
 
-def _alone(prepare: Prepare, ask: Ask, finish: Finish) -> Scores:
+def _alone(prepare: Prepare, ask: Ask, finish: Finish) -> RewardScores:
     return finish(ask(prepare()))
 
 
@@ -34,7 +34,7 @@ class MissingEOS:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collected:
+class CollectedResponses:
     """Responses with their texts."""
 
     samples: Samples
@@ -59,7 +59,7 @@ class Collector:
         fresh_weights: Surrounds every draw: inside, the sampler sees the policy whole and as it is.
         limits: What the model can take: a sampler of somebody else's is held to it. None: it is trusted.
         scoring: Who asks the reward sources, where several processes draw.
-        sources_at_hand: Surrounds every question to the sources: inside, their models are on their devices.
+        sources_context: Surrounds every question to the sources: inside, their models are on their devices.
     """
 
     model: nn.Module
@@ -67,20 +67,20 @@ class Collector:
     sampler: Sampler
     sampling: SamplingConfig
     device: torch.device
-    failures: RewardFailures = RAISE
+    failures: RewardFailures = RAISE_ON_FAILURE
     fresh_weights: Callable[[], AbstractContextManager[object]] = nullcontext
-    limits: Limits | None = None
+    limits: ModelLimits | None = None
     scoring: Scoring = _alone
-    sources_at_hand: Callable[[], AbstractContextManager[object]] = nullcontext
+    sources_context: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def draw(self, batch: PromptBatch, generator: torch.Generator) -> Collected:
+    def draw(self, batch: PromptBatch, generator: torch.Generator) -> CollectedResponses:
         """`num_return_sequences` responses to each prompt, side by side."""
         prompts = [prompt.to(self.device) for prompt in batch.input_ids]
         with self.fresh_weights():
             samples = self.sampler(self.model, prompts, self.sampling, generator=generator)
         repeat = self.sampling.num_return_sequences
         check_count(samples, len(prompts) * repeat)
-        return Collected(
+        return CollectedResponses(
             samples=samples,
             prompts=[text for text in batch.texts for _ in range(repeat)],
             responses=self.tokenizer.batch_decode(
@@ -89,7 +89,9 @@ class Collector:
             columns={name: [item for item in column for _ in range(repeat)] for name, column in batch.columns.items()},
         )
 
-    def score(self, collected: Collected, sources: Sources, missing_eos: MissingEOS | None = None) -> Scores:
+    def score(
+        self, collected: CollectedResponses, sources: RewardSources, missing_eos: MissingEOS | None = None
+    ) -> RewardScores:
         """Check what was drawn, ask the sources about the texts; then charge responses that never stopped."""
         return self.scoring(
             lambda: self._request(collected),
@@ -97,11 +99,11 @@ class Collector:
             lambda scores: self._charged(scores, collected, missing_eos),
         )
 
-    def _asked(self, sources: Sources, request: RewardRequest) -> Scores:
-        with self.sources_at_hand():
+    def _asked(self, sources: RewardSources, request: RewardRequest) -> RewardScores:
+        with self.sources_context():
             return score_batch(sources, request, self.failures)
 
-    def _request(self, collected: Collected) -> RewardRequest:
+    def _request(self, collected: CollectedResponses) -> RewardRequest:
         if self.limits is not None:
             check_samples(collected.samples, self.limits, device=self.device)
         return RewardRequest(
@@ -111,7 +113,9 @@ class Collector:
             response_lengths=[len(response) for response in collected.samples.responses],
         )
 
-    def _charged(self, scores: Scores, collected: Collected, missing_eos: MissingEOS | None) -> Scores:
+    def _charged(
+        self, scores: RewardScores, collected: CollectedResponses, missing_eos: MissingEOS | None
+    ) -> RewardScores:
         if missing_eos is None:
             return scores
         if scores.per_token is not None:
@@ -120,7 +124,7 @@ class Collector:
         total = missing_eos_penalty(scores.total, finished, penalty=missing_eos.penalty, mode=missing_eos.mode)
         return replace(scores, total=total)
 
-    def kept(self, scores: Scores) -> list[int]:
+    def kept(self, scores: RewardScores) -> list[int]:
         """Rows to learn from: no source skipped them, nor another response to the same prompt where those are compared.
 
         A group that lost a member would be compared with the responses to another prompt.
@@ -130,14 +134,14 @@ class Collector:
             row for row, skipped in enumerate(groups.any(1).repeat_interleave(groups.shape[1]).tolist()) if not skipped
         ]
 
-    def responses(self, samples: Samples, scores: Scores) -> Responses | None:
+    def responses(self, samples: Samples, scores: RewardScores) -> Responses | None:
         """The samples to learn from, as `learn` takes them; None where every sample was skipped."""
         kept = self.kept(scores)
         if not kept:
             return None
         responses: list[Tensor] = [samples.responses[row].to(self.device) for row in kept]
         known = samples.logprobs
-        values = samples.values if self.sampling.draws_from_the_policy else None
+        values = samples.values if self.sampling.draws_from_policy else None
         return Responses(
             inputs=TokenInputs(prompts=[samples.prompts[row].to(self.device) for row in kept], responses=responses),
             mask=pad_rows([torch.ones(len(response)) for response in responses]).bool().to(self.device),

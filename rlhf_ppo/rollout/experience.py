@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rlhf_ppo.batch import PolicyOutput, Rollout, TokenInputs, cut, pad_rows
-from rlhf_ppo.functional import classic_whiten_rewards, kl_estimate, kl_shaped_rewards, last_action
+from rlhf_ppo.batch import PolicyOutput, Rollout, TokenInputs, pad_rows, split_into_micro_batches
+from rlhf_ppo.functional import classic_whiten_rewards, kl_estimate, kl_shaped_rewards, last_action_index
 from rlhf_ppo.models.scoring import TokenPolicy
-from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, in_reward
+from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, reward_kl
 
 _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "k3": "k3"}
 
@@ -36,7 +36,7 @@ class Responses:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class ScoredResponses:
     """A batch of responses under policy and reference, without gradients."""
 
     logprobs: Float[Tensor, "batch time"]
@@ -69,7 +69,7 @@ class Scorer:
     """The largest number over processes, where passes are collective because parameters are sharded."""
 
     @torch.no_grad()
-    def __call__(self, inputs: TokenInputs, known: PolicyOutput | None = None) -> Scored:
+    def __call__(self, inputs: TokenInputs, known: PolicyOutput | None = None) -> ScoredResponses:
         """Score every response once under the policy and once under the reference, rows sorted by length.
 
         Args:
@@ -84,17 +84,17 @@ class Scorer:
                 kl = self._exact_kl(inputs)
         else:
             kl = kl_estimate(own.logprobs, other.logprobs, _ESTIMATORS[self.kl_penalty])  # type: ignore[arg-type]
-        return Scored(logprobs=own.logprobs, values=own.values, ref_logprobs=other.logprobs, kl=kl)
+        return ScoredResponses(logprobs=own.logprobs, values=own.values, ref_logprobs=other.logprobs, kl=kl)
 
     def passes(self, module: nn.Module, inputs: TokenInputs) -> PolicyOutput:
         """Every response through one module, rows sorted by length and cut like those of an update."""
         logprobs: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
-        pieces = cut(inputs.costs(), size=self.rows, token_budget=self.token_budget)
-        pieces += pieces[-1:] * (self.most(len(pieces)) - len(pieces))
-        for piece in pieces:
-            output: PolicyOutput = module(inputs.select(piece))
-            for row, position in enumerate(piece.tolist()):
+        micro_batches = split_into_micro_batches(inputs.costs(), size=self.rows, token_budget=self.token_budget)
+        micro_batches += micro_batches[-1:] * (self.most(len(micro_batches)) - len(micro_batches))
+        for micro_batch in micro_batches:
+            output: PolicyOutput = module(inputs.select(micro_batch))
+            for row, position in enumerate(micro_batch.tolist()):
                 logprobs[position], values[position] = output.logprobs[row], output.values[row]
         width = inputs.width()
         order = range(len(inputs))
@@ -111,14 +111,14 @@ class Scorer:
             )
         policy, reference = _plain(self.policy), _plain(self.reference)
         kl: dict[int, Tensor] = {}
-        for piece in cut(inputs.costs(), size=self.rows, token_budget=self.token_budget):
-            output = policy.kl_to(reference, inputs.select(piece))
-            kl.update(zip(piece.tolist(), output, strict=True))
+        for micro_batch in split_into_micro_batches(inputs.costs(), size=self.rows, token_budget=self.token_budget):
+            output = policy.kl_to(reference, inputs.select(micro_batch))
+            kl.update(zip(micro_batch.tolist(), output, strict=True))
         return pad_rows([kl[row] for row in range(len(inputs))], width=inputs.width())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shaping:
+class RewardShaping:
     """How scores and KL become rewards."""
 
     kl_coef: float
@@ -133,7 +133,7 @@ class Shaping:
 
 
 def shape_rollout(
-    responses: Responses, scored: Scored, shaping: Shaping
+    responses: Responses, scored: ScoredResponses, shaping: RewardShaping
 ) -> tuple[Rollout, Float[Tensor, "batch time"]]:
     """Rewards of each token: -kl_coef x KL everywhere, plus the score at the last action (Ziegler et al. 2019).
 
@@ -141,9 +141,9 @@ def shape_rollout(
         The rollout and the non-score part of its rewards, [B, T].
     """
     mask = responses.mask
-    paid = in_reward(scored.kl, mask, shaping.kl_placement)
+    paid = reward_kl(scored.kl, mask, shaping.kl_placement)
     rewards, penalty = kl_shaped_rewards(paid, responses.scores, mask, kl_coef=shaping.kl_coef)
-    last = last_action(mask)
+    last = last_action_index(mask)
     if shaping.whiten_rewards:
         tail = _tail(responses.inputs, last, shaping)
         rewards = classic_whiten_rewards(
@@ -162,7 +162,7 @@ def shape_rollout(
     return rollout, penalty
 
 
-def _tail(inputs: TokenInputs, last: Tensor, shaping: Shaping) -> Tensor:
+def _tail(inputs: TokenInputs, last: Tensor, shaping: RewardShaping) -> Tensor:
     """Padded columns behind each row's last action in the classic's right-padded layout."""
     before = [0 if shaping.separate_prompts else len(prompt) for prompt in inputs.prompts]
     prompts = torch.tensor(before, device=last.device)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.functional import ReferenceKL, next_states_kl
+from rlhf_ppo.functional import ReferenceKL, next_state_kl
 
 KLPenalty: TypeAlias = Literal["kl", "abs", "mse", "full", "k3"]
 """How it is estimated: the classic's names for k1, |k1|, k2 and the exact divergence; k3 under its own name."""
@@ -15,7 +15,7 @@ KLPlacement: TypeAlias = Literal["reward", "loss", "split"]
 _IN_LOSS: dict[str, ReferenceKL] = {"mse": "k2", "k3": "k3", "full": "full"}
 
 
-def check_placement(penalty: KLPenalty, placement: KLPlacement) -> None:
+def check_kl_placement(penalty: KLPenalty, placement: KLPlacement) -> None:
     """Refuse a pair whose gradient is not that of a KL, and say why.
 
     "abs" and "mse" in the reward are biased as well; they are accepted because the classic API names them.
@@ -46,12 +46,12 @@ def check_placement(penalty: KLPenalty, placement: KLPlacement) -> None:
         )
 
 
-def in_loss(penalty: KLPenalty, placement: KLPlacement) -> ReferenceKL | None:
+def loss_kl_estimator(penalty: KLPenalty, placement: KLPlacement) -> ReferenceKL | None:
     """The estimate that the loss holds; None where the reward holds all of it."""
     return None if placement == "reward" else _IN_LOSS[penalty]
 
 
-def in_reward(
+def reward_kl(
     kl: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], placement: KLPlacement
 ) -> Float[Tensor, "batch time"]:
     """The KL that each action pays for in its reward, nats."""
@@ -61,4 +61,4 @@ def in_reward(
         case "loss":
             return torch.zeros_like(kl)
         case "split":
-            return next_states_kl(kl, mask)
+            return next_state_kl(kl, mask)

@@ -7,7 +7,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["keep_end", "keep_start", "drop", "error"]
-Form = Literal["tokens", "text", "conversation"]
+PromptForm = Literal["tokens", "text", "conversation"]
 
 _DEFAULT_COLUMNS = ("input_ids", "prompt", "query")
 _RESERVED_COLUMNS = frozenset({"prompts", "responses"})
@@ -49,7 +49,7 @@ def find_prompt_column(dataset: datasets.Dataset, column: str | None) -> str:
     )
 
 
-def form_of(value: object, column: str) -> Form:
+def prompt_form(value: object, column: str) -> PromptForm:
     """What a value of the prompt column is; TypeError if it is nothing that can be a prompt."""
     if isinstance(value, str):
         return "text"
@@ -66,7 +66,7 @@ def form_of(value: object, column: str) -> Form:
 def encode_prompts(
     values: Sequence[Any],
     column: str,
-    form: Form,
+    form: PromptForm,
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Iterator[Sequence[int]]:
@@ -95,8 +95,8 @@ def encode_prompts(
         yield from encoded["input_ids"]
 
 
-def _check_row(value: Any, row: int, column: str, form: Form, vocabulary: int) -> None:
-    if value is None or (value != [] and form_of(value, column) != form):
+def _check_row(value: Any, row: int, column: str, form: PromptForm, vocabulary: int) -> None:
+    if value is None or (value != [] and prompt_form(value, column) != form):
         raise TypeError(f"Row {row} of column {column!r} holds {type(value).__name__}, but row 0 holds {form}.")
     if form == "tokens" and value and not 0 <= min(value) <= max(value) < vocabulary:
         raise ValueError(

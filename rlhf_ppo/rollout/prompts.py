@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.rollout.prompt_encoding import (
-    Form,
+    PromptForm,
     Truncation,
     check_dataset,
     encode_prompts,
     find_prompt_column,
     fit_prompt,
-    form_of,
+    prompt_form,
 )
 
 _TOKEN_COLUMNS = frozenset({"input_ids", "attention_mask"})
@@ -35,7 +35,7 @@ class PromptReport:
 
     column: str
     """The column that the prompts were read from."""
-    form: Form
+    form: PromptForm
     """What that column holds: ready token ids, plain text, or conversations."""
     rows: int
     """Rows in the dataset."""
@@ -117,7 +117,7 @@ class PromptDataset:
         _check_limit(truncation, max_prompt_tokens)
         self._tokenizer, self._dataset = tokenizer, dataset.with_format(None)
         column = find_prompt_column(self._dataset, column)
-        self._form: Form = form_of(self._dataset[0][column], column)
+        self._form: PromptForm = prompt_form(self._dataset[0][column], column)
         if self._form == "conversation" and truncation == "keep_start":
             raise ValueError(
                 "truncation='keep_start' would cut off the end of a conversation, where the answer begins: the policy "
@@ -258,14 +258,14 @@ class PromptSampler:
         """The next batch of this process: `batch_size` positions in the dataset."""
         start, count = self._position, self._world_size * self._batch_size
         self._position += count
-        everyones = [self._at(position) for position in range(start, start + count)]
-        return [everyones[place] for place in self._own_places(everyones)]
+        global_batch = [self._at(position) for position in range(start, start + count)]
+        return [global_batch[place] for place in self._own_places(global_batch)]
 
-    def _own_places(self, everyones: list[int]) -> list[int]:
-        places = list(range(len(everyones)))
+    def _own_places(self, global_batch: list[int]) -> list[int]:
+        places = list(range(len(global_batch)))
         if self._lengths is None or self._world_size == 1:
             return places[self._rank * self._batch_size :][: self._batch_size]
-        tokens = [self._lengths[index] for index in everyones]
+        tokens = [self._lengths[index] for index in global_batch]
         places.sort(key=lambda place: -tokens[place])
         back = self._world_size - 1 - self._rank
         return sorted(

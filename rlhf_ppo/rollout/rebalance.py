@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rlhf_ppo.batch import pad_rows
 from rlhf_ppo.rollout.experience import Responses
-from rlhf_ppo.updates.sharding import deal
+from rlhf_ppo.updates.sharding import assign_rows
 
 
-def shared_out(
+def rebalance_empty_ranks(
     own: Responses | None, gather: Callable[[list[Any]], list[Any]], process: int, device: torch.device
 ) -> Responses:
     """This process's responses, or, where any process has none, a fair share of all. Collective.
@@ -42,7 +42,7 @@ def shared_out(
         )
     everything = _joined(parts)
     costs = everything.inputs.costs().reshape(-1, group).sum(dim=1)
-    groups = deal(costs, len(counts))[process].sort().values
+    groups = assign_rows(costs, len(counts))[process].sort().values
     rows = (groups[:, None] * group + torch.arange(group)).flatten()
     return _on(_selected(everything, rows), device)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlhf_ppo.batch import PolicyOutput
-from rlhf_ppo.rollout.experience import Responses, Scored, Scorer
+from rlhf_ppo.rollout.experience import Responses, ScoredResponses, Scorer
 
 CLOSE = 1e-4
 """Nats; values by as much, relative above 1. The same function summed in another order differs by about 1e-6."""
@@ -38,7 +38,7 @@ class SamplerReuse:
     reused: bool = False
     """Whether the last call took the sampler's word."""
 
-    def __call__(self, scorer: Scorer, responses: Responses) -> Scored:
+    def __call__(self, scorer: Scorer, responses: Responses) -> ScoredResponses:
         """`scorer(responses.inputs)`, with or without the policy's own pass."""
         known = _told(responses) if self.enabled and self.proven is not False else None
         self.reused = known is not None and self.proven is True

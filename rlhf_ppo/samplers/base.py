@@ -60,7 +60,7 @@ class SamplingConfig:
         return not self.do_sample or warps != (1.0, 0, 1.0, 1.0, 0)
 
     @property
-    def draws_from_the_policy(self) -> bool:
+    def draws_from_policy(self) -> bool:
         """Whether every token is drawn from softmax(logits / temperature), with nothing forbidden or made likelier."""
         return not replace(self, temperature=1.0).warps_distribution
 
@@ -74,7 +74,7 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingWork:
+class SamplingCounts:
     """What the sampler computed, in counts that do not depend on the machine. Zero where the sampler cannot know."""
 
     prompt_tokens: int = 0
@@ -90,9 +90,9 @@ class SamplingWork:
     forwards: int = 0
     """Calls of the model."""
 
-    def __add__(self, other: "SamplingWork") -> "SamplingWork":
+    def __add__(self, other: "SamplingCounts") -> "SamplingCounts":
         """Work of both."""
-        return SamplingWork(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        return SamplingCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Samples:
     """V(s_0) ... V(s_{T-1}) of each response by the model's value head, float32, where the sampler read it too."""
     finished: list[bool]
     """True: stopped by a stop token or string. False: cut at `max_new_tokens`."""
-    work: SamplingWork = field(default_factory=SamplingWork)
+    work: SamplingCounts = field(default_factory=SamplingCounts)
     """Deterministic counts of what was computed."""
 
 
@@ -138,7 +138,7 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
-class WeightFollower(Protocol):
+class WeightSyncedSampler(Protocol):
     """A sampler that draws from a copy of the policy's weights: an engine of its own."""
 
     def follow(self, model: nn.Module, accelerator: Any) -> None:
@@ -188,7 +188,7 @@ def unwrap_causal_lm(model: nn.Module) -> Any:
         model = inner
 
 
-def seed_from(generator: torch.Generator | None) -> int:
+def draw_seed(generator: torch.Generator | None) -> int:
     """A seed drawn from `generator` (None: from torch's global one), for libraries that know only global seeds."""
     return int(torch.randint(2**62, (), generator=generator, device="cpu" if generator is None else generator.device))
 

@@ -15,9 +15,9 @@ from rlhf_ppo.samplers.base import (
     EvalMode,
     Samples,
     SamplingConfig,
-    SamplingWork,
+    SamplingCounts,
     check_prompts,
-    seed_from,
+    draw_seed,
     unwrap_causal_lm,
 )
 from rlhf_ppo.samplers.kv_cache import bytes_per_token
@@ -69,7 +69,7 @@ class ContinuousBatching:
             outputs = inner.generate_batch(
                 [prompt.tolist() for prompt in prompts],
                 generation_config=_rules(config),
-                continuous_batching_config=self._sizes(inner, prompts, config, seed_from(generator) % 2**32),
+                continuous_batching_config=self._sizes(inner, prompts, config, draw_seed(generator) % 2**32),
                 progress_bar=False,
                 warmup=inner.device.type == "cuda",
             )
@@ -137,7 +137,7 @@ def _samples(outputs: list[Any], prompts: Sequence[Tensor], config: SamplingConf
         responses=[torch.tensor(output.generated_tokens, device=device) for output in outputs],
         logprobs=[torch.tensor(output.logprobs, dtype=torch.float32, device=device) for output in outputs],
         finished=[output.generated_tokens[-1] in stops for output in outputs],
-        work=SamplingWork(
+        work=SamplingCounts(
             prompt_tokens=sum(len(prompt) for prompt in prompts),
             response_tokens=sum(len(output.generated_tokens) for output in outputs),
         ),

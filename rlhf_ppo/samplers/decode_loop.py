@@ -19,16 +19,21 @@ from rlhf_ppo.samplers.base import (
     Sampler,
     Samples,
     SamplingConfig,
-    SamplingWork,
+    SamplingCounts,
     check_prompts,
     pad_prompts,
     unwrap_causal_lm,
 )
-from rlhf_ppo.samplers.decode_results import Results
-from rlhf_ppo.samplers.decode_support import check_positions, contiguous_head, keeps_logits, why_unsupported
+from rlhf_ppo.samplers.decode_results import DecodedTokens
+from rlhf_ppo.samplers.decode_support import (
+    check_positions,
+    contiguous_head,
+    supports_logits_to_keep,
+    unsupported_reason,
+)
 from rlhf_ppo.samplers.kv_cache import bytes_per_token, drop_rows, new_cache, select_rows
-from rlhf_ppo.samplers.logits_processing import DecodeRules
-from rlhf_ppo.samplers.token_sampling import best_tokens, draw_tokens
+from rlhf_ppo.samplers.logits_processing import DecodingRules
+from rlhf_ppo.samplers.token_sampling import greedy_tokens, sample_tokens
 from rlhf_ppo.samplers.transformers_generate import TransformersGenerate
 
 
@@ -89,15 +94,15 @@ class DecodeLoop:
         """
         check_prompts(prompts)
         causal_lm = unwrap_causal_lm(model)
-        misfit = why_unsupported(causal_lm)
+        misfit = unsupported_reason(causal_lm)
         if misfit is not None and limits is None:
             return self._fall_back(misfit)(model, prompts, config, generator=generator)
         if misfit is not None:
             raise ValueError(f"Limits per prompt need a model that DecodeLoop fits, but {misfit}. Pass limits=None.")
         lengths = [len(prompt) for prompt in prompts]
         check_positions(causal_lm.config, max(lengths, default=0) + config.max_new_tokens)
-        rules = DecodeRules.build(config, self.tokenizer, causal_lm.device)
-        results = Results.empty(len(prompts), config, generator, causal_lm.device, limits)
+        rules = DecodingRules.build(config, self.tokenizer, causal_lm.device)
+        results = DecodedTokens.empty(len(prompts), config, generator, causal_lm.device, limits)
         finished = 0
         with EvalMode(model), torch.no_grad(), fast_layers(causal_lm) if self.fast_products else nullcontext():
             for batch in self._cut(lengths, config, causal_lm):
@@ -141,8 +146,8 @@ class _Decode:
         self,
         model: Any,
         config: SamplingConfig,
-        rules: DecodeRules,
-        results: Results,
+        rules: DecodingRules,
+        results: DecodedTokens,
         *,
         compact: bool,
         value_head: nn.Module | None,
@@ -150,7 +155,7 @@ class _Decode:
         self.model, self.config, self.rules, self.results, self.compact = model, config, rules, results, compact
         self.value_head = value_head
         results.has_values = value_head is not None
-        self.last_only = {"logits_to_keep": 1} if keeps_logits(model) else {}
+        self.last_only = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
 
     def run(self, prompts: list[Tensor], rows: list[int]) -> None:
         """Decode `rows` of the results, whose prompts stand in `prompts`, equal ones side by side."""
@@ -205,9 +210,9 @@ class _Decode:
         if processors:
             scores = processors(cast("torch.LongTensor", self.ids[:, : self.width + step]), scores)
         if self.config.do_sample:
-            tokens, logprobs = draw_tokens(scores, self.results.uniforms[self.rows, step])
+            tokens, logprobs = sample_tokens(scores, self.results.uniforms[self.rows, step])
         else:
-            tokens, logprobs = best_tokens(scores)
+            tokens, logprobs = greedy_tokens(scores)
         self.results.tokens[self.rows, step] = tokens
         self.results.logprobs[self.rows, step] = logprobs
         if self.value_head is not None:  # it reads what the LM head reads
@@ -244,4 +249,4 @@ class _Decode:
         return logits
 
     def _count(self, **work: int) -> None:
-        self.results.work = self.results.work + SamplingWork(**work)
+        self.results.work = self.results.work + SamplingCounts(**work)

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf_ppo.samplers.base import Samples, SamplingConfig, SamplingWork
+from rlhf_ppo.samplers.base import Samples, SamplingConfig, SamplingCounts
 
 
 @dataclass(kw_only=True)
-class Results:
+class DecodedTokens:
     """Where drawn tokens are put down, in the caller's order, and the uniforms that draw them."""
 
     tokens: Int[Tensor, "rows steps"]
@@ -22,7 +22,7 @@ class Results:
     values: Float[Tensor, "rows steps"]
     uniforms: Float[Tensor, "rows draws"]
     has_values: bool = False
-    work: SamplingWork = field(default_factory=SamplingWork)
+    work: SamplingCounts = field(default_factory=SamplingCounts)
 
     @classmethod
     def empty(
@@ -32,7 +32,7 @@ class Results:
         generator: torch.Generator | None,
         device: torch.device,
         limits: Sequence[int] | None,
-    ) -> "Results":
+    ) -> "DecodedTokens":
         """Uniforms are drawn here for every row and step, so that no cut into batches changes who gets which."""
         steps, rows = config.max_new_tokens, prompts * config.num_return_sequences
         at_most = torch.full((prompts,), steps) if limits is None else torch.tensor(limits).clamp(max=steps)
@@ -69,5 +69,5 @@ class Results:
             logprobs=[row[:n].clone() for row, n in zip(self.logprobs, lengths, strict=True)],
             values=[row[:n].clone() for row, n in zip(self.values, lengths, strict=True)] if self.has_values else None,
             finished=self.finished.tolist(),
-            work=self.work + SamplingWork(response_tokens=sum(lengths)),
+            work=self.work + SamplingCounts(response_tokens=sum(lengths)),
         )

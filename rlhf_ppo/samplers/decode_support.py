@@ -8,12 +8,12 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlhf_ppo.samplers.kv_cache import has_selectable_rows
+from rlhf_ppo.samplers.kv_cache import supports_row_selection
 
 NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
 
 
-def why_unsupported(model: Any) -> str | None:
+def unsupported_reason(model: Any) -> str | None:
     """What about the model DecodeLoop does not fit, in words; None if it fits."""
     config = getattr(model, "config", None)
     if config is None or not isinstance(model, nn.Module):
@@ -28,7 +28,7 @@ def why_unsupported(model: Any) -> str | None:
     missing = [argument for argument in NEEDED_ARGUMENTS if argument not in parameters]
     if missing:
         return f"{name}.forward does not take {', '.join(missing)}"
-    if not has_selectable_rows(config):
+    if not supports_row_selection(config):
         return f"{name} keeps a state other than full or sliding-window attention's keys and values"
     return None
 
@@ -65,7 +65,7 @@ def check_positions(config: Any, length: int) -> None:
         )
 
 
-def keeps_logits(model: Any) -> bool:
+def supports_logits_to_keep(model: Any) -> bool:
     """Whether the model can be told to run its LM head on the last position only."""
     return "logits_to_keep" in inspect.signature(_without_adapters(model).forward).parameters
 

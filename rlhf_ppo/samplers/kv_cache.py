@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 GROWTH = 128  # columns added at least, when the storage is full
 
 
-class InPlaceLayer(DynamicLayer):
+class InPlaceCacheLayer(DynamicLayer):
     """`DynamicLayer` that writes new keys into spare columns instead of copying the whole cache at every token."""
 
     def __init__(self, columns: int) -> None:
@@ -63,11 +63,11 @@ class InPlaceLayer(DynamicLayer):
 def new_cache(config: PreTrainedConfig, columns: int) -> DynamicCache:
     """The cache that `config` asks for, its full-attention layers writing in place."""
     cache = DynamicCache(config=config)
-    cache.layers = [InPlaceLayer(columns) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [InPlaceCacheLayer(columns) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-def has_selectable_rows(config: PreTrainedConfig) -> bool:
+def supports_row_selection(config: PreTrainedConfig) -> bool:
     """Whether rows can be selected from every layer's cache: full or sliding-window attention, no recurrent state."""
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
@@ -94,7 +94,7 @@ def drop_rows(cache: DynamicCache, alive: Bool[Tensor, "rows"]) -> Int[Tensor, "
     kept = torch.arange(count, device=alive.device)
     kept[holes] = movers
     for layer in _attention_layers(cache):
-        if isinstance(layer, InPlaceLayer):
+        if isinstance(layer, InPlaceCacheLayer):
             layer.keep_front(count, holes, movers)
         else:
             layer.batch_select_indices(kept)

@@ -20,7 +20,7 @@ from rlhf_ppo.samplers.base import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeRules:
+class DecodingRules:
     """What is done to logits, and what ends a response; the same for all batches of a call."""
 
     config: SamplingConfig
@@ -31,7 +31,7 @@ class DecodeRules:
     @classmethod
     def build(
         cls, config: SamplingConfig, tokenizer: PreTrainedTokenizerBase | None, device: torch.device
-    ) -> "DecodeRules":
+    ) -> "DecodingRules":
         return cls(
             config=config,
             stop_tokens=torch.tensor(config.stop_token_ids, dtype=torch.long, device=device),

@@ -42,7 +42,7 @@ def make_sampler(
             assert_never(name)
 
 
-def usual_cap(name: SamplerName) -> float | None:
+def default_importance_cap(name: SamplerName) -> float | None:
     """`PPOConfig.importance_sampling_cap` that suits a sampler: 2 for engines whose numbers differ from the trainer's.
 
     None for the own loop, which agrees with the trainer, and for `generate`, which does not say how likely a token was.

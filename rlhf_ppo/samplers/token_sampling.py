@@ -7,7 +7,7 @@ from torch import Tensor
 BLOCK = 256  # tokens per block of the two-level search; near the square root of a 50k-100k vocabulary
 
 
-def draw_tokens(
+def sample_tokens(
     logits: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, "rows"]
 ) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows"]]:
     """Draw token i with probability p_i = softmax(logits)_i, by inversion of the cumulative distribution.
@@ -57,7 +57,7 @@ def _first_above(cumulative: Float[Tensor, "rows n"], target: Float[Tensor, "row
     return (cumulative <= target[:, None]).sum(dim=1).clamp_(max=cumulative.shape[1] - 1)
 
 
-def best_tokens(logits: Float[Tensor, "rows vocab"]) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows"]]:
+def greedy_tokens(logits: Float[Tensor, "rows vocab"]) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows"]]:
     """The likeliest token of each row and its log-probability under softmax(logits), float32 nats."""
     tokens = logits.argmax(dim=1, keepdim=True)
     return tokens.squeeze(1), torch.log_softmax(logits, dim=1).gather(1, tokens).squeeze(1)

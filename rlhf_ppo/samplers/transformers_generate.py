@@ -14,19 +14,19 @@ from rlhf_ppo.samplers.base import (
     EvalMode,
     Samples,
     SamplingConfig,
-    SamplingWork,
+    SamplingCounts,
     check_prompts,
+    draw_seed,
     pad_prompts,
-    seed_from,
     unwrap_causal_lm,
 )
-from rlhf_ppo.samplers.logits_processing import DecodeRules
+from rlhf_ppo.samplers.logits_processing import DecodingRules
 
 
 class _StopRecorder(StoppingCriteria):
     """Ends rows at stop tokens and strings of the *response*, and remembers at which step."""
 
-    def __init__(self, rules: DecodeRules, start: int) -> None:
+    def __init__(self, rules: DecodingRules, start: int) -> None:
         self.rules, self.start = rules, start
         self.eos_token_id = rules.stop_tokens  # generate pads finished rows only where a criterion has this name
         self.lengths: Tensor | None = None
@@ -66,7 +66,7 @@ class TransformersGenerate:
         """Draw responses; see `Sampler`. The global random state is put back afterwards when a generator is given."""
         check_prompts(prompts)
         inner = unwrap_causal_lm(model)
-        rules = DecodeRules.build(config, self.tokenizer, inner.device)
+        rules = DecodingRules.build(config, self.tokenizer, inner.device)
         copies = config.num_return_sequences
         responses: list[Tensor] = [torch.empty(0)] * (len(prompts) * copies)
         finished = [False] * len(responses)
@@ -75,7 +75,7 @@ class TransformersGenerate:
         devices = [inner.device] if inner.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=generator is not None), EvalMode(inner), torch.no_grad():
             if generator is not None:
-                torch.manual_seed(seed_from(generator))
+                torch.manual_seed(draw_seed(generator))
             for begin in range(0, len(order), size):
                 batch = order[begin : begin + size]
                 drawn = _generate(inner, [prompts[i] for i in batch], rules, static_cache=self.static_cache)
@@ -87,12 +87,12 @@ class TransformersGenerate:
             responses=responses,
             logprobs=None,
             finished=finished,
-            work=SamplingWork(response_tokens=sum(len(response) for response in responses)),
+            work=SamplingCounts(response_tokens=sum(len(response) for response in responses)),
         )
 
 
 def _generate(
-    model: Any, prompts: list[Tensor], rules: DecodeRules, *, static_cache: bool
+    model: Any, prompts: list[Tensor], rules: DecodingRules, *, static_cache: bool
 ) -> list[tuple[Tensor, bool]]:
     """Responses to one batch, and whether each stopped by itself."""
     config = rules.config

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl.import_utils import is_vllm_available
 
-from rlhf_ppo.models.merging import base_weights_kept
-from rlhf_ppo.samplers.base import Samples, SamplingConfig, SamplingWork, check_prompts, unwrap_causal_lm
-from rlhf_ppo.samplers.logits_processing import DecodeRules
+from rlhf_ppo.models.merging import preserve_base_weights
+from rlhf_ppo.samplers.base import Samples, SamplingConfig, SamplingCounts, check_prompts, unwrap_causal_lm
+from rlhf_ppo.samplers.logits_processing import DecodingRules
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,7 @@ class VLLMSampler:
     _engine: Any = field(default=None, init=False, repr=False)
 
     def follow(self, model: nn.Module, accelerator: Any) -> None:
-        """Open the engine if need be, and send it every weight, adapters merged; see `WeightFollower`.
+        """Open the engine if need be, and send it every weight, adapters merged; see `WeightSyncedSampler`.
 
         Raises:
             ImportError: vLLM is not installed.
@@ -59,7 +59,7 @@ class VLLMSampler:
         if self._engine is None:
             self._engine = self._open(policy, accelerator)
         self._engine.model = policy
-        with base_weights_kept(policy):
+        with preserve_base_weights(policy):
             self._engine.sync_weights()
 
     def __call__(
@@ -92,7 +92,7 @@ class VLLMSampler:
         echoed, tokens, logprobs, _ = self._engine.generate(asked + filling, images=None, num_generations=copies)
         _check_answer(asked, echoed[: len(asked)], logprobs)
         device = prompts[0].device if prompts else torch.device("cpu")
-        rules = DecodeRules.build(config, self.tokenizer, device)
+        rules = DecodingRules.build(config, self.tokenizer, device)
         responses = [torch.tensor(row, device=device) for row in tokens[: len(asked)]]
         return Samples(
             prompts=[prompt for prompt in prompts for _ in range(copies)],
@@ -102,7 +102,7 @@ class VLLMSampler:
                 for row in logprobs[: len(asked)]
             ],
             finished=[bool(rules.stopped(response[None])) for response in responses],
-            work=SamplingWork(
+            work=SamplingCounts(
                 prompt_tokens=sum(len(prompt) for prompt in prompts),
                 response_tokens=sum(len(response) for response in responses),
             ),

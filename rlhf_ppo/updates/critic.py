@@ -9,11 +9,11 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlhf_ppo.batch import PolicyInputs, PolicyOutput, TrainBatch, cut, pad_rows
+from rlhf_ppo.batch import PolicyInputs, PolicyOutput, TrainBatch, pad_rows, split_into_micro_batches
 from rlhf_ppo.functional import value_loss
 from rlhf_ppo.updates.minibatch import MinibatchConfig
-from rlhf_ppo.updates.objective import Gradients, Terms
-from rlhf_ppo.updates.sharding import deal
+from rlhf_ppo.updates.objective import Gradients, LossTerms
+from rlhf_ppo.updates.sharding import assign_rows
 from rlhf_ppo.updates.shuffle import Shuffle
 
 
@@ -61,7 +61,7 @@ class CriticFit:
         if self.gradients is not None:
             self._fit_by(self.gradients, batch, config)
             return
-        share = deal(batch.inputs.costs(), self.accelerator.num_processes)[self.accelerator.process_index]
+        share = assign_rows(batch.inputs.costs(), self.accelerator.num_processes)[self.accelerator.process_index]
         values = self._values(batch.inputs, share, config)
         own = set(share.tolist())
         for _ in range(config.epochs):
@@ -88,12 +88,12 @@ class CriticFit:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
-    def _objective(self, output: PolicyOutput, piece: TrainBatch, count: Tensor) -> Terms:
+    def _objective(self, output: PolicyOutput, micro_batch: TrainBatch, count: Tensor) -> LossTerms:
         loss, _ = value_loss(
-            output.values[:, :-1], piece.values, piece.returns, piece.mask, clip_range=self.clip_range_value,
-            count=count,
+            output.values[:, :-1], micro_batch.values, micro_batch.returns, micro_batch.mask,
+            clip_range=self.clip_range_value, count=count,
         )  # fmt: skip
-        return Terms(loss=loss, metrics={}, ratio=loss.detach()[None])
+        return LossTerms(loss=loss, metrics={}, ratio=loss.detach()[None])
 
     def _step(
         self,
@@ -104,9 +104,11 @@ class CriticFit:
         config: MinibatchConfig,
     ) -> None:
         totals = [torch.zeros_like(parameter) for parameter in self.parameters]
-        pieces = cut(batch.inputs.costs()[rows], size=config.micro_batch_size, token_budget=config.token_budget)
-        for piece in pieces:
-            chosen = rows[piece].tolist()
+        micro_batches = split_into_micro_batches(
+            batch.inputs.costs()[rows], size=config.micro_batch_size, token_budget=config.token_budget
+        )
+        for micro_batch in micro_batches:
+            chosen = rows[micro_batch].tolist()
             loss, _ = value_loss(
                 pad_rows(values(chosen), width=batch.mask.shape[1]), batch.values[chosen], batch.returns[chosen],
                 batch.mask[chosen], clip_range=self.clip_range_value, count=count,
@@ -127,8 +129,10 @@ class CriticFit:
         states: dict[int, Tensor] = {}
         costs = inputs.costs()
         with torch.no_grad():
-            for piece in cut(costs[share], size=config.micro_batch_size, token_budget=config.token_budget):
-                rows = share[piece]
+            for micro_batch in split_into_micro_batches(
+                costs[share], size=config.micro_batch_size, token_budget=config.token_budget
+            ):
+                rows = share[micro_batch]
                 states |= dict(zip(rows.tolist(), self.policy.critic_states(inputs.select(rows)), strict=True))
 
         def values(rows: list[int]) -> list[Tensor]:

@@ -9,21 +9,23 @@ from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import kl_estimate, masked_mean
 from rlhf_ppo.updates.minibatch import MinibatchConfig
 from rlhf_ppo.updates.objective import Objective, UpdateRecord, batch_statistics
-from rlhf_ppo.updates.sharding import everyones, own_pieces
+from rlhf_ppo.updates.sharding import all_gather_batch, local_micro_batches
 
 
 @torch.no_grad()
-def standing_record(
+def record_without_step(
     policy: nn.Module, batch: TrainBatch, objective: Objective, accelerator: Accelerator, config: MinibatchConfig
 ) -> UpdateRecord:
     """The record of an update that took no step on the policy; `batch` holds the rows of all processes."""
     rows = torch.arange(len(batch), device=batch.mask.device)
     count = batch.mask.sum().float()
-    pieces = own_pieces(
+    micro_batches = local_micro_batches(
         batch, rows, size=config.micro_batch_size, token_budget=config.token_budget,
         process=accelerator.process_index, processes=accelerator.num_processes,
     )  # fmt: skip
-    terms = [objective(policy(piece.inputs, with_entropy=True), piece, count) for piece in pieces]
+    terms = [
+        objective(policy(micro_batch.inputs, with_entropy=True), micro_batch, count) for micro_batch in micro_batches
+    ]
     totals = {name: torch.stack([term.metrics[name].float() for term in terms]).sum() for name in terms[0].metrics}
     record = UpdateRecord()
     record.metrics.append(
@@ -38,7 +40,7 @@ def standing_record(
 
 
 @torch.no_grad()
-def reached_kl(
+def kl_after_update(
     policy: nn.Module,
     batch: TrainBatch,
     accelerator: Accelerator,
@@ -57,15 +59,17 @@ def reached_kl(
         size: Most rows of one pass.
         token_budget: Most padded tokens of one pass.
     """
-    batch = everyones(batch, accelerator)
-    pieces = own_pieces(
+    batch = all_gather_batch(batch, accelerator)
+    micro_batches = local_micro_batches(
         batch, torch.arange(len(batch)), size=size, token_budget=token_budget,
         process=accelerator.process_index, processes=accelerator.num_processes,
     )  # fmt: skip
     count = batch.mask.sum().float()
     total = torch.zeros((), device=batch.mask.device)
-    for piece in pieces:
-        drawn_by_old = kl_estimate(piece.logprobs, policy(piece.inputs).logprobs, "k3", mask=piece.mask)
+    for micro_batch in micro_batches:
+        drawn_by_old = kl_estimate(
+            micro_batch.logprobs, policy(micro_batch.inputs).logprobs, "k3", mask=micro_batch.mask
+        )
         # k3 of KL(p || q) wants actions of p: exp(-k1) - 1 + k1 with k1 = log π_old - log π_θ.
-        total += masked_mean(drawn_by_old, piece.mask, count)
+        total += masked_mean(drawn_by_old, micro_batch.mask, count)
     return float(accelerator.reduce(total, reduction="sum"))

@@ -15,20 +15,20 @@ from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.kernels.head_walk import Slopes
 from rlhf_ppo.kernels.memory import pages_kept
 from rlhf_ppo.models.scoring import TokenPolicy
-from rlhf_ppo.updates.nonfinite import Examination, NonFiniteUpdateError, broken_gradients
+from rlhf_ppo.updates.nonfinite import DryRunStep, NonFiniteUpdateError, broken_gradients
 from rlhf_ppo.updates.objective import (
     CompareWith,
     Gradients,
+    LossTerms,
     Objective,
-    Terms,
     UpdateRecord,
-    actions,
     batch_statistics,
-    nobody,
+    count_actions,
+    no_comparison,
 )
-from rlhf_ppo.updates.sharding import everyones, own_pieces
-from rlhf_ppo.updates.shuffle import Resumable
-from rlhf_ppo.updates.steps import PlainSteps, steps_of
+from rlhf_ppo.updates.sharding import all_gather_batch, local_micro_batches
+from rlhf_ppo.updates.shuffle import UpdateState
+from rlhf_ppo.updates.steps import AccelerateSteps, make_optimizer_steps
 from rlhf_ppo.updates.token_loss_gradients import slopes_of
 
 
@@ -54,11 +54,11 @@ class MinibatchConfig:
     """Raise after this many minibatches in a row whose loss or gradient was not finite."""
 
 
-class MinibatchUpdate(Resumable):
+class MinibatchUpdate(UpdateState):
     """Minimize an objective over shuffled minibatches.
 
     An optimizer step depends neither on its cut into micro-batches nor on the number of processes: minibatches are
-    drawn from the rows of all processes, and each piece divides its sums by the action count of the whole step.
+    drawn from the rows of all processes, and each micro-batch divides its sums by the action count of the whole step.
 
     Args:
         policy: The prepared module that scores a batch: `policy(inputs, with_entropy=...) -> PolicyOutput`.
@@ -69,7 +69,7 @@ class MinibatchUpdate(Resumable):
         seed: Of the shuffles. The same on all processes.
         with_entropy: Whether the objective reads the entropy.
         gradients: Another way to the gradients of an optimizer step; None: passes over micro-batches with autograd.
-        compare_with: Further arguments of the policy for a piece: whom to measure an exact KL to.
+        compare_with: Further arguments of the policy for a micro_batch: whom to measure an exact KL to.
         count: What an optimizer step's sums are divided by, from the mask of its rows.
     """
 
@@ -84,12 +84,12 @@ class MinibatchUpdate(Resumable):
         seed: int,
         with_entropy: bool = True,
         gradients: Gradients | None = None,
-        compare_with: CompareWith = nobody,
-        count: Callable[[Tensor], Tensor] = actions,
+        compare_with: CompareWith = no_comparison,
+        count: Callable[[Tensor], Tensor] = count_actions,
     ) -> None:
         super().__init__(seed)
         self.policy = policy
-        self.steps = steps_of(policy, optimizer, accelerator)
+        self.steps = make_optimizer_steps(policy, optimizer, accelerator)
         self.accelerator = accelerator
         self.objective = objective
         self._read_config = config
@@ -103,7 +103,7 @@ class MinibatchUpdate(Resumable):
         """Run the epochs; π_old ← π_θ is left to the caller, who collects the next rollout."""
         self.config = self._read_config()
         record = UpdateRecord()
-        batch = everyones(batch, self.accelerator)
+        batch = all_gather_batch(batch, self.accelerator)
         with pages_kept():
             self._epochs(batch, record)
         if self.accelerator.num_processes > 1:
@@ -121,10 +121,10 @@ class MinibatchUpdate(Resumable):
     def _shuffled(self, rows: int, device: torch.device) -> list[Tensor]:
         return list(self.shuffle(rows, device).split(self.config.minibatch_size * self.accelerator.num_processes))
 
-    def examine(self, batch: TrainBatch, rows: Tensor) -> Examination:
+    def examine(self, batch: TrainBatch, rows: Tensor) -> DryRunStep:
         """Compute the optimizer step on `rows` as an update would, and do not take it."""
         metrics, _ = self._gradient(batch, rows)
-        found = Examination(metrics, broken_gradients(self.policy))
+        found = DryRunStep(metrics, broken_gradients(self.policy))
         self.steps.drop()
         return found
 
@@ -148,21 +148,24 @@ class MinibatchUpdate(Resumable):
         record.advantages.append(batch.advantages[rows][batch.mask[rows]])
 
     def _passes(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
-        pieces = own_pieces(
+        micro_batches = local_micro_batches(
             batch, rows, size=self.config.micro_batch_size, token_budget=self.config.token_budget,
             process=self.accelerator.process_index, processes=self.accelerator.num_processes,
         )  # fmt: skip
         count = self.count(batch.mask[rows]).float()
-        last = len(pieces) - 1
-        terms = [self._backward(objective, piece, count, last=index == last) for index, piece in enumerate(pieces)]
+        last = len(micro_batches) - 1
+        terms = [
+            self._backward(objective, micro_batch, count, last=index == last)
+            for index, micro_batch in enumerate(micro_batches)
+        ]
         return self._reduced(terms), [term.ratio for term in terms]
 
-    def _backward(self, objective: Objective, piece: TrainBatch, count: Tensor, *, last: bool) -> Terms:
+    def _backward(self, objective: Objective, micro_batch: TrainBatch, count: Tensor, *, last: bool) -> LossTerms:
         processes = self.accelerator.num_processes
-        with self.steps.piece(last=last):
-            others = self.compare_with(piece) or self._foreseen(objective, piece, count)
-            output = self.policy(piece.inputs, with_entropy=self.with_entropy, **others)
-            terms = objective(output, piece, count)
+        with self.steps.micro_batch(last=last):
+            others = self.compare_with(micro_batch) or self._foreseen(objective, micro_batch, count)
+            output = self.policy(micro_batch.inputs, with_entropy=self.with_entropy, **others)
+            terms = objective(output, micro_batch, count)
             # Gradients are averaged over processes; shares of a global count must be summed, hence the factor.
             loss = terms.loss * processes
             if processes > 1:  # DDP waits for a gradient of the value head even where no critic is trained
@@ -170,12 +173,12 @@ class MinibatchUpdate(Resumable):
             self.steps.backward(loss)
         return terms
 
-    def _foreseen(self, objective: Objective, piece: TrainBatch, count: Tensor) -> dict[str, Slopes]:
+    def _foreseen(self, objective: Objective, micro_batch: TrainBatch, count: Tensor) -> dict[str, Slopes]:
         """What lets a language model's head take its gradients in the forward pass, where its weight is whole."""
-        whole = isinstance(self.steps, PlainSteps) and self.accelerator.distributed_type != DistributedType.FSDP
-        by_token = self.count is actions  # another count is no divisor of single tokens
+        whole = isinstance(self.steps, AccelerateSteps) and self.accelerator.distributed_type != DistributedType.FSDP
+        by_token = self.count is count_actions  # another count is no divisor of single tokens
         if whole and by_token and isinstance(self.accelerator.unwrap_model(self.policy), TokenPolicy):
-            return {"slopes": slopes_of(objective, piece, count)}
+            return {"slopes": slopes_of(objective, micro_batch, count)}
         return {}
 
     def _accept(self, batch: TrainBatch, rows: Tensor, metrics: dict[str, float]) -> bool:
@@ -212,7 +215,7 @@ class MinibatchUpdate(Resumable):
             return False
         return record.metrics[-1]["policy/policykl"] > 1.5 * self.config.target_kl
 
-    def _reduced(self, terms: list[Terms]) -> dict[str, float]:
+    def _reduced(self, terms: list[LossTerms]) -> dict[str, float]:
         names = list(terms[0].metrics)
         totals = torch.stack([torch.stack([term.metrics[name].float() for term in terms]).sum() for name in names])
         return dict(zip(names, self._sum(totals).tolist(), strict=True))

@@ -25,7 +25,7 @@ class NonFiniteUpdateError(FloatingPointError):
 
 
 @dataclass(frozen=True)
-class Examination:
+class DryRunStep:
     """An optimizer step that was computed and not taken."""
 
     metrics: dict[str, float]
@@ -39,17 +39,17 @@ class Examination:
 
 
 @runtime_checkable
-class Examines(Protocol):
+class SupportsDryRun(Protocol):
     """An update whose optimizer steps can be computed without being taken."""
 
-    def examine(self, batch: TrainBatch, rows: Tensor) -> Examination:
+    def examine(self, batch: TrainBatch, rows: Tensor) -> DryRunStep:
         """Compute the step on these rows."""
         ...
 
 
-def innermost(update: object) -> Examines:
+def innermost_update(update: object) -> SupportsDryRun:
     """The update that takes the steps, inside those that adapt, warm up or remember around it."""
-    while not isinstance(update, Examines):
+    while not isinstance(update, SupportsDryRun):
         update = vars(update)["inner"]
     return update
 

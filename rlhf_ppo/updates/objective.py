@@ -11,18 +11,18 @@ from rlhf_ppo.batch import PolicyOutput, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
-    """One piece's share of an objective: every entry adds up over micro-batches and processes."""
+class LossTerms:
+    """One micro-batch's share of an objective: every entry adds up over micro-batches and processes."""
 
     loss: Tensor
-    """Scalar to minimize: a sum over the piece's actions divided by the count of the whole optimizer step."""
+    """Scalar to minimize: a sum over the micro-batch's actions divided by the count of the whole optimizer step."""
     metrics: dict[str, Tensor]
     """Detached scalars, divided by the same count."""
     ratio: Tensor
-    """π_θ / π_old at the piece's actions, 1-D, detached."""
+    """π_θ / π_old at the micro-batch's actions, 1-D, detached."""
 
 
-Objective: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], Terms]
+Objective: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], LossTerms]
 """(new policy output, batch, count of actions in the whole optimizer step) -> terms to minimize."""
 
 
@@ -30,17 +30,17 @@ CompareWith: TypeAlias = Callable[[TrainBatch], dict[str, Any]]
 """Batch -> further arguments of the policy: whom to measure an exact KL to."""
 
 
-def nobody(batch: TrainBatch) -> dict[str, Any]:
+def no_comparison(batch: TrainBatch) -> dict[str, Any]:
     """No further arguments."""
     return {}
 
 
-def actions(mask: Tensor) -> Tensor:
+def count_actions(mask: Tensor) -> Tensor:
     """Number of actions: the count under which every token weighs the same."""
     return mask.sum()
 
 
-def sequences(mask: Tensor) -> Tensor:
+def count_sequences(mask: Tensor) -> Tensor:
     """Number of responses: the count of `sequence_mean_count`, under which every response weighs the same."""
     return mask.any(dim=1).sum()
 

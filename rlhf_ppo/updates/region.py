@@ -15,7 +15,7 @@ from rlhf_ppo.utils.field_types import check_fields
 
 
 @runtime_checkable
-class CurvedPolicy(Protocol):
+class FisherPolicy(Protocol):
     """A policy whose Fisher information can be had: over tokens (`TokenPolicy`) or over joints."""
 
     chunk_size: int
@@ -33,8 +33,8 @@ class CurvedPolicy(Protocol):
         """The distribution's parameters at each action, with a graph, and their Fisher metric."""
         ...
 
-    def kl_from_here(self, pieces: Sequence[Any]) -> list[Callable[[], Tensor]]:
-        """For each piece, a function that measures KL(π_here || π) [B, T] of whatever π has become by then."""
+    def kl_from_current(self, micro_batches: Sequence[Any]) -> list[Callable[[], Tensor]]:
+        """For each micro-batch, a function that measures KL(π_here || π) [B, T] of whatever π has become by then."""
         ...
 
     def critic_parameters(self) -> list[nn.Parameter]:

@@ -12,10 +12,10 @@ from accelerate.utils import gather_object
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf_ppo.batch import TrainBatch, cut
+from rlhf_ppo.batch import TrainBatch, split_into_micro_batches
 
 
-def everyones(batch: TrainBatch, accelerator: Accelerator) -> TrainBatch:
+def all_gather_batch(batch: TrainBatch, accelerator: Accelerator) -> TrainBatch:
     """The rows of all processes, those of process 0 first; processes may hold different numbers of rows."""
     if accelerator.num_processes == 1:
         return batch
@@ -23,7 +23,7 @@ def everyones(batch: TrainBatch, accelerator: Accelerator) -> TrainBatch:
     return parts[0].joined(parts[1:]).to(batch.mask.device)
 
 
-def deal(costs: Int[Tensor, " rows"], processes: int) -> list[Int[Tensor, " share"]]:
+def assign_rows(costs: Int[Tensor, " rows"], processes: int) -> list[Int[Tensor, " share"]]:
     """Positions 0 ... n-1 for each process: the costliest first, to whoever has the least work so far (Graham 1969)."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     work = [(0, 0, process) for process in range(processes)]
@@ -34,7 +34,7 @@ def deal(costs: Int[Tensor, " rows"], processes: int) -> list[Int[Tensor, " shar
     return [torch.tensor(share, dtype=torch.long) for share in shares]
 
 
-def own_pieces(
+def local_micro_batches(
     batch: TrainBatch,
     rows: Int[Tensor, " rows"],
     *,
@@ -51,16 +51,22 @@ def own_pieces(
     Args:
         batch: The global batch.
         rows: Rows of the optimizer step.
-        size: Most rows in a piece; None for no bound.
-        token_budget: Most padded tokens (rows x longest row) in a piece; None for no bound.
-        process: Whose pieces.
+        size: Most rows in a micro-batch; None for no bound.
+        token_budget: Most padded tokens (rows x longest row) in a micro-batch; None for no bound.
+        process: Whose micro-batches.
         processes: How many share the work.
     """
     costs = batch.inputs.costs()[rows.cpu()]
-    shares = deal(costs, processes)
-    cuts = [[share[piece] for piece in cut(costs[share], size=size, token_budget=token_budget)] for share in shares]
-    own = [batch.select(rows[piece.to(rows.device)]) for piece in cuts[process]]
-    missing = max(len(pieces) for pieces in cuts) - len(own)
+    shares = assign_rows(costs, processes)
+    cuts = [
+        [
+            share[micro_batch]
+            for micro_batch in split_into_micro_batches(costs[share], size=size, token_budget=token_budget)
+        ]
+        for share in shares
+    ]
+    own = [batch.select(rows[micro_batch.to(rows.device)]) for micro_batch in cuts[process]]
+    missing = max(len(micro_batches) for micro_batches in cuts) - len(own)
     if missing:
         shortest = costs.argmin().reshape(1).to(rows.device)
         own += [batch.select(rows[shortest]).without_actions()] * missing

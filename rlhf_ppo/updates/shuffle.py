@@ -31,7 +31,7 @@ class Shuffle:
         self._rng.set_state(("MT19937", np.asarray(state["keys"], dtype=np.uint32), state["position"], 0, 0.0))
 
 
-class Resumable:
+class UpdateState:
     """What an update carries from one call to the next: the order of rows, and steps in a row that were not finite.
 
     Args:

@@ -18,14 +18,14 @@ from rlhf_ppo.updates.optimizers import create_moments
 
 
 @runtime_checkable
-class Steps(Protocol):
-    """One optimizer step: pieces, each with a backward pass, then `apply` or `drop`."""
+class OptimizerSteps(Protocol):
+    """One optimizer step: micro-batches, each with a backward pass, then `apply` or `drop`."""
 
     norm_is_known: bool
     """Whether `clip` can say the gradient norm before `apply`."""
 
-    def piece(self, *, last: bool) -> AbstractContextManager[object]:
-        """Surrounds the passes of one piece; gradients meet those of other processes at the last one."""
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
+        """Surrounds the passes of one micro-batch; gradients meet those of other processes at the last one."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss."""
@@ -40,7 +40,7 @@ class Steps(Protocol):
         """Forget the gradients."""
 
 
-class PlainSteps:
+class AccelerateSteps:
     """DDP, FSDP, or one process."""
 
     norm_is_known = True
@@ -51,7 +51,7 @@ class PlainSteps:
         self._on_cpu = accelerator.device.type == "cpu" and accelerator.distributed_type != DistributedType.FSDP
         self._norm = math.nan
 
-    def piece(self, *, last: bool) -> AbstractContextManager[object]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         if self._on_cpu and not self.optimizer.state:
             create_moments(self.optimizer)
         synchronize: AbstractContextManager[object] = nullcontext() if last else self.accelerator.no_sync(self.policy)
@@ -80,7 +80,7 @@ class PlainSteps:
         self.optimizer.zero_grad()
 
 
-class EngineSteps:
+class DeepSpeedSteps:
     """DeepSpeed ZeRO. The engine averages, clips and steps; it tells the norm afterwards."""
 
     norm_is_known = False
@@ -88,7 +88,7 @@ class EngineSteps:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
-    def piece(self, *, last: bool) -> AbstractContextManager[object]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
@@ -128,8 +128,8 @@ class EngineSteps:
             )
 
 
-def steps_of(policy: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> Steps:
+def make_optimizer_steps(policy: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> OptimizerSteps:
     """What fits the processes."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return EngineSteps(policy)
-    return PlainSteps(policy, optimizer, accelerator)
+        return DeepSpeedSteps(policy)
+    return AccelerateSteps(policy, optimizer, accelerator)

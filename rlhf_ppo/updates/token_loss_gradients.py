@@ -20,7 +20,7 @@ def slopes_of(objective: Objective, batch: TrainBatch, count: Tensor) -> Slopes:
 
     Args:
         objective: What is minimized.
-        batch: A piece; its inputs are `TokenInputs`.
+        batch: A micro-batch; its inputs are `TokenInputs`.
         count: Of actions in the whole optimizer step.
     """
     inputs = batch.inputs

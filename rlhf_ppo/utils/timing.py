@@ -16,7 +16,7 @@ def timed(timing: dict[str, float], name: str) -> Iterator[None]:
 
 
 @contextmanager
-def emptied_cache(wanted: bool) -> Iterator[None]:
+def empty_cache_after(wanted: bool) -> Iterator[None]:
     """Give the device's unused memory back after the block, where that is wanted."""
     yield
     if wanted and torch.cuda.is_available():

@@ -25,7 +25,7 @@ from rlhf_ppo import (
     TrainConfig,
 )
 from rlhf_ppo.algorithms.baselines import MovingBaseline
-from rlhf_ppo.algorithms.parts import Parts
+from rlhf_ppo.algorithms.parts import AlgorithmParts
 from rlhf_ppo.samplers.base import SamplingConfig
 from tests.loop.test_training import config, parameters, share_of_e, trainer
 
@@ -110,12 +110,12 @@ def test_the_full_kl_in_the_loss_needs_a_reference_of_its_own_and_whole_paramete
         "minibatch": own.config.minibatch, "reference_kl": "full",
     }  # fmt: skip
     with pytest.raises(ValueError, match="separate `ref_model`"):
-        Parts(**parts, reference=None)
+        AlgorithmParts(**parts, reference=None)
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match=r"FSDP.*mse"):
-        Parts(**parts, reference=own._reference)
+        AlgorithmParts(**parts, reference=own._reference)
     with pytest.raises(ValueError, match="warmup_iterations"):
-        Parts(**parts | {"reference_kl": None}).critic_fit(None)
+        AlgorithmParts(**parts | {"reference_kl": None}).critic_fit(None)
 
 
 def test_while_the_critic_warms_up_the_policy_stays_bit_for_bit_and_the_critic_learns() -> None:

@@ -9,11 +9,17 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_ppo import GRPO, DivergenceMask, PPOClip
-from rlhf_ppo.algorithms.objectives import bounded, objective, penalized, per_sequence, with_reference
+from rlhf_ppo.algorithms.objectives import (
+    clipped_surrogate,
+    kl_penalized_surrogate,
+    mean_over_sequences,
+    total_objective,
+    with_reference_kl,
+)
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, TrainBatch, pad_rows
-from rlhf_ppo.models.scoring import OldPolicy, TokenPolicy
+from rlhf_ppo.models.scoring import OldPolicyStates, TokenPolicy
 from rlhf_ppo.updates import Objective
-from rlhf_ppo.updates.objective import Terms
+from rlhf_ppo.updates.objective import LossTerms
 from rlhf_ppo.updates.token_loss_gradients import slopes_of
 from tests.support.tiny_models import tiny_gpt2
 
@@ -44,15 +50,21 @@ def batch(old: TokenPolicy, reference: TokenPolicy) -> TrainBatch:
 
 CLIP = PPOClip(clip_low=0.1, clip_high=0.4, dual_clip=1.5)
 TERMS: dict[str, Objective] = {
-    "entropy": objective(bounded(PPOClip(clip_low=0.9, clip_high=9.0)), critic=None, ent_coef=0.7),
-    "asymmetric clip": objective(bounded(PPOClip(clip_low=0.05, clip_high=0.5)), critic=None, ent_coef=0.0),
-    "dual clip": objective(bounded(CLIP), critic=None, ent_coef=0.1),
-    "divergence mask": objective(bounded(GRPO(divergence=DivergenceMask(threshold=0.02))), critic=None, ent_coef=0.0),
-    "sequence mean": per_sequence(objective(bounded(CLIP), critic=None, ent_coef=0.2)),
-    "k2 in the loss": objective(with_reference(bounded(CLIP), "k2"), critic=None, ent_coef=0.0),
-    "k3 in the loss": objective(with_reference(bounded(CLIP), "k3"), critic=None, ent_coef=0.0),
-    "full KL in the loss": objective(with_reference(bounded(CLIP), "full"), critic=None, ent_coef=0.0),
-    "exact KL to the old policy": objective(penalized(2.0), critic=None, ent_coef=0.0),
+    "entropy": total_objective(clipped_surrogate(PPOClip(clip_low=0.9, clip_high=9.0)), critic=None, ent_coef=0.7),
+    "asymmetric clip": total_objective(
+        clipped_surrogate(PPOClip(clip_low=0.05, clip_high=0.5)), critic=None, ent_coef=0.0
+    ),
+    "dual clip": total_objective(clipped_surrogate(CLIP), critic=None, ent_coef=0.1),
+    "divergence mask": total_objective(
+        clipped_surrogate(GRPO(divergence=DivergenceMask(threshold=0.02))), critic=None, ent_coef=0.0
+    ),
+    "sequence mean": mean_over_sequences(total_objective(clipped_surrogate(CLIP), critic=None, ent_coef=0.2)),
+    "k2 in the loss": total_objective(with_reference_kl(clipped_surrogate(CLIP), "k2"), critic=None, ent_coef=0.0),
+    "k3 in the loss": total_objective(with_reference_kl(clipped_surrogate(CLIP), "k3"), critic=None, ent_coef=0.0),
+    "full KL in the loss": total_objective(
+        with_reference_kl(clipped_surrogate(CLIP), "full"), critic=None, ent_coef=0.0
+    ),
+    "exact KL to the old policy": total_objective(kl_penalized_surrogate(2.0), critic=None, ent_coef=0.0),
 }
 
 
@@ -64,7 +76,7 @@ def test_the_gradient_of_an_objective_is_its_slope(name: str) -> None:
         for mine, theirs in zip(new.parameters(), old.parameters(), strict=True):
             theirs.copy_(mine + 0.1 * theirs)
     data = batch(old, reference)
-    arguments: dict[str, Any] = {"old": OldPolicy(old.head_copy(), data.old_states)} if "old" in name else {}
+    arguments: dict[str, Any] = {"old": OldPolicyStates(old.copy_head(), data.old_states)} if "old" in name else {}
     arguments |= {"reference": reference} if "full" in name else {}
     count = data.mask.any(1).sum() if "sequence" in name else data.mask.sum()
 
@@ -93,7 +105,7 @@ def test_only_objectives_that_use_the_entropy_are_told_it_beforehand() -> None:
     def told(given: Objective) -> bool:
         return slopes_of(given, data, data.mask.sum()).read_entropy
 
-    def beside(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Terms:
+    def beside(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> LossTerms:
         terms = TERMS["asymmetric clip"](output, batch, count)
         assert output.entropy is not None
         return replace(terms, loss=terms.loss * output.entropy.detach().mean())
@@ -106,7 +118,7 @@ def test_the_exact_divergences_are_those_of_the_plain_logits() -> None:
     new, old, reference = policy(0), policy(1), policy(2)
     data = batch(old, reference)
     with torch.no_grad():
-        output = new(data.inputs, reference=reference, old=OldPolicy(old.head_copy(), data.old_states))
+        output = new(data.inputs, reference=reference, old=OldPolicyStates(old.copy_head(), data.old_states))
         for row, (prompt, response) in enumerate(zip(data.inputs.prompts, data.inputs.responses, strict=True)):  # type: ignore[attr-defined]
             tokens = torch.cat([prompt, response])[None]
             p, q, o = (m.model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (new, reference, old))

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from rlhf_ppo.kernels import memory
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
-from rlhf_ppo.updates.sharding import deal
+from rlhf_ppo.updates.sharding import assign_rows
 from rlhf_ppo.updates.shuffle import Shuffle
 from tests.benchmarks.allocations import peak_bytes
 from tests.benchmarks.ppo import prepare
@@ -91,7 +91,7 @@ def test_processes_have_equal_work_in_every_optimizer_step_to_five_percent(proce
     most = mean = 0.0
     for _ in range(workload.epochs):
         for rows in shuffle(workload.rows, torch.device("cpu")).split(workload.minibatch * processes):
-            tokens = [int(costs[rows][share].sum()) for share in deal(costs[rows], processes)]
+            tokens = [int(costs[rows][share].sum()) for share in assign_rows(costs[rows], processes)]
             most, mean = most + max(tokens), mean + sum(tokens) / processes
             assert sum(tokens) == int(costs[rows].sum())
     assert most / mean <= 1.05

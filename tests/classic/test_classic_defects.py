@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlhf_ppo import PPOTrainer
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.learner.statistics import StepFacts
-from rlhf_ppo.rollout.experience import Responses, Scored, shape_rollout
+from rlhf_ppo.learner.statistics import StepData
+from rlhf_ppo.rollout.experience import Responses, ScoredResponses, shape_rollout
 from tests.classic.test_classic import QUERIES, RESPONSES, SCORES, policy, trainer_of, weights
 from tests.support.tiny_models import EOS_TOKEN_ID
 
@@ -164,7 +164,7 @@ def test_d10_a_gap_in_the_mask_is_passed_over_without_decay() -> None:
     mask = torch.tensor([[True, True, False, False, True]])
     inputs = TokenInputs(prompts=[torch.tensor([5, 6])], responses=[torch.tensor([7, 8, 9, 10, 11])])
     zeros = torch.zeros(1, 5)
-    scored = Scored(logprobs=zeros, values=torch.ones(1, 6), ref_logprobs=zeros, kl=zeros)
+    scored = ScoredResponses(logprobs=zeros, values=torch.ones(1, 6), ref_logprobs=zeros, kl=zeros)
     responses = Responses(inputs=inputs, mask=mask, scores=torch.tensor([1.0]))
     rollout, _ = shape_rollout(responses, scored, trainer._shaping())
     returns = trainer.algorithm.estimate_advantages(rollout).returns
@@ -196,7 +196,7 @@ def test_d12_statistics_are_those_of_all_rows_of_all_processes(monkeypatch: pyte
     trainer = trainer_of(ppo_epochs=1)
 
     def gathered(parts: list[Any]) -> list[Any]:
-        others = [replace(part, scores=part.scores + 10) for part in parts if isinstance(part, StepFacts)]
+        others = [replace(part, scores=part.scores + 10) for part in parts if isinstance(part, StepData)]
         return [*parts, *others]
 
     monkeypatch.setattr(trainer.processes, "gather_objects", gathered)

@@ -17,7 +17,7 @@ import torch
 from rlhf_ppo import PPOTrainer, TrainConfig
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.rollout.collect import MissingEOS
-from rlhf_ppo.rollout.experience import Responses, Scored, shape_rollout
+from rlhf_ppo.rollout.experience import Responses, ScoredResponses, shape_rollout
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.classic.test_classic import QUERIES, RESPONSES, SCORES, policy, trainer_of, weights
@@ -68,7 +68,7 @@ def test_v2_the_score_is_earned_by_the_stop_token_and_not_one_slot_behind_it() -
     own = trainer_of(init_kl_coef=0.0, adap_kl_ctrl=False)
     inputs = TokenInputs(prompts=[torch.tensor([5])], responses=[torch.tensor([7, 8, EOS_TOKEN_ID])])
     zeros = torch.zeros(1, 3)
-    scored = Scored(logprobs=zeros, values=torch.zeros(1, 4), ref_logprobs=zeros, kl=zeros)
+    scored = ScoredResponses(logprobs=zeros, values=torch.zeros(1, 4), ref_logprobs=zeros, kl=zeros)
     responses = Responses(inputs=inputs, mask=torch.ones(1, 3, dtype=torch.bool), scores=torch.tensor([5.0]))
     rollout, _ = shape_rollout(responses, scored, own._shaping())
     assert rollout.rewards.tolist() == [[0.0, 0.0, 5.0]]

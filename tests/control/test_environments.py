@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_ppo.algorithms import GAE
-from rlhf_ppo.algorithms.advantages import from_values
+from rlhf_ppo.algorithms.advantages import gae_advantages
 from rlhf_ppo.control import ControlPolicy, EnvironmentConfig, Environments, Gaussian, Normalizer, Randomization
 from rlhf_ppo.control.collection import Collector, by_step
 from rlhf_ppo.control.environments import make_environment
@@ -61,7 +61,7 @@ def test_credit_bootstraps_through_a_cut_and_not_through_an_end() -> None:
     environments = Environments([corridor(terminates=3), corridor(truncates=3)], seed=0)
     normalizer = Normalizer(1, environments=2, gamma=0.5, observations=False, rewards=False)
     rollout = Collector(Clock(), environments, normalizer, steps=5, seed=0)()
-    batch = from_values(GAE(gamma=0.5, lam=0.0), identity)(rollout)
+    batch = gae_advantages(GAE(gamma=0.5, lam=0.0), identity)(rollout)
     kept = rollout.mask
     assert kept.tolist() == [[True, True, True, False, True]] * 2
     ended, cut = (batch.returns[row][kept[row]].tolist() for row in range(2))
@@ -74,7 +74,7 @@ def test_rows_of_an_update_are_the_steps_of_the_rollout_in_their_order() -> None
     normalizer = Normalizer(1, environments=2, gamma=0.5, observations=False, rewards=False)
     policy = Clock()
     rollout = Collector(policy, environments, normalizer, steps=5, seed=0)()
-    steps = by_step(from_values(GAE(gamma=0.5), identity)(rollout))
+    steps = by_step(gae_advantages(GAE(gamma=0.5), identity)(rollout))
     assert_close(steps.mask[:, 0], rollout.mask.flatten())
     with torch.no_grad():
         output = policy(steps.inputs)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from rlhf_ppo.algorithms import AlgorithmConfig, Critic, LearnedValue, build_algorithm
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.control import Categorical, ControlInputs, ControlPolicy, Gaussian, control_algorithm
-from rlhf_ppo.control.numpy_gradients import LoweredGradients
+from rlhf_ppo.control.numpy_gradients import NumpyGradients
 from rlhf_ppo.updates import MinibatchConfig, UpdateRecord
 
 ROWS = 24
@@ -49,7 +49,7 @@ def updated(
     built = build_algorithm(
         algorithm, policy=own, optimizer=optimizer, accelerator=Accelerator(cpu=True), seed=3,
         minibatch=lambda: MinibatchConfig(epochs=2, minibatch_size=8, max_grad_norm=0.5, most_skips_in_a_row=3),
-        gradients=LoweredGradients(own) if lowered else None,
+        gradients=NumpyGradients(own) if lowered else None,
     )  # fmt: skip
     return own, built.update(data)
 
@@ -87,7 +87,7 @@ def test_the_lowered_fit_of_trpo_s_critic_takes_the_steps_of_autograd(clip_range
 def test_a_new_objective_is_traced_anew() -> None:
     """Otherwise an adapted β would go on as it was."""
     own, data = policy("joints"), batch(policy("joints"))
-    gradients, rows = LoweredGradients(own), torch.arange(8)
+    gradients, rows = NumpyGradients(own), torch.arange(8)
     strengths = []
     for beta in (1.0, 100.0):
         algorithm: Any = control_algorithm("ppo-penalty")

@@ -94,7 +94,7 @@ def test_fisher_products_are_the_hessian_of_the_mean_divergence(kind: str) -> No
     vector = torch.randn(len(flatten(update.parameters)), dtype=torch.float64)
     expected = float(vector @ product(vector))
     start, step = flatten(update.parameters).detach().clone(), 1e-4
-    (distance,) = own.kl_from_here([data.inputs])
+    (distance,) = own.kl_from_current([data.inputs])
 
     def divergence(at: Tensor) -> float:
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_trust_region_step_keeps_its_promise_and_fits_the_critic_alone_afterwa
     own = policy(kind)
     data = batch(own)
     with torch.no_grad():
-        before = own.distribution.kl_from_here(own.actor(data.inputs.observations))  # type: ignore[attr-defined]
+        before = own.distribution.kl_from_current(own.actor(data.inputs.observations))  # type: ignore[attr-defined]
         error = (own.values(data.inputs.observations) - data.returns)[data.mask].square().mean()  # type: ignore[attr-defined]
     record = natural(own, max_kl=0.02, curvature_fraction=1.0)(data)
     with torch.no_grad():

@@ -18,8 +18,8 @@ from torch import Tensor
 from reward_model.contract import Contract, TextRule
 from reward_model.model import RewardModel
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from rlhf_ppo.diagnostics.findings import CURES, Diagnosis
-from rlhf_ppo.diagnostics.text_checks import Specimen, examine_tokens
+from rlhf_ppo.diagnostics.findings import KNOWN_FINDINGS, Diagnosis
+from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch, run_text_checks
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.benchmarks.allocations import peak_bytes
@@ -36,11 +36,11 @@ def trainer() -> PPOTrainer:
     return trainer_of(batch_size=8, mini_batch_size=4, diagnose=True)
 
 
-def drawn(trainer: PPOTrainer, sampling: SamplingConfig = PLAIN, *, told: bool = False) -> Specimen:
+def drawn(trainer: PPOTrainer, sampling: SamplingConfig = PLAIN, *, told: bool = False) -> DiagnosedBatch:
     """Responses of the trainer's policy. `told`: with what the sampler knows."""
     samples = DecodeLoop(TOKENIZER)(trainer.model, PROMPTS, sampling, generator=torch.Generator().manual_seed(3))
     return replace(
-        Specimen.of(samples), logprobs=samples.logprobs if told else None, sampling=sampling if told else None
+        DiagnosedBatch.of(samples), logprobs=samples.logprobs if told else None, sampling=sampling if told else None
     )
 
 
@@ -147,41 +147,41 @@ def test_every_finding_has_its_row_on_the_page_of_troubles_and_no_row_is_left_ov
     table = page.split("## The doctor found something")[1].split("\n## ")[0]
     named = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     rows = set(re.findall(r"`(\w+)`", " ".join(named)))
-    assert rows == {*CURES, "reward_template"}
+    assert rows == {*KNOWN_FINDINGS, "reward_template"}
 
 
-def specimen(prompts: list[list[int]], responses: list[list[int]], **known: Any) -> Specimen:
-    return Specimen(
+def specimen(prompts: list[list[int]], responses: list[list[int]], **known: Any) -> DiagnosedBatch:
+    return DiagnosedBatch(
         prompts=[torch.tensor(row) for row in prompts], responses=[torch.tensor(row) for row in responses], **known
     )
 
 
 def test_an_end_of_sequence_token_in_a_prompt_is_found_but_not_at_its_start() -> None:
-    ending = examine_tokens(specimen([[5, 6, EOS_TOKEN_ID], [5]], [[7], [8]]), TOKENIZER)
+    ending = run_text_checks(specimen([[5, 6, EOS_TOKEN_ID], [5]], [[7], [8]]), TOKENIZER)
     assert [finding.name for finding in ending.warnings] == ["eos_in_prompt"]
-    inside = examine_tokens(specimen([[5, EOS_TOKEN_ID, 6]], [[7]]), TOKENIZER)
+    inside = run_text_checks(specimen([[5, EOS_TOKEN_ID, 6]], [[7]]), TOKENIZER)
     assert inside.is_healthy and "eos_in_prompt" in inside.names()
-    assert "eos_in_prompt" not in examine_tokens(specimen([[EOS_TOKEN_ID, 5]], [[7]]), TOKENIZER).names()
+    assert "eos_in_prompt" not in run_text_checks(specimen([[EOS_TOKEN_ID, 5]], [[7]]), TOKENIZER).names()
 
 
 def test_padding_that_is_the_stop_token_is_a_note_and_a_warning_where_it_was_left_in() -> None:
     same = tiny_tokenizer()
     same.pad_token = same.eos_token
-    left = examine_tokens(specimen([[5]], [[7, EOS_TOKEN_ID, EOS_TOKEN_ID]]), same)
+    left = run_text_checks(specimen([[5]], [[7, EOS_TOKEN_ID, EOS_TOKEN_ID]]), same)
     assert [finding.name for finding in left.warnings] == ["pad_is_eos"]
-    clean = examine_tokens(specimen([[5]], [[7, EOS_TOKEN_ID]]), same)
+    clean = run_text_checks(specimen([[5]], [[7, EOS_TOKEN_ID]]), same)
     assert clean.is_healthy and "pad_is_eos" in clean.names()
-    assert "pad_is_eos" not in examine_tokens(specimen([[5]], [[7, EOS_TOKEN_ID]]), TOKENIZER).names()
+    assert "pad_is_eos" not in run_text_checks(specimen([[5]], [[7, EOS_TOKEN_ID]]), TOKENIZER).names()
 
 
 def test_tokens_that_do_not_survive_their_text_are_noted_and_texts_of_other_tokens_are_a_warning() -> None:
     whole = TOKENIZER("The movie was good.")["input_ids"]
     letters = [token for letter in "movie" for token in TOKENIZER(letter)["input_ids"]]
-    assert "retokenization" not in examine_tokens(specimen([[5]], [whole]), TOKENIZER).names()
-    assert "retokenization" in examine_tokens(specimen([[5]], [letters]), TOKENIZER).names()
-    told = examine_tokens(specimen([[5]], [letters], response_texts=["movie"]), TOKENIZER)
+    assert "retokenization" not in run_text_checks(specimen([[5]], [whole]), TOKENIZER).names()
+    assert "retokenization" in run_text_checks(specimen([[5]], [letters]), TOKENIZER).names()
+    told = run_text_checks(specimen([[5]], [letters], response_texts=["movie"]), TOKENIZER)
     assert "other_text" not in told.names()
-    cut = examine_tokens(specimen([[5]], [letters], response_texts=["mov"]), TOKENIZER)
+    cut = run_text_checks(specimen([[5]], [letters], response_texts=["mov"]), TOKENIZER)
     assert [finding.name for finding in cut.warnings] == ["other_text"]
 
 
@@ -192,7 +192,7 @@ def test_a_reward_model_says_when_its_texts_are_not_like_those_of_its_training()
 
     def look(source: Any, prompt: str) -> Diagnosis:
         known = {"prompt_texts": [prompt], "response_texts": ["good"], "sources": {"judge": source}}
-        return examine_tokens(specimen([[5]], [TOKENIZER("good")["input_ids"]], **known), TOKENIZER)
+        return run_text_checks(specimen([[5]], [TOKENIZER("good")["input_ids"]], **known), TOKENIZER)
 
     marked = "user: How was it?\nassistant: "
     assert "trained on conversations: their template is applied here once more" in str(look(judge("chat"), marked))
@@ -205,9 +205,9 @@ def test_a_reward_model_says_when_its_texts_are_not_like_those_of_its_training()
 
 def test_scores_and_responses_without_any_difference_are_noted() -> None:
     prompts = [[token] for token in (5, 6, 7, 8)]
-    same = examine_tokens(specimen(prompts, [[9, 10]] * 4, scores=torch.ones(4)), TOKENIZER)
+    same = run_text_checks(specimen(prompts, [[9, 10]] * 4, scores=torch.ones(4)), TOKENIZER)
     assert {"equal_scores", "equal_responses"} <= same.names()
-    other = examine_tokens(specimen(prompts, [[9], [10], [11], [12]], scores=torch.arange(4.0)), TOKENIZER)
+    other = run_text_checks(specimen(prompts, [[9], [10], [11], [12]], scores=torch.arange(4.0)), TOKENIZER)
     assert not {"equal_scores", "equal_responses"} & other.names()
 
 

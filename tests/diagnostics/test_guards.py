@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ppo.diagnostics.guards import FIRST, Guard, Guards, GuardWatch, repetition, with_budget
+from rlhf_ppo.diagnostics.guards import BASELINE_ITERATIONS, Guard, GuardMonitor, Guards, repetition, with_kl_budget
 
 HEALTHY = {
     "objective/kl": 3.0,
@@ -21,8 +21,8 @@ BEYOND = {"kl": ("objective/kl", 9.0), "entropy": ("ppo/policy/entropy", 0.1), "
 LIMITS = {"kl": 6.0, "entropy": 0.5, "repetition": 0.5, "length": 2.0, "judge": 1.0}
 
 
-def watch(name: str, **settings: Any) -> GuardWatch:
-    return GuardWatch(Guards(**{name: Guard(limit=LIMITS[name], **settings)}))
+def watch(name: str, **settings: Any) -> GuardMonitor:
+    return GuardMonitor(Guards(**{name: Guard(limit=LIMITS[name], **settings)}))
 
 
 @pytest.mark.parametrize("name", BEYOND)
@@ -39,7 +39,7 @@ def test_each_guard_stops_beyond_its_line_and_not_before(name: str) -> None:
 @pytest.mark.parametrize("name", BEYOND)
 def test_without_a_limit_nothing_happens(name: str) -> None:
     metric, value = BEYOND[name]
-    verdict = GuardWatch(Guards()).verdict(HEALTHY | {metric: value})
+    verdict = GuardMonitor(Guards()).verdict(HEALTHY | {metric: value})
     assert (verdict.stop, verdict.may_keep, verdict.metrics) == (None, True, {"guard/crossed": 0.0})
 
 
@@ -77,8 +77,8 @@ def test_repetition_is_the_share_of_n_grams_that_stood_before() -> None:
 
 
 def test_length_drift_looks_both_ways_from_the_first_iterations() -> None:
-    own = GuardWatch(Guards())
-    for _ in range(FIRST):
+    own = GuardMonitor(Guards())
+    for _ in range(BASELINE_ITERATIONS):
         assert own.measure(0.0, 10.0)["guard/length_drift"] == 1.0
     assert own.measure(0.0, 30.0)["guard/length_drift"] == pytest.approx(3.0)
     assert own.measure(0.0, 5.0)["guard/length_drift"] == pytest.approx(2.0)
@@ -86,17 +86,17 @@ def test_length_drift_looks_both_ways_from_the_first_iterations() -> None:
 
 def test_the_judge_lead_is_the_scores_gain_minus_the_judges_in_first_deviations() -> None:
     """Score 0 ± 1 to 3 ± 1 gains 3; judge 0 ± 2 to -2 gains -1: the lead is 4, of the kind judge (gain 3) it is 0."""
-    own = GuardWatch(Guards())
+    own = GuardMonitor(Guards())
     first = {"score": [-1.0, 1.0], "judge": [-2.0, 2.0], "kind": [-1.0, 1.0], "kl": [0.0, 0.0]}
     later = {"score": [2.0, 4.0], "judge": [-2.0, -2.0], "kind": [2.0, 4.0], "kl": [5.0, 5.0]}
     assert own.compare(first) == {"guard/judge_lead": 0.0}
     assert own.compare(later)["guard/judge_lead"] == pytest.approx(4.0)
-    kind = GuardWatch(Guards(judge_name="kind"))
+    kind = GuardMonitor(Guards(judge_name="kind"))
     kind.compare(first)
     assert kind.compare(later)["guard/judge_lead"] == pytest.approx(0.0)
-    assert GuardWatch(Guards()).compare({"score": [1.0], "kl": [0.0], "length": [3.0]}) == {}
+    assert GuardMonitor(Guards()).compare({"score": [1.0], "kl": [0.0], "length": [3.0]}) == {}
     with pytest.raises(ValueError, match="judge_name is 'vader', the evaluation has \\['judge', 'kind'\\]"):
-        GuardWatch(Guards(judge_name="vader")).compare(first)
+        GuardMonitor(Guards(judge_name="vader")).compare(first)
 
 
 def test_a_resumed_watch_compares_with_the_same_start() -> None:
@@ -109,10 +109,10 @@ def test_a_resumed_watch_compares_with_the_same_start() -> None:
 
 
 def test_max_kl_is_a_kl_guard_that_stops_unless_there_is_one() -> None:
-    assert with_budget(Guards(), 5.0).kl == Guard(limit=5.0)
+    assert with_kl_budget(Guards(), 5.0).kl == Guard(limit=5.0)
     own = Guards(kl=Guard(limit=2.0, action="warn"))
-    assert with_budget(own, 5.0) is own
-    assert with_budget(Guards(), None) == Guards()
+    assert with_kl_budget(own, 5.0) is own
+    assert with_kl_budget(Guards(), None) == Guards()
 
 
 @pytest.mark.parametrize(

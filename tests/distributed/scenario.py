@@ -167,7 +167,7 @@ def small_parameters_in_parts() -> None:
 
 def whole_weights(trainer: PPOTrainer) -> dict[str, Tensor]:
     """Every parameter, gathered where processes hold parts."""
-    with trainer.whole_parameters():
+    with trainer.gathered_parameters():
         return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 

@@ -28,7 +28,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_deepspeed_on_a_cpu_gets_a_backend_and_compiles_nothing(engine: Any) -> None:
     given = {"mixed_precision": "bf16"}
-    found = deepspeed.engine_arguments(given)
+    found = deepspeed.accelerator_arguments(given)
     assert found["mixed_precision"] == "bf16" and given == {"mixed_precision": "bf16"}
     assert [handler.backend for handler in found["kwargs_handlers"]] == ["gloo"]
     assert engine.ops.__compatible_ops__["deepspeed_shm_comm"] is False
@@ -36,7 +36,7 @@ def test_deepspeed_on_a_cpu_gets_a_backend_and_compiles_nothing(engine: Any) -> 
 
 def test_a_handler_of_the_users_own_stays(engine: Any) -> None:
     own = InitProcessGroupKwargs(backend="mpi")
-    assert deepspeed.engine_arguments({"kwargs_handlers": [own]})["kwargs_handlers"] == [own]
+    assert deepspeed.accelerator_arguments({"kwargs_handlers": [own]})["kwargs_handlers"] == [own]
 
 
 def test_deepspeed_and_the_order_to_use_the_cpu_are_refused_together(
@@ -44,20 +44,20 @@ def test_deepspeed_and_the_order_to_use_the_cpu_are_refused_together(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ValueError, match="Accelerate would drop DeepSpeed without a word"):
-        deepspeed.engine_arguments({})
+        deepspeed.accelerator_arguments({})
 
 
 def test_nothing_is_added_with_a_gpu_without_deepspeed_or_once_the_processes_are_connected(
     engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PartialState, "_shared_state", {"backend": "gloo"})
-    assert deepspeed.engine_arguments({}) == {}
+    assert deepspeed.accelerator_arguments({}) == {}
     monkeypatch.setattr(PartialState, "_shared_state", {})
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    assert deepspeed.engine_arguments({}) == {}
+    assert deepspeed.accelerator_arguments({}) == {}
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setattr("rlhf_ppo.distributed.deepspeed.find_spec", lambda name: None)
-    assert deepspeed.engine_arguments({}) == {}
+    assert deepspeed.accelerator_arguments({}) == {}
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
-    assert deepspeed.engine_arguments({}) == {}
+    assert deepspeed.accelerator_arguments({}) == {}

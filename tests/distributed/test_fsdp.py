@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from rlhf_ppo.distributed.fsdp import keep_fsdp, part_like, whole_tree
+from rlhf_ppo.distributed.fsdp import enable_fsdp2_on_cpu, gather_nested_tensors, shard_like
 
 
 def accelerator(plugin: FullyShardedDataParallelPlugin, device: str = "cpu") -> Accelerator:
@@ -35,16 +35,16 @@ def test_fsdp_that_cannot_be_used_here_is_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     plugin = FullyShardedDataParallelPlugin(**{"cpu_ram_efficient_loading": False, **settings})
     with pytest.raises(ValueError, match=reason):
-        keep_fsdp(accelerator(plugin), None)
+        enable_fsdp2_on_cpu(accelerator(plugin), None)
 
 
 def test_offload_is_left_to_machines_with_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True, cpu_ram_efficient_loading=False)
-    keep_fsdp(accelerator(plugin, device="cuda"), None)
+    enable_fsdp2_on_cpu(accelerator(plugin, device="cuda"), None)
 
 
 def test_without_fsdp_a_tree_is_left_as_it_is() -> None:
     tree = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}, "groups": [{"betas": (0.9, 0.95)}]}
-    assert whole_tree(tree, keep=True) == tree
-    assert part_like(tree["state"], torch.ones(2)) is tree["state"]
+    assert gather_nested_tensors(tree, keep=True) == tree
+    assert shard_like(tree["state"], torch.ones(2)) is tree["state"]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
-from rlhf_ppo.checkpoints.nested_state import load_tree
+from rlhf_ppo.checkpoints.nested_state import load_nested_state
 from tests.distributed import loop
 from tests.distributed.launching import launch
 
@@ -117,7 +117,7 @@ def test_a_run_of_one_process_goes_on_with_two_and_says_what_is_not_exact(
 ) -> None:
     """Weights and Adam's moments are those of the one process; then both draw, each its own, and agree on the end."""
     saved = load_file(folder / "of one process" / "checkpoint-2" / "model.safetensors")
-    moments = load_tree(folder / "of one process" / "checkpoint-2" / "optimizer.safetensors")["state"][0]
+    moments = load_nested_state(folder / "of one process" / "checkpoint-2" / "optimizer.safetensors")["state"][0]
     first, second = (outcome["grown"] for outcome in outcomes)
     for name, value in saved.items():
         assert torch.equal(first["restored"][name], value), name

@@ -11,7 +11,7 @@ from torch import nn
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.distributed import placement
-from rlhf_ppo.distributed.placement import Waiting
+from rlhf_ppo.distributed.placement import OffloadedWeights
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
@@ -33,7 +33,7 @@ def places(module: nn.Module) -> list[int]:
 def test_weights_wait_in_main_memory_and_are_on_the_device_while_at_hand() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    waiting, home = Waiting(module, CPU), places(module)
+    waiting, home = OffloadedWeights(module, CPU), places(module)
     for _ in range(2):
         with waiting.at_hand():
             assert not set(places(module)) & set(home)
@@ -44,7 +44,7 @@ def test_weights_wait_in_main_memory_and_are_on_the_device_while_at_hand() -> No
 
 def test_an_error_in_between_leaves_the_weights_waiting() -> None:
     module = nn.Linear(2, 3)
-    waiting, home = Waiting(module, CPU), places(module)
+    waiting, home = OffloadedWeights(module, CPU), places(module)
     with pytest.raises(RuntimeError, match="lost"), waiting.at_hand():
         raise RuntimeError("lost")
     assert places(module) == home
@@ -52,7 +52,7 @@ def test_an_error_in_between_leaves_the_weights_waiting() -> None:
 
 def test_layers_shared_with_the_policy_stay_where_they_are() -> None:
     shared, own = nn.Linear(2, 2), nn.Linear(2, 2)
-    waiting, home = Waiting(nn.Sequential(shared, own), CPU, others=shared.parameters()), places(own)
+    waiting, home = OffloadedWeights(nn.Sequential(shared, own), CPU, others=shared.parameters()), places(own)
     before = places(shared)
     with waiting.at_hand():
         assert places(shared) == before

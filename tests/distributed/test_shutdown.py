@@ -56,5 +56,5 @@ def test_asking_twice_registers_one_handler(monkeypatch: pytest.MonkeyPatch) -> 
     calls: list[str] = []
     monkeypatch.setattr(atexit, "register", lambda handler: calls.append("register"))
     monkeypatch.setattr(atexit, "unregister", lambda handler: calls.append("unregister"))
-    shutdown.leave_safely()
+    shutdown.wait_for_gloo_threads()
     assert calls == ["unregister", "register"]

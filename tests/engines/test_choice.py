@@ -4,9 +4,9 @@ from typing import Any, get_args
 
 import pytest
 
-from rlhf_ppo.samplers.base import Sampler, WeightFollower
+from rlhf_ppo.samplers.base import Sampler, WeightSyncedSampler
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
-from rlhf_ppo.samplers.make_sampler import SamplerName, make_sampler, usual_cap
+from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
 from rlhf_ppo.samplers.vllm import VLLMSampler
 from sentiment.engines import EngineSettings
 from tests.support.tiny_models import tiny_tokenizer
@@ -16,8 +16,8 @@ from tests.support.tiny_models import tiny_tokenizer
 def test_every_name_has_a_sampler(name: SamplerName) -> None:
     sampler = make_sampler(name, tiny_tokenizer(), vllm_url="http://gpu:8000")
     assert isinstance(sampler, Sampler)
-    assert isinstance(sampler, WeightFollower) == name.startswith("vllm")
-    assert (usual_cap(name) is None) == (name in ("loop", "generate", "generate-static"))
+    assert isinstance(sampler, WeightSyncedSampler) == name.startswith("vllm")
+    assert (default_importance_cap(name) is None) == (name in ("loop", "generate", "generate-static"))
 
 
 def test_a_name_decides() -> None:

@@ -13,7 +13,7 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, T
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.samplers.base import SamplingConfig, WeightFollower
+from rlhf_ppo.samplers.base import SamplingConfig, WeightSyncedSampler
 from rlhf_ppo.samplers.vllm import VLLMSampler
 from tests.engines.fake_vllm import FakeVLLM, serving
 from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_tokenizer
@@ -44,7 +44,7 @@ def largest_gap(model: Any, samples: Any) -> float:
 
 def test_after_a_sync_the_server_draws_from_the_trainer_s_weights(sampler: VLLMSampler, server: FakeVLLM) -> None:
     model = tiny_gpt2(seed=0)
-    assert isinstance(sampler, WeightFollower)
+    assert isinstance(sampler, WeightSyncedSampler)
     sampler.follow(model, Accelerator())
     samples = sampler(model, PROMPTS, DRAW)
     assert [prompt.tolist() for prompt in samples.prompts] == [p.tolist() for p in PROMPTS for _ in range(2)]

@@ -75,7 +75,7 @@ def test_gae_reads_no_junk_in_masked_steps_nor_behind_a_terminated_end(seed: int
     batch, time = shape
     mask = random_mask(seed, *shape)
     rewards, values = numbers(seed, *shape), numbers(seed + 1, batch, time + 1)
-    terminated = torch.arange(time).expand(batch, time) == F.last_action(mask).unsqueeze(1)
+    terminated = torch.arange(time).expand(batch, time) == F.last_action_index(mask).unsqueeze(1)
     truncated = torch.zeros_like(mask)
     clean = F.gae(rewards, values, terminated, truncated, gamma=0.9, lam=0.8, mask=mask)
     with_end = torch.cat([mask, torch.zeros(batch, 1, dtype=torch.bool)], dim=1)
@@ -118,7 +118,7 @@ def test_dropping_masked_columns_changes_nothing(seed: int, shape: tuple[int, in
     time = shape[1]
     mask = random_mask(seed, 1, time)
     rewards, values = numbers(seed, 1, time), numbers(seed + 1, 1, time + 1)
-    terminated = torch.arange(time).view(1, time) == F.last_action(mask).unsqueeze(1)
+    terminated = torch.arange(time).view(1, time) == F.last_action_index(mask).unsqueeze(1)
     ours = mask[0].nonzero().flatten()
     kept = torch.cat([ours, torch.tensor([time])])
     gapped, _ = F.gae(rewards, values, terminated, torch.zeros_like(mask), gamma=gamma, lam=lam, mask=mask)

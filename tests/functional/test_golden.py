@@ -35,7 +35,7 @@ def shaped(case: str) -> tuple[Tensor, Tensor, Tensor]:
     rewards, _ = F.kl_shaped_rewards(kl, x["scores"], x["mask"], kl_coef=CONFIG["kl_coef"])
     if whitened == "whiten_rewards=False":
         return kl, rewards, rewards
-    tail = x["mask"].shape[1] - 1 - F.last_action(x["mask"])
+    tail = x["mask"].shape[1] - 1 - F.last_action_index(x["mask"])
     seen = F.classic_whiten_rewards(rewards, x["mask"], tail=tail, gamma=CONFIG["gamma"], lam=CONFIG["lam"])
     return kl, rewards, seen
 
@@ -44,7 +44,7 @@ def credit(case: str) -> tuple[Tensor, Tensor]:
     """Whitened advantages, and returns."""
     x, rewards = inputs(), shaped(case)[2]
     mask = x["mask"]
-    terminated = torch.arange(mask.shape[1]).expand_as(mask) == F.last_action(mask).unsqueeze(1)
+    terminated = torch.arange(mask.shape[1]).expand_as(mask) == F.last_action_index(mask).unsqueeze(1)
     values = torch.cat([x["values"], torch.zeros(len(mask), 1, dtype=torch.float64)], dim=1)
     advantages, returns = F.gae(
         rewards, values, terminated, torch.zeros_like(mask), gamma=CONFIG["gamma"], lam=CONFIG["lam"], mask=mask

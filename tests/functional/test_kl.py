@@ -111,7 +111,7 @@ def test_each_action_pays_for_the_next_state_and_the_last_for_none(seed: int, sh
         ours = [step for step in range(shape[1]) if mask[row, step]]
         for here, following in itertools.pairwise(ours):
             expected[row, here] = kl[row, following]
-    assert_close(F.next_states_kl(spoil(kl, mask), mask), expected)
+    assert_close(F.next_state_kl(spoil(kl, mask), mask), expected)
 
 
 def test_the_split_kl_has_the_exact_gradient_of_the_sequence_kl_and_k3_as_a_reward_the_wrong_one() -> None:
@@ -139,7 +139,7 @@ def test_the_split_kl_has_the_exact_gradient_of_the_sequence_kl_and_k3_as_a_rewa
 
     truth = torch.cat([x.flatten() for x in exact])
     own = (weights.detach() * states.sum(1)).sum()
-    assert_close(gradient(own + as_reward(F.next_states_kl(states, mask))), truth)
+    assert_close(gradient(own + as_reward(F.next_state_kl(states, mask))), truth)
     assert_close(gradient(as_reward(F.kl_estimate(logprobs, ref_logprobs, "k1"))), truth)
     wrong = gradient(as_reward(F.kl_estimate(logprobs, ref_logprobs, "k3")))
     assert torch.nn.functional.cosine_similarity(wrong, truth, dim=0) < 0

@@ -119,13 +119,13 @@ def test_gradients_agree_with_finite_differences() -> None:
 
 def test_last_action_is_the_last_true_of_each_row_whatever_the_gaps() -> None:
     mask = torch.tensor([[True, False, True, False], [True, False, False, False], [False, False, False, True]])
-    assert F.last_action(mask).tolist() == [2, 0, 3]
+    assert F.last_action_index(mask).tolist() == [2, 0, 3]
 
 
 def test_last_action_names_the_rows_without_actions() -> None:
     mask = torch.tensor([[True, False], [False, False], [False, False]])
     with pytest.raises(ValueError, match=r"at least one action, got none in row\(s\) \[1, 2\].*Drop these samples"):
-        F.last_action(mask)
+        F.last_action_index(mask)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -101,7 +101,7 @@ def test_classic_whiten_rewards_is_gae_over_whitened_padding(
     shaped = F.classic_whiten_rewards(
         spoil(rewards, mask), mask, tail=torch.tensor(tails[:batch]), gamma=gamma, lam=lam
     )
-    terminated = torch.arange(time).expand(batch, time) == F.last_action(mask).unsqueeze(1)
+    terminated = torch.arange(time).expand(batch, time) == F.last_action_index(mask).unsqueeze(1)
     advantages, _ = F.gae(shaped, values, terminated, torch.zeros_like(mask), gamma=gamma, lam=lam, mask=mask)
     assert_close(advantages, expected, atol=1e-6, rtol=1e-6)
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.functional import ppo_clip_loss
-from rlhf_ppo.learner.importance_correction import corrected, mismatch_metrics
+from rlhf_ppo.learner.importance_correction import apply_importance_weights, mismatch_metrics
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
@@ -67,7 +67,7 @@ def test_a_weighed_advantage_weighs_the_clipped_surrogate() -> None:
         returns=numbers(5, 2, 3),
     )  # fmt: skip
     responses = Responses(inputs=inputs, mask=mask, scores=torch.zeros(2), sampler_logprobs=sampler)
-    weighed = corrected(batch, responses, 1.5)
+    weighed = apply_importance_weights(batch, responses, 1.5)
     weights = (old - sampler).exp().clamp(max=1.5)
     expected = 0.0
     for position in mask.nonzero():

@@ -121,7 +121,7 @@ def test_a_step_that_nothing_accepts_leaves_the_policy_bit_for_bit(monkeypatch: 
     update, data = update_of(own), batch(own)
     before = [parameter.clone() for parameter in update.parameters]
     monkeypatch.setattr(
-        update.policy, "kl_from_here",
+        update.policy, "kl_from_current",
         lambda pieces: [lambda piece=piece: torch.full((len(piece), piece.width()), 9.0) for piece in pieces],
     )  # fmt: skip
     record = update(data)

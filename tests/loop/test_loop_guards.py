@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_ppo import RLOO, TrainConfig, TrainState
-from rlhf_ppo.diagnostics.guards import Guard, Guards, GuardWatch
+from rlhf_ppo.diagnostics.guards import Guard, GuardMonitor, Guards
 from rlhf_ppo.loop.checks import LostRollouts
 from rlhf_ppo.rewards.sources import RewardFailures, RewardSourceError
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -47,7 +47,7 @@ LIMITS = {"kl": 10.0, "entropy": 1.0, "repetition": 0.5, "judge": 1.0}
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_every_guard_sees_the_hack_and_leaves_its_beginning_alone(hacked: TrainState, name: str) -> None:
-    watch = GuardWatch(Guards(**{name: Guard(limit=LIMITS[name])}))
+    watch = GuardMonitor(Guards(**{name: Guard(limit=LIMITS[name])}))
     verdicts = [watch.verdict(row).stop for row in hacked.history]
     assert verdicts[0] is None
     assert any(verdicts), [row.get("guard/judge_lead", row["guard/repetition"]) for row in hacked.history]

@@ -5,7 +5,7 @@ import torch
 
 from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.loop.token_traces import token_texts, token_traces
-from rlhf_ppo.rollout.experience import Scored
+from rlhf_ppo.rollout.experience import ScoredResponses
 from tests.support.tiny_models import EOS_TOKEN_ID, tiny_tokenizer
 
 
@@ -36,7 +36,7 @@ def test_traces_hold_each_rows_own_numbers_and_no_padding() -> None:
     batch = TrainBatch(
         inputs=inputs, mask=mask, logprobs=-numbers, values=numbers, advantages=numbers / 2, returns=numbers
     )
-    scored = Scored(logprobs=-numbers, values=torch.zeros(2, width + 1), ref_logprobs=numbers, kl=numbers * 3)
+    scored = ScoredResponses(logprobs=-numbers, values=torch.zeros(2, width + 1), ref_logprobs=numbers, kl=numbers * 3)
     traces = token_traces(batch, scored, tokenizer, iteration=4, prompts=["A", "B"], scores=[1.0, 2.0])
     assert [(trace.iteration, trace.prompt, trace.score) for trace in traces] == [(4, "A", 1.0), (4, "B", 2.0)]
     assert "".join(traces[0].tokens) == " good" and traces[0].kl == [3.0 * i for i in range(width)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_ppo.models.device import own_device
+from rlhf_ppo.models.device import default_device
 
 
 @pytest.mark.parametrize(("local_rank", "expected"), [("3", "cuda:3"), (None, "cuda:0")])
@@ -14,10 +14,10 @@ def test_each_process_of_a_launcher_uses_its_own_gpu(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert own_device() == torch.device(expected)
+    assert default_device() == torch.device(expected)
 
 
 def test_without_a_gpu_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert own_device() == torch.device("cpu")
+    assert default_device() == torch.device("cpu")

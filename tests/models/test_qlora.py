@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.kernels.linear_layers import use_plain_layers
 from rlhf_ppo.merge import merge
-from rlhf_ppo.models.adapters import trained_share
+from rlhf_ppo.models.adapters import describe_trainable_parameters
 from rlhf_ppo.models.merging import save_merged
 from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -46,7 +46,9 @@ def test_a_base_in_four_bits_is_the_reference_and_does_not_move(base: str, tmp_p
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     heads = 65 + 65
     adapters = 2 * (trained - 65) // 2  # the policy's and the critic's, of one shape
-    assert trained_share(model).startswith(f"{trained:,} of {whole + adapters + heads:,} parameters are trained")
+    assert describe_trainable_parameters(model).startswith(
+        f"{trained:,} of {whole + adapters + heads:,} parameters are trained"
+    )
     frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     trainer = PPOTrainer(
         PPOConfig(batch_size=4, mini_batch_size=4, ppo_epochs=1, learning_rate=0.01), model,

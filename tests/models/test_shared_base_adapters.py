@@ -16,8 +16,8 @@ from reward_model.contract import Contract, ContractError, Normalization, TextRu
 from reward_model.on_policy import reward_on_policy
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.models.adapters import parameters_of, trained_share
-from rlhf_ppo.models.shared_base_adapters import CRITIC_ADAPTER, attach_critic_adapter, put_reward_adapter
+from rlhf_ppo.models.adapters import adapter_parameters, describe_trainable_parameters
+from rlhf_ppo.models.shared_base_adapters import CRITIC_ADAPTER, attach_critic_adapter, attach_reward_adapter
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.support.tiny_models import tiny_llama, tiny_tokenizer
 from tests.support.tiny_run import TEXTS, config
@@ -108,14 +108,17 @@ def test_one_base_serves_policy_reference_critic_and_reward_model(base: Path, re
     assert trainer.ref_model is None and copies_of_the_base() - before == 1
     base_size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(base).parameters())
     added = {
-        name: sum(parameter.numel() for parameter in parameters_of(model.pretrained_model, name).values())
+        name: sum(parameter.numel() for parameter in adapter_parameters(model.pretrained_model, name).values())
         for name in ("default", "reward_adapter", CRITIC_ADAPTER)
     }
     heads = (WIDTH + 1) + WIDTH + (WIDTH + 1)  # value head, score (no bias), the critic's
     whole = base_size + sum(added.values()) + heads
     assert sum(parameter.numel() for parameter in model.parameters()) == whole
     trained = added["default"] + added[CRITIC_ADAPTER] + WIDTH + 1
-    assert trained_share(model) == f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%})"
+    assert (
+        describe_trainable_parameters(model)
+        == f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%})"
+    )
 
 
 def test_a_critic_adapter_starts_at_zero_and_its_loss_moves_nothing_of_the_policy(base: Path) -> None:
@@ -133,7 +136,7 @@ def test_a_critic_adapter_starts_at_zero_and_its_loss_moves_nothing_of_the_polic
 
 def test_a_critic_adapter_that_starts_as_the_reward_model_gives_its_score(base: Path, reward_folder: Path) -> None:
     model = policy(base)
-    scorer = put_reward_adapter(model, str(reward_folder))
+    scorer = attach_reward_adapter(model, str(reward_folder))
     attach_critic_adapter(model, from_reward_adapter=True, gain=2.0, bias=-1.0)
     values = model.critic(INPUTS)  # type: ignore[misc]
     for row, (prompt, response) in enumerate(zip(INPUTS.prompts, INPUTS.responses, strict=True)):
@@ -141,7 +144,7 @@ def test_a_critic_adapter_that_starts_as_the_reward_model_gives_its_score(base: 
         raw = scorer(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
         assert_close(values[row][-1], 2.0 * raw - 1.0)
     with torch.no_grad():
-        for parameter in parameters_of(model.pretrained_model, CRITIC_ADAPTER).values():
+        for parameter in adapter_parameters(model.pretrained_model, CRITIC_ADAPTER).values():
             parameter.zero_()
     assert_close(scorer(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0], raw)  # a copy, not a view
 
@@ -154,7 +157,7 @@ def test_recomputed_layers_of_the_critic_run_under_its_own_adapter(base: Path) -
         attach_critic_adapter(model)
         torch.manual_seed(2)
         for name in ("default", CRITIC_ADAPTER):
-            for parameter in parameters_of(model.pretrained_model, name).values():
+            for parameter in adapter_parameters(model.pretrained_model, name).values():
                 nn.init.normal_(parameter, std=0.2)
         nn.init.normal_(model.critic.head.weight)  # type: ignore[union-attr, arg-type]
         if checkpointing:
@@ -199,7 +202,7 @@ def test_what_cannot_share_a_base_is_refused_and_the_policy_is_as_it_was(
 ) -> None:
     plain = AutoModelForCausalLMWithValueHead.from_pretrained(str(base))
     with pytest.raises(ValueError, match="expected a policy with adapters"):
-        put_reward_adapter(plain, str(reward_folder))
+        attach_reward_adapter(plain, str(reward_folder))
     with pytest.raises(ValueError, match="expected a causal policy with adapters"):
         attach_critic_adapter(plain)
     tiny_llama(hidden_size=WIDTH, seed=4).save_pretrained(tmp_path / "other")

@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 import torch
 
-from rlhf_ppo.rewards.sources import RewardFailures, RewardRequest, RewardSourceError, Scores, score_batch
+from rlhf_ppo.rewards.sources import RewardFailures, RewardRequest, RewardScores, RewardSourceError, score_batch
 
 REQUEST = RewardRequest(prompts=["a", "b", "c"], responses=["x", "y", "z"], response_lengths=[1, 1, 1])
 GOOD = [1.0, 2.0, 3.0]
@@ -141,7 +141,7 @@ def test_a_sum_beyond_float32_is_refused_though_each_part_is_finite() -> None:
 
 def test_drops_of_several_processes_are_counted_together() -> None:
     parts = [score_batch({"judge": saying(fault)}, REQUEST, DROP) for fault in (GOOD, [1.0, math.nan, 3.0])]
-    joined: Scores = parts[0].joined(parts[1:])
+    joined: RewardScores = parts[0].joined(parts[1:])
     assert joined.metrics()["env/reward_dropped"] == pytest.approx(1 / 6)
     assert joined.failed_calls == 1
 

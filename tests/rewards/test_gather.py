@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_ppo.rewards.gather import joined, part
+from rlhf_ppo.rewards.gather import concatenate_requests, select_scores
 from rlhf_ppo.rewards.sources import RewardRequest, score_batch
 from tests.support.tiny_run import config, share_of_e, trainer
 
@@ -26,9 +26,9 @@ def a_number_a_token(prompts: Sequence[str], responses: Sequence[str], label: Se
 
 @pytest.mark.parametrize("source", [a_number_a_token, share_of_e])
 def test_each_part_of_the_answer_to_all_is_the_answer_to_its_request(source: Any) -> None:
-    everyones = score_batch({"own": source}, joined(REQUESTS))
+    everyones = score_batch({"own": source}, concatenate_requests(REQUESTS))
     for rows, request in zip((slice(0, 2), slice(2, 3)), REQUESTS, strict=True):
-        own, expected = part(everyones, rows, request), score_batch({"own": source}, request)
+        own, expected = select_scores(everyones, rows, request), score_batch({"own": source}, request)
         assert_close(own.scores, expected.scores)
         assert torch.equal(own.skipped, expected.skipped)
         assert_close(own.per_source["own"], expected.per_source["own"], equal_nan=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_ppo.rewards.sources import RewardRequest, RewardSourceError, combine, score_batch
+from rlhf_ppo.rewards.sources import RewardRequest, RewardSourceError, named_sources, score_batch
 
 REQUEST = RewardRequest(
     prompts=["a", "b", "c"],
@@ -235,11 +235,11 @@ def test_an_answer_of_the_wrong_shape_or_type_is_refused(answer: Any, message: s
 def test_sources_must_be_callables_with_finite_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # A user runs without shape checks.
     with pytest.raises(TypeError, match=r"'judge' must be a callable .* got int"):
-        combine({"judge": 3})  # type: ignore[dict-item]
+        named_sources({"judge": 3})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="weight of reward source 'judge' must be finite"):
-        combine({"judge": (length, math.nan)})
+        named_sources({"judge": (length, math.nan)})
     with pytest.raises(ValueError, match="at least one"):
-        combine({})
+        named_sources({})
 
 
 def test_a_request_whose_parts_differ_in_length_is_refused() -> None:

@@ -6,30 +6,30 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ppo.checkpoints.best import BestModels, Evaluated, frontier, thinned
+from rlhf_ppo.checkpoints.best import BestModels, EvaluatedModel, pareto_frontier, thin_frontier
 
 
-def points(*pairs: tuple[float, float]) -> list[Evaluated]:
+def points(*pairs: tuple[float, float]) -> list[EvaluatedModel]:
     """(KL, measure) of iterations 1, 2, ..."""
-    return [Evaluated(iteration=number, measure=high, kl=low) for number, (low, high) in enumerate(pairs, start=1)]
+    return [EvaluatedModel(iteration=number, measure=high, kl=low) for number, (low, high) in enumerate(pairs, start=1)]
 
 
-def numbers(found: list[Evaluated]) -> list[int]:
+def numbers(found: list[EvaluatedModel]) -> list[int]:
     return [point.iteration for point in found]
 
 
 def test_the_frontier_is_what_no_other_model_beats_in_both() -> None:
     """By hand: 2 costs more KL than 1 for less, 4 ties with 3 in measure at more KL."""
-    assert numbers(frontier(points((1, 0.5), (2, 0.4), (3, 0.8), (4, 0.8), (5, 0.9)))) == [1, 3, 5]
+    assert numbers(pareto_frontier(points((1, 0.5), (2, 0.4), (3, 0.8), (4, 0.8), (5, 0.9)))) == [1, 3, 5]
 
 
 def test_thinning_drops_what_costs_least_area_and_the_best_measure_last() -> None:
     """Areas between neighbors: 2 holds (3 - 2)·(0.3 - 0.1) = 0.2, 3 holds (9 - 3)·(0.4 - 0.3) = 0.6."""
     found = points((1, 0.1), (2, 0.3), (3, 0.4), (9, 0.9))
-    assert numbers(thinned(found, 3)) == [1, 3, 4]
-    assert numbers(thinned(found, 2)) == [1, 4]
-    assert numbers(thinned(found, 1)) == [4]
-    assert thinned(found, 0) == []
+    assert numbers(thin_frontier(found, 3)) == [1, 3, 4]
+    assert numbers(thin_frontier(found, 2)) == [1, 4]
+    assert numbers(thin_frontier(found, 1)) == [4]
+    assert thin_frontier(found, 0) == []
 
 
 def keeper(folder: Path, *, most: int = 2, max_reference_kl: float | None = None) -> BestModels:

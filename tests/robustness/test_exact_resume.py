@@ -25,7 +25,7 @@ from rlhf_ppo import (
     TrainConfig,
 )
 from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, checkpoints, read_json, write_json
-from rlhf_ppo.checkpoints.nested_state import load_tree, save_tree
+from rlhf_ppo.checkpoints.nested_state import load_nested_state, save_nested_state
 from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
@@ -203,8 +203,8 @@ def test_a_run_of_two_processes_goes_on_with_one_and_says_what_is_not_exact(tmp_
     first = trainer()
     first.train(share_of_e, config(tmp_path / "run", iterations=2, save_every=2))
     folder = tmp_path / "run" / "checkpoint-2"
-    (own,) = load_tree(folder / "processes.safetensors")
-    save_tree([own, own], folder / "processes.safetensors")
+    (own,) = load_nested_state(folder / "processes.safetensors")
+    save_nested_state([own, own], folder / "processes.safetensors")
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != MANIFEST}
     content = {"format": 2, "files": files}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_ppo.checkpoints import FolderInUseError, only_run_in
+from rlhf_ppo.checkpoints import FolderInUseError, lock_run_folder
 from rlhf_ppo.checkpoints.folders import write_json
 from rlhf_ppo.checkpoints.lock import HOLDER, LOCK
 from tests.robustness.another_run import another_run_in
@@ -34,7 +34,7 @@ def test_a_run_that_was_killed_blocks_nobody(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         write_json(tmp_path / HOLDER, {"process": process.pid, "machine": "here", "since": "then"})
-        with only_run_in(tmp_path):
+        with lock_run_folder(tmp_path):
             assert json.loads((tmp_path / HOLDER).read_text())["process"] == os.getpid()
 
 
@@ -46,8 +46,8 @@ def test_one_process_may_ask_twice_and_the_folder_is_free_only_after_both(tmp_pa
     def is_free() -> bool:
         return subprocess.run([sys.executable, "-c", question], capture_output=True, check=False).returncode == 0
 
-    with only_run_in(tmp_path):
-        with only_run_in(tmp_path):
+    with lock_run_folder(tmp_path):
+        with lock_run_folder(tmp_path):
             assert (tmp_path / HOLDER).is_file()
         assert (tmp_path / HOLDER).is_file()
         assert not is_free()
@@ -65,13 +65,13 @@ def test_where_the_file_system_knows_no_locks_a_warning_says_that_nothing_guards
 
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.warns(UserWarning, match=r"cannot be locked .*No locks available.* nothing keeps a second run out"):
-        with only_run_in(tmp_path):
+        with lock_run_folder(tmp_path):
             pass
 
 
 def test_an_error_inside_gives_the_folder_back(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="inside"):
-        with only_run_in(tmp_path):
+        with lock_run_folder(tmp_path):
             raise RuntimeError("inside")
     with another_run_in(tmp_path):
         pass

@@ -92,7 +92,7 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(tmp_path: Pa
 def test_a_second_signal_while_a_checkpoint_is_written_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = folders.commit
+    commit = folders.commit_checkpoint
 
     def interrupted(aside: Path, *, keep_last: int) -> Path:
         if "checkpoint-2" in aside.name:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.rollout.experience import Responses
-from rlhf_ppo.rollout.rebalance import shared_out
+from rlhf_ppo.rollout.rebalance import rebalance_empty_ranks
 
 CPU = torch.device("cpu")
 
@@ -27,10 +27,10 @@ def responses(lengths: list[int], first: int, group_size: int = 1) -> Responses:
 
 
 def among(parts: list[Responses | None], process: int) -> Responses:
-    """What `shared_out` gives to one of several processes, which all say the same things."""
+    """What `rebalance_empty_ranks` gives to one of several processes, which all say the same things."""
     said = iter([[0 if part is None else len(part.inputs) for part in parts], parts])
     gather: Callable[[list[Any]], list[Any]] = lambda _: list(next(said))
-    return shared_out(parts[process], gather, process, CPU)
+    return rebalance_empty_ranks(parts[process], gather, process, CPU)
 
 
 def test_where_everybody_has_something_nothing_moves() -> None:

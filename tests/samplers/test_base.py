@@ -10,10 +10,10 @@ from rlhf_ppo.samplers.base import (
     EvalMode,
     PromptError,
     SamplingConfig,
-    SamplingWork,
+    SamplingCounts,
     check_prompts,
+    draw_seed,
     pad_prompts,
-    seed_from,
     unwrap_causal_lm,
 )
 
@@ -54,8 +54,8 @@ def test_only_an_untouched_distribution_counts_as_unwarped() -> None:
 
 
 def test_work_adds_up_field_by_field() -> None:
-    total = SamplingWork(forwards=1, response_tokens=5) + SamplingWork(forwards=2, prefill_tokens=7)
-    assert total == SamplingWork(forwards=3, response_tokens=5, prefill_tokens=7)
+    total = SamplingCounts(forwards=1, response_tokens=5) + SamplingCounts(forwards=2, prefill_tokens=7)
+    assert total == SamplingCounts(forwards=3, response_tokens=5, prefill_tokens=7)
 
 
 def test_eval_mode_is_put_back_module_by_module() -> None:
@@ -90,8 +90,8 @@ def test_padding_is_on_the_asked_side_and_holds_only_tokens_of_the_row() -> None
 
 
 def test_a_seed_drawn_from_a_generator_repeats_with_its_state() -> None:
-    first, second = (seed_from(torch.Generator().manual_seed(3)) for _ in range(2))
-    assert first == second != seed_from(torch.Generator().manual_seed(4))
+    first, second = (draw_seed(torch.Generator().manual_seed(3)) for _ in range(2))
+    assert first == second != draw_seed(torch.Generator().manual_seed(4))
 
 
 def test_a_model_is_found_inside_its_wrappers() -> None:
