@@ -58,7 +58,7 @@ def test_every_test_that_a_page_names_exists() -> None:
 def test_every_defect_that_has_a_test_is_on_the_page_of_defects() -> None:
     page = (ROOT / "docs" / "migrating-from-trl.md").read_text()
     for file in ("test_classic_defects.py", "test_v2_and_trlx_defects.py"):
-        names = _TEST.findall((ROOT / "tests" / file).read_text())
+        names = _TEST.findall((ROOT / "tests" / "classic" / file).read_text())
         missing = [name for name in names if f"`{name}`" not in page]
         assert not missing, f"{file}: {missing}"
     assert [int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)] == list(range(1, 14))
