@@ -7,6 +7,7 @@ from reward_model.model import RewardModel
 from reward_model.on_policy import reward_on_policy
 from reward_model.pairs import excerpt, pairs_from_labels
 from reward_model.trainer import RewardModelResult, train_reward_model
+from rlhf_ppo.utils.moved_names import forward_old_names
 
 __all__ = [
     "BadRow",
@@ -23,3 +24,5 @@ __all__ = [
     "reward_on_policy",
     "train_reward_model",
 ]
+
+forward_old_names(__name__)

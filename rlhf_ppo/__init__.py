@@ -31,6 +31,7 @@ from rlhf_ppo.models import (
     create_reference_model,
 )
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.utils.moved_names import forward_old_names
 from rlhf_ppo.utils.seeding import set_seed
 
 __version__ = "0.1.0"
@@ -68,3 +69,5 @@ __all__ = [
     "respond_to_batch",
     "set_seed",
 ]
+
+forward_old_names(__name__)

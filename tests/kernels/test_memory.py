@@ -132,6 +132,7 @@ def test_a_view_outlives_its_tensor() -> None:
 
 
 def test_a_process_may_end_with_a_tensor_in_its_pages() -> None:
-    program = "import torch; from rlhf_ppo.kernels import memory; kept = memory.empty((2**23,), like=torch.ones(1)).fill_(1.0)"
+    keep = "kept = memory.empty((2**23,), like=torch.ones(1)).fill_(1.0)"
+    program = f"import torch; from rlhf_ppo.kernels import memory; {keep}"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, text=True)
     assert (found.returncode, found.stderr) == (0, "")
