@@ -1,11 +1,14 @@
-"""The limits of the house: few loose modules, no circles, short files and functions."""
+"""The limits of the house: few loose modules, no circles, short files and functions, a page that tells the truth."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.structure.counts import ROOT, import_graph, in_circles, long_functions, loose_modules, modules, room_graph
 
+PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = [ROOT / "rlhf_ppo", ROOT / "reward_model"]
 
 
@@ -35,3 +38,29 @@ def test_no_test_file_is_loose_and_every_package_has_its_tests() -> None:
 def test_a_circle_is_found_and_its_members_named() -> None:
     assert in_circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert in_circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
+
+
+def test_the_architecture_page_lists_the_packages_in_the_order_of_the_layers() -> None:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (layers,) = [one["layers"] for one in settings["tool"]["importlinter"]["contracts"] if one["type"] == "layers"]
+    order = [name.strip() for layer in reversed(layers) for name in layer.split("|")]
+    table = PAGE.read_text(encoding="utf-8").split("## One prompt")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = [name.removesuffix("/").removesuffix(".py") for row in rows for name in re.findall(r"`([\w./]+)`", row)]
+    assert listed[:17] == order[:17]
+    assert sorted(listed) == sorted(order)
+
+
+def test_every_place_that_the_architecture_page_names_is_there() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    places = re.findall(r"^\| \d+ \| `([\w/]+\.py)` `([\w.]+)`", page, re.MULTILINE)
+    assert len(places) == 12
+    for file, name in places:
+        path = ROOT / file if file.startswith("recipes") else ROOT / "rlhf_ppo" / file
+        text = path.read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"(class|def) {part}\b", text), f"{file} does not define {part}"
