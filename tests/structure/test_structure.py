@@ -8,6 +8,12 @@ import pytest
 
 from tests.structure.counts import ROOT, import_graph, in_circles, long_functions, loose_modules, modules, room_graph
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = [ROOT / "rlhf_ppo", ROOT / "reward_model"]
 
@@ -41,12 +47,7 @@ def test_a_circle_is_found_and_its_members_named() -> None:
 
 
 def test_the_architecture_page_lists_the_packages_in_the_order_of_the_layers() -> None:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (layers,) = [one["layers"] for one in settings["tool"]["importlinter"]["contracts"] if one["type"] == "layers"]
+    (layers,) = [one["layers"] for one in SETTINGS["tool"]["importlinter"]["contracts"] if one["type"] == "layers"]
     order = [name.strip() for layer in reversed(layers) for name in layer.split("|")]
     table = PAGE.read_text(encoding="utf-8").split("## One prompt")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
