@@ -29,10 +29,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, settings
 
 import tests.support.typechecking  # noqa: F401  the type checker that pyproject.toml names, which is looked up as an attribute
 
 torch.set_num_threads(1)
+
+# No clock turns a test red: another job on the machine may make any example slow.
+settings.register_profile("rlhf_ppo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rlhf_ppo")
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 

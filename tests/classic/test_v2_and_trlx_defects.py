@@ -21,6 +21,7 @@ from rlhf_ppo.rollout.experience import Responses, ScoredResponses, shape_rollou
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.classic.test_classic import QUERIES, RESPONSES, SCORES, policy, trainer_of, weights
+from tests.support.patience import PATIENCE
 from tests.support.tiny_models import EOS_TOKEN_ID
 from tests.support.tiny_run import SAMPLING, config, share_of_e, trainer
 
@@ -172,7 +173,7 @@ def test_trlx_a_cpu_needs_neither_deepspeed_nor_ray_nor_a_tracker() -> None:
         "    sys.modules[name] = None\n"
         "import rlhf_ppo\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=280, capture_output=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=PATIENCE, capture_output=True)
 
 
 def test_trlx_gradients_are_clipped_though_the_policy_is_a_plain_copy() -> None:

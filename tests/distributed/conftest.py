@@ -1,8 +1,8 @@
-"""A start of several processes has its own hard end (`launching.PATIENCE`); pytest's must come later."""
+"""A start of several processes has its own hard end (`PATIENCE`); pytest's must come later."""
 
 import pytest
 
-from tests.distributed.launching import PATIENCE
+from tests.support.patience import PATIENCE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.support.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
-PATIENCE = 900.0
-"""Seconds before a start counts as hung: far more than one takes, because a machine may be slow and busy."""
 
 
 def free_port() -> str:

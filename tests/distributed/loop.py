@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +41,6 @@ def skips_all_of_process_one(prompts: Sequence[str], responses: Sequence[str], *
 def dies_on_process_one(prompts: Sequence[str], responses: Sequence[str], **_: Any) -> list[float]:
     """As the kernel ends a process that takes too much memory: no error, no farewell."""
     if PartialState().process_index == 1:
-        (Path(sys.argv[2]) / "killed").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     return [0.0] * len(responses)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,6 @@ def test_when_one_process_fails_all_end_and_the_cause_is_named(tmp_path: Path) -
 def test_a_process_without_samples_learns_from_the_others_and_a_killed_one_ends_all(tmp_path: Path) -> None:
     """One start for both. The launcher names who was killed; the other process sees its connection close."""
     output = launch((*TORCHRUN, loop.__file__, "die", str(tmp_path)), expect=1)
-    assert time.time() - float((tmp_path / "killed").read_text()) < 60
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, expected in first.items():
         assert torch.equal(second[name], expected), name

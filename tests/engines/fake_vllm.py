@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.support.patience import PATIENCE
+
 
 @dataclass
 class FakeVLLM:
@@ -135,7 +137,7 @@ def serving(server: FakeVLLM) -> Iterator[FakeVLLM]:
 def _connect(info: dict[str, Any]) -> socket.socket:
     """A worker joins rank 0, which may not listen yet: both sides are told at the same moment."""
     assert (info["rank_offset"], info["world_size"]) == (1, 2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             return socket.create_connection((info["master_address"], info["master_port"]))

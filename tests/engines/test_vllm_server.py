@@ -16,6 +16,7 @@ from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig, WeightSyncedSampler
 from rlhf_ppo.samplers.vllm import VLLMSampler
 from tests.engines.fake_vllm import FakeVLLM, serving
+from tests.support.patience import PATIENCE
 from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_tokenizer
 
 PROMPTS = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
@@ -31,7 +32,7 @@ def server() -> Iterator[FakeVLLM]:
 
 @pytest.fixture
 def sampler(server: FakeVLLM, without_nccl: Any, free_port: int) -> VLLMSampler:
-    return VLLMSampler(base_url=server.url, group_port=free_port, timeout=5, tokenizer=tiny_tokenizer())
+    return VLLMSampler(base_url=server.url, group_port=free_port, timeout=PATIENCE, tokenizer=tiny_tokenizer())
 
 
 def largest_gap(model: Any, samples: Any) -> float:
@@ -149,7 +150,7 @@ def test_a_server_started_without_weight_transfer_is_named_by_the_client(
 
 
 def test_the_client_itself_refuses_to_send_weights_from_a_cpu(stand_in: Any, server: FakeVLLM) -> None:
-    sampler = VLLMSampler(base_url=server.url, timeout=5, tokenizer=tiny_tokenizer())
+    sampler = VLLMSampler(base_url=server.url, timeout=PATIENCE, tokenizer=tiny_tokenizer())
     with pytest.raises(NotImplementedError, match="needs a CUDA device"):
         sampler.follow(tiny_gpt2(), Accelerator())
 

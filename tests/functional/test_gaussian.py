@@ -19,7 +19,7 @@ def density(mean: float, log_std: float, action: float) -> float:
     return math.exp(-((action - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(floats, floats, floats), min_size=1, max_size=3))
 def test_logprobs_are_those_of_the_density(joints: list[tuple[float, float, float]]) -> None:
     mean, log_std, action = (torch.tensor(column, dtype=torch.float64) for column in zip(*joints, strict=True))

@@ -81,7 +81,7 @@ def test_half_precision_logits_are_normalized_in_float32() -> None:
     assert_close(got.double(), F.token_logprobs(logits.double(), tokens), atol=1e-5, rtol=0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds, n=st.integers(0, 9), chunk_size=st.integers(1, 10), temperature=st.sampled_from([1.0, 0.7]))
 def test_chunked_statistics_and_gradients_equal_the_plain_ones(
     seed: int, n: int, chunk_size: int, temperature: float

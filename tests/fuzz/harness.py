@@ -17,8 +17,10 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from tests.support.patience import PATIENCE
+
 REFUSALS = (ValueError, TypeError, FloatingPointError)
-HANG = 60.0
+HANG = PATIENCE
 """Seconds after which a case hangs."""
 PYTHONS_OWN_WORDS = re.compile(
     r"not supported between|has no len\(\)|object is not|has no attribute|unsupported operand|not subscriptable"

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 
 from sentiment import stages
 from tests.recipes.tiny_world import save_classic_classifier, save_gpt2, write_reviews
+from tests.support.patience import PATIENCE
 from tests.support.tiny_models import tiny_gpt2, tiny_t5, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +131,7 @@ def test_the_real_command_line_shows_the_same_line_and_status(tmp_path: Path) ->
     options = ["--output-dir", str(tmp_path / "run"), "--threads", "1", "--dataset"]
     reviews = write_reviews(tmp_path / "reviews.csv")
     result = subprocess.run(
-        [*command, *options, str(reviews)], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+        [*command, *options, str(reviews)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert result.returncode == 1
     assert result.stdout == "[1/5] language model (0 s)\n"

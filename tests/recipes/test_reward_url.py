@@ -13,6 +13,7 @@ from reward_model.serve import ServeConfig, application
 from sentiment import rewards
 from sentiment.reviews import load_reviews, split_reviews
 from tests.recipes.tiny_world import save_gpt2, save_reward_model, write_reviews
+from tests.support.patience import PATIENCE
 
 uvicorn = pytest.importorskip("uvicorn")
 
@@ -38,7 +39,7 @@ def url(world: Path) -> Iterator[str]:
         time.sleep(0.01)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE)
 
 
 def test_a_reward_server_gives_the_scores_of_its_model(world: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

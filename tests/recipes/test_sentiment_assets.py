@@ -142,6 +142,7 @@ def test_of_two_processes_that_race_one_builds_and_both_get_the_result(tmp_path:
 import sys, time
 from pathlib import Path
 from sentiment.cache import build_once
+from tests.support.patience import PATIENCE
 folder = Path(sys.argv[1])
 def build(target):
     with (folder.parent / "builds.txt").open("a") as log:
@@ -158,7 +159,7 @@ print(sorted(p.name for p in build_once(folder, build).iterdir()))
         )
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=60)[0].decode() for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE)[0].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert all(output.splitlines()[-1] == "['half.txt', 'whole.txt']" for output in outputs)
     assert (tmp_path / "builds.txt").read_text() == "built\n"

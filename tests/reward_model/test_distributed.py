@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.support.patience import PATIENCE
+
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -23,7 +25,7 @@ def run(base: Path, output: Path, *, processes: int, micro_batch_size: int) -> d
         "PYTHONPATH": str(REPOSITORY),
     }
     arguments = [str(WORKER), str(base), str(output), str(micro_batch_size)]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     content: dict[str, Any] = torch.load(f"{output}.pt")
     return content

@@ -13,6 +13,7 @@ import requests
 from reward_model import RewardModel
 from reward_model.client import RemoteRewardModel, read_scores
 from reward_model.serve import ServeConfig, application, is_loopback
+from tests.support.patience import PATIENCE
 
 uvicorn = pytest.importorskip("uvicorn")
 PROMPTS = ["The movie was "] * 5
@@ -32,7 +33,7 @@ def server(reward_model: RewardModel) -> Iterator[str]:
         time.sleep(0.01)
     yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
     running.should_exit = True
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE)
 
 
 def test_http_scores_equal_local_scores(server: str, reward_model: RewardModel) -> None:
@@ -44,19 +45,21 @@ def test_http_scores_equal_local_scores(server: str, reward_model: RewardModel) 
 def test_requests_that_must_not_pass_are_refused_with_a_reason(server: str) -> None:
     def post(body: Any, token: str = "secret") -> requests.Response:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return requests.post(f"{server}/score", data=data, headers={"Authorization": f"Bearer {token}"}, timeout=10)
+        return requests.post(
+            f"{server}/score", data=data, headers={"Authorization": f"Bearer {token}"}, timeout=PATIENCE
+        )
 
     good = {"prompts": ["a"], "responses": ["b"]}
     assert post(good).status_code == 200
     assert post(good, token="wrong").status_code == 401
-    assert requests.post(f"{server}/score", json=good, timeout=10).status_code == 401
+    assert requests.post(f"{server}/score", json=good, timeout=PATIENCE).status_code == 401
     assert post(b"x" * 5_000).status_code == 413
     assert post(b"\xff{").status_code == 400
     assert "prompts" in post({"prompts": "a"}).json()["error"]
     assert "At most 4 samples" in post({"prompts": ["a"] * 5, "responses": ["b"] * 5}).json()["error"]
     assert "got 1 and 2" in post({"prompts": ["a"], "responses": ["b", "c"]}).json()["error"]
     assert "responses[0] must be a text" in post({"prompts": ["a"], "responses": [5]}).json()["error"]
-    assert requests.get(f"{server}/health", timeout=10).json()["status"] == "ok"
+    assert requests.get(f"{server}/health", timeout=PATIENCE).json()["status"] == "ok"
 
 
 def test_a_refusal_reaches_the_caller(server: str) -> None:
@@ -98,7 +101,7 @@ def flaky() -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE)
 
 
 def test_a_busy_server_is_asked_again_and_given_up_after_the_last_attempt(flaky: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf_ppo.rewards.sources import RewardFailures, RewardRequest, RewardScores, RewardSourceError, score_batch
+from tests.support.patience import PATIENCE
 
 REQUEST = RewardRequest(prompts=["a", "b", "c"], responses=["x", "y", "z"], response_lengths=[1, 1, 1])
 GOOD = [1.0, 2.0, 3.0]
@@ -94,11 +95,11 @@ def test_only_the_source_that_failed_is_asked_again() -> None:
 def test_a_function_that_does_not_come_back_is_left_behind() -> None:
     never = threading.Event()
     limits = RewardFailures(timeout=0.05, on_failure="drop")
-    scores = score_batch({"hangs": lambda **_: never.wait(60), "answers": lambda **_: GOOD}, REQUEST, limits)
-    never.set()
+    scores = score_batch({"hangs": lambda **_: never.wait(PATIENCE), "answers": lambda **_: GOOD}, REQUEST, limits)
     assert scores.dropped.all()
     with pytest.raises(RewardSourceError, match=r"'<lambda>' raised TimeoutError .* no answer within 0.05 s"):
-        score_batch(lambda **_: threading.Event().wait(2), REQUEST, RewardFailures(timeout=0.05))
+        score_batch(lambda **_: never.wait(PATIENCE), REQUEST, RewardFailures(timeout=0.05))
+    never.set()
 
 
 def test_a_coroutine_that_does_not_come_back_is_cancelled() -> None:
@@ -106,7 +107,7 @@ def test_a_coroutine_that_does_not_come_back_is_cancelled() -> None:
 
     async def hangs(**_: Any) -> list[float]:
         try:
-            await asyncio.sleep(60)
+            await asyncio.sleep(PATIENCE)
         except asyncio.CancelledError:
             cancelled.set()
             raise
@@ -114,7 +115,7 @@ def test_a_coroutine_that_does_not_come_back_is_cancelled() -> None:
 
     with pytest.raises(RewardSourceError, match=r"no answer within 0\.05 s"):
         score_batch(hangs, REQUEST, RewardFailures(timeout=0.05))
-    assert cancelled.wait(timeout=10)
+    assert cancelled.wait(timeout=PATIENCE)
 
 
 def test_an_answer_in_time_is_the_same_with_and_without_a_time_limit() -> None:
@@ -123,7 +124,7 @@ def test_an_answer_in_time_is_the_same_with_and_without_a_time_limit() -> None:
         return GOOD
 
     for source in (remote, lambda **_: GOOD):
-        assert score_batch(source, REQUEST, RewardFailures(timeout=60.0)).total.tolist() == GOOD
+        assert score_batch(source, REQUEST, RewardFailures(timeout=PATIENCE)).total.tolist() == GOOD
 
 
 def test_a_source_that_wants_a_missing_column_is_an_error_at_once_whatever_the_setting() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_ppo.rewards.sources import RewardRequest, RewardSourceError, named_sources, score_batch
+from tests.support.patience import PATIENCE
 
 REQUEST = RewardRequest(
     prompts=["a", "b", "c"],
@@ -119,7 +120,7 @@ def test_async_sources_run_at_the_same_time() -> None:
 
     async def meet(mine: str, other: str) -> list[float]:
         met.setdefault(mine, asyncio.Event()).set()
-        await asyncio.wait_for(met.setdefault(other, asyncio.Event()).wait(), timeout=10)
+        await asyncio.wait_for(met.setdefault(other, asyncio.Event()).wait(), timeout=PATIENCE)
         return [1.0] * 3
 
     async def left(**_: Any) -> list[float]:
@@ -135,7 +136,7 @@ def test_async_sources_run_while_ordinary_ones_do() -> None:
     started = threading.Event()
 
     def ordinary(**_: Any) -> list[float]:
-        assert started.wait(timeout=10)
+        assert started.wait(timeout=PATIENCE)
         return [1.0] * 3
 
     async def remote(**_: Any) -> list[float]:
@@ -204,7 +205,7 @@ def test_the_first_exception_does_not_wait_for_a_slow_source_and_cancels_it() ->
 
     with pytest.raises(RewardSourceError, match=r"'broken' raised TimeoutError .* no answer"):
         score_batch({"slow": slow, "broken": broken}, REQUEST)
-    assert cancelled.wait(timeout=10)
+    assert cancelled.wait(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])

@@ -27,6 +27,7 @@ from rlhf_ppo import PPOTrainer, TrainState
 from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.checkpoints.folders import CheckpointError, checkpoints, find_damage, latest
 from rlhf_ppo.checkpoints.resume import CheckpointNotWrittenError
+from tests.support.patience import PATIENCE
 from tests.support.tiny_run import config, parameters, share_of_e, trainer
 
 
@@ -273,7 +274,7 @@ def server() -> Iterator[str]:
     Server.hang.set()
     running.shutdown()
     running.server_close()
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_a_reward_server_that_fails_ends_the_run_with_its_name_and_nothing_is_lo
     mode: str, said: str, tmp_path: Path, undisturbed: torch.Tensor, server: str
 ) -> None:
     """Without periodic checkpoints: the one of the last finished iteration is written on the way out."""
-    remote = RemoteRewardModel(server, retries=0, timeout=0.2 if mode == "hangs" else 20.0)
+    remote = RemoteRewardModel(server, retries=0, timeout=0.2 if mode == "hangs" else PATIENCE)
 
     def fail_after_two(_: PPOTrainer, state: TrainState) -> None:
         Server.mode = mode if state.iteration == 2 else Server.mode
@@ -300,7 +301,7 @@ def test_a_reward_server_that_fails_ends_the_run_with_its_name_and_nothing_is_lo
         trainer().train(remote, config(tmp_path), callbacks=[fail_after_two])
     assert latest(tmp_path) == tmp_path / "checkpoint-2"
     Server.mode = "well"
-    patient = RemoteRewardModel(server, retries=0, timeout=20.0)
+    patient = RemoteRewardModel(server, retries=0, timeout=PATIENCE)
     assert torch.equal(trained(tmp_path, patient), undisturbed)
 
 
