@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that were brought to the device are others than those that wait, as they are with a GPU."""
-    monkeypatch.setattr(placement, "bring", lambda weights, device: weights.clone())
+    monkeypatch.setattr(placement, "to_device", lambda weights, device: weights.clone())
 
 
 def places(module: nn.Module) -> list[int]:

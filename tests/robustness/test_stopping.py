@@ -101,7 +101,7 @@ def test_a_second_signal_while_a_checkpoint_is_written_leaves_the_one_before(
         return commit(aside, keep_last=keep_last)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "commit", interrupted)
+        patch.setattr(folders, "commit_checkpoint", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, save_every=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
