@@ -104,7 +104,7 @@ class PPOTrainer(ClassicSurface):
             ValueError: If anything is wrong with the batch; nothing has changed then.
         """
         limits, device = self.limits, self.current_device
-        batch = self.processes.together(
+        batch = self.processes.run_or_fail_together(
             lambda: check_step_inputs(queries, responses, scores, response_masks, limits=limits, device=device)
         )
         diagnose_first_batch(self, DiagnosedBatch.of_batch(batch))

@@ -1,1 +1,1 @@
-"""Several processes: collectives, sharded parameters, where frozen models wait, an orderly exit."""
+"""Multi-process training: collectives, DeepSpeed and FSDP2 sharding, CPU offload of frozen models, shutdown."""

@@ -1,4 +1,4 @@
-"""What the processes of a run agree on: sums, gathered rows, parameters made whole."""
+"""Collective operations: sums, gathered rows, unsharded parameters."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,75 +16,78 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """The collective operations of the trainer. Every process calls each of them, in the same order.
+    """Collective operations of the trainer. Every process must call each of them, in the same order.
 
     Args:
-        accelerator: Knows the processes.
+        accelerator: The run's `Accelerator`.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         engine = accelerator.state.deepspeed_plugin
         self.has_zero3 = engine is not None and engine.zero_stage == 3
-        """Whether a process holds only parts of each parameter, in DeepSpeed's way."""
+        """Whether DeepSpeed ZeRO-3 shards the parameters."""
         self.has_fsdp = accelerator.distributed_type == DistributedType.FSDP
-        """The same in FSDP2's way."""
+        """Whether FSDP2 shards the parameters."""
         self.sharded = self.has_zero3 or self.has_fsdp
-        """Whether a forward pass of one process needs all the others."""
+        """Whether a forward pass is collective: parameters are sharded."""
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, on each of them."""
+        """Sum over processes, returned on each of them."""
         reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return reduced
 
     def reduce_max(self, tensor: Tensor) -> Tensor:
-        """The largest entry over processes, on each of them, in main memory."""
+        """Largest entry over all processes, 0-dim on the CPU of each of them."""
         return self.gather(tensor).max()
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, one below the other, in main memory."""
+        """Rows of all processes, concatenated along dim 0, on the CPU."""
         gathered: Tensor = self.accelerator.gather(tensor.to(self.accelerator.device))
         return gathered.cpu()
 
     def gather_objects(self, values: list[Any]) -> list[Any]:
-        """The entries of all processes' lists, in the order of the processes."""
+        """Concatenate the lists of all processes, in rank order."""
         gathered: list[Any] = gather_object(values) if self.accelerator.num_processes > 1 else values
         return gathered
 
-    def together(self, work: Callable[[], Result]) -> Result:
-        """`work()` on every process; if it refuses on one, all refuse, before anybody waits for the others.
+    def run_or_fail_together(self, work: Callable[[], Result]) -> Result:
+        """Run `work()` on every process; if it raises on one, raise on all, so that none waits in a collective.
 
         Args:
-            work: Holds no collective operation.
+            work: Must not call collective operations.
 
         Raises:
-            ValueError: It raised elsewhere; the message says where and what. Its own exception where it raised.
+            ValueError: `work` raised on another process; the message has its rank and error. Where `work` itself
+                raised, its own exception is raised.
         """
         error: Exception | None = None
         try:
             result = work()
         except Exception as raised:
             error = raised
-        said = self.gather_objects([None if error is None else f"{type(error).__name__}: {error}"])
+        errors = self.gather_objects([None if error is None else f"{type(error).__name__}: {error}"])
         if error is not None:
             raise error
-        refused = [f"process {rank}: {sentence}" for rank, sentence in enumerate(said) if sentence is not None]
-        if refused:
-            raise ValueError(f"another process refused, so none goes on with its part. {refused[0]}")
+        failures = [f"process {rank}: {message}" for rank, message in enumerate(errors) if message is not None]
+        if failures:
+            raise ValueError(f"another process refused, so all processes stop. {failures[0]}")
         return result
 
     def max_passes(self, passes: int) -> int:
-        """Forward passes that this process must make: where models are sharded, as many as the busiest one."""
+        """Number of forward passes to run here: the maximum over processes if models are sharded, else `passes`."""
         return int(self.gather(torch.tensor(passes)).max()) if self.sharded else passes
 
     @contextmanager
     def gathered_parameters(self, model: nn.Module, policy: nn.Module) -> Iterator[None]:
-        """Inside, `model` holds every parameter whole on every process: for sampling under ZeRO-3 and FSDP2.
+        """Context manager: while active, `model` is unsharded on every process, for sampling under ZeRO-3 and FSDP2.
 
-        One copy of the model must fit beside the parts. `policy` is the prepared module around it.
+        One full copy of the model must fit beside the shards. `policy` is the prepared module around `model`.
         """
         if self.has_fsdp:
-            with fsdp.gathered(policy, reshards=bool(self.accelerator.state.fsdp_plugin.reshard_after_forward)):
+            with fsdp.gathered_parameters(
+                policy, reshard_after_forward=bool(self.accelerator.state.fsdp_plugin.reshard_after_forward)
+            ):
                 yield
             return
         if not self.has_zero3:
@@ -101,7 +104,7 @@ class Processes:
 
     @contextmanager
     def gathered_state_dict(self, model: nn.Module, policy: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Inside, the `state_dict` of `model` with whole tensors, on the main process; empty on the others."""
+        """Context manager: yield the full `state_dict` of `model` on the main process, {} on the others."""
         keep = self.accelerator.is_main_process
         if self.has_fsdp:
             fsdp.reshard(policy)

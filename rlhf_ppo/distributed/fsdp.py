@@ -1,7 +1,8 @@
-"""FSDP2: parameters in parts on every process, whole where somebody needs them whole.
+"""FSDP2: shard the policy, gather it for sampling and saving, shard loaded state.
 
-Accelerate wraps the model (`fully_shard`: every layer a group of its own, embeddings, final norm and heads in the group
-of the root). A pass gathers one layer at a time; sampling and saving need all of them, see `gathered`.
+Accelerate wraps the model with `fully_shard`: one group per layer, and the root's group for
+embeddings, final norm and heads.
+A pass gathers one layer at a time; sampling and saving need all of them, see `gathered_parameters`.
 """
 
 import os
@@ -19,88 +20,88 @@ from torch.optim import Optimizer
 
 
 def enable_fsdp2_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> None:
-    """Let Accelerate use FSDP2 on the CPU, too: it drops the plugin there without a word and would run DDP.
+    """Let Accelerate use FSDP2 on the CPU, where it silently drops the plugin and runs DDP.
 
     Args:
-        accelerator: Just made.
-        plugin: What it was given; None: the environment, which `accelerate launch` fills from the launch file, says.
+        accelerator: The new `Accelerator`.
+        plugin: The plugin passed to it; None: read it from the environment, which `accelerate launch` sets.
 
     Raises:
-        ValueError: FSDP1, or weights that only the main process has.
+        ValueError: FSDP1, weights loaded on the main process only, or CPU offload on a CPU.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.fsdp_plugin = plugin or FullyShardedDataParallelPlugin()
-        for known in (state, PartialState()):  # the second is what every further `AcceleratorState()` starts from
-            known.distributed_type = DistributedType.FSDP
+        for each_state in (state, PartialState()):  # further `AcceleratorState()`s copy the second
+            each_state.distributed_type = DistributedType.FSDP
     if state.distributed_type != DistributedType.FSDP:
-        return  # one process: nothing is shared out
-    found = state.fsdp_plugin
-    if found.fsdp_version != 2:
+        return  # one process: nothing is sharded
+    plugin_in_use = state.fsdp_plugin
+    if plugin_in_use.fsdp_version != 2:
         raise ValueError(
-            f"expected fsdp_version 2, got {found.fsdp_version}: FSDP1 flattens parameters, so that they are no longer "
-            "those of the model. Set `fsdp_version: 2` in the launch file, as recipes/launch/fsdp2.yaml does."
+            f"expected fsdp_version 2, got {plugin_in_use.fsdp_version}: FSDP1 flattens parameters, so they are "
+            "no longer the model's own. Set `fsdp_version: 2` in the launch file, as recipes/launch/fsdp2.yaml does."
         )
-    if found.cpu_ram_efficient_loading:
+    if plugin_in_use.cpu_ram_efficient_loading:
         raise ValueError(
-            "fsdp_cpu_ram_efficient_loading is on: all processes but one would copy the reference from weights that "
-            "they have not loaded. Set it to false in the launch file; each process then loads the model once."
+            "fsdp_cpu_ram_efficient_loading is on: all processes but the first would copy the reference from weights "
+            "that they have not loaded. Set it to false in the launch file; each process then loads the model once."
         )
-    if accelerator.device.type == "cpu" and isinstance(found.cpu_offload, CPUOffloadPolicy):
+    if accelerator.device.type == "cpu" and isinstance(plugin_in_use.cpu_offload, CPUOffloadPolicy):
         raise ValueError(
-            "fsdp_offload_params is on, but everything is in main memory already: FSDP2's offload pins memory for an "
+            "fsdp_offload_params is on, but all weights are on the CPU already: FSDP2's offload pins memory for an "
             "accelerator, and there is none. Use recipes/launch/fsdp2_cpu.yaml on the CPU."
         )
 
 
 @contextmanager
 def fsdp_sharding(accelerator: Accelerator) -> Iterator[None]:
-    """Context manager: while active, Accelerate shards a model in its own precision, by its own kind of layers.
+    """Context manager: while active, Accelerate shards a model in the model's own precision, layer by layer.
 
-    Accelerate's mixed-precision policy would round log-probabilities and gradients to 16 bits where they leave the
-    model; passes run under autocast instead, as they do under DDP (`set_fsdp_root`). And Accelerate would remember the
-    kind of layers and look for it in the next model.
+    Accelerate's mixed-precision policy would round log-probabilities and gradients to 16 bits at the model's outputs;
+    passes run under autocast instead, as under DDP (`set_fsdp_root`). Accelerate would also remember the layer class
+    and look for it in the next model.
     """
     plugin = accelerator.state.fsdp_plugin
-    kept = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    saved = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     plugin.mixed_precision_policy = None
     try:
         yield
     finally:
-        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = kept
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = saved
 
 
 def set_fsdp_root(policy: nn.Module, accelerator: Accelerator) -> None:
-    """Tell FSDP2 which module is the outermost: it takes the first that runs, and sampling would run an inner one."""
-    own = vars(policy)
-    own["forward"] = _nothing
+    """Make `policy` the FSDP2 root: the first module to run becomes it, and sampling would run an inner one first."""
+    attributes = vars(policy)
+    attributes["forward"] = _empty_forward
     try:
         with torch.no_grad():
             policy()
     finally:
-        del own["forward"]
-    own["forward"] = accelerator.autocast()(policy.forward)
+        del attributes["forward"]
+    attributes["forward"] = accelerator.autocast()(policy.forward)
     reshard(policy)
 
 
-def _nothing() -> None:
-    """A forward pass of which only the hooks matter."""
+def _empty_forward() -> None:
+    """Forward pass that runs only the FSDP hooks."""
 
 
 @contextmanager
-def gathered(policy: nn.Module, *, reshards: bool) -> Iterator[None]:
-    """Inside, every parameter is whole on every process, and passes of the modules under `policy` gather nothing.
+def gathered_parameters(policy: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]:
+    """Context manager: while active, all parameters under `policy` are unsharded, and passes are not collective.
 
-    Processes may therefore make different numbers of passes. The price: one whole copy in the precision of the passes,
-    beside the parts; given back on leaving. Nothing that moves parameters or takes a `state_dict` belongs inside.
+    Processes may then run different numbers of passes. It takes one full copy in compute precision beside the shards,
+    freed on exit. Do not move parameters or take a `state_dict` while it is active.
 
     Args:
-        policy: The root.
-        reshards: Whether layers otherwise give their whole parameters back after each pass.
+        policy: The FSDP root.
+        reshard_after_forward: The plugin's setting, restored for the inner modules on exit.
     """
-    root, *inner = _groups(policy)  # the root keeps its own parameters whole after a pass
+    root, *inner = _fsdp_modules(policy)  # the root never reshards after a pass
     for module in (root, *inner):
         module.unshard()
     for module in inner:
@@ -109,33 +110,33 @@ def gathered(policy: nn.Module, *, reshards: bool) -> Iterator[None]:
         yield
     finally:
         for module in inner:
-            module.set_reshard_after_forward(reshards, recurse=False)
+            module.set_reshard_after_forward(reshard_after_forward, recurse=False)
         reshard(policy)
 
 
 def reshard(policy: nn.Module) -> None:
-    """Give whole parameters back: `parameters()` are parts again. Without a collective operation."""
-    for module in _groups(policy):
+    """Free unsharded parameters, so that `parameters()` are shards again. Not collective."""
+    for module in _fsdp_modules(policy):
         module.reshard()
 
 
 def gather_nested_tensors(tree: Any, *, keep: bool) -> Any:
-    """The same nested dicts, lists and tuples with every tensor in parts made whole, in main memory.
+    """Replace every sharded tensor in nested dicts, lists and tuples by its full value on the CPU. Collective.
 
-    All processes call it. One tensor at a time is whole on the device; where `keep` is false nothing of it stays.
+    Gathers one tensor at a time on the device. Where `keep` is false, sharded tensors become None.
     """
     if isinstance(tree, dict):
         return {key: gather_nested_tensors(value, keep=keep) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)(gather_nested_tensors(value, keep=keep) for value in tree)
     if isinstance(tree, DTensor):
-        found = tree.full_tensor()
-        return found.cpu() if keep else None
+        full = tree.full_tensor()
+        return full.cpu() if keep else None
     return tree
 
 
 def shard_like(value: Any, parameter: Tensor) -> Any:
-    """This process's part of `value`, cut as `parameter` is; anything else than a tensor of its shape as it is."""
+    """Shard `value` as `parameter` is sharded; return anything but a tensor of its shape unchanged."""
     if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
         return value
     device = parameter.to_local().device
@@ -143,17 +144,17 @@ def shard_like(value: Any, parameter: Tensor) -> Any:
 
 
 def shard_optimizer_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """The `state_dict` of an optimizer over whole parameters, as one over these parameters loads it."""
+    """Shard a full optimizer `state_dict`, so that `optimizer` over sharded parameters can load it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in state["param_groups"] for index in group["params"]]
-    parts = {
+    sharded = {
         index: {name: shard_like(value, parameter) for name, value in state["state"][index].items()}
         for index, parameter in zip(indices, parameters, strict=True)
         if index in state["state"]
     }
-    return {**state, "state": parts}
+    return {**state, "state": sharded}
 
 
-def _groups(policy: nn.Module) -> list[FSDPModule]:
-    """Modules whose parameters are shared out together, the root first."""
+def _fsdp_modules(policy: nn.Module) -> list[FSDPModule]:
+    """FSDP modules under `policy`, the root first."""
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]

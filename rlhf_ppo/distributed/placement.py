@@ -1,4 +1,4 @@
-"""Frozen models between the phases that read them: whole where they compute, in parts, or waiting in main memory."""
+"""Placement of frozen models: full on the device, sharded, or offloaded to the CPU between uses."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,111 +18,111 @@ ReferencePlacement: TypeAlias = Literal["auto", "whole", "sharded", "offloaded"]
 
 
 class OffloadedWeights:
-    """Weights that wait in main memory and compute on a device.
+    """Frozen weights kept on the CPU and copied to a device while needed.
 
-    They are frozen, so leaving the device is no copy: what waited is simply taken up again.
+    Offloading copies nothing: the CPU tensors are still there and become the module's data again.
 
     Args:
-        module: Moved to main memory now.
+        module: Moved to the CPU at once.
         device: Where it computes.
-        others: Tensors that somebody else needs where they are (layers shared with the policy): they stay.
+        excluded: Tensors to leave in place, such as layers shared with the policy.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, others: Iterable[Tensor] = ()) -> None:
-        elsewhere = {id(tensor) for tensor in others}
+    def __init__(self, module: nn.Module, device: torch.device, excluded: Iterable[Tensor] = ()) -> None:
+        excluded_ids = {id(tensor) for tensor in excluded}
         tensors = (*module.parameters(), *module.buffers())
         self.device = device
-        self.tensors = [tensor for tensor in tensors if id(tensor) not in elsewhere]
-        self.waiting = [tensor.data.to("cpu") for tensor in self.tensors]
-        self._leave()
+        self.tensors = [tensor for tensor in tensors if id(tensor) not in excluded_ids]
+        self.cpu_weights = [tensor.data.to("cpu") for tensor in self.tensors]
+        self._offload()
 
     @contextmanager
-    def at_hand(self) -> Iterator[None]:
-        """Inside, the weights are on the device."""
-        self.go_home()
+    def on_device(self) -> Iterator[None]:
+        """Context manager: while active, the weights are on the device."""
+        self.load()
         try:
             yield
         finally:
-            self._leave()
+            self._offload()
 
-    def go_home(self) -> None:
-        """To the device."""
-        for tensor, weights in zip(self.tensors, self.waiting, strict=True):
+    def load(self) -> None:
+        """Copy the weights to the device."""
+        for tensor, weights in zip(self.tensors, self.cpu_weights, strict=True):
             tensor.data = to_device(weights, self.device)
 
-    def _leave(self) -> None:
-        for tensor, weights in zip(self.tensors, self.waiting, strict=True):
+    def _offload(self) -> None:
+        for tensor, weights in zip(self.tensors, self.cpu_weights, strict=True):
             tensor.data = weights
 
 
 def to_device(weights: Tensor, device: torch.device) -> Tensor:
-    """Weights on a device."""
+    """Copy weights to a device."""
     return weights.to(device)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The frozen reference, prepared."""
+    """The frozen reference model, prepared, and the context in which it can score."""
 
     module: nn.Module
-    """Scores batches inside `at_hand`."""
-    at_hand: Callable[[], AbstractContextManager[object]] = nullcontext
-    in_parts: bool = False
-    """Whether processes share its parameters out."""
+    """Scores batches while `context` is active."""
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    sharded: bool = False
+    """Whether its parameters are sharded over processes."""
 
 
 def place_reference(
     module: nn.Module, accelerator: Accelerator, placement: ReferencePlacement, *, policy: Iterable[Tensor]
 ) -> Reference:
-    """The reference where `PPOConfig.reference_placement` wants it.
+    """Prepare the reference model as `PPOConfig.reference_placement` asks.
 
     Args:
         module: A frozen `TokenPolicy`.
-        accelerator: Whose processes share it out.
-        placement: As configured.
+        accelerator: The run's `Accelerator`.
+        placement: `PPOConfig.reference_placement`.
         policy: Parameters of the policy.
 
     Raises:
-        ValueError: Nobody shares out parameters here, or the reference shares some with a policy in parts.
+        ValueError: "sharded" without ZeRO-3 or FSDP, or layers shared with a sharded policy.
     """
     engine, device = accelerator.state.deepspeed_plugin, accelerator.device
     has_fsdp = accelerator.distributed_type == DistributedType.FSDP
     sharded = has_fsdp or (engine is not None and engine.zero_stage == 3)
-    shared = {id(tensor) for tensor in policy} & {id(tensor) for tensor in module.parameters()}
-    if sharded and shared:
+    shared_ids = {id(tensor) for tensor in policy} & {id(tensor) for tensor in module.parameters()}
+    if sharded and shared_ids:
         raise ValueError(
-            "num_shared_layers needs whole parameters, got a policy in parts (ZeRO-3 or FSDP): the reference would "
-            "lose the layers that both share. Leave num_shared_layers at None."
+            "num_shared_layers needs full parameters, got a sharded policy (ZeRO-3 or FSDP): the reference would lose "
+            "the layers that both share. Leave num_shared_layers at None."
         )
     if placement == "sharded" and not sharded:
         raise ValueError(
-            "reference_placement='sharded' needs ZeRO-3 or FSDP, which hold the policy in parts: nobody else shares "
-            "the reference out. Launch with recipes/launch/zero3.yaml or fsdp2.yaml, or use 'offloaded'."
+            "reference_placement='sharded' needs ZeRO-3 or FSDP, got neither: nothing else shards the reference. "
+            "Launch with recipes/launch/zero3.yaml or fsdp2.yaml, or use 'offloaded'."
         )
     if sharded and placement in ("auto", "sharded"):
-        parted = _in_fsdp_parts(module, accelerator) if has_fsdp else _in_zero_parts(module, accelerator)
-        return Reference(parted, in_parts=True)
+        prepared = _shard_with_fsdp(module, accelerator) if has_fsdp else _shard_with_zero(module, accelerator)
+        return Reference(prepared, sharded=True)
     if engine is None and not has_fsdp:
         module = accelerator.prepare_model(module, evaluation_mode=True)
-    elif accelerator.mixed_precision in _HALF:  # as the engine does with the policy: parameters, not buffers
+    elif accelerator.mixed_precision in _HALF_DTYPES:  # as the engine casts the policy: parameters, not buffers
         for parameter in module.parameters():
-            parameter.data = parameter.data.to(_HALF[accelerator.mixed_precision])
+            parameter.data = parameter.data.to(_HALF_DTYPES[accelerator.mixed_precision])
     if placement == "offloaded":
-        return Reference(module, OffloadedWeights(module, device, others=policy).at_hand)
+        return Reference(module, OffloadedWeights(module, device, excluded=policy).on_device)
     return Reference(module.to(device).eval())
 
 
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _in_fsdp_parts(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+def _shard_with_fsdp(module: nn.Module, accelerator: Accelerator) -> nn.Module:
     with fsdp_sharding(accelerator):
-        parted: nn.Module = fsdp2_prepare_model(accelerator, module).eval()
-    set_fsdp_root(parted, accelerator)
-    return parted
+        prepared: nn.Module = fsdp2_prepare_model(accelerator, module).eval()
+    set_fsdp_root(prepared, accelerator)
+    return prepared
 
 
-def _in_zero_parts(module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    parted: nn.Module = prepare_deepspeed(module, accelerator)
+def _shard_with_zero(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+    prepared: nn.Module = prepare_deepspeed(module, accelerator)
     keep_head_gathered(module)
-    return parted
+    return prepared

@@ -1,4 +1,4 @@
-"""How several processes leave without an accident."""
+"""Wait for gloo's threads before the interpreter exits."""
 
 import atexit
 import re
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 WORKER_NAME = "pt_gloo_runloop"
-"""How Linux shows a thread that runs gloo's collectives."""
+"""Linux thread name of gloo's collective workers."""
 
 _THREADS = Path("/proc/self/task")
 _STATUS = re.compile(
@@ -16,44 +16,44 @@ _STATUS = re.compile(
 
 
 def wait_for_gloo_threads() -> None:
-    """From now on, Python ends only after gloo's threads have put their last tensor down.
+    """Register an exit handler that waits until gloo's threads have released their last tensor.
 
     `all_reduce` returns as soon as the result is there; the thread that computed it may still hold the tensors. If it
-    lets go of one while Python is ending, it needs the interpreter's lock, is refused it for ever, and the process dies
-    of "terminate called without an active exception": rarely, on a busy machine, after all work is done. Ending the
-    process group does not help where anything else refers to it, and modules of torch itself do.
+    releases one while Python shuts down, it cannot get the GIL any more, and the process aborts with "terminate called
+    without an active exception": rarely, on a busy machine, after all work is done. Destroying the process group does
+    not help while anything else refers to it, and modules of torch itself do.
     """
-    atexit.unregister(_wait_for_workers)
-    atexit.register(_wait_for_workers)
+    atexit.unregister(_wait_until_asleep)
+    atexit.register(_wait_until_asleep)
 
 
-def _wait_for_workers(limit: float = 60.0, pause: float = 0.02) -> bool:
-    """Whether all of gloo's threads are asleep between two looks; a thread that waits for Python's lock is not.
+def _wait_until_asleep(limit: float = 60.0, pause: float = 0.02) -> bool:
+    """Wait until all of gloo's threads sleep through one pause; return False after `limit` seconds.
 
-    During each pause the lock is free: a thread that wants it is runnable or has run, and both can be seen. `pause`
-    must exceed the 5 ms after which such a thread asks again. Where there is no /proc, nothing is known or awaited.
+    During a pause the GIL is free: a thread that wants it is runnable or has run, and /proc shows both. `pause`
+    (seconds) must exceed the 5 ms after which such a thread asks again. Without /proc there is no wait.
     """
-    end = time.monotonic() + limit
-    before = _workers()
-    while before:
+    deadline = time.monotonic() + limit
+    previous = _worker_states()
+    while previous:
         time.sleep(pause)
-        now = _workers()
-        if now == before and all(state == "S" for state, _ in now.values()):
+        current = _worker_states()
+        if current == previous and all(state == "S" for state, _ in current.values()):
             return True
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             return False
-        before = now
+        previous = current
     return True
 
 
-def _workers() -> dict[str, tuple[str, int]]:
-    """State and number of sleeps of each of gloo's threads."""
-    found = {}
+def _worker_states() -> dict[str, tuple[str, int]]:
+    """Thread id -> (state, number of voluntary context switches) of each gloo thread."""
+    states = {}
     for status in _THREADS.glob("*/status"):
         try:
             match = _STATUS.search(status.read_text())
         except OSError:  # the thread has just ended
             continue
         if match:
-            found[status.parent.name] = match["state"], int(match["sleeps"])
-    return found
+            states[status.parent.name] = match["state"], int(match["sleeps"])
+    return states

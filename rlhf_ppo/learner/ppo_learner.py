@@ -99,8 +99,8 @@ class PPOLearner:
         self.policy, self.optimizer, self.lr_scheduler = prepared.policy, prepared.optimizer, prepared.lr_scheduler
         found = prepared.reference
         self._reference = None if found is None else found.module
-        self._reference_is_whole = found is not None and not found.in_parts
-        self.reference_context = partial(reference_adapter, model) if found is None else found.at_hand
+        self._reference_is_whole = found is not None and not found.sharded
+        self.reference_context = partial(reference_adapter, model) if found is None else found.context
         self.start = StartKLCheck(model, self.processes, own_reference=found is None)
         self.algorithm_config = algorithm or config.algorithm()
         self.algorithm = build_algorithm(

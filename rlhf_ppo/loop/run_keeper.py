@@ -63,7 +63,7 @@ class RunKeeper:
                 if self.folder is not None and self.learner.accelerator.is_main_process:
                     held.enter_context(lock_run_folder(self.folder.path))
 
-            self.learner.processes.together(hold)
+            self.learner.processes.run_or_fail_together(hold)
             yield
 
     def restore(self) -> Restored | None:

@@ -30,12 +30,12 @@ def make_scoring(processes: Processes, *, once: bool) -> Scoring:
 
 def score_locally(processes: Processes, prepare: Prepare, ask: Ask, finish: Finish) -> RewardScores:
     """Every process asks about its own samples."""
-    return processes.together(lambda: finish(ask(prepare())))
+    return processes.run_or_fail_together(lambda: finish(ask(prepare())))
 
 
 def score_on_main(processes: Processes, prepare: Prepare, ask: Ask, finish: Finish) -> RewardScores:
     """Process 0 asks about the samples of all; each is handed its own."""
-    requests = processes.gather_objects([processes.together(prepare)])
+    requests = processes.gather_objects([processes.run_or_fail_together(prepare)])
     all_scores = _on_main(processes, lambda: ask(concatenate_requests(requests)))
     sizes = [len(request.prompts) for request in requests]
     rank = processes.accelerator.process_index
@@ -43,7 +43,7 @@ def score_on_main(processes: Processes, prepare: Prepare, ask: Ask, finish: Fini
     own = select_scores(all_scores, slice(first, first + sizes[rank]), requests[rank])
     if rank:
         own = replace(own, failed_calls=0)  # process 0 counts them
-    return processes.together(lambda: finish(own))
+    return processes.run_or_fail_together(lambda: finish(own))
 
 
 def concatenate_requests(requests: list[RewardRequest]) -> RewardRequest:

@@ -21,17 +21,17 @@ def offload_sources(sources: RewardSources) -> Iterator[Callable[[], AbstractCon
     waiting = [OffloadedWeights(model, _device(model) or torch.device("cpu")) for model in models]
 
     @contextmanager
-    def at_hand() -> Iterator[None]:
+    def on_device() -> Iterator[None]:
         with ExitStack() as stack:
             for model in waiting:
-                stack.enter_context(model.at_hand())
+                stack.enter_context(model.on_device())
             yield
 
     try:
-        yield at_hand
+        yield on_device
     finally:
         for model in waiting:
-            model.go_home()
+            model.load()
 
 
 def _device(model: nn.Module) -> torch.device | None:

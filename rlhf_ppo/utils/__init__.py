@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of PPO."""
+"""Helpers without PPO: type checks of settings, redaction, seeds, timing."""

@@ -1,4 +1,4 @@
-"""One seed for all random number generators."""
+"""Seed all random number generators."""
 
 import random
 
@@ -7,7 +7,7 @@ import torch
 
 
 def set_seed(seed: int) -> None:
-    """Seed Python's, numpy's and torch's global generators (every device's)."""
+    """Seed Python's, numpy's and torch's global generators, on every device."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Seconds and memory around the phases of a step."""
+"""Context managers around the phases of a step: wall time and CUDA cache."""
 
 import time
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ import torch
 
 @contextmanager
 def timed(timing: dict[str, float], name: str) -> Iterator[None]:
-    """Write the seconds of the block into `timing[name]`."""
+    """Context manager: write the block's wall time in seconds to `timing[name]`."""
     start = time.perf_counter()
     yield
     timing[name] = time.perf_counter() - start
 
 
 @contextmanager
-def empty_cache_after(wanted: bool) -> Iterator[None]:
-    """Give the device's unused memory back after the block, where that is wanted."""
+def empty_cache_after(enabled: bool) -> Iterator[None]:
+    """Context manager: call `torch.cuda.empty_cache` after the block, if `enabled`."""
     yield
-    if wanted and torch.cuda.is_available():
+    if enabled and torch.cuda.is_available():
         torch.cuda.empty_cache()

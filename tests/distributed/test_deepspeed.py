@@ -43,7 +43,7 @@ def test_deepspeed_and_the_order_to_use_the_cpu_are_refused_together(
     engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(ValueError, match="Accelerate would drop DeepSpeed without a word"):
+    with pytest.raises(ValueError, match="Accelerate would silently drop DeepSpeed"):
         deepspeed.accelerator_arguments({})
 
 

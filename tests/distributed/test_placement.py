@@ -35,7 +35,7 @@ def test_weights_wait_in_main_memory_and_are_on_the_device_while_at_hand() -> No
     before = {name: value.clone() for name, value in module.state_dict().items()}
     waiting, home = OffloadedWeights(module, CPU), places(module)
     for _ in range(2):
-        with waiting.at_hand():
+        with waiting.on_device():
             assert not set(places(module)) & set(home)
         assert places(module) == home, "nothing is copied on the way back"
     for name, value in module.state_dict().items():
@@ -45,16 +45,16 @@ def test_weights_wait_in_main_memory_and_are_on_the_device_while_at_hand() -> No
 def test_an_error_in_between_leaves_the_weights_waiting() -> None:
     module = nn.Linear(2, 3)
     waiting, home = OffloadedWeights(module, CPU), places(module)
-    with pytest.raises(RuntimeError, match="lost"), waiting.at_hand():
+    with pytest.raises(RuntimeError, match="lost"), waiting.on_device():
         raise RuntimeError("lost")
     assert places(module) == home
 
 
 def test_layers_shared_with_the_policy_stay_where_they_are() -> None:
     shared, own = nn.Linear(2, 2), nn.Linear(2, 2)
-    waiting, home = OffloadedWeights(nn.Sequential(shared, own), CPU, others=shared.parameters()), places(own)
+    waiting, home = OffloadedWeights(nn.Sequential(shared, own), CPU, excluded=shared.parameters()), places(own)
     before = places(shared)
-    with waiting.at_hand():
+    with waiting.on_device():
         assert places(shared) == before
         assert places(own) != home
 

@@ -20,34 +20,34 @@ def looks(monkeypatch: pytest.MonkeyPatch, *states: dict[str, tuple[str, int]]) 
         count[0] += 1
         return next(shown)
 
-    monkeypatch.setattr(shutdown, "_workers", look)
+    monkeypatch.setattr(shutdown, "_worker_states", look)
     return count
 
 
 def test_a_thread_that_is_runnable_or_has_woken_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that waits for Python's lock sleeps, too, but wakes between two looks."""
     count = looks(monkeypatch, ASLEEP, RUNNABLE, ASLEEP, WOKEN, WOKEN)
-    assert shutdown._wait_for_workers(pause=0)
+    assert shutdown._wait_until_asleep(pause=0)
     assert count == [5]
 
 
 def test_a_thread_that_never_rests_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     looks(monkeypatch, RUNNABLE)
-    assert not shutdown._wait_for_workers(limit=0.0, pause=0)
+    assert not shutdown._wait_until_asleep(limit=0.0, pause=0)
 
 
 def test_without_gloo_nothing_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     count = looks(monkeypatch, {})
-    assert shutdown._wait_for_workers()
+    assert shutdown._wait_until_asleep()
     assert count == [1]
 
 
 @pytest.mark.skipif(not shutdown._THREADS.is_dir(), reason="no /proc")
 def test_gloos_threads_are_known_by_name() -> None:
     """Where torch renames them, nobody would be waited for: this test is to notice, by its time limit."""
-    before = len(shutdown._workers())
+    before = len(shutdown._worker_states())
     group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1)
-    while len(shutdown._workers()) == before:  # a thread names itself, as soon as it runs
+    while len(shutdown._worker_states()) == before:  # a thread names itself, as soon as it runs
         time.sleep(0.01)
     del group
 
