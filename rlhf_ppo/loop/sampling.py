@@ -30,7 +30,7 @@ def synced_weights(learner: PPOLearner, sampler: Sampler) -> Iterator[None]:
     checkpoint loaded, a callback): a copy that is never assumed to be fresh cannot be stale.
     """
     if isinstance(sampler, WeightSyncedSampler):
-        sampler.follow(learner.model, learner.accelerator)
+        sampler.sync_weights(learner.model, learner.accelerator)
         yield
     else:
         with learner.gathered_parameters():

@@ -141,7 +141,7 @@ class Collector:
             return None
         responses: list[Tensor] = [samples.responses[row].to(self.device) for row in kept]
         known = samples.logprobs
-        values = samples.values if self.sampling.draws_from_policy else None
+        values = samples.values if self.sampling.samples_from_policy else None
         return Responses(
             inputs=TokenInputs(prompts=[samples.prompts[row].to(self.device) for row in kept], responses=responses),
             mask=pad_rows([torch.ones(len(response)) for response in responses]).bool().to(self.device),

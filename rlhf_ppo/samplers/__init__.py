@@ -1,1 +1,1 @@
-"""Samplers: prompts in, response tokens and their log-probabilities out."""
+"""Samplers: from prompts to response tokens and their log-probabilities."""

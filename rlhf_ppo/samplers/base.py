@@ -1,4 +1,4 @@
-"""What a sampler is: prompts in, responses and their log-probabilities out."""
+"""Sampler protocol, its configuration and results, and helpers that samplers share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -13,28 +13,28 @@ from rlhf_ppo.utils.field_types import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How responses are drawn. Rules act in the order of `transformers`: penalty, minimum, temperature, k, p."""
+    """Sampling settings, applied in the order of `transformers`: penalty, minimum length, temperature, top-k, top-p."""
 
     max_new_tokens: int
-    """Longest response, in tokens, the stop token included."""
+    """Maximum response length in tokens, the stop token included."""
     min_new_tokens: int = 0
-    """Before this many tokens no stop token can be drawn, and no stop string ends a response."""
+    """Minimum response length in tokens: before it, stop tokens have probability 0 and stop strings are ignored."""
     temperature: float = 1.0
-    """Logits are divided by it; below 1 the likely tokens become likelier."""
+    """Logits are divided by it; below 1 the distribution becomes sharper."""
     top_k: int = 0
-    """Only the k likeliest tokens can be drawn; 0 keeps all."""
+    """Sample from the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Only the smallest set of tokens with at least this much probability can be drawn; 1 keeps all."""
+    """Sample from the smallest set of tokens with at least this total probability; 1 keeps all."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens that stand in the prompt or the response so far become less likely (Keskar et al. 2019, §4.1)."""
+    """Above 1, tokens already in the prompt or response become less likely (Keskar et al. 2019, §4.1)."""
     stop_token_ids: tuple[int, ...] = ()
-    """A response ends with the first of these; none given, every response runs to `max_new_tokens`."""
+    """A response ends with the first of these tokens; if empty, every response has `max_new_tokens` tokens."""
     stop_strings: tuple[str, ...] = ()
     """A response ends with the token that completes one of these strings; the sampler needs a tokenizer for it."""
     num_return_sequences: int = 1
-    """Responses per prompt; they come side by side."""
+    """Responses per prompt, in adjacent rows."""
     do_sample: bool = True
-    """False takes the likeliest token; temperature, top-k and top-p are then without effect."""
+    """False decodes greedily; temperature, top-k and top-p then have no effect."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -55,68 +55,67 @@ class SamplingConfig:
 
     @property
     def warps_distribution(self) -> bool:
-        """Whether tokens are drawn from anything but the model's own distribution."""
+        """Whether tokens are sampled from any distribution but softmax(logits)."""
         warps = (self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.min_new_tokens)
         return not self.do_sample or warps != (1.0, 0, 1.0, 1.0, 0)
 
     @property
-    def draws_from_policy(self) -> bool:
-        """Whether every token is drawn from softmax(logits / temperature), with nothing forbidden or made likelier."""
+    def samples_from_policy(self) -> bool:
+        """Whether tokens are sampled from softmax(logits / temperature), without filters, penalty or minimum length."""
         return not replace(self, temperature=1.0).warps_distribution
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
         raise ValueError(
-            f"SamplingConfig.{name} must be {expected}, got {got!r}: no response could be drawn as asked. Set it "
+            f"SamplingConfig.{name} must be {expected}, got {got!r}: no response could be sampled with it. Set it "
             "within these bounds."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCounts:
-    """What the sampler computed, in counts that do not depend on the machine. Zero where the sampler cannot know."""
+    """Deterministic counts of the sampler's work, independent of the machine; 0 where the sampler cannot know."""
 
     prompt_tokens: int = 0
-    """Prompt tokens, each prompt once."""
+    """Prompt tokens, each prompt counted once."""
     prefill_tokens: int = 0
     """Prompt positions run through the model, padding included."""
     decode_row_steps: int = 0
-    """Rows run through the model one token at a time, summed over steps."""
+    """Rows per decoding step, summed over steps."""
     lm_head_rows: int = 0
     """Positions for which logits over the whole vocabulary were computed."""
     response_tokens: int = 0
-    """Tokens drawn and returned."""
+    """Tokens sampled and returned."""
     forwards: int = 0
-    """Calls of the model."""
+    """Forward passes of the model."""
 
     def __add__(self, other: "SamplingCounts") -> "SamplingCounts":
-        """Work of both."""
+        """Add the counts of two calls."""
         return SamplingCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Responses in the order of the prompts; with n responses per prompt, the n stand side by side."""
+    """Sampled responses, one per row, in prompt order; n responses to one prompt are adjacent."""
 
     prompts: list[Int[Tensor, "_"]]
-    """One per response."""
+    """Prompt of each response, 1-D token ids."""
     responses: list[Int[Tensor, "_"]]
-    """Drawn tokens, the stop token included, no padding."""
+    """Sampled tokens, 1-D, the stop token included, without padding."""
     logprobs: list[Float[Tensor, "_"]] | None
-    """Log-probability, in nats and float32, of each drawn token under the distribution it was drawn from (greedy: under
-    the processed logits). None where the sampler does not know it."""
+    """Log-probability of each token under the distribution it was sampled from (greedy: under the processed logits),
+    nats, float32. None if the sampler does not return it."""
     values: list[Float[Tensor, "_"]] | None = None
-    """V(s_0) ... V(s_{T-1}) of each response by the model's value head, float32, where the sampler read it too."""
+    """V(s_0) ... V(s_{T-1}) of each response by the model's value head, float32; None if not computed."""
     finished: list[bool]
-    """True: stopped by a stop token or string. False: cut at `max_new_tokens`."""
-    work: SamplingCounts = field(default_factory=SamplingCounts)
-    """Deterministic counts of what was computed."""
+    """Whether each response ended with a stop token or string; False: cut at `max_new_tokens`."""
+    counts: SamplingCounts = field(default_factory=SamplingCounts)
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws responses to prompts from a model."""
+    """Callable that samples responses to prompts from a model."""
 
     def __call__(
         self,
@@ -126,23 +125,23 @@ class Sampler(Protocol):
         *,
         generator: torch.Generator | None = None,
     ) -> Samples:
-        """Draw `config.num_return_sequences` responses to each prompt.
+        """Sample `config.num_return_sequences` responses to each prompt.
 
         Args:
             model: a causal language model of `transformers`, bare or wrapped (value head, PEFT, DDP).
             prompts: token ids, one-dimensional and not empty.
-            config: how to draw.
-            generator: source of randomness; the same state gives the same responses. None: torch's global one.
+            config: sampling settings.
+            generator: random generator; the same state gives the same responses. None: torch's global one.
         """
         ...
 
 
 @runtime_checkable
 class WeightSyncedSampler(Protocol):
-    """A sampler that draws from a copy of the policy's weights: an engine of its own."""
+    """Sampler with its own copy of the policy's weights, such as an inference engine."""
 
-    def follow(self, model: nn.Module, accelerator: Any) -> None:
-        """Make the copy equal to `model` as it is now. All processes call it together.
+    def sync_weights(self, model: nn.Module, accelerator: Any) -> None:
+        """Copy the current weights of `model` into the sampler. Collective.
 
         Args:
             model: the policy, bare or wrapped; its parameters may be sharded.
@@ -152,7 +151,7 @@ class WeightSyncedSampler(Protocol):
 
 
 class PromptError(ValueError):
-    """A prompt that no response can be drawn to."""
+    """A prompt is empty or is not a vector of token ids."""
 
 
 def check_prompts(prompts: Sequence[Tensor]) -> None:
@@ -161,7 +160,7 @@ def check_prompts(prompts: Sequence[Tensor]) -> None:
         if prompt.dim() != 1 or prompt.numel() == 0 or prompt.is_floating_point():
             raise PromptError(
                 f"prompts[{index}] must be a non-empty one-dimensional tensor of token ids, got shape "
-                f"{tuple(prompt.shape)} and {prompt.dtype}: a response is drawn given at least one token. "
+                f"{tuple(prompt.shape)} and {prompt.dtype}: the model needs at least one token to continue from. "
                 "Begin an empty prompt with the tokenizer's bos token."
             )
 
@@ -169,7 +168,7 @@ def check_prompts(prompts: Sequence[Tensor]) -> None:
 def pad_prompts(
     prompts: Sequence[Tensor], device: torch.device, *, side: str
 ) -> tuple[Int[Tensor, "prompts width"], Int[Tensor, "prompts width"]]:
-    """Token ids and attention mask. Padding repeats the row's own tokens: no repetition penalty sees a new one."""
+    """Pad prompts to token ids and attention mask. Padding repeats a token of its row, for the repetition penalty."""
     on_device = [prompt.to(device) for prompt in prompts]
     ids = nn.utils.rnn.pad_sequence(on_device, batch_first=True, padding_value=-1, padding_side=side).long()
     mask = ids >= 0
@@ -177,7 +176,7 @@ def pad_prompts(
 
 
 def unwrap_causal_lm(model: nn.Module) -> Any:
-    """The causal LM inside DDP and value-head wrappers; a PEFT model stays as it is, its adapters act."""
+    """Remove DDP and value-head wrappers from a causal LM; a PEFT model keeps its adapters."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -189,12 +188,12 @@ def unwrap_causal_lm(model: nn.Module) -> Any:
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
-    """A seed drawn from `generator` (None: from torch's global one), for libraries that know only global seeds."""
+    """Draw a seed from `generator` (None: torch's global one), for libraries that take only a seed."""
     return int(torch.randint(2**62, (), generator=generator, device="cpu" if generator is None else generator.device))
 
 
 class EvalMode:
-    """Every module in eval mode for a while (dropout would draw from another policy); modes restored exactly."""
+    """Context manager: while active, every module is in eval mode (no dropout); restores each module's mode."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

@@ -1,4 +1,4 @@
-"""Sampler over the continuous batching of `transformers`: a paged cache, and new rows in the place of finished ones."""
+"""Sampler over the continuous batching of `transformers`: paged KV cache, new rows replace finished ones."""
 
 import math
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ NO_STOP_TOKEN = -1
 
 @dataclass(frozen=True, kw_only=True)
 class ContinuousBatching:
-    """Sampler over `model.generate_batch`, with the log-probabilities of the drawn tokens.
+    """Sampler over `model.generate_batch`; returns the log-probabilities of the sampled tokens.
 
-    It draws from the live module, so there are no weights to send. Rows are scheduled by a thread of its own: which
-    rows share a draw depends on timing, and the same generator state need not give the same responses.
+    It samples from the live module, so no weights are copied. A background thread schedules rows, and which rows share
+    a step depends on timing: the same generator state need not give the same responses.
     """
 
     max_rows: int = 512
-    """Rows in flight at once, at most."""
+    """Maximum number of rows decoded at once."""
     page_size: int = 64
-    """Tokens of one page of the cache."""
+    """Tokens per page of the KV cache."""
     max_batch_tokens: int = 1024
-    """Tokens of one forward pass, at most; a longer prompt is read in pieces."""
+    """Maximum number of tokens per forward pass; a longer prompt is prefilled in chunks."""
     kv_budget_bytes: int = 4 * 2**30
-    """Bytes of the paged cache, at most; one row is decoded even when it takes more."""
+    """Maximum size of the KV cache in bytes; one row is decoded even if it needs more."""
 
     def __call__(
         self,
@@ -50,42 +50,42 @@ class ContinuousBatching:
         *,
         generator: torch.Generator | None = None,
     ) -> Samples:
-        """Draw responses; see `Sampler`.
+        """Sample responses; see `Sampler`.
 
         Raises:
-            ValueError: An unusable prompt, a rule that continuous batching drops silently, or a model without it.
-            RuntimeError: A response that was not finished; `transformers` has logged why.
+            ValueError: An invalid prompt, an unsupported sampling setting, or a model without `generate_batch`.
+            RuntimeError: A request failed; the log of `transformers` has the reason.
         """
         check_prompts(prompts)
-        check_rules(config)
-        inner = unwrap_causal_lm(model)
-        if not hasattr(inner, "generate_batch") or inner.config.is_encoder_decoder:
+        check_supported(config)
+        causal_lm = unwrap_causal_lm(model)
+        if not hasattr(causal_lm, "generate_batch") or causal_lm.config.is_encoder_decoder:
             raise ValueError(
-                f"ContinuousBatching needs a causal model with `generate_batch`, got {type(inner).__name__}: there is "
-                "no paged cache for it. Use DecodeLoop() or TransformersGenerate()."
+                f"ContinuousBatching needs a causal model with `generate_batch`, got {type(causal_lm).__name__}: it "
+                "has no paged KV cache. Use DecodeLoop() or TransformersGenerate()."
             )
-        devices = [inner.device] if inner.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), EvalMode(inner):
-            outputs = inner.generate_batch(
+        devices = [causal_lm.device] if causal_lm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), EvalMode(causal_lm):
+            outputs = causal_lm.generate_batch(
                 [prompt.tolist() for prompt in prompts],
-                generation_config=_rules(config),
-                continuous_batching_config=self._sizes(inner, prompts, config, draw_seed(generator) % 2**32),
+                generation_config=_generation_config(config),
+                continuous_batching_config=self._cache_config(causal_lm, prompts, config, draw_seed(generator) % 2**32),
                 progress_bar=False,
-                warmup=inner.device.type == "cuda",
+                warmup=causal_lm.device.type == "cuda",
             )
-        return _samples(list(outputs.values()), prompts, config, inner.device)
+        return _samples(list(outputs.values()), prompts, config, causal_lm.device)
 
-    def _sizes(
+    def _cache_config(
         self, model: Any, prompts: Sequence[Tensor], config: SamplingConfig, seed: int
     ) -> ContinuousBatchingConfig:
-        """A cache for this call alone: what the rows need, within the budget."""
+        """Size the KV cache for this call: what its rows need, within the budget."""
         longest = max((len(prompt) for prompt in prompts), default=1)
-        pages_a_row = math.ceil((longest + config.max_new_tokens) / self.page_size) + 1
+        pages_per_row = math.ceil((longest + config.max_new_tokens) / self.page_size) + 1
         rows = min(self.max_rows, len(prompts) * config.num_return_sequences)
-        affordable = self.kv_budget_bytes // (self.page_size * bytes_per_token(model.config, model.dtype))
+        affordable_pages = self.kv_budget_bytes // (self.page_size * bytes_per_token(model.config, model.dtype))
         return ContinuousBatchingConfig(
             page_size=self.page_size,
-            num_blocks=max(pages_a_row, min(rows * pages_a_row, affordable)),
+            num_blocks=max(pages_per_row, min(rows * pages_per_row, affordable_pages)),
             max_batch_tokens=self.max_batch_tokens,
             max_requests_per_batch=rows,
             return_logprobs=True,
@@ -93,31 +93,31 @@ class ContinuousBatching:
         )
 
 
-def check_rules(config: SamplingConfig) -> None:
-    """Refuse what continuous batching would leave out with no more than a line in a log.
+def check_supported(config: SamplingConfig) -> None:
+    """Reject sampling settings that continuous batching would ignore with only a log message.
 
     Raises:
-        ValueError: Naming the rule.
+        ValueError: Names the setting.
     """
-    rules = {
+    unsupported = {
         "repetition_penalty": config.repetition_penalty != 1.0,
         "min_new_tokens": config.min_new_tokens > 0,
         "stop_strings": bool(config.stop_strings),
     }
-    for name, is_set in rules.items():
+    for name, is_set in unsupported.items():
         if is_set:
             raise ValueError(
-                f"ContinuousBatching does not know SamplingConfig.{name}, got {getattr(config, name)!r}: responses "
-                f"would be drawn without it. Leave {name} at its default, or use DecodeLoop()."
+                f"ContinuousBatching does not support SamplingConfig.{name}, got {getattr(config, name)!r}: responses "
+                f"would be sampled without it. Leave {name} at its default, or use DecodeLoop()."
             )
 
 
-def _rules(config: SamplingConfig) -> GenerationConfig:
+def _generation_config(config: SamplingConfig) -> GenerationConfig:
     warpers = {"temperature": float(config.temperature), "top_k": config.top_k, "top_p": float(config.top_p)}
-    stops = list(config.stop_token_ids) or [NO_STOP_TOKEN]
+    stop_tokens = list(config.stop_token_ids) or [NO_STOP_TOKEN]
     return GenerationConfig(
-        max_new_tokens=config.max_new_tokens, do_sample=config.do_sample, eos_token_id=stops,
-        pad_token_id=max(stops[0], 0), num_return_sequences=config.num_return_sequences,
+        max_new_tokens=config.max_new_tokens, do_sample=config.do_sample, eos_token_id=stop_tokens,
+        pad_token_id=max(stop_tokens[0], 0), num_return_sequences=config.num_return_sequences,
         **(warpers if config.do_sample else {}),
     )  # fmt: skip
 
@@ -127,17 +127,17 @@ def _samples(outputs: list[Any], prompts: Sequence[Tensor], config: SamplingConf
     errors = sorted({str(output.error) for output in outputs if output.error is not None})
     if len(outputs) != expected or errors:
         raise RuntimeError(
-            f"continuous batching answered {len(outputs) - len(errors)} of {expected} requests"
+            f"continuous batching finished {len(outputs) - len(errors)} of {expected} requests"
             + (f" ({'; '.join(errors)})" if errors else "")
             + ": the others are lost. Its log says why; lower max_rows or raise kv_budget_bytes if memory ran out."
         )
-    stops = set(config.stop_token_ids)
+    stop_tokens = set(config.stop_token_ids)
     return Samples(
         prompts=[prompt for prompt in prompts for _ in range(config.num_return_sequences)],
         responses=[torch.tensor(output.generated_tokens, device=device) for output in outputs],
         logprobs=[torch.tensor(output.logprobs, dtype=torch.float32, device=device) for output in outputs],
-        finished=[output.generated_tokens[-1] in stops for output in outputs],
-        work=SamplingCounts(
+        finished=[output.generated_tokens[-1] in stop_tokens for output in outputs],
+        counts=SamplingCounts(
             prompt_tokens=sum(len(prompt) for prompt in prompts),
             response_tokens=sum(len(output.generated_tokens) for output in outputs),
         ),

@@ -1,4 +1,4 @@
-"""Our own sampling loop over a `transformers` causal LM and its key-value cache."""
+"""Token-by-token sampling loop over a `transformers` causal LM and its KV cache."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from rlhf_ppo.samplers.base import (
 from rlhf_ppo.samplers.decode_results import DecodedTokens
 from rlhf_ppo.samplers.decode_support import (
     check_positions,
-    contiguous_head,
+    contiguous_head_inputs,
     supports_logits_to_keep,
     unsupported_reason,
 )
@@ -39,29 +39,29 @@ from rlhf_ppo.samplers.transformers_generate import TransformersGenerate
 
 @dataclass
 class DecodeLoop:
-    """Sampler that draws token by token, and computes nothing for rows that have ended.
+    """Sampler that decodes token by token and drops finished rows from the batch.
 
-    Against `model.generate`: tokens are drawn by inversion of the cumulative distribution, finished rows leave the
-    batch, the responses to one prompt share its prefill, prompts of like length share a batch, and each token's
-    log-probability is kept. The same generator state gives the same uniforms however rows are cut into batches.
-    Models it does not fit (encoder-decoder, recurrent state, prompt tuning) go to `fallback`, with one warning.
+    Differences from `model.generate`: tokens are sampled by inverting the cumulative distribution, finished rows leave
+    the batch, responses to one prompt share its prefill, prompts of similar length share a batch, and log-probabilities
+    are returned. The same generator state gives the same uniforms for any split into batches. Unsupported models
+    (encoder-decoder, recurrent state, prompt tuning) go to `fallback`, with one warning.
 
-    All processes of a model whose parameters are sharded must gather them first: rows end at different times.
+    Sharded parameters must be gathered first: processes run different numbers of steps.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     """Needed for `stop_strings` only."""
     _: KW_ONLY
     max_rows: int = 512
-    """Rows decoded at once, at most. It bounds logits (rows x vocabulary) and cache; it does not change the result."""
+    """Maximum number of rows decoded at once; bounds logits (rows x vocabulary) and cache, not the result."""
     kv_budget_bytes: int = 4 * 2**30
-    """Bytes of keys and values alive at once, at most; one row is decoded even when it takes more."""
+    """Maximum size of the KV cache in bytes; one row is decoded even if it needs more."""
     compact: bool = True
-    """Whether finished rows leave the batch; False is the plain loop to compare with."""
+    """Whether finished rows leave the batch; False only for comparison."""
     fast_products: bool = True
-    """Whether float32 products on a CPU may be oneDNN's, where those are faster."""
+    """Whether float32 matrix products on a CPU use oneDNN where that is faster."""
     fallback: Sampler | None = None
-    """Sampler for models that the loop does not fit; None: `TransformersGenerate`."""
+    """Sampler for models that the loop does not support; None: `TransformersGenerate`."""
     on_progress: Callable[[int, int], None] | None = None
     """Called with (finished responses, all responses) after each batch."""
     _warned: set[str] = field(default_factory=set, repr=False)
@@ -69,7 +69,9 @@ class DecodeLoop:
     def __post_init__(self) -> None:
         for name, value in (("max_rows", self.max_rows), ("kv_budget_bytes", self.kv_budget_bytes)):
             if value < 1:
-                raise ValueError(f"DecodeLoop.{name} must be >= 1, got {value}: no row could ever be decoded.")
+                raise ValueError(
+                    f"DecodeLoop.{name} must be >= 1, got {value}: no row could be decoded. Set it to 1 or more."
+                )
 
     def __call__(
         self,
@@ -80,67 +82,69 @@ class DecodeLoop:
         generator: torch.Generator | None = None,
         limits: Sequence[int] | None = None,
     ) -> Samples:
-        """Draw responses; see `Sampler`.
+        """Sample responses; see `Sampler`.
 
         Args:
             model: see `Sampler`.
             prompts: see `Sampler`.
             config: see `Sampler`.
             generator: see `Sampler`.
-            limits: a maximum of new tokens for each prompt; `config.max_new_tokens` still bounds them all.
+            limits: maximum number of new tokens for each prompt, at most `config.max_new_tokens`.
 
         Raises:
-            ValueError: an unusable prompt, a position beyond the model's table, or logits that are not numbers.
+            ValueError: an invalid prompt, more positions than the model has, or logits that are not finite.
         """
         check_prompts(prompts)
         causal_lm = unwrap_causal_lm(model)
-        misfit = unsupported_reason(causal_lm)
-        if misfit is not None and limits is None:
-            return self._fall_back(misfit)(model, prompts, config, generator=generator)
-        if misfit is not None:
-            raise ValueError(f"Limits per prompt need a model that DecodeLoop fits, but {misfit}. Pass limits=None.")
+        reason = unsupported_reason(causal_lm)
+        if reason is not None and limits is None:
+            return self._fall_back(reason)(model, prompts, config, generator=generator)
+        if reason is not None:
+            raise ValueError(
+                f"Limits per prompt need a model that DecodeLoop supports, but {reason}. Pass limits=None."
+            )
         lengths = [len(prompt) for prompt in prompts]
         check_positions(causal_lm.config, max(lengths, default=0) + config.max_new_tokens)
         rules = DecodingRules.build(config, self.tokenizer, causal_lm.device)
         results = DecodedTokens.empty(len(prompts), config, generator, causal_lm.device, limits)
         finished = 0
         with EvalMode(model), torch.no_grad(), fast_layers(causal_lm) if self.fast_products else nullcontext():
-            for batch in self._cut(lengths, config, causal_lm):
+            for batch in self._batches(lengths, config, causal_lm):
                 value_head = model.v_head if isinstance(model, PreTrainedModelWrapper) else None
-                decode = _Decode(causal_lm, config, rules, results, compact=self.compact, value_head=value_head)
+                decode = _BatchDecoder(causal_lm, config, rules, results, compact=self.compact, value_head=value_head)
                 decode.run([prompts[row // config.num_return_sequences] for row in batch], batch)
                 finished += len(batch)
                 if self.on_progress is not None:
                     self.on_progress(finished, len(results.lengths))
         return results.samples(prompts, config)
 
-    def _fall_back(self, misfit: str) -> Sampler:
-        if misfit not in self._warned:
-            self._warned.add(misfit)
+    def _fall_back(self, reason: str) -> Sampler:
+        if reason not in self._warned:
+            self._warned.add(reason)
             warnings.warn(
-                f"DecodeLoop does not fit this model: {misfit}. Falling back to "
+                f"DecodeLoop does not fit this model: {reason}. Falling back to "
                 f"{'TransformersGenerate' if self.fallback is None else self.fallback!r}: slower, and "
-                "without log-probabilities of the drawn tokens.",
+                "without log-probabilities of the sampled tokens.",
                 stacklevel=3,
             )
         return TransformersGenerate(tokenizer=self.tokenizer) if self.fallback is None else self.fallback
 
-    def _cut(self, lengths: list[int], config: SamplingConfig, model: Any) -> Iterator[list[int]]:
-        """Rows of one batch each: longest prompts first, as many rows as the limits allow, copies side by side."""
-        copies = config.num_return_sequences
+    def _batches(self, lengths: list[int], config: SamplingConfig, model: Any) -> Iterator[list[int]]:
+        """Yield the row indices of each batch: longest prompts first, as many rows as the limits allow."""
+        num_copies = config.num_return_sequences
         per_token = bytes_per_token(model.config, model.dtype)
         order = sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt))
-        rows = [prompt * copies + copy for prompt in order for copy in range(copies)]
+        rows = [prompt * num_copies + copy for prompt in order for copy in range(num_copies)]
         start = 0
         while start < len(rows):
-            width = lengths[rows[start] // copies] + config.max_new_tokens
+            width = lengths[rows[start] // num_copies] + config.max_new_tokens
             count = max(1, min(self.max_rows, self.kv_budget_bytes // (per_token * width)))
             yield rows[start : start + count]
             start += count
 
 
-class _Decode:
-    """The live rows of one batch. Everything that has a row axis here shrinks as rows finish."""
+class _BatchDecoder:
+    """Decoding state of one batch; all its tensors shrink along the row axis as rows finish."""
 
     def __init__(
         self,
@@ -155,11 +159,11 @@ class _Decode:
         self.model, self.config, self.rules, self.results, self.compact = model, config, rules, results, compact
         self.value_head = value_head
         results.has_values = value_head is not None
-        self.last_only = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
+        self.last_logits_only = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
 
     def run(self, prompts: list[Tensor], rows: list[int]) -> None:
-        """Decode `rows` of the results, whose prompts stand in `prompts`, equal ones side by side."""
-        with contiguous_head(self.model) as self.handed:
+        """Decode the rows `rows` of the results; `prompts` has one prompt per row, equal ones adjacent."""
+        with contiguous_head_inputs(self.model) as self.head_inputs:
             self._run(prompts, rows)
 
     def _run(self, prompts: list[Tensor], rows: list[int]) -> None:
@@ -167,27 +171,27 @@ class _Decode:
         processors = self.rules.processors(self.width)
         step = 0
         while True:
-            self._draw(processors, logits, step)
-            living = self._end(step)
-            if living == 0:
+            self._sample(processors, logits, step)
+            unfinished = self._mark_ended(step)
+            if unfinished == 0:
                 return
-            if self.compact and living < len(self.alive):
-                self._drop()
+            if self.compact and unfinished < len(self.alive):
+                self._drop_finished_rows()
             logits = self._advance(step)
             step += 1
 
     def _prefill(self, prompts: list[Tensor], rows: list[int]) -> Float[Tensor, "rows vocab"]:
-        """One forward over the distinct prompts, left-padded; then one row per response."""
-        copies = self.config.num_return_sequences
-        first = [i for i, row in enumerate(rows) if i == 0 or row // copies != rows[i - 1] // copies]
+        """Run the distinct prompts, left-padded, through the model once, then repeat cache and logits per response."""
+        num_copies = self.config.num_return_sequences
+        first = [i for i, row in enumerate(rows) if i == 0 or row // num_copies != rows[i - 1] // num_copies]
         distinct = [prompts[i] for i in first]
         ids, mask = pad_prompts(distinct, self.rules.device, side="left")
         self.width = ids.shape[1]
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         self.cache: DynamicCache = new_cache(self.model.config, self.width + self.config.max_new_tokens)
         logits = self._forward(ids, mask, positions)
-        real = sum(len(prompt) for prompt in distinct)
-        self._count(prompt_tokens=real, prefill_tokens=ids.numel(), lm_head_rows=len(distinct), forwards=1)
+        num_tokens = sum(len(prompt) for prompt in distinct)
+        self._count(prompt_tokens=num_tokens, prefill_tokens=ids.numel(), lm_head_rows=len(distinct), forwards=1)
 
         self.rows = torch.tensor(rows, device=ids.device)
         if len(first) < len(rows):
@@ -196,16 +200,16 @@ class _Decode:
             source = torch.arange(len(first), device=ids.device).repeat_interleave(counts)
             select_rows(self.cache, source)
             ids, mask, positions, logits = ids[source], mask[source], positions[source], logits[source]
-            self.handed[:] = [states[source] for states in self.handed]
-        spare = (len(rows), self.config.max_new_tokens)
-        self.ids = torch.cat([ids, ids.new_zeros(spare)], dim=1)
-        self.mask = torch.cat([mask, mask.new_ones(spare)], dim=1)
+            self.head_inputs[:] = [states[source] for states in self.head_inputs]
+        response_shape = (len(rows), self.config.max_new_tokens)
+        self.ids = torch.cat([ids, ids.new_zeros(response_shape)], dim=1)
+        self.mask = torch.cat([mask, mask.new_ones(response_shape)], dim=1)
         self.positions = positions[:, -1:]
         self.alive = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
         return logits
 
-    def _draw(self, processors: LogitsProcessorList, logits: Float[Tensor, "rows vocab"], step: int) -> None:
-        """Draw the tokens of this step and put them down with their log-probabilities."""
+    def _sample(self, processors: LogitsProcessorList, logits: Float[Tensor, "rows vocab"], step: int) -> None:
+        """Sample this step's tokens and store them with log-probabilities and values."""
         scores = logits.float()
         if processors:
             scores = processors(cast("torch.LongTensor", self.ids[:, : self.width + step]), scores)
@@ -216,11 +220,11 @@ class _Decode:
         self.results.tokens[self.rows, step] = tokens
         self.results.logprobs[self.rows, step] = logprobs
         if self.value_head is not None:  # it reads what the LM head reads
-            self.results.values[self.rows, step] = self.value_head(self.handed[0][:, -1]).squeeze(-1).float()
+            self.results.values[self.rows, step] = self.value_head(self.head_inputs[0][:, -1]).squeeze(-1).float()
         self.ids[:, self.width + step] = tokens
 
-    def _end(self, step: int) -> int:
-        """Mark the rows that end at this step; how many go on."""
+    def _mark_ended(self, step: int) -> int:
+        """Mark the rows that end at this step; return the number of unfinished rows."""
         stopped = self.rules.stopped(self.ids[:, self.width : self.width + step + 1]) & self.alive
         ended = stopped | ((self.results.limits[self.rows] == step + 1) & self.alive)
         self.results.finished[self.rows[stopped]] = True
@@ -228,13 +232,13 @@ class _Decode:
         self.alive = self.alive & ~ended
         return int(self.alive.sum())
 
-    def _drop(self) -> None:
-        kept = drop_rows(self.cache, self.alive)
+    def _drop_finished_rows(self) -> None:
+        kept_rows = drop_rows(self.cache, self.alive)
         for name in ("rows", "ids", "mask", "positions", "alive"):
-            setattr(self, name, getattr(self, name)[kept])
+            setattr(self, name, getattr(self, name)[kept_rows])
 
     def _advance(self, step: int) -> Float[Tensor, "rows vocab"]:
-        """Run the token just drawn through the model."""
+        """Run the last sampled token of each row through the model."""
         end = self.width + step + 1
         self.positions = self.positions + 1
         self._count(decode_row_steps=len(self.rows), lm_head_rows=len(self.rows), forwards=1)
@@ -243,10 +247,10 @@ class _Decode:
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "rows vocab"]:
         output = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
-            use_cache=True, return_dict=True, **self.last_only,
+            use_cache=True, return_dict=True, **self.last_logits_only,
         )  # fmt: skip
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _count(self, **work: int) -> None:
-        self.results.work = self.results.work + SamplingCounts(**work)
+    def _count(self, **counts: int) -> None:
+        self.results.counts = self.results.counts + SamplingCounts(**counts)

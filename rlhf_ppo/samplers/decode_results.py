@@ -1,4 +1,4 @@
-"""Where the decode loop puts down what it draws, and the random numbers that it draws with."""
+"""Output buffers of the decode loop and the uniform random numbers it samples with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from rlhf_ppo.samplers.base import Samples, SamplingConfig, SamplingCounts
 
 @dataclass(kw_only=True)
 class DecodedTokens:
-    """Where drawn tokens are put down, in the caller's order, and the uniforms that draw them."""
+    """Buffers for sampled tokens, log-probabilities and values, rows in the caller's order, and their uniforms."""
 
     tokens: Int[Tensor, "rows steps"]
     logprobs: Float[Tensor, "rows steps"]
@@ -20,9 +20,9 @@ class DecodedTokens:
     finished: Bool[Tensor, "rows"]
     limits: Int[Tensor, "rows"]
     values: Float[Tensor, "rows steps"]
-    uniforms: Float[Tensor, "rows draws"]
+    uniforms: Float[Tensor, "rows steps"]
     has_values: bool = False
-    work: SamplingCounts = field(default_factory=SamplingCounts)
+    counts: SamplingCounts = field(default_factory=SamplingCounts)
 
     @classmethod
     def empty(
@@ -33,15 +33,15 @@ class DecodedTokens:
         device: torch.device,
         limits: Sequence[int] | None,
     ) -> "DecodedTokens":
-        """Uniforms are drawn here for every row and step, so that no cut into batches changes who gets which."""
+        """Allocate the buffers and draw all uniforms, so that the split into batches does not change them."""
         steps, rows = config.max_new_tokens, prompts * config.num_return_sequences
-        at_most = torch.full((prompts,), steps) if limits is None else torch.tensor(limits).clamp(max=steps)
-        if at_most.shape != (prompts,) or bool((at_most < 1).any()):
+        max_lengths = torch.full((prompts,), steps) if limits is None else torch.tensor(limits).clamp(max=steps)
+        if max_lengths.shape != (prompts,) or bool((max_lengths < 1).any()):
             raise ValueError(
-                f"limits must be one number >= 1 for each of the {prompts} prompts, got {limits}: at least one token "
-                "is drawn for every prompt."
+                f"limits must be one number >= 1 for each of the {prompts} prompts, got {limits}: a response "
+                "has at least one token."
             )
-        source = "cpu" if generator is None else generator.device
+        generator_device = "cpu" if generator is None else generator.device
         shape = (rows, steps) if config.do_sample else (rows, 0)
         return cls(
             tokens=torch.zeros(rows, steps, dtype=torch.long, device=device),
@@ -49,19 +49,20 @@ class DecodedTokens:
             values=torch.zeros(rows, steps, dtype=torch.float32, device=device),
             lengths=torch.zeros(rows, dtype=torch.long, device=device),
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
-            limits=at_most.repeat_interleave(config.num_return_sequences).to(device),
-            uniforms=torch.rand(shape, dtype=torch.float64, generator=generator, device=source).to(device),
+            limits=max_lengths.repeat_interleave(config.num_return_sequences).to(device),
+            uniforms=torch.rand(shape, dtype=torch.float64, generator=generator, device=generator_device).to(device),
         )
 
     def samples(self, prompts: Sequence[Tensor], config: SamplingConfig) -> Samples:
+        """Cut the buffers to `Samples`, one tensor per response."""
         lengths = self.lengths.tolist()
-        drawn = torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
-        bad = ((~self.logprobs.isfinite()) & drawn).any(dim=1).nonzero().flatten().tolist()
-        if bad:
+        is_sampled = torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
+        bad_rows = ((~self.logprobs.isfinite()) & is_sampled).any(dim=1).nonzero().flatten().tolist()
+        if bad_rows:
             raise ValueError(
-                f"The model's logits must be numbers, got nan or inf while sampling responses {bad[:8]}: no token can "
-                "be drawn from them. The weights have probably diverged: go back to the last checkpoint, lower the "
-                "learning rate."
+                f"The model's logits must be numbers, got nan or inf while sampling responses {bad_rows[:8]}: no token "
+                "can be sampled from them. The weights have probably diverged: go back to the last checkpoint and "
+                "lower the learning rate."
             )
         return Samples(
             prompts=[prompt for prompt in prompts for _ in range(config.num_return_sequences)],
@@ -69,5 +70,5 @@ class DecodedTokens:
             logprobs=[row[:n].clone() for row, n in zip(self.logprobs, lengths, strict=True)],
             values=[row[:n].clone() for row, n in zip(self.values, lengths, strict=True)] if self.has_values else None,
             finished=self.finished.tolist(),
-            work=self.work + SamplingCounts(response_tokens=sum(lengths)),
+            counts=self.counts + SamplingCounts(response_tokens=sum(lengths)),
         )

@@ -1,4 +1,4 @@
-"""Which models the decode loop fits, and how their LM head is fed."""
+"""Which models the decode loop supports, and a contiguous input for their LM head."""
 
 import inspect
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from rlhf_ppo.samplers.kv_cache import supports_row_selection
 
-NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
+REQUIRED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
 
 
 def unsupported_reason(model: Any) -> str | None:
-    """What about the model DecodeLoop does not fit, in words; None if it fits."""
+    """Why DecodeLoop does not support the model, as a sentence; None if it does."""
     config = getattr(model, "config", None)
     if config is None or not isinstance(model, nn.Module):
         return f"{type(model).__name__} is not a transformers model (it has no config)"
@@ -25,7 +25,7 @@ def unsupported_reason(model: Any) -> str | None:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return f"{name} has virtual prompt tokens ({model.active_peft_config.peft_type})"
     parameters = inspect.signature(base.forward).parameters
-    missing = [argument for argument in NEEDED_ARGUMENTS if argument not in parameters]
+    missing = [argument for argument in REQUIRED_ARGUMENTS if argument not in parameters]
     if missing:
         return f"{name}.forward does not take {', '.join(missing)}"
     if not supports_row_selection(config):
@@ -34,31 +34,33 @@ def unsupported_reason(model: Any) -> str | None:
 
 
 @contextmanager
-def contiguous_head(model: Any) -> Iterator[list[Tensor]]:
-    """Hand the LM head its rows in one piece; the list holds what it was handed last.
+def contiguous_head_inputs(model: Any) -> Iterator[list[Tensor]]:
+    """Context manager: while active, the LM head gets contiguous inputs; the yielded list holds its latest input.
 
-    The last position of a prefill is a slice with gaps. On such a slice torch multiplies batch by batch and copies the
-    head's weights for every row: gigabytes at a vocabulary of 50,000.
+    The last position of a prefill is a strided slice, on which torch runs a batched product and copies the head's
+    weights for every row: gigabytes at a vocabulary of 50,000.
     """
-    handed: list[Tensor] = []
+    head_inputs: list[Tensor] = []
 
-    def tidy(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        handed[:] = [inputs[0].contiguous()]
-        return (handed[0], *inputs[1:])
+    def make_contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        head_inputs[:] = [inputs[0].contiguous()]
+        return (head_inputs[0], *inputs[1:])
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(tidy)
+    hook = model.get_output_embeddings().register_forward_pre_hook(make_contiguous)
     try:
-        yield handed
+        yield head_inputs
     finally:
         hook.remove()
 
 
 def check_positions(config: Any, length: int) -> None:
-    """A model with a learned table of positions has no entry beyond its end."""
-    text = config.get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
-    relative = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_scaling", "rope_theta"))
-    if limit is not None and length > limit and not relative:
+    """Raise ValueError if a learned position table is shorter than `length`; rotary models pass."""
+    text_config = config.get_text_config(decoder=True)
+    limit = getattr(text_config, "max_position_embeddings", None)
+    is_rotary = any(
+        getattr(text_config, name, None) is not None for name in ("rope_parameters", "rope_scaling", "rope_theta")
+    )
+    if limit is not None and length > limit and not is_rotary:
         raise ValueError(
             f"The longest prompt plus max_new_tokens must be at most max_position_embeddings = {limit}, got {length}: "
             "the model has no embedding for the positions beyond. Shorten the prompts or lower max_new_tokens."
@@ -66,7 +68,7 @@ def check_positions(config: Any, length: int) -> None:
 
 
 def supports_logits_to_keep(model: Any) -> bool:
-    """Whether the model can be told to run its LM head on the last position only."""
+    """Whether `forward` takes `logits_to_keep`: it can run the LM head on the last position only."""
     return "logits_to_keep" in inspect.signature(_without_adapters(model).forward).parameters
 
 

@@ -1,4 +1,4 @@
-"""A key-value cache that is written in place and whose rows can leave."""
+"""KV cache that is written in place and can drop rows."""
 
 from typing import Any
 
@@ -8,62 +8,62 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-GROWTH = 128  # columns added at least, when the storage is full
+GROWTH = 128  # minimum number of positions added when the buffers are full
 
 
 class InPlaceCacheLayer(DynamicLayer):
-    """`DynamicLayer` that writes new keys into spare columns instead of copying the whole cache at every token."""
+    """`DynamicLayer` that writes into preallocated buffers instead of copying the whole cache at every token."""
 
-    def __init__(self, columns: int) -> None:
-        """Reserve `columns` positions; more are added when they are used up."""
+    def __init__(self, capacity: int) -> None:
+        """Reserve `capacity` positions; the buffers grow when they are full."""
         super().__init__()  # type: ignore[no-untyped-call]  # transformers' own
-        self.columns = columns
+        self.capacity = capacity
         self.length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append along the third axis and return all keys and values so far, as views of the storage."""
+        """Append along the third axis and return all keys and values so far, as views of the buffers."""
         start, self.length = self.length, self.length + key_states.shape[2]
         if start == 0:
             self.lazy_initialization(key_states, value_states)
-            self._store = [self._new_store(key_states), self._new_store(value_states)]
-        elif self.length > self._store[0].shape[2]:
-            self.columns = max(self.length, self._store[0].shape[2] + GROWTH)
-            self._store = [self._moved(store, store[:, :, :start]) for store in self._store]
-        self._store[0][:, :, start : self.length] = key_states
-        self._store[1][:, :, start : self.length] = value_states
-        return self._show()
+            self._buffers = [self._new_buffer(key_states), self._new_buffer(value_states)]
+        elif self.length > self._buffers[0].shape[2]:
+            self.capacity = max(self.length, self._buffers[0].shape[2] + GROWTH)
+            self._buffers = [self._reallocated(buffer, buffer[:, :, :start]) for buffer in self._buffers]
+        self._buffers[0][:, :, start : self.length] = key_states
+        self._buffers[1][:, :, start : self.length] = value_states
+        return self._update_views()
 
     def batch_select_indices(self, indices: Int[Tensor, "rows"]) -> None:
-        """Make row i what row `indices[i]` was; rows may repeat."""
-        self._store = [self._moved(store, store[:, :, : self.length][indices]) for store in self._store]
-        self._show()
+        """Replace row i by row `indices[i]`; rows may repeat."""
+        self._buffers = [self._reallocated(buffer, buffer[:, :, : self.length][indices]) for buffer in self._buffers]
+        self._update_views()
 
-    def keep_front(self, count: int, holes: Int[Tensor, "n"], movers: Int[Tensor, "n"]) -> None:
-        """Move rows `movers` into `holes` and keep the first `count` rows: copies only what moves."""
-        for store in self._store:
-            store[holes, :, : self.length] = store[movers, :, : self.length]
-        self._store = [store[:count] for store in self._store]
-        self._show()
+    def compact_rows(self, count: int, holes: Int[Tensor, "n"], movers: Int[Tensor, "n"]) -> None:
+        """Copy rows `movers` to rows `holes`, then truncate to the first `count` rows."""
+        for buffer in self._buffers:
+            buffer[holes, :, : self.length] = buffer[movers, :, : self.length]
+        self._buffers = [buffer[:count] for buffer in self._buffers]
+        self._update_views()
 
-    def _show(self) -> tuple[Tensor, Tensor]:
-        keys, values = (store[:, :, : self.length] for store in self._store)
+    def _update_views(self) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[:, :, : self.length] for buffer in self._buffers)
         self.keys, self.values = keys, values
         return keys, values
 
-    def _new_store(self, like: Tensor) -> Tensor:
+    def _new_buffer(self, like: Tensor) -> Tensor:
         rows, heads, _, width = like.shape
-        return like.new_empty(rows, heads, max(self.columns, self.length), width)
+        return like.new_empty(rows, heads, max(self.capacity, self.length), width)
 
-    def _moved(self, store: Tensor, content: Tensor) -> Tensor:
-        grown = store.new_empty(content.shape[0], store.shape[1], max(self.columns, self.length), store.shape[3])
-        grown[:, :, : content.shape[2]] = content
-        return grown
+    def _reallocated(self, buffer: Tensor, content: Tensor) -> Tensor:
+        larger = buffer.new_empty(content.shape[0], buffer.shape[1], max(self.capacity, self.length), buffer.shape[3])
+        larger[:, :, : content.shape[2]] = content
+        return larger
 
 
-def new_cache(config: PreTrainedConfig, columns: int) -> DynamicCache:
-    """The cache that `config` asks for, its full-attention layers writing in place."""
+def new_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
+    """Make the cache for `config`, with in-place full-attention layers."""
     cache = DynamicCache(config=config)
-    cache.layers = [InPlaceCacheLayer(columns) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [InPlaceCacheLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -78,32 +78,32 @@ def _attention_layers(cache: DynamicCache) -> list[DynamicLayer]:
 
 
 def select_rows(cache: DynamicCache, indices: Int[Tensor, "rows"]) -> None:
-    """Make row i of every layer what row `indices[i]` was."""
+    """Replace row i of every layer's cache by row `indices[i]`."""
     for layer in _attention_layers(cache):
         layer.batch_select_indices(indices)
 
 
 def drop_rows(cache: DynamicCache, alive: Bool[Tensor, "rows"]) -> Int[Tensor, "alive"]:
-    """Keep the rows that are alive, packed to the front, and return where each of them was.
+    """Keep the rows in `alive`, packed to the front; return their old indices.
 
-    The last living rows fill the holes that the dead ones leave, so that the cost is that of the dead rows.
+    The last alive rows move into the slots of dropped ones, so the cost is proportional to the dropped rows.
     """
     count = int(alive.sum())
     holes = (~alive[:count]).nonzero().squeeze(1)
     movers = alive[count:].nonzero().squeeze(1) + count
-    kept = torch.arange(count, device=alive.device)
-    kept[holes] = movers
+    old_rows = torch.arange(count, device=alive.device)
+    old_rows[holes] = movers
     for layer in _attention_layers(cache):
         if isinstance(layer, InPlaceCacheLayer):
-            layer.keep_front(count, holes, movers)
+            layer.compact_rows(count, holes, movers)
         else:
-            layer.batch_select_indices(kept)
-    return kept
+            layer.batch_select_indices(old_rows)
+    return old_rows
 
 
 def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes that one position of one row takes: keys and values of all layers."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * width * dtype.itemsize)
+    """Bytes of the KV cache per position and row: keys and values of all layers."""
+    text_config = config.get_text_config(decoder=True)
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return int(2 * text_config.num_hidden_layers * heads * width * dtype.itemsize)

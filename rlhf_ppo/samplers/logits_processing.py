@@ -1,4 +1,4 @@
-"""What is done to logits before a token is drawn, and what ends a response."""
+"""Logits processors and stopping criteria for a `SamplingConfig`."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from rlhf_ppo.samplers.base import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingRules:
-    """What is done to logits, and what ends a response; the same for all batches of a call."""
+    """Logits processors and stopping criteria of one sampler call, shared by its batches."""
 
     config: SamplingConfig
     stop_tokens: Int[Tensor, "stops"]
@@ -40,40 +40,42 @@ class DecodingRules:
         )
 
     def processors(self, prompt_width: int) -> LogitsProcessorList:
-        """The logits processors of `transformers`, in its own order."""
+        """Build the logits processors of `transformers`, in its order."""
         config = self.config
-        rules = LogitsProcessorList()
+        processors = LogitsProcessorList()
         if config.repetition_penalty != 1.0:
-            rules.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+            processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
         if config.min_new_tokens > 0 and config.stop_token_ids:
-            stops, device = list(config.stop_token_ids), str(self.device)
-            rules.append(MinNewTokensLengthLogitsProcessor(prompt_width, config.min_new_tokens, stops, device=device))
+            stop_tokens, device = list(config.stop_token_ids), str(self.device)
+            processors.append(
+                MinNewTokensLengthLogitsProcessor(prompt_width, config.min_new_tokens, stop_tokens, device=device)
+            )
         if config.do_sample:
             if config.temperature != 1.0:
-                rules.append(TemperatureLogitsWarper(float(config.temperature)))
+                processors.append(TemperatureLogitsWarper(float(config.temperature)))
             if config.top_k > 0:
-                rules.append(TopKLogitsWarper(config.top_k))
+                processors.append(TopKLogitsWarper(config.top_k))
             if config.top_p < 1.0:
-                rules.append(TopPLogitsWarper(config.top_p))
-        return rules
+                processors.append(TopPLogitsWarper(config.top_p))
+        return processors
 
     def stopped(self, response: Int[Tensor, "rows step"]) -> Bool[Tensor, "rows"]:
-        """Whether the last token of each row ends it."""
-        ends = (response[:, -1:] == self.stop_tokens).any(dim=1)
+        """Whether the last token of each row ends its response."""
+        ended = (response[:, -1:] == self.stop_tokens).any(dim=1)
         if self.stop_strings is not None and response.shape[1] >= self.config.min_new_tokens:
-            ends |= self.stop_strings(response, None)
-        return ends
+            ended |= self.stop_strings(response, None)
+        return ended
 
 
 def stop_string_criteria(
     config: SamplingConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> StopStringCriteria | None:
-    """The matcher of `transformers` for `config.stop_strings`; None if there are none."""
+    """Build the `StopStringCriteria` for `config.stop_strings`; None if there are none."""
     if not config.stop_strings:
         return None
     if tokenizer is None:
         raise ValueError(
-            f"SamplingConfig.stop_strings = {config.stop_strings} needs a tokenizer, got none: only it knows which "
+            f"SamplingConfig.stop_strings = {config.stop_strings} needs a tokenizer, got none: only it tells which "
             "tokens complete a string. Give the sampler one: DecodeLoop(tokenizer=tokenizer)."
         )
     return StopStringCriteria(tokenizer, list(config.stop_strings))

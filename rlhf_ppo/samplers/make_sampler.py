@@ -1,4 +1,4 @@
-"""The samplers by name: one place that chooses."""
+"""Choose a sampler by name."""
 
 from typing import Literal, TypeAlias
 
@@ -17,13 +17,13 @@ SamplerName: TypeAlias = Literal["loop", "generate", "generate-static", "continu
 def make_sampler(
     name: SamplerName, tokenizer: PreTrainedTokenizerBase | None = None, *, vllm_url: str = "http://localhost:8000"
 ) -> Sampler:
-    """The sampler called `name`, with its defaults.
+    """Make the sampler called `name`, with its default settings.
 
     Args:
-        name: "loop" (our own), "generate", "generate-static" and "continuous" (of transformers), "vllm-server",
-            "vllm-colocate".
-        tokenizer: Of the policy; needed for stop strings and by vLLM.
-        vllm_url: Of the server ("vllm-server" only).
+        name: "loop" is `DecodeLoop`; "generate", "generate-static" and "continuous" run in transformers; "vllm-server"
+            and "vllm-colocate" run in vLLM.
+        tokenizer: The policy's tokenizer; needed for stop strings and by vLLM.
+        vllm_url: Address of the server, for "vllm-server".
     """
     match name:
         case "loop":
@@ -43,8 +43,8 @@ def make_sampler(
 
 
 def default_importance_cap(name: SamplerName) -> float | None:
-    """`PPOConfig.importance_sampling_cap` that suits a sampler: 2 for engines whose numbers differ from the trainer's.
+    """Default `PPOConfig.importance_sampling_cap`: 2 for samplers whose log-probabilities differ from the trainer's.
 
-    None for the own loop, which agrees with the trainer, and for `generate`, which does not say how likely a token was.
+    None for "loop", which agrees with the trainer, and for `generate`, which returns no log-probabilities.
     """
     return 2.0 if name in ("continuous", "vllm-server", "vllm-colocate") else None

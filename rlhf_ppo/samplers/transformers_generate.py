@@ -1,4 +1,4 @@
-"""Sampler over `model.generate`, for models that the decode loop does not fit."""
+"""Sampler over `model.generate`, for models that the decode loop does not support."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,36 +24,36 @@ from rlhf_ppo.samplers.logits_processing import DecodingRules
 
 
 class _StopRecorder(StoppingCriteria):
-    """Ends rows at stop tokens and strings of the *response*, and remembers at which step."""
+    """Stop rows at stop tokens and strings of the *response*, and record their lengths."""
 
     def __init__(self, rules: DecodingRules, start: int) -> None:
         self.rules, self.start = rules, start
-        self.eos_token_id = rules.stop_tokens  # generate pads finished rows only where a criterion has this name
+        self.eos_token_id = rules.stop_tokens  # generate pads finished rows only if a criterion has this attribute
         self.lengths: Tensor | None = None
 
     def __call__(self, input_ids: Int[Tensor, "rows width"], scores: object, **_: object) -> Bool[Tensor, "rows"]:
         response = input_ids[:, self.start :]
-        ends = self.rules.stopped(response)
+        ended = self.rules.stopped(response)
         lengths = torch.zeros_like(response[:, 0]) if self.lengths is None else self.lengths
-        self.lengths = torch.where(ends & (lengths == 0), response.shape[1], lengths)
+        self.lengths = torch.where(ended & (lengths == 0), response.shape[1], lengths)
         return self.lengths > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersGenerate:
-    """Sampler over `model.generate`: works for every model it works for, encoder-decoders included.
+    """Sampler over `model.generate`, for every model that has it, encoder-decoders included.
 
-    Finished rows stay in the batch until the last has ended, and log-probabilities are not returned: the scores that
-    `generate` could return hold the whole vocabulary for every token.
+    Finished rows stay in the batch until the last one ends. Log-probabilities are not returned: the scores of
+    `generate` would hold the whole vocabulary for every token.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     """Needed for `stop_strings` only."""
     max_rows: int = 512
-    """Rows generated at once, at most."""
+    """Maximum number of rows generated at once."""
     static_cache: bool = False
-    """Whether keys and values stand in a cache of fixed size: on CUDA, `generate` then compiles its decoding step and
-    replays it as a CUDA graph. Not for encoder-decoders."""
+    """Whether the KV cache has a fixed size: on CUDA, `generate` then compiles its decoding step and replays it as a
+    CUDA graph. Not for encoder-decoders."""
 
     def __call__(
         self,
@@ -63,38 +63,38 @@ class TransformersGenerate:
         *,
         generator: torch.Generator | None = None,
     ) -> Samples:
-        """Draw responses; see `Sampler`. The global random state is put back afterwards when a generator is given."""
+        """Sample responses; see `Sampler`. Restores the global random state if a generator is given."""
         check_prompts(prompts)
-        inner = unwrap_causal_lm(model)
-        rules = DecodingRules.build(config, self.tokenizer, inner.device)
-        copies = config.num_return_sequences
-        responses: list[Tensor] = [torch.empty(0)] * (len(prompts) * copies)
+        causal_lm = unwrap_causal_lm(model)
+        rules = DecodingRules.build(config, self.tokenizer, causal_lm.device)
+        num_copies = config.num_return_sequences
+        responses: list[Tensor] = [torch.empty(0)] * (len(prompts) * num_copies)
         finished = [False] * len(responses)
         order = sorted(range(len(prompts)), key=lambda prompt: (-len(prompts[prompt]), prompt))
-        size = max(1, self.max_rows // copies)
-        devices = [inner.device] if inner.device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=generator is not None), EvalMode(inner), torch.no_grad():
+        size = max(1, self.max_rows // num_copies)
+        devices = [causal_lm.device] if causal_lm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=generator is not None), EvalMode(causal_lm), torch.no_grad():
             if generator is not None:
                 torch.manual_seed(draw_seed(generator))
             for begin in range(0, len(order), size):
                 batch = order[begin : begin + size]
-                drawn = _generate(inner, [prompts[i] for i in batch], rules, static_cache=self.static_cache)
-                for place, (response, ended) in enumerate(drawn):
-                    row = batch[place // copies] * copies + place % copies
+                outputs = _generate(causal_lm, [prompts[i] for i in batch], rules, static_cache=self.static_cache)
+                for offset, (response, ended) in enumerate(outputs):
+                    row = batch[offset // num_copies] * num_copies + offset % num_copies
                     responses[row], finished[row] = response, ended
         return Samples(
-            prompts=[prompt for prompt in prompts for _ in range(copies)],
+            prompts=[prompt for prompt in prompts for _ in range(num_copies)],
             responses=responses,
             logprobs=None,
             finished=finished,
-            work=SamplingCounts(response_tokens=sum(len(response) for response in responses)),
+            counts=SamplingCounts(response_tokens=sum(len(response) for response in responses)),
         )
 
 
 def _generate(
     model: Any, prompts: list[Tensor], rules: DecodingRules, *, static_cache: bool
 ) -> list[tuple[Tensor, bool]]:
-    """Responses to one batch, and whether each stopped by itself."""
+    """Sample responses to one batch; each comes with whether it ended before the maximum length."""
     config = rules.config
     encoder_decoder = model.config.is_encoder_decoder
     ids, mask = pad_prompts(prompts, model.device, side="right" if encoder_decoder else "left")

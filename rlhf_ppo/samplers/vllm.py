@@ -1,4 +1,4 @@
-"""Sampler over vLLM, a server or an engine in the training process, through TRL's client."""
+"""Sampler over vLLM, as a server or in the training process, through TRL's client."""
 
 import importlib
 import math
@@ -20,44 +20,44 @@ from rlhf_ppo.samplers.logits_processing import DecodingRules
 
 @dataclass(kw_only=True)
 class VLLMSampler:
-    """Sampler over vLLM. The engine is opened, and receives the policy's weights, when `follow` is first called.
+    """Sampler over vLLM. The first call of `sync_weights` opens the engine and sends the policy's weights.
 
-    `PPOTrainer.train` calls `follow` before every rollout and every evaluation. Draws are vLLM's own: the generator is
-    not asked, and a resumed run does not repeat the responses of an uninterrupted one.
+    `PPOTrainer.train` calls `sync_weights` before every rollout and every evaluation. vLLM ignores the generator: a
+    resumed run does not repeat the responses of an uninterrupted one.
     """
 
     mode: Literal["server", "colocate"] = "server"
-    """An engine on other GPUs behind HTTP, or one that shares the training GPUs."""
+    """"server": an engine on other GPUs, reached by HTTP; "colocate": one that shares the training GPUs."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """Needed for `stop_strings`, and by TRL's client in both modes."""
     base_url: str = "http://localhost:8000"
-    """Of the server."""
+    """Address of the server."""
     group_port: int = 51216
-    """Port over which trainer and server meet for NCCL."""
+    """Port of the NCCL group of trainer and server."""
     timeout: float = 240.0
     """Seconds to wait for the server."""
     gpu_memory_utilization: float = 0.3
-    """Colocated: share of each GPU's memory that the engine reserves for weights and cache."""
+    """Colocated: fraction of each GPU's memory that the engine reserves for weights and cache."""
     max_model_length: int | None = None
-    """Colocated: longest prompt plus response; None: what the model's configuration says."""
+    """Colocated: maximum tokens of prompt plus response; None: that of the model's configuration."""
     tensor_parallel_size: int = 1
-    """Colocated: GPUs that share one engine."""
+    """Colocated: GPUs per engine."""
     enable_sleep_mode: bool = False
-    """Colocated: give the engine's memory back during updates; weights are sent anew after each sleep."""
+    """Colocated: free the engine's memory during updates; weights are sent again after each sleep."""
     _engine: Any = field(default=None, init=False, repr=False)
 
     def follow(self, model: nn.Module, accelerator: Any) -> None:
-        """Open the engine if need be, and send it every weight, adapters merged; see `WeightSyncedSampler`.
+        """Open the engine on the first call, then send it all weights, adapters merged; see `WeightSyncedSampler`.
 
         Raises:
             ImportError: vLLM is not installed.
             OSError: No server answers within `timeout` seconds.
-            ValueError: Colocated, and the model was not loaded from anywhere that the engine could load it from.
-            NotImplementedError: The trainer is on a CPU; weights travel over NCCL.
+            ValueError: A quantized base; or colocated, and the model has no path for the engine to load it from.
+            NotImplementedError: The trainer is on a CPU; weights are sent over NCCL.
         """
         policy = unwrap_causal_lm(model)
         if self._engine is None:
-            self._engine = self._open(policy, accelerator)
+            self._engine = self._open_engine(policy, accelerator)
         self._engine.model = policy
         with preserve_base_weights(policy):
             self._engine.sync_weights()
@@ -70,63 +70,65 @@ class VLLMSampler:
         *,
         generator: torch.Generator | None = None,
     ) -> Samples:
-        """Draw responses; see `Sampler`. All processes call it together.
+        """Sample responses; see `Sampler`. Collective.
 
         Raises:
-            RuntimeError: `follow` was never called, or the server answered something else than was asked.
-            ValueError: The server's log-probabilities are not those of the distribution it draws from.
+            RuntimeError: `sync_weights` was never called, or the server's results do not match the prompts.
+            ValueError: The server's log-probabilities leave out temperature and filters.
         """
         check_prompts(prompts)
         if self._engine is None:
             raise RuntimeError(
-                "VLLMSampler has no engine yet: it would draw from weights that nobody sent. Call "
-                "`sampler.follow(model, accelerator)` first; `PPOTrainer.train` and `evaluate` do."
+                "VLLMSampler has no engine yet: it has received no weights to sample from. Call "
+                "`sampler.sync_weights(model, accelerator)` first; `PPOTrainer.train` and `evaluate` do."
             )
         self._check_logprobs(config)
-        copies = config.num_return_sequences
-        asked = [prompt.tolist() for prompt in prompts for _ in range(copies)]
-        # TRL's client takes equal numbers of prompts from all processes: shorter shares are filled up, and cut again.
-        most = max(gather_object([len(asked)])) if self._engine.accelerator.num_processes > 1 else len(asked)
-        filling = asked[:copies] * ((most - len(asked)) // copies)
+        num_copies = config.num_return_sequences
+        requests = [prompt.tolist() for prompt in prompts for _ in range(num_copies)]
+        # TRL's client needs the same number of prompts from every process: pad shorter lists, and cut the results.
+        longest = max(gather_object([len(requests)])) if self._engine.accelerator.num_processes > 1 else len(requests)
+        padding = requests[:num_copies] * ((longest - len(requests)) // num_copies)
         _configure(self._engine, config)
-        echoed, tokens, logprobs, _ = self._engine.generate(asked + filling, images=None, num_generations=copies)
-        _check_answer(asked, echoed[: len(asked)], logprobs)
+        returned, tokens, logprobs, _ = self._engine.generate(
+            requests + padding, images=None, num_generations=num_copies
+        )
+        _check_results(requests, returned[: len(requests)], logprobs)
         device = prompts[0].device if prompts else torch.device("cpu")
         rules = DecodingRules.build(config, self.tokenizer, device)
-        responses = [torch.tensor(row, device=device) for row in tokens[: len(asked)]]
+        responses = [torch.tensor(row, device=device) for row in tokens[: len(requests)]]
         return Samples(
-            prompts=[prompt for prompt in prompts for _ in range(copies)],
+            prompts=[prompt for prompt in prompts for _ in range(num_copies)],
             responses=responses,
             logprobs=[
                 torch.tensor([position[0] for position in row], dtype=torch.float32, device=device)
-                for row in logprobs[: len(asked)]
+                for row in logprobs[: len(requests)]
             ],
             finished=[bool(rules.stopped(response[None])) for response in responses],
-            work=SamplingCounts(
+            counts=SamplingCounts(
                 prompt_tokens=sum(len(prompt) for prompt in prompts),
                 response_tokens=sum(len(response) for response in responses),
             ),
         )
 
-    def _open(self, policy: Any, accelerator: Any) -> Any:
+    def _open_engine(self, policy: Any, accelerator: Any) -> Any:
         if not is_vllm_available():
             raise ImportError(
-                f"VLLMSampler(mode={self.mode!r}) needs vLLM, which is not installed: also the client of a server uses "
-                "its NCCL code. `pip install 'rlhf_ppo[vllm]'` on a machine with a GPU, or use DecodeLoop()."
+                f"VLLMSampler(mode={self.mode!r}) needs vLLM, which is not installed: the client of a server uses its "
+                "NCCL code, too. `pip install 'rlhf_ppo[vllm]'` on a machine with a GPU, or use DecodeLoop()."
             )
         if getattr(policy, "is_loaded_in_4bit", False) or getattr(policy, "is_loaded_in_8bit", False):
             raise ValueError(
-                "expected whole weights to send to vLLM, got a base in 4 or 8 bits: their packed bytes are no weights "
-                "for the engine. Draw with DecodeLoop(), or load the base in bfloat16."
+                "expected unquantized weights to send to vLLM, got a base in 4 or 8 bits: the engine cannot read the "
+                "packed bytes. Sample with DecodeLoop(), or load the base in bfloat16."
             )
         if self.mode == "colocate" and not policy.name_or_path:
             raise ValueError(
-                "VLLMSampler(mode='colocate') loads the model a second time from where it came from, but this one was "
+                "VLLMSampler(mode='colocate') loads the model a second time by its name_or_path, but this one was "
                 "built in memory (its name_or_path is empty). Save it with `save_pretrained` and load it from there."
             )
-        # Imported by name and late: the module imports vLLM, which takes a GPU and many seconds.
-        library = importlib.import_module("trl.generation.vllm_generation")
-        return library.VLLMGeneration(
+        # Imported late and by name: the module imports vLLM, which needs a GPU and takes many seconds.
+        vllm_generation = importlib.import_module("trl.generation.vllm_generation")
+        return vllm_generation.VLLMGeneration(
             policy, accelerator, self.tokenizer, mode=self.mode, server_base_url=self.base_url,
             server_timeout=self.timeout, group_port=self.group_port, tensor_parallel_size=self.tensor_parallel_size,
             gpu_memory_utilization=self.gpu_memory_utilization, max_model_length=self.max_model_length,
@@ -146,13 +148,13 @@ class VLLMSampler:
 
 
 def _configure(engine: Any, config: SamplingConfig) -> None:
-    """Tell TRL's client how to draw."""
+    """Set the sampling parameters of TRL's client."""
     engine.temperature = float(config.temperature) if config.do_sample else 0.0
     engine.top_p = float(config.top_p) if config.do_sample else 1.0
     engine.top_k = config.top_k if config.do_sample else 0
     engine.repetition_penalty = float(config.repetition_penalty)
     engine.max_completion_length = config.max_new_tokens
-    # A response ends where the settings say, not where the model's own configuration does.
+    # Responses end as `SamplingConfig` says, not as the model's generation config does.
     engine.generation_kwargs = {
         "ignore_eos": True,
         "min_tokens": config.min_new_tokens,
@@ -161,11 +163,13 @@ def _configure(engine: Any, config: SamplingConfig) -> None:
     }
 
 
-def _check_answer(asked: list[list[int]], echoed: list[list[int]], logprobs: list[list[list[float | None]]]) -> None:
-    if [list(prompt) for prompt in echoed] != asked:
+def _check_results(
+    requests: list[list[int]], returned: list[list[int]], logprobs: list[list[list[float | None]]]
+) -> None:
+    if [list(prompt) for prompt in returned] != requests:
         raise RuntimeError(
-            "vLLM answered other prompts than it was asked: its token ids differ from the trainer's, so it serves "
-            "another model or adds tokens of its own. Serve the model that is trained, by token ids."
+            "vLLM answered other prompts than those sent: its token ids differ from the trainer's, so it serves "
+            "another model or adds special tokens. Serve the model that is trained, by token ids."
         )
     if any(position[0] is None or not math.isfinite(position[0]) for row in logprobs for position in row):
         raise RuntimeError(

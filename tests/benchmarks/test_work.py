@@ -73,7 +73,7 @@ def test_the_decode_loop_computes_at_most_a_quarter_more_than_the_response_token
     """The fewest possible: a row's first token comes from the prefill, so that its other tokens are its row-steps."""
     config = SamplingConfig(max_new_tokens=TINY.cap)
     samples = DecodeLoop()(TINY.model(), TINY.prompts(), config, limits=TINY.lengths())
-    work, tokens = samples.work, sum(TINY.lengths())
+    work, tokens = samples.counts, sum(TINY.lengths())
     assert work.response_tokens == tokens
     assert work.decode_row_steps == tokens - TINY.rows
     assert work.prefill_tokens == TINY.rows * TINY.prompt

@@ -103,7 +103,7 @@ def test_v2_a_response_that_has_stopped_is_not_sampled_on() -> None:
     sampling = SamplingConfig(max_new_tokens=40, stop_token_ids=stops)
     samples = DecodeLoop(own.tokenizer)(own.model, QUERIES, sampling, generator=torch.Generator().manual_seed(0))
     assert max(map(len, samples.responses)) < 40
-    assert samples.work.forwards < 40
+    assert samples.counts.forwards < 40
 
 
 def test_v2_any_callable_is_a_reward() -> None:

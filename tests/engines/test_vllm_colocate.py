@@ -20,7 +20,7 @@ def test_the_engine_draws_from_the_weights_of_the_moment(stand_in: Any, tmp_path
     with torch.no_grad():
         model.transformer.wte.weight.mul_(1.5)  # trained away from the folder
     sampler = VLLMSampler(mode="colocate", tokenizer=tiny_tokenizer(), gpu_memory_utilization=0.4)
-    sampler.follow(model, Accelerator())
+    sampler.sync_weights(model, Accelerator())
     config = SamplingConfig(max_new_tokens=5, num_return_sequences=3, temperature=0.8)
     samples = sampler(model, PROMPTS, config)
     assert len({tuple(row.tolist()) for row in samples.responses}) > 3  # copies of one prompt differ
@@ -33,4 +33,4 @@ def test_the_engine_draws_from_the_weights_of_the_moment(stand_in: Any, tmp_path
 
 def test_a_model_built_in_memory_cannot_be_loaded_a_second_time(stand_in: Any) -> None:
     with pytest.raises(ValueError, match="its name_or_path is empty"):
-        VLLMSampler(mode="colocate", tokenizer=tiny_tokenizer()).follow(tiny_gpt2(), Accelerator())
+        VLLMSampler(mode="colocate", tokenizer=tiny_tokenizer()).sync_weights(tiny_gpt2(), Accelerator())

@@ -46,7 +46,7 @@ def largest_gap(model: Any, samples: Any) -> float:
 def test_after_a_sync_the_server_draws_from_the_trainer_s_weights(sampler: VLLMSampler, server: FakeVLLM) -> None:
     model = tiny_gpt2(seed=0)
     assert isinstance(sampler, WeightSyncedSampler)
-    sampler.follow(model, Accelerator())
+    sampler.sync_weights(model, Accelerator())
     samples = sampler(model, PROMPTS, DRAW)
     assert [prompt.tolist() for prompt in samples.prompts] == [p.tolist() for p in PROMPTS for _ in range(2)]
     assert len(samples.responses) == 4 and largest_gap(model, samples) < 1e-5
@@ -58,13 +58,13 @@ def test_after_a_sync_the_server_draws_from_the_trainer_s_weights(sampler: VLLMS
     with torch.no_grad():
         model.transformer.wte.weight.mul_(1.5)
     assert largest_gap(model, sampler(model, PROMPTS, DRAW)) > 0.01  # stale weights are seen
-    sampler.follow(model, Accelerator())
+    sampler.sync_weights(model, Accelerator())
     assert largest_gap(model, sampler(model, PROMPTS, DRAW)) < 1e-5
 
 
 def test_the_wire_carries_the_client_s_protocol(sampler: VLLMSampler, server: FakeVLLM) -> None:
     model = tiny_gpt2(seed=0)
-    sampler.follow(model, Accelerator())
+    sampler.sync_weights(model, Accelerator())
     sampler(model, PROMPTS, DRAW)
     assert [path for path, _ in server.requests] == [
         "/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update",
@@ -85,7 +85,7 @@ def test_adapters_arrive_merged_and_the_base_stays_bit_for_bit(sampler: VLLMSamp
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     for _ in range(3):
-        sampler.follow(adapted, Accelerator())
+        sampler.sync_weights(adapted, Accelerator())
     for name, value in adapted.state_dict().items():
         assert torch.equal(value, before[name]), name
     merged = adapted.merge_and_unload()
@@ -115,7 +115,7 @@ def test_training_sends_the_weights_before_every_rollout(sampler: VLLMSampler, s
 
 def test_raw_log_probabilities_are_refused_where_draws_are_warped(sampler: VLLMSampler, server: FakeVLLM) -> None:
     model = tiny_gpt2(seed=0)
-    sampler.follow(model, Accelerator())
+    sampler.sync_weights(model, Accelerator())
     server.logprobs_mode = "raw_logprobs"
     sampler(model, PROMPTS, DRAW)  # at temperature 1, unfiltered, both are the same
     with pytest.raises(ValueError, match=r"--logprobs-mode raw_logprobs: .* Restart it with"):
@@ -130,7 +130,7 @@ def test_a_wrong_answer_is_refused(
     sampler: VLLMSampler, server: FakeVLLM, faults: dict[str, Any], message: str
 ) -> None:
     model = tiny_gpt2(seed=0)
-    sampler.follow(model, Accelerator())
+    sampler.sync_weights(model, Accelerator())
     server.faults = faults
     with pytest.raises(RuntimeError, match=message):
         sampler(model, PROMPTS, DRAW)
@@ -146,26 +146,26 @@ def test_a_server_started_without_weight_transfer_is_named_by_the_client(
     for name, value in setting.items():
         setattr(server, name, value)
     with pytest.raises(RuntimeError, match=message):
-        sampler.follow(tiny_gpt2(), Accelerator())
+        sampler.sync_weights(tiny_gpt2(), Accelerator())
 
 
 def test_the_client_itself_refuses_to_send_weights_from_a_cpu(stand_in: Any, server: FakeVLLM) -> None:
     sampler = VLLMSampler(base_url=server.url, timeout=PATIENCE, tokenizer=tiny_tokenizer())
     with pytest.raises(NotImplementedError, match="needs a CUDA device"):
-        sampler.follow(tiny_gpt2(), Accelerator())
+        sampler.sync_weights(tiny_gpt2(), Accelerator())
 
 
 def test_a_server_that_is_not_there_is_an_error_with_its_address(stand_in: Any, free_port: int) -> None:
     sampler = VLLMSampler(base_url=f"http://127.0.0.1:{free_port}", timeout=0, tokenizer=tiny_tokenizer())
     with pytest.raises(OSError, match=f"127.0.0.1:{free_port}"):
-        sampler.follow(tiny_gpt2(), Accelerator())
+        sampler.sync_weights(tiny_gpt2(), Accelerator())
 
 
 def test_packed_weights_are_not_sent(stand_in: Any) -> None:
     model = tiny_gpt2()
     model.is_loaded_in_4bit = True  # as transformers marks a model that bitsandbytes has packed
     with pytest.raises(ValueError, match="got a base in 4 or 8 bits"):
-        VLLMSampler(tokenizer=tiny_tokenizer()).follow(model, Accelerator())
+        VLLMSampler(tokenizer=tiny_tokenizer()).sync_weights(model, Accelerator())
 
 
 def test_an_engine_that_received_nothing_draws_nothing() -> None:
@@ -175,4 +175,4 @@ def test_an_engine_that_received_nothing_draws_nothing() -> None:
 
 def test_without_vllm_the_error_says_how_to_get_it() -> None:
     with pytest.raises(ImportError, match=r"pip install 'rlhf_ppo\[vllm\]'"):
-        VLLMSampler().follow(tiny_gpt2(), Accelerator())
+        VLLMSampler().sync_weights(tiny_gpt2(), Accelerator())

@@ -72,7 +72,7 @@ def test_the_global_random_state_and_the_training_mode_stay() -> None:
 )
 def test_a_rule_that_would_be_dropped_is_refused(rule: dict[str, Any]) -> None:
     name = next(iter(rule))
-    with pytest.raises(ValueError, match=f"ContinuousBatching does not know SamplingConfig.{name}"):
+    with pytest.raises(ValueError, match=f"ContinuousBatching does not support SamplingConfig.{name}"):
         SMALL(tiny_gpt2(), PROMPTS, replace(DRAW, **rule))
 
 
@@ -89,5 +89,5 @@ def test_lost_requests_are_an_error_and_not_a_shorter_batch(monkeypatch: pytest.
         return dict(list(whole(*args, **kwargs).items())[1:])
 
     monkeypatch.setattr(model, "generate_batch", lossy, raising=False)
-    with pytest.raises(RuntimeError, match="answered 2 of 3 requests"):
+    with pytest.raises(RuntimeError, match="finished 2 of 3 requests"):
         SMALL(model, PROMPTS, DRAW)

@@ -177,7 +177,7 @@ def test_first_tokens_are_distributed_as_the_model_says() -> None:
         p = model(input_ids=prompt[None]).logits[0, -1].double().softmax(0)
     errors = (p * (1 - p) / 20_000).sqrt()
     assert bool(((counts / 20_000 - p).abs() <= 5 * errors + 1e-4).all())
-    assert samples.work.prefill_tokens == 4  # twenty thousand rows share one prefill
+    assert samples.counts.prefill_tokens == 4  # twenty thousand rows share one prefill
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral-sliding"])
@@ -188,7 +188,7 @@ def test_dropping_finished_rows_changes_nothing_but_the_work(name: str) -> None:
     kept = DecodeLoop(compact=False)(model, queries, config, generator=seeded())
     same(dropped, kept)
     assert len({len(r) for r in dropped.responses}) > 3
-    assert dropped.work.decode_row_steps < kept.work.decode_row_steps
+    assert dropped.counts.decode_row_steps < kept.counts.decode_row_steps
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_work_is_counted_without_waste() -> None:
     """Every token but a row's last goes through the model once; every position computed has its LM head row."""
     config = replace(DRAW, num_return_sequences=4)
     samples = DecodeLoop()(tiny_gpt2(), prompts(5, 5, 8), config, generator=seeded())
-    work, tokens = samples.work, sum(len(r) for r in samples.responses)
+    work, tokens = samples.counts, sum(len(r) for r in samples.responses)
     assert (work.prompt_tokens, work.prefill_tokens, work.response_tokens) == (18, 24, tokens)
     assert work.decode_row_steps == tokens - 12
     assert work.lm_head_rows == 3 + work.decode_row_steps
@@ -298,7 +298,7 @@ def test_the_lm_head_runs_on_the_last_position_only() -> None:
     model, rows = tiny_gpt2(), []
     model.lm_head.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:2].numel()))
     samples = DecodeLoop()(model, prompts(5, 9), DRAW, generator=seeded())
-    assert sum(rows) == samples.work.lm_head_rows
+    assert sum(rows) == samples.counts.lm_head_rows
 
 
 def test_a_limit_per_prompt_ends_rows_unfinished() -> None:
@@ -306,7 +306,7 @@ def test_a_limit_per_prompt_ends_rows_unfinished() -> None:
     samples = DecodeLoop()(tiny_gpt2(), prompts(3, 5, 4), config, generator=seeded(), limits=[2, 99, 5])
     assert [len(r) for r in samples.responses] == [2, 2, 9, 9, 5, 5]
     assert not any(samples.finished)
-    assert samples.work.decode_row_steps == 2 * (1 + 8 + 4)
+    assert samples.counts.decode_row_steps == 2 * (1 + 8 + 4)
 
 
 def test_sampling_is_in_eval_mode_and_puts_training_back() -> None:
