@@ -1,1 +1,1 @@
-"""Reward sources: who scores responses, and what happens when a source fails."""
+"""Reward sources: calling them, checking their scores, retries, scoring on one process, CPU offload."""

@@ -1,4 +1,4 @@
-"""Calling reward sources: with the keywords they take, the asynchronous ones at the same time as the others."""
+"""Call reward sources with the keyword arguments they accept, async ones concurrently with the others."""
 
 import asyncio
 import functools
@@ -11,26 +11,26 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 Reward: TypeAlias = float | Sequence[float] | Mapping[int, float] | None
-"""Of a response, of each of its tokens, of some of them (position -> number; -1 is the last), or "leave it out"."""
+"""Score of a response, scores of all its tokens, or of some (position -> score, -1 is the last); None: skip it."""
 RewardSource: TypeAlias = Callable[..., Sequence[Reward] | Awaitable[Sequence[Reward]]]
 
 
 class RewardSourceError(RuntimeError):
-    """A reward source raised an exception; the message names the source, `__cause__` is the exception."""
+    """A reward source raised or timed out; the message names the source, `__cause__` is its exception."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRequest:
-    """The samples to be scored; item i of every field belongs to sample i."""
+    """A batch of samples to score; item i of every field belongs to sample i."""
 
     prompts: list[str]
-    """What the policy read, as text."""
+    """Prompts as text, as the policy reads them."""
     responses: list[str]
-    """What the policy wrote, decoded from the sampled tokens."""
+    """Responses as text, decoded from the sampled tokens."""
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
     """The dataset's other columns."""
     response_lengths: list[int] | None = None
-    """Tokens in each response, the stop token included; needed by sources with one number per token."""
+    """Tokens of each response, the stop token included; needed for per-token scores."""
 
     def __post_init__(self) -> None:
         lengths = {"responses": self.responses, "response_lengths": self.response_lengths, **self.columns}
@@ -43,7 +43,7 @@ class RewardRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedSource:
-    """One source, the name it has in metrics and errors, and its factor in the sum."""
+    """A reward source, its name in metrics and errors, and its weight in the summed reward."""
 
     name: str
     source: RewardSource
@@ -57,63 +57,65 @@ class WeightedSource:
             )
         if not math.isfinite(self.weight):
             raise ValueError(
-                f"The weight of reward source {self.name!r} must be finite, got {self.weight}: no score would come of "
-                "it. Set it to a number, 1 for the source as it is."
+                f"The weight of reward source {self.name!r} must be finite, got {self.weight}: the summed reward "
+                "would not be finite. Set it to a number; 1 leaves the source's scores unchanged."
             )
 
 
 def call_sources(
-    named: Sequence[WeightedSource],
+    sources: Sequence[WeightedSource],
     request: RewardRequest,
     *,
     timeout: float | None = None,
     keep_going: bool = False,
 ) -> list[object]:
-    """Every source's raw answer; coroutines run on the background loop while ordinary functions run here.
+    """Call every source once and return their raw results, in the order of the sources.
+
+    Coroutines run on a background event loop while ordinary functions run here.
 
     Args:
         named: The sources.
-        request: What they are asked about.
-        timeout: Seconds that each source has; None: as long as it likes. An ordinary function then runs in a thread
-            of its own, which is left behind when it does not come back.
-        keep_going: Whether a `RewardSourceError` stands in place of the answer of a source that failed; otherwise the
-            first failure is raised and the others are cancelled.
+        request: The samples to score.
+        timeout: Seconds per source; None: no limit. With a limit, an ordinary function runs in its own thread, which
+            is abandoned when it does not return.
+        keep_going: Whether a failed source's result is its `RewardSourceError`; otherwise the first failure is raised
+            and the other sources are cancelled.
 
     Raises:
-        RewardSourceError: a source failed; coroutines that still run are cancelled.
-        TypeError: a source wants an argument that is no column.
+        RewardSourceError: A source failed; coroutines that still run are cancelled.
+        TypeError: A source has a required argument that is not a column.
     """
-    keywords = [_keywords(item, request) for item in named]
-    answers: dict[int, object] = {}
+    keywords = [_accepted_keywords(source, request) for source in sources]
+    results: dict[int, object] = {}
     pending: dict[int, Future[object]] = {}
 
-    def failed(index: int, error: BaseException) -> None:
-        answers[index] = failure = _failure(named[index].name, request, error)
+    def record_failure(index: int, error: BaseException) -> None:
+        results[index] = failure = _source_error(sources[index].name, request, error)
         if not keep_going:
             raise failure from error
 
     try:
-        for index in sorted(range(len(named)), key=lambda index: not _is_async(named[index].source)):
+        for index in sorted(range(len(sources)), key=lambda index: not _is_async(sources[index].source)):
             try:
-                answer = _called(named[index].source, keywords[index], timeout)
+                result = _call(sources[index].source, keywords[index], timeout)
             except Exception as error:
-                failed(index, error)
+                record_failure(index, error)
                 continue
-            if inspect.isawaitable(answer):
-                pending[index] = asyncio.run_coroutine_threadsafe(_wait_for(answer, timeout), _background_loop())
+            if inspect.isawaitable(result):
+                pending[index] = asyncio.run_coroutine_threadsafe(_wait_for(result, timeout), _background_loop())
             else:
-                answers[index] = answer
-        for index, raised in _failures(pending, timeout, keep_going=keep_going).items():
-            failed(index, raised)
-        answers |= {index: future.result() for index, future in pending.items() if index not in answers}
+                results[index] = result
+        for index, exception in _wait_for_coroutines(pending, timeout, keep_going=keep_going).items():
+            record_failure(index, exception)
+        results |= {index: future.result() for index, future in pending.items() if index not in results}
     finally:
         for future in pending.values():
             future.cancel()
-    return [answers[index] for index in range(len(named))]
+    return [results[index] for index in range(len(sources))]
 
 
-def _called(source: RewardSource, keywords: Mapping[str, Any], timeout: float | None) -> object:
-    """What an ordinary function returns, within the time it has; an asynchronous one returns at once."""
+def _call(source: RewardSource, keywords: Mapping[str, Any], timeout: float | None) -> object:
+    """Call a source, an ordinary function with a time limit; an async one returns its awaitable at once."""
     if timeout is None or _is_async(source):
         return source(**keywords)
     future: Future[object] = Future()
@@ -127,55 +129,55 @@ def _called(source: RewardSource, keywords: Mapping[str, Any], timeout: float | 
     threading.Thread(target=run, name="reward-source", daemon=True).start()
     done, _ = wait([future], timeout)
     if not done:
-        raise _no_answer(timeout)
+        raise _timeout_error(timeout)
     return future.result()
 
 
-def _failures(
+def _wait_for_coroutines(
     pending: Mapping[int, Future[object]], timeout: float | None, *, keep_going: bool
 ) -> dict[int, BaseException]:
-    """Wait for the coroutines, or only until the first one fails; who failed, and how."""
-    # Each coroutine keeps its own time; ours only ends when one of them blocks their loop.
-    patience = None if timeout is None else timeout + _GRACE
-    done, _ = wait(pending.values(), patience, return_when=ALL_COMPLETED if keep_going else FIRST_EXCEPTION)
-    found: dict[int, BaseException] = {}
+    """Wait for the coroutines, or until the first one fails; return source index -> exception."""
+    # Each coroutine has its own timeout; this one only ends the wait when a coroutine blocks the event loop.
+    wait_seconds = None if timeout is None else timeout + _GRACE_SECONDS
+    done, _ = wait(pending.values(), wait_seconds, return_when=ALL_COMPLETED if keep_going else FIRST_EXCEPTION)
+    errors: dict[int, BaseException] = {}
     for index, future in pending.items():
         error = CancelledError() if future.cancelled() else future.exception() if future in done else None
         if error is not None:
-            found[index] = error
-    late = [index for index, future in pending.items() if future not in done]
-    if timeout is not None and late and (keep_going or not found):
-        _background_loop.cache_clear()  # a loop that is blocked answers nobody: the next call gets a new one
-        found |= {index: _no_answer(timeout) for index in late}
-    return found
+            errors[index] = error
+    unfinished = [index for index, future in pending.items() if future not in done]
+    if timeout is not None and unfinished and (keep_going or not errors):
+        _background_loop.cache_clear()  # the loop is blocked: the next call gets a new one
+        errors |= {index: _timeout_error(timeout) for index in unfinished}
+    return errors
 
 
-def _no_answer(timeout: float) -> TimeoutError:
+def _timeout_error(timeout: float) -> TimeoutError:
     return TimeoutError(f"no answer within {timeout:g} s")
 
 
-async def _wait_for(answer: Awaitable[object], timeout: float | None) -> object:
+async def _wait_for(result: Awaitable[object], timeout: float | None) -> object:
     if timeout is None:
-        return await answer
-    task = asyncio.ensure_future(answer)
+        return await result
+    task = asyncio.ensure_future(result)
     try:
         done, _ = await asyncio.wait({task}, timeout=timeout)
         if not done:
-            raise _no_answer(timeout)
+            raise _timeout_error(timeout)
         return task.result()
     finally:
         task.cancel()
 
 
-_GRACE = 5.0
-"""Seconds beyond the time-out after which coroutines are given up that do not even notice it."""
+_GRACE_SECONDS = 5.0
+"""Seconds after the timeout at which coroutines that block the event loop are abandoned."""
 
 
 @functools.cache
 def _background_loop() -> asyncio.AbstractEventLoop:
-    """One loop for the whole process: a client that a source keeps between batches is bound to its loop.
+    """The process's event loop for async sources; clients that a source keeps between batches stay bound to it.
 
-    It has a thread of its own, so that sources also work where a loop is already running, as in a notebook.
+    It runs in its own thread, so that sources also work where a loop is already running, as in a notebook.
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="reward-sources", daemon=True).start()
@@ -186,30 +188,30 @@ def _is_async(source: RewardSource) -> bool:
     return inspect.iscoroutinefunction(source) or inspect.iscoroutinefunction(getattr(source, "__call__", None))  # noqa: B004
 
 
-def _keywords(item: WeightedSource, request: RewardRequest) -> dict[str, Any]:
-    """prompts, responses, and those columns that the source takes: all of them if it has `**columns`."""
-    given: dict[str, Any] = {"prompts": request.prompts, "responses": request.responses, **request.columns}
+def _accepted_keywords(source: WeightedSource, request: RewardRequest) -> dict[str, Any]:
+    """Keyword arguments that the source accepts: prompts, responses and columns; all of them if it has `**columns`."""
+    available: dict[str, Any] = {"prompts": request.prompts, "responses": request.responses, **request.columns}
     try:
-        parameters = inspect.signature(item.source).parameters.values()
-    except (TypeError, ValueError):  # Some builtins have no signature; they get everything.
-        return given
+        parameters = inspect.signature(source.source).parameters.values()
+    except (TypeError, ValueError):  # Some builtins have no signature: pass everything.
+        return available
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return given
+        return available
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for parameter in by_name:
-        if parameter.name not in given and parameter.default is parameter.empty:
+        if parameter.name not in available and parameter.default is parameter.empty:
             raise TypeError(
-                f"Reward source {item.name!r} wants {parameter.name!r}, which is no column of the dataset "
-                f"(it is given {', '.join(given)}). Rename the argument, give it a default, or add the column."
+                f"Reward source {source.name!r} wants {parameter.name!r}, which is no column of the dataset "
+                f"(it is given {', '.join(available)}). Rename the argument, give it a default, or add the column."
             )
     accepted = {parameter.name for parameter in by_name}
-    return {name: value for name, value in given.items() if name in accepted}
+    return {name: value for name, value in available.items() if name in accepted}
 
 
-def _failure(name: str, request: RewardRequest, error: BaseException) -> RewardSourceError:
+def _source_error(name: str, request: RewardRequest, error: BaseException) -> RewardSourceError:
     failure = RewardSourceError(
         f"Reward source {name!r} raised {type(error).__name__} on {len(request.prompts)} samples: {error}. "
-        "To leave single samples out, let it return None for them; to try again, or to go on without the samples, set "
+        "To skip single samples, return None for them; to retry, or to go on without the samples, set "
         "`TrainConfig.reward_failures`."
     )
     failure.__cause__ = error

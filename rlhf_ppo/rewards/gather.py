@@ -1,4 +1,4 @@
-"""Who asks the reward sources: every process about its own samples, or one about everybody's."""
+"""Score samples on every process, or all samples on the main process."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,42 +12,42 @@ from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSourceError
 
 Prepare: TypeAlias = Callable[[], RewardRequest]
-Ask: TypeAlias = Callable[[RewardRequest], RewardScores]
-Finish: TypeAlias = Callable[[RewardScores], RewardScores]
-Scoring: TypeAlias = Callable[[Prepare, Ask, Finish], RewardScores]
-"""(what to ask, how to ask it, what to do with the answer) -> scores: who of several processes asks is its matter."""
+Score: TypeAlias = Callable[[RewardRequest], RewardScores]
+Postprocess: TypeAlias = Callable[[RewardScores], RewardScores]
+Scoring: TypeAlias = Callable[[Prepare, Score, Postprocess], RewardScores]
+"""(make the request, call the sources, postprocess the scores) -> scores of this process's samples."""
 
 
-def make_scoring(processes: Processes, *, once: bool) -> Scoring:
-    """How a rollout of all processes is scored.
+def make_scoring(processes: Processes, *, on_main: bool) -> Scoring:
+    """Make the function that scores a rollout; it is collective, and an error on one process is raised on all.
 
     Args:
-        processes: All of them call it together; if it fails for one, it fails for all.
-        once: Let process 0 ask about the samples of all processes, in the order of the processes.
+        processes: Collective operations.
+        on_main: Whether process 0 scores the samples of all processes, in rank order.
     """
-    return partial(score_on_main if once and processes.accelerator.num_processes > 1 else score_locally, processes)
+    return partial(score_on_main if on_main and processes.accelerator.num_processes > 1 else score_locally, processes)
 
 
-def score_locally(processes: Processes, prepare: Prepare, ask: Ask, finish: Finish) -> RewardScores:
-    """Every process asks about its own samples."""
-    return processes.run_or_fail_together(lambda: finish(ask(prepare())))
+def score_locally(processes: Processes, prepare: Prepare, score: Score, postprocess: Postprocess) -> RewardScores:
+    """Call the sources on every process for its own samples."""
+    return processes.run_or_fail_together(lambda: postprocess(score(prepare())))
 
 
-def score_on_main(processes: Processes, prepare: Prepare, ask: Ask, finish: Finish) -> RewardScores:
-    """Process 0 asks about the samples of all; each is handed its own."""
+def score_on_main(processes: Processes, prepare: Prepare, score: Score, postprocess: Postprocess) -> RewardScores:
+    """Call the sources on process 0 for all samples; return those of this process."""
     requests = processes.gather_objects([processes.run_or_fail_together(prepare)])
-    all_scores = _on_main(processes, lambda: ask(concatenate_requests(requests)))
+    all_scores = _broadcast_from_main(processes, lambda: score(concatenate_requests(requests)))
     sizes = [len(request.prompts) for request in requests]
     rank = processes.accelerator.process_index
-    first = sum(sizes[:rank])
-    own = select_scores(all_scores, slice(first, first + sizes[rank]), requests[rank])
+    start = sum(sizes[:rank])
+    own_scores = select_scores(all_scores, slice(start, start + sizes[rank]), requests[rank])
     if rank:
-        own = replace(own, failed_calls=0)  # process 0 counts them
-    return processes.run_or_fail_together(lambda: finish(own))
+        own_scores = replace(own_scores, failed_calls=0)  # process 0 counts them
+    return processes.run_or_fail_together(lambda: postprocess(own_scores))
 
 
 def concatenate_requests(requests: list[RewardRequest]) -> RewardRequest:
-    """One request about the samples of all, in their order."""
+    """Concatenate requests into one, in order."""
     lengths: list[int] | None = None
     if all(request.response_lengths is not None for request in requests):
         lengths = [length for request in requests for length in request.response_lengths or []]
@@ -61,7 +61,7 @@ def concatenate_requests(requests: list[RewardRequest]) -> RewardRequest:
 
 
 def select_scores(scores: RewardScores, rows: slice, request: RewardRequest) -> RewardScores:
-    """What was said about the samples `rows`, which are those of `request`."""
+    """Scores of the samples `rows`, per-token scores cut to the longest response of `request`."""
     width = max(request.response_lengths or [0], default=0)
     return replace(
         scores,
@@ -73,25 +73,25 @@ def select_scores(scores: RewardScores, rows: slice, request: RewardRequest) -> 
     )
 
 
-def _on_main(processes: Processes, work: Callable[[], RewardScores]) -> RewardScores:
-    """`work()` of process 0, on every process; its error, too.
+def _broadcast_from_main(processes: Processes, work: Callable[[], RewardScores]) -> RewardScores:
+    """Run `work()` on process 0 and broadcast its result, or its error.
 
     Raises:
-        RewardSourceError, TypeError, ValueError: What process 0 raised, of the same kind and with the same message.
+        RewardSourceError, TypeError, ValueError: The error of process 0, with the same type and message.
     """
-    said: list[Any] = [None, None]
-    raised: Exception | None = None
+    outcome: list[Any] = [None, None]
+    error: Exception | None = None
     if processes.accelerator.is_main_process:
         try:
-            said[0] = work()
-        except Exception as error:
-            raised, said[1] = error, (type(error).__name__, str(error))
-    result, problem = broadcast_object_list(said)
-    if raised is not None:
-        raise raised
-    if problem is not None:
-        name, message = problem
-        known = {kind.__name__: kind for kind in (RewardSourceError, TypeError, ValueError)}
-        raise known.get(name, RewardSourceError)(message)
-    found: RewardScores = result
-    return found
+            outcome[0] = work()
+        except Exception as raised:
+            error, outcome[1] = raised, (type(raised).__name__, str(raised))
+    result, failure = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    if failure is not None:
+        name, message = failure
+        error_types = {error_type.__name__: error_type for error_type in (RewardSourceError, TypeError, ValueError)}
+        raise error_types.get(name, RewardSourceError)(message)
+    scores: RewardScores = result
+    return scores

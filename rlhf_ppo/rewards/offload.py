@@ -1,4 +1,4 @@
-"""Models of reward sources that wait on the CPU between the phases that score."""
+"""Offload the models of reward sources to the CPU between scoring phases."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,24 +13,24 @@ from rlhf_ppo.rewards.sources import RewardSources, named_sources
 
 @contextmanager
 def offload_sources(sources: RewardSources) -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """Inside, the models of reward sources wait in main memory; what is yielded brings them to their devices.
+    """Context manager: while active, models of reward sources are on the CPU; yields the context that loads them.
 
-    A source's models are itself or its attributes, where these are modules.
+    A source's models are the source itself or its attributes that are `nn.Module`s.
     """
     models = [model for item in named_sources(sources) for model in _models(item.source) if _device(model) is not None]
-    waiting = [OffloadedWeights(model, _device(model) or torch.device("cpu")) for model in models]
+    offloaded = [OffloadedWeights(model, _device(model) or torch.device("cpu")) for model in models]
 
     @contextmanager
     def on_device() -> Iterator[None]:
         with ExitStack() as stack:
-            for model in waiting:
+            for model in offloaded:
                 stack.enter_context(model.on_device())
             yield
 
     try:
         yield on_device
     finally:
-        for model in waiting:
+        for model in offloaded:
             model.load()
 
 

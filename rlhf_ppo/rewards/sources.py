@@ -1,9 +1,9 @@
-"""Reward sources: any callable that reads prompts and responses as text and says how good each response is.
+"""Reward sources: callables that score responses, given prompts and responses as text.
 
 A source is called with keywords only, `prompts=`, `responses=` and the dataset's other columns, and returns one
 entry per sample: a number, a list with one number per response token, or None to leave the sample out of the update.
-Sources may be `async`; those run at the same time as each other and as the ordinary ones. The texts are decoded
-from the sampled tokens by the trainer; nothing here turns text back into tokens.
+`async` sources run concurrently with each other and with ordinary ones. The trainer decodes the texts from the sampled
+tokens; they are never tokenized again.
 """
 
 import math
@@ -22,7 +22,7 @@ from rlhf_ppo.rewards.calls import (
     RewardSourceError,
     WeightedSource,
 )
-from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures, ScoreRow, SourceAnswers, collect_answers
+from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures, ScoreRow, SourceResults, call_with_retries
 from rlhf_ppo.rewards.token_scores import token_scores
 
 __all__ = [
@@ -38,47 +38,47 @@ __all__ = [
     "score_batch",
 ]
 
-_LARGEST = torch.finfo(torch.float32).max
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardScores:
-    """What all sources together said. Skipped samples hold 0; no entry of `total` or `per_token` is ever nan."""
+    """Scores of a batch, summed over sources. Skipped samples have 0; `total` and `per_token` are never nan."""
 
     total: Float[Tensor, " batch"]
     """Weighted sum over sources, and over tokens where a source gives one number per token."""
     per_token: Float[Tensor, "batch time"] | None
-    """None if every source gave one number per sample; else the same sum laid out over the response tokens, the
-    per-sample numbers at the last token. Its sum over time is `total`."""
+    """The same sum by response token, per-sample scores at the last token; its sum over time is `total`. None if every
+    source returned one number per sample."""
     per_source: dict[str, Float[Tensor, " batch"]]
-    """Each source's own unweighted score, summed over tokens; nan where it returned None."""
+    """Unweighted score of each source, summed over tokens; nan where it returned None."""
     skipped: Bool[Tensor, " batch"]
-    """True where at least one source returned None or failed: the sample takes no part in the update."""
+    """True where at least one source returned None or failed: the sample is left out of the update."""
     dropped: Bool[Tensor, " batch"]
-    """True where a source failed: it raised, was late, or said what is no score. Every one of them is skipped too."""
+    """True where a source failed: it raised, timed out, or returned an invalid score. A subset of `skipped`."""
     failed_calls: int = 0
-    """Attempts of sources that failed, those that a later attempt made good included."""
+    """Number of failed calls of sources, also those that a later attempt made up for."""
 
     @property
     def scores(self) -> Float[Tensor, " batch"] | Float[Tensor, "batch time"]:
-        """`per_token` where there is one, else `total`: what reward shaping takes."""
+        """`per_token` if there is one, else `total`: the input of reward shaping."""
         return self.total if self.per_token is None else self.per_token
 
     def joined(self, others: "Sequence[RewardScores]") -> "RewardScores":
-        """These samples, then those of `others`, from the same sources; without what each token earned."""
-        parts = [self, *others]
+        """Concatenate with the scores of `others`, from the same sources; `per_token` is dropped."""
+        batches = [self, *others]
         return RewardScores(
-            total=torch.cat([part.total for part in parts]),
+            total=torch.cat([batch.total for batch in batches]),
             per_token=None,
-            per_source={name: torch.cat([part.per_source[name] for part in parts]) for name in self.per_source},
-            skipped=torch.cat([part.skipped for part in parts]),
-            dropped=torch.cat([part.dropped for part in parts]),
-            failed_calls=sum(part.failed_calls for part in parts),
+            per_source={name: torch.cat([batch.per_source[name] for batch in batches]) for name in self.per_source},
+            skipped=torch.cat([batch.skipped for batch in batches]),
+            dropped=torch.cat([batch.dropped for batch in batches]),
+            failed_calls=sum(batch.failed_calls for batch in batches),
         )
 
     def metrics(self) -> dict[str, float]:
-        """Mean and standard deviation of each source over the samples that it scored; what was skipped and why."""
-        found = {
+        """Mean and standard deviation of each source over the samples it scored; fractions skipped and dropped."""
+        metrics = {
             "env/reward_skipped": self.skipped.double().mean().item(),
             "env/reward_dropped": self.dropped.double().mean().item(),
             "env/reward_failed_calls": float(self.failed_calls),
@@ -86,9 +86,9 @@ class RewardScores:
         for name, values in self.per_source.items():
             scored = values[~values.isnan()].double()
             if scored.numel():
-                found[f"env/reward/{name}_mean"] = scored.mean().item()
-                found[f"env/reward/{name}_std"] = scored.std(unbiased=False).item()
-        return found
+                metrics[f"env/reward/{name}_mean"] = scored.mean().item()
+                metrics[f"env/reward/{name}_std"] = scored.std(unbiased=False).item()
+        return metrics
 
 
 RewardSources: TypeAlias = (
@@ -97,72 +97,74 @@ RewardSources: TypeAlias = (
 
 
 def named_sources(sources: RewardSources) -> tuple[WeightedSource, ...]:
-    """One callable, or `{name: callable}`, or `{name: (callable, weight)}`, as named and weighted sources.
+    """Convert a callable, `{name: callable}` or `{name: (callable, weight)}` to `WeightedSource`s.
 
     Raises:
-        TypeError: something in there is not callable.
-        ValueError: no source at all, or a weight that is not finite.
+        TypeError: A source is not callable.
+        ValueError: There is no source, or a weight is not finite.
     """
     if isinstance(sources, Mapping):
         pairs = {name: item if isinstance(item, tuple) else (item, 1.0) for name, item in sources.items()}
-        named = tuple(WeightedSource(name=name, source=pair[0], weight=pair[1]) for name, pair in pairs.items())
+        weighted_sources = tuple(
+            WeightedSource(name=name, source=pair[0], weight=pair[1]) for name, pair in pairs.items()
+        )
     elif isinstance(sources, Sequence):
-        named = tuple(sources)
+        weighted_sources = tuple(sources)
     else:
-        named = (WeightedSource(name=getattr(sources, "__name__", type(sources).__name__), source=sources),)
-    if not named:
+        weighted_sources = (WeightedSource(name=getattr(sources, "__name__", type(sources).__name__), source=sources),)
+    if not weighted_sources:
         raise ValueError("No reward source was given: PPO needs at least one. Pass a callable or {name: callable}.")
-    return named
+    return weighted_sources
 
 
 def score_batch(
     sources: RewardSources, request: RewardRequest, failures: RewardFailures = RAISE_ON_FAILURE
 ) -> RewardScores:
-    """Ask every source, check every answer, and add them up: total_i = Σ_s weight_s · score_{s,i}.
+    """Call every source, check its scores, and sum them: total_i = Σ_s weight_s · score_{s,i}.
 
-    If any source returns None for a sample, that sample is skipped as a whole: half a sum would be a different
-    reward. A source that merely has nothing to say about a sample returns 0.0. No failure ever becomes a score.
+    If any source returns None for a sample, the whole sample is skipped: a partial sum would be a different reward. A
+    source that does not apply to a sample returns 0.0. A failure never becomes a score.
 
     Args:
-        sources: Who is asked.
-        request: About what.
-        failures: How often a source is asked that fails, and what becomes of the samples.
+        sources: The reward sources.
+        request: The samples to score.
+        failures: Retries, and what to do with the samples of a source that fails.
 
     Raises:
-        RewardSourceError: a source raised or was late; the others are cancelled.
-        TypeError, ValueError: an answer of the wrong length, type or value; source and sample are named.
+        RewardSourceError: A source raised or timed out; the others are cancelled.
+        TypeError, ValueError: A result of the wrong length, type or value; the message names source and sample.
     """
-    named = named_sources(sources)
-    answers = collect_answers(named, request, failures, check=_check, check_sample=_check_sample)
-    rows = answers.rows
+    weighted_sources = named_sources(sources)
+    results = call_with_retries(weighted_sources, request, failures, check=_check_result, check_sample=_check_sample)
+    rows = results.rows
     per_source = {
         item.name: torch.tensor([math.nan if row is None else math.fsum(_as_list(row)) for row in rows[item.name]])
-        for item in named
+        for item in weighted_sources
     }
     size = len(request.prompts)
     skipped = torch.zeros(size, dtype=torch.bool)
     total = torch.zeros(size, dtype=torch.float64)
-    for item in named:
+    for item in weighted_sources:
         skipped |= per_source[item.name].isnan()
         total += item.weight * per_source[item.name].double()
     per_token = None
-    if any(isinstance(row, list) for found in rows.values() for row in found):
-        per_token = _lay_out(named, rows, request, skipped)
+    if any(isinstance(row, list) for source_rows in rows.values() for row in source_rows):
+        per_token = _sum_per_token(weighted_sources, rows, request, skipped)
     total = total.masked_fill(skipped, 0.0).float()
     return RewardScores(
-        total=_finite(total), per_token=per_token, per_source=per_source, skipped=skipped,
-        dropped=_dropped(answers, size), failed_calls=answers.failed_calls,
+        total=_check_finite(total), per_token=per_token, per_source=per_source, skipped=skipped,
+        dropped=_dropped_samples(results, size), failed_calls=results.failed_calls,
     )  # fmt: skip
 
 
-def _dropped(answers: SourceAnswers, size: int) -> Bool[Tensor, " batch"]:
-    lost = torch.zeros(size, dtype=torch.bool)
-    for samples in answers.failed_on.values():
-        lost[samples] = True
-    return lost
+def _dropped_samples(results: SourceResults, size: int) -> Bool[Tensor, " batch"]:
+    dropped = torch.zeros(size, dtype=torch.bool)
+    for samples in results.failed_on.values():
+        dropped[samples] = True
+    return dropped
 
 
-def _finite(total: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+def _check_finite(total: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     if not torch.isfinite(total).all():
         index = int((~torch.isfinite(total)).nonzero()[0])
         raise ValueError(
@@ -172,55 +174,55 @@ def _finite(total: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     return total
 
 
-def _lay_out(
-    named: Sequence[WeightedSource],
+def _sum_per_token(
+    weighted_sources: Sequence[WeightedSource],
     rows: Mapping[str, Sequence[ScoreRow]],
     request: RewardRequest,
     skipped: Bool[Tensor, " batch"],
 ) -> Float[Tensor, "batch time"]:
-    """Per-token numbers at their tokens, per-sample numbers at the last token of the response."""
+    """Weighted sum of scores by token, per-sample scores at the last token of the response."""
     lengths = request.response_lengths or []
-    laid_out = torch.zeros(len(lengths), max(lengths, default=0), dtype=torch.float64)
-    for item in named:
+    per_token = torch.zeros(len(lengths), max(lengths, default=0), dtype=torch.float64)
+    for item in weighted_sources:
         for sample, row in enumerate(rows[item.name]):
             if row is None or skipped[sample] or not lengths[sample]:
                 continue
             values = torch.tensor(_as_list(row), dtype=torch.float64)
-            laid_out[sample, lengths[sample] - len(values) : lengths[sample]] += item.weight * values
-    return laid_out.float()
+            per_token[sample, lengths[sample] - len(values) : lengths[sample]] += item.weight * values
+    return per_token.float()
 
 
-def _check(name: str, answer: object, request: RewardRequest) -> list[ScoreRow]:
-    """The answer as plain Python numbers, or an error that names the source and the sample."""
-    answer = answer.tolist() if hasattr(answer, "tolist") else answer
-    if not isinstance(answer, Sequence) or isinstance(answer, (str, bytes)):
+def _check_result(name: str, result: object, request: RewardRequest) -> list[ScoreRow]:
+    """Convert a source's result to Python numbers; raise an error that names the source and the sample."""
+    result = result.tolist() if hasattr(result, "tolist") else result
+    if not isinstance(result, Sequence) or isinstance(result, (str, bytes)):
         raise TypeError(
             f"Reward source {name!r} must return a list with one entry per sample ({len(request.prompts)}), "
-            f"got {type(answer).__name__}."
+            f"got {type(result).__name__}."
         )
-    if len(answer) != len(request.prompts):
+    if len(result) != len(request.prompts):
         raise ValueError(
-            f"Reward source {name!r} returned {len(answer)} scores for {len(request.prompts)} samples. "
+            f"Reward source {name!r} returned {len(result)} scores for {len(request.prompts)} samples. "
             "Return one entry per sample, and None for those to be skipped."
         )
-    return [_check_sample(name, index, entry, request) for index, entry in enumerate(answer)]
+    return [_check_sample(name, index, entry, request) for index, entry in enumerate(result)]
 
 
 def _check_sample(name: str, index: int, entry: object, request: RewardRequest) -> ScoreRow:
     entry = entry.tolist() if hasattr(entry, "tolist") else entry
     if entry is None:
         return None
-    wanted = None if request.response_lengths is None else request.response_lengths[index]
-    if isinstance(entry, Mapping) and wanted is not None:
+    length = None if request.response_lengths is None else request.response_lengths[index]
+    if isinstance(entry, Mapping) and length is not None:
         try:
-            entry = token_scores(entry, wanted).tolist()
+            entry = token_scores(entry, length).tolist()
         except (ValueError, TypeError) as error:
             raise ValueError(f"Reward source {name!r}, sample {index}: {error}") from error
     if isinstance(entry, (list, tuple)):
-        if len(entry) != wanted:
+        if len(entry) != length:
             raise ValueError(
                 f"Reward source {name!r} returned {len(entry)} per-token scores for sample {index}, whose response "
-                f"has {'an unknown number of' if wanted is None else wanted} tokens. Return one number per token, or "
+                f"has {'an unknown number of' if length is None else length} tokens. Return one number per token, or "
                 "one number for the whole response."
             )
         return [_number(name, index, value, request) for value in entry]
@@ -233,7 +235,7 @@ def _number(name: str, index: int, value: object, request: RewardRequest) -> flo
             f"Reward source {name!r} returned {type(value).__name__} for sample {index}, expected a number, a list of "
             "numbers (one per token), a mapping of positions to numbers, or None."
         )
-    if not abs(value) <= _LARGEST:  # False for nan, too.
+    if not abs(value) <= _FLOAT32_MAX:  # False for nan, too.
         raise ValueError(
             f"Reward source {name!r} returned {value} for sample {index} (response {request.responses[index][:60]!r}): "
             "it would destroy the weights in one step. Return a finite number, or None to skip the sample."

@@ -1,4 +1,4 @@
-"""Scores of a few tokens, spread over a whole response."""
+"""Sparse token scores as a dense vector."""
 
 from collections.abc import Mapping
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def token_scores(sparse: Mapping[int, float], length: int) -> Float[Tensor, " tokens"]:
-    """One number for each of `length` response tokens: those of `sparse`, 0 elsewhere. What `step()` takes.
+    """Expand sparse token scores to one number per response token, 0 elsewhere, as `step()` takes them.
 
     Args:
         sparse: Position -> score. Negative positions count from the end: -1 is the last token.
-        length: Tokens of the response.
+        length: Number of tokens of the response.
 
     Raises:
-        ValueError: A position lies outside of the response, or two name the same token.
+        ValueError: A position is outside the response, or two positions are the same token.
     """
     scores, seen = torch.zeros(length), set()
     for position, score in sparse.items():

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.functional import missing_eos_penalty
 from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures
-from rlhf_ppo.rewards.gather import Ask, Finish, Prepare, Scoring
+from rlhf_ppo.rewards.gather import Postprocess, Prepare, Score, Scoring
 from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSources, score_batch
 from rlhf_ppo.rollout.checks import ModelLimits, check_count, check_samples
 from rlhf_ppo.rollout.experience import Responses
@@ -20,8 +20,8 @@ from rlhf_ppo.rollout.prompts import PromptBatch
 from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
 
 
-def _alone(prepare: Prepare, ask: Ask, finish: Finish) -> RewardScores:
-    return finish(ask(prepare()))
+def _alone(prepare: Prepare, score: Score, postprocess: Postprocess) -> RewardScores:
+    return postprocess(score(prepare()))
 
 
 @dataclass(frozen=True, kw_only=True)
