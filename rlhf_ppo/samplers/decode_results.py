@@ -20,7 +20,8 @@ class DecodedTokens:
     finished: Bool[Tensor, "rows"]
     limits: Int[Tensor, "rows"]
     values: Float[Tensor, "rows steps"]
-    uniforms: Float[Tensor, "rows steps"]
+    uniforms: Float[Tensor, "rows draws"]
+    """`draws` is the number of steps, 0 for greedy decoding."""
     has_values: bool = False
     counts: SamplingCounts = field(default_factory=SamplingCounts)
 
