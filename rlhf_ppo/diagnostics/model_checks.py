@@ -43,7 +43,7 @@ def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bo
         scorer = _unwrapped(learner, policy)
         scored = scorer(inputs)
         with torch.enable_grad(), saved_tensors_hooks(_forget, _refuse):  # as an update runs it, and nothing is kept
-            updated = scorer.passes(policy, inputs).logprobs.detach()
+            updated = scorer.run_passes(policy, inputs).logprobs.detach()
     own, reference, update = (
         select_actions(part, [row[: len(tokens)].float() for row, tokens in zip(values, part.responses, strict=True)])
         for values in (scored.logprobs, scored.ref_logprobs, updated)

@@ -194,7 +194,7 @@ class PPOLearner:
         return Scorer(
             policy=self.policy, reference=self._reference, kl_penalty=self.config.kl_penalty,
             reference_context=self.reference_context, rows=self.config.mini_batch_size,
-            token_budget=self.config.token_budget, most=self.processes.max_passes,
+            token_budget=self.config.token_budget, max_passes=self.processes.max_passes,
         )  # fmt: skip
 
     def _shaping(self) -> RewardShaping:

@@ -54,7 +54,7 @@ def evaluate(
     """
     one_each = replace(collector, sampling=replace(collector.sampling, num_return_sequences=1))
     batch = prompts.batch(list(range(len(prompts))) if rows is None else list(rows))
-    collected = one_each.draw(batch, torch.Generator().manual_seed(seed))
+    collected = one_each.sample(batch, torch.Generator().manual_seed(seed))
     scores = one_each.score(collected, rewards)
     measures = {"score": scores.total.masked_fill(scores.skipped, math.nan).tolist()}
     if judges is not None:

@@ -17,7 +17,7 @@ def make_collector(learner: PPOLearner, config: TrainConfig, sampler: Sampler | 
     sampler = sampler or DecodeLoop(learner.tokenizer)
     return Collector(
         model=learner.model, tokenizer=learner.tokenizer, sampling=config.sampling, device=learner.current_device,
-        sampler=sampler, failures=config.reward_failures, fresh_weights=partial(synced_weights, learner, sampler),
+        sampler=sampler, failures=config.reward_failures, synced_weights=partial(synced_weights, learner, sampler),
         limits=learner.limits, scoring=make_scoring(learner.processes, on_main=config.reward_calls == "once"),
     )  # fmt: skip
 

@@ -112,7 +112,7 @@ class TrainingLoop:
                 rollout = self._roll_out()
                 if rollout is None:
                     break
-                if self.lost.is_lost(len(self.collector.kept(rollout[1]))):
+                if self.lost.is_lost(len(self.collector.kept_rows(rollout[1]))):
                     continue
                 self._learn(*rollout)
                 bar.update()
@@ -149,7 +149,7 @@ class TrainingLoop:
         before = {name: part.state_dict() for name, part in parts.items()}
         start = time.perf_counter()
         try:
-            collected = self.collector.draw(self.prompts.batch(next(self.order)), self.generator)
+            collected = self.collector.sample(self.prompts.batch(next(self.order)), self.generator)
             generated = time.perf_counter()
             if self._asked_to_stop():
                 self._drop(parts, before)
@@ -280,7 +280,7 @@ class TrainingLoop:
         if self.newest is None or learner.newest is None:
             return
         collected, scores = self.newest
-        kept = self.collector.kept(scores)
+        kept = self.collector.kept_rows(scores)
         traces = token_traces(
             *learner.newest, learner.tokenizer, iteration=self.state.iteration,
             prompts=[collected.prompts[row] for row in kept], scores=scores.total[kept].tolist(),

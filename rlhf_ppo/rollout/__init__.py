@@ -1,1 +1,1 @@
-"""Where the data of an iteration comes from: prompts, samplers, reward sources."""
+"""Rollouts: prompts, sampled and scored responses, KL-shaped rewards."""

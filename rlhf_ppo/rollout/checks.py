@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a batch handed to `step()`, found before any state moves."""
+"""Check the inputs of `step()` and the results of samplers before any state changes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,18 +13,18 @@ from rlhf_ppo.samplers.base import Samples
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
-    """What the model can take."""
+    """Batch size, token ids and lengths that model and algorithm accept."""
 
     batch_size: int | None
-    """Rows expected; None: any number."""
+    """Expected number of rows; None: any number."""
     vocab_size: int | None
-    """Token ids must lie below; None: unknown."""
+    """Token ids must be below it; None: unknown."""
     max_positions: int | None
-    """Most tokens of prompt and response together (of each, with an encoder-decoder); None: no bound."""
+    """Maximum tokens of prompt plus response (of each, with an encoder-decoder); None: no limit."""
     needs_groups: bool = False
-    """Whether the algorithm compares responses to one prompt, of which `step()` is told nothing."""
+    """Whether the algorithm compares responses to the same prompt, which `step()` cannot group."""
     start_token_id: int | None = None
-    """What `generate` puts before the responses of an encoder-decoder: no action, so it is taken off. None: nothing."""
+    """Token that `generate` puts before encoder-decoder responses; it is no action and is removed. None: no token."""
 
 
 def check_step_inputs(
@@ -39,86 +39,86 @@ def check_step_inputs(
     """Validate a batch and move it to the device.
 
     Args:
-        queries: One Long [P_i] a sample.
-        responses: One Long [T_i] a sample, without the prompt.
-        scores: One number a sample (0-dim or [1]; integers are taken), or one a response token [T_i].
-        masks: One 0/1 [T_i] a sample: 0 marks tokens that the policy did not choose. None: all ones.
-        limits: What the model can take.
-        device: Where to.
+        queries: One Long [P_i] per sample.
+        responses: One Long [T_i] per sample, without the prompt.
+        scores: One number per sample (0-dim or [1], integers too), or one per response token [T_i].
+        masks: One 0/1 [T_i] per sample: 0 marks tokens that the policy did not choose. None: all ones.
+        limits: Limits of model and algorithm.
+        device: The device of the results.
 
     Raises:
-        ValueError: Naming the first sample that is wrong, what was expected and what came.
+        ValueError: Names the first invalid sample, what was expected and what it got.
     """
     if limits.needs_groups:
         raise ValueError(
             "expected an algorithm that learns from single responses, got one that compares the responses to a prompt: "
-            "`step()` does not know which belong together, so every advantage would be 0. Use `train()` with "
+            "`step()` does not know which responses share a prompt, so every advantage would be 0. Use `train()` with "
             "num_return_sequences >= 2, or PPOClip, PPOPenalty, TRPO or Reinforce."
         )
-    named: dict[str, Sequence[Tensor]] = {"queries": queries, "responses": responses, "scores": scores}
+    inputs_by_name: dict[str, Sequence[Tensor]] = {"queries": queries, "responses": responses, "scores": scores}
     if masks is not None:
-        named["response_masks"] = masks
-    for name, tensors in named.items():
+        inputs_by_name["response_masks"] = masks
+    for name, tensors in inputs_by_name.items():
         _check_list(name, tensors, limits.batch_size if limits.batch_size is not None else len(queries))
     for name in ("queries", "responses"):
-        for index, tokens in enumerate(named[name]):
+        for index, tokens in enumerate(inputs_by_name[name]):
             _check_tokens(name, index, tokens, limits.vocab_size)
     for index, (query, response) in enumerate(zip(queries, responses, strict=True)):
         lengths = len(query), len(response)
         _check_length(index, sum(lengths) if limits.start_token_id is None else max(lengths), limits.max_positions)
     if limits.start_token_id is not None:
-        responses, scores, masks = _without_start(limits.start_token_id, responses, scores, masks)
+        responses, scores, masks = _strip_start_token(limits.start_token_id, responses, scores, masks)
         for index, tokens in enumerate(responses):
             _check_tokens("responses", index, tokens, limits.vocab_size)
-    rows = [_check_mask(i, masks[i] if masks else None, response) for i, response in enumerate(responses)]
-    checked = [_check_score(i, score, responses[i]) for i, score in enumerate(scores)]
+    mask_rows = [_check_mask(i, masks[i] if masks else None, response) for i, response in enumerate(responses)]
+    checked_scores = [_check_score(i, score, responses[i]) for i, score in enumerate(scores)]
     return Responses(
         inputs=TokenInputs(
             prompts=[query.long().to(device) for query in queries],
             responses=[response.long().to(device) for response in responses],
         ),
-        mask=pad_rows([row.float() for row in rows]).bool().to(device),
-        scores=_together(checked, responses).to(device),
+        mask=pad_rows([row.float() for row in mask_rows]).bool().to(device),
+        scores=_stack_scores(checked_scores, responses).to(device),
     )
 
 
 def check_count(samples: Samples, expected: int) -> None:
-    """Refuse a sampler's answer that does not have one of everything for each response."""
+    """Raise ValueError unless every list of `samples` has `expected` entries."""
     counts = {name: len(getattr(samples, name)) for name in ("prompts", "responses", "finished")}
     if samples.logprobs is not None:
         counts["logprobs"] = len(samples.logprobs)
     for name, count in counts.items():
         if count != expected:
             raise ValueError(
-                f"expected {expected} {name} from the sampler, got {count}: responses would be scored with others' "
-                "prompts. A sampler returns `num_return_sequences` responses to each prompt, side by side."
+                f"expected {expected} {name} from the sampler, got {count}: responses would be scored with the "
+                "wrong prompts. A sampler returns `num_return_sequences` adjacent responses to each prompt."
             )
 
 
 def check_samples(samples: Samples, limits: ModelLimits, *, device: torch.device) -> None:
-    """Refuse responses that cannot be learned from, as `step()` would; naming the first sample that is wrong.
+    """Check sampled responses as `step()` checks its inputs, and their log-probabilities.
 
     Raises:
-        ValueError: Tokens the model does not know, an empty response, too long a row, a log-probability that is none.
+        ValueError: A token outside the vocabulary, an empty response, too many tokens, an invalid log-probability.
     """
     zeros = [torch.tensor(0.0)] * len(samples.responses)
-    unbounded = replace(limits, batch_size=None, needs_groups=False)
-    check_step_inputs(samples.prompts, samples.responses, zeros, None, limits=unbounded, device=device)
+    any_batch_size = replace(limits, batch_size=None, needs_groups=False)
+    check_step_inputs(samples.prompts, samples.responses, zeros, None, limits=any_batch_size, device=device)
     for index, (row, response) in enumerate(zip(samples.logprobs or (), samples.responses, strict=False)):
         if row.shape != response.shape or not bool((row.isfinite() & (row <= 1e-3)).all()):
             raise ValueError(
                 f"expected a log-probability <= 0 for each of the {len(response)} tokens of response {index} from the "
-                f"sampler, got {_short(row)}: probability ratios would be nan or wrong. Return log-probabilities in "
-                "nats of the tokens drawn, or logprobs=None."
+                f"sampler, got {_abbreviate(row)}: probability ratios would be nan or wrong. Return log-probabilities "
+                "in nats of the sampled tokens, or logprobs=None."
             )
 
 
-def _without_start(
+def _strip_start_token(
     token: int, responses: list[Tensor], scores: list[Tensor], masks: list[Tensor] | None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-    """Responses without the decoder's start token; its entries in masks and token scores go with it."""
+    """Remove the decoder's start token from responses, and its entries from masks and token scores."""
     offsets = [int(bool(response[0] == token)) for response in responses]
-    cut = [
+    stripped_scores = [
         score[offset:] if score.shape == response.shape and score.numel() > 1 else score
         for offset, score, response in zip(offsets, scores, responses, strict=True)
     ]
@@ -127,14 +127,14 @@ def _without_start(
             mask[offset:] if mask.shape == response.shape else mask
             for offset, mask, response in zip(offsets, masks, responses, strict=True)
         ]
-    return [response[offset:] for offset, response in zip(offsets, responses, strict=True)], cut, masks
+    return [response[offset:] for offset, response in zip(offsets, responses, strict=True)], stripped_scores, masks
 
 
 def _check_list(name: str, tensors: object, expected: int) -> None:
     if not isinstance(tensors, list):
         raise ValueError(
             f"{name} must be a list of tensors - got {type(tensors)}: samples differ in length, so one tensor cannot "
-            "hold them. Pass one tensor a sample, e.g. `list(tensor)`."
+            "hold them. Pass one tensor per sample, e.g. `list(tensor)`."
         )
     if len(tensors) != expected:
         raise ValueError(
@@ -149,10 +149,10 @@ def _check_list(name: str, tensors: object, expected: int) -> None:
                 f"Elements in {name} must be tensors - got {type(tensor)} (sample {index}): nothing could be computed "
                 "with it. Wrap it: `torch.tensor(...)`."
             )
-        if tensor.dtype in _UNREADABLE:
+        if tensor.dtype in _UNSUPPORTED_DTYPES:
             raise ValueError(
-                f"{name}[{index}] must hold plain numbers, got {tensor.dtype}: they have no order, so nothing could be "
-                "looked up or compared. Convert the tensor to whole numbers or floats."
+                f"{name}[{index}] must hold plain numbers, got {tensor.dtype}: such numbers cannot be compared or used "
+                "as indices. Convert the tensor to whole numbers or floats."
             )
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
             raise ValueError(
@@ -161,21 +161,23 @@ def _check_list(name: str, tensors: object, expected: int) -> None:
             )
 
 
-_UNREADABLE = frozenset({torch.complex32, torch.complex64, torch.complex128, torch.quint8, torch.qint8, torch.qint32})
+_UNSUPPORTED_DTYPES = frozenset(
+    {torch.complex32, torch.complex64, torch.complex128, torch.quint8, torch.qint8, torch.qint32}
+)
 
 
 def _check_tokens(name: str, index: int, tokens: Tensor, vocab_size: int | None) -> None:
     if tokens.dim() != 1 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise ValueError(
             f"{name}[{index}] must be a 1-D tensor of token ids, got shape {tuple(tokens.shape)} of {tokens.dtype}: "
-            "the model could not look them up. Pass one integer tensor a sample, without batch dimension."
+            "the model could not look them up. Pass one integer tensor per sample, without batch dimension."
         )
     if len(tokens) == 0:
         raise ValueError(
             f"{name}[{index}] is empty: a sample needs at least one prompt token (give it the BOS token) and one "
             "response token. Drop the sample or raise min_new_tokens."
         )
-    tokens = tokens.long()  # few operations know unsigned tensors
+    tokens = tokens.long()  # few operations support unsigned tensors
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         raise ValueError(
@@ -189,7 +191,7 @@ def _check_length(index: int, length: int, max_positions: int | None) -> None:
     if max_positions is not None and length > max_positions:
         raise ValueError(
             f"sample {index} has {length} tokens of prompt and response, but the model has {max_positions} positions: "
-            "it cannot tell where the tokens beyond them stand. Shorten the prompt or max_new_tokens."
+            "it has no embeddings for the positions beyond. Shorten the prompt or max_new_tokens."
         )
 
 
@@ -199,13 +201,13 @@ def _check_mask(index: int, mask: Tensor | None, response: Tensor) -> Tensor:
     if mask.shape != response.shape:
         raise ValueError(
             f"response_masks[{index}] must have one entry for each of the {len(response)} response tokens, "
-            f"got shape {tuple(mask.shape)}: nobody would know whose tokens are ours. Leave out the prompt's entries."
+            f"got shape {tuple(mask.shape)}: it is unknown which tokens the policy chose. Omit the prompt's entries."
         )
     values = mask.detach().cpu().double()
     if not torch.isin(values, torch.tensor([0.0, 1.0], dtype=torch.double)).all():
         raise ValueError(
-            f"response_masks[{index}] must hold zeros and ones, got {_short(mask)}: it selects tokens, it does not "
-            "weigh them. Use 1 where the policy chose the token, else 0."
+            f"response_masks[{index}] must hold zeros and ones, got {_abbreviate(mask)}: it selects tokens and does "
+            "not weight them. Use 1 where the policy chose the token, else 0."
         )
     if not values.any():
         raise ValueError(
@@ -217,8 +219,8 @@ def _check_mask(index: int, mask: Tensor | None, response: Tensor) -> Tensor:
 def _check_score(index: int, score: Tensor, response: Tensor) -> Tensor:
     if score.dim() > 1:
         raise ValueError(
-            f"Scores must be 1-dimensional - got {score.dim()} for {_short(score)} (sample {index}): one number, or "
-            "one for each response token, is what can be learned from. Use `score.squeeze()`."
+            f"Scores must be 1-dimensional - got {score.dim()} for {_abbreviate(score)} (sample {index}): expected one "
+            "number, or one for each response token. Use `score.squeeze()`."
         )
     if score.numel() != 1 and score.shape != response.shape:
         raise ValueError(
@@ -227,19 +229,19 @@ def _check_score(index: int, score: Tensor, response: Tensor) -> Tensor:
         )
     if not torch.isfinite(score.detach().float()).all():
         raise ValueError(
-            f"scores[{index}] must be finite in float32 (up to 3.4e38), got {_short(score)}: one such score would turn "
-            "every weight into nan. Mend the reward source or drop the sample."
+            f"scores[{index}] must be finite in float32 (up to 3.4e38), got {_abbreviate(score)}: one such score would "
+            "turn every weight into nan. Fix the reward source or drop the sample."
         )
     return score.detach().cpu().float()
 
 
-def _short(tensor: Tensor) -> str:
+def _abbreviate(tensor: Tensor) -> str:
     text = str(tensor.tolist())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _together(scores: list[Tensor], responses: list[Tensor]) -> Tensor:
-    """[B] when every score is one number, else [B, T] with single numbers at the last token."""
+def _stack_scores(scores: list[Tensor], responses: list[Tensor]) -> Tensor:
+    """Stack scores to [B] if each is one number, else pad them to [B, T], single numbers at the last token."""
     if all(score.dim() == 0 or score.numel() == 1 for score in scores):
         return torch.stack([score.reshape(()) for score in scores])
     rows = []

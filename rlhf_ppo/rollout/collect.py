@@ -1,4 +1,4 @@
-"""Prompts -> responses -> scores: what happens before `learn`, in training and evaluation alike."""
+"""Sample and score responses, in training and evaluation."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,13 +20,13 @@ from rlhf_ppo.rollout.prompts import PromptBatch
 from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
 
 
-def _alone(prepare: Prepare, score: Score, postprocess: Postprocess) -> RewardScores:
+def _score_in_one_process(prepare: Prepare, score: Score, postprocess: Postprocess) -> RewardScores:
     return postprocess(score(prepare()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingEOS:
-    """What a response costs that ran to its limit without a stop token."""
+    """Penalty for a response that reached its maximum length without a stop token."""
 
     penalty: float
     mode: Literal["replace", "subtract"] = "replace"
@@ -35,31 +35,31 @@ class MissingEOS:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectedResponses:
-    """Responses with their texts."""
+    """Sampled responses with their texts and dataset columns."""
 
     samples: Samples
     prompts: list[str]
-    """One a response."""
+    """Prompt of each response, as text."""
     responses: list[str]
-    """Decoded once, for people and reward sources; training goes on with the sampled tokens."""
+    """Decoded responses, for people and reward sources; training uses the sampled tokens."""
     columns: dict[str, list[object]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collector:
-    """Draws and scores responses.
+    """Samples responses and scores them.
 
     Args:
         model: The policy.
         tokenizer: Its tokenizer.
-        sampler: Who draws.
-        sampling: How.
-        device: Where the policy is.
-        failures: What happens when a reward source fails.
-        fresh_weights: Surrounds every draw: inside, the sampler sees the policy whole and as it is.
-        limits: What the model can take: a sampler of somebody else's is held to it. None: it is trusted.
-        scoring: Who asks the reward sources, where several processes draw.
-        sources_context: Surrounds every question to the sources: inside, their models are on their devices.
+        sampler: Samples the responses.
+        sampling: Sampling settings.
+        device: The policy's device.
+        failures: Retries of reward sources, and what to do when one fails.
+        synced_weights: Context for sampling: while active, the sampler has the current, unsharded weights.
+        limits: Limits of the model, which sampled responses are checked against. None: no check.
+        scoring: How processes share the scoring; see `make_scoring`.
+        sources_context: Context for calling reward sources: while active, their models are on their devices.
     """
 
     model: nn.Module
@@ -68,42 +68,44 @@ class Collector:
     sampling: SamplingConfig
     device: torch.device
     failures: RewardFailures = RAISE_ON_FAILURE
-    fresh_weights: Callable[[], AbstractContextManager[object]] = nullcontext
+    synced_weights: Callable[[], AbstractContextManager[object]] = nullcontext
     limits: ModelLimits | None = None
-    scoring: Scoring = _alone
+    scoring: Scoring = _score_in_one_process
     sources_context: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def draw(self, batch: PromptBatch, generator: torch.Generator) -> CollectedResponses:
-        """`num_return_sequences` responses to each prompt, side by side."""
+    def sample(self, batch: PromptBatch, generator: torch.Generator) -> CollectedResponses:
+        """Sample `num_return_sequences` adjacent responses to each prompt."""
         prompts = [prompt.to(self.device) for prompt in batch.input_ids]
-        with self.fresh_weights():
+        with self.synced_weights():
             samples = self.sampler(self.model, prompts, self.sampling, generator=generator)
-        repeat = self.sampling.num_return_sequences
-        check_count(samples, len(prompts) * repeat)
+        num_copies = self.sampling.num_return_sequences
+        check_count(samples, len(prompts) * num_copies)
         return CollectedResponses(
             samples=samples,
-            prompts=[text for text in batch.texts for _ in range(repeat)],
+            prompts=[text for text in batch.texts for _ in range(num_copies)],
             responses=self.tokenizer.batch_decode(
                 [response.tolist() for response in samples.responses], skip_special_tokens=True
             ),
-            columns={name: [item for item in column for _ in range(repeat)] for name, column in batch.columns.items()},
+            columns={
+                name: [item for item in column for _ in range(num_copies)] for name, column in batch.columns.items()
+            },
         )
 
     def score(
         self, collected: CollectedResponses, sources: RewardSources, missing_eos: MissingEOS | None = None
     ) -> RewardScores:
-        """Check what was drawn, ask the sources about the texts; then charge responses that never stopped."""
+        """Check the responses, score their texts, and apply `missing_eos` to those without a stop token."""
         return self.scoring(
-            lambda: self._request(collected),
-            lambda request: self._asked(sources, request),
-            lambda scores: self._charged(scores, collected, missing_eos),
+            lambda: self._make_request(collected),
+            lambda request: self._call_sources(sources, request),
+            lambda scores: self._penalize_missing_eos(scores, collected, missing_eos),
         )
 
-    def _asked(self, sources: RewardSources, request: RewardRequest) -> RewardScores:
+    def _call_sources(self, sources: RewardSources, request: RewardRequest) -> RewardScores:
         with self.sources_context():
             return score_batch(sources, request, self.failures)
 
-    def _request(self, collected: CollectedResponses) -> RewardRequest:
+    def _make_request(self, collected: CollectedResponses) -> RewardRequest:
         if self.limits is not None:
             check_samples(collected.samples, self.limits, device=self.device)
         return RewardRequest(
@@ -113,21 +115,24 @@ class Collector:
             response_lengths=[len(response) for response in collected.samples.responses],
         )
 
-    def _charged(
+    def _penalize_missing_eos(
         self, scores: RewardScores, collected: CollectedResponses, missing_eos: MissingEOS | None
     ) -> RewardScores:
         if missing_eos is None:
             return scores
         if scores.per_token is not None:
-            raise ValueError("missing_eos takes one score a response, the reward source gave one a token")
+            raise ValueError(
+                "missing_eos needs one score per response, but a reward source returned one per token: it is unknown "
+                "which score to change. Return one number per response, or leave missing_eos at None."
+            )
         finished = torch.tensor(collected.samples.finished)
         total = missing_eos_penalty(scores.total, finished, penalty=missing_eos.penalty, mode=missing_eos.mode)
         return replace(scores, total=total)
 
-    def kept(self, scores: RewardScores) -> list[int]:
-        """Rows to learn from: no source skipped them, nor another response to the same prompt where those are compared.
+    def kept_rows(self, scores: RewardScores) -> list[int]:
+        """Indices of the rows to learn from: those of groups (responses to one prompt) in which no row was skipped.
 
-        A group that lost a member would be compared with the responses to another prompt.
+        An incomplete group would be compared with responses to another prompt.
         """
         groups = scores.skipped.view(-1, self.sampling.num_return_sequences)
         return [
@@ -135,18 +140,18 @@ class Collector:
         ]
 
     def responses(self, samples: Samples, scores: RewardScores) -> Responses | None:
-        """The samples to learn from, as `learn` takes them; None where every sample was skipped."""
-        kept = self.kept(scores)
-        if not kept:
+        """Select the samples to learn from, in the form that `learn` takes; None if all were skipped."""
+        rows = self.kept_rows(scores)
+        if not rows:
             return None
-        responses: list[Tensor] = [samples.responses[row].to(self.device) for row in kept]
-        known = samples.logprobs
+        responses: list[Tensor] = [samples.responses[row].to(self.device) for row in rows]
+        logprobs = samples.logprobs
         values = samples.values if self.sampling.samples_from_policy else None
         return Responses(
-            inputs=TokenInputs(prompts=[samples.prompts[row].to(self.device) for row in kept], responses=responses),
+            inputs=TokenInputs(prompts=[samples.prompts[row].to(self.device) for row in rows], responses=responses),
             mask=pad_rows([torch.ones(len(response)) for response in responses]).bool().to(self.device),
-            scores=scores.scores[kept].to(self.device),
+            scores=scores.scores[rows].to(self.device),
             group_size=self.sampling.num_return_sequences,
-            sampler_logprobs=None if known is None else pad_rows([known[row].to(self.device) for row in kept]),
-            sampler_values=None if values is None else pad_rows([values[row].to(self.device) for row in kept]),
+            sampler_logprobs=None if logprobs is None else pad_rows([logprobs[row].to(self.device) for row in rows]),
+            sampler_values=None if values is None else pad_rows([values[row].to(self.device) for row in rows]),
         )

@@ -1,4 +1,4 @@
-"""From sampled tokens and their scores to a `Rollout`: score under policy and reference, shape the reward."""
+"""Build a `Rollout` from scored responses: log-probabilities, values, KL, shaped rewards."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,45 +18,45 @@ _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "k3": "k3"}
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
-    """One batch of responses, checked: what `step()` and `train()` both hand to the trainer."""
+    """A checked batch of responses and scores, from `step()` or `train()`."""
 
     inputs: TokenInputs
     mask: Bool[Tensor, "batch time"]
-    """True at our tokens: False at padding and at tokens that others wrote (tool output)."""
+    """True at tokens that the policy chose; False at padding and at tokens of others (tool output)."""
     scores: Float[Tensor, " batch"] | Float[Tensor, "batch time"]
-    """One score a response, or one a token."""
+    """One score per response, or one per token."""
     truncated: Bool[Tensor, " batch"] | None = None
-    """Responses whose future we did not watch; their last value is bootstrapped. None: every response ended."""
+    """True where a response was cut off: its last value is bootstrapped. None: every response ended."""
     group_size: int = 1
-    """Responses to one prompt, side by side."""
+    """Number of adjacent responses to one prompt."""
     sampler_logprobs: Float[Tensor, "batch time"] | None = None
-    """log μ of each token under the sampler as it drew, nats; None where nobody knows."""
+    """log μ of each token under the sampler, nats; None if the sampler did not return it."""
     sampler_values: Float[Tensor, "batch time"] | None = None
-    """V at each token by the policy's value head, from a sampler that draws from the policy itself; None elsewhere."""
+    """V at each token by the policy's value head, if the sampler samples from the policy itself and computes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredResponses:
-    """A batch of responses under policy and reference, without gradients."""
+    """Log-probabilities, values and KL of a batch under policy and reference, without gradients."""
 
     logprobs: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time+1"]
     ref_logprobs: Float[Tensor, "batch time"]
     kl: Float[Tensor, "batch time"]
-    """The penalized estimate of KL(policy || reference) at each token, nats; 0 beyond the end."""
+    """The `kl_penalty` estimate of KL(policy || reference) at each token, nats; 0 beyond the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Policy and reference side by side.
+    """Computes log-probabilities, values and KL of responses under policy and reference.
 
     Args:
         policy: The policy's module, as prepared for its device and precision.
-        reference: The frozen reference; None when it is the policy itself inside `reference_context`.
-        reference_context: Turns the policy into the reference (LoRA adapters off), or brings it to its device.
-        kl_penalty: Which estimate the reward pays for.
-        rows: Most rows of one pass.
-        token_budget: Most padded tokens of one pass.
+        reference: The frozen reference; None: the policy while `reference_context` is active.
+        reference_context: Disables LoRA adapters, or loads the reference to its device.
+        kl_penalty: KL estimate used in the reward.
+        rows: Maximum rows per pass.
+        token_budget: Maximum padded tokens per pass.
     """
 
     policy: nn.Module
@@ -65,33 +65,36 @@ class Scorer:
     kl_penalty: KLPenalty = "kl"
     rows: int | None = None
     token_budget: int | None = None
-    most: Callable[[int], int] = lambda passes: passes
-    """The largest number over processes, where passes are collective because parameters are sharded."""
+    max_passes: Callable[[int], int] = lambda passes: passes
+    """Maximum number of passes over processes, if parameters are sharded and passes therefore collective."""
 
     @torch.no_grad()
-    def __call__(self, inputs: TokenInputs, known: PolicyOutput | None = None) -> ScoredResponses:
-        """Score every response once under the policy and once under the reference, rows sorted by length.
+    def __call__(self, inputs: TokenInputs, precomputed: PolicyOutput | None = None) -> ScoredResponses:
+        """Compute log-probabilities under policy and reference, values and KL, in passes sorted by length.
 
         Args:
             inputs: Prompts and responses.
-            known: What the policy's pass would find, where somebody knows it already.
+            precomputed: The policy's output, if it is known already; spares the policy's passes.
         """
-        own = self.passes(self.policy, inputs) if known is None else known
+        policy_output = self.run_passes(self.policy, inputs) if precomputed is None else precomputed
         with self.reference_context():
-            other = self.passes(self.reference or self.policy, inputs)
+            reference_output = self.run_passes(self.reference or self.policy, inputs)
         if self.kl_penalty == "full":
             with self.reference_context():
                 kl = self._exact_kl(inputs)
         else:
-            kl = kl_estimate(own.logprobs, other.logprobs, _ESTIMATORS[self.kl_penalty])  # type: ignore[arg-type]
-        return ScoredResponses(logprobs=own.logprobs, values=own.values, ref_logprobs=other.logprobs, kl=kl)
+            kind = _ESTIMATORS[self.kl_penalty]
+            kl = kl_estimate(policy_output.logprobs, reference_output.logprobs, kind)  # type: ignore[arg-type]
+        return ScoredResponses(
+            logprobs=policy_output.logprobs, values=policy_output.values, ref_logprobs=reference_output.logprobs, kl=kl
+        )
 
-    def passes(self, module: nn.Module, inputs: TokenInputs) -> PolicyOutput:
-        """Every response through one module, rows sorted by length and cut like those of an update."""
+    def run_passes(self, module: nn.Module, inputs: TokenInputs) -> PolicyOutput:
+        """Run all responses through `module`, split into micro-batches as in an update."""
         logprobs: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
         micro_batches = split_into_micro_batches(inputs.costs(), size=self.rows, token_budget=self.token_budget)
-        micro_batches += micro_batches[-1:] * (self.most(len(micro_batches)) - len(micro_batches))
+        micro_batches += micro_batches[-1:] * (self.max_passes(len(micro_batches)) - len(micro_batches))
         for micro_batch in micro_batches:
             output: PolicyOutput = module(inputs.select(micro_batch))
             for row, position in enumerate(micro_batch.tolist()):
@@ -106,10 +109,10 @@ class Scorer:
     def _exact_kl(self, inputs: TokenInputs) -> Float[Tensor, "batch time"]:
         if self.reference is None:
             raise ValueError(
-                "kl_penalty='full' needs both distributions of a token at once, but the reference is the policy with "
-                "its adapters off. Pass a separate `ref_model`, or use kl_penalty='kl'."
+                "kl_penalty='full' needs policy and reference at the same time, but the reference is the policy with "
+                "its adapters disabled. Pass a separate `ref_model`, or use kl_penalty='kl'."
             )
-        policy, reference = _plain(self.policy), _plain(self.reference)
+        policy, reference = _unwrap_token_policy(self.policy), _unwrap_token_policy(self.reference)
         kl: dict[int, Tensor] = {}
         for micro_batch in split_into_micro_batches(inputs.costs(), size=self.rows, token_budget=self.token_budget):
             output = policy.kl_to(reference, inputs.select(micro_batch))
@@ -119,7 +122,7 @@ class Scorer:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardShaping:
-    """How scores and KL become rewards."""
+    """Settings of KL-shaped rewards."""
 
     kl_coef: float
     kl_placement: KLPlacement = "reward"
@@ -127,7 +130,7 @@ class RewardShaping:
     gamma: float = 1.0
     lam: float = 0.95
     separate_prompts: bool = False
-    """Whether prompts stand in an encoder instead of before the responses."""
+    """Whether the model is an encoder-decoder: prompts are not before the responses."""
     reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
     reduce_max: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
@@ -135,43 +138,43 @@ class RewardShaping:
 def shape_rollout(
     responses: Responses, scored: ScoredResponses, shaping: RewardShaping
 ) -> tuple[Rollout, Float[Tensor, "batch time"]]:
-    """Rewards of each token: -kl_coef x KL everywhere, plus the score at the last action (Ziegler et al. 2019).
+    """Compute rewards: -kl_coef x KL at each token, plus the score at the last action (Ziegler et al. 2019).
 
     Returns:
-        The rollout and the non-score part of its rewards, [B, T].
+        The rollout, and the KL part of its rewards, [B, T].
     """
     mask = responses.mask
-    paid = reward_kl(scored.kl, mask, shaping.kl_placement)
-    rewards, penalty = kl_shaped_rewards(paid, responses.scores, mask, kl_coef=shaping.kl_coef)
+    kl_in_reward = reward_kl(scored.kl, mask, shaping.kl_placement)
+    rewards, penalty = kl_shaped_rewards(kl_in_reward, responses.scores, mask, kl_coef=shaping.kl_coef)
     last = last_action_index(mask)
     if shaping.whiten_rewards:
-        tail = _tail(responses.inputs, last, shaping)
+        tail = _padding_after_last_action(responses.inputs, last, shaping)
         rewards = classic_whiten_rewards(
             rewards, mask, tail=tail, gamma=shaping.gamma, lam=shaping.lam, reduce_sum=shaping.reduce_sum
         )
-    ends = torch.zeros_like(mask)
-    ends[torch.arange(len(last), device=last.device), last] = True
-    cut_off = torch.zeros_like(last, dtype=torch.bool) if responses.truncated is None else responses.truncated
+    is_last = torch.zeros_like(mask)
+    is_last[torch.arange(len(last), device=last.device), last] = True
+    is_truncated = torch.zeros_like(last, dtype=torch.bool) if responses.truncated is None else responses.truncated
     totals = rewards.masked_fill(~mask, 0.0).sum(dim=1)
     rollout = Rollout(
         inputs=responses.inputs, mask=mask, logprobs=scored.logprobs, values=scored.values, rewards=rewards,
-        terminated=ends & ~cut_off[:, None], truncated=ends & cut_off[:, None], ref_logprobs=scored.ref_logprobs,
-        scores=totals, group_size=responses.group_size,
+        terminated=is_last & ~is_truncated[:, None], truncated=is_last & is_truncated[:, None],
+        ref_logprobs=scored.ref_logprobs, scores=totals, group_size=responses.group_size,
         reference_kl_coef=0.0 if shaping.kl_placement == "reward" else shaping.kl_coef,
     )  # fmt: skip
     return rollout, penalty
 
 
-def _tail(inputs: TokenInputs, last: Tensor, shaping: RewardShaping) -> Tensor:
-    """Padded columns behind each row's last action in the classic's right-padded layout."""
-    before = [0 if shaping.separate_prompts else len(prompt) for prompt in inputs.prompts]
-    prompts = torch.tensor(before, device=last.device)
-    widest = shaping.reduce_max((prompts + inputs.response_lengths().to(last.device)).max())
-    return widest - prompts - last - 1
+def _padding_after_last_action(inputs: TokenInputs, last: Tensor, shaping: RewardShaping) -> Tensor:
+    """Padded positions after each row's last action in the right-padded layout of TRL's classic PPO."""
+    prompt_lengths = [0 if shaping.separate_prompts else len(prompt) for prompt in inputs.prompts]
+    prompts = torch.tensor(prompt_lengths, device=last.device)
+    max_length = shaping.reduce_max((prompts + inputs.response_lengths().to(last.device)).max())
+    return max_length - prompts - last - 1
 
 
-def _plain(module: nn.Module) -> TokenPolicy:
-    inner = getattr(module, "module", module)
-    if not isinstance(inner, TokenPolicy):
-        raise TypeError(f"kl_penalty='full' needs a TokenPolicy, got {type(inner).__name__}: use kl_penalty='kl'")
-    return inner
+def _unwrap_token_policy(module: nn.Module) -> TokenPolicy:
+    unwrapped = getattr(module, "module", module)
+    if not isinstance(unwrapped, TokenPolicy):
+        raise TypeError(f"kl_penalty='full' needs a TokenPolicy, got {type(unwrapped).__name__}: use kl_penalty='kl'")
+    return unwrapped

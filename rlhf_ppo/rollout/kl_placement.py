@@ -1,4 +1,4 @@
-"""Where the KL to the reference stands: in the reward, in the loss, or split exactly between the two."""
+"""Placement of the KL to the reference: in the reward, in the loss, or split between the two."""
 
 from typing import Literal, TypeAlias
 
@@ -9,19 +9,19 @@ from torch import Tensor
 from rlhf_ppo.functional import ReferenceKL, next_state_kl
 
 KLPenalty: TypeAlias = Literal["kl", "abs", "mse", "full", "k3"]
-"""How it is estimated: the classic's names for k1, |k1|, k2 and the exact divergence; k3 under its own name."""
+"""KL estimate: "kl", "abs", "mse", "full" are TRL's names for k1, |k1|, k2 and the exact KL; "k3" is k3."""
 KLPlacement: TypeAlias = Literal["reward", "loss", "split"]
 
-_IN_LOSS: dict[str, ReferenceKL] = {"mse": "k2", "k3": "k3", "full": "full"}
+_LOSS_ESTIMATORS: dict[str, ReferenceKL] = {"mse": "k2", "k3": "k3", "full": "full"}
 
 
 def check_kl_placement(penalty: KLPenalty, placement: KLPlacement) -> None:
-    """Refuse a pair whose gradient is not that of a KL, and say why.
+    """Raise ValueError for an estimate whose gradient in this placement is not that of the KL.
 
-    "abs" and "mse" in the reward are biased as well; they are accepted because the classic API names them.
+    "abs" and "mse" in the reward are biased, too; they are accepted because TRL's classic API has them.
 
     Raises:
-        ValueError: For an unknown name, and for such a pair.
+        ValueError: An unknown name, or such a combination.
     """
     if penalty not in ("kl", "abs", "mse", "full", "k3"):
         raise ValueError(f"kl_penalty must be one of 'kl', 'abs', 'mse', 'full', 'k3', got {penalty!r}")
@@ -30,14 +30,14 @@ def check_kl_placement(penalty: KLPenalty, placement: KLPlacement) -> None:
     if placement == "reward" and penalty == "k3":
         raise ValueError(
             "kl_penalty='k3' in the reward pushes the policy the wrong way (the cosine of its gradient with that of "
-            "the KL is negative): k3 is an estimate to look at, logged as objective/kl_k3. Use kl_penalty='kl', or "
+            "the KL is negative): k3 is for monitoring, logged as objective/kl_k3. Use kl_penalty='kl', or "
             "kl_placement='loss' for GRPO's form."
         )
-    if placement == "loss" and penalty not in _IN_LOSS:
+    if placement == "loss" and penalty not in _LOSS_ESTIMATORS:
         raise ValueError(
-            f"kl_penalty={penalty!r} in the loss is no penalty: the gradient of log π - log π_ref under tokens of π "
-            "has mean zero, only noise is added. Use kl_penalty='full' (exact), 'mse' (k2, the same gradient on "
-            "average) or 'k3' (GRPO), or kl_placement='reward'."
+            f"kl_penalty={penalty!r} in the loss does not penalize the KL: the gradient of log π - log π_ref on "
+            "tokens of π has mean zero, so it only adds noise. Use kl_penalty='full' (exact), 'mse' (k2, the same "
+            "gradient on average) or 'k3' (GRPO), or kl_placement='reward'."
         )
     if placement == "split" and penalty != "full":
         raise ValueError(
@@ -47,14 +47,14 @@ def check_kl_placement(penalty: KLPenalty, placement: KLPlacement) -> None:
 
 
 def loss_kl_estimator(penalty: KLPenalty, placement: KLPlacement) -> ReferenceKL | None:
-    """The estimate that the loss holds; None where the reward holds all of it."""
-    return None if placement == "reward" else _IN_LOSS[penalty]
+    """KL estimate in the loss; None if all of the KL is in the reward."""
+    return None if placement == "reward" else _LOSS_ESTIMATORS[penalty]
 
 
 def reward_kl(
     kl: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], placement: KLPlacement
 ) -> Float[Tensor, "batch time"]:
-    """The KL that each action pays for in its reward, nats."""
+    """KL that is subtracted from the reward of each action, nats."""
     match placement:
         case "reward":
             return kl

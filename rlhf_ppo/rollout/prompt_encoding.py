@@ -1,4 +1,4 @@
-"""From the rows of a dataset to the token ids of prompts: which column, what it holds, and what fits."""
+"""Encode the prompt column of a dataset as token ids: find it, check it, tokenize and truncate."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -11,16 +11,16 @@ PromptForm = Literal["tokens", "text", "conversation"]
 
 _DEFAULT_COLUMNS = ("input_ids", "prompt", "query")
 _RESERVED_COLUMNS = frozenset({"prompts", "responses"})
-_CHUNK = 1024
+_CHUNK_SIZE = 1024
 
 
 def check_dataset(dataset: object) -> None:
-    """TypeError unless this is one split with random access."""
+    """Raise TypeError unless `dataset` is one split with random access."""
     if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         names = [str(name) for name in dataset]
         raise TypeError(
-            f"expected one split, got a dataset of {len(names)} ({', '.join(names) or 'none'}): it is unknown which to "
-            "answer. Pass one, e.g. dataset['train']."
+            f"expected one split, got a dataset of {len(names)} ({', '.join(names) or 'none'}): it is unknown which "
+            "one has the prompts. Pass one split, e.g. dataset['train']."
         )
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
@@ -31,26 +31,26 @@ def check_dataset(dataset: object) -> None:
 
 
 def find_prompt_column(dataset: datasets.Dataset, column: str | None) -> str:
-    """The named column, or the first of the usual names that exists."""
+    """Return the named column, or the first of "input_ids", "prompt", "query" that exists."""
     names = dataset.column_names
     if clash := _RESERVED_COLUMNS.intersection(names):
         raise ValueError(
             f"Column {min(clash)!r} has the name of a keyword that reward sources are called with. Rename the column."
         )
-    wanted = _DEFAULT_COLUMNS if column is None else (column,)
-    for name in wanted:
+    candidates = _DEFAULT_COLUMNS if column is None else (column,)
+    for name in candidates:
         if name in names and len(dataset):
             return name
     if not len(dataset):
         raise ValueError("The prompt dataset has no rows. Check the split and the filters before it.")
     raise ValueError(
-        f"No column {' or '.join(map(repr, wanted))} in the prompt dataset; it has {', '.join(map(repr, names))}. "
+        f"No column {' or '.join(map(repr, candidates))} in the prompt dataset; it has {', '.join(map(repr, names))}. "
         "Name the prompt column with `column=`."
     )
 
 
 def prompt_form(value: object, column: str) -> PromptForm:
-    """What a value of the prompt column is; TypeError if it is nothing that can be a prompt."""
+    """Classify a value of the prompt column; TypeError if it cannot be a prompt."""
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and all(isinstance(item, int) for item in value):
@@ -70,17 +70,17 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Iterator[Sequence[int]]:
-    """Token ids row by row; texts go to the tokenizer in chunks."""
+    """Yield the token ids of each row; texts are tokenized in chunks."""
     if form == "conversation" and not tokenizer.chat_template:
         raise ValueError(
             f"Column {column!r} holds conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
             "template. Set `tokenizer.chat_template`, or turn the conversations into plain texts yourself."
         )
-    vocabulary = len(tokenizer)
-    for start in range(0, len(values), _CHUNK):
-        chunk = list(values[start : start + _CHUNK])
+    vocab_size = len(tokenizer)
+    for start in range(0, len(values), _CHUNK_SIZE):
+        chunk = list(values[start : start + _CHUNK_SIZE])
         for row, value in enumerate(chunk, start):
-            _check_row(value, row, column, form, vocabulary)
+            _check_prompt(value, row, column, form, vocab_size)
         if form == "tokens":
             yield from chunk
             continue
@@ -90,29 +90,29 @@ def encode_prompts(
                 tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
                 for turns in chunk
             ]
-        # A chat template writes the special tokens itself; a second BOS would be off the training distribution.
+        # A chat template writes the special tokens itself; a second BOS was never in the training data.
         encoded = tokenizer(chunk, add_special_tokens=form == "text", verbose=False)
         yield from encoded["input_ids"]
 
 
-def _check_row(value: Any, row: int, column: str, form: PromptForm, vocabulary: int) -> None:
+def _check_prompt(value: Any, row: int, column: str, form: PromptForm, vocab_size: int) -> None:
     if value is None or (value != [] and prompt_form(value, column) != form):
         raise TypeError(f"Row {row} of column {column!r} holds {type(value).__name__}, but row 0 holds {form}.")
-    if form == "tokens" and value and not 0 <= min(value) <= max(value) < vocabulary:
+    if form == "tokens" and value and not 0 <= min(value) <= max(value) < vocab_size:
         raise ValueError(
             f"Row {row} of column {column!r} has token ids from {min(value)} to {max(value)}, but the tokenizer knows "
-            f"0 to {vocabulary - 1}. Was it encoded with another tokenizer?"
+            f"0 to {vocab_size - 1}. Was it encoded with another tokenizer?"
         )
     if form == "conversation" and (not value or value[-1]["role"] == "assistant"):
-        found = "no turns" if not value else "an assistant turn at its end"
+        problem = "no turns" if not value else "an assistant turn at its end"
         raise ValueError(
-            f"The conversation in row {row} of column {column!r} has {found}: there is nothing to answer. "
+            f"The conversation in row {row} of column {column!r} has {problem}: there is nothing to answer. "
             "A prompt ends with the user's or the tool's turn; leave the answer out."
         )
 
 
 def fit_prompt(ids: Sequence[int], row: int, limit: int | None, truncation: Truncation) -> Sequence[int] | None:
-    """The prompt within the limit, or None where the rule is to leave it out."""
+    """Truncate a prompt to `limit` tokens; None if `truncation` drops it."""
     if limit is None or len(ids) <= limit:
         return ids
     if truncation == "error":

@@ -1,6 +1,6 @@
-"""Prompts: a dataset of texts, conversations or token ids becomes token ids, and a seeded order to draw them in.
+"""Prompt datasets (texts, conversations or token ids as token ids) and a seeded, resumable sampling order.
 
-Nothing is dropped or cut in silence: `PromptDataset.report` counts every prompt that was changed or left out.
+`PromptDataset.report` counts every prompt that was truncated or dropped.
 """
 
 from collections import Counter
@@ -31,31 +31,31 @@ _TOKEN_COLUMNS = frozenset({"input_ids", "attention_mask"})
 
 @dataclass(frozen=True, kw_only=True)
 class PromptReport:
-    """What became of the rows of a dataset on their way to being prompts."""
+    """Counts of the dataset rows that were kept, truncated and dropped as prompts."""
 
     column: str
     """The column that the prompts were read from."""
     form: PromptForm
-    """What that column holds: ready token ids, plain text, or conversations."""
+    """Whether the column holds token ids, texts or conversations."""
     rows: int
     """Rows in the dataset."""
     kept: int
-    """Prompts that can be drawn."""
+    """Prompts in the dataset, truncated ones included."""
     truncated: int
-    """Prompts cut down to `max_prompt_tokens`; they are among the kept."""
+    """Kept prompts that were cut to `max_prompt_tokens`."""
     too_long: int
-    """Prompts left out because they are longer than `max_prompt_tokens` and the rule is "drop"."""
+    """Prompts dropped because they have more than `max_prompt_tokens` tokens (truncation "drop")."""
     empty: int
-    """Prompts left out because they hold no token: a policy needs one token to continue from."""
+    """Prompts dropped because they have no tokens: a policy needs one to continue from."""
     ending_in_eos: int
-    """Kept prompts whose last token is the end-of-sequence token; to a decoder this says that the text is over."""
+    """Kept prompts whose last token is the end-of-sequence token, after which a decoder has nothing to continue."""
     max_prompt_tokens: int | None
-    """The limit on the length of a prompt, in tokens."""
+    """Maximum length of a prompt, in tokens; None: no limit."""
     truncation: Truncation
-    """What was done with prompts beyond the limit."""
+    """How longer prompts were handled."""
 
     def describe(self) -> str:
-        """One sentence for the log, with every count that is not zero."""
+        """One sentence for the log, with every nonzero count."""
         limit = f"{self.max_prompt_tokens} tokens"
         side = {"keep_end": "keeping the end", "keep_start": "keeping the start"}.get(self.truncation, self.truncation)
         notes = [
@@ -64,38 +64,38 @@ class PromptReport:
             f"{self.empty} left out as empty" if self.empty else "",
             f"{self.ending_in_eos} end in the end-of-sequence token" if self.ending_in_eos else "",
         ]
-        found = "; ".join(note for note in notes if note)
-        return f"{self.kept} of {self.rows} prompts from column {self.column!r}" + (f" ({found})" if found else "")
+        details = "; ".join(note for note in notes if note)
+        return f"{self.kept} of {self.rows} prompts from column {self.column!r}" + (f" ({details})" if details else "")
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts drawn together: item i of every field belongs to the same row of the dataset."""
+    """A batch of prompts; item i of every field belongs to the same row of the dataset."""
 
     indices: list[int]
     """Positions in the `PromptDataset`."""
     input_ids: list[Int[Tensor, " _"]]
     """Token ids, 1-D int64, unpadded."""
     texts: list[str]
-    """What the policy reads, as text: decoded from `input_ids`; a conversation keeps its role markers."""
+    """Texts decoded from `input_ids`; conversations keep their role markers."""
     columns: dict[str, list[Any]]
-    """The dataset's other columns, the untouched prompt column included, for reward sources."""
+    """The dataset's columns for reward sources, the original prompt column included."""
 
 
 class PromptDataset:
-    """Prompts ready to be sampled from: token ids, their texts, and the columns that reward sources want.
+    """Prompts as token ids, with their texts and the columns for reward sources.
 
     The prompt column holds token ids (`input_ids`), plain text, or conversations: lists of
     `{"role": ..., "content": ...}`, rendered by the tokenizer's chat template up to the start of the answer.
 
     Args:
-        dataset: one split of a `datasets.Dataset`.
+        dataset: one split, a `datasets.Dataset`.
         tokenizer: the policy's tokenizer.
-        column: where the prompts are. None takes the first that exists of "input_ids", "prompt", "query".
-        max_prompt_tokens: longest prompt, in tokens; None for no limit.
-        truncation: what happens beyond the limit. "keep_end" cuts from the front (the latest words stay),
-            "keep_start" cuts from the back, "drop" leaves the row out, "error" refuses the dataset.
-        chat_template_kwargs: passed on to the chat template of conversations.
+        column: the prompt column; None: the first that exists of "input_ids", "prompt", "query".
+        max_prompt_tokens: maximum prompt length in tokens; None: no limit.
+        truncation: how longer prompts are handled: "keep_end" cuts the start, "keep_start" cuts the end, "drop" drops
+            the row, "error" raises ValueError.
+        chat_template_kwargs: passed to the chat template of conversations.
 
     Raises:
         TypeError: not one split of a map-style dataset, or a row of another type than the first.
@@ -121,24 +121,24 @@ class PromptDataset:
         if self._form == "conversation" and truncation == "keep_start":
             raise ValueError(
                 "truncation='keep_start' would cut off the end of a conversation, where the answer begins: the policy "
-                "would continue the user's words. Take 'keep_end', 'drop' or 'error'."
+                "would continue the user's turn. Use 'keep_end', 'drop' or 'error'."
             )
         counts: Counter[str] = Counter()
         rows: list[int] = []
-        kept: list[NDArray[np.int32]] = []
+        encoded: list[NDArray[np.int32]] = []
         for row, ids in enumerate(
             encode_prompts(self._dataset[column], column, self._form, tokenizer, chat_template_kwargs)
         ):
-            cut = fit_prompt(ids, row, max_prompt_tokens, truncation)
-            outcome = "empty" if not ids else "too_long" if cut is None else "truncated" if len(cut) < len(ids) else ""
+            fit = fit_prompt(ids, row, max_prompt_tokens, truncation)
+            outcome = "empty" if not ids else "too_long" if fit is None else "truncated" if len(fit) < len(ids) else ""
             counts[outcome] += 1
-            if cut:
+            if fit:
                 rows.append(row)
-                kept.append(np.asarray(cut, np.int32))
-                counts["ending_in_eos"] += cut[-1] == tokenizer.eos_token_id
+                encoded.append(np.asarray(fit, np.int32))
+                counts["ending_in_eos"] += fit[-1] == tokenizer.eos_token_id
         self._rows = rows
-        self._ends = np.cumsum([len(ids) for ids in kept])
-        self._tokens = torch.from_numpy(np.concatenate([np.empty(0, np.int32), *kept]))
+        self._ends = np.cumsum([len(ids) for ids in encoded])
+        self._tokens = torch.from_numpy(np.concatenate([np.empty(0, np.int32), *encoded]))
         self.report = PromptReport(
             column=column,
             form=self._form,
@@ -163,24 +163,24 @@ class PromptDataset:
         max_prompt_tokens: int | None = None,
         truncation: Truncation = "keep_end",
     ) -> "PromptDataset":
-        """The same from a plain list of texts; they become the column "prompt"."""
+        """Make a dataset from a list of texts, as the column "prompt"."""
         dataset = datasets.Dataset.from_dict({"prompt": list(texts)})
         return cls(dataset, tokenizer, max_prompt_tokens=max_prompt_tokens, truncation=truncation)
 
     def __len__(self) -> int:
-        """How many prompts can be drawn."""
+        """Number of prompts."""
         return len(self._rows)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Length of the longest prompt, in tokens."""
         return max(self.lengths)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each prompt."""
-        found: list[int] = np.diff(self._ends, prepend=0).tolist()
-        return found
+        """Length of each prompt, in tokens."""
+        lengths: list[int] = np.diff(self._ends, prepend=0).tolist()
+        return lengths
 
     def __getitem__(self, index: int) -> Int[Tensor, " prompt"]:
         """Token ids of one prompt, 1-D int64."""
@@ -189,7 +189,7 @@ class PromptDataset:
         return self._tokens[start : int(self._ends[index])].long()
 
     def batch(self, indices: Sequence[int]) -> PromptBatch:
-        """The prompts at these positions, with their texts and columns, in this order."""
+        """Return the prompts at `indices`, in this order, with their texts and columns."""
         input_ids = [self[index] for index in indices]
         texts = [
             str(self._tokenizer.decode(ids, skip_special_tokens=self._form != "conversation")) for ids in input_ids
@@ -207,12 +207,12 @@ def _check_limit(truncation: object, max_prompt_tokens: int | None) -> None:
 
 
 class PromptSampler:
-    """An endless, seeded order of prompts: a fresh permutation each epoch, cut into full batches.
+    """Infinite iterator over batches of prompt indices, in a new seeded permutation each epoch.
 
-    Epoch e is a permutation drawn from (seed, e) alone, so a position is all there is to remember. A batch that
-    reaches the end of an epoch goes on in the next one: no prompt is left out, no batch is short. Of the
-    `world_size * batch_size` prompts of a step each process takes its own `batch_size`; dealt out by length, the
-    longest first and to and fro, so that all have about as many tokens to read.
+    Epoch e is a permutation seeded by (seed, e), so the position is the only state. A batch that reaches the end of an
+    epoch continues in the next one: no prompt is left out, no batch is short. Each process takes `batch_size` of the
+    `world_size * batch_size` prompts of a step; with `lengths`, in descending order of length and alternating
+    direction, so that processes have similar numbers of tokens.
 
     Args:
         length: number of prompts in the dataset.
@@ -220,7 +220,7 @@ class PromptSampler:
         seed: the same on all processes, >= 0.
         rank: this process.
         world_size: number of processes.
-        lengths: tokens of each prompt; None: each process takes the next `batch_size` as they come.
+        lengths: tokens of each prompt; None: each process takes `batch_size` consecutive prompts.
     """
 
     def __init__(
@@ -251,46 +251,47 @@ class PromptSampler:
         return self._position / self._length
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Itself: it never ends."""
+        """Return itself; it never ends."""
         return self
 
     def __next__(self) -> list[int]:
-        """The next batch of this process: `batch_size` positions in the dataset."""
+        """Next batch of this process: `batch_size` indices into the dataset."""
         start, count = self._position, self._world_size * self._batch_size
         self._position += count
-        global_batch = [self._at(position) for position in range(start, start + count)]
-        return [global_batch[place] for place in self._own_places(global_batch)]
+        global_batch = [self._index_at(position) for position in range(start, start + count)]
+        return [global_batch[slot] for slot in self._own_slots(global_batch)]
 
-    def _own_places(self, global_batch: list[int]) -> list[int]:
-        places = list(range(len(global_batch)))
+    def _own_slots(self, global_batch: list[int]) -> list[int]:
+        slots = list(range(len(global_batch)))
         if self._lengths is None or self._world_size == 1:
-            return places[self._rank * self._batch_size :][: self._batch_size]
+            return slots[self._rank * self._batch_size :][: self._batch_size]
         tokens = [self._lengths[index] for index in global_batch]
-        places.sort(key=lambda place: -tokens[place])
-        back = self._world_size - 1 - self._rank
+        slots.sort(key=lambda slot: -tokens[slot])
+        reverse_rank = self._world_size - 1 - self._rank
         return sorted(
-            places[turn * self._world_size + (back if turn % 2 else self._rank)] for turn in range(self._batch_size)
+            slots[turn * self._world_size + (reverse_rank if turn % 2 else self._rank)]
+            for turn in range(self._batch_size)
         )
 
     def state_dict(self) -> dict[str, int]:
-        """The exact position, the same on every process; loads under another number of processes, too."""
+        """Seed, dataset length and position; the same on every process, valid for any number of processes."""
         return {"seed": self._seed, "length": self._length, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where the saved sampler stood.
+        """Continue at the saved position.
 
         Raises:
-            ValueError: the state belongs to a dataset of another length or to another seed.
+            ValueError: the state has another dataset length or seed.
         """
-        for name, ours in (("seed", self._seed), ("length", self._length)):
-            if state[name] != ours:
+        for name, expected in (("seed", self._seed), ("length", self._length)):
+            if state[name] != expected:
                 raise ValueError(
-                    f"The saved prompt order has {name} {state[name]}, this run has {ours}: prompts would be repeated "
-                    "and skipped. Resume with the dataset and seed of the first run, or start a new one."
+                    f"The saved prompt order has {name} {state[name]}, this run has {expected}: prompts would be "
+                    "repeated and skipped. Resume with the dataset and seed of the first run, or start a new one."
                 )
         self._position = state["position"]
 
-    def _at(self, position: int) -> int:
+    def _index_at(self, position: int) -> int:
         epoch, offset = divmod(position, self._length)
         if self._epoch_order is None or self._epoch_order[0] != epoch:
             order: list[int] = np.random.default_rng([self._seed, epoch]).permutation(self._length).tolist()

@@ -1,4 +1,4 @@
-"""Where a reward source has left a process without any sample: everybody learns from some of the others'."""
+"""Redistribute responses when reward sources skipped all samples of a process."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,67 +13,71 @@ from rlhf_ppo.updates.sharding import assign_rows
 
 
 def rebalance_empty_ranks(
-    own: Responses | None, gather: Callable[[list[Any]], list[Any]], process: int, device: torch.device
+    responses: Responses | None, gather: Callable[[list[Any]], list[Any]], rank: int, device: torch.device
 ) -> Responses:
-    """This process's responses, or, where any process has none, a fair share of all. Collective.
+    """Return this process's responses or, if any process has none, its share of all responses. Collective.
 
-    An update deals its minibatches out anew, so who holds a response changes no result.
+    An update assigns minibatches to processes anew, so where a response is changes no result.
 
     Args:
-        own: What this process has; None: nothing.
-        gather: The lists of all processes, joined in their order.
-        process: Which one this is.
-        device: Where its policy is.
+        responses: This process's responses; None: it has none.
+        gather: Concatenates the lists of all processes, in rank order.
+        rank: This process's rank.
+        device: The policy's device.
 
     Raises:
-        ValueError: Fewer responses (or groups of them) are left than there are processes; on every process.
+        ValueError: Fewer responses (or groups) are left than processes; raised on every process.
     """
-    counts = gather([0 if own is None else len(own.inputs)])
+    counts = gather([0 if responses is None else len(responses.inputs)])
     if all(counts):
-        assert own is not None
-        return own
-    parts: list[Responses] = [part for part in gather([None if own is None else _on(own, "cpu")]) if part is not None]
-    group = parts[0].group_size if parts else 1
-    if sum(counts) // group < len(counts):
+        assert responses is not None
+        return responses
+    on_cpu = None if responses is None else _to_device(responses, "cpu")
+    non_empty: list[Responses] = [batch for batch in gather([on_cpu]) if batch is not None]
+    group_size = non_empty[0].group_size if non_empty else 1
+    if sum(counts) // group_size < len(counts):
         raise ValueError(
             f"reward sources skipped all but {sum(counts)} samples of the batch, {len(counts)} processes need "
-            f"{group} each at least: there is nothing to learn from. Look at what the sources return None for, or "
-            "raise batch_size."
+            f"{group_size} each at least: there is nothing to learn from. Check for which samples the sources return "
+            "None, or raise batch_size."
         )
-    everything = _joined(parts)
-    costs = everything.inputs.costs().reshape(-1, group).sum(dim=1)
-    groups = assign_rows(costs, len(counts))[process].sort().values
-    rows = (groups[:, None] * group + torch.arange(group)).flatten()
-    return _on(_selected(everything, rows), device)
+    all_responses = _concatenate(non_empty)
+    costs = all_responses.inputs.costs().reshape(-1, group_size).sum(dim=1)
+    groups = assign_rows(costs, len(counts))[rank].sort().values
+    rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+    return _to_device(_select(all_responses, rows), device)
 
 
-def _joined(parts: list[Responses]) -> Responses:
-    def tall(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
+def _concatenate(non_empty: list[Responses]) -> Responses:
+    def concatenate_column(name: str) -> Tensor | None:
+        values = [getattr(batch, name) for batch in non_empty]
         if any(value is None for value in values):
             return None
         return pad_rows([row for value in values for row in value]) if values[0].dim() > 1 else torch.cat(values)
 
-    columns: dict[str, Any] = {name: tall(name) for name in _COLUMNS}
-    return replace(parts[0], inputs=parts[0].inputs.joined([part.inputs for part in parts[1:]]), **columns)
+    tensors: dict[str, Any] = {name: concatenate_column(name) for name in _TENSOR_FIELDS}
+    first, *others = non_empty
+    return replace(first, inputs=first.inputs.joined([batch.inputs for batch in others]), **tensors)
 
 
-def _selected(everything: Responses, rows: Tensor) -> Responses:
-    inputs = everything.inputs.select(rows)
+def _select(all_responses: Responses, rows: Tensor) -> Responses:
+    inputs = all_responses.inputs.select(rows)
 
-    def short(value: Tensor | None) -> Tensor | None:
+    def select_column(value: Tensor | None) -> Tensor | None:
         return None if value is None else value[rows][:, : inputs.width()] if value.dim() > 1 else value[rows]
 
-    columns: dict[str, Any] = {name: short(getattr(everything, name)) for name in _COLUMNS}
-    return replace(everything, inputs=inputs, **columns)
+    tensors: dict[str, Any] = {name: select_column(getattr(all_responses, name)) for name in _TENSOR_FIELDS}
+    return replace(all_responses, inputs=inputs, **tensors)
 
 
-def _on(responses: Responses, device: torch.device | str) -> Responses:
-    place = torch.device(device)
-    columns: dict[str, Any] = {
-        name: None if value is None else value.to(place) for name in _COLUMNS for value in (getattr(responses, name),)
+def _to_device(responses: Responses, device: torch.device | str) -> Responses:
+    target = torch.device(device)
+    tensors: dict[str, Any] = {
+        name: None if value is None else value.to(target)
+        for name in _TENSOR_FIELDS
+        for value in (getattr(responses, name),)
     }
-    return replace(responses, inputs=responses.inputs.to(place), **columns)
+    return replace(responses, inputs=responses.inputs.to(target), **tensors)
 
 
-_COLUMNS = ("mask", "scores", "truncated", "sampler_logprobs", "sampler_values")
+_TENSOR_FIELDS = ("mask", "scores", "truncated", "sampler_logprobs", "sampler_values")

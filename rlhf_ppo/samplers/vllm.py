@@ -46,7 +46,7 @@ class VLLMSampler:
     """Colocated: free the engine's memory during updates; weights are sent again after each sleep."""
     _engine: Any = field(default=None, init=False, repr=False)
 
-    def follow(self, model: nn.Module, accelerator: Any) -> None:
+    def sync_weights(self, model: nn.Module, accelerator: Any) -> None:
         """Open the engine on the first call, then send it all weights, adapters merged; see `WeightSyncedSampler`.
 
         Raises:

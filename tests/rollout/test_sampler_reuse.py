@@ -11,7 +11,7 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.experience import Responses
-from rlhf_ppo.rollout.sampler_reuse import CLOSE
+from rlhf_ppo.rollout.sampler_reuse import TOLERANCE
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.support.tiny_models import tiny_gpt2
@@ -30,7 +30,7 @@ def test_after_one_proof_the_policy_is_not_asked_about_its_own_rollout() -> None
     own, history = run()
     epochs = own.config.ppo_epochs
     assert [row["sampler/reused"] for row in history] == [0.0, 1.0, 1.0]
-    assert history[0]["sampler/first_difference"] <= CLOSE
+    assert history[0]["sampler/first_difference"] <= TOLERANCE
     asked = [row["work/head_rows"] / (row["tokens/responses_len_mean"] * own.config.batch_size) for row in history]
     assert asked == pytest.approx([1 + epochs, epochs, epochs], abs=1e-3)
 
