@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_ppo.plan import PlanConfig, Traces, make_plan, trace
-from rlhf_ppo.plan.compute import work
+from rlhf_ppo.plan import MemoryTraces, PlanConfig, make_plan, trace_memory
+from rlhf_ppo.plan.compute import iteration_flops
 from rlhf_ppo.plan.memory import GIB
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Trace each model once a precision; share it in every way."""
-    known: dict[tuple[str, int, bool], Traces] = {}
+    known: dict[tuple[str, int, bool], MemoryTraces] = {}
     rows = [row_of(model, way, known) for model in ("1b", "7b", "70b") for way in WAYS]
     (HERE / "scaling.json").write_text(json.dumps({"config": asdict(BASE), "rows": rows}, indent=1) + "\n")
     page = HERE.parent / "scaling.md"
@@ -41,16 +41,16 @@ def main() -> None:
     page.write_text(before + BEGIN + "\n" + table(rows) + END + rest.split(END)[1])
 
 
-def row_of(model: str, way: str, known: dict[tuple[str, int, bool], Traces]) -> dict[str, Any]:
+def row_of(model: str, way: str, known: dict[tuple[str, int, bool], MemoryTraces]) -> dict[str, Any]:
     """One row; `known` keeps the traces, since all that is sharded is traced alike."""
     config = replace(BASE, model=model, **WAYS[way])
     kind = (model, config.lora_rank, config.strategy == "ddp")
     if kind not in known:
-        known[kind] = trace(config)
+        known[kind] = trace_memory(config)
     traces = known[kind]
     plans = [make_plan(config, traces, devices=count) for count in DEVICES]
     return {
-        "model": model, "way": way, "parameters": traces.parameters, "work": asdict(work(config, traces)),
+        "model": model, "way": way, "parameters": traces.parameters, "work": asdict(iteration_flops(config, traces)),
         "peaks": {plan.devices: plan.phases for plan in plans},
         "roles": {plan.devices: plan.roles for plan in plans},
     }  # fmt: skip

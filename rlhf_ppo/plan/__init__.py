@@ -1,7 +1,7 @@
-"""What a run will need before it is started: bytes on each device by role, and time from measured rates."""
+"""Plan a run before it starts: memory per device by role and phase, and time from measured FLOP rates."""
 
 from rlhf_ppo.plan.config import PlanConfig, PlanError
 from rlhf_ppo.plan.memory import Plan, make_plan
-from rlhf_ppo.plan.traces import Traces, trace
+from rlhf_ppo.plan.traces import MemoryTraces, trace_memory
 
-__all__ = ["Plan", "PlanConfig", "PlanError", "Traces", "make_plan", "trace"]
+__all__ = ["MemoryTraces", "Plan", "PlanConfig", "PlanError", "make_plan", "trace_memory"]

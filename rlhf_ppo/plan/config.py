@@ -1,4 +1,4 @@
-"""What is planned: the settings of a run that its memory and time depend on."""
+"""Settings of a run that its memory and time depend on."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,69 +19,69 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """A run, as far as memory and time depend on it. Sizes are those of one process, one process a device."""
+    """Settings of the planned run. Sizes are per process, with one process per device."""
 
     model: str = "gpt2"
     """A preset (gpt2, 1b, 7b, 70b), or a folder or file with a model's config.json."""
     reward_model: str | None = None
-    """The same for a reward model held beside the policy; none: rewards come from a function or a server."""
+    """Preset or path of a reward model on the same device; None: rewards come from a function or a server."""
     strategy: str = "ddp"
-    """How processes share: ddp (whole everywhere), zero1, zero2, zero3 (DeepSpeed), fsdp (full shard)."""
+    """How processes shard: ddp (not at all), zero1, zero2, zero3 (DeepSpeed), fsdp (full shard)."""
     precision: str = "float32"
     """float32; bf16-mixed (autocast; under DeepSpeed bf16 weights with float32 masters); bfloat16 weights; nf4 (QLoRA:
     linear layers of the frozen base in 4 bits, the rest in bfloat16)."""
     device: str = "cuda"
-    """cuda or cpu: on a CPU, chunks of logits are smaller and some layers faster."""
+    """cuda or cpu: on a CPU, chunks of logits are smaller and some layers use other kernels."""
     lora_rank: int = 0
     """Rank of LoRA adapters on all linear layers; 0 trains every weight."""
     batch_size: int = 64
-    """Responses of one iteration."""
+    """Responses per iteration."""
     mini_batch_size: int = 8
-    """Responses of one forward and backward pass."""
+    """Responses per forward and backward pass."""
     gradient_accumulation_steps: int = 1
-    """Passes of one optimizer step."""
+    """Passes per optimizer step."""
     ppo_epochs: int = 4
-    """Passes over an iteration's responses."""
+    """Passes over the responses of an iteration."""
     prompt_tokens: int = 64
-    """Longest prompt."""
+    """Tokens of the longest prompt."""
     new_tokens: int = 64
-    """Longest response."""
+    """Tokens of the longest response."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     logits_chunk_size: int = 1024
-    """Response tokens whose logits may live at once."""
+    """Response tokens whose logits are computed at once."""
     decode_rows: int = 512
-    """Rows decoded at once, at most (`DecodeLoop.max_rows`)."""
+    """Maximum rows decoded at once (`DecodeLoop.max_rows`)."""
     kv_budget_gib: float = 4.0
-    """Keys and values alive at once, at most (`DecodeLoop.kv_budget_bytes`)."""
+    """Maximum size of the KV cache, GiB (`DecodeLoop.kv_budget_bytes`)."""
     memory_gib: float = 80.0
-    """Memory of one device, to say what fits."""
+    """Memory of one device, GiB, to check what fits."""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PlanError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for item in fields(self):
-            value, least = getattr(self, item.name), 0 if item.name == "lora_rank" else 1
-            if item.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise PlanError(f"{item.name} must be a whole number of at least {least}, got {value!r}")
+            value, minimum = getattr(self, item.name), 0 if item.name == "lora_rank" else 1
+            if item.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
+                raise PlanError(f"{item.name} must be a whole number of at least {minimum}, got {value!r}")
             if item.type is float and not (isinstance(value, int | float) and value > 0):
                 raise PlanError(f"{item.name} must be a positive number, got {value!r}")
 
         if self.precision == "nf4" and not (self.lora_rank and self.strategy in ("ddp", "zero1", "zero2")):
             raise PlanError(
-                "precision nf4 is a frozen base under adapters, whole on every device: set lora_rank, and strategy "
+                "precision nf4 is a frozen base under adapters, not sharded: set lora_rank, and strategy "
                 f"ddp, zero1 or zero2; got lora_rank {self.lora_rank} and {self.strategy}"
             )
 
     @property
     def tokens(self) -> int:
-        """Prompt and response together."""
+        """Tokens of prompt and response together."""
         return self.prompt_tokens + self.new_tokens
 
 
 def read_config(path: str | Path, **overrides: Any) -> PlanConfig:
-    """Settings from a YAML or JSON file, those of `overrides` that are not None on top.
+    """Read settings from a YAML or JSON file; those of `overrides` that are not None win.
 
     Raises:
         PlanError: The file cannot be read, or names a setting that does not exist.

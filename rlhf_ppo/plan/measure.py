@@ -1,6 +1,6 @@
-"""One real iteration with random weights, to hold a plan against: peak memory and operations a second.
+"""Run one real iteration with random weights and measure peak memory and FLOP rates, to compare with a plan.
 
-Run it in a process of its own, `python -m rlhf_ppo.plan.measure settings.json`: a peak is that of a process.
+Run it as its own process, `python -m rlhf_ppo.plan.measure settings.json`: a peak is per process.
 """
 
 import json
@@ -20,48 +20,47 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from rlhf_ppo import PPOConfig, PPOTrainer, TrainConfig
-from rlhf_ppo.plan.compute import Rates, work
+from rlhf_ppo.plan.compute import FlopRates, iteration_flops
 from rlhf_ppo.plan.config import PlanConfig
-from rlhf_ppo.plan.models import build, model_config
-from rlhf_ppo.plan.traces import trace
+from rlhf_ppo.plan.models import build_policy, model_config
+from rlhf_ppo.plan.traces import trace_memory
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 
 
 def measure(plan: PlanConfig) -> dict[str, Any]:
-    """Peak bytes above what the interpreter had before any model, seconds of each phase, and rates.
+    """Measure one iteration: peak bytes beyond those before any model, seconds and FLOP rate of each phase.
 
-    Without the doctor's look at the first batch, which can be the peak of a whole run.
-
-    On a CUDA device the peak is what PyTorch's allocator held.
+    The doctor's checks of the first batch are off: they can be the peak of a whole run. On a CUDA device the peak is
+    that of PyTorch's allocator.
     """
-    # What the first iteration of a process takes once; Accelerate holds on to the precision of the first.
-    first = PlanConfig(mini_batch_size=2, batch_size=2, prompt_tokens=4, new_tokens=4, ppo_epochs=1)
-    _iterate(replace(first, precision=plan.precision), tiny=True)
-    with _peak() as peak:
-        metrics = _iterate(plan)
-    done = work(plan, trace(plan))
+    # Warm-up: one-time allocations; Accelerate keeps the precision of the first iteration.
+    warm_up = PlanConfig(mini_batch_size=2, batch_size=2, prompt_tokens=4, new_tokens=4, ppo_epochs=1)
+    _run_iteration(replace(warm_up, precision=plan.precision), tiny=True)
+    with _measure_peak() as peak:
+        metrics = _run_iteration(plan)
+    flops = iteration_flops(plan, trace_memory(plan))
     seconds = {
         "rollout": metrics["time/generate"],
         "scoring": metrics["time/ppo/forward_pass"],
         "update": metrics["time/ppo/optimize_step"],
     }
-    rates = Rates(**{phase: getattr(done, phase) / value for phase, value in seconds.items()})
+    rates = FlopRates(**{phase: getattr(flops, phase) / value for phase, value in seconds.items()})
     return {"peak": peak[0], "seconds": seconds, "rates": rates.to_dict(), "config": asdict(plan)}
 
 
-def _iterate(plan: PlanConfig, *, tiny: bool = False) -> dict[str, float]:
-    """One iteration of the trainer; returns its metrics."""
-    shape = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=64) if tiny else model_config(plan.model)
+def _run_iteration(plan: PlanConfig, *, tiny: bool = False) -> dict[str, float]:
+    """Run one iteration of the trainer and return its metrics."""
+    model_shape = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=64) if tiny else model_config(plan.model)
     tokenizer = _tokenizer()
-    model = build(shape, plan)
+    model = build_policy(model_shape, plan)
     trainer = PPOTrainer(
         PPOConfig(
             batch_size=plan.batch_size, mini_batch_size=plan.mini_batch_size, ppo_epochs=plan.ppo_epochs,
             gradient_accumulation_steps=plan.gradient_accumulation_steps, logits_chunk_size=plan.logits_chunk_size,
             gradient_checkpointing=plan.gradient_checkpointing,
-            diagnose=False,  # it comes once, and no plan has it
+            diagnose=False,  # runs once, and no plan includes it
             accelerator_kwargs={"mixed_precision": "bf16"} if plan.precision == "bf16-mixed" else {},
         ),
         model, tokenizer=tokenizer,
@@ -82,18 +81,18 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 @contextmanager
-def _peak() -> Iterator[list[int]]:
-    """Inside, the peak is watched; the list holds it afterwards, bytes above the start."""
-    found: list[int] = []
+def _measure_peak() -> Iterator[list[int]]:
+    """Context manager: measure the block's peak memory; afterwards the yielded list holds it, bytes above the start."""
+    peak: list[int] = []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
-        yield found
-        found.append(torch.cuda.max_memory_allocated() - start)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated() - start)
         return
     start = _resident()
-    yield found
-    found.append(max(_resident_peak(), start) - start)
+    yield peak
+    peak.append(max(_resident_peak(), start) - start)
 
 
 def _resident() -> int:
@@ -107,6 +106,6 @@ def _resident_peak() -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    began = time.perf_counter()
-    found = measure(PlanConfig(**json.loads(Path(sys.argv[1]).read_text())))
-    json.dump(found | {"wall_seconds": time.perf_counter() - began}, sys.stdout)
+    start = time.perf_counter()
+    result = measure(PlanConfig(**json.loads(Path(sys.argv[1]).read_text())))
+    json.dump(result | {"wall_seconds": time.perf_counter() - start}, sys.stdout)

@@ -1,4 +1,4 @@
-"""The models of a plan, by name or from a config.json, without weights and without a model hub."""
+"""Model shapes of a plan, by preset or from a config.json, without weights or downloads."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bf16-mixed": torch.float32, "bfloat16": tor
 
 
 def model_config(name: str) -> PreTrainedConfig:
-    """The shape called `name`.
+    """Return the model config of a preset or path.
 
     Raises:
         PlanError: Neither a preset nor a folder or file with a config.json that transformers knows.
@@ -42,8 +42,8 @@ def model_config(name: str) -> PreTrainedConfig:
     path = Path(name)
     if not path.exists():
         raise PlanError(
-            f"model {name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder or file here: nothing is fetched "
-            "from a hub. Download the model's config.json and give its path."
+            f"model {name!r} is neither a preset ({', '.join(PRESETS)}) nor a local folder or file: nothing is "
+            "downloaded. Download the model's config.json and give its path."
         )
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name)
@@ -55,7 +55,7 @@ def model_config(name: str) -> PreTrainedConfig:
 
 
 def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The same shape with another depth."""
+    """Copy a config with another number of layers."""
     content = config.to_dict() | {"num_hidden_layers": layers}
     if isinstance(content.get("layer_types"), list):
         content["layer_types"] = content["layer_types"][:layers]
@@ -65,8 +65,8 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return type(config)(**content)
 
 
-def build(config: PreTrainedConfig, plan: PlanConfig) -> Any:
-    """The policy with its value head, under adapters if the plan has them. Call it on the meta device."""
+def build_policy(config: PreTrainedConfig, plan: PlanConfig) -> Any:
+    """Build the policy with value head and the plan's adapters. Call it on the meta device."""
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[plan.precision])
     adapters = None
     if plan.lora_rank:

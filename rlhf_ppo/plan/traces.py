@@ -1,6 +1,6 @@
-"""What one process allocates while it scores and updates: the trainer's own forward and backward pass, without content.
+"""Trace the memory of scoring and update passes: the trainer's own forward and backward pass on fake tensors.
 
-Deep models are traced at two small depths and continued along the straight line: each layer is the same.
+Deep models are traced at two small depths and extrapolated linearly: all layers are equal.
 """
 
 from dataclasses import dataclass, fields
@@ -16,98 +16,98 @@ from rlhf_ppo.kernels.linear_layers import use_fast_layers
 from rlhf_ppo.models.dropout import disable_dropout
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.plan.config import PlanConfig
-from rlhf_ppo.plan.models import build, model_config, with_layers
-from rlhf_ppo.plan.tracing import LiveBytes, ShapedInputs, counting, without_content
+from rlhf_ppo.plan.models import build_policy, model_config, with_layers
+from rlhf_ppo.plan.tracing import FakeInputs, LiveBytes, build_fake, count_live_bytes
 
-DEPTHS = (2, 4)
-"""Layers of the two traces of a deeper model."""
-WHOLE = 12
-"""Up to this depth a model is traced as it is."""
+TRACED_DEPTHS = (2, 4)
+"""Numbers of layers at which deeper models are traced."""
+MAX_TRACED_DEPTH = 12
+"""Models with at most this many layers are traced at full depth."""
 
 
-SHARDED = ("zero1", "zero2", "zero3", "fsdp")
-"""Where the LM head's gradients are left to the backward pass, because an engine owns them."""
+ENGINE_STRATEGIES = ("zero1", "zero2", "zero3", "fsdp")
+"""Strategies whose engine owns the gradients: the LM head's are computed in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Traces:
-    """Numbers of one process that holds everything whole. Bytes, unless said otherwise."""
+class MemoryTraces:
+    """Sizes and peaks of one process without sharding, in bytes unless stated otherwise."""
 
     parameters: float
-    """How many weights there are, value head and adapters included."""
+    """Number of weights, value head and adapters included."""
     trainable: float
-    """How many of them are trained."""
+    """Number of trained weights."""
     head_parameters: float
-    """How many stand in the language-model head (also where they are shared with the embedding)."""
+    """Number of weights in the LM head, also if tied to the embedding."""
     lookup_parameters: float
-    """How many stand in an input embedding of its own, where nothing is multiplied."""
+    """Number of weights in an untied input embedding, which is a lookup without FLOPs."""
     weights: float
-    """Of all weights."""
+    """All weights."""
     value_head: float
-    """Of the value head, which is all that the critic has for itself."""
+    """The value head, the critic's only own weights."""
     gradients: float
-    """Of all gradients."""
+    """All gradients."""
     largest_layer: float
-    """Weights of one layer, or of the embedding if that is larger: what a sharded model makes whole at a time."""
+    """Weights of the largest layer or the embedding: what a sharded model gathers at once."""
     scoring: float
     """Transient peak of a forward pass without gradients."""
     saved: float
-    """Activations that wait for the backward pass when the loss is known."""
+    """Activations saved for the backward pass after the loss."""
     first_forward: float
-    """Peak of a forward pass when no gradient exists before."""
+    """Peak of a forward pass before any gradients exist."""
     first_backward: float
     """Peak of its backward pass, gradients included."""
     next_forward: float
-    """Peak of a forward pass when gradients of an earlier one exist, these included."""
+    """Peak of a forward pass with gradients of an earlier pass, these included."""
     next_backward: float
-    """Peak of its backward pass, where new gradients are added to those."""
-    paged: float
-    """Of a pass, in pages of their own beside the head's gradient, and so not on the heap."""
+    """Peak of its backward pass, which accumulates gradients."""
+    page_mapped: float
+    """Tensors of a pass in their own memory pages, not on the heap, without the head's gradient."""
     prefill: float
-    """Transient peak of reading all prompts that are decoded together, without the cache."""
+    """Transient peak of prefilling all rows decoded at once, without the KV cache."""
 
     @property
     def first_pass(self) -> float:
-        """Peak of forward and backward when no gradient exists before."""
+        """Peak of forward and backward before any gradients exist."""
         return max(self.first_forward, self.first_backward)
 
     @property
     def next_pass(self) -> float:
-        """The same when gradients of an earlier pass exist and are added to."""
+        """Peak of forward and backward that accumulates gradients."""
         return max(self.next_forward, self.next_backward)
 
-    def continued(self, other: "Traces", factor: float) -> "Traces":
-        """Along the line from here through `other`, `factor` times as far."""
+    def extrapolate(self, other: "MemoryTraces", factor: float) -> "MemoryTraces":
+        """Extrapolate linearly: self + factor · (other - self); sizes independent of depth stay."""
         pairs = {item.name: (getattr(self, item.name), getattr(other, item.name)) for item in fields(self)}
-        same = ("head_parameters", "lookup_parameters", "value_head", "largest_layer")
-        return Traces(**{name: a if name in same else a + factor * (b - a) for name, (a, b) in pairs.items()})
+        constant = ("head_parameters", "lookup_parameters", "value_head", "largest_layer")
+        return MemoryTraces(**{name: a if name in constant else a + factor * (b - a) for name, (a, b) in pairs.items()})
 
 
-def trace(plan: PlanConfig) -> Traces:
-    """The traces of `plan.model`.
+def trace_memory(plan: PlanConfig) -> MemoryTraces:
+    """Trace the memory of `plan.model`.
 
     Raises:
         PlanError: There is no such model.
     """
     config = model_config(plan.model)
     layers = int(config.num_hidden_layers)
-    if layers <= WHOLE:
-        return _trace(config, plan)
-    first, second = (_trace(with_layers(config, depth), plan) for depth in DEPTHS)
-    return first.continued(second, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+    if layers <= MAX_TRACED_DEPTH:
+        return _trace_at_depth(config, plan)
+    first, second = (_trace_at_depth(with_layers(config, depth), plan) for depth in TRACED_DEPTHS)
+    return first.extrapolate(second, (layers - TRACED_DEPTHS[0]) / (TRACED_DEPTHS[1] - TRACED_DEPTHS[0]))
 
 
-def weights_of(plan: PlanConfig, name: str) -> int:
-    """Bytes of a second, frozen model in the plan's precision."""
+def weight_bytes(plan: PlanConfig, name: str) -> int:
+    """Bytes of the weights of another, frozen model in the plan's precision."""
     frozen = PlanConfig(model=name, precision="bfloat16" if plan.precision == "nf4" else plan.precision)
     with torch.device("meta"):
-        policy = build(model_config(name), frozen)
+        policy = build_policy(model_config(name), frozen)
     return _bytes(policy.parameters())
 
 
-def _trace(config: PreTrainedConfig, plan: PlanConfig) -> Traces:
-    mode = FakeTensorMode()
-    model: Any = without_content(lambda: build(config, plan), mode)
+def _trace_at_depth(config: PreTrainedConfig, plan: PlanConfig) -> MemoryTraces:
+    fake_mode = FakeTensorMode()
+    model: Any = build_fake(lambda: build_policy(config, plan), fake_mode)
     if plan.device == "cpu":
         use_fast_layers(model)
     policy = TokenPolicy(model, chunk_size=plan.logits_chunk_size)
@@ -116,52 +116,53 @@ def _trace(config: PreTrainedConfig, plan: PlanConfig) -> Traces:
         policy.checkpointing = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     language_model = policy.language_model
-    with counting(model, mode, device=plan.device) as live:
+    with count_live_bytes(model, fake_mode, device=plan.device) as live:
         scoring = _scoring(policy, plan, plan.mini_batch_size, live)
         prefill = _prefill(policy, plan, live)
-        saved, paged, first_forward, first_backward = _pass(policy, plan, live)
+        saved, page_mapped, first_forward, first_backward = _pass(policy, plan, live)
         _, _, next_forward, next_backward = _pass(policy, plan, live)
-    inside, outside = language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight
+    input_embedding = language_model.get_input_embeddings().weight
+    lm_head = language_model.get_output_embeddings().weight
     sizes = [_bytes(layer.parameters()) for layer in _layers(language_model)]
-    return Traces(
+    return MemoryTraces(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trainable=sum(parameter.numel() for parameter in trained),
-        head_parameters=outside.numel(),
-        lookup_parameters=0 if inside is outside else inside.numel(),
+        head_parameters=lm_head.numel(),
+        lookup_parameters=0 if input_embedding is lm_head else input_embedding.numel(),
         weights=_bytes(model.parameters()),
         value_head=_bytes(model.v_head.parameters()),
         gradients=_bytes(iter(trained)),
-        largest_layer=max([*sizes, _bytes([inside])]),
+        largest_layer=max([*sizes, _bytes([input_embedding])]),
         scoring=scoring, prefill=prefill, saved=saved, first_forward=first_forward, first_backward=first_backward,
         next_forward=next_forward, next_backward=next_backward,
-        paged=max(0, paged - (_bytes([outside]) if outside.requires_grad else 0)),
+        page_mapped=max(0, page_mapped - (_bytes([lm_head]) if lm_head.requires_grad else 0)),
     )  # fmt: skip
 
 
 def _pass(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> tuple[float, float, float, float]:
-    """Activations saved, bytes in pages of their own, and the peaks of one forward and one backward pass.
+    """Trace one forward and backward pass: saved activations, page-mapped bytes, forward peak, backward peak.
 
-    Each grows along a line with the depth.
+    Each is linear in the depth.
     """
-    before = live.restart()
-    had = sum(_bytes(iter([p.grad])) for p in policy.parameters() if p.grad is not None)
+    before = live.reset_peak()
+    gradient_bytes = sum(_bytes(iter([p.grad])) for p in policy.parameters() if p.grad is not None)
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
-        slopes = None if plan.strategy in SHARDED else SLOPES
+        slopes = None if plan.strategy in ENGINE_STRATEGIES else SLOPES
         output = policy(_inputs(plan, plan.mini_batch_size), with_entropy=True, slopes=slopes)
         loss = output.logprobs.sum() + output.values.sum()
-    saved, paged, forward = live.live - before, live.paged, live.peak - before + had
-    live.restart()
+    saved, page_mapped, forward = live.live - before, live.page_mapped, live.peak - before + gradient_bytes
+    live.reset_peak()
     loss.backward()
-    return saved, paged, forward, live.peak - before + had
+    return saved, page_mapped, forward, live.peak - before + gradient_bytes
 
 
 SLOPES = Slopes(lambda logprobs, _, __: (torch.ones_like(logprobs), None), read_entropy=False)
-"""Of a loss whose slope is the same at every token, known beforehand as that of the trainer's losses is."""
+"""Stand-in for the loss: its gradient by log-probability is 1 at every token, known before the backward pass."""
 
 
 @torch.no_grad()
 def _scoring(policy: TokenPolicy, plan: PlanConfig, rows: int, live: LiveBytes) -> float:
-    before = live.restart()
+    before = live.reset_peak()
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
         policy(_inputs(plan, rows))
     return live.peak - before
@@ -169,7 +170,7 @@ def _scoring(policy: TokenPolicy, plan: PlanConfig, rows: int, live: LiveBytes) 
 
 @torch.no_grad()
 def _prefill(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> float:
-    before = live.restart()
+    before = live.reset_peak()
     rows = min(plan.decode_rows, plan.batch_size)
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
         policy.language_model.base_model(
@@ -178,18 +179,18 @@ def _prefill(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> float:
     return live.peak - before
 
 
-def _inputs(plan: PlanConfig, rows: int) -> ShapedInputs:
+def _inputs(plan: PlanConfig, rows: int) -> FakeInputs:
     def tokens(count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.long)
 
-    return ShapedInputs(
+    return FakeInputs(
         prompts=[tokens(plan.prompt_tokens) for _ in range(rows)],
         responses=[tokens(plan.new_tokens) for _ in range(rows)],
     )
 
 
 def _layers(language_model: Any) -> list[torch.nn.Module]:
-    """The repeated layers: the longest list of modules in the trunk."""
+    """Transformer layers: the longest `ModuleList` of the model."""
     lists = [list(part) for part in language_model.modules() if isinstance(part, torch.nn.ModuleList)]
     return max(lists, key=len, default=[])
 

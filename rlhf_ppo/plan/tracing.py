@@ -1,4 +1,4 @@
-"""Live bytes of a computation that is never carried out: the real code on tensors without content."""
+"""Count live bytes of real code run on fake tensors, without computing anything."""
 
 import math
 import weakref
@@ -21,10 +21,10 @@ from rlhf_ppo.kernels.matmul import bfloat16_is_faster, onednn_is_faster
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, from their birth to their end.
+    """Dispatch mode that counts the bytes of all storages made by operations, while they live.
 
-    It sees what PyTorch allocates, not what a library takes for itself (workspaces of matrix kernels, an allocator's
-    spare blocks).
+    Counts PyTorch's allocations, not those inside libraries (workspaces of matrix kernels, free blocks of an
+    allocator).
     """
 
     def __init__(self) -> None:
@@ -32,57 +32,57 @@ class LiveBytes(TorchDispatchMode):
         self.live = 0
         """Bytes alive now."""
         self.peak = 0
-        """Most bytes alive at once since `restart`."""
-        self.paged = 0
-        """Bytes of tensors that would have had pages of their own, outside of the heap, since `restart`."""
-        self._alive: set[int] = set()
+        """Most bytes alive at once since `reset_peak`."""
+        self.page_mapped = 0
+        """Bytes since `reset_peak` of tensors that `kernels.memory` would map in their own pages, outside the heap."""
+        self._storages: set[int] = set()
 
-    def restart(self) -> int:
-        """Forget the peak; returns the bytes alive."""
-        self.peak, self.paged = self.live, 0
+    def reset_peak(self) -> int:
+        """Reset the peak to the live bytes and return these."""
+        self.peak, self.page_mapped = self.live, 0
         return self.live
 
     def empty(self, shape: Sequence[int], *, like: Tensor, room_for: int = 0) -> Tensor:
-        """In the place of `rlhf_ppo.kernels.memory.empty`: a tensor without content has no memory."""
+        """Replacement for `rlhf_ppo.kernels.memory.empty`, which cannot map a fake tensor."""
         size = math.prod(shape) * like.element_size()
-        self.paged += size if size >= memory.LEAST else 0
+        self.page_mapped += size if size >= memory.LEAST else 0
         return like.new_empty(shape)
 
-    def leave_out(self, tensors: Iterator[Tensor]) -> None:
-        """Not to be counted: what was there before (weights)."""
-        self._alive.update(tensor.untyped_storage()._cdata for tensor in tensors)
+    def exclude(self, tensors: Iterator[Tensor]) -> None:
+        """Do not count these tensors (weights)."""
+        self._storages.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # The code asks whether a mask is all True and whether a difference is 0. Without content the answer is yes.
-        if func is torch.ops.aten._local_scalar_dense.default and _has_no_content(args[0]):
+        # The code checks whether a mask is all True and whether a difference is 0. For fake tensors the answer is yes.
+        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             return True if args[0].dtype is torch.bool else 0
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
-        return out
+        return result
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
+        if key in self._storages:
             return
-        self._alive.add(key)
+        self._storages.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._end, key, size)
+        weakref.finalize(storage, self._on_free, key, size)
 
-    def _end(self, key: int, size: int) -> None:
+    def _on_free(self, key: int, size: int) -> None:
         self.live -= size
-        self._alive.discard(key)
+        self._storages.discard(key)
 
 
-def _has_no_content(tensor: Tensor) -> bool:
+def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) and tensor.constant is None
 
 
-class ShapedInputs(TokenInputs):
-    """Tokens of which only the number counts; their lengths are known although their values are not."""
+class FakeInputs(TokenInputs):
+    """Fake token ids with real lengths."""
 
     def response_lengths(self) -> Int[Tensor, " batch"]:
         with unset_fake_temporarily():
@@ -93,44 +93,44 @@ class ShapedInputs(TokenInputs):
             return super().costs()
 
 
-def without_content(build: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.Module:
-    """The module that `build` makes, with parameters of the right shape and type on the CPU and nothing in them.
+def build_fake(build: Callable[[], nn.Module], fake_mode: FakeTensorMode) -> nn.Module:
+    """Build a module whose parameters and buffers are fake CPU tensors, by calling `build`.
 
-    It is built on the meta device, where everything can be converted, and then given CPU tensors, for which attention,
-    autocast and checkpointing take the paths that they take in training.
+    It is built on the meta device, where all conversions work, and then gets fake CPU tensors, on which attention,
+    autocast and checkpointing run as in training.
     """
     with torch.device("meta"):
         module = build()
-    made: dict[int, Tensor] = {}
+    replaced: dict[int, Tensor] = {}
 
     def empty(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            with mode:
-                content = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if id(tensor) not in replaced:
+            with fake_mode:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
                 is_parameter = isinstance(tensor, nn.Parameter)
-                made[id(tensor)] = nn.Parameter(content, tensor.requires_grad) if is_parameter else content
-        return made[id(tensor)]
+                replaced[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+        return replaced[id(tensor)]
 
-    for part in module.modules():
-        for store in (part._parameters, part._buffers):
-            for name, tensor in list(store.items()):
+    for submodule in module.modules():
+        for tensors_by_name in (submodule._parameters, submodule._buffers):
+            for name, tensor in list(tensors_by_name.items()):
                 if tensor is not None:
-                    store[name] = empty(tensor)  # type: ignore[assignment]
+                    tensors_by_name[name] = empty(tensor)  # type: ignore[assignment]
     return module
 
 
 @contextmanager
-def counting(module: nn.Module, mode: FakeTensorMode, *, device: str = "cpu") -> Iterator[LiveBytes]:
-    """Inside, tensors have no content, and their bytes are counted; the module's own are not.
+def count_live_bytes(module: nn.Module, fake_mode: FakeTensorMode, *, device: str = "cpu") -> Iterator[LiveBytes]:
+    """Context manager: while active, tensors are fake and their live bytes are counted, without the module's own.
 
-    They are CPU tensors in any case; for "cuda", chunks of logits are as large as they are there.
+    All are CPU tensors; for device "cuda", chunks of logits have the size that they have there.
     """
-    # Which products are faster is measured once a process, and cannot be measured on tensors without content.
+    # Which matrix products are faster is measured once per process, which fake tensors do not allow.
     onednn_is_faster(), bfloat16_is_faster()
-    live = LiveBytes()
-    live.leave_out(iter([*module.parameters(), *module.buffers()]))
-    # Where transformers sees tensors without content, it makes a mask that it leaves out for real ones without padding.
-    masks = patch.object(masking_utils, "is_tracing", lambda _=None: False)
-    chunks = patch.object(head_walk, "ON_CPU", head_walk.sizes(torch.device(device)))
-    with masks, chunks, patch.object(memory, "empty", live.empty), mode, live:
-        yield live
+    counter = LiveBytes()
+    counter.exclude(iter([*module.parameters(), *module.buffers()]))
+    # For fake tensors transformers makes a mask that it omits for real tensors without padding.
+    mask_patch = patch.object(masking_utils, "is_tracing", lambda _=None: False)
+    chunk_patch = patch.object(head_walk, "ON_CPU", head_walk.sizes(torch.device(device)))
+    with mask_patch, chunk_patch, patch.object(memory, "empty", counter.empty), fake_mode, counter:
+        yield counter

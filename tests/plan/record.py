@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import GPT2Config, LlamaConfig
 
-from rlhf_ppo.plan import PlanConfig, make_plan, trace
+from rlhf_ppo.plan import PlanConfig, make_plan, trace_memory
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "plan.json"
 SHAPES = {
@@ -29,7 +29,7 @@ RUNS: dict[str, tuple[str, PlanConfig]] = {
     "small Llama": ("llama-6x384", replace(BASE, prompt_tokens=64, new_tokens=64)),
     "small Llama, LoRA": ("llama-6x384", replace(BASE, prompt_tokens=64, new_tokens=64, lora_rank=8)),
     "GPT-2 124M, LoRA": ("gpt2", replace(BASE, batch_size=8, mini_batch_size=4, lora_rank=8)),
-    # `HEAP_SPARE` comes from those above, not from these.
+    # `HEAP_OVERHEAD` comes from those above, not from these.
     "small Llama, checkpointing": (
         "llama-6x384", replace(BASE, prompt_tokens=64, new_tokens=64, gradient_checkpointing=True),
     ),
@@ -51,7 +51,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     found = json.loads(done.stdout.splitlines()[-1])
-    planned = make_plan(plan, trace(plan))
+    planned = make_plan(plan, trace_memory(plan))
     return {
         "name": name, "shape": shape, "fitted": list(RUNS).index(name) < FITTED,
         "measured": found["peak"], "planned": planned.peak,

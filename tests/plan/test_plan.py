@@ -14,20 +14,20 @@ from transformers import GPT2Config, LlamaConfig
 from rlhf_ppo.kernels import memory
 from rlhf_ppo.kernels.matmul import onednn_is_faster
 from rlhf_ppo.models.scoring import TokenPolicy
-from rlhf_ppo.plan import PlanConfig, PlanError, Traces, make_plan
+from rlhf_ppo.plan import MemoryTraces, PlanConfig, PlanError, make_plan
 from rlhf_ppo.plan.__main__ import main
-from rlhf_ppo.plan.compute import Rates, work
+from rlhf_ppo.plan.compute import FlopRates, iteration_flops
 from rlhf_ppo.plan.config import read_config
-from rlhf_ppo.plan.memory import GIB, HEAP_SPARE
-from rlhf_ppo.plan.models import PRESETS, build, with_layers
-from rlhf_ppo.plan.traces import SLOPES, _inputs, _trace
-from rlhf_ppo.plan.tracing import LiveBytes, counting, without_content
+from rlhf_ppo.plan.memory import GIB, HEAP_OVERHEAD
+from rlhf_ppo.plan.models import PRESETS, build_policy, with_layers
+from rlhf_ppo.plan.traces import SLOPES, _inputs, _trace_at_depth
+from rlhf_ppo.plan.tracing import LiveBytes, build_fake, count_live_bytes
 from tests.plan.record import RESULTS, RUNS
 
 TINY = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=512)
 SMALL = PlanConfig(batch_size=4, mini_batch_size=2, prompt_tokens=8, new_tokens=8)
-FLAT = Traces(
-    paged=0,
+FLAT = MemoryTraces(
+    page_mapped=0,
     parameters=1000, trainable=1000, head_parameters=200, lookup_parameters=0, weights=4000, value_head=40,
     gradients=4000, largest_layer=400, scoring=10, saved=500, prefill=5,
     first_forward=900, first_backward=6000, next_forward=4900, next_backward=7000,
@@ -41,7 +41,7 @@ FLAT = Traces(
 def test_presets_have_the_parameters_of_the_published_models(name: str, parameters: int) -> None:
     """GPT-2 small, Llama 3.2 1B, Llama 2 7B and 70B; the value head adds a weight a hidden unit and a bias."""
     with torch.device("meta"):
-        model = build(PRESETS[name], PlanConfig())
+        model = build_policy(PRESETS[name], PlanConfig())
     assert sum(p.numel() for p in model.parameters()) == parameters + PRESETS[name].hidden_size + 1
 
 
@@ -70,10 +70,10 @@ def test_bytes_without_content_are_those_of_the_real_pass(shape: Any, settings: 
     onednn_is_faster()  # its trial makes tensors once a process
     for real in (True, False):
         mode = FakeTensorMode()
-        model = build(shape, plan) if real else without_content(lambda: build(shape, plan), mode)
+        model = build_policy(shape, plan) if real else build_fake(lambda: build_policy(shape, plan), mode)
         live = LiveBytes()
-        live.leave_out(iter([*model.parameters(), *model.buffers()]))
-        with live if real else counting(model, mode) as live:
+        live.exclude(iter([*model.parameters(), *model.buffers()]))
+        with live if real else count_live_bytes(model, mode) as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
                 output = TokenPolicy(model)(_inputs(plan, 4), with_entropy=True, slopes=SLOPES)
                 (output.logprobs.sum() + output.values.sum()).backward()
@@ -83,8 +83,8 @@ def test_bytes_without_content_are_those_of_the_real_pass(shape: Any, settings: 
 
 def test_deep_models_are_continued_along_a_straight_line() -> None:
     """Depths 2 and 4 continued to 8 are the trace of depth 8 within 2 percent."""
-    two, four, eight = (_trace(with_layers(TINY, depth), SMALL) for depth in (2, 4, 8))
-    line = two.continued(four, 3.0)
+    two, four, eight = (_trace_at_depth(with_layers(TINY, depth), SMALL) for depth in (2, 4, 8))
+    line = two.extrapolate(four, 3.0)
     for name in ("parameters", "weights", "saved", "next_pass", "first_pass", "scoring"):
         assert getattr(line, name) == pytest.approx(getattr(eight, name), rel=0.02), name
 
@@ -121,10 +121,10 @@ def test_work_is_two_operations_a_weight_and_token() -> None:
     """800 trunk weights, 200 in the head; 4 rows of 16 tokens, 8 of them answers. Attention 4·h·L·16/2 a token."""
     plan = replace(SMALL, model="gpt2", ppo_epochs=3)
     forward = 4 * (16 * (2 * 800 + 4 * 768 * 12 * 8) + 8 * 2 * 200)
-    done = work(plan, FLAT)
+    done = iteration_flops(plan, FLAT)
     assert done.rollout == forward and done.scoring == 2 * forward and done.update == 3 * 3 * forward
-    assert work(replace(plan, lora_rank=4), FLAT).update == 3 * 2 * forward
-    assert done.seconds(Rates(rollout=forward, scoring=forward, update=forward)) == {
+    assert iteration_flops(replace(plan, lora_rank=4), FLAT).update == 3 * 2 * forward
+    assert done.seconds(FlopRates(rollout=forward, scoring=forward, update=forward)) == {
         "rollout": 1.0, "scoring": 2.0, "update": 9.0,
     }  # fmt: skip
 
@@ -184,24 +184,24 @@ def test_a_heap_keeps_spare_blocks_where_cuda_keeps_none() -> None:
     """On a CPU the plan adds the recorded share of all that comes and goes; a GPU's is not known."""
     on_gpu, on_cpu = make_plan(SMALL, FLAT), make_plan(replace(SMALL, device="cpu"), FLAT)
     assert on_gpu.roles["spare"] == 0
-    assert on_cpu.phases["update"] - on_gpu.phases["update"] == pytest.approx(HEAP_SPARE * (6000 - 4000))
+    assert on_cpu.phases["update"] - on_gpu.phases["update"] == pytest.approx(HEAP_OVERHEAD * (6000 - 4000))
 
 
 def test_pages_of_their_own_leave_no_spare_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: 16 response tokens' probabilities of 512 tokens each are ahead of the head's gradient, and no more."""
     plan = replace(SMALL, device="cpu")
-    assert _trace(TINY, plan).paged == 0  # too small
+    assert _trace_at_depth(TINY, plan).page_mapped == 0  # too small
     monkeypatch.setattr(memory, "LEAST", 1)
-    assert _trace(TINY, plan).paged == 4 * 512 * 16
-    heap, paged = (make_plan(plan, replace(FLAT, paged=size)).roles["spare"] for size in (0, 300))
-    assert heap - paged == pytest.approx(HEAP_SPARE * 300)
+    assert _trace_at_depth(TINY, plan).page_mapped == 4 * 512 * 16
+    heap, page_mapped = (make_plan(plan, replace(FLAT, page_mapped=size)).roles["spare"] for size in (0, 300))
+    assert heap - page_mapped == pytest.approx(HEAP_OVERHEAD * 300)
 
 
 def test_chunks_of_logits_are_larger_on_a_gpu() -> None:
     """512 tokens of a vocabulary of 50 000 in float32 are 102 MB: one chunk on a GPU, several on a CPU."""
     plan = replace(SMALL, new_tokens=256)
     shape = with_layers(GPT2Config(n_embd=8, n_head=1, vocab_size=50_000), 1)
-    assert _trace(shape, plan).scoring > 2 * _trace(shape, replace(plan, device="cpu")).scoring
+    assert _trace_at_depth(shape, plan).scoring > 2 * _trace_at_depth(shape, replace(plan, device="cpu")).scoring
 
 
 def test_four_bits_shrink_the_layers_of_the_frozen_base_alone() -> None:
