@@ -97,7 +97,8 @@ def main(config: Config) -> dict[str, Estimates]:
     phase("PPO")
     loop = TrainConfig(
         iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir, save_every=config.save_every,
-        missing_eos=config.preset and stages.published(config.preset).missing_eos, max_time=phase.left(config.max_time),
+        missing_eos=config.preset and stages.published_run(config.preset).missing_eos,
+        max_time=phase.left(config.max_time),
         reward_calls=config.reward_calls, **config.guarding,
     )  # fmt: skip
     state = trainer.train(reward, loop, eval_prompts=held_out, judges=judges, sampler=sampler)

@@ -1,4 +1,4 @@
-"""`python -m rlhf_ppo.merge ADAPTER FOLDER`: a trained adapter and its base as one plain transformers model."""
+"""`python -m rlhf_ppo.merge ADAPTER FOLDER`: merge a trained adapter into its base model."""
 
 import argparse
 import sys
@@ -17,21 +17,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def merge(adapter: str | Path, folder: str | Path, *, dtype: str = "float32") -> None:
-    """Load the base of a saved adapter whole, add the adapter, and save model and tokenizer.
+    """Load a saved adapter's base unquantized, merge the adapter, and save model and tokenizer.
 
-    It is also the way out of QLoRA: the adapter was trained on a base in 4 bits, and is added to the whole one.
+    For QLoRA, too: the adapter was trained on a 4-bit base and is merged into the unquantized one.
 
     Args:
         adapter: Folder that `save_pretrained` or `train()` wrote, or a name on the hub.
-        folder: Made when missing; must not hold a model yet.
-        dtype: Of the saved weights.
+        folder: Target folder, created if missing; must not contain a model.
+        dtype: dtype of the saved weights.
 
     Raises:
-        ValueError: There is no adapter, or the folder is taken.
+        ValueError: There is no adapter, or `folder` contains a model.
     """
     target = Path(folder)
     if (target / "config.json").exists():
-        raise ValueError(f"{target} holds a model already: choose another folder, so that none is overwritten")
+        raise ValueError(f"{target} holds a model already: merging would overwrite it. Choose another folder")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     model = AutoModelForCausalLMWithValueHead.from_pretrained(str(adapter), **options)
     if not model.is_peft_model:
@@ -42,22 +42,22 @@ def merge(adapter: str | Path, folder: str | Path, *, dtype: str = "float32") ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Merge; exit status 1 with one line when it cannot be done."""
+    """Run the command line; exit status 1 and one line on stderr if merging fails."""
     parser = argparse.ArgumentParser(prog="python -m rlhf_ppo.merge", description=__doc__)
     parser.add_argument("adapter", help="folder of the adapter, e.g. runs/ppo_gpt2_sentiment/model")
-    parser.add_argument("folder", help="where the plain model goes")
+    parser.add_argument("folder", help="folder of the merged model")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the saved weights (default: float32)")
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )  # peft
     try:
-        merge(chosen.adapter, chosen.folder, dtype=chosen.dtype)
+        merge(options.adapter, options.folder, dtype=options.dtype)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return 1
-    print(f"merged into {chosen.folder}")  # noqa: T201
+    print(f"merged into {options.folder}")  # noqa: T201
     return 0
 
 

@@ -1,7 +1,7 @@
 """Settings of published runs, each value with its source.
 
-They are starting points for the same kind of task, not for other ones: a learning rate of 3e-6 was found for models of
-billions of weights. What a run had that is no setting (its data, its reward model) is named in `remarks`.
+They are starting points for similar tasks and sizes only: a learning rate of 3e-6 was found for models of billions of
+weights. `remarks` names what settings do not reproduce (data, reward model, implementation details).
 """
 
 from collections.abc import Mapping
@@ -16,26 +16,26 @@ PresetName: TypeAlias = Literal["ziegler2019", "stiennon2020", "nplus2024", "trl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
-    """What a published run was set to."""
+class PublishedRun:
+    """Settings of a published run, with sources."""
 
     title: str
     settings: Mapping[str, Any]
-    """Fields of `PPOConfig`; those that are not named keep its defaults."""
+    """Fields of `PPOConfig`; all others keep their defaults."""
     sources: Mapping[str, str]
-    """Where each value of `settings` and each field below was read."""
+    """Source of each value in `settings` and of each field below."""
     new_tokens: int | None = None
-    """Tokens of a response; None: not part of it."""
+    """Maximum tokens of a response; None: not part of the preset."""
     missing_eos: MissingEOS | None = None
     anneal: bool = False
-    """Whether the learning rate falls linearly to 0."""
+    """Whether the learning rate decays linearly to 0."""
     separate_critic: bool = False
-    """Whether the value function had a network of its own, begun as the reward model (`attach_critic`)."""
+    """Whether the value function was a separate network, initialized from the reward model (`attach_critic`)."""
     remarks: str = ""
-    """What the settings alone do not reproduce."""
+    """What the settings do not reproduce."""
 
     def config(self, **changes: Any) -> PPOConfig:
-        """A `PPOConfig` with these settings; `changes` override them."""
+        """Make a `PPOConfig` with these settings; `changes` override them."""
         return PPOConfig(**{**self.settings, **changes})
 
 
@@ -97,61 +97,61 @@ _CLASSIC: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _published(
-    title: str, values: Mapping[str, tuple[Any, str]], further: Mapping[str, str] | None = None, **others: Any
-) -> Published:
-    return Published(
+def _make_run(
+    title: str, values: Mapping[str, tuple[Any, str]], field_sources: Mapping[str, str] | None = None, **fields: Any
+) -> PublishedRun:
+    return PublishedRun(
         title=title,
         settings=MappingProxyType({name: value for name, (value, _) in values.items()}),
-        sources=MappingProxyType({name: source for name, (_, source) in values.items()} | dict(further or {})),
-        **others,
+        sources=MappingProxyType({name: source for name, (_, source) in values.items()} | dict(field_sources or {})),
+        **fields,
     )
 
 
-PRESETS: Mapping[str, Published] = MappingProxyType(
+PRESETS: Mapping[str, PublishedRun] = MappingProxyType(
     {
-        "ziegler2019": _published(
+        "ziegler2019": _make_run(
             "Fine-tuning language models from human preferences", _ZIEGLER,
             {
                 "new_tokens": f"{_LHP}, launch.py: task.response_length",
-                "missing_eos": f"{_LHP}, train_policy.py: a score of -1 where no stop token came",
-                "anneal": f"{_LHP}, train_policy.py: the rate falls linearly to 0",
+                "missing_eos": f"{_LHP}, train_policy.py: a score of -1 without a stop token",
+                "anneal": f"{_LHP}, train_policy.py: the rate decays linearly to 0",
             },
             new_tokens=24, missing_eos=MissingEOS(penalty=1.0, mode="replace"), anneal=True,
-            remarks="It whitened with the variance divided by n, this by n - 1, and learned from all 24 tokens, this "
-            "from those up to the stop token.",
+            remarks="It whitened with the variance divided by n and learned from all 24 tokens; this library divides "
+            "by n - 1 and learns from the tokens up to the stop token.",
         ),
-        "stiennon2020": _published(
+        "stiennon2020": _make_run(
             "Learning to summarize from human feedback", _STIENNON2020,
             {
                 "anneal": f"{_STIENNON}: linear decay",
-                "separate_critic": f"{_STIENNON}: a value network begun as the reward model",
+                "separate_critic": f"{_STIENNON}: a value network initialized from the reward model",
             },
             anneal=True, separate_critic=True,
-            remarks="Temperature, clip ranges and the weight of the value loss are those of PPOConfig: the source "
+            remarks="Temperature, clip ranges and the weight of the value loss are PPOConfig's defaults: the source "
             "names none.",
         ),
-        "nplus2024": _published(
+        "nplus2024": _make_run(
             "The N+ implementation details of RLHF with PPO", _NPLUS2024,
             {
-                "new_tokens": _NPLUS, "missing_eos": f"{_NPLUS}: a score of -1 where no stop token came",
-                "anneal": _NPLUS, "separate_critic": f"{_NPLUS}: a value model begun as the reward model",
+                "new_tokens": _NPLUS, "missing_eos": f"{_NPLUS}: a score of -1 without a stop token",
+                "anneal": _NPLUS, "separate_critic": f"{_NPLUS}: a value model initialized from the reward model",
             },
             new_tokens=53, missing_eos=MissingEOS(penalty=1.0, mode="replace"), anneal=True, separate_critic=True,
-            remarks="It placed the score behind the stop token, this at it.",
+            remarks="It placed the score after the stop token; this library places it at the stop token.",
         ),
-        "trl-classic": _published(
+        "trl-classic": _make_run(
             "Defaults of TRL's classic PPOConfig", {name: (value, _TRL) for name, value in _CLASSIC.items()}
         ),
     }
 )  # fmt: skip
 
 
-def published(name: str) -> Published:
-    """The settings of a published run.
+def published_run(name: str) -> PublishedRun:
+    """Return the settings of a published run by name.
 
     Raises:
-        ValueError: Nobody knows the name.
+        ValueError: There is no such preset.
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}, there are {', '.join(get_args(PresetName))}")

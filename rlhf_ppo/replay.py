@@ -1,8 +1,8 @@
-"""Compute an update again that was refused: `python -m rlhf_ppo.replay DUMP`.
+"""Replay a failed optimizer step from its dump: `python -m rlhf_ppo.replay DUMP`.
 
 A run that stops because losses or gradients are not finite leaves a dump (`PPOConfig.dump_dir`). This loads its weights
-and its batch, computes the refused optimizer step again, says whether it comes out the same, and which sample and
-which parameters are to blame.
+and batch, recomputes the failed step, and reports whether it is reproduced, and which samples and parameters are not
+finite.
 """
 
 import argparse
@@ -28,24 +28,24 @@ from rlhf_ppo.updates.nonfinite import innermost_update
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What came out."""
+    """Result of a replay."""
 
     recorded: dict[str, float]
-    """What the run measured."""
+    """Metrics that the run recorded."""
     metrics: dict[str, float]
-    """The same numbers, computed again."""
+    """The same metrics, recomputed."""
     broken_gradients: list[str]
     """Parameters whose gradient is not finite."""
     broken_parameters: list[str]
     """Parameters that are not finite themselves."""
     samples: list[int]
-    """Rows of the batch that are not finite by themselves."""
+    """Rows of the batch whose loss or gradient alone is not finite."""
 
     @property
     def is_reproduced(self) -> bool:
-        """Whether loss and gradient norm are what the run saw: not finite in the same way, or equal to rounding."""
+        """Whether loss and gradient norm match the recorded ones: both not finite, or equal up to rounding."""
         names = ("loss/total", "policy/grad_norm")
-        return all(_same(self.recorded[name], self.metrics[name]) for name in names)
+        return all(_matches(self.recorded[name], self.metrics[name]) for name in names)
 
     def __str__(self) -> str:
         lines = [f"{'metric':<24} {'recorded':>14} {'computed again':>14}"]
@@ -59,77 +59,78 @@ class Replay:
 
 
 def replay(folder: str | Path, model: Any = None) -> Replay:
-    """Compute the refused optimizer step of a dump again, in one process; nothing is changed.
+    """Recompute the failed optimizer step of a dump in one process, without changing any weight.
 
     Args:
-        folder: The dump.
-        model: The value-head wrapper to use; None: the weights of the dump. Needed where the dump holds adapters
-            whose base model cannot be found by its name.
+        folder: Folder of the dump.
+        model: Model with value head to use; None: load it from the dump. Needed if the dump holds adapters whose base
+            model cannot be found by its name.
 
     Raises:
         ValueError: There is no dump, or it is of another format.
     """
     folder = Path(folder)
-    facts = _read(folder)
+    record = _read_dump(folder)
     if model is None:
-        kind = AutoModelForSeq2SeqLMWithValueHead if facts["is_encoder_decoder"] else AutoModelForCausalLMWithValueHead
+        kind = AutoModelForSeq2SeqLMWithValueHead if record["is_encoder_decoder"] else AutoModelForCausalLMWithValueHead
         options: dict[str, Any] = {"is_trainable": True} if (folder / MODEL / "adapter_config.json").is_file() else {}
-        model = kind.from_pretrained(str(folder / MODEL), dtype=getattr(torch, facts["dtype"]), **options)
-    policy = TokenPolicy(model, **facts["scoring"])
-    if facts["gradient_checkpointing"]:
+        model = kind.from_pretrained(str(folder / MODEL), dtype=getattr(torch, record["dtype"]), **options)
+    policy = TokenPolicy(model, **record["scoring"])
+    if record["gradient_checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         disable_dropout(model)
         policy.checkpointing = True
-    accelerator = Accelerator(mixed_precision=facts["mixed_precision"])
+    accelerator = Accelerator(mixed_precision=record["mixed_precision"])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     policy, optimizer = accelerator.prepare(policy, torch.optim.SGD(parameters, lr=0.0))
     update = build_algorithm(
-        dumped_algorithm(facts["algorithm"]), policy=policy, optimizer=optimizer, accelerator=accelerator,
-        minibatch=lambda: MinibatchConfig(**facts["minibatch"]), seed=0,
+        dumped_algorithm(record["algorithm"]), policy=policy, optimizer=optimizer, accelerator=accelerator,
+        minibatch=lambda: MinibatchConfig(**record["minibatch"]), seed=0,
     ).update  # fmt: skip
-    update.load_state_dict(facts["update"])
+    update.load_state_dict(record["update"])
     batch = read_batch(folder).to(accelerator.device)
-    rows = torch.tensor(facts["rows"], device=accelerator.device)
-    steps = innermost_update(update)
-    whole = steps.examine(batch, rows)
-    alone = [row for row in facts["rows"] if not steps.examine(batch, torch.tensor([row])).is_finite]
+    rows = torch.tensor(record["rows"], device=accelerator.device)
+    update_rule = innermost_update(update)
+    all_rows = update_rule.examine(batch, rows)
+    broken_rows = [row for row in record["rows"] if not update_rule.examine(batch, torch.tensor([row])).is_finite]
     return Replay(
-        recorded={name: float(value) for name, value in facts["metrics"].items() if name in whole.metrics},
-        metrics=whole.metrics, broken_gradients=whole.broken, broken_parameters=broken_parameters(model), samples=alone,
+        recorded={name: float(value) for name, value in record["metrics"].items() if name in all_rows.metrics},
+        metrics=all_rows.metrics, broken_gradients=all_rows.broken, broken_parameters=broken_parameters(model),
+        samples=broken_rows,
     )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what came out; 0 if it is what the run saw, else 1."""
+    """Print the replay; exit status 0 if it reproduces the run, 1 if not, 2 for an unreadable dump."""
     parser = argparse.ArgumentParser(prog="python -m rlhf_ppo.replay", description=__doc__)
-    parser.add_argument("dump", type=Path, help="folder that the error message named")
+    parser.add_argument("dump", type=Path, help="folder named by the error message")
     try:
-        found = replay(parser.parse_args(arguments).dump)
+        result = replay(parser.parse_args(arguments).dump)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    print(found)  # noqa: T201
-    return 0 if found.is_reproduced else 1
+    print(result)  # noqa: T201
+    return 0 if result.is_reproduced else 1
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read_dump(folder: Path) -> dict[str, Any]:
     path = folder / FACTS
     if not path.is_file():
         raise ValueError(
-            f"expected a dump, got {folder} without {FACTS}: there is nothing to compute again. Give the folder that "
-            "the error message named."
+            f"expected a dump, got {folder} without {FACTS}: there is nothing to replay. Give the folder that the "
+            "error message named."
         )
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected JSON in {path}, got something else ({error}): the dump is damaged.") from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        got = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
-        raise ValueError(f"expected a dump of format {FORMAT}, got {got!r}: use the version that wrote it.")
-    return facts
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found_format = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"expected a dump of format {FORMAT}, got {found_format!r}: use the version that wrote it.")
+    return record
 
 
-def _same(recorded: float, computed: float) -> bool:
+def _matches(recorded: float, computed: float) -> bool:
     if math.isnan(recorded) or math.isinf(recorded):
         return not math.isfinite(computed)
     return math.isclose(recorded, computed, rel_tol=1e-4, abs_tol=1e-6)

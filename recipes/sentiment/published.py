@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_ppo import PPOConfig
 from rlhf_ppo.presets import PresetName as PresetName
-from rlhf_ppo.presets import published as published
+from rlhf_ppo.presets import published_run as published_run
 
 _RENAMED = {
     "batch_size": "batch_size", "mini_batch_size": "mini_batch_size", "ppo_epochs": "ppo_epochs",
@@ -18,13 +18,13 @@ _RENAMED = {
 
 def flags(name: PresetName | None) -> dict[str, Any]:
     """Those of the recipe's own settings that the preset sets."""
-    settings = {} if name is None else published(name).settings
+    settings = {} if name is None else published_run(name).settings
     return {_RENAMED[key]: value for key, value in settings.items() if key in _RENAMED}
 
 
 def further(name: PresetName | None) -> dict[str, Any]:
     """Those of `PPOConfig`'s other settings that the preset sets; how long a run is stays the recipe's."""
-    settings = {} if name is None else published(name).settings
+    settings = {} if name is None else published_run(name).settings
     return {key: value for key, value in settings.items() if key not in _RENAMED and key != "steps"}
 
 

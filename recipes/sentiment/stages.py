@@ -32,7 +32,7 @@ from .published import PresetName as PresetName
 from .published import adam_settings as adam_settings
 from .published import flags
 from .published import further as further
-from .published import published as published
+from .published import published_run as published_run
 from .reviews import ReviewParts, prompt_texts
 from .rewards import TRAIN_REWARD_MODEL as TRAIN_REWARD_MODEL
 from .rewards import check_reward_source as check_reward_source

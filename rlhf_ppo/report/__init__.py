@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: the run folder, its plots, the model card and the report page."""
+"""Report of a run: plots, model card and HTML page, made from its run folder."""
 
 from rlhf_ppo.loop.run_folder import RunFolder, RunFolderError, Sample, TokenTrace
 from rlhf_ppo.report.page import write_report

@@ -1,4 +1,4 @@
-"""`python -m rlhf_ppo.report RUN_DIR`: write or renew the report of a run."""
+"""`python -m rlhf_ppo.report RUN_DIR`: write the report of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf_ppo.report.page import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report and say where it is; 1 and one line on stderr if that cannot be done."""
+    """Write the report and print its path; exit status 1 and one line on stderr on failure."""
     parser = argparse.ArgumentParser(
         prog="python -m rlhf_ppo.report",
         description="Write plots/*.png, README.md (a model card) and report.html (one self-contained page) into the "

@@ -1,4 +1,4 @@
-"""What is worth plotting of a run: which metrics, in which units, and how to read the curve."""
+"""Which metrics the report plots, with units and how to read the curves."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Panel:
-    """One curve over the iterations."""
+    """One curve over iterations."""
 
     metrics: tuple[str, ...]
-    """Names under which the metric may stand; the first that the run has is drawn."""
+    """Names of the metric; the first that the run has is plotted."""
     label: str
-    """The vertical axis, with its unit."""
+    """Label of the vertical axis, with unit."""
     band: str = ""
-    """A metric whose ± is drawn as a band around the curve."""
+    """Metric plotted as a ± band around the curve; "": none."""
     zero: bool = False
-    """Whether zero means something here and is marked."""
+    """Whether to mark zero."""
     noisy: bool = True
     """Whether a long curve gets a moving average."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels that share the iterations, and what a reader should look for."""
+    """Panels over the same iterations, and how to read them."""
 
     name: str
-    """File name under plots/, without its ending."""
+    """File name under plots/, without extension."""
     title: str
     reading: str
     """What a healthy curve looks like, in a sentence or two."""
@@ -54,16 +54,16 @@ FIGURES = (
     Figure(
         "entropy",
         "Entropy",
-        "How open the policy still is. A gentle fall is learning; a fall towards zero is collapse to one answer.",
+        "How random the policy still is. A slow fall is learning; a fall towards zero is collapse to one answer.",
         (
             Panel(("ppo/policy/entropy",), "entropy (nats per token)"),
-            Panel(("objective/entropy",), "surprise of samples\n(nats per response)"),
+            Panel(("objective/entropy",), "-log p of samples\n(nats per response)"),
         ),
     ),
     Figure(
         "length",
         "Response length",
-        "Tokens per response, with one standard deviation. A drift without a reason is often the reward's loophole.",
+        "Tokens per response, with one standard deviation. An unexplained drift is often reward hacking.",
         (Panel(("tokens/responses_len_mean",), "length (tokens)", band="tokens/responses_len_std"),),
     ),
     Figure(
@@ -79,7 +79,7 @@ FIGURES = (
     Figure(
         "update",
         "Size of the updates",
-        "How far one iteration moves the policy, and how often the clip stops it. Usual are an approximate KL below "
+        "How far one iteration moves the policy, and how often the clip acts. Usual are an approximate KL below "
         "0.02 nats per token and a clip fraction below 0.2.",
         (
             Panel(("ppo/policy/approxkl",), "approx. KL to the\nold policy (nats/token)"),
@@ -90,11 +90,11 @@ FIGURES = (
 
 FRONTIER_TITLE = "Reward against KL"
 FRONTIER_READING = (
-    "Each dot is an iteration: what score was bought for what distance from the reference. Up and to the left is "
-    "better; a curve that bends over to the right pays with KL for nothing."
+    "Each dot is an iteration: its score against its KL to the reference. Up and to the left is better; a curve "
+    "that flattens to the right spends KL without gaining score."
 )
 HISTOGRAM_TITLE = "Held-out scores before and after"
 HISTOGRAM_READING = (
-    "How the judges' scores of the held-out responses are spread. A shift of the whole hill is learning; a single "
-    "spike is a policy that repeats itself."
+    "Distribution of the judges' scores of held-out responses. A shift of the whole distribution is learning; a "
+    "single spike is a policy that repeats itself."
 )

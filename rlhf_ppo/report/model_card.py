@@ -12,15 +12,15 @@ from rlhf_ppo.report.templates import render
 
 
 def model_card(data: RunData, *, title: str, plots: Sequence[tuple[str, str]] = ()) -> str:
-    """The card as Markdown with a YAML header; `plots` are (title, path within the folder)."""
-    origin = base_model(data.config)
+    """Render the card as Markdown with a YAML header; `plots` are (title, path within the folder)."""
+    base = base_model(data.config)
     return render(
         "model_card.md.j2",
-        header=_header(origin),
+        header=_header(base),
         title=" ".join(title.split()),
         headline=headline(data),
         plots=plots,
-        base_model=origin,
+        base_model=base,
         folder=f"{data.name}/{data.model_folder or 'model'}",
         has_model=bool(data.model_folder),
         evaluation=evaluation_rows(data),
@@ -30,10 +30,10 @@ def model_card(data: RunData, *, title: str, plots: Sequence[tuple[str, str]] = 
     )
 
 
-def _header(origin: str) -> str:
-    """YAML; a JSON string is a YAML string, so nothing in a name can break out of it."""
+def _header(base: str) -> str:
+    """Render the YAML header; names are quoted as JSON strings, which are valid YAML."""
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
-    if is_hub_name(origin):
-        lines.append(f"base_model: {json.dumps(origin)}")
+    if is_hub_name(base):
+        lines.append(f"base_model: {json.dumps(base)}")
     lines += ["tags:", *(f"- {tag}" for tag in ("reinforcement-learning", "rlhf", "ppo", "rlhf_ppo"))]
     return "\n".join(lines)

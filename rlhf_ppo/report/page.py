@@ -1,4 +1,4 @@
-"""The report page of a run: one HTML file that needs nothing else, readable on a phone, light and dark."""
+"""Report page of a run: one self-contained HTML file, light and dark, readable on a phone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_ppo.report.settings import setting_rows
 from rlhf_ppo.report.summary import JUDGES, evaluation_rows, findings, headline, tiles
 from rlhf_ppo.report.templates import render
 from rlhf_ppo.report.token_view import QUANTITIES, token_view
-from rlhf_ppo.report.wording import label_of, number
+from rlhf_ppo.report.wording import format_number, metric_label
 
 FIRST_SAMPLES = 6
 EXTREME_SAMPLES = 3
@@ -24,7 +24,7 @@ CARD_PLOTS = ("reward", "kl", "frontier")
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRow:
-    """A sample with its scores as short texts, judge by judge."""
+    """A sample with its scores as (judge, text)."""
 
     prompt: str
     before: str
@@ -36,7 +36,7 @@ class SampleRow:
 def write_report(run_dir: Path | str, *, title: str) -> Path:
     """Write plots/*.png, README.md (the model card) and report.html into a run folder.
 
-    Whatever the folder lacks is named in the page and left out. Running it again replaces what it wrote.
+    The page lists what the folder lacks. Running it again replaces the files.
 
     Args:
         run_dir: the folder that training wrote into.
@@ -66,7 +66,7 @@ def _plots(data: RunData) -> tuple[list[Plot], list[str], list[str]]:
 
 
 def _page(data: RunData, title: str, plots: Sequence[Plot], missing: Sequence[str], notes: Sequence[str]) -> str:
-    first, risen, fallen = _choose(data.samples)
+    first, risen, fallen = _select_samples(data.samples)
     responses, scales = token_view(data.tokens)
     return render(
         "report.html.j2",
@@ -79,7 +79,7 @@ def _page(data: RunData, title: str, plots: Sequence[Plot], missing: Sequence[st
         findings=findings(data),
         judged=bool(data.metrics or data.after),
         evaluation=evaluation_rows(data),
-        plots=[(plot, _uri(plot.light), _uri(plot.dark)) for plot in plots],
+        plots=[(plot, _data_uri(plot.light), _data_uri(plot.dark)) for plot in plots],
         missing=missing,
         sample_count=len(data.samples),
         sample_groups=[
@@ -87,7 +87,7 @@ def _page(data: RunData, title: str, plots: Sequence[Plot], missing: Sequence[st
             (f"The {len(risen)} that rose most", risen, False),
             (f"The {len(fallen)} that fell most", fallen, False),
         ],
-        judge=label_of(_judge(data.samples)),
+        judge=metric_label(_judge(data.samples)),
         responses=responses,
         quantities=QUANTITIES,
         scales=scales,
@@ -96,38 +96,38 @@ def _page(data: RunData, title: str, plots: Sequence[Plot], missing: Sequence[st
     )
 
 
-def _choose(samples: Sequence[Sample]) -> tuple[list[SampleRow], list[SampleRow], list[SampleRow]]:
-    """The first samples, and those that the first judge says changed most, upwards and downwards."""
+def _select_samples(samples: Sequence[Sample]) -> tuple[list[SampleRow], list[SampleRow], list[SampleRow]]:
+    """Select the first samples, and those whose score by the judge rose and fell most."""
     judge = _judge(samples)
     changes = [
         (sample.after_scores[judge] - sample.before_scores[judge], index)
         for index, sample in enumerate(samples)
         if judge in sample.before_scores and judge in sample.after_scores
     ]
-    up = sorted((change for change in changes if change[0] > 0), reverse=True)[:EXTREME_SAMPLES]
-    down = sorted(change for change in changes if change[0] < 0)[:EXTREME_SAMPLES]
+    risen = sorted((change for change in changes if change[0] > 0), reverse=True)[:EXTREME_SAMPLES]
+    fallen = sorted(change for change in changes if change[0] < 0)[:EXTREME_SAMPLES]
     return (
-        [_row(sample) for sample in samples[:FIRST_SAMPLES]],
-        [_row(samples[index]) for _, index in up],
-        [_row(samples[index]) for _, index in down],
+        [_sample_row(sample) for sample in samples[:FIRST_SAMPLES]],
+        [_sample_row(samples[index]) for _, index in risen],
+        [_sample_row(samples[index]) for _, index in fallen],
     )
 
 
 def _judge(samples: Sequence[Sample]) -> str:
-    """The judge that samples are ordered by: an independent one before the training reward."""
+    """Judge by which samples are ranked: an independent one if there is one, else the training reward."""
     names = [name for sample in samples[:1] for name in sample.after_scores]
     return next((name for name in (*JUDGES, *names) if name in names), "")
 
 
-def _row(sample: Sample) -> SampleRow:
+def _sample_row(sample: Sample) -> SampleRow:
     return SampleRow(
         prompt=sample.prompt,
         before=sample.before,
         after=sample.after,
-        before_scores=[(label_of(name), number(score)) for name, score in sample.before_scores.items()],
-        after_scores=[(label_of(name), number(score)) for name, score in sample.after_scores.items()],
+        before_scores=[(metric_label(name), format_number(score)) for name, score in sample.before_scores.items()],
+        after_scores=[(metric_label(name), format_number(score)) for name, score in sample.after_scores.items()],
     )
 
 
-def _uri(png: bytes) -> str:
+def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,4 +1,4 @@
-"""The plots of a run, in one style, in a light and a dark version; matplotlib only, no display, no global state."""
+"""Plots of a run as PNG, light and dark, by matplotlib without display or global state."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from rlhf_ppo.report.figures import (
     Panel,
 )
 from rlhf_ppo.report.run_data import RunData
-from rlhf_ppo.report.wording import label_of
+from rlhf_ppo.report.wording import metric_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 SMOOTHED_FROM = 40
-"""Iterations from which on a curve is drawn thin with its moving average over it."""
-MOST_HISTOGRAMS = 4
+"""Number of iterations from which a moving average is plotted over the curve."""
+MAX_HISTOGRAMS = 4
 HEIGHT = 4.7
-"""Inches of a plot that is 7.2 inches wide."""
+"""Height in inches of a plot 7.2 inches wide."""
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colors of one version of the plots; the page uses the same."""
+    """Colors of the light or dark version, for plots and page."""
 
     ink: str
     faint: str
@@ -51,7 +51,7 @@ DARK = Palette("#e6eaf1", "#9aa5b5", "#2d3542", "#171c24", "#7aa5f7", "#f0955c",
 
 @dataclass(frozen=True)
 class Plot:
-    """One finished plot as PNG in both versions."""
+    """A plot as PNG in both versions."""
 
     name: str
     title: str
@@ -64,39 +64,39 @@ Painter = Callable[["Canvas", Palette], None]
 
 
 def draw_plots(data: RunData) -> tuple[list[Plot], list[str]]:
-    """Every plot that the run has data for, and the titles of those that it has none for.
+    """Draw all plots that the run has data for; also return the titles of the others.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     rows = data.metrics
-    jobs: list[tuple[str, str, str, Painter | None, float]] = []
+    specifications: list[tuple[str, str, str, Painter | None, float]] = []
     for figure in FIGURES:
-        panels = [panel for panel in figure.panels if _metric_of(panel, rows)]
+        panels = [panel for panel in figure.panels if _available_metric(panel, rows)]
         painter = _curves(panels, rows) if panels else None
-        jobs.append((figure.name, figure.title, figure.reading, painter, HEIGHT))
-    jobs.append(("frontier", FRONTIER_TITLE, FRONTIER_READING, _frontier(rows), HEIGHT))
+        specifications.append((figure.name, figure.title, figure.reading, painter, HEIGHT))
+    specifications.append(("frontier", FRONTIER_TITLE, FRONTIER_READING, _frontier(rows), HEIGHT))
     histograms = _score_pairs(data.samples)
     painter = _histograms(histograms) if histograms else None
-    jobs.append(("scores", HISTOGRAM_TITLE, HISTOGRAM_READING, painter, HEIGHT / 2 * max(2, len(histograms))))
+    specifications.append(("scores", HISTOGRAM_TITLE, HISTOGRAM_READING, painter, HEIGHT / 2 * max(2, len(histograms))))
     plots = [
         Plot(name, title, reading, _png(painter, LIGHT, height), _png(painter, DARK, height))
-        for name, title, reading, painter, height in jobs
+        for name, title, reading, painter, height in specifications
         if painter is not None
     ]
-    return plots, [title for _, title, _, painter, _ in jobs if painter is None]
+    return plots, [title for _, title, _, painter, _ in specifications if painter is None]
 
 
 def smoothed(values: Sequence[float], *, window: int) -> list[float]:
-    """Moving average over the neighbors within half a window on each side, as far as there are any."""
+    """Centered moving average; the window is cut off at both ends."""
     half = window // 2
     sums = list(itertools.accumulate(values, initial=0.0))
     ranges = [(max(0, index - half), min(len(values), index + half + 1)) for index in range(len(values))]
     return [(sums[stop] - sums[start]) / (stop - start) for start, stop in ranges]
 
 
-def _metric_of(panel: Panel, rows: Sequence[dict[str, float]]) -> str:
-    """The first name of the panel with at least two finite values; "" if there is none."""
+def _available_metric(panel: Panel, rows: Sequence[dict[str, float]]) -> str:
+    """First metric of the panel with at least two finite values; "" if there is none."""
     for name in panel.metrics:
         if sum(math.isfinite(row.get(name, math.nan)) for row in rows) >= 2:
             return name
@@ -104,9 +104,9 @@ def _metric_of(panel: Panel, rows: Sequence[dict[str, float]]) -> str:
 
 
 def _series(rows: Sequence[dict[str, float]], *names: str) -> list[tuple[float, ...]]:
-    """(iteration, value, ...) of the rows where all these metrics are finite."""
-    found = [(row["iteration"], *(row.get(name, math.nan) for name in names)) for row in rows]
-    return [row for row in found if all(map(math.isfinite, row))]
+    """(iteration, value, ...) of the rows in which all these metrics are finite."""
+    points = [(row["iteration"], *(row.get(name, math.nan) for name in names)) for row in rows]
+    return [row for row in points if all(map(math.isfinite, row))]
 
 
 def _curves(panels: Sequence[Panel], rows: Sequence[dict[str, float]]) -> Painter:
@@ -120,7 +120,7 @@ def _curves(panels: Sequence[Panel], rows: Sequence[dict[str, float]]) -> Painte
 
 
 def _curve(axis: Axes, panel: Panel, rows: Sequence[dict[str, float]], palette: Palette, color: str) -> None:
-    metric = _metric_of(panel, rows)
+    metric = _available_metric(panel, rows)
     points = _series(rows, metric)
     x, y = [point[0] for point in points], [point[1] for point in points]
     banded = _series(rows, metric, panel.band) if panel.band else []
@@ -153,9 +153,9 @@ def _frontier(rows: Sequence[dict[str, float]]) -> Painter | None:
         axis.plot(*path, color=palette.faint, linewidth=1.2, alpha=0.7, zorder=2)
         dots = axis.scatter(kl, scores, c=iterations, cmap=palette.colormap, s=20, zorder=3, linewidths=0)
         for index, text in ((0, "start"), (-1, "end")):
-            at = (path[0][index], path[1][index])
-            axis.plot(*at, "o", markersize=9, markerfacecolor="none", markeredgecolor=palette.second, zorder=4)
-            label = axis.annotate(text, at, xytext=(0, -18), textcoords="offset points", ha="center", zorder=5)
+            point = (path[0][index], path[1][index])
+            axis.plot(*point, "o", markersize=9, markerfacecolor="none", markeredgecolor=palette.second, zorder=4)
+            label = axis.annotate(text, point, xytext=(0, -18), textcoords="offset points", ha="center", zorder=5)
             label.set(color=palette.second, fontweight="bold")
             label.set_path_effects([withStroke(linewidth=3, foreground=palette.paper)])
         bar = canvas.colorbar(dots, ax=axis, pad=0.02, aspect=28)
@@ -169,15 +169,15 @@ def _frontier(rows: Sequence[dict[str, float]]) -> Painter | None:
 
 
 def _score_pairs(samples: Sequence[Sample]) -> dict[str, tuple[list[float], list[float]]]:
-    """Finite scores before and after, by judge, for judges with at least two of each."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    """Judge -> (finite scores before, after), for judges with at least two of each."""
+    scores_by_judge: dict[str, tuple[list[float], list[float]]] = {}
     for sample in samples:
         for index, scores in enumerate((sample.before_scores, sample.after_scores)):
             for judge, score in scores.items():
                 if math.isfinite(score):
-                    found.setdefault(judge, ([], []))[index].append(score)
-    enough = {judge: pair for judge, pair in found.items() if min(map(len, pair)) >= 2}
-    return dict(list(enough.items())[:MOST_HISTOGRAMS])
+                    scores_by_judge.setdefault(judge, ([], []))[index].append(score)
+    plotted = {judge: pair for judge, pair in scores_by_judge.items() if min(map(len, pair)) >= 2}
+    return dict(list(plotted.items())[:MAX_HISTOGRAMS])
 
 
 def _histograms(pairs: dict[str, tuple[list[float], list[float]]]) -> Painter:
@@ -185,14 +185,14 @@ def _histograms(pairs: dict[str, tuple[list[float], list[float]]]) -> Painter:
         axes = canvas.subplots(len(pairs), 1, squeeze=False)[:, 0]
         for axis, (judge, pair) in zip(axes, pairs.items(), strict=True):
             edges = _edges([*pair[0], *pair[1]])
-            for scores, color, when in zip(pair, (palette.faint, palette.first), ("before", "after"), strict=True):
+            for scores, color, period in zip(pair, (palette.faint, palette.first), ("before", "after"), strict=True):
                 mean = sum(scores) / len(scores)
                 weights = [100.0 / len(scores)] * len(scores)
-                label = f"{when} (mean {mean:.2f})"
+                label = f"{period} (mean {mean:.2f})"
                 axis.hist(scores, edges, weights=weights, color=color, alpha=0.45, label=label)
                 axis.hist(scores, edges, weights=weights, color=color, histtype="step", linewidth=1.4)
                 axis.axvline(mean, color=color, linewidth=1.4, linestyle=(0, (4, 3)))
-            axis.set_xlabel(label_of(judge))
+            axis.set_xlabel(metric_label(judge))
             axis.set_ylabel("% of responses")
             axis.legend(loc="best")
 

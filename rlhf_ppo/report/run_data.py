@@ -1,4 +1,4 @@
-"""Everything a report needs of a run folder, read once; what cannot be read becomes a sentence, not a failure."""
+"""Read a run folder for the report; unreadable parts become notes instead of errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What a run folder holds; missing parts are empty."""
+    """Contents of a run folder; missing parts are empty."""
 
     name: str
     config: dict[str, Any]
@@ -23,16 +23,16 @@ class RunData:
     samples: list[Sample]
     tokens: list[TokenTrace]
     model_folder: str
-    """Folder inside the run folder that `from_pretrained` can load; "" if there is none."""
+    """Subfolder that `from_pretrained` can load; "" if there is none."""
     notes: list[str]
-    """What could not be read, one sentence each."""
+    """One sentence for each part that could not be read."""
 
 
 def read_run(run: RunFolder) -> RunData:
-    """Read every part of the folder; a part that cannot be read is empty and has a note."""
+    """Read all parts of the folder; an unreadable part is empty and has a note."""
     notes: list[str] = []
 
-    def part(read: Callable[[], T], empty: T) -> T:
+    def read_or_note(read: Callable[[], T], empty: T) -> T:
         try:
             return read()
         except (RunFolderError, OSError) as error:
@@ -41,25 +41,25 @@ def read_run(run: RunFolder) -> RunData:
 
     no_estimates: dict[str, Estimates] = {}
     no_counts: dict[str, int] = {}
-    evaluation = part(run.evaluation, no_estimates)
+    evaluation = read_or_note(run.evaluation, no_estimates)
     data = RunData(
         name=run.path.resolve().name,
-        config=part(run.config, {}),
-        metrics=part(run.metrics, []),
+        config=read_or_note(run.config, {}),
+        metrics=read_or_note(run.metrics, []),
         before=evaluation.get("before", {}),
         after=evaluation.get("after", {}),
-        samples=part(run.samples, []),
-        tokens=part(run.tokens, []),
+        samples=read_or_note(run.samples, []),
+        tokens=read_or_note(run.tokens, []),
         model_folder=_model_folder(run),
         notes=notes,
     )
-    for name, count in part(run.unreadable_lines, no_counts).items():
-        notes.append(f"{count} of the lines in {name} could not be read and were passed over.")
+    for name, count in read_or_note(run.unreadable_lines, no_counts).items():
+        notes.append(f"{count} of the lines in {name} could not be read and were skipped.")
     return data
 
 
 def _model_folder(run: RunFolder) -> str:
-    """The first folder with weights in it, "model" before all others."""
+    """Name of the first subfolder with weights, "model" before others."""
     weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "adapter_model.safetensors")
     folders = sorted((path for path in run.path.iterdir() if path.is_dir()), key=lambda p: (p.name != "model", p.name))
     return next((folder.name for folder in folders if any((folder / name).exists() for name in weights)), "")

@@ -1,4 +1,4 @@
-"""The resolved settings as rows of a table."""
+"""Settings of a run as table rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def setting_rows(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(dotted name, value) of every setting, nested ones included."""
+    """Flatten settings to (dotted name, value)."""
     return list(_flatten(config, ""))
 
 
 def base_model(config: Mapping[str, Any]) -> str:
-    """What the settings say the policy started from; "" if they do not say."""
+    """Name of the model that the policy started from; "" if the settings have none."""
     for key in ("model", "model_name", "base_model"):
         value = config.get(key)
         if isinstance(value, str) and value:
@@ -24,7 +24,7 @@ def base_model(config: Mapping[str, Any]) -> str:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this reads like "owner/model" and not like a path."""
+    """Whether `name` has the form "owner/model" and is not a path."""
     return _HUB_NAME.fullmatch(name) is not None and not name.startswith((".", "~"))
 
 

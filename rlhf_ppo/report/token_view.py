@@ -1,4 +1,4 @@
-"""Responses token by token: how strongly to color each token for each quantity."""
+"""Responses with tokens colored by KL, advantage, value and log-probability."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_ppo.loop.run_folder import TokenTrace
-from rlhf_ppo.report.wording import number
+from rlhf_ppo.report.wording import format_number
 
-MOST_RESPONSES = 6
-MOST_TOKENS = 400
+MAX_RESPONSES = 6
+MAX_TOKENS = 400
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something known for each token."""
+    """A per-token quantity and the meaning of its colors."""
 
     key: str
     label: str
     low: str
-    """What the color of negative numbers means; "" if there are none."""
+    """Meaning of the color of negative numbers; "" if there are none."""
     high: str
-    """What the other color means."""
+    """Meaning of the color of positive numbers; "" if there are none."""
 
 
 QUANTITIES = (
@@ -35,7 +35,7 @@ QUANTITIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token's text, what to say about it, and its colors by quantity from -1 to 1."""
+    """A token's text, tooltip, and color of each quantity, from -1 to 1."""
 
     text: str
     tooltip: str
@@ -44,26 +44,26 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """One colored response."""
+    """A response with colored tokens."""
 
     iteration: int
     prompt: str
     score: str
     tokens: list[Token]
     cut: int
-    """Tokens that are not shown."""
+    """Number of tokens beyond `MAX_TOKENS`, which are not shown."""
 
 
 def token_view(traces: Sequence[TokenTrace]) -> tuple[list[Response], dict[str, str]]:
-    """The latest responses, colored, and for each quantity the number at which its color is full.
+    """Color the latest responses; also return the value at which each quantity's color is full.
 
-    One scale for all responses, so that they can be compared: the 95th percentile of the absolute values.
+    The scale is the 95th percentile of absolute values, the same for all responses.
     """
-    latest = sorted(traces, key=lambda trace: -trace.iteration)[:MOST_RESPONSES]
+    latest = sorted(traces, key=lambda trace: -trace.iteration)[:MAX_RESPONSES]
     scales = {
         quantity.key: _scale([x for trace in latest for x in getattr(trace, quantity.key)]) for quantity in QUANTITIES
     }
-    return [_response(trace, scales) for trace in latest], {key: number(scale) for key, scale in scales.items()}
+    return [_response(trace, scales) for trace in latest], {key: format_number(scale) for key, scale in scales.items()}
 
 
 def _scale(values: Sequence[float]) -> float:
@@ -73,15 +73,17 @@ def _scale(values: Sequence[float]) -> float:
 
 def _response(trace: TokenTrace, scales: dict[str, float]) -> Response:
     tokens = []
-    for index, text in enumerate(trace.tokens[:MOST_TOKENS]):
+    for index, text in enumerate(trace.tokens[:MAX_TOKENS]):
         numbers = {quantity.key: getattr(trace, quantity.key)[index] for quantity in QUANTITIES}
         heat = {key: _heat(value, scales[key]) for key, value in numbers.items()}
-        said = [f"{quantity.label} {number(numbers[quantity.key])}" for quantity in QUANTITIES]
-        tokens.append(Token(text=text.replace("\n", "⏎\n"), tooltip=" · ".join(said), heat=heat))
-    cut = max(0, len(trace.tokens) - MOST_TOKENS)
-    return Response(iteration=trace.iteration, prompt=trace.prompt, score=number(trace.score), tokens=tokens, cut=cut)
+        lines = [f"{quantity.label} {format_number(numbers[quantity.key])}" for quantity in QUANTITIES]
+        tokens.append(Token(text=text.replace("\n", "⏎\n"), tooltip=" · ".join(lines), heat=heat))
+    cut = max(0, len(trace.tokens) - MAX_TOKENS)
+    return Response(
+        iteration=trace.iteration, prompt=trace.prompt, score=format_number(trace.score), tokens=tokens, cut=cut
+    )
 
 
 def _heat(value: float, scale: float) -> float:
-    """From -1 to 1 in steps of 0.01; 0 for what is not finite."""
+    """Scale a value to [-1, 1] in steps of 0.01; 0 if it is not finite."""
     return round(max(-1.0, min(1.0, value / scale)), 2) if scale and math.isfinite(value) else 0.0

@@ -1,11 +1,11 @@
-"""Names, units and numbers as a reader wants to see them."""
+"""Format numbers and name evaluation metrics for the report."""
 
 from __future__ import annotations
 
 import math
 
 EVALUATION_LABELS = {
-    "score": ("score", "what the training reward itself says of held-out responses"),
+    "score": ("score", "training reward of held-out responses"),
     "vader": ("VADER compound", "sentiment by a lexicon, from −1 to 1"),
     "classifier": ("P(positive)", "sentiment by a second classifier, from 0 to 1"),
     "kl": ("KL to reference", "nats per response; how far the policy has moved"),
@@ -14,21 +14,21 @@ EVALUATION_LABELS = {
     "perplexity": ("perplexity", "under the reference; high means unusual text, very low means repetition"),
     "length": ("length", "tokens per response"),
 }
-"""Short name and explanation of the evaluation metrics that recipes write; others appear under their own name."""
+"""Short name and description of the evaluation metrics that recipes write; others keep their own name."""
 
 
-def label_of(metric: str) -> str:
-    """The short name of an evaluation metric."""
+def metric_label(metric: str) -> str:
+    """Short name of an evaluation metric."""
     return EVALUATION_LABELS.get(metric, (metric.replace("_", " "), ""))[0]
 
 
-def explanation_of(metric: str) -> str:
-    """What an evaluation metric says; empty for one that is not known here."""
+def metric_description(metric: str) -> str:
+    """Description of an evaluation metric; "" if unknown."""
     return EVALUATION_LABELS.get(metric, ("", ""))[1]
 
 
-def number(value: float) -> str:
-    """Three significant digits, no exponent where it can be helped, a true minus sign."""
+def format_number(value: float) -> str:
+    """Format with about three significant digits, exponents only for extreme sizes, and a true minus sign."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -42,13 +42,13 @@ def number(value: float) -> str:
 
 
 def decimals_for(*errors: float) -> int:
-    """Decimals that show the first significant digit of each of these standard errors, at most 4; 3 without any."""
+    """Decimals that show the first significant digit of all standard errors, at most 4; 3 without errors."""
     known = [-math.floor(math.log10(error)) for error in errors if math.isfinite(error) and error > 0]
     return min(max(0, *known), 4) if known else 3
 
 
-def with_error(mean: float, stderr: float, *, decimals: int) -> str:
-    """As in 0.642 ± 0.011; without the error where it is not known."""
+def format_with_error(mean: float, stderr: float, *, decimals: int) -> str:
+    """Format as 0.642 ± 0.011; without the error if it is unknown."""
     if not math.isfinite(mean):
         return "–"
     known = math.isfinite(stderr) and stderr > 0

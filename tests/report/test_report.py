@@ -17,7 +17,7 @@ from rlhf_ppo.report.plots import draw_plots, smoothed
 from rlhf_ppo.report.run_data import read_run
 from rlhf_ppo.report.summary import evaluation_rows, findings, headline, span, tiles
 from rlhf_ppo.report.token_view import token_view
-from rlhf_ppo.report.wording import decimals_for, number, with_error
+from rlhf_ppo.report.wording import decimals_for, format_number, format_with_error
 from tests.report.synthetic import write_synthetic_run
 
 ALL_PLOTS = {"reward", "kl", "entropy", "length", "value", "update", "frontier", "scores"}
@@ -238,10 +238,10 @@ def test_smoothing_keeps_a_constant_and_averages_its_window() -> None:
 
 
 def test_numbers_are_short() -> None:
-    shown = [number(value) for value in (0.0, -0.12345, 1.2345, 12.345, 1234.5, 0.00001, math.nan)]
+    shown = [format_number(value) for value in (0.0, -0.12345, 1.2345, 12.345, 1234.5, 0.00001, math.nan)]
     assert shown == ["0.000", "−0.123", "1.23", "12.3", "1,234", "1.00e−05", "–"]
     assert decimals_for(0.022, 0.009, math.nan) == 3
-    assert with_error(-0.5, 0.02, decimals=2) == "−0.50 ± 0.02"
+    assert format_with_error(-0.5, 0.02, decimals=2) == "−0.50 ± 0.02"
 
 
 @pytest.mark.usefixtures("no_plots")
