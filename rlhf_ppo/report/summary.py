@@ -112,12 +112,13 @@ def findings(data: RunData) -> list[str]:
     if kl and kl[1] < -1.0:
         problems.append(
             f"KL to the reference is {format_number(kl[1])} nats at the end. A clearly negative KL means that tokens "
-            "were sampled from another distribution than the one they are scored under: check top-k, top-p, temperature, "
-            "minimum length and padding."
+            "were sampled from another distribution than the one they are scored under: check top-k, top-p, "
+            "temperature, minimum length and padding."
         )
     if score and score[1] <= score[0]:
         problems.append(
-            f"The mean score did not rise: {format_number(score[0])} at the start, {format_number(score[1])} at the end."
+            f"The mean score did not rise: {format_number(score[0])} at the start, {format_number(score[1])} at the "
+            "end."
         )
     if variance and variance[1] <= 0.0:
         problems.append(
@@ -136,8 +137,8 @@ def findings(data: RunData) -> list[str]:
         before, after = data.before["distinct_2"][0], data.after["distinct_2"][0]
         if after < 0.7 * before:
             problems.append(
-                f"distinct-2 fell from {format_number(before)} to {format_number(after)}: responses repeat themselves. A "
-                "larger KL coefficient or an earlier checkpoint keeps more variety."
+                f"distinct-2 fell from {format_number(before)} to {format_number(after)}: responses repeat themselves. "
+                "A larger KL coefficient or an earlier checkpoint keeps more variety."
             )
     return problems
 
