@@ -35,7 +35,7 @@ def as_text(plans: Sequence[Plan], flops: IterationFlops, rates: FlopRates | Non
         phase_times = ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items())
         speeds = ", ".join(f"{plan.devices}: {plan.devices * flops.response_tokens / total:,.0f}" for plan in plans)
         lines.append(f"time of one iteration: {phase_times}; {total:.1f} s in all, communication not counted")
-        lines.append(f"response tokens a second by devices: {speeds}")
+        lines.append(f"response tokens per second by number of devices: {speeds}")
     return "\n".join(lines)
 
 

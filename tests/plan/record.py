@@ -22,7 +22,7 @@ SHAPES = {
 }
 BASE = PlanConfig(device="cpu", batch_size=16, mini_batch_size=8, ppo_epochs=1, prompt_tokens=32, new_tokens=32)
 FITTED = 5
-"""So many of the runs gave `rlhf_ppo.plan.memory.HEAP_SPARE`."""
+"""So many of the runs gave `rlhf_ppo.plan.memory.HEAP_OVERHEAD`."""
 RUNS: dict[str, tuple[str, PlanConfig]] = {
     "small GPT-2": ("gpt2-6x256", replace(BASE, batch_size=32, mini_batch_size=16)),
     "small GPT-2, LoRA": ("gpt2-6x256", replace(BASE, batch_size=32, mini_batch_size=16, lora_rank=8)),
