@@ -159,7 +159,7 @@ def test_the_command_prints_roles_phases_and_time(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no-such"], "neither a preset (gpt2, 1b, 7b, 70b) nor a folder or file here"),
+        (["--model", "no-such"], "neither a preset (gpt2, 1b, 7b, 70b) nor a local folder or file"),
         (["--strategy", "magic"], "strategy must be one of ddp, zero1, zero2, zero3, fsdp, got 'magic'"),
         (["--batch-size", "0"], "batch_size must be a whole number of at least 1, got 0"),
         (["--config", "no-such.yaml"], "no-such.yaml cannot be read"),
