@@ -26,6 +26,7 @@ from reward_model.progress import TidyProgress
 from reward_model.scoring import fit_normalization, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
 from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
+from rlhf_ppo.installed import parameter_name
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
     if config.early_stop_patience:
         save = evaluate
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    recompute = parameter_name(RewardConfig, "activation_checkpointing", "gradient_checkpointing")  # transformers 5.23
     return RewardConfig(
         output_dir=str(training_folder(config)),
         per_device_train_batch_size=micro,
@@ -159,7 +161,6 @@ def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=bf16 if config.precision == "auto" else config.precision == "bfloat16",
-        activation_checkpointing=config.gradient_checkpointing,
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         max_length=None,  # encode_comparisons has filtered and counted
@@ -176,6 +177,7 @@ def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
         disable_tqdm=not config.progress,
         report_to=[name.strip() for name in config.trackers.split(",")],
         dataloader_pin_memory=torch.cuda.is_available(),
+        **{recompute: config.gradient_checkpointing},
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from rlhf_ppo.installed import parameter_name, takes
 from rlhf_ppo.samplers.base import (
     EvalMode,
     Samples,
@@ -34,7 +35,7 @@ class ContinuousBatching:
     """
 
     max_rows: int = 512
-    """Maximum number of rows decoded at once."""
+    """Maximum number of rows decoded at once. Before transformers 5.12 the cache size, which follows it, is the bound."""
     page_size: int = 64
     """Tokens per page of the KV cache."""
     max_batch_tokens: int = 1024
@@ -83,13 +84,15 @@ class ContinuousBatching:
         pages_per_row = math.ceil((longest + config.max_new_tokens) / self.page_size) + 1
         rows = min(self.max_rows, len(prompts) * config.num_return_sequences)
         affordable_pages = self.kv_budget_bytes // (self.page_size * bytes_per_token(model.config, model.dtype))
+        page_size = parameter_name(ContinuousBatchingConfig, "page_size", "block_size")  # new name: transformers 5.18
+        bounds = {"max_requests_per_batch": rows} if takes(ContinuousBatchingConfig, "max_requests_per_batch") else {}
         return ContinuousBatchingConfig(
-            page_size=self.page_size,
             num_blocks=max(pages_per_row, min(rows * pages_per_row, affordable_pages)),
             max_batch_tokens=self.max_batch_tokens,
-            max_requests_per_batch=rows,
             return_logprobs=True,
             seed=seed,
+            **{page_size: self.page_size},
+            **bounds,
         )
 
 

@@ -1,0 +1,26 @@
+"""Which arguments the installed version of a library takes."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+def takes(call: Callable[..., Any], argument: str) -> bool:
+    """Whether `call` has a parameter of this name; a catch-all `**kwargs` does not count."""
+    return argument in inspect.signature(call).parameters
+
+
+def parameter_name(call: Callable[..., Any], *spellings: str) -> str:
+    """The first of these names that `call` takes: an argument's name today, then its earlier ones.
+
+    Raises:
+        TypeError: It takes none of them.
+    """
+    for name in spellings:
+        if takes(call, name):
+            return name
+    raise TypeError(
+        f"expected {call.__module__}.{call.__qualname__} to take one of {', '.join(spellings)}, got a version that takes "
+        f"{', '.join(inspect.signature(call).parameters)}: a setting could not be passed on. Install a version of "
+        f"{call.__module__.split('.')[0]} inside the range of pyproject.toml."
+    )
