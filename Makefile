@@ -8,13 +8,14 @@ TORCH := torch==2.13.0
 STAMP := $(VENV)/.installed
 ENGINES := $(VENV)/.engines-installed
 CLASSIC ?= .venv-trl-0.11.4
+LIBRARY := tests/functional tests/algorithms tests/models tests/rollout tests/reward_model
 ARGS ?=
 
 # Where it is set, each of the many processes of a test run compiles torch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-distributed test-slow benchmark lint docs check clean distclean
+.PHONY: help install demo test test-lowest test-newest test-distributed test-slow benchmark lint docs check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
@@ -38,6 +39,18 @@ demo: $(STAMP)  ## SFT, reward model, PPO and evaluation on movie reviews; optio
 
 test: $(STAMP)  ## the fast tier on two processes; options: make test ARGS="-k gae"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+.venv-%/.installed: pyproject.toml constraints-%.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "Installing $(TORCH) and the versions of constraints-$*.txt into $(@D) ..."
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints-$*.txt --editable '.[demo,serve,test]'
+	@touch $@
+
+test-lowest: .venv-lowest/.installed  ## the library's fast tests with the lowest versions that pyproject.toml admits; other tests: LIBRARY="tests/report"
+test-newest: .venv-newest/.installed  ## the same with the newest versions
+test-lowest test-newest:
+	@$(<D)/bin/python -m pytest -n 2 --dist loadfile $(LIBRARY) $(ARGS)
 
 # DeepSpeed is built where it is installed, against the torch that is there already. The other tests do without it.
 $(ENGINES): $(STAMP)
@@ -70,7 +83,7 @@ check: lint test test-distributed docs  ## everything that a change must pass (w
 
 clean:  ## caches and builds
 	rm -rf site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## also the environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-lowest .venv-newest

@@ -20,7 +20,7 @@ def parameter_name(call: Callable[..., Any], *spellings: str) -> str:
         if takes(call, name):
             return name
     raise TypeError(
-        f"expected {call.__module__}.{call.__qualname__} to take one of {', '.join(spellings)}, got a version that takes "
+        f"expected {call.__module__}.{call.__qualname__} to take one of {', '.join(spellings)}, got one that takes "
         f"{', '.join(inspect.signature(call).parameters)}: a setting could not be passed on. Install a version of "
         f"{call.__module__.split('.')[0]} inside the range of pyproject.toml."
     )

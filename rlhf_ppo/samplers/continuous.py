@@ -35,7 +35,7 @@ class ContinuousBatching:
     """
 
     max_rows: int = 512
-    """Maximum number of rows decoded at once. Before transformers 5.12 the cache size, which follows it, is the bound."""
+    """Maximum number of rows decoded at once; before transformers 5.12 it bounds only the size of the cache."""
     page_size: int = 64
     """Tokens per page of the KV cache."""
     max_batch_tokens: int = 1024

@@ -272,6 +272,7 @@ def test_a_saved_policy_loads_plain_and_with_its_value_head(tmp_path: Path) -> N
     assert torch.allclose(again.eval()(inputs)[2], values, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:KL divergence is starting to become negative")  # responses are given
 def test_the_best_policy_so_far_is_pushed_before_it_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores are those of the policy that sampled; every second step is compared."""
     trainer = trainer_of(push_to_hub_if_best_kwargs={"repo_id": "somebody/best"}, compare_steps=2)

@@ -1,6 +1,7 @@
-"""pyproject.toml and constraints.txt say what the code needs, and nothing of the machine they were made on."""
+"""pyproject.toml and the constraints files say what the code needs, and nothing of the machine they were made on."""
 
 import ast
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests.docs.pages import ROOT
 
@@ -17,17 +19,31 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONSTRAINTS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+CONSTRAINTS = {
+    name: [line for line in (ROOT / name).read_text().splitlines() if line and line[0] != "#"]
+    for name in ("constraints.txt", "constraints-lowest.txt", "constraints-newest.txt")
+}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Import names that differ from their distribution."""
 OWN = {"rlhf_ppo", "reward_model", "recipes", "tests"} | {path.stem for path in (ROOT / "recipes").iterdir()}
 
 
-def requirements(*extras: str) -> set[str]:
-    """Normalized names of the distributions that the package asks for, with these extras."""
+def ranges(*extras: str) -> list[Requirement]:
+    """The requirements of the package with these extras, as far as this Python needs them."""
     lists = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
     found = [Requirement(line) for lines in lists for line in lines]
-    return {canonicalize_name(item.name) for item in found if item.marker is None or item.marker.evaluate()}
+    return [item for item in found if item.marker is None or item.marker.evaluate()]
+
+
+def pins(name: str) -> dict[str, Version]:
+    """The versions of a constraints file, by normalized name."""
+    found = [Requirement(line) for line in CONSTRAINTS[name]]
+    return {canonicalize_name(item.name): Version(next(iter(item.specifier)).version) for item in found}
+
+
+def requirements(*extras: str) -> set[str]:
+    """Normalized names of the distributions that the package asks for, with these extras."""
+    return {canonicalize_name(item.name) for item in ranges(*extras)}
 
 
 def imported(folder: Path) -> set[str]:
@@ -60,22 +76,34 @@ def test_every_third_party_import_is_a_declared_dependency(folder: str, extras: 
 
 def test_every_requirement_of_the_environment_is_in_the_tested_set() -> None:
     """What `make install` installs is pinned, so that the second machine gets what the first one tested."""
-    pinned = {canonicalize_name(Requirement(line).name) for line in CONSTRAINTS}
-    missing = requirements("control", "demo", "docs", "lint", "serve", "test") - pinned
+    missing = requirements("control", "demo", "docs", "lint", "serve", "test") - set(pins("constraints.txt"))
     assert not missing, f"add to constraints.txt: {sorted(missing)}"
 
 
-def test_the_tested_set_is_inside_the_declared_ranges() -> None:
-    pins = {canonicalize_name(Requirement(line).name): re.search(r"==([^\s;]+)", line) for line in CONSTRAINTS}
-    for line in PROJECT["dependencies"]:
-        requirement = Requirement(line)
-        pin = pins[canonicalize_name(requirement.name)]
-        assert pin is not None
-        assert requirement.specifier.contains(pin[1]), f"{line} does not admit the tested {pin[1]}"
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_the_versions_of_a_constraints_file_are_inside_the_declared_ranges(name: str) -> None:
+    for requirement in ranges("demo", "serve", "test"):
+        pin = pins(name)[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin), f"{requirement} does not admit the {pin} of {name}"
+
+
+def test_the_lowest_versions_are_the_lower_bounds() -> None:
+    """What `make test-lowest` installs is what pyproject.toml promises; torch alone stays at the Makefile's version."""
+    lowest = pins("constraints-lowest.txt")
+    for requirement in ranges("demo", "serve", "test"):
+        (bound,) = [item.version for item in requirement.specifier if item.operator == ">="]
+        pin = lowest[canonicalize_name(requirement.name)]
+        assert pin == Version(bound) or requirement.name == "torch", f"{requirement} was tested with {pin}"
+
+
+def test_every_set_has_the_torch_that_the_makefile_installs_first() -> None:
+    torch = re.search(r"^TORCH := torch==(\S+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert torch is not None
+    assert {str(pins(name)["torch"]) for name in CONSTRAINTS} == {torch[1]}
 
 
 def test_the_constraints_name_versions_and_nothing_of_a_machine() -> None:
-    for line in CONSTRAINTS:
+    for line in itertools.chain.from_iterable(CONSTRAINTS.values()):
         assert re.fullmatch(r"[\w.-]+==[\w.]+( ; python(_full)?_version >= \"3(\.\d+)+\")?", line), (
             f"{line}: no hosts, no local versions"
         )
