@@ -26,7 +26,7 @@ from reward_model.progress import TidyProgress
 from reward_model.scoring import fit_normalization, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
 from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
-from rlhf_ppo.installed import parameter_name
+from rlhf_ppo.utils.installed import parameter_name
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,7 @@ def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
         save = evaluate
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     recompute = parameter_name(RewardConfig, "activation_checkpointing", "gradient_checkpointing")  # transformers 5.23
+    versioned: dict[str, Any] = {recompute: config.gradient_checkpointing}
     return RewardConfig(
         output_dir=str(training_folder(config)),
         per_device_train_batch_size=micro,
@@ -177,7 +178,7 @@ def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
         disable_tqdm=not config.progress,
         report_to=[name.strip() for name in config.trackers.split(",")],
         dataloader_pin_memory=torch.cuda.is_available(),
-        **{recompute: config.gradient_checkpointing},
+        **versioned,
     )
 
 

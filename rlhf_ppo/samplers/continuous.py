@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from rlhf_ppo.installed import parameter_name, takes
 from rlhf_ppo.samplers.base import (
     EvalMode,
     Samples,
@@ -22,6 +21,7 @@ from rlhf_ppo.samplers.base import (
     unwrap_causal_lm,
 )
 from rlhf_ppo.samplers.kv_cache import bytes_per_token
+from rlhf_ppo.utils.installed import parameter_name, takes
 
 NO_STOP_TOKEN = -1
 
@@ -85,14 +85,15 @@ class ContinuousBatching:
         rows = min(self.max_rows, len(prompts) * config.num_return_sequences)
         affordable_pages = self.kv_budget_bytes // (self.page_size * bytes_per_token(model.config, model.dtype))
         page_size = parameter_name(ContinuousBatchingConfig, "page_size", "block_size")  # new name: transformers 5.18
-        bounds = {"max_requests_per_batch": rows} if takes(ContinuousBatchingConfig, "max_requests_per_batch") else {}
+        versioned: dict[str, Any] = {page_size: self.page_size}
+        if takes(ContinuousBatchingConfig, "max_requests_per_batch"):
+            versioned["max_requests_per_batch"] = rows
         return ContinuousBatchingConfig(
             num_blocks=max(pages_per_row, min(rows * pages_per_row, affordable_pages)),
             max_batch_tokens=self.max_batch_tokens,
             return_logprobs=True,
             seed=seed,
-            **{page_size: self.page_size},
-            **bounds,
+            **versioned,
         )
 
 

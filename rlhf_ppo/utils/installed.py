@@ -1,4 +1,4 @@
-"""Which arguments the installed version of a library takes."""
+"""Choose arguments by what the installed version of a library takes."""
 
 import inspect
 from collections.abc import Callable

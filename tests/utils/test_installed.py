@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ppo.installed import parameter_name, takes
+from rlhf_ppo.utils.installed import parameter_name, takes
 
 
 @dataclass
