@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## SFT, reward model, PPO and evaluation on movie reviews; options: make demo ARGS="--seed 1"
-	@$(BIN)/accelerate launch --quiet recipes/ppo_gpt2_sentiment.py $(ARGS)
+	@$(BIN)/python recipes/ppo_gpt2_sentiment.py $(ARGS)
 
 test: $(STAMP)  ## the fast tier on two processes; options: make test ARGS="-k gae"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

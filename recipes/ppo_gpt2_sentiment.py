@@ -13,10 +13,14 @@ Left out: instruction tuning and human labels; "positive" is a stand-in for "pre
 Results: docs/results/sentiment.md.
 """
 
+if __name__ == "__main__":  # before torch is loaded, which reads it once
+    from sentiment.openmp import spin_shortly
+
+    spin_shortly()
+
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
@@ -31,7 +35,7 @@ from sentiment.engines import EngineSettings
 from sentiment.language_models import SMALL_GPT2
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, split_reviews
 from sentiment.settings import GuardSettings, RunSettings, SettingsByModel
-from sentiment.threads import choose_threads
+from sentiment.training import use_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ class Config(SettingsByModel, AdapterSettings, GuardSettings, EngineSettings, Ru
 
 def main(config: Config) -> dict[str, Estimates]:
     """Run all phases; returns the held-out evaluation before and after."""
-    torch.set_num_threads(choose_threads(requested=config.threads))
+    use_threads(config.threads)
     chosen = stages.chosen(config.model, config, config.algorithm)
     folder = stages.open_run_folder(config.output_dir, asdict(config) | asdict(chosen), fresh=config.fresh)
     stages.check_reward_source(config.reward_url or config.reward_model)
@@ -96,9 +100,9 @@ def main(config: Config) -> dict[str, Estimates]:
 
     phase("PPO")
     loop = TrainConfig(
-        iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir, save_every=config.save_every,
+        iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir,
+        save_every=config.saved_every(chosen.iterations), max_time=phase.left(config.max_time),
         missing_eos=config.preset and stages.published_run(config.preset).missing_eos,
-        max_time=phase.left(config.max_time),
         reward_calls=config.reward_calls, **config.guarding,
     )  # fmt: skip
     state = trainer.train(reward, loop, eval_prompts=held_out, judges=judges, sampler=sampler)

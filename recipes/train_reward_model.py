@@ -12,6 +12,11 @@ Left out: human preferences. For a data set of your own: python -m reward_model.
 docs/reward-models.md. Then PPO: recipes/ppo_gpt2_sentiment.py --reward-model runs/reward_model.
 """
 
+if __name__ == "__main__":  # before torch is loaded, which reads it once
+    from sentiment.openmp import spin_shortly
+
+    spin_shortly()
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +35,7 @@ from sentiment.judges import VaderJudge
 from sentiment.language_models import model_location
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, preference_pairs, split_reviews
 from sentiment.stages import run
-from sentiment.threads import choose_threads
+from sentiment.training import use_threads
 
 EMBEDDED_ENCODER = "minilm"
 
@@ -67,7 +72,7 @@ class Config:
 
 def main(config: Config) -> dict[str, float]:
     """Train, measure and report; returns the held-out metrics."""
-    torch.set_num_threads(choose_threads())
+    use_threads()
     parts = split_reviews(load_reviews(config.dataset))
     train = preference_pairs(parts.reward_model, min_words=config.min_words, max_words=config.max_words)
     held_out = preference_pairs(

@@ -5,6 +5,8 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from rlhf_ppo.progress import ProgressBar
+
 _SHOWN = ("loss", "accuracy", "eval_accuracy")
 
 
@@ -14,9 +16,11 @@ class TidyProgress(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        if self.training_bar is not None:
-            self.training_bar.set_description("Reward model")
+        self.current_step = state.global_step  # of a resumed run
+        if state.is_world_process_zero:
+            self.training_bar: Any = ProgressBar(
+                total=state.max_steps, initial=state.global_step, desc="Reward model", unit="step"
+            )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -1,5 +1,6 @@
 """Train a reward model: load, encode, run trl's trainer, judge on held-out comparisons, normalize, save."""
 
+import json
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.reward_config import RewardConfig
 
 from reward_model.backbone import disable_dropout, head_name, load_backbone, longest_input, short_name
@@ -196,12 +196,25 @@ def training_folder(config: RewardModelConfig) -> Path:
     return output.with_name(output.name + ".training")
 
 
+def newest_checkpoint(config: RewardModelConfig) -> Path | None:
+    """The newest whole checkpoint of an interrupted run; the trainer writes its state last."""
+    found = {int(path.name.rpartition("-")[2]): path for path in training_folder(config).glob("checkpoint-*[0-9]")}
+    return next((found[step] for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
 def _checkpoint(config: RewardModelConfig) -> str | None:
     if not config.resume:
         return None
-    folder = training_folder(config)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = newest_checkpoint(config)
     if checkpoint is None:
+        folder = training_folder(config)
         raise FileNotFoundError(f"resume=True, but {folder} holds no checkpoint. Start without resume.")
     return str(checkpoint)
 

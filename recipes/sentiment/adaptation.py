@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as nnf
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .cache import build_once, cache_root, fingerprint
+from .cache import build_once, cache_root, fingerprint, kept_beside
 from .reviews import Review
-from .threads import choose_threads
-from .training import batches, mixed_precision
+from .training import batches, mixed_precision, train_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,36 +39,26 @@ class AdaptationConfig:
     """Of the adapter's initial weights and the order of the rows."""
 
 
-def adapted_model(
-    base: Path, reviews: Sequence[Review], config: AdaptationConfig | None = None, *, threads: int | None = None
-) -> Path:
+def adapted_model(base: Path, reviews: Sequence[Review], config: AdaptationConfig | None = None) -> Path:
     """The folder of `base` adapted to review openings, trained now unless the cache has it.
 
     Args:
         base: A model folder of the cache; its name stands for its content.
         reviews: Its whole training text.
         config: Length and size.
-        threads: PyTorch threads to train with; measured if not given.
 
     Raises:
         ValueError: When the reviews are too few or too short for one batch of rows.
     """
     config = config or AdaptationConfig()
-    key = fingerprint("adapted 1", base.name, asdict(config), [review.text for review in reviews])
-
-    def build(target: Path) -> None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(choose_threads(requested=threads))
-        try:
-            adapt(base, [review.text for review in reviews], config, target)
-        finally:
-            torch.set_num_threads(before)
-
-    return build_once(cache_root() / "models" / f"{base.name.rsplit('-', 1)[0]}-reviews-{key}", build)
+    texts = [review.text for review in reviews]
+    key = fingerprint("adapted 1", base.name, asdict(config), texts)
+    folder = cache_root() / "models" / f"{base.name.rsplit('-', 1)[0]}-reviews-{key}"
+    return build_once(folder, lambda target: adapt(base, texts, config, target))
 
 
 def adapt(base: Path, texts: Sequence[str], config: AdaptationConfig, folder: Path) -> None:
-    """Train the adapter in bfloat16, merge it and save model and tokenizer in `folder`."""
+    """Train the adapter in bfloat16, from where it was interrupted; merge it, save model and tokenizer in `folder`."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     needed = 2 * config.steps * config.batch_size  # long openings are common: half of the texts would be enough
     encoded = tokenizer(list(texts[:needed]), truncation=True, max_length=config.row_length)["input_ids"]
@@ -88,29 +76,35 @@ def adapt(base: Path, texts: Sequence[str], config: AdaptationConfig, folder: Pa
             model,
             LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
-    optimize_adapter(model.to(device), rows, config, device)
+    optimize_adapter(model.to(device), rows, config, device, kept_beside(folder))
     model.merge_and_unload().cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def optimize_adapter(model: Any, rows: torch.Tensor, config: AdaptationConfig, device: torch.device) -> None:
+def optimize_adapter(
+    model: Any, rows: torch.Tensor, config: AdaptationConfig, device: torch.device, kept: Path
+) -> None:
     """Next-token cross-entropy on batches of rows [batch, row_length]."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
+    trained = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(10 * (step + 1) / config.steps, 1 - step / config.steps)
     )
-    stream = batches(rows, config.batch_size, torch.Generator().manual_seed(config.seed))
+
+    def step(_: int, ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.to(device)
+        with mixed_precision(device):
+            logits = model(input_ids=ids).logits
+        loss = nnf.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        return loss
+
     model.train()
-    with tqdm(range(config.steps), desc="Adapting to reviews", unit="step", mininterval=1.0) as progress:
-        for _ in progress:
-            ids = next(stream).to(device)
-            with mixed_precision(device):
-                logits = model(input_ids=ids).logits
-            loss = nnf.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            progress.set_postfix(perplexity=f"{loss.exp().item():.0f}", refresh=False)
+    parts = {"adapter": trained, "optimizer": optimizer, "schedule": schedule}
+    data = batches(rows, config.batch_size, torch.Generator().manual_seed(config.seed))
+    train_steps("Adapting to reviews", step, data, steps=config.steps, parts=parts, kept=kept)
     model.eval()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +45,9 @@ def build_once(folder: Path, build: Callable[[Path], None], *, valid: Callable[[
     """Return `folder`, after building it if it is missing or no longer valid.
 
     `build` fills an empty folder beside it, which is renamed into place when `build` returns: a reader sees the whole
-    result or nothing, and a process killed half-way leaves nothing behind that a later one would trust. Of several
-    processes one builds; the others wait for it.
+    result or nothing, and what a killed process leaves half-filled is emptied. What a build saves on its way, in
+    `kept_beside` the folder that it fills, stays until the result is in place. Of several processes one builds; the
+    others wait for it.
 
     Args:
         folder: Where the result lives.
@@ -69,17 +69,22 @@ def build_once(folder: Path, build: Callable[[Path], None], *, valid: Callable[[
     with _waiting_lock(folder):
         if folder.is_dir() and valid(folder):  # another process has built it while this one waited
             return folder
-        for stale in folder.parent.glob(f".{folder.name}.tmp-*"):  # left by a killed build; the lock is ours
-            shutil.rmtree(stale, ignore_errors=True)
-        target = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
+        target = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(target, ignore_errors=True)  # left by a killed build; the lock is ours
+        target.mkdir()
         try:
             build(target)
             shutil.rmtree(folder, ignore_errors=True)
-            target.chmod(0o755)  # mkdtemp makes it private
             target.replace(folder)
         finally:
             shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(kept_beside(target), ignore_errors=True)
     return folder
+
+
+def kept_beside(target: Path) -> Path:
+    """Where the build that fills `target` keeps what an interrupted one goes on from."""
+    return target.with_name(f"{target.name}.kept")
 
 
 @contextmanager

@@ -6,11 +6,14 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TypeAlias
 
 import datasets
@@ -20,6 +23,7 @@ import tyro
 from rlhf_ppo import TrainState
 from rlhf_ppo.checkpoints import lock_run_folder
 from rlhf_ppo.loop.signals import EXIT_AT_ONCE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
+from rlhf_ppo.progress import ProgressBar
 
 from .assets import AssetError
 
@@ -27,7 +31,10 @@ _HINT = "(default: what suits the model)"
 IntByModel: TypeAlias = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_HINT)]
 FloatByModel: TypeAlias = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_HINT)]
 SwitchByModel: TypeAlias = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint=_HINT)]
-Measured: TypeAlias = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: measured)")]
+IntByCores: TypeAlias = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the cores)")]
+IntByLength: TypeAlias = Annotated[
+    int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: a 25th of the iterations)")
+]
 
 _RULE = re.compile(r"[\u2500-]{4,}")
 _FRAME = re.compile(r"[\u2500-\u257f]")
@@ -37,17 +44,42 @@ def run(main: Callable[[Any], object], config: type[Any], description: str | Non
     """Parse the command line and run; what a user can mend is one line on stderr.
 
     Exit status: 2 for a wrong command line, 1 for anything else to be mended, 75 when the same command should be given
-    again, 130 when it was left at once.
+    again, 130 when it was left at once by a second signal.
     """
     quieten()
     try:
         settings = parse(config, description)
-        with only_run(settings.output_dir):
+        with only_run(settings.output_dir), leave_on_signals():
             main(settings)
     except KeyboardInterrupt as error:
-        leave("Interrupted. What was finished is kept: the same command goes on from there.", EXIT_AT_ONCE, error)
+        leave("Interrupted. What was kept before is whole: the same command goes on from there.", EXIT_AT_ONCE, error)
     except (AssetError, NotImplementedError, OSError, ValueError) as error:
         leave(f"error: {one_line(error)}", EXIT_FAILED, error)
+
+
+@contextlib.contextmanager
+def leave_on_signals() -> Iterator[None]:
+    """Context manager: while active, a signal that meets no training ends the process with a line and status 75.
+
+    Training has handlers of its own. With several processes the launcher's signal must end a process that waits for
+    another, which no handler in Python can.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        line = f"Stopped by {name}. Finished phases and what this one has saved are kept; the same command goes on."
+        leave(line, EXIT_RESUMABLE, None)
+
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    before = {known: signal.signal(known, stop) for name in names if (known := getattr(signal, name, None)) is not None}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -102,6 +134,8 @@ def ending(state: TrainState, iterations: int) -> str:
 
 def leave(line: str, status: int, error: BaseException | None) -> None:
     """Exit with `status` and one line on stderr, from the main process alone."""
+    for bar in list(getattr(ProgressBar, "_instances", ())):
+        bar.close()  # the line begins below it
     if is_main_process():
         print(line, file=sys.stderr, flush=True)
     raise SystemExit(status) from error

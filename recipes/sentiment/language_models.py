@@ -33,16 +33,13 @@ SMOLLM2_135M = "smollm2-135m"
 EMBEDDED_MODELS = (SMALL_GPT2, SMOLLM2_135M)
 
 
-def model_location(
-    name: str, *, reviews: Sequence[Review] | None = None, sft: SFTConfig | None = None, threads: int | None = None
-) -> str:
+def model_location(name: str, *, reviews: Sequence[Review] | None = None, sft: SFTConfig | None = None) -> str:
     """Where `from_pretrained` finds the model: an embedded name becomes a folder, prepared now if it must be.
 
     Args:
         name: One of `EMBEDDED_MODELS`, a folder, or a name on the model hub.
         reviews: What an embedded model is trained on; the language-model part of the embedded reviews by default.
         sft: How the small GPT-2 is trained.
-        threads: PyTorch threads to train an embedded model with; measured by default.
 
     Raises:
         ValueError: When a folder is named that does not exist.
@@ -51,8 +48,8 @@ def model_location(
     if name in EMBEDDED_MODELS:
         texts = split_reviews(load_reviews()).language_model if reviews is None else reviews
         if name == SMALL_GPT2:
-            return str(small_language_model(texts, sft, threads=threads))
-        return str(adapted_model(smollm2_folder(), texts, threads=threads))
+            return str(small_language_model(texts, sft))
+        return str(adapted_model(smollm2_folder(), texts))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -68,7 +65,6 @@ def load_language_model(
     *,
     reviews: Sequence[Review] | None = None,
     sft: SFTConfig | None = None,
-    threads: int | None = None,
     dtype: torch.dtype = torch.float32,
     quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -78,7 +74,6 @@ def load_language_model(
         name: See [`model_location`][sentiment.language_models.model_location], as for the other arguments.
         reviews: Training text of an embedded model.
         sft: How the small GPT-2 is trained.
-        threads: PyTorch threads for that.
         dtype: Of the weights.
         quantization: Fewer bits for the weights of linear layers, on this process's device.
 
@@ -86,7 +81,7 @@ def load_language_model(
         ValueError: When there is no such model, it is not a causal one, or the tokenizer does not fit it.
         AssetError: When an embedded model needs a package that cannot be fetched.
     """
-    location = model_location(name, reviews=reviews, sft=sft, threads=threads)
+    location = model_location(name, reviews=reviews, sft=sft)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
         few_bits = with_quantization_config({"quantization_config": quantization}) if quantization is not None else {}

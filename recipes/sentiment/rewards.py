@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
 from reward_model.client import RemoteRewardModel
+from reward_model.contract import CONTRACT_FILE
 from reward_model.ensemble import load_reward_model
+from reward_model.trainer import newest_checkpoint
+from rlhf_ppo.loop.signals import EXIT_RESUMABLE, StopRequest, stop_on_signals
 from rlhf_ppo.models.device import default_device
 
 from .assets import MINILM, fetch
-from .cache import build_once, cache_root, fingerprint
-from .command_line import reason
+from .cache import build_once, cache_root, fingerprint, kept_beside
+from .command_line import leave, reason
 from .reviews import Review, ReviewParts, preference_pairs
 
 TRAIN_REWARD_MODEL = "train"
@@ -82,6 +95,8 @@ def _unknown(choice: str, error: Exception) -> ValueError:
 
 PAIRS = 2200
 """Pairs that the reward model learns from: what two cores do in a minute and a half."""
+CHECKPOINTS = 20
+"""Of the reward model's training, so that a killed one repeats at most 5 % of it."""
 
 
 def _trained_reward_model(parts: ReviewParts, seed: int) -> Path:
@@ -100,15 +115,49 @@ def _trained_reward_model(parts: ReviewParts, seed: int) -> Path:
     )
 
     def build(target: Path) -> None:
-        pairs = preference_pairs(reviews[held_out:], **words).shuffle(seed=0)
-        train_reward_model(
-            RewardModelConfig(model=base, output_dir=str(target), overwrite=True, **settings),
-            train=pairs.select(range(min(len(pairs), PAIRS))),
-            evaluation=preference_pairs(reviews[:held_out], **words),
-        )
-        AcceleratorState._reset_state()  # PPO has a precision of its own, whether or not this was cached
+        output = kept_beside(target) / "model"
+        if not (output / CONTRACT_FILE).is_file():
+            pairs = preference_pairs(reviews[held_out:], **words).shuffle(seed=0)
+            _train_or_go_on(
+                RewardModelConfig(model=base, output_dir=str(output), checkpoints=CHECKPOINTS, **settings),
+                train=pairs.select(range(min(len(pairs), PAIRS))),
+                evaluation=preference_pairs(reviews[:held_out], **words),
+            )
+        shutil.copytree(output, target, dirs_exist_ok=True)
 
     return build_once(cache_root() / "models" / f"sentiment-reward-model-{key}", build)
+
+
+def _train_or_go_on(config: RewardModelConfig, **data: Any) -> None:
+    """Train, from the newest checkpoint of an interrupted training if there is one; a signal leaves one behind."""
+    config = replace(config, resume=newest_checkpoint(config) is not None)
+    with stop_on_signals() as request:
+        train_reward_model(config, **data, callbacks=[SaveAndLeave(request)])
+    AcceleratorState._reset_state()  # PPO has a precision of its own, whether or not this was cached
+    if request.asked:
+        leave(f"Stopped by {request.name}: the reward model is kept; the same command goes on.", EXIT_RESUMABLE, None)
+
+
+class SaveAndLeave(TrainerCallback):
+    """After a signal: end the process behind a checkpoint of the step that runs."""
+
+    def __init__(self, request: StopRequest) -> None:
+        """Take who knows of signals."""
+        self.request = request
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint."""
+        control.should_save |= self.request.asked
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave once it is written."""
+        if self.request.asked:
+            done = f"step {state.global_step} of {state.max_steps} of the reward model"
+            leave(
+                f"Stopped by {self.request.name} after {done}, which is kept; the same command goes on.",
+                EXIT_RESUMABLE,
+                None,
+            )
 
 
 def _first(label: int, reviews: Sequence[Review]) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rlhf_ppo.diagnostics.guards import Guards
 
-from .command_line import FloatByModel, IntByModel, Measured, SwitchByModel
+from .command_line import FloatByModel, IntByCores, IntByLength, IntByModel, SwitchByModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +64,17 @@ class GuardSettings:
 class RunSettings:
     """How a run is kept, ended and watched; none of them changes what is learned."""
 
-    save_every: int = 10
-    """Iterations between two checkpoints."""
+    save_every: IntByLength = None
+    """Iterations between two checkpoints of PPO; 0: none but at the end."""
     max_time: float | None = None
     """Seconds in all; PPO stops in time, with a checkpoint and exit status 75, and the same command goes on."""
     fresh: bool = False
     """Ignore checkpoints in the run folder."""
-    threads: Measured = None
+    threads: IntByCores = None
     """PyTorch threads."""
     log_with: Literal["tensorboard", "wandb"] | None = "tensorboard"
     """Tracker."""
+
+    def saved_every(self, iterations: int) -> int:
+        """Iterations between two checkpoints of that many."""
+        return max(1, iterations // 25) if self.save_every is None else self.save_every

@@ -8,8 +8,7 @@ AdamW, which keeps the embeddings, norms and biases.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as nnf
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from .cache import build_once, cache_root, fingerprint
+from .cache import build_once, cache_root, fingerprint, kept_beside
 from .reviews import Review
-from .threads import choose_threads
-from .training import batches, mixed_precision
+from .training import batches, mixed_precision, train_steps
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 _SENTENCE_ENDS = (".", "!", "?")
@@ -76,35 +73,24 @@ class SFTConfig:
             )
 
 
-def small_language_model(
-    reviews: Sequence[Review], config: SFTConfig | None = None, *, threads: int | None = None
-) -> Path:
+def small_language_model(reviews: Sequence[Review], config: SFTConfig | None = None) -> Path:
     """The folder of the language model trained on these reviews, trained now unless the cache has it.
 
     Args:
         reviews: Its whole training text.
         config: Size and schedule.
-        threads: PyTorch threads to train with; measured if not given.
 
     Raises:
         ValueError: When the reviews are too few or too short for one batch of rows.
     """
     config = config or SFTConfig()
     key = fingerprint("gpt2-small-reviews 1", asdict(config), [review.text for review in reviews])
-
-    def build(target: Path) -> None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(choose_threads(requested=threads))
-        try:
-            train_language_model(reviews, config, target)
-        finally:
-            torch.set_num_threads(before)
-
-    return build_once(cache_root() / "models" / f"gpt2-small-reviews-{key}", build)
+    folder = cache_root() / "models" / f"gpt2-small-reviews-{key}"
+    return build_once(folder, lambda target: train_language_model(reviews, config, target))
 
 
 def train_language_model(reviews: Sequence[Review], config: SFTConfig, folder: Path) -> None:
-    """Train tokenizer and model and save both in `folder`."""
+    """Train tokenizer and model and save both in `folder`; an interrupted training goes on where it was."""
     texts = [review.text for review in reviews]
     tokenizer = train_tokenizer(texts, vocabulary_size=config.vocabulary_size)
     openings, stretches = training_rows(tokenizer, texts, length=config.row_length)
@@ -117,7 +103,7 @@ def train_language_model(reviews: Sequence[Review], config: SFTConfig, folder: P
         torch.manual_seed(config.seed)
         model = new_model(config, tokenizer)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    optimize(model, openings, stretches, config)
+    optimize(model, openings, stretches, config, kept_beside(folder))
     model.cpu().eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -190,36 +176,42 @@ def new_model(config: SFTConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHe
     )
 
 
-def optimize(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config: SFTConfig) -> None:
+def optimize(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config: SFTConfig, kept: Path) -> None:
     """Next-token cross-entropy for `config.steps` steps, in bfloat16 where the processor computes with it."""
     device = next(model.parameters()).device
     optimizers = make_optimizers(model, config)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    generator = torch.Generator().manual_seed(config.seed)
-    opening_batches = batches(openings, config.batch_size, generator)
-    stretch_batches = batches(stretches, config.batch_size, generator)
-    first_opening = round((1 - config.opening_fraction) * config.steps)
+
+    def step(number: int, rows: torch.Tensor) -> torch.Tensor:
+        rate = learning_rate(number, config)
+        for optimizer, groups in zip(optimizers, peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = peak * rate
+        rows = rows.to(device)
+        with mixed_precision(device):
+            logits = model(input_ids=rows).logits
+        loss = nnf.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
     model.train()
-    smoothed = math.nan
-    with tqdm(range(config.steps), desc="Language model", unit="step", mininterval=1.0) as progress:
-        for step in progress:
-            rate = learning_rate(step, config)
-            for optimizer, groups in zip(optimizers, peaks, strict=True):
-                for group, peak in zip(optimizer.param_groups, groups, strict=True):
-                    group["lr"] = peak * rate
-            rows = next(stretch_batches if step < first_opening else opening_batches).to(device)
-            with mixed_precision(device):
-                logits = model(input_ids=rows).logits
-            loss = nnf.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            if step % 10 == 0:
-                value = loss.item()
-                smoothed = value if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * value
-                progress.set_postfix(perplexity=f"{math.exp(min(smoothed, 20.0)):.0f}", refresh=False)
+    parts = {"model": model, "muon": optimizers[0], "adamw": optimizers[1]}
+    data = data_of_steps(openings, stretches, config)
+    train_steps("Language model", step, data, steps=config.steps, parts=parts, kept=kept)
+
+
+def data_of_steps(openings: torch.Tensor, stretches: torch.Tensor, config: SFTConfig) -> Iterator[torch.Tensor]:
+    """The batch of each step: stretches first, then openings alone."""
+    generator = torch.Generator().manual_seed(config.seed)
+    of_openings = batches(openings, config.batch_size, generator)
+    of_stretches = batches(stretches, config.batch_size, generator)
+    first_opening = round((1 - config.opening_fraction) * config.steps)
+    for step in range(config.steps):
+        yield next(of_stretches if step < first_opening else of_openings)
 
 
 def make_optimizers(model: torch.nn.Module, config: SFTConfig) -> list[torch.optim.Optimizer]:

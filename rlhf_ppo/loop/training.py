@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from tqdm.auto import tqdm
 
 from rlhf_ppo.checkpoints.best import BestModels
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
@@ -23,6 +22,7 @@ from rlhf_ppo.loop.run_keeper import RunKeeper
 from rlhf_ppo.loop.sampling import make_collector
 from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
 from rlhf_ppo.loop.token_traces import token_traces
+from rlhf_ppo.progress import ProgressBar
 from rlhf_ppo.rewards.offload import offload_sources
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
 from rlhf_ppo.rollout.collect import CollectedResponses
@@ -103,7 +103,7 @@ class TrainingLoop:
         if self.config.resume:
             self.restore()
         limit = TimeLimit(self.config.max_time)
-        bar = tqdm(
+        bar = ProgressBar(
             total=self.config.iterations, initial=self.state.iteration, desc="PPO", unit="it",
             disable=not (self.config.progress and self.learner.accelerator.is_main_process),
         )  # fmt: skip
