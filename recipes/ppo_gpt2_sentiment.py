@@ -1,13 +1,13 @@
 r"""All of RLHF in one script: a language model learns from a reward model to write positive film reviews.
 
-    accelerate launch recipes/ppo_gpt2_sentiment.py                                # laptop CPU, no model hub
+    python recipes/ppo_gpt2_sentiment.py                                           # laptop CPU, no model hub
     accelerate launch recipes/ppo_gpt2_sentiment.py --model smollm2-135m           # real sentences, LoRA, bf16
     accelerate launch recipes/ppo_gpt2_sentiment.py --model lvwerra/gpt2-imdb \
         --reward-model lvwerra/distilbert-imdb --dataset stanfordnlp/imdb          # the classic pair, from the hub
 
 Five phases: (1) a small GPT-2 is trained on real reviews, (2) a reward model on preference pairs from labeled
 reviews, (3) held-out prompts are answered and judged, (4) token-level PPO against the frozen reference, (5) the same
-prompts again, and a report. Phases 1 and 2 are cached; an interrupted phase 4 goes on where it stopped.
+prompts again, and a report. Phases 1 and 2 are cached; the same command goes on where an interrupted one was.
 
 Left out: instruction tuning and human labels; "positive" is a stand-in for "preferred" that judges can check.
 Results: docs/results/sentiment.md.
@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before torch is loaded, which reads it once
     spin_shortly()
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -84,7 +84,6 @@ def main(config: Config) -> dict[str, Estimates]:
     phase("reward model")
     reward, line = config.furnish(policy, config.reward_url or config.reward_model, parts)
     phase.say(line)
-
     prompts, held_out = stages.prompt_sets(parts, tokenizer, held_out=config.eval_prompts)
     trainer = make_trainer(config, chosen, policy, tokenizer, prompts)
     sampling = SamplingConfig(
@@ -94,28 +93,31 @@ def main(config: Config) -> dict[str, Estimates]:
 
     phase("held-out evaluation before PPO")
     judges, line = stages.judges(parts)
-    asking: dict[str, Any] = {"judges": judges, "sampler": sampler, "reward_calls": config.reward_calls}
-    before = trainer.evaluate(held_out, reward, sampling, **asking)
+    evaluate = stages.KeptEvaluations(
+        folder, partial(trainer.evaluate, rewards=reward, sampling=sampling, judges=judges, sampler=sampler,
+        reward_calls=config.reward_calls)
+    )  # fmt: skip
+    before = evaluate("before PPO", held_out, tokenizer)
     phase.say(line, stages.describe(before))
 
     phase("PPO")
     loop = TrainConfig(
-        iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir,
+        iterations=chosen.iterations, sampling=sampling, output_dir=config.output_dir, reward_calls=config.reward_calls,
         save_every=config.saved_every(chosen.iterations), max_time=phase.left(config.max_time),
-        missing_eos=config.preset and stages.published_run(config.preset).missing_eos,
-        reward_calls=config.reward_calls, **config.guarding,
+        missing_eos=config.preset and stages.published_run(config.preset).missing_eos, **config.guarding,
     )  # fmt: skip
     state = trainer.train(reward, loop, eval_prompts=held_out, judges=judges, sampler=sampler)
     phase.say(stages.ending(state, chosen.iterations))
 
     phase("held-out evaluation after PPO, report")
-    after = trainer.evaluate(held_out, reward, sampling, **asking)
+    after = evaluate(f"after {state.iteration} iterations", held_out, tokenizer)
     phase.say(stages.describe(after))
     trainer.save_pretrained(f"{config.output_dir}/model")
     if trainer.accelerator.is_main_process:
         stages.write_run(folder, before, after)
         phase.say(model_line(f"{config.output_dir}/model", chosen.lora_rank))
         phase.say(f"report: {write_report(folder.path, title=f'PPO on {config.model}')}")
+        evaluate.forget()
     return {"before": stages.estimates(before), "after": stages.estimates(after)}
 
 

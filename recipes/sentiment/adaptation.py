@@ -106,5 +106,5 @@ def optimize_adapter(
     model.train()
     parts = {"adapter": trained, "optimizer": optimizer, "schedule": schedule}
     data = batches(rows, config.batch_size, torch.Generator().manual_seed(config.seed))
-    train_steps("Adapting to reviews", step, data, steps=config.steps, parts=parts, kept=kept)
+    train_steps("Adaptation", step, data, steps=config.steps, parts=parts, kept=kept)
     model.eval()

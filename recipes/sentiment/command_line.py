@@ -52,7 +52,7 @@ def run(main: Callable[[Any], object], config: type[Any], description: str | Non
         with only_run(settings.output_dir), leave_on_signals():
             main(settings)
     except KeyboardInterrupt as error:
-        leave("Interrupted. What was kept before is whole: the same command goes on from there.", EXIT_AT_ONCE, error)
+        leave("Interrupted. What was finished is kept: the same command goes on from there.", EXIT_AT_ONCE, error)
     except (AssetError, NotImplementedError, OSError, ValueError) as error:
         leave(f"error: {one_line(error)}", EXIT_FAILED, error)
 

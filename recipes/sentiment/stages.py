@@ -26,6 +26,8 @@ from .command_line import Phases as Phases
 from .command_line import ending as ending
 from .command_line import is_main_process
 from .command_line import run as run
+from .evaluations import FOLDER, UNLEARNED
+from .evaluations import KeptEvaluations as KeptEvaluations
 from .judges import ReviewClassifier, VaderJudge, distinct_ngrams, repetition
 from .language_models import SMALL_GPT2, SMOLLM2_135M, load_language_model
 from .published import PresetName as PresetName
@@ -129,14 +131,14 @@ def open_run_folder(path: str, settings: dict[str, Any], *, fresh: bool) -> RunF
         if fresh:
             for old in folder.path.glob("checkpoint-*"):
                 shutil.rmtree(old)
+            shutil.rmtree(folder.path / FOLDER, ignore_errors=True)
             folder.resume_from(0)
         folder.write_config(settings)
     return folder
 
 
 def _refuse_other_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
-    ignored = {"output_dir", "fresh", "threads", "log_with", "save_every", "max_time", "vllm_url"}
-    known = {name: value for name, value in folder.config().items() if name in settings and name not in ignored}
+    known = {name: value for name, value in folder.config().items() if name in settings and name not in UNLEARNED}
     changed = {name: value for name, value in known.items() if value != redacted(settings[name], name)}
     if changed and checkpoints(folder.path):
         was = ", ".join(f"{name}={value!r} (now {settings[name]!r})" for name, value in changed.items())

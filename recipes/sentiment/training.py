@@ -96,7 +96,7 @@ def train_steps(
             if request.asked:
                 break
     if request.asked:
-        line = f"Stopped by {request.name} after step {index + 1} of {steps} of {name.lower()}, which is kept"
+        line = f"Stopped by {request.name} after step {index + 1} of {steps} of the {name.lower()}, which is kept"
         leave(f"{line}; the same command goes on.", EXIT_RESUMABLE, None)
 
 

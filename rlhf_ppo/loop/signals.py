@@ -64,7 +64,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if request.asked:
             raise KeyboardInterrupt
         request.name = signal.Signals(number).name
-        os.write(2, b"\nStopping after this phase, with a checkpoint. Once more: at once, without.\n")
+        os.write(2, b"\nStopping soon, with a checkpoint. Once more: at once, without.\n")
 
     # SIGUSR1 is what `sbatch --signal=USR1@120` sends before the time of a job is up; Windows does not have it.
     names = ("SIGINT", "SIGTERM", "SIGUSR1")

@@ -1,6 +1,8 @@
 """Whatever a user can mend at the recipe's command line is one line that names the remedy, never a traceback."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,15 +141,18 @@ def test_the_real_command_line_shows_the_same_line_and_status(tmp_path: Path) ->
     assert result.stderr.count("\n") == 1
 
 
-def test_ctrl_c_outside_ppo_is_one_line_too(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_of_training_is_one_line_too(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
+    before = signal.getsignal(number)
     monkeypatch.setattr(sys, "argv", ["recipe", *arguments(world, tmp_path / "run")])
     monkeypatch.setattr(stages, "judges", interrupted)
     with pytest.raises(SystemExit) as stop:
         stages.run(recipe.main, recipe.Config, None)
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "Interrupted. What was finished is kept: the same command goes on from there.\n"
+    assert stop.value.code == 75 and signal.getsignal(number) is before
+    said = "Finished phases and what this one has saved are kept; the same command goes on."
+    assert capsys.readouterr().err == f"Stopped by {signal.Signals(number).name}. {said}\n"

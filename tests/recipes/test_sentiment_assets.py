@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sentiment.assets import GPT2_TOKENIZER, MINILM, MOVIE_REVIEWS, SMOLLM2, Asset, AssetError, fetch
-from sentiment.cache import build_once, cache_root, fingerprint
+from sentiment.cache import build_once, cache_root, fingerprint, kept_beside
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MEMBERS = {"toy_words/data/words.txt": b"good bad\n", "toy_words/data/more.bin": bytes(range(256))}
@@ -166,8 +166,9 @@ print(sorted(p.name for p in build_once(folder, build).iterdir()))
 
 
 def test_a_build_that_fails_or_is_killed_leaves_nothing_that_is_trusted_later(tmp_path: Path) -> None:
-    stale = tmp_path / ".thing.tmp-killed"
+    stale = tmp_path / ".thing.partial"  # as a kill leaves it
     stale.mkdir()
+    (stale / "quarter.txt").touch()
 
     def fails(target: Path) -> None:
         (target / "half.txt").write_text("1")
@@ -178,6 +179,23 @@ def test_a_build_that_fails_or_is_killed_leaves_nothing_that_is_trusted_later(tm
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     folder = build_once(tmp_path / "thing", lambda target: (target / "whole.txt").touch())
     assert [path.name for path in folder.iterdir()] == ["whole.txt"]
+
+
+def test_what_a_build_keeps_on_its_way_outlives_it_until_the_result_is_in_place(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def builds(target: Path) -> None:
+        kept = kept_beside(target)
+        seen.append(kept.is_dir())
+        kept.mkdir(exist_ok=True)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_once(tmp_path / "thing", builds)
+    build_once(tmp_path / "thing", builds)
+    assert seen == [False, True]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["thing"]
 
 
 def test_a_cache_that_cannot_be_created_names_the_variable_that_moves_it(tmp_path: Path) -> None:

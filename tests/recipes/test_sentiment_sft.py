@@ -20,8 +20,7 @@ from sentiment.sft import (
     train_tokenizer,
     training_rows,
 )
-from sentiment.threads import choose_threads
-from sentiment.training import batches
+from sentiment.training import MOST_THREADS, batches, use_threads
 from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 TINY = SFTConfig(
@@ -34,14 +33,14 @@ REVIEWS = [
 
 def test_the_small_model_learns_is_cached_and_loads_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_PPO_CACHE", str(tmp_path))
-    model, tokenizer = load_language_model("gpt2-small-reviews", reviews=REVIEWS, sft=TINY, threads=1)
+    model, tokenizer = load_language_model("gpt2-small-reviews", reviews=REVIEWS, sft=TINY)
     ids = tokenizer(REVIEWS[0].text, return_tensors="pt").input_ids[:, : TINY.row_length]
     uniform = torch.log(torch.tensor(float(len(tokenizer))))
     assert model(input_ids=ids, labels=ids).loss < 0.6 * uniform
     assert tokenizer.padding_side == "left" and tokenizer.pad_token_id == model.config.pad_token_id
     assert tokenizer.decode(tokenizer("Don't, it's a film!").input_ids) == "Don't, it's a film!"
 
-    folder = model_location("gpt2-small-reviews", reviews=REVIEWS, sft=TINY, threads=1)
+    folder = model_location("gpt2-small-reviews", reviews=REVIEWS, sft=TINY)
     before = (Path(folder) / "model.safetensors").stat().st_mtime_ns
     assert model_location("gpt2-small-reviews", reviews=REVIEWS, sft=TINY) == folder
     assert (Path(folder) / "model.safetensors").stat().st_mtime_ns == before
@@ -53,11 +52,11 @@ def test_another_setting_or_another_text_is_another_model_and_the_same_is_bitwis
 ) -> None:
     short = replace(TINY, steps=3)
     monkeypatch.setenv("RLHF_PPO_CACHE", str(tmp_path / "a"))
-    first = small_language_model(REVIEWS, short, threads=1)
-    assert small_language_model(REVIEWS, replace(short, seed=1), threads=1) != first
-    assert small_language_model(REVIEWS[1:], short, threads=1) != first
+    first = small_language_model(REVIEWS, short)
+    assert small_language_model(REVIEWS, replace(short, seed=1)) != first
+    assert small_language_model(REVIEWS[1:], short) != first
     monkeypatch.setenv("RLHF_PPO_CACHE", str(tmp_path / "b"))
-    again = small_language_model(REVIEWS, short, threads=1)
+    again = small_language_model(REVIEWS, short)
     assert again.name == first.name
     assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
 
@@ -67,14 +66,14 @@ def test_training_leaves_the_random_state_and_the_threads_alone(
 ) -> None:
     monkeypatch.setenv("RLHF_PPO_CACHE", str(tmp_path))
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    small_language_model(REVIEWS, replace(TINY, steps=1), threads=2)
+    small_language_model(REVIEWS, replace(TINY, steps=1))
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
 
 
 def test_too_few_long_reviews_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_PPO_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="One step needs 4 reviews of at least 12 tokens, got 0 of 1"):
-        small_language_model([Review("Short.", 1)], TINY, threads=1)
+        small_language_model([Review("Short.", 1)], TINY)
 
 
 def test_openings_begin_a_review_and_stretches_begin_a_sentence() -> None:
@@ -119,22 +118,18 @@ def test_settings_that_cannot_work_are_refused(change: dict[str, int], message: 
         replace(TINY, **change)
 
 
-def test_one_thread_is_chosen_where_more_do_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sentiment.threads._available_cores", lambda: 8)
-    seconds = {1: 1.0, 2: 0.6, 4: 0.55, 8: 0.1}
-    assert choose_threads(processes=1, measure=seconds.__getitem__) == 2
-    assert choose_threads(processes=1, measure=lambda threads: float(threads)) == 1
-    assert choose_threads(processes=1, measure=lambda threads: 1 / threads) == 8
-    assert choose_threads(processes=2, measure=lambda threads: 1 / threads) == 1
-
-
-def test_requested_threads_are_taken_and_the_measurement_leaves_none_behind() -> None:
-    assert choose_threads(requested=3) == 3
+def test_threads_are_this_processs_share_of_the_cores_or_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` sets OMP_NUM_THREADS to 1 by itself, so nobody can say it by that variable."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    for cores, processes in ((2, 1), (4, 2), (2, 4), (64, 1)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        use_threads()
+    use_threads(3)
+    assert taken == [2, 2, 1, MOST_THREADS, 3]
     with pytest.raises(ValueError, match="At least one thread"):
-        choose_threads(requested=0)
-    before = torch.get_num_threads()
-    assert choose_threads(processes=1) >= 1
-    assert torch.get_num_threads() == before
+        use_threads(0)
 
 
 def saved(folder: Path, model: GPT2LMHeadModel, tokenizer: object) -> str:
@@ -181,7 +176,7 @@ def test_a_name_that_cannot_be_reached_and_a_model_of_another_kind_name_the_choi
 
 def test_the_saved_small_model_is_an_ordinary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_PPO_CACHE", str(tmp_path))
-    folder = small_language_model(REVIEWS, replace(TINY, steps=1), threads=1)
+    folder = small_language_model(REVIEWS, replace(TINY, steps=1))
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder), GPT2LMHeadModel)
     assert AutoTokenizer.from_pretrained(folder).pad_token == "<|pad|>"
 
@@ -193,7 +188,7 @@ def test_a_pretrained_model_is_adapted_once_and_saved_without_its_adapter(
     base = tmp_path / "toy-0123"
     saved(base, tiny_llama(), tiny_tokenizer())
     config = AdaptationConfig(row_length=12, batch_size=4, steps=12, rank=4, learning_rate=1e-2)
-    folder = adapted_model(base, REVIEWS, config, threads=1)
+    folder = adapted_model(base, REVIEWS, config)
     assert adapted_model(base, REVIEWS, config) == folder and folder.name.startswith("toy-reviews-")
     assert not (folder / "adapter_config.json").exists()
     ids = tiny_tokenizer()(REVIEWS[0].text, return_tensors="pt").input_ids[:, :12]
@@ -203,4 +198,4 @@ def test_a_pretrained_model_is_adapted_once_and_saved_without_its_adapter(
     )
     assert after < before - 0.5
     with pytest.raises(ValueError, match="One step needs 4 reviews of at least 12 tokens, got 0 of 1"):
-        adapted_model(base, [Review("Short.", 1)], config, threads=1)
+        adapted_model(base, [Review("Short.", 1)], config)

@@ -1,0 +1,72 @@
+"""How long threads spin: set before torch is loaded by what is run, never by what is imported, never over the user."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import rlhf_ppo.openmp
+import sentiment.openmp
+from rlhf_ppo.openmp import SHORT_SPIN, is_command
+
+ROOT = Path(__file__).parents[2]
+CHOICES = ("OMP_WAIT_POLICY", *SHORT_SPIN)
+
+
+def environment(**chosen: str) -> dict[str, str]:
+    """Without a choice but this one; torch is replaced by what shows its environment and ends the process."""
+    known = {name: value for name, value in os.environ.items() if name not in CHOICES}
+    return {**known, **chosen, "PYTHONPATH": f"{Path(__file__).parent / 'no_torch'}{os.pathsep}{ROOT}"}
+
+
+COMMANDS = [
+    ["recipes/ppo_gpt2_sentiment.py"], ["recipes/train_reward_model.py"],
+    *(["-m", f"reward_model.{name}"] for name in ("train", "evaluate", "score", "serve")),
+    *(["-m", f"rlhf_ppo.{name}"] for name in ("plan", "replay", "merge")),
+]  # fmt: skip
+
+
+def seen_by_torch(command: list[str], **chosen: str) -> list[str]:
+    """The variables in the environment at the moment torch is imported."""
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment(**chosen), capture_output=True, text=True, check=False
+    )
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_what_is_run_has_the_short_spin_before_torch_is_loaded(command: list[str]) -> None:
+    assert seen_by_torch(command) == [f"{name}={value}" for name, value in SHORT_SPIN.items()]
+
+
+@pytest.mark.parametrize(("command", "chosen"), [(COMMANDS[0], "OMP_WAIT_POLICY"), (COMMANDS[2], "GOMP_SPINCOUNT")])
+def test_the_users_choice_stands(command: list[str], chosen: str) -> None:
+    assert seen_by_torch(command, **{chosen: "7"}) == [f"{chosen}=7"]
+
+
+@pytest.mark.parametrize("spin_shortly", [sentiment.openmp.spin_shortly, rlhf_ppo.openmp.spin_shortly])
+@pytest.mark.parametrize("chosen", CHOICES)
+def test_one_choice_of_the_user_is_enough_to_set_nothing(
+    spin_shortly: Callable[[], None], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {chosen: "7"})
+    spin_shortly()
+    assert os.environ == {chosen: "7"}
+
+
+@pytest.mark.parametrize("statement", ["import rlhf_ppo, reward_model", "import ppo_gpt2_sentiment"])
+def test_an_import_leaves_the_environment_alone(statement: str) -> None:
+    assert seen_by_torch(["-c", f"import sys; sys.path.append('recipes'); {statement}"]) == []
+
+
+def test_only_a_module_of_ours_is_a_command() -> None:
+    assert is_command(["python", "-W", "ignore", "-m", "reward_model.train", "--help"])
+    assert not is_command(["python", "-m", "pytest", "-m", "not slow", "rlhf_ppo.plan"])
+    assert not is_command(["python", "mine.py"]) and not is_command(["python", "-m"])
+
+
+def test_recipes_and_commands_agree() -> None:
+    assert sentiment.openmp.SHORT_SPIN == rlhf_ppo.openmp.SHORT_SPIN
