@@ -1,6 +1,6 @@
 r"""All of RLHF in one script: a language model learns from a reward model to write positive film reviews.
 
-    python recipes/ppo_gpt2_sentiment.py                                           # laptop CPU, no model hub
+    accelerate launch recipes/ppo_gpt2_sentiment.py                                # laptop CPU, no model hub
     accelerate launch recipes/ppo_gpt2_sentiment.py --model smollm2-135m           # real sentences, LoRA, bf16
     accelerate launch recipes/ppo_gpt2_sentiment.py --model lvwerra/gpt2-imdb \
         --reward-model lvwerra/distilbert-imdb --dataset stanfordnlp/imdb          # the classic pair, from the hub

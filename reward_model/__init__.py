@@ -1,6 +1,6 @@
 """Reward models from preference data: train, judge, normalize, serve, and score inside PPO."""
 
-import rlhf_ppo.openmp  # noqa: F401  # isort: skip  it must come before torch
+import rlhf_ppo.utils.openmp  # noqa: F401  # isort: skip  it must come before torch
 from reward_model.config import RewardModelConfig
 from reward_model.contract import Contract, ContractError, Normalization, TextRule
 from reward_model.data import BadRow, Comparison

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from rlhf_ppo.progress import ProgressBar
+from rlhf_ppo.utils.progress import ProgressBar
 
 _SHOWN = ("loss", "accuracy", "eval_accuracy")
 

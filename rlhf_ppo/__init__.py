@@ -1,6 +1,6 @@
 """RLHF fine-tuning of language models: token-level PPO with a value head, a frozen reference and a reward model."""
 
-import rlhf_ppo.openmp  # noqa: F401  # isort: skip  it must come before torch
+import rlhf_ppo.utils.openmp  # noqa: F401  # isort: skip  it must come before torch
 from rlhf_ppo.algorithms import (
     GAE,
     GRPO,

@@ -23,7 +23,7 @@ import tyro
 from rlhf_ppo import TrainState
 from rlhf_ppo.checkpoints import lock_run_folder
 from rlhf_ppo.loop.signals import EXIT_AT_ONCE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
-from rlhf_ppo.progress import ProgressBar
+from rlhf_ppo.utils.progress import ProgressBar
 
 from .assets import AssetError
 

@@ -2,7 +2,7 @@
 
 OpenMP reads this from the environment once, while torch is loaded. By default a waiting thread spins for milliseconds;
 beside other jobs it spins on the core that the thread it waits for needs. The packages' commands do the same in
-`rlhf_ppo.openmp`, which cannot be imported without torch.
+`rlhf_ppo.utils.openmp`, which cannot be imported without torch.
 """
 
 import os

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.loop.signals import EXIT_RESUMABLE, stop_on_signals
-from rlhf_ppo.progress import ProgressBar
+from rlhf_ppo.utils.progress import ProgressBar
 
 from .command_line import leave
 

@@ -22,13 +22,13 @@ from rlhf_ppo.loop.run_keeper import RunKeeper
 from rlhf_ppo.loop.sampling import make_collector
 from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
 from rlhf_ppo.loop.token_traces import token_traces
-from rlhf_ppo.progress import ProgressBar
 from rlhf_ppo.rewards.offload import offload_sources
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
 from rlhf_ppo.rollout.collect import CollectedResponses
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
 from rlhf_ppo.rollout.rebalance import rebalance_empty_ranks
 from rlhf_ppo.samplers.base import Sampler
+from rlhf_ppo.utils.progress import ProgressBar
 
 __all__ = ["Callback", "TrainConfig", "TrainState", "TrainingLoop"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_ppo import progress
-from rlhf_ppo.progress import ProgressBar
+from rlhf_ppo.utils import progress
+from rlhf_ppo.utils.progress import ProgressBar
 
 NUMBERS = {"reward": "-0.12", "kl": "10.5", "length": "24"}
 
