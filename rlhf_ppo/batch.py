@@ -1,7 +1,7 @@
-"""The typed batches that flow through one iteration: inputs -> `Rollout` -> `TrainBatch`.
+"""Typed batches of one iteration: `PolicyInputs` -> `Rollout` -> `TrainBatch`.
 
-A stage returns a new frozen batch; nothing is "not yet computed" and filled in later. Rows are episodes (one response
-each), columns are time steps (one response token each). `mask` is True exactly at *our* actions.
+Each stage returns a new frozen batch; no field is filled in later. Rows are episodes (one response each), columns are
+time steps (one response token each). `mask` is True exactly at the policy's actions.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,18 +17,18 @@ Rows = Int[Tensor, " rows"]
 
 @runtime_checkable
 class PolicyInputs(Protocol):
-    """What a policy needs to score the actions of a batch again; rows can be selected and weighed."""
+    """What a policy reads to score the actions of a batch again."""
 
     def select(self, rows: Rows) -> "PolicyInputs":
         """The same inputs for `rows` alone."""
         ...
 
     def costs(self) -> Int[Tensor, " batch"]:
-        """Work of each row in tokens (or steps): what micro-batches are cut and sorted by."""
+        """Tokens (or steps) of each row; micro-batches are sorted and cut by them."""
         ...
 
     def width(self) -> int:
-        """T: time steps of the longest row, hence columns of every [batch, time] tensor."""
+        """T: time steps of the longest row, the columns of every [batch, time] tensor."""
         ...
 
     def to(self, device: torch.device) -> "PolicyInputs":
@@ -36,25 +36,25 @@ class PolicyInputs(Protocol):
         ...
 
     def joined(self, others: Sequence[Any]) -> "PolicyInputs":
-        """These rows, then those of `others`, which are of the same kind."""
+        """Concatenate: these rows, then those of `others`, which have the same type."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInputs:
-    """Ragged prompts and responses: the tokens as they were sampled, never decoded and tokenized again."""
+    """Prompts and responses without padding: the token ids that were sampled, never decoded and tokenized again."""
 
     prompts: Sequence[Tensor]
-    """One Long [P_i] a row, without padding."""
+    """One Long [P_i] per row, without padding."""
     responses: Sequence[Tensor]
-    """One Long [T_i] a row, the stop token included, without padding."""
+    """One Long [T_i] per row, the stop token included, without padding."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def select(self, rows: Rows) -> "TokenInputs":
-        picked = rows.tolist()
-        return TokenInputs(prompts=[self.prompts[i] for i in picked], responses=[self.responses[i] for i in picked])
+        indices = rows.tolist()
+        return TokenInputs(prompts=[self.prompts[i] for i in indices], responses=[self.responses[i] for i in indices])
 
     def costs(self) -> Int[Tensor, " batch"]:
         pairs = zip(self.prompts, self.responses, strict=True)
@@ -83,89 +83,89 @@ class TokenInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOutput:
-    """The policy's view of a batch of actions, padded to the longest row with zeros."""
+    """Log-probabilities, values and entropies of a batch of actions, padded with zeros to the longest row."""
 
     logprobs: Float[Tensor, "batch time"]
     """log π(a_t | s_t) in nats, float32."""
     values: Float[Tensor, "batch time+1"]
-    """V(s_0) ... V(s_T): one more than there are actions."""
+    """V(s_0) ... V(s_T): one more than actions."""
     entropy: Float[Tensor, "batch time"] | None = None
     """Shannon entropy of π(. | s_t) in nats over the full vocabulary, float32."""
     reference_kl: Float[Tensor, "batch time"] | None = None
-    """Exact KL(π(. | s_t) || π_ref(. | s_t)) in nats, float32; None where it was not asked for."""
+    """Exact KL(π(. | s_t) || π_ref(. | s_t)) in nats, float32; None where it was not requested."""
     old_kl: Float[Tensor, "batch time"] | None = None
-    """Exact KL(π_old(. | s_t) || π(. | s_t)) in nats, float32; None where it was not asked for."""
+    """Exact KL(π_old(. | s_t) || π(. | s_t)) in nats, float32; None where it was not requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """What happened under the policy that acted: B episodes of at most T actions."""
+    """B episodes of at most T actions, sampled by the rollout policy π_old, with rewards and values."""
 
     inputs: PolicyInputs
     mask: Bool[Tensor, "batch time"]
-    """True where a step is an action of ours: not prompt, padding, tool output or auto-reset step."""
+    """True where a step is an action of the policy: not prompt, padding, tool output or auto-reset step."""
     logprobs: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time+1"]
     rewards: Float[Tensor, "batch time"]
     """Final reward of each step, KL penalty included."""
     terminated: Bool[Tensor, "batch time"]
-    """The episode ended here: there is no future."""
+    """The episode ended at this step: it has no future."""
     truncated: Bool[Tensor, "batch time"]
-    """We stopped watching here: the future exists and V(s_{t+1}) stands for it."""
+    """The episode was cut off at this step: V(s_{t+1}) stands for its unobserved future."""
     ref_logprobs: Float[Tensor, "batch time"] | None = None
     scores: Float[Tensor, " batch"] | None = None
-    """Undiscounted score of each episode, before shaping; what group baselines compare."""
+    """Undiscounted score of each episode, before reward shaping; group baselines compare these."""
     group_size: int = 1
-    """Rows of one prompt stand side by side in groups of this many."""
+    """Number of consecutive rows that answer the same prompt."""
     reference_kl_coef: float = 0.0
-    """Weight of the KL to the reference in the *loss*, in units of reward a nat; what the rewards hold is apart."""
+    """Weight of the KL to the reference in the *loss*, in reward per nat; the KL in the rewards is separate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatch:
-    """What an update learns from."""
+    """The batch that an update trains on: actions with their advantages and value targets."""
 
     inputs: PolicyInputs
     mask: Bool[Tensor, "batch time"]
     logprobs: Float[Tensor, "batch time"]
-    """Under the policy that acted: the denominator of the probability ratio."""
+    """log π_old of the rollout policy, nats: the denominator of the probability ratio."""
     values: Float[Tensor, "batch time"]
-    """V of the policy that acted: the center of value clipping."""
+    """V at the time of the rollout: the center of value clipping."""
     advantages: Float[Tensor, "batch time"]
     returns: Float[Tensor, "batch time"]
-    """Targets of the value function."""
+    """Value targets R_t."""
     ref_logprobs: Float[Tensor, "batch time"] | None = None
     reference_kl_coef: float = 0.0
-    """Weight of the KL to the reference in the loss, in the units that `advantages` were scaled to."""
+    """Weight of the KL to the reference in the loss, in the units of the scaled `advantages`."""
     old_states: Float[Tensor, "batch time hidden"] | None = None
-    """Hidden states of the policy that acted, for the exact KL to it; None where nobody asks."""
+    """Hidden states of the rollout policy, for the exact KL to it; None where no loss uses that KL."""
 
     def __len__(self) -> int:
         return self.mask.shape[0]
 
     def select(self, rows: Rows) -> "TrainBatch":
-        """The same batch for `rows` alone, its columns cut to the longest of them."""
+        """The same batch for `rows` alone, its columns cut to the longest of these rows."""
         inputs = self.inputs.select(rows)
         width = inputs.width()
-        return replace(self, inputs=inputs, **self._each(lambda value: value[rows][:, :width]))
+        return replace(self, inputs=inputs, **self._map_tensors(lambda value: value[rows][:, :width]))
 
     def without_actions(self) -> "TrainBatch":
-        """The same rows with nothing to learn from: a pass over them adds 0 to every sum and gradient."""
+        """The same rows with an all-False mask: a pass over them adds 0 to every sum and gradient."""
         return replace(self, mask=torch.zeros_like(self.mask))
 
     def to(self, device: torch.device) -> "TrainBatch":
         """The same batch on a device."""
-        return replace(self, inputs=self.inputs.to(device), **self._each(lambda value: value.to(device)))
+        return replace(self, inputs=self.inputs.to(device), **self._map_tensors(lambda value: value.to(device)))
 
     def joined(self, others: Sequence["TrainBatch"]) -> "TrainBatch":
-        """These rows, then those of `others`, padded to the longest of all."""
+        """Concatenate: these rows, then those of `others`, padded to the longest row."""
         changes: dict[str, Any] = {
             name: concatenate_rows([value, *(getattr(other, name) for other in others)])
-            for name, value in self._each(lambda value: value).items()
+            for name, value in self._map_tensors(lambda value: value).items()
         }
         return replace(self, inputs=self.inputs.joined([other.inputs for other in others]), **changes)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -173,9 +173,9 @@ class TrainBatch:
 def split_into_micro_batches(
     costs: Int[Tensor, " rows"], *, size: int | None = None, token_budget: int | None = None
 ) -> list[Int[Tensor, " micro_batch"]]:
-    """Positions 0 ... n-1 sorted by cost, longest first, in micro-batches of bounded rows and padded tokens.
+    """Cut positions 0 ... n-1, sorted by cost, longest first, into micro-batches of bounded rows and padded tokens.
 
-    A single row longer than the budget makes a micro-batch of its own: nothing is dropped.
+    A row longer than the budget becomes a micro-batch of its own: no row is dropped.
     """
     micro_batches: list[list[int]] = []
     longest = 0
@@ -199,9 +199,9 @@ def pad_rows(rows: Sequence[Tensor], *, width: int | None = None, value: float =
 
 
 def concatenate_rows(parts: Sequence[Tensor]) -> Tensor:
-    """Rows below rows: [B_i] to [ΣB_i], or [B_i, T_i, ...] to [ΣB_i, max T_i, ...], padded with zeros behind."""
+    """Concatenate rows: [B_i] to [ΣB_i], or [B_i, T_i, ...] to [ΣB_i, max T_i, ...], padded with zeros on the right."""
     if parts[0].dim() == 1:
         return torch.cat(list(parts))
     width = max(part.shape[1] for part in parts)
-    behind = [0, 0] * (parts[0].dim() - 2)
-    return torch.cat([torch.nn.functional.pad(part, (*behind, 0, width - part.shape[1])) for part in parts])
+    unpadded = [0, 0] * (parts[0].dim() - 2)
+    return torch.cat([torch.nn.functional.pad(part, (*unpadded, 0, width - part.shape[1])) for part in parts])

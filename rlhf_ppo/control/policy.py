@@ -23,7 +23,7 @@ from rlhf_ppo.functional import (
     gaussian_metric,
     token_logprobs,
 )
-from rlhf_ppo.functional.trust_region import Metric
+from rlhf_ppo.functional.trust_region import FisherMetric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Distribution(Protocol):
         """S[π(.|s)], nats."""
         ...
 
-    def tangents(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], Metric]:
+    def tangents(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
         """The distribution's parameters with graph, and their Fisher information."""
         ...
 
@@ -124,7 +124,7 @@ class Gaussian(nn.Module):
     def entropy(self, outputs: Tensor) -> Tensor:
         return gaussian_entropy(self.log_std).expand(outputs.shape[:-1])
 
-    def tangents(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], Metric]:
+    def tangents(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
         spread = self.log_std.expand_as(outputs)
         return (outputs, spread), gaussian_metric(spread, weights)
 
@@ -160,7 +160,7 @@ class Categorical(nn.Module):
     def entropy(self, outputs: Tensor) -> Tensor:
         return entropy_from_logits(outputs)
 
-    def tangents(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], Metric]:
+    def tangents(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
         return (outputs,), categorical_metric(outputs, weights)
 
     def kl_from_current(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
@@ -246,7 +246,7 @@ class ControlPolicy(nn.Module):
 
     def curvature(
         self, inputs: ControlInputs, weights: Float[Tensor, "batch time"]
-    ) -> tuple[tuple[Tensor, ...], Metric]:
+    ) -> tuple[tuple[Tensor, ...], FisherMetric]:
         """The distribution's parameters at each action, with a graph, and their Fisher metric."""
         return self.distribution.tangents(self.actor(inputs.observations), weights)
 

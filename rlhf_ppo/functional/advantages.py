@@ -1,4 +1,4 @@
-"""How much better than expected each action was: GAE, returns, and group baselines."""
+"""Advantage estimates: GAE, Monte Carlo returns, and group baselines (RLOO, GRPO)."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,21 +23,21 @@ def gae(
         Â_t = δ_t + γ λ (1 - done_t) Â_{t'},        done_t = terminated_t or truncated_t
         R_t = Â_t + V(s_t)
 
-    A terminated step has no future. A truncated one has a future that we did not watch: it bootstraps from
-    V(s_{t+1}), and only the recursion stops. Nothing after `done` is read, nan included.
+    A terminated step has no future. A truncated step has an unobserved future: it bootstraps from V(s_{t+1}), and only
+    the recursion stops. Nothing after `done` is read, nan included.
 
-    t' is the next step of ours: t + 1, or further where masked steps (a tool's output, an auto-reset) lie between.
-    They are passed over without decay. The last action of a row that is neither terminated nor truncated bootstraps
-    from `values[:, t + 1]`, as at the end of a rollout.
+    t' is the policy's next action: t + 1, or later where masked steps (a tool's output, an auto-reset) lie between,
+    which are skipped without decay. The last action of a row that is neither terminated nor truncated bootstraps from
+    `values[:, t + 1]`, as at the end of a rollout.
 
     Args:
         rewards: r_t.
         values: V(s_0) ... V(s_T), one more than rewards.
-        terminated: The episode ended in t: V behind it is 0.
-        truncated: The episode was cut in t: V behind it counts.
+        terminated: The episode ended at t: V after it is 0.
+        truncated: The episode was cut off at t: V after it is bootstrapped from.
         gamma: Discount γ in [0, 1].
         lam: λ in [0, 1]; one number, or one per row (length-adaptive).
-        mask: True = an action of ours; all steps where None. Flags and numbers outside are not read.
+        mask: True = an action of the policy; None: every step. Flags and numbers outside are not read.
 
     Returns:
         Advantages and value targets, 0 outside the mask, without gradient.
@@ -49,8 +49,8 @@ def gae(
     with torch.no_grad():
         mask = torch.ones_like(terminated) if mask is None else mask
         done = terminated | truncated
-        following, is_last = next_action_index(mask)
-        index = torch.where(truncated | is_last, torch.arange(1, mask.shape[1] + 1, device=mask.device), following)
+        next_index, is_last = next_action_index(mask)
+        index = torch.where(truncated | is_last, torch.arange(1, mask.shape[1] + 1, device=mask.device), next_index)
         bootstrap = values.gather(1, index).masked_fill(terminated, 0)
         delta = zero_where_masked(rewards + gamma * bootstrap - values[:, :-1], mask)
         decay = gamma * (lam.unsqueeze(1).to(delta) if isinstance(lam, Tensor) else lam)
@@ -69,16 +69,16 @@ def discounted_returns(
 ) -> Float[Tensor, "batch time"]:
     """Monte-Carlo returns (Williams 1992): G_t = r_t + γ (1 - done_t) G_{t'}.
 
-    It is `gae` with λ = 1, plus V(s_t). With `values`, a truncated step and the end of the rollout add γ V(s_{t+1})
-    for the future that was not watched; without, that future counts as 0.
+    Equal to `gae` with λ = 1, plus V(s_t). With `values`, a truncated step and the end of the rollout add γ V(s_{t+1})
+    for the unobserved future; without, that future counts as 0.
 
     Args:
         rewards: r_t.
-        terminated: The episode ended in t.
-        truncated: The episode was cut in t.
+        terminated: The episode ended at t.
+        truncated: The episode was cut off at t.
         gamma: Discount γ in [0, 1].
-        values: V(s_0) ... V(s_T), read only behind truncated and last steps.
-        mask: True = an action of ours; all steps where None. Others are passed over without decay.
+        values: V(s_0) ... V(s_T), read only after truncated and last steps.
+        mask: True = an action of the policy; None: every step. Others are skipped without decay.
 
     Raises:
         ValueError: `values` is not one longer than `rewards`.
@@ -88,20 +88,20 @@ def discounted_returns(
         total = zero_where_masked(rewards, mask)
         if values is not None:
             _check_length(rewards, values)
-            unwatched = (truncated | next_action_index(mask)[1]) & ~terminated & mask
-            total = total + gamma * zero_where_masked(values[:, 1:], unwatched)
+            bootstrapped = (truncated | next_action_index(mask)[1]) & ~terminated & mask
+            total = total + gamma * zero_where_masked(values[:, 1:], bootstrapped)
         return _backward_recursion(total, gamma, terminated | truncated, mask)
 
 
 def length_adaptive_lam(
     mask: Bool[Tensor, "batch time"], alpha: float, *, low: float = 0.5, high: float = 1.0
 ) -> Float[Tensor, " batch"]:
-    """λ of each row from its number of actions l (VAPO, Yue et al. 2025): λ = 1 - 1 / (α l), kept in [low, high].
+    """λ of each row from its number of actions l (VAPO, Yue et al. 2025): λ = 1 - 1 / (α l), in [low, high].
 
-    Bare, the formula is 0 at l = 1/α and negative below (α = 0.05: at 20 actions), where GAE would alternate in sign.
+    Without the bounds, λ is 0 at l = 1/α and negative below (α = 0.05: 20 actions), where GAE would alternate in sign.
 
     Args:
-        mask: True = an action of ours.
+        mask: True = an action of the policy.
         alpha: α > 0; 0.05 in the article, for responses of thousands of tokens.
         low: Smallest λ, in [0, high].
         high: Largest λ, at most 1.
@@ -118,7 +118,7 @@ def length_adaptive_lam(
 
 
 def rloo_advantages(scores: Float[Tensor, " batch"], group_size: int) -> Float[Tensor, " batch"]:
-    """Leave-one-out advantages (Kool et al. 2019; Ahmadian et al. 2024): score minus the mean of the group's others.
+    """Leave-one-out advantages (Kool et al. 2019; Ahmadian et al. 2024): score minus the mean of the others.
 
     Args:
         scores: Groups one after the other: the `group_size` responses to a prompt are neighbors.
@@ -127,7 +127,7 @@ def rloo_advantages(scores: Float[Tensor, " batch"], group_size: int) -> Float[T
     Raises:
         ValueError: The group size is below 2, or does not divide the batch.
     """
-    groups = _grouped(scores, group_size)
+    groups = _reshape_to_groups(scores, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()
 
@@ -137,19 +137,19 @@ def grpo_advantages(
 ) -> Float[Tensor, " batch"]:
     """Group-relative advantages (Shao et al. 2024, §4.1): (score - mean) / (std + eps) within each group.
 
-    A group whose scores are all equal says nothing and gets exactly 0.
+    A group whose scores are all equal gets exactly 0.
 
     Args:
         scores: Groups one after the other: the `group_size` responses to a prompt are neighbors.
         group_size: Responses per prompt, >= 2.
-        normalize_std: False leaves the standard deviation out (Liu et al. 2025, "Dr. GRPO"): dividing by it weighs
-            up prompts that are almost always, or almost never, solved.
+        normalize_std: False does not divide by the standard deviation (Liu et al. 2025, "Dr. GRPO"): dividing by it
+            gives more weight to prompts that are almost always, or almost never, solved.
         eps: Added to the standard deviation (n - 1 in its denominator), in units of the score.
 
     Raises:
         ValueError: The group size is below 2, or does not divide the batch.
     """
-    groups = _grouped(scores, group_size)
+    groups = _reshape_to_groups(scores, group_size)
     centered = groups - groups.mean(1, keepdim=True)
     if normalize_std:
         centered = centered / (groups.std(1, keepdim=True) + eps)
@@ -168,24 +168,24 @@ def _check_length(rewards: Tensor, values: Tensor) -> None:
 
 
 def _backward_recursion(terms: Tensor, decay: float | Tensor, done: Tensor, mask: Tensor) -> Tensor:
-    """x_t = terms_t + decay (1 - done_t) x_{t'}; a masked step hands on x_{t'} unchanged and reads 0 in the result."""
+    """x_t = terms_t + decay (1 - done_t) x_{t'}; a masked step passes x_{t'} on unchanged and is 0 in the result."""
     if not terms.shape[1]:
         return terms
     # A selection, not a product: 0 times the nan of a later episode is nan.
     stops = (done & mask).unbind(1)
     factors = torch.where(mask, torch.as_tensor(decay, dtype=terms.dtype, device=terms.device), 1).unbind(1)
     steps = zero_where_masked(terms, mask).unbind(1)
-    following, results = torch.zeros_like(steps[0]), []
+    next_value, results = torch.zeros_like(steps[0]), []
     for step, factor, stop in zip(reversed(steps), reversed(factors), reversed(stops), strict=True):
-        following = step + (factor * following).masked_fill(stop, 0)
-        results.append(following)
+        next_value = step + (factor * next_value).masked_fill(stop, 0)
+        results.append(next_value)
     return zero_where_masked(torch.stack(results[::-1], dim=1), mask)
 
 
-def _grouped(scores: Tensor, group_size: int) -> Tensor:
+def _reshape_to_groups(scores: Tensor, group_size: int) -> Tensor:
     if group_size < 2:
         raise ValueError(
-            f"group_size must be at least 2, got {group_size}: the baseline of a response is its siblings. "
+            f"group_size must be at least 2, got {group_size}: the baseline of a response is the mean of the others. "
             "Sample several responses per prompt (num_return_sequences), or use an algorithm with a critic."
         )
     if len(scores) % group_size:

@@ -1,4 +1,4 @@
-"""A trust region by divergence instead of by ratio (Qi et al. 2026, "Rethinking the trust region")."""
+"""Divergence-based masking instead of ratio clipping (Qi et al. 2026, "Rethinking the trust region")."""
 
 from typing import Literal, TypeAlias
 
@@ -15,14 +15,14 @@ DivergenceKind: TypeAlias = Literal["tv", "kl"]
 def binary_divergence(
     logprobs: Float[Tensor, "*shape"], old_logprobs: Float[Tensor, "*shape"], kind: DivergenceKind
 ) -> Float[Tensor, "*shape"]:
-    """Divergence of π_old from π_θ when only "the drawn token" and "any other" are told apart.
+    """Divergence of π_old from π_θ over two outcomes: the sampled token, or any other.
 
         tv = |p_old - p|          kl = p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))
 
-    It bounds the divergence of the whole distributions from below, and needs no logits.
+    A lower bound of the divergence over the full vocabulary that needs no logits.
 
     Args:
-        logprobs: log π_θ of the drawn tokens, nats, <= 0.
+        logprobs: log π_θ of the sampled tokens, nats, <= 0.
         old_logprobs: log π_old of the same tokens, nats, <= 0.
         kind: "tv" in [0, 1], or "kl" in nats.
 
@@ -39,7 +39,7 @@ def binary_divergence(
             rest, old_rest = ((-torch.expm1(x)).clamp(min=tiny) for x in (logprobs, old_logprobs))
             return old * (old_logprobs - logprobs) + old_rest * (old_rest.log() - rest.log())
         case _:
-            raise ValueError(f"kind must be 'tv' or 'kl', got {kind!r}: it is the unit of the threshold.")
+            raise ValueError(f"kind must be 'tv' or 'kl', got {kind!r}: it decides the unit of the threshold.")
 
 
 def divergence_masked_loss(
@@ -52,24 +52,24 @@ def divergence_masked_loss(
     threshold: float,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """The surrogate without the tokens that are beyond the region and moving away (DPPO, Qi et al. 2026), to minimize.
+    """DPPO's loss: the surrogate without tokens beyond the threshold that move further away (Qi et al. 2026).
 
         L = -E[M_t ρ_t Â_t],    M_t = 0 where D_t > threshold and (ρ_t - 1) Â_t > 0, else 1
 
-    A ratio is a poor measure of distance: of a rare token it leaves [0.8, 1.2] at a change that the policy as a whole
-    does not feel, of a frequent one it stays there while much mass moves. M_t carries no gradient.
+    A ratio measures distance poorly: for a rare token it leaves [0.8, 1.2] when hardly any probability mass moves, for
+    a frequent token it stays inside while much moves. M_t carries no gradient.
 
     Args:
         logprobs: log π_θ, nats; receives the gradient.
         old_logprobs: log π_old, nats.
         advantages: Â_t.
-        mask: True = an action of ours.
+        mask: True = an action of the policy.
         kind: Which `binary_divergence` D_t is.
-        threshold: Of D_t, > 0.
-        count: What the sums are divided by, see `Count`.
+        threshold: Largest D_t of a token that is kept regardless of direction, > 0.
+        count: Divisor of the sums, see `Count`.
 
     Returns:
-        The loss; and the metrics of `surrogate_loss` with `clip_fraction`, the share of steps that were dropped.
+        The loss; and the metrics of `surrogate_loss` with `clip_fraction`, the fraction of dropped steps.
 
     Raises:
         ValueError: The threshold is not positive.
@@ -81,8 +81,8 @@ def divergence_masked_loss(
         )
     new, old = zero_where_masked(logprobs, mask), zero_where_masked(old_logprobs, mask)
     with torch.no_grad():
-        leaving = (new - old) * zero_where_masked(advantages, mask) > 0
-        dropped = leaving & (binary_divergence(new, old, kind) > threshold) & mask
-    kept = advantages.masked_fill(dropped, 0)
-    loss, metrics = surrogate_loss(logprobs, old_logprobs, kept, mask, count=count)
+        moves_away = (new - old) * zero_where_masked(advantages, mask) > 0
+        dropped = moves_away & (binary_divergence(new, old, kind) > threshold) & mask
+    advantages = advantages.masked_fill(dropped, 0)
+    loss, metrics = surrogate_loss(logprobs, old_logprobs, advantages, mask, count=count)
     return loss, metrics | {"clip_fraction": masked_mean(dropped.to(loss.dtype), mask, count)}

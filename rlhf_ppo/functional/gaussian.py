@@ -1,4 +1,4 @@
-"""A diagonal Gaussian over continuous actions: log-probability, entropy, divergence."""
+"""Diagonal Gaussian over continuous actions: log-probability, entropy, KL."""
 
 import math
 
@@ -14,16 +14,16 @@ def gaussian_logprobs(
     """Log π(a|s) = -Σ_j [½ ((a_j - μ_j) / σ_j)² + log σ_j + ½ log 2π], nats.
 
     Args:
-        mean: μ(s), one entry a joint.
+        mean: μ(s), one entry per action dimension.
         log_std: log σ, the same in every state.
-        actions: As they were drawn, before any clipping to what the motors accept.
+        actions: As sampled, before clipping to the action space.
     """
     distance = (actions - mean) * (-log_std).exp()
     return -(0.5 * distance.square() + log_std + _HALF_LOG_2PI).sum(-1)
 
 
 def gaussian_entropy(log_std: Float[Tensor, " actions"]) -> Float[Tensor, ""]:
-    """S = Σ_j [log σ_j + ½ log 2πe], nats; it may be negative."""
+    """S = Σ_j [log σ_j + ½ log 2πe], nats; can be negative."""
     return (log_std + (_HALF_LOG_2PI + 0.5)).sum()
 
 

@@ -1,4 +1,4 @@
-"""Importance weights for tokens that another engine drew."""
+"""Importance weights for tokens that an inference engine sampled with other log-probabilities than the trainer's."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -9,12 +9,12 @@ from rlhf_ppo.functional.masked import at_least_float32, zero_where_masked
 def importance_ratio(
     logprobs: Float[Tensor, "*shape"], sampler_logprobs: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """π_old(a_t|s_t) / μ(a_t|s_t): how much likelier the trainer finds a token than the sampler that drew it.
+    """π_old(a_t|s_t) / μ(a_t|s_t): the probability of a token under the trainer, divided by that under the sampler.
 
     Args:
         logprobs: log π_old under the trainer, nats.
-        sampler_logprobs: log μ under the sampler, as it drew (temperature and filters included), nats.
-        mask: True = an action of ours; the ratio is 1 elsewhere, whatever stands there.
+        sampler_logprobs: log μ under the sampler, temperature and filters included, nats.
+        mask: True = an action of the policy; the ratio is 1 elsewhere.
     """
     difference = at_least_float32(zero_where_masked(logprobs, mask)) - at_least_float32(
         zero_where_masked(sampler_logprobs, mask)
@@ -29,22 +29,21 @@ def truncated_importance_weights(
     *,
     cap: float,
 ) -> Float[Tensor, "*shape"]:
-    """Weights that make tokens of one engine count as tokens of another (truncated importance sampling, Ionides 2008).
+    """Truncated importance weights of the trainer's policy against the sampler's (Ionides 2008).
 
         w_t = min(π_old(a_t|s_t) / μ(a_t|s_t), C)
 
     The policy term of token t is multiplied by w_t, which carries no gradient. Unlike PPO's own ratio π_θ / π_old it
-    does not change while the epochs run. The cap C bounds the variance that a rare token can bring in; what it cuts off
-    is bias.
+    does not change while the epochs run. The cap C bounds the variance from rare tokens; it introduces bias.
 
     Args:
         logprobs: log π_old under the trainer, nats.
         sampler_logprobs: log μ under the sampler, nats.
-        mask: True = an action of ours; the weight is 1 elsewhere.
+        mask: True = an action of the policy; the weight is 1 elsewhere.
         cap: C >= 1. Usual: 2.
 
     Raises:
-        ValueError: The cap is below 1, so that even tokens on which both agree would be cut.
+        ValueError: The cap is below 1.
     """
     if not cap >= 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How far one policy is from another: estimators from the drawn tokens, the exact divergence, and its split."""
+"""KL divergence between two policies: per-token estimators, the exact divergence, and the KL of the next state."""
 
 from typing import Literal, TypeAlias
 
@@ -10,7 +10,7 @@ from rlhf_ppo.functional.masked import at_least_float32, next_action_index, zero
 
 KLKind: TypeAlias = Literal["k1", "abs", "k2", "k3"]
 ReferenceKL: TypeAlias = Literal["k2", "k3", "full"]
-"""How the KL to the reference may stand in a loss. k1 is not among them: its gradient there has mean zero."""
+"""Kinds of KL to the reference that a loss can hold. k1 is excluded: its gradient there has mean zero."""
 
 
 def kl_estimate(
@@ -20,16 +20,16 @@ def kl_estimate(
     *,
     mask: Bool[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Per-token estimate of KL(π || reference) from tokens drawn by π (Schulman 2020, "Approximating KL divergence").
+    """Per-token estimate of KL(π || reference) from tokens sampled by π (Schulman 2020, "Approximating KL divergence").
 
         k1 = log π - log π_ref      k2 = k1² / 2      k3 = exp(-k1) - 1 + k1      abs = |k1|
 
-    k1 is unbiased and of either sign; k2 is biased and >= 0; k3 is unbiased and >= 0. *Where* one stands matters more
+    k1 is unbiased and of either sign; k2 is biased and >= 0; k3 is unbiased and >= 0. *Where* one is used matters more
     than its value: as a reward k1 gives the exact gradient of the sequence KL; as a loss k1's gradient has mean zero,
     k2's is exact per state, and k3's is that of the reversed KL.
 
     Args:
-        logprobs: log π of the drawn tokens, nats.
+        logprobs: log π of the sampled tokens, nats.
         ref_logprobs: log π_ref of the same tokens, nats.
         kind: The estimator.
         mask: Where given, positions outside become 0 and get no gradient.
@@ -72,20 +72,20 @@ def categorical_kl(
 
 
 def next_state_kl(kl: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
-    """The exact KL of the state that each action leads to: the share of the sequence KL that an action answers for.
+    """Exact KL at the state that each action leads to: the action's share of the sequence KL, for the reward.
 
         ∇KL(π || π_ref over sequences) = E[Σ_t ∇KL_t + Σ_t ∇log π(a_t|s_t) Σ_{u>t} KL_u],    KL_u = KL(π(·|s_u) || ...)
 
-    Both sums are exact given the states (Rao-Blackwell; Amini et al. 2025). The first belongs into the loss, the
-    second into the reward, where the return from t on then holds later states alone.
+    Both sums are exact given the states (Rao-Blackwell; Amini et al. 2025). The first belongs in the loss, the
+    second in the reward, whose return from t on then holds later states only.
 
     Args:
         kl: KL(π(·|s_t) || π_ref(·|s_t)) at each step, nats, junk allowed outside the mask.
-        mask: True = an action of ours. The next action may stand behind masked steps (tool output).
+        mask: True = an action of the policy. Masked steps (tool output) may lie before the next action.
 
     Returns:
         KL at the row's next action, 0 at its last one and outside the mask.
     """
-    following, is_last = next_action_index(mask)
+    next_index, is_last = next_action_index(mask)
     padded = torch.nn.functional.pad(zero_where_masked(kl, mask), (0, 1))
-    return zero_where_masked(padded.gather(1, following), mask & ~is_last)
+    return zero_where_masked(padded.gather(1, next_index), mask & ~is_last)

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of chosen tokens, in float32, one chunk of logits at a time."""
+"""Log-probabilities and entropy of given tokens, in float32, one chunk of logits at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ Head: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What `chunked_token_statistics` says about N tokens."""
+    """Log-probabilities and entropies of N tokens."""
 
     logprobs: Float[Tensor, " tokens"]
     """log π(token), nats."""
     entropy: Float[Tensor, " tokens"] | None
-    """Entropy of the full distribution that the token was drawn from, nats; None where not asked for."""
+    """Entropy of the full distribution at each token, nats; None where not requested."""
 
 
 def token_logprobs(
@@ -34,20 +34,20 @@ def token_logprobs(
     Args:
         logits: Raw scores of the vocabulary at the position *before* each token.
         tokens: Ids in [0, vocab).
-        temperature: The sampler's, so that ratios compare the distribution that acted (Ziegler et al. 2019).
+        temperature: The sampler's, so that ratios compare the distribution that was sampled from (Ziegler et al. 2019).
 
     Raises:
         ValueError: The temperature is not positive.
     """
-    logprobs = torch.log_softmax(_tempered(logits, temperature), dim=-1)
+    logprobs = torch.log_softmax(_divide_by_temperature(logits, temperature), dim=-1)
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy_from_logits(logits: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:
     """Entropy of softmax(logits), nats, at least float32; tokens at -inf contribute 0.
 
-    It is the full-distribution entropy, whose gradient -p (log p + H) an entropy bonus needs: the sampled -log p has
-    a gradient of mean zero.
+    The entropy of the full distribution, whose gradient -p (log p + H) an entropy bonus needs: the sampled -log p has a
+    gradient of mean zero.
     """
     logprobs = torch.log_softmax(at_least_float32(logits), dim=-1)
     return _entropy(logprobs)
@@ -62,18 +62,18 @@ def chunked_token_statistics(
     chunk_size: int = 1024,
     with_entropy: bool = True,
 ) -> TokenStatistics:
-    """Log-probability and entropy of each token, with at most chunk_size x vocab logits alive.
+    """Log-probability and entropy of each token, with at most chunk_size x vocab logits in memory.
 
     Logits are computed from the hidden states chunk by chunk and again in the backward pass, so neither pass holds
     the [tokens, vocab] matrix. Results and gradients equal those of the plain computation.
 
     Args:
         head: The LM head, with or without gradient.
-        hidden: States at the positions before the tokens.
-        tokens: The tokens drawn there.
-        temperature: What the logits are divided by, for log-probabilities and entropy.
+        hidden: Hidden states at the positions before the tokens.
+        tokens: Token ids.
+        temperature: Divides the logits, for log-probabilities and entropy.
         chunk_size: Tokens at a time.
-        with_entropy: Also the entropy, which costs one more pass over each chunk.
+        with_entropy: Also compute the entropy, which costs one more pass over each chunk.
 
     Raises:
         ValueError: The temperature or the chunk size is not positive, or the lengths differ.
@@ -85,11 +85,11 @@ def chunked_token_statistics(
         )
 
     def statistics(hidden_chunk: Tensor, tokens_chunk: Tensor) -> tuple[Tensor, ...]:
-        logprobs = torch.log_softmax(_tempered(head(hidden_chunk), temperature), dim=-1)
+        logprobs = torch.log_softmax(_divide_by_temperature(head(hidden_chunk), temperature), dim=-1)
         chosen = logprobs.gather(-1, tokens_chunk.unsqueeze(-1)).squeeze(-1)
         return (chosen, _entropy(logprobs)) if with_entropy else (chosen,)
 
-    columns = _in_chunks(statistics, hidden, tokens, chunk_size=chunk_size)
+    columns = _map_chunks(statistics, hidden, tokens, chunk_size=chunk_size)
     return TokenStatistics(logprobs=columns[0], entropy=columns[1] if with_entropy else None)
 
 
@@ -109,10 +109,10 @@ def chunked_categorical_kl(
 
     Args:
         head: LM head of π.
-        hidden: States of π.
+        hidden: Hidden states of π.
         ref_head: LM head of the reference.
-        ref_hidden: States of the reference at the same positions.
-        temperature: What both logits are divided by.
+        ref_hidden: Hidden states of the reference at the same positions.
+        temperature: Divides both logits.
         chunk_size: Tokens at a time.
 
     Raises:
@@ -120,13 +120,13 @@ def chunked_categorical_kl(
     """
 
     def divergence(hidden_chunk: Tensor, ref_chunk: Tensor) -> tuple[Tensor, ...]:
-        p_logits = _tempered(head(hidden_chunk), temperature)
-        return (categorical_kl(p_logits, _tempered(ref_head(ref_chunk), temperature)),)
+        p_logits = _divide_by_temperature(head(hidden_chunk), temperature)
+        return (categorical_kl(p_logits, _divide_by_temperature(ref_head(ref_chunk), temperature)),)
 
-    return _in_chunks(divergence, hidden, ref_hidden, chunk_size=chunk_size)[0]
+    return _map_chunks(divergence, hidden, ref_hidden, chunk_size=chunk_size)[0]
 
 
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
+def _divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
     if not temperature > 0:
         raise ValueError(
             f"temperature must be > 0, got {temperature}: at 0 the policy is deterministic and has no log-probability "
@@ -137,14 +137,14 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    # p log p -> 0 as p -> 0, but 0 * -inf is nan: such logarithms are taken out before the product.
+    # p log p -> 0 as p -> 0, but 0 * -inf is nan: so such logarithms become 0 before the product.
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0)).sum(-1)
 
 
-def _in_chunks(
+def _map_chunks(
     function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], first: Tensor, second: Tensor, *, chunk_size: int
 ) -> list[Tensor]:
-    """Columns of `function` over row chunks of two tensors; in training each chunk is recomputed in backward."""
+    """Apply `function` to row chunks of two tensors and concatenate; with gradient, backward recomputes each chunk."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}: pass for example 1024.")
     chunks = []

@@ -1,7 +1,7 @@
 """Losses to minimize, each a sum over the masked steps divided by `count`.
 
-Every loss takes the count of the whole optimizer step (`Count` in `masked`), so that micro-batches and processes add
-up to the same gradient as one batch. Every metric is detached and divided by the same count.
+Every loss takes the count of the whole optimizer step (`Count` in `masked`), so that the gradients of micro-batches and
+processes add up to that of one batch. Every metric is detached and divided by the same count.
 """
 
 from typing import TypeAlias
@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_ppo.functional.masked import Count, masked_mean, zero_where_masked
 
 Metrics: TypeAlias = dict[str, Tensor]
-"""Detached scalars."""
+"""Metric names -> detached scalars."""
 
 
 def ppo_clip_loss(
@@ -35,11 +35,11 @@ def ppo_clip_loss(
         logprobs: log π_θ, nats; receives the gradient.
         old_logprobs: log π_old, nats.
         advantages: Â_t.
-        mask: True = an action of ours.
+        mask: True = an action of the policy.
         clip_low: ε_low in [0, 1): how far a probability may fall before its gradient is cut.
         clip_high: ε_high >= 0: how far it may rise; above ε_low it is "clip-higher" (Yu et al. 2025).
         dual_clip: c > 1 bounds the loss of a negative advantage by -c Â_t (Ye et al. 2020), for ratios that explode.
-        count: What the sums are divided by, see `Count`.
+        count: Divisor of the sums, see `Count`.
 
     Returns:
         The loss; and metrics `clip_fraction` (steps whose gradient is cut), `approx_kl` (k2), `policy_kl` (mean of
@@ -81,11 +81,11 @@ def kl_penalty_loss(
         logprobs: log π_θ, nats; receives the gradient.
         old_logprobs: log π_old, nats.
         advantages: Â_t.
-        mask: True = an action of ours.
+        mask: True = an action of the policy.
         beta: β >= 0, the weight of the KL to the *old policy* (not to the reference).
-        old_kl: Exact KL(π_old || π_θ) at each step, with gradient. None: the estimate ρ - 1 - log ρ from the action
-            that was taken, unbiased in value and gradient under π_old.
-        count: What the sums are divided by, see `Count`.
+        old_kl: Exact KL(π_old || π_θ) at each step, with gradient. None: the estimate ρ - 1 - log ρ from the
+            sampled action, unbiased in value and gradient under π_old.
+        count: Divisor of the sums, see `Count`.
 
     Returns:
         The loss; and the metrics of `surrogate_loss` with `old_kl`, the mean of the penalized divergence.
@@ -96,7 +96,7 @@ def kl_penalty_loss(
     if not beta >= 0:
         raise ValueError(
             f"beta must be >= 0, got {beta}: a negative penalty pushes the policy away from the old one. "
-            "Pass beta=0.0 for the bare surrogate."
+            "Pass beta=0.0 for the surrogate alone."
         )
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     divergence = torch.expm1(log_ratio) - log_ratio if old_kl is None else old_kl
@@ -113,9 +113,9 @@ def surrogate_loss(
     *,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """The surrogate without a bound (Schulman et al. 2015, eq. 14), to minimize: L = -E[ρ_t Â_t].
+    """The unclipped surrogate (Schulman et al. 2015, eq. 14), to minimize: L = -E[ρ_t Â_t].
 
-    TRPO bounds it by a constraint. Alone, over several epochs, it diverges.
+    TRPO adds a constraint. Without a bound it diverges over several epochs.
 
     Returns:
         The loss; and metrics `approx_kl`, `policy_kl`, `k3`, `ratio_mean` as in `ppo_clip_loss`.
@@ -132,9 +132,9 @@ def reinforce_loss(
     *,
     count: Count = None,
 ) -> Float[Tensor, ""]:
-    """The policy gradient's loss (Williams 1992): L = -E[log π_θ(a_t|s_t) Â_t].
+    """The policy-gradient loss (Williams 1992): L = -E[log π_θ(a_t|s_t) Â_t].
 
-    Its gradient is right only at the policy that drew the actions: one pass over the data.
+    Its gradient is correct only at the policy that sampled the actions: one pass over the data.
     """
     return -masked_mean(zero_where_masked(logprobs, mask) * zero_where_masked(advantages, mask), mask, count)
 
@@ -148,7 +148,7 @@ def value_loss(
     clip_range: float | None,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """Half the squared error of the critic, clipped around its old values as the policy is around its old self.
+    """Half the squared error of the critic, with the new values clipped around the old ones.
 
         L = ½ E[max((V - R)², (V_old + clip(V - V_old, -ε, ε) - R)²)]
 
@@ -156,10 +156,10 @@ def value_loss(
         values: V_θ(s_t); receives the gradient.
         old_values: V at the time of the rollout; read only when clipping.
         returns: Targets R_t.
-        mask: True = an action of ours.
+        mask: True = an action of the policy.
         clip_range: ε > 0 in units of the return; None for the plain squared error (Andrychowicz et al. 2021 found
             clipping to hurt at every threshold).
-        count: What the sums are divided by, see `Count`.
+        count: Divisor of the sums, see `Count`.
 
     Returns:
         The loss; and metrics `clip_fraction`, `error` (mean squared error, without ½), `mean` (of V).
@@ -207,7 +207,7 @@ def compute_ppo_total_loss(
     c2: float = 0.01,
     mask: Bool[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The total objective of PPO (Schulman et al. 2017, eq. 9), to minimize, in one call.
+    """The total PPO loss (Schulman et al. 2017, eq. 9), to minimize, in one call.
 
         L = -E[min(ρ Â, clip(ρ, 1 - ε, 1 + ε) Â)] + c₁ E[(V - R)²] - c₂ E[S]
 
@@ -219,9 +219,9 @@ def compute_ppo_total_loss(
         return_targets: R_t.
         entropy: `S[π_θ](s_t)`, nats.
         epsilon: ε of the clipped ratio.
-        c1: Weight of the squared error, which here is taken in full (`value_loss` takes half of it).
+        c1: Weight of the full squared error (`value_loss` takes half of it).
         c2: Weight of the entropy.
-        mask: True = an action of ours; all steps where None.
+        mask: True = an action of the policy; None: every step.
     """
     mask = torch.ones_like(new_log_probs, dtype=torch.bool) if mask is None else mask
     policy, _ = ppo_clip_loss(new_log_probs, old_log_probs, advantages, mask, clip_low=epsilon, clip_high=epsilon)

@@ -1,4 +1,4 @@
-"""From scores and KL to a reward for every step."""
+"""Per-step rewards from scores and KL."""
 
 from typing import Literal, TypeAlias
 
@@ -22,16 +22,16 @@ def kl_shaped_rewards(
 
         r_t = -kl_coef · kl_t + score_t
 
-    A score per response counts at its last action, where the text that it judges is complete.
+    A score per response is added at its last action.
 
     Args:
         kl: Per-token KL to the reference, nats (k1 gives the exact policy gradient).
         scores: One per response, or one per token.
-        mask: True = an action of ours. Outside, rewards are 0 and nothing is read.
+        mask: True = an action of the policy. Outside, rewards are 0 and nothing is read.
         kl_coef: Weight of the KL to the reference, >= 0.
 
     Returns:
-        Rewards, and their share without the score.
+        Rewards, and rewards without the score (the KL term).
 
     Raises:
         ValueError: A row has no action, or the shape of the scores is neither [batch] nor [batch, time].
@@ -54,12 +54,12 @@ def missing_eos_penalty(
 ) -> Float[Tensor, " batch"]:
     """Penalize responses that ran into the length limit.
 
-    "replace" sets their score to -penalty, whatever the text (Ziegler et al. 2019 with penalty 1); "subtract" takes
-    the penalty off their score.
+    "replace" sets their score to -penalty (Ziegler et al. 2019 with penalty 1); "subtract" subtracts the penalty from
+    their score.
 
     Args:
         scores: From the reward source.
-        finished: True = the response stopped by itself.
+        finished: True = the response ended with a stop token.
         penalty: In units of the score, >= 0.
         mode: "replace" or "subtract".
 
@@ -74,21 +74,21 @@ def missing_eos_penalty(
     if mode not in ("replace", "subtract"):
         raise ValueError(
             f"mode must be 'replace' or 'subtract', got {mode!r}: the two differ by the whole score. "
-            "'replace' sets the score to -penalty, 'subtract' takes penalty off it."
+            "'replace' sets the score to -penalty, 'subtract' subtracts penalty from it."
         )
     penalized = torch.full_like(scores, -penalty) if mode == "replace" else scores - penalty
     return torch.where(finished, scores, penalized)
 
 
 def clip_scores(scores: Float[Tensor, "*shape"], limit: float) -> Float[Tensor, "*shape"]:
-    """Scores cut to [-limit, limit].
+    """Clip scores to [-limit, limit].
 
     Raises:
         ValueError: The limit is not positive.
     """
     if not limit > 0:
         raise ValueError(
-            f"limit must be > 0, got {limit}: every score would be cut to the same number. Pass e.g. 10.0."
+            f"limit must be > 0, got {limit}: every score would be clipped to the same number. Pass e.g. 10.0."
         )
     return scores.clamp(-limit, limit)
 
@@ -104,35 +104,33 @@ def classic_whiten_rewards(
 ) -> Float[Tensor, "batch time"]:
     """Whitened rewards under which `gae` gives the advantages of TRL's classic trainer.
 
-    It exists for parity only: `whiten(rewards, mask, shift_mean=False)` is the meaningful operation. The classic one
-    whitened the padded array with the mean kept, which turns the zeros of its padding into
+    For parity only: the meaningful operation is `whiten(rewards, mask, shift_mean=False)`. The classic trainer whitened
+    the padded array with the mean kept, which turns the zeros of its padding into
 
         c = mean · (1 - 1/std),
 
-    and then ran GAE over the whole width. With V = 0 there, the k-th position behind the last action adds
-    (γλ)^k c to that action's advantage. This function adds the sum in closed form to the last action's reward, so
-    that nobody else has to see padding:
+    and then ran GAE over the whole width. With V = 0 there, the k-th position after the last action adds (γλ)^k c to
+    that action's advantage. This function adds the sum in closed form to the last action's reward:
 
         r'_last += c · Σ_{k=1}^{tail} (γλ)^k
 
-    The result depends on how far the batch was padded, which no estimate should: the longest row gets nothing,
-    the shortest most.
+    The result depends on the padding, which no estimate should: the longest row gets nothing, the shortest most.
 
     Args:
         rewards: Shaped rewards, junk allowed outside the mask.
-        mask: True = an action of ours.
-        tail: Positions between each row's last action and the end of the classic's padded array, >= 0.
+        mask: True = an action of the policy.
+        tail: Positions between each row's last action and the end of the classic padded array, >= 0.
         gamma: γ of the GAE that follows.
         lam: λ of the GAE that follows.
-        reduce_sum: Sums over processes; the classic whitened on each alone.
+        reduce_sum: Sums over processes; the classic trainer whitened on each process alone.
 
     Raises:
         ValueError: A row has no action.
     """
     mean, scale = whitening_statistics(rewards, mask, reduce_sum=reduce_sum)
     whitened = zero_where_masked((zero_where_masked(rewards, mask) - mean) * scale + mean, mask)
-    padding = mean - mean * scale
+    whitened_zero = mean - mean * scale
     steps = torch.arange(1, int(tail.max()) + 1, device=rewards.device) if len(tail) else tail
     weights = torch.where(steps <= tail.unsqueeze(1), (gamma * lam) ** steps.to(mean.dtype), 0)
-    leaked = padding * weights.sum(1, keepdim=True)
-    return whitened.scatter_add(1, last_action_index(mask).unsqueeze(1), leaked.to(whitened.dtype))
+    padding_return = whitened_zero * weights.sum(1, keepdim=True)
+    return whitened.scatter_add(1, last_action_index(mask).unsqueeze(1), padding_return.to(whitened.dtype))

@@ -1,6 +1,6 @@
-"""The natural-gradient step of TRPO: Fisher products, conjugate gradient, line search.
+"""TRPO's natural-gradient step: Fisher-vector products, conjugate gradient, line search.
 
-All on flat vectors: `flatten` makes one of the trainable parameters, `unflatten` cuts it back.
+All work on flat vectors: `flatten` makes one from the trainable parameters, `unflatten` splits it again.
 """
 
 import math
@@ -16,17 +16,17 @@ from rlhf_ppo.functional.masked import zero_where_masked
 
 Vector: TypeAlias = Float[Tensor, " parameters"]
 MatrixVectorProduct: TypeAlias = Callable[[Tensor], Tensor]
-"""Symmetric matrix times vector."""
-Metric: TypeAlias = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
-"""Fisher information of the distribution on its own parameters, times tangents of their shapes."""
+"""v -> A v for a symmetric matrix A."""
+FisherMetric: TypeAlias = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""Multiplies tangents by the Fisher information of a distribution with respect to its own parameters."""
 
 
 def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor] | None = None) -> Vector:
-    """One vector of all entries, in order.
+    """Concatenate the entries of all tensors, in order, into one vector.
 
     Args:
-        tensors: Parameters or gradients. A gradient may be None: it reads as zeros.
-        like: Tensors whose shapes stand in for None.
+        tensors: Parameters or gradients. A gradient may be None, which counts as zeros.
+        like: Tensors that give the shapes of None entries.
     """
     shapes: Sequence[Tensor | None] = tensors if like is None else like
     flat = []
@@ -44,7 +44,7 @@ def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor] | None = No
 
 
 def unflatten(vector: Vector, like: Sequence[Tensor]) -> list[Tensor]:
-    """The pieces of a flat vector, as views in the shapes of `like`.
+    """Split a flat vector into views with the shapes of `like`.
 
     Raises:
         ValueError: The vector does not have as many entries as `like`.
@@ -52,14 +52,14 @@ def unflatten(vector: Vector, like: Sequence[Tensor]) -> list[Tensor]:
     sizes = [tensor.numel() for tensor in like]
     if vector.numel() != sum(sizes):
         raise ValueError(
-            f"expected a vector of {sum(sizes)} entries, got {vector.numel()}: pieces would belong to other "
+            f"expected a vector of {sum(sizes)} entries, got {vector.numel()}: values would go to other "
             "parameters. Flatten and unflatten with the same list, trainable parameters only."
         )
-    return [piece.view_as(tensor) for piece, tensor in zip(vector.split(sizes), like, strict=True)]
+    return [chunk.view_as(tensor) for chunk, tensor in zip(vector.split(sizes), like, strict=True)]
 
 
 def fisher_vector_product(
-    outputs: Sequence[Tensor], parameters: Sequence[Tensor], *, metric: Metric, damping: float = 0.0
+    outputs: Sequence[Tensor], parameters: Sequence[Tensor], *, metric: FisherMetric, damping: float = 0.0
 ) -> MatrixVectorProduct:
     """The map v -> (Jᵀ H J + damping) v, by two vector-Jacobian products (Schulman et al. 2015, app. C.1).
 
@@ -70,8 +70,9 @@ def fisher_vector_product(
 
     Args:
         outputs: Parameters of the distribution, with graph.
-        parameters: The trainable parameters; those that `outputs` does not depend on have zero curvature.
-        metric: H: `categorical_metric` or `gaussian_metric`, weighted by 1 / count, so that pieces add up.
+        parameters: The trainable parameters; those that `outputs` does not depend on get zeros.
+        metric: H: `categorical_metric` or `gaussian_metric`, weighted by 1 / count, so that micro-batches add
+            up.
         damping: Added to the diagonal, >= 0; language models need 0.1 to 1.
     """
     dummies = [torch.zeros_like(output, requires_grad=True) for output in outputs]
@@ -81,8 +82,8 @@ def fisher_vector_product(
     used = [(gradient, index) for index, gradient in enumerate(pullback) if gradient is not None]
 
     def product(vector: Tensor) -> Tensor:
-        pieces = unflatten(vector, parameters)
-        directional = torch.stack([(gradient * pieces[index]).sum() for gradient, index in used]).sum()
+        tangent_parameters = unflatten(vector, parameters)
+        directional = torch.stack([(gradient * tangent_parameters[index]).sum() for gradient, index in used]).sum()
         tangents = torch.autograd.grad(directional, dummies, retain_graph=True, materialize_grads=True)
         cotangents = [tangent.detach() for tangent in metric(tangents)]
         curvature = torch.autograd.grad(
@@ -93,12 +94,12 @@ def fisher_vector_product(
     return product
 
 
-def categorical_metric(logits: Float[Tensor, "*shape vocab"], weights: Float[Tensor, "*shape"]) -> Metric:
+def categorical_metric(logits: Float[Tensor, "*shape vocab"], weights: Float[Tensor, "*shape"]) -> FisherMetric:
     """Fisher information of softmax(logits): u -> w (diag(p) - p pᵀ) u at each position.
 
     Args:
-        logits: The outputs themselves (divided by the temperature).
-        weights: w, 1 / count at our actions and 0 elsewhere, where logits must be finite.
+        logits: Logits divided by the temperature; finite everywhere.
+        weights: w, 1 / count at actions of the policy and 0 elsewhere.
     """
     probabilities = torch.softmax(logits.detach(), dim=-1)
 
@@ -110,24 +111,24 @@ def categorical_metric(logits: Float[Tensor, "*shape vocab"], weights: Float[Ten
     return metric
 
 
-def gaussian_metric(log_std: Float[Tensor, "*shape actions"], weights: Float[Tensor, "*shape"]) -> Metric:
+def gaussian_metric(log_std: Float[Tensor, "*shape actions"], weights: Float[Tensor, "*shape"]) -> FisherMetric:
     """Fisher information of a diagonal Gaussian on (mean, log_std): 1 / σ² and 2.
 
     Args:
         log_std: log σ, broadcast to the shape of the mean.
-        weights: 1 / count at our actions and 0 elsewhere.
+        weights: 1 / count at actions of the policy and 0 elsewhere.
     """
     precision = torch.exp(-2 * log_std.detach())
 
     def metric(tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        mean, spread = tangents
-        return weights.unsqueeze(-1) * precision * mean, weights.unsqueeze(-1) * 2 * spread
+        mean_tangent, log_std_tangent = tangents
+        return weights.unsqueeze(-1) * precision * mean_tangent, weights.unsqueeze(-1) * 2 * log_std_tangent
 
     return metric
 
 
 def step_weights(mask: Bool[Tensor, "*shape"], count: int | float | Tensor) -> Float[Tensor, "*shape"]:
-    """The `weights` of a metric: 1 / count at our actions, 0 elsewhere."""
+    """The `weights` of a Fisher metric: 1 / count at actions of the policy, 0 elsewhere."""
     return zero_where_masked(torch.ones(mask.shape, device=mask.device) / count, mask)
 
 
@@ -136,46 +137,46 @@ def conjugate_gradient(
 ) -> Vector:
     """Approximate solution x of A x = b for a positive definite A (Hestenes and Stiefel 1952), from x = 0.
 
-    It stops early where the residual is small, and where a direction has no positive finite curvature: the x found up
-    to there is returned. Residuals may rise before they fall, which is no error.
+    Stops early when the residual is small or a direction has no positive finite curvature, and returns x so far.
+    Residuals may rise before they fall, which is no error.
 
     Args:
         product: A, equal on all processes.
         target: b.
-        iterations: At most so many products.
-        tolerance: Relative: stop where |r|² <= tolerance · |b|².
+        iterations: Largest number of products.
+        tolerance: Relative: stop when |r|² <= tolerance · |b|².
     """
     solution = torch.zeros_like(target)
     residual, direction = target.clone(), target.clone()
-    squares = target.dot(target)
-    enough = tolerance * squares
+    squared_residual = target.dot(target)
+    threshold = tolerance * squared_residual
     for _ in range(iterations):
-        if not bool(squares > enough):
+        if not bool(squared_residual > threshold):
             break
-        curved = product(direction)
-        curvature = direction.dot(curved)
+        product_direction = product(direction)
+        curvature = direction.dot(product_direction)
         if not bool(torch.isfinite(curvature) & (curvature > 0)):
             break
-        rate = squares / curvature
-        solution = solution + rate * direction
-        residual = residual - rate * curved
-        previous, squares = squares, residual.dot(residual)
-        direction = residual + (squares / previous) * direction
+        step_size = squared_residual / curvature
+        solution = solution + step_size * direction
+        residual = residual - step_size * product_direction
+        previous, squared_residual = squared_residual, residual.dot(residual)
+        direction = residual + (squared_residual / previous) * direction
     return solution
 
 
-def trust_region_step(direction: Vector, curved: Vector, max_kl: float) -> Vector:
-    """The longest step along `direction` whose KL is `max_kl` in the quadratic model: x √(2δ / xᵀFx).
+def trust_region_step(direction: Vector, fisher_direction: Vector, max_kl: float) -> Vector:
+    """Scale `direction` to the step whose KL is `max_kl` in the quadratic model: x √(2δ / xᵀFx).
 
     Args:
         direction: x, the natural gradient.
-        curved: F x.
+        fisher_direction: F x.
         max_kl: δ, nats, > 0.
 
     Raises:
         ValueError: δ is not positive, or xᵀFx is not positive and finite.
     """
-    curvature = float(direction.dot(curved))
+    curvature = float(direction.dot(fisher_direction))
     if not max_kl > 0:
         raise ValueError(f"max_kl must be > 0, got {max_kl}: no step would be allowed. TRPO's usual value is 0.01.")
     if not (math.isfinite(curvature) and curvature > 0):
@@ -188,18 +189,18 @@ def trust_region_step(direction: Vector, curved: Vector, max_kl: float) -> Vecto
 
 @dataclass(frozen=True, kw_only=True)
 class LineSearchResult:
-    """What `line_search` settled on."""
+    """Result of `line_search`."""
 
     parameters: Tensor
-    """The accepted vector; the very start where none was accepted."""
+    """The accepted vector; `start` itself if none was accepted."""
     accepted: bool
-    """Whether the parameters moved."""
+    """Whether a candidate was accepted."""
     backtracks: int
-    """Candidates that were turned down."""
+    """Rejected candidates."""
     improvement: float
-    """Gain of the surrogate at `parameters`; 0 where none was accepted."""
+    """Improvement of the surrogate at `parameters`; 0 if none was accepted."""
     kl: float
-    """KL(π_old || π_θ) at `parameters`, nats; 0 where none was accepted."""
+    """KL(π_old || π_θ) at `parameters`, nats; 0 if none was accepted."""
 
 
 def line_search(
@@ -213,16 +214,16 @@ def line_search(
 ) -> LineSearchResult:
     """Shorten a step until it improves the surrogate within the trust region (Schulman et al. 2015, app. C).
 
-    Candidates are start + shrink^k · step, k = 0, 1, ... One is accepted where improvement > 0 and KL <= max_kl; nan
-    is neither. `evaluate` leaves the network wherever it was asked last: write `result.parameters` back, which on
-    failure is `start` itself, bit for bit.
+    Candidates are start + shrink^k · step, k = 0, 1, ... The first with improvement > 0 and KL <= max_kl is accepted;
+    nan is neither. `evaluate` leaves the network at the last candidate: write `result.parameters` back; on failure that
+    is `start` itself, bit for bit.
 
     Args:
         evaluate: Parameters -> (improvement of the surrogate over the start, mean KL in nats), equal on all processes.
         start: θ_old.
         step: The full step.
-        max_kl: The largest KL to accept; TRPO for language models allows 1.5 δ.
-        shrink: In (0, 1).
+        max_kl: Largest accepted KL, nats; TRPO for language models allows 1.5 δ.
+        shrink: Factor between successive candidates, in (0, 1).
         max_backtracks: Candidates after the first.
 
     Raises:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, pad_rows
 from rlhf_ppo.functional import TokenStatistics, categorical_metric, chunked_categorical_kl, chunked_token_statistics
-from rlhf_ppo.functional.trust_region import Metric
+from rlhf_ppo.functional.trust_region import FisherMetric
 from rlhf_ppo.kernels.fused_linear_logprobs import fused_token_statistics
 from rlhf_ppo.kernels.head_walk import Slopes, rows_at_once
 from rlhf_ppo.kernels.linear_layers import is_plain_head, shared_with_head
@@ -172,7 +172,7 @@ class TokenPolicy(nn.Module):
 
     def curvature(
         self, inputs: TokenInputs, weights: Float[Tensor, "batch time"]
-    ) -> tuple[tuple[Float[Tensor, "actions vocab"]], Metric]:
+    ) -> tuple[tuple[Float[Tensor, "actions vocab"]], FisherMetric]:
         """The logits of every response token, with a graph that can be differentiated twice, and their Fisher metric.
 
         Fused attention has no second derivative, so this pass alone runs PyTorch's plain one.

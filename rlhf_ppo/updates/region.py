@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from rlhf_ppo.batch import PolicyOutput
-from rlhf_ppo.functional.trust_region import Metric
+from rlhf_ppo.functional.trust_region import FisherMetric
 from rlhf_ppo.utils.field_types import check_fields
 
 
@@ -29,7 +29,7 @@ class FisherPolicy(Protocol):
         """Refuse what cannot be differentiated twice."""
         ...
 
-    def curvature(self, inputs: Any, weights: Tensor) -> tuple[tuple[Tensor, ...], Metric]:
+    def curvature(self, inputs: Any, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
         """The distribution's parameters at each action, with a graph, and their Fisher metric."""
         ...
 
