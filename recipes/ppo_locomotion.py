@@ -23,7 +23,7 @@ from rlhf_ppo.control import (
     ControlConfig,
     ControlTrainer,
     EnvironmentConfig,
-    Episodes,
+    EvaluationResult,
     Randomization,
     control_algorithm,
 )
@@ -139,7 +139,7 @@ def _frames(trainer: ControlTrainer, folder: RunFolder, count: int) -> str:
         return str(error)
 
 
-def _estimates(episodes: Episodes) -> Estimates:
+def _estimates(episodes: EvaluationResult) -> Estimates:
     return {"return": (episodes.mean, episodes.stderr)}
 
 

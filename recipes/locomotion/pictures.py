@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
-from rlhf_ppo.control import ControlTrainer, frames
+from rlhf_ppo.control import ControlTrainer, render_frames
 from rlhf_ppo.report import RunFolder
 
 
@@ -33,7 +33,9 @@ def draw_frames(trainer: ControlTrainer, folder: RunFolder, *, count: int) -> Pa
         RuntimeError: There is no way to render on this machine.
     """
     config = trainer.config.environment
-    pictures = frames(trainer.policy, trainer.normalizer, config, count=count, every=12, seed=trainer.config.seed)
+    pictures = render_frames(
+        trainer.policy, trainer.normalizer, config, count=count, every=12, seed=trainer.config.seed
+    )
     return folder.write_bytes("frames.png", _strip(pictures))
 
 

@@ -1,4 +1,4 @@
-"""The algorithm configurations with control's usual numbers in them."""
+"""Algorithm configurations with the usual hyperparameters of control tasks."""
 
 from typing import Literal, TypeAlias, get_args
 
@@ -11,15 +11,15 @@ def control_algorithm(
     name: AlgorithmName, *, gamma: float = 0.99, lam: float = 0.95, clip_range: float = 0.2, ent_coef: float = 0.0,
     vf_coef: float = 0.5,
 ) -> AlgorithmConfig:  # fmt: skip
-    """The configuration of `name`: γ = 0.99 for tasks without end, value clipping off (Andrychowicz et al. 2021).
+    """Configuration of the algorithm `name`: γ = 0.99, value clipping off (Andrychowicz et al. 2021).
 
     Args:
-        name: Which algorithm.
+        name: The algorithm.
         gamma: Discount γ.
-        lam: λ of the advantage estimates; REINFORCE has none.
+        lam: λ of GAE; unused by REINFORCE.
         clip_range: ε of PPO-clip.
-        ent_coef: Weight of the entropy.
-        vf_coef: Weight of the value loss; TRPO fits the critic by itself.
+        ent_coef: Weight of the entropy bonus.
+        vf_coef: Weight of the value loss; unused by TRPO, which fits the critic separately.
 
     Raises:
         ValueError: The name is unknown.
@@ -37,28 +37,28 @@ def control_algorithm(
         case _:
             raise ValueError(
                 f"expected an algorithm of {', '.join(get_args(AlgorithmName))}, got {name!r}: algorithms over groups "
-                "compare responses to one prompt, which control has not. Pass one of these."
+                "compare responses to one prompt, and control has no prompts. Pass one of these."
             )
 
 
 def discount(algorithm: AlgorithmConfig) -> float:
-    """γ of an algorithm.
+    """The discount γ of an algorithm.
 
     Raises:
-        ValueError: It needs what control has not: groups of responses, or the exact KL to an old policy.
+        ValueError: Control does not support it: it needs groups of responses, or the exact KL to an old policy.
     """
     match algorithm:
         case Reinforce():
             return algorithm.gamma
         case PPOPenalty(exact=True):
             raise ValueError(
-                "expected PPOPenalty(exact=False), got True: control keeps no old policy beside the new one, and would "
-                "penalize the estimate without a word. Leave `exact` out."
+                "expected PPOPenalty(exact=False), got True: control does not keep the old policy, and would "
+                "silently penalize the estimate. Leave `exact` out."
             )
         case PPOClip() | PPOPenalty() | TRPO():
             return algorithm.gae.gamma
         case _:
             raise ValueError(
                 f"expected PPOClip, PPOPenalty, TRPO or Reinforce, got {type(algorithm).__name__}: it compares "
-                "responses to one prompt, and episodes of control have no prompt. Take one with a value function."
+                "responses to one prompt, and control has no prompts. Use an algorithm with a value function."
             )

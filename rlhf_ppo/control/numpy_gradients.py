@@ -1,8 +1,8 @@
-"""Gradients of an objective by NumPy: the traced functional core without PyTorch's cost of a call.
+"""Gradients of an objective by NumPy: the traced forward and backward pass without PyTorch's overhead per call.
 
-On 64 rows a PyTorch operation takes longer to begin than to compute. The pass over a minibatch (networks, objective and
-its derivative, exactly the functions that `MinibatchUpdate` calls) is traced once to a list of ATen operations, each is
-replaced by its NumPy namesake, and that list is run for every minibatch. Operations without namesake run in PyTorch.
+On 64 rows a PyTorch operation takes longer to dispatch than to compute. The pass over a minibatch (networks, objective
+and its derivative, exactly the functions that `MinibatchUpdate` calls) is traced once to ATen operations, each replaced
+by its NumPy equivalent, and that program runs on every minibatch. Operations without equivalent run in PyTorch.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ aten: Any = torch.ops.aten
 
 
 class NumpyGradients:
-    """A `Gradients` for `MinibatchUpdate`: the same numbers as autograd's up to rounding, in a fraction of the time.
+    """A `ComputeGradients` for small policies: autograd's gradients up to rounding, in a fraction of the time.
 
     Args:
         policy: A small policy in float32 on the CPU.
@@ -40,28 +40,28 @@ class NumpyGradients:
         self._columns: list[Array] = []
 
     def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
-        """Set every parameter's gradient; the objective's metrics and the ratios."""
+        """Set every parameter's `.grad`; return the objective's metrics and the ratios."""
         if batch is not self._batch:
-            self._batch, self._columns = batch, [column.numpy() for column in _columns(batch)]
+            self._batch, self._columns = batch, [column.numpy() for column in _batch_columns(batch)]
         key = (objective, len(rows))
         if key not in self._programs:
-            self._programs[key] = self._program(objective, batch, rows)
+            self._programs[key] = self._trace(objective, batch, rows)
         names, program = self._programs[key]
-        picked = rows.numpy()
+        indices = rows.numpy()
         values = [parameter.detach().numpy() for parameter in self.parameters.values()]
-        with np.errstate(all="ignore"):  # PyTorch lets overflow pass in silence, too; the update's guards look at it
-            found = program(*values, *(column[picked] for column in self._columns))
-        gradients, metrics, ratio = found[: len(values)], found[len(values) : -1], found[-1]
+        with np.errstate(all="ignore"):  # PyTorch does not warn of overflow either; the update's guards check it
+            results = program(*values, *(column[indices] for column in self._columns))
+        gradients, metrics, ratio = results[: len(values)], results[len(values) : -1], results[-1]
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = torch.from_numpy(np.ascontiguousarray(gradient))
         return dict(zip(names, map(float, metrics), strict=True)), [torch.from_numpy(ratio)]
 
-    def _program(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[list[str], Callable[..., Any]]:
+    def _trace(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[list[str], Callable[..., Any]]:
         names: list[str] = []
 
         def derivative(values: list[Tensor], columns: list[Tensor]) -> tuple[Any, list[Tensor], Tensor]:
             parameters = dict(zip(self.parameters, values, strict=True))
-            micro_batch = _batch(columns)
+            micro_batch = _batch_from_columns(columns)
             output = functional_call(
                 self.policy, parameters, (micro_batch.inputs,), {"with_entropy": self.with_entropy}
             )
@@ -71,15 +71,17 @@ class NumpyGradients:
             return gradients, list(terms.metrics.values()), terms.ratio
 
         values = [parameter.detach().clone().requires_grad_() for parameter in self.parameters.values()]
-        columns = [column[rows] for column in _columns(batch)]
+        columns = [column[rows] for column in _batch_columns(batch)]
         traced = make_fx(derivative)(values, columns)
-        return names, lowered(make_fx(functionalize(traced))(values, columns))  # without operations in place
+        return names, to_numpy_program(
+            make_fx(functionalize(traced))(values, columns)
+        )  # functionalize removes in-place operations
 
 
-def lowered(traced: GraphModule) -> Callable[..., Any]:
-    """The same program on NumPy arrays, which takes and gives one flat list."""
+def to_numpy_program(traced: GraphModule) -> Callable[..., Any]:
+    """Replace the ATen operations of a traced program by NumPy; arguments and results are flat lists of arrays."""
     traced.graph.eliminate_dead_code()
-    traced.graph.set_codegen(CodeGen())  # folding and unfolding nested lists costs as much as a product
+    traced.graph.set_codegen(CodeGen())  # flattening nested lists costs as much as a matrix product
     for node in traced.graph.nodes:
         if node.op == "call_function":
             node.target = _NUMPY.get(node.target) or _through_torch(node.target)
@@ -92,14 +94,14 @@ def lowered(traced: GraphModule) -> Callable[..., Any]:
     return program
 
 
-def _columns(batch: TrainBatch) -> list[Tensor]:
+def _batch_columns(batch: TrainBatch) -> list[Tensor]:
     inputs: Any = batch.inputs
     return [
         inputs.observations, inputs.actions, batch.mask, batch.logprobs, batch.values, batch.advantages, batch.returns,
     ]  # fmt: skip
 
 
-def _batch(columns: list[Tensor]) -> TrainBatch:
+def _batch_from_columns(columns: list[Tensor]) -> TrainBatch:
     observations, actions, mask, logprobs, values, advantages, returns = columns
     return TrainBatch(
         inputs=ControlInputs(observations=observations, actions=actions), mask=mask, logprobs=logprobs, values=values,
@@ -108,7 +110,7 @@ def _batch(columns: list[Tensor]) -> TrainBatch:
 
 
 def _through_torch(operation: Any) -> Callable[..., Any]:
-    """An operation that has no namesake here: into PyTorch and back."""
+    """Wrap an operation without NumPy equivalent: convert arrays to tensors and back."""
 
     def tensors(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -167,8 +169,8 @@ def _masked_fill(x: Array, mask: Array, value: float) -> Array:
 
 
 def _expand(x: Array, size: list[int]) -> Array:
-    known = ((1,) * len(size) + np.shape(x))[-len(size) :]
-    result = np.empty([old if new == -1 else new for old, new in zip(known, size, strict=True)], dtype=x.dtype)
+    old_size = ((1,) * len(size) + np.shape(x))[-len(size) :]
+    result = np.empty([old if new == -1 else new for old, new in zip(old_size, size, strict=True)], dtype=x.dtype)
     result[...] = x
     return result
 
@@ -190,9 +192,9 @@ def _clamp(x: Array, low: float | None = None, high: float | None = None) -> Arr
 
 def _scatter_add(x: Array, dim: int, index: Array, source: Array) -> Array:
     result = x.copy()
-    places = list(np.indices(index.shape, sparse=True))
-    places[dim] = index
-    np.add.at(result, tuple(places), source)
+    indices = list(np.indices(index.shape, sparse=True))
+    indices[dim] = index
+    np.add.at(result, tuple(indices), source)
     return result
 
 

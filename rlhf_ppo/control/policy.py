@@ -1,6 +1,6 @@
-"""Actor and critic for control: separate tanh networks, a Gaussian over joints or a categorical over choices.
+"""Actor and critic for control: separate tanh networks, with Gaussian or categorical actions.
 
-The module answers what an update asks of `TokenPolicy`, so PPO, TRPO and REINFORCE train either.
+`ControlPolicy` has the interface of `TokenPolicy`, so the same PPO, TRPO and REINFORCE updates train both.
 """
 
 import itertools
@@ -28,12 +28,12 @@ from rlhf_ppo.functional.trust_region import FisherMetric
 
 @dataclass(frozen=True, kw_only=True)
 class ControlInputs:
-    """What the policy saw and did: one row an environment, or one row a step (T = 1)."""
+    """Observations and actions: one row per environment, or one row per step (T = 1)."""
 
     observations: Float[Tensor, "batch time observation"]
-    """Normalized, as the policy that acted saw them."""
+    """Normalized as in the rollout."""
     actions: Tensor
-    """As drawn, not clipped: float [B, T, A] of a Gaussian, long [B, T, 1] of a categorical."""
+    """As sampled, not clipped: float [B, T, A] of a Gaussian, long [B, T, 1] of a categorical."""
 
     def __len__(self) -> int:
         return len(self.observations)
@@ -57,8 +57,8 @@ class ControlInputs:
             actions=torch.cat([part.actions for part in parts]),
         )
 
-    def steps(self) -> "ControlInputs":
-        """The same steps with a row each."""
+    def flatten_time(self) -> "ControlInputs":
+        """One row per step: [B T, 1, ...]."""
         return ControlInputs(
             observations=self.observations.flatten(0, 1).unsqueeze(1), actions=self.actions.flatten(0, 1).unsqueeze(1)
         )
@@ -66,14 +66,14 @@ class ControlInputs:
 
 @runtime_checkable
 class Distribution(Protocol):
-    """What turns the actor's outputs [..., K] into a distribution over actions."""
+    """Distribution over actions, from the actor's outputs [..., K]."""
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Randomness for actions of `shape`, drawn ahead."""
+        """Sample in advance the noise for actions of leading shape `shape`."""
         ...
 
     def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        """The action that `noise` picks."""
+        """The action sampled with `noise`."""
         ...
 
     def mode(self, outputs: Tensor) -> Tensor:
@@ -88,21 +88,21 @@ class Distribution(Protocol):
         """S[π(.|s)], nats."""
         ...
 
-    def tangents(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
-        """The distribution's parameters with graph, and their Fisher information."""
+    def outputs_and_metric(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
+        """The distribution's parameters, with gradient, and their Fisher metric."""
         ...
 
     def kl_from_current(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function of new outputs: KL(here || there), nats."""
+        """A function of new outputs: KL(these outputs || new outputs), nats."""
         ...
 
 
 class Gaussian(nn.Module):
-    """Mean by the network, standard deviation a parameter of each joint.
+    """Diagonal Gaussian: the network outputs the mean; log σ is a parameter, the same in every state.
 
     Args:
-        size: Joints.
-        log_std: log σ at the start.
+        size: Action dimensions.
+        log_std: Initial log σ.
     """
 
     def __init__(self, size: int, log_std: float = 0.0) -> None:
@@ -124,20 +124,20 @@ class Gaussian(nn.Module):
     def entropy(self, outputs: Tensor) -> Tensor:
         return gaussian_entropy(self.log_std).expand(outputs.shape[:-1])
 
-    def tangents(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
-        spread = self.log_std.expand_as(outputs)
-        return (outputs, spread), gaussian_metric(spread, weights)
+    def outputs_and_metric(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
+        log_std = self.log_std.expand_as(outputs)
+        return (outputs, log_std), gaussian_metric(log_std, weights)
 
     def kl_from_current(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
         log_std = self.log_std.detach().clone()
-        return lambda there: gaussian_kl(outputs, log_std, there, self.log_std)
+        return lambda new: gaussian_kl(outputs, log_std, new, self.log_std)
 
 
 class Categorical(nn.Module):
-    """Logits by the network, one a choice.
+    """Categorical distribution; the network outputs the logits.
 
     Args:
-        size: Choices.
+        size: Number of actions.
     """
 
     def __init__(self, size: int) -> None:
@@ -145,7 +145,7 @@ class Categorical(nn.Module):
         self.size = size
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Gumbel noise: the largest of logits + noise is a draw from their softmax (Gumbel 1954)."""
+        """Gumbel noise: argmax(logits + noise) is a sample from softmax(logits) (Gumbel 1954)."""
         return -torch.empty(*shape, self.size).exponential_(generator=generator).log()
 
     def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
@@ -160,20 +160,20 @@ class Categorical(nn.Module):
     def entropy(self, outputs: Tensor) -> Tensor:
         return entropy_from_logits(outputs)
 
-    def tangents(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
+    def outputs_and_metric(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
         return (outputs,), categorical_metric(outputs, weights)
 
     def kl_from_current(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda there: categorical_kl(outputs, there)
+        return lambda new: categorical_kl(outputs, new)
 
 
 def mlp(sizes: Sequence[int], *, last_gain: float, orthogonal: bool = True) -> nn.Sequential:
-    """Linear layers with tanh between; orthogonal weights of gain √2, the last of `last_gain`, and zero biases.
+    """Multi-layer perceptron with tanh; orthogonal weights of gain √2, the last of `last_gain`, and zero biases.
 
     Args:
-        sizes: Inputs, hidden widths, outputs.
-        last_gain: 0.01 keeps a new policy close to its standard deviation (Andrychowicz et al. 2021); a critic has 1.
-        orthogonal: False leaves PyTorch's initialization.
+        sizes: Widths of input, hidden layers and output.
+        last_gain: 0.01 for an actor, whose initial means are then near 0 (Andrychowicz et al. 2021); 1 for a critic.
+        orthogonal: False: PyTorch's initialization.
     """
     layers: list[nn.Module] = []
     for index, (width, following) in enumerate(itertools.pairwise(sizes)):
@@ -187,18 +187,18 @@ def mlp(sizes: Sequence[int], *, last_gain: float, orthogonal: bool = True) -> n
 
 
 class ControlPolicy(nn.Module):
-    """Actor and critic, each a network of its own.
+    """Actor and critic as separate networks.
 
     Args:
         observation_size: Entries of an observation.
-        distribution: Over actions; `Gaussian` or `Categorical`.
-        action_size: Outputs of the actor: joints or choices.
+        distribution: Distribution over actions, `Gaussian` or `Categorical`.
+        action_size: Outputs of the actor: action dimensions, or number of actions.
         hidden: Widths of the hidden layers, the same in both networks.
         orthogonal: Orthogonal initialization.
     """
 
     chunk_size = 1 << 30
-    """Rows of one Fisher product: all of them, they are small."""
+    """Largest number of rows per Fisher-vector product: unlimited, since rows are small."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class ControlPolicy(nn.Module):
         """Score every action of `inputs`.
 
         Returns:
-            Log-probabilities and entropy [B, T]; values [B, T+1], whose last column is not computed: 0.
+            Log-probabilities and entropy [B, T]; values [B, T+1], with 0 in the last column.
         """
         shape = inputs.observations.shape[:2]
         observations, actions = inputs.observations.flatten(0, 1), inputs.actions.flatten(0, 1)
@@ -232,7 +232,7 @@ class ControlPolicy(nn.Module):
         )
 
     def act(self, observations: Float[Tensor, "*batch observation"], noise: Tensor | None) -> Tensor:
-        """Actions for a batch of observations: drawn with `noise`, or the most likely ones."""
+        """Actions for a batch of observations: sampled with `noise`, or the most likely ones if it is None."""
         outputs = self.actor(observations)
         return self.distribution.mode(outputs) if noise is None else self.distribution.sample(outputs, noise)
 
@@ -241,35 +241,35 @@ class ControlPolicy(nn.Module):
         values: Tensor = self.critic(observations)
         return values.squeeze(-1)
 
-    def check_curvature(self) -> None:
-        """Nothing to refuse: these networks can be differentiated twice."""
+    def check_twice_differentiable(self) -> None:
+        """Do nothing: these networks can be differentiated twice."""
 
-    def curvature(
+    def outputs_and_metric(
         self, inputs: ControlInputs, weights: Float[Tensor, "batch time"]
     ) -> tuple[tuple[Tensor, ...], FisherMetric]:
-        """The distribution's parameters at each action, with a graph, and their Fisher metric."""
-        return self.distribution.tangents(self.actor(inputs.observations), weights)
+        """The distribution's parameters at each action, with gradient, and their Fisher metric."""
+        return self.distribution.outputs_and_metric(self.actor(inputs.observations), weights)
 
     @torch.no_grad()
     def kl_from_current(
         self, micro_batches: Sequence[ControlInputs]
     ) -> list[Callable[[], Float[Tensor, "batch time"]]]:
-        """For each micro-batch, a function that measures the exact KL(π_here || π) of whatever π has become by then."""
+        """For each micro-batch, a function that returns the exact KL(π at this call || π at its call), nats."""
 
-        def distance(inputs: ControlInputs) -> Callable[[], Tensor]:
-            to = self.distribution.kl_from_current(self.actor(inputs.observations))
-            return lambda: to(self.actor(inputs.observations))
+        def kl_function(inputs: ControlInputs) -> Callable[[], Tensor]:
+            kl_to = self.distribution.kl_from_current(self.actor(inputs.observations))
+            return lambda: kl_to(self.actor(inputs.observations))
 
-        return [distance(inputs) for inputs in micro_batches]
+        return [kl_function(inputs) for inputs in micro_batches]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Those of the critic."""
+        """The critic's parameters."""
         return list(self.critic.parameters())
 
     def critic_states(self, inputs: ControlInputs) -> list[Float[Tensor, "time observation"]]:
-        """What the critic reads, one tensor a row."""
+        """The critic's inputs, one tensor per row."""
         return list(inputs.observations)
 
-    def values_of(self, states: Float[Tensor, "actions observation"]) -> Float[Tensor, " actions"]:
-        """V at states of `critic_states`."""
+    def values_from_states(self, states: Float[Tensor, "actions observation"]) -> Float[Tensor, " actions"]:
+        """V at the concatenated states of `critic_states`."""
         return self.values(states)

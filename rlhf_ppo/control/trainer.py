@@ -1,4 +1,4 @@
-"""PPO, TRPO or REINFORCE on an environment, one iteration after the other; saved and resumed exactly."""
+"""Train PPO, TRPO or REINFORCE on a control task; save and resume exactly."""
 
 from collections import deque
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.checkpoints.lock import lock_run_folder
 from rlhf_ppo.checkpoints.nested_state import load_nested_state, save_nested_state
 from rlhf_ppo.control.algorithms import control_algorithm, discount
-from rlhf_ppo.control.collection import Collector, by_step
+from rlhf_ppo.control.collection import Collector, flatten_time
 from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_environment
-from rlhf_ppo.control.evaluation import Episodes, evaluate
+from rlhf_ppo.control.evaluation import EvaluationResult, evaluate
 from rlhf_ppo.control.normalization import Normalizer
 from rlhf_ppo.control.numpy_gradients import NumpyGradients
 from rlhf_ppo.control.policy import Categorical, ControlPolicy, Gaussian
@@ -30,30 +30,30 @@ from rlhf_ppo.utils.field_types import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig:
-    """Settings of a run; the defaults are those of Schulman et al. (2017) for MuJoCo, in eight environments."""
+    """Settings of a run; defaults from Schulman et al. (2017) for MuJoCo, with eight environments."""
 
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     """The task."""
     algorithm: AlgorithmConfig = field(default_factory=lambda: control_algorithm("ppo-clip"))
-    """What is optimized."""
+    """The algorithm and its settings."""
     total_steps: int = 1_000_000
-    """Environment steps of the whole run, cut down to whole iterations; the learning rate reaches 0 with the last."""
+    """Environment steps of the run, rounded down to whole iterations; with `anneal` the learning rate ends at 0."""
     environments: int = 8
-    """Environments side by side."""
+    """Number of environments."""
     rollout_steps: int = 256
-    """T: steps in each environment of one iteration."""
+    """T: steps per environment and iteration."""
     minibatch_size: int = 64
-    """Steps of one optimizer step."""
+    """Environment steps per optimizer step."""
     epochs: int = 10
-    """K: passes over a rollout; of the critic alone in TRPO."""
+    """K: passes over a rollout; in TRPO, for the critic alone."""
     learning_rate: float = 3e-4
-    """Adam's, at the start."""
+    """Initial learning rate of Adam."""
     anneal: bool = True
-    """Let the learning rate fall to 0 along a straight line."""
+    """Anneal the learning rate linearly to 0."""
     adam_epsilon: float = 1e-5
     """Adam's ε (TensorFlow's default was near it; PyTorch's is 1e-8)."""
     max_grad_norm: float | None = 0.5
-    """Gradients of actor and critic together are scaled down to this norm."""
+    """Gradients of actor and critic together are clipped to this global norm; None: not clipped."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers."""
     orthogonal: bool = True
@@ -61,11 +61,11 @@ class ControlConfig:
     normalize_observations: bool = True
     """Scale observations by running moments."""
     normalize_rewards: bool = True
-    """Scale rewards by the spread of their discounted return."""
+    """Divide rewards by the standard deviation of the discounted return."""
     lowered: bool = True
-    """Compute minibatch gradients by the traced NumPy program; False: by autograd. Equal up to rounding."""
+    """Compute minibatch gradients by `NumpyGradients`; False: by autograd. Equal up to rounding."""
     seed: int = 0
-    """Of weights, first states, actions and shuffles."""
+    """Seeds weights, initial states, actions and row order."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -77,29 +77,29 @@ class ControlConfig:
         if self.iterations < 1:
             raise ValueError(
                 f"expected total_steps >= environments * rollout_steps = {self.batch_size}, got {self.total_steps}: "
-                "not one iteration would fit. Raise total_steps, or take fewer environments or shorter rollouts."
+                "not one iteration would fit. Raise total_steps, or use fewer environments or shorter rollouts."
             )
 
     @property
     def batch_size(self) -> int:
-        """Steps of one iteration."""
+        """Environment steps per iteration."""
         return self.environments * self.rollout_steps
 
     @property
     def iterations(self) -> int:
-        """Whole iterations in the budget."""
+        """Number of iterations in `total_steps`."""
         return self.total_steps // self.batch_size
 
 
-def _silent(_: dict[str, float]) -> None:
-    """Report nothing."""
+def _no_report(_: dict[str, float]) -> None:
+    """Default of `report`: do nothing."""
 
 
 class ControlTrainer:
-    """Policy, environments, normalizers and algorithm of one run, on one process and the CPU.
+    """Trains a policy on environments with one algorithm, on one process and the CPU.
 
     Args:
-        config: Everything about the run.
+        config: Settings of the run.
     """
 
     def __init__(self, config: ControlConfig) -> None:
@@ -109,7 +109,7 @@ class ControlTrainer:
         self.environments = Environments(envs, seed=int(streams[0]))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(streams[1]))
-            self.policy = _policy(self.environments, config)
+            self.policy = _make_policy(self.environments, config)
         self.optimizer = torch.optim.Adam(
             self.policy.parameters(), lr=config.learning_rate, eps=config.adam_epsilon, fused=True
         )
@@ -123,18 +123,18 @@ class ControlTrainer:
         )
         self.algorithm: Algorithm = build_algorithm(
             config.algorithm, policy=self.policy, optimizer=self.optimizer, accelerator=Accelerator(cpu=True),
-            minibatch=lambda: _sizes(config), seed=int(streams[3]),
-            gradients=NumpyGradients(self.policy) if config.lowered else None,
+            minibatch_config=lambda: _minibatch_config(config), seed=int(streams[3]),
+            compute_gradients=NumpyGradients(self.policy) if config.lowered else None,
         )  # fmt: skip
         self.iteration, self.steps, self.episodes = 0, 0, 0
         self.recent: deque[float] = deque(maxlen=100)
-        """Returns of the last hundred episodes, played with drawn actions while learning."""
+        """Returns of the last hundred training episodes, with sampled actions."""
 
     def step(self) -> dict[str, float]:
         """One iteration: run π_old, estimate advantages, update."""
         self._anneal()
         rollout = self.collect()
-        batch = by_step(self.algorithm.estimate_advantages(rollout))
+        batch = flatten_time(self.algorithm.estimate_advantages(rollout))
         record = self.algorithm.update(batch)
         self.iteration += 1
         self.steps += int(rollout.mask.sum())
@@ -160,17 +160,17 @@ class ControlTrainer:
         folder: Path | None = None,
         *,
         save_every: int = 0,
-        report: Callable[[dict[str, float]], None] = _silent,
+        report: Callable[[dict[str, float]], None] = _no_report,
     ) -> list[dict[str, float]]:
-        """Iterate until the budget is spent.
+        """Run iterations until `total_steps` is reached.
 
         Args:
-            folder: Of checkpoints; the newest whole one is gone on from.
-            save_every: Iterations between two checkpoints; 0: only the last.
-            report: Is shown every iteration's numbers.
+            folder: Folder of checkpoints; training resumes from the newest complete one.
+            save_every: Iterations between two checkpoints; 0: only after the last.
+            report: Called with the metrics of every iteration.
 
         Returns:
-            The numbers of the iterations that were run here.
+            Metrics of the iterations of this call.
 
         Raises:
             FolderInUseError: Another run writes into `folder`.
@@ -196,32 +196,34 @@ class ControlTrainer:
 
     def evaluate(
         self, *, episodes: int, deterministic: bool, seed: int = 10_000, environment: EnvironmentConfig | None = None
-    ) -> Episodes:
-        """Complete episodes, in the task of training or another `environment` of the same shape."""
+    ) -> EvaluationResult:
+        """Evaluate on complete episodes of the training task, or of an `environment` with the same spaces."""
         return evaluate(
             self.policy, self.normalizer, environment or self.config.environment, episodes=episodes,
             deterministic=deterministic, seed=seed,
         )  # fmt: skip
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint that is whole or absent, with the half-played episodes."""
-        aside = folders.begin_checkpoint(folder, self.iteration)
-        save_file({name: item.detach() for name, item in self.policy.named_parameters()}, aside / "model.safetensors")
-        save_nested_state(self.optimizer.state_dict(), aside / "optimizer.safetensors")
-        save_nested_state(self.collect.generator.get_state(), aside / "generator.safetensors")
+        """Write a checkpoint atomically, including the state of the running episodes."""
+        temporary = folders.begin_checkpoint(folder, self.iteration)
+        save_file(
+            {name: item.detach() for name, item in self.policy.named_parameters()}, temporary / "model.safetensors"
+        )
+        save_nested_state(self.optimizer.state_dict(), temporary / "optimizer.safetensors")
+        save_nested_state(self.collect.generator.get_state(), temporary / "generator.safetensors")
         state = {
             "environment": self.config.environment.id, "iteration": self.iteration, "steps": self.steps,
             "episodes": self.episodes, "recent": list(self.recent), "normalizer": self.normalizer.state_dict(),
             "update": self.algorithm.update.state_dict(), "environments": self.environments.state_dict(),
         }  # fmt: skip
-        folders.write_json(aside / "state.json", state)
-        return folders.commit_checkpoint(aside, keep_last=1)
+        folders.write_json(temporary / "state.json", state)
+        return folders.commit_checkpoint(temporary, keep_last=1)
 
     def resume(self, folder: Path) -> Path | None:
-        """Go on from the newest whole checkpoint of `folder`, if there is one, as if there had been no break.
+        """Resume exactly from the newest complete checkpoint of `folder`; return its path, or None if there is none.
 
         Raises:
-            ValueError: It is of another task or another network.
+            ValueError: The checkpoint has another task or network.
         """
         path = folders.latest(folder) if folder.is_dir() else None
         if path is None:
@@ -234,14 +236,14 @@ class ControlTrainer:
         }:
             raise ValueError(
                 f"{path} holds a policy for {state['environment']}, this run is one for {self.config.environment.id} "
-                "or has other networks: its weights have no place here. Choose another folder."
+                "or has other networks: its weights do not fit. Choose another folder."
             )
         self.environments.load_state_dict(state["environments"])
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        self.optimizer.load_state_dict(_part(path, "optimizer"))
-        self.collect.generator.set_state(_part(path, "generator"))
+        self.optimizer.load_state_dict(_load_part(path, "optimizer"))
+        self.collect.generator.set_state(_load_part(path, "generator"))
         self.normalizer.load_state_dict(state["normalizer"])
         self.algorithm.update.load_state_dict(state["update"])
         self.iteration, self.steps, self.episodes = state["iteration"], state["steps"], state["episodes"]
@@ -250,28 +252,28 @@ class ControlTrainer:
         return path
 
     def _anneal(self) -> None:
-        left = 1 - self.iteration / self.config.iterations if self.config.anneal else 1.0
+        factor = 1 - self.iteration / self.config.iterations if self.config.anneal else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * left
+            group["lr"] = self.config.learning_rate * factor
 
 
-def _policy(environments: Environments, config: ControlConfig) -> ControlPolicy:
+def _make_policy(environments: Environments, config: ControlConfig) -> ControlPolicy:
     space = environments.action_space
-    is_choice = isinstance(space, gym.spaces.Discrete)
-    size = int(space.n if is_choice else space.shape[0])
-    distribution = Categorical(size) if is_choice else Gaussian(size)
+    is_discrete = isinstance(space, gym.spaces.Discrete)
+    size = int(space.n if is_discrete else space.shape[0])
+    distribution = Categorical(size) if is_discrete else Gaussian(size)
     return ControlPolicy(
         environments.observations.shape[1], distribution, size, hidden=config.hidden, orthogonal=config.orthogonal
     )
 
 
-def _part(path: Path, name: str) -> Any:
-    """One part of a checkpoint; versions before this one wrote it by `torch.save`."""
+def _load_part(path: Path, name: str) -> Any:
+    """Load one part of a checkpoint; older versions wrote it by `torch.save`."""
     file = path / f"{name}.safetensors"
     return load_nested_state(file) if file.is_file() else torch.load(path / f"{name}.pt", weights_only=True)
 
 
-def _sizes(config: ControlConfig) -> MinibatchConfig:
+def _minibatch_config(config: ControlConfig) -> MinibatchConfig:
     return MinibatchConfig(
         epochs=config.epochs, minibatch_size=config.minibatch_size, max_grad_norm=config.max_grad_norm,
         ratio_threshold=float("inf"),

@@ -28,7 +28,7 @@ from rlhf_ppo.control import (
     ControlConfig,
     ControlTrainer,
     EnvironmentConfig,
-    Episodes,
+    EvaluationResult,
     Randomization,
     control_algorithm,
 )
@@ -218,7 +218,7 @@ def _with_sb3(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _their_episodes(model: Any, normalizer: Any, deterministic: bool) -> Episodes:
+def _their_episodes(model: Any, normalizer: Any, deterministic: bool) -> EvaluationResult:
     returns, lengths = [], []
     env = gym.make(normalizer.venv.envs[0].spec.id)
     for seed in range(10):
@@ -230,7 +230,7 @@ def _their_episodes(model: Any, normalizer: Any, deterministic: bool) -> Episode
             total, length, done = total + float(reward), length + 1, terminated or truncated
         returns.append(total)
         lengths.append(length)
-    return Episodes(returns=returns, lengths=lengths)
+    return EvaluationResult(returns=returns, lengths=lengths)
 
 
 def _git(*arguments: str) -> str:
@@ -238,7 +238,7 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=folder).stdout.strip()
 
 
-def _summary(episodes: Episodes) -> dict[str, Any]:
+def _summary(episodes: EvaluationResult) -> dict[str, Any]:
     return {
         "mean": episodes.mean,
         "stderr": episodes.stderr,

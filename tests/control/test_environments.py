@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from rlhf_ppo.algorithms import GAE
 from rlhf_ppo.algorithms.advantages import gae_advantages
 from rlhf_ppo.control import ControlPolicy, EnvironmentConfig, Environments, Gaussian, Normalizer, Randomization
-from rlhf_ppo.control.collection import Collector, by_step
+from rlhf_ppo.control.collection import Collector, flatten_time
 from rlhf_ppo.control.environments import make_environment
 from rlhf_ppo.functional.masked import identity
 from tests.control.tasks import Corridor, corridor
@@ -74,7 +74,7 @@ def test_rows_of_an_update_are_the_steps_of_the_rollout_in_their_order() -> None
     normalizer = Normalizer(1, environments=2, gamma=0.5, observations=False, rewards=False)
     policy = Clock()
     rollout = Collector(policy, environments, normalizer, steps=5, seed=0)()
-    steps = by_step(gae_advantages(GAE(gamma=0.5), identity)(rollout))
+    steps = flatten_time(gae_advantages(GAE(gamma=0.5), identity)(rollout))
     assert_close(steps.mask[:, 0], rollout.mask.flatten())
     with torch.no_grad():
         output = policy(steps.inputs)

@@ -48,8 +48,8 @@ def updated(
     optimizer = torch.optim.Adam(own.parameters(), lr=0.01, eps=1e-5)
     built = build_algorithm(
         algorithm, policy=own, optimizer=optimizer, accelerator=Accelerator(cpu=True), seed=3,
-        minibatch=lambda: MinibatchConfig(epochs=2, minibatch_size=8, max_grad_norm=0.5, most_skips_in_a_row=3),
-        gradients=NumpyGradients(own) if lowered else None,
+        minibatch_config=lambda: MinibatchConfig(epochs=2, minibatch_size=8, max_grad_norm=0.5, most_skips_in_a_row=3),
+        compute_gradients=NumpyGradients(own) if lowered else None,
     )  # fmt: skip
     return own, built.update(data)
 
@@ -93,7 +93,7 @@ def test_a_new_objective_is_traced_anew() -> None:
         algorithm: Any = control_algorithm("ppo-penalty")
         update: Any = build_algorithm(
             replace(algorithm, beta=beta), policy=own, optimizer=torch.optim.Adam(own.parameters()), seed=0,
-            accelerator=Accelerator(cpu=True), minibatch=MinibatchConfig, gradients=gradients,
+            accelerator=Accelerator(cpu=True), minibatch_config=MinibatchConfig, compute_gradients=gradients,
         ).update  # fmt: skip
         gradients(update.inner.objective, data, rows)
         assert own.distribution.log_std.grad is not None  # type: ignore[union-attr]

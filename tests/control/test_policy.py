@@ -40,7 +40,7 @@ def batch(own: ControlPolicy, rows: int = 12) -> TrainBatch:
 def natural(own: ControlPolicy, **settings: float) -> TrustRegionUpdate:
     built = build_algorithm(
         TRPO(gae=GAE(gamma=0.99), **settings), policy=own, optimizer=torch.optim.Adam(own.parameters()), seed=0,
-        accelerator=Accelerator(cpu=True), minibatch=lambda: MinibatchConfig(epochs=2, minibatch_size=4),
+        accelerator=Accelerator(cpu=True), minibatch_config=lambda: MinibatchConfig(epochs=2, minibatch_size=4),
     ).update  # fmt: skip
     assert isinstance(built, TrustRegionUpdate)
     return built
@@ -90,7 +90,7 @@ def test_fisher_products_are_the_hessian_of_the_mean_divergence(kind: str) -> No
     """Over the steps of the mask, by finite differences of KL(π_old || π_θ) at θ_old along a random direction."""
     own = policy(kind)
     update, data = natural(own, damping=0.0), batch(own)
-    product = update.curvature(data, torch.arange(12))
+    product = update.fisher_product(data, torch.arange(12))
     vector = torch.randn(len(flatten(update.parameters)), dtype=torch.float64)
     expected = float(vector @ product(vector))
     start, step = flatten(update.parameters).detach().clone(), 1e-4
