@@ -1,4 +1,4 @@
-"""PEFT adapters on a policy: which one is active, the one that stands for the reference, the one that scores."""
+"""PEFT adapters of a policy: activate one, add a reference adapter, add a reward model's adapter."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ SCORE_HEADS = ("score",)
 
 @contextmanager
 def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
-    """Give every parameter its `requires_grad` back at the end: PEFT turns it on for whichever adapter it activates."""
+    """Context manager: on exit, restore every `requires_grad` flag; PEFT sets them when it activates an adapter."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -34,7 +34,7 @@ def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def active_adapter(model: PeftModel, name: str) -> Iterator[None]:
-    """Run with the adapter `name` instead of the active one, and come back to that."""
+    """Context manager: while active, `name` is the active adapter; on exit, the previous one."""
     previous = model.active_adapter
     if previous == name:
         yield
@@ -50,13 +50,13 @@ def active_adapter(model: PeftModel, name: str) -> Iterator[None]:
 
 @contextmanager
 def no_adapter(model: PeftModel) -> Iterator[None]:
-    """Run the base model: adapters off inside, and on again after."""
+    """Context manager: while active, adapters are off and the model computes as its base."""
     with preserve_requires_grad(model), model.disable_adapter():
         yield
 
 
-class _Again:
-    """`active_adapter` that can be entered many times."""
+class _ReentrantActiveAdapter:
+    """`active_adapter` as a context manager that can be entered several times."""
 
     def __init__(self, model: PeftModel, name: str) -> None:
         self.model, self.name = model, name
@@ -71,57 +71,60 @@ class _Again:
 
 
 def checkpoint_context_fn(model: PeftModel) -> Callable[[], tuple[_Context, _Context]]:
-    """`context_fn` for `torch.utils.checkpoint`: a layer runs again under the adapter that it first ran under.
+    """`context_fn` for `torch.utils.checkpoint`: recompute a layer under the adapter of its forward pass.
 
-    The backward pass comes when another adapter has long been active: without this, a checkpointed pass of the critic
-    would be repeated with the policy's adapter, and its gradients would be of another function, without an error.
+    By the backward pass another adapter may be active: without this, a checkpointed pass of the critic would be
+    recomputed with the policy's adapter and give wrong gradients without an error.
     """
-    return lambda: (nullcontext(), _Again(model, str(model.active_adapter)))
+    return lambda: (nullcontext(), _ReentrantActiveAdapter(model, str(model.active_adapter)))
 
 
 def is_trained_adapter(model: PeftModel, name: str) -> bool:
-    """Whether an adapter is already trained: a fresh LoRA adapter has B = 0, so it starts as the base model exactly.
+    """Whether an adapter is already trained: a fresh LoRA adapter has B = 0, so it equals the base model.
 
-    Of other kinds than LoRA nobody knows how a fresh one looks, so they count as trained.
+    Adapters of other kinds than LoRA count as trained.
     """
-    ends = (f"lora_B.{name}.weight", f"lora_embedding_B.{name}")
-    ups = [parameter for key, parameter in model.named_parameters() if key.endswith(ends)]
-    return not ups or any(bool(parameter.any()) for parameter in ups)
+    suffixes = (f"lora_B.{name}.weight", f"lora_embedding_B.{name}")
+    lora_b = [parameter for key, parameter in model.named_parameters() if key.endswith(suffixes)]
+    return not lora_b or any(bool(parameter.any()) for parameter in lora_b)
 
 
 def trunk_of(model: PeftModel) -> nn.Module:
-    """The transformer below the LM head, under whichever adapter is active."""
+    """The transformer below the LM head, with the active adapter."""
     language_model: Any = model.get_base_model()
     layers: nn.Module = language_model.base_model
     return layers
 
 
 def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
-    """The parameters of the adapter `name`, under their names in `model`."""
+    """The parameters of the adapter `name`, by their names in `model`."""
     return {key: parameter for key, parameter in model.named_parameters() if f".{name}." in f"{key}."}
 
 
 def trained_base_parameters(model: PeftModel) -> list[str]:
-    """Names of trained parameters that belong to no adapter: they change the model with its adapters off, too."""
-    own = {id(parameter) for name in model.peft_config for parameter in adapter_parameters(model, name).values()}
-    return [key for key, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in own]
+    """Names of trained parameters outside of all adapters: training them changes the base model, too."""
+    adapter_ids = {
+        id(parameter) for name in model.peft_config for parameter in adapter_parameters(model, name).values()
+    }
+    named = model.named_parameters()
+    return [key for key, parameter in named if parameter.requires_grad and id(parameter) not in adapter_ids]
 
 
 def describe_trainable_parameters(model: nn.Module) -> str:
-    """How many parameters are trained, as a sentence: those of all adapters and heads, a base in 4 bits unpacked."""
+    """A sentence with the number of trained and of all parameters; 4-bit weights are counted unpacked."""
     counts = [(_count(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trained, total = sum(count for count, is_trained in counts if is_trained), sum(count for count, _ in counts)
     return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 
 def _count(parameter: nn.Parameter) -> int:
-    count = int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty one in place
+    count = int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor in place
     # bitsandbytes packs two 4-bit numbers into a byte of its storage.
     return 2 * count * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
 
 
 def adapters_to_save(model: PeftModel, policy: str) -> list[str]:
-    """The adapters that a saved policy consists of: its own, and the one that stands for its reference."""
+    """Names of the adapters saved with a policy: its own, and its reference adapter."""
     return [name for name in model.peft_config if name in (policy, REFERENCE_ADAPTER)]
 
 
@@ -130,7 +133,9 @@ def add_reference_adapter(model: PeftModel, source: str) -> None:
     config = copy.deepcopy(model.peft_config[source])
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # the plain start: others (PiSSA, LoftQ) would change the base's weights
+        config.init_lora_weights = (
+            True  # the default: other initializations (PiSSA, LoftQ) would change the base's weights
+        )
     with preserve_requires_grad(model):
         model.add_adapter(REFERENCE_ADAPTER, config)
         weights = get_peft_model_state_dict(model, adapter_name=source)
@@ -139,23 +144,23 @@ def add_reference_adapter(model: PeftModel, source: str) -> None:
 
 
 def load_reference_adapter(model: PeftModel, folder: str) -> None:
-    """Load the adapter saved in `folder` as the frozen "reference"."""
+    """Load the adapter saved in `folder` as the frozen adapter "reference"."""
     with preserve_requires_grad(model):
         model.load_adapter(folder, REFERENCE_ADAPTER, is_trainable=False)
     freeze_adapter(model, REFERENCE_ADAPTER)
 
 
 def freeze_adapter(model: PeftModel, name: str) -> None:
-    """Take the adapter `name` out of training."""
+    """Set `requires_grad` to False for the adapter `name`."""
     for parameter in adapter_parameters(model, name).values():
         parameter.requires_grad_(False)
 
 
 def check_reward_source(source: object) -> None:
-    """Refuse what no adapter can be loaded from.
+    """Raise ValueError unless `source` is a string.
 
     Raises:
-        ValueError: Not a name or a folder.
+        ValueError: `source` is neither a name nor a folder.
     """
     if not isinstance(source, str):
         raise ValueError(
@@ -166,24 +171,24 @@ def check_reward_source(source: object) -> None:
 
 
 def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments: Any) -> nn.Linear:
-    """Add a reward model's adapter under `name`, frozen, and give back its score head.
+    """Add a reward model's adapter under `name`, frozen, and return its score head.
 
     Args:
-        model: Carries the policy's adapter, which stays the active one.
+        model: Has the policy's adapter, which stays active.
         source: Folder or hub name of the adapter of a sequence classifier on the same base model.
-        name: Of the new adapter.
+        name: Name of the new adapter.
         hub_arguments: For `huggingface_hub`, such as `token`.
 
     Raises:
-        ValueError: When the folder holds no score head.
+        ValueError: The folder has no score head.
     """
     config = PeftConfig.from_pretrained(source, **hub_arguments)
     config.inference_mode = True
-    config.modules_to_save = None  # the classifier's head is no part of a causal model: it is kept beside it
+    config.modules_to_save = None  # a causal model has no place for the classifier's head: it is returned
     weights: dict[str, Tensor] = load_peft_weights(source, device="cpu", **hub_arguments)
-    heads = {key: tensor for key, tensor in weights.items() if _is_score(key)}
-    kinds = {key.rsplit(".", 1)[-1]: tensor for key, tensor in heads.items()}
-    if "weight" not in kinds:
+    head_weights = {key: tensor for key, tensor in weights.items() if _is_score_head(key)}
+    head_state = {key.rsplit(".", 1)[-1]: tensor for key, tensor in head_weights.items()}
+    if "weight" not in head_state:
         raise ValueError(
             f"The reward adapter in {source} has no score head, got the tensors {sorted(weights)[:4]} ...: nothing "
             "could turn its hidden states into rewards. Train it as a sequence classifier "
@@ -191,15 +196,15 @@ def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments
         )
     with preserve_requires_grad(model):
         model.add_adapter(name, config)
-        rest = {key: tensor for key, tensor in weights.items() if key not in heads}
-        set_peft_model_state_dict(model, rest, adapter_name=name)
+        adapter_weights = {key: tensor for key, tensor in weights.items() if key not in head_weights}
+        set_peft_model_state_dict(model, adapter_weights, adapter_name=name)
     freeze_adapter(model, name)
-    n_labels, width = kinds["weight"].shape
-    score = nn.Linear(width, n_labels, bias="bias" in kinds, dtype=kinds["weight"].dtype)
-    score.load_state_dict(kinds)
+    n_labels, width = head_state["weight"].shape
+    score = nn.Linear(width, n_labels, bias="bias" in head_state, dtype=head_state["weight"].dtype)
+    score.load_state_dict(head_state)
     device = next(model.parameters()).device
     return score.requires_grad_(False).to(torch.device("cpu") if device.type == "meta" else device)
 
 
-def _is_score(key: str) -> bool:
+def _is_score_head(key: str) -> bool:
     return any(part in SCORE_HEADS for part in key.split("."))

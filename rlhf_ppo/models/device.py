@@ -1,4 +1,4 @@
-"""Where a model of this process's own belongs, when nobody prepares it."""
+"""The default device of models that Accelerate does not prepare, such as reward models."""
 
 import os
 
@@ -6,9 +6,9 @@ import torch
 
 
 def default_device() -> torch.device:
-    """This process's GPU under a launcher that starts one process a GPU; else the first GPU, else the CPU.
+    """This process's GPU (LOCAL_RANK) under a launcher; else the first GPU, else the CPU.
 
-    Without asking the launcher, the reward models of all processes would meet on the first GPU.
+    Without LOCAL_RANK the reward models of all processes would be on the first GPU.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")

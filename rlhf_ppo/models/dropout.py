@@ -1,10 +1,10 @@
-"""Dropout, which PPO does without: the first pass of an update has probability ratio 1 exactly."""
+"""Disable dropout: PPO's first pass over a batch must have probability ratio 1 exactly."""
 
 from torch import nn
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of `model` to 0, modules and plain attributes alike."""
+    """Set every dropout probability of `model` to 0, in modules and in float attributes."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

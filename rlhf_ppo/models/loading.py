@@ -1,4 +1,4 @@
-"""From a name, a folder or an object to a language model, with or without adapters, quantized or not."""
+"""Load a language model from a name, folder or object, with or without adapters, quantized or not."""
 
 import inspect
 import logging
@@ -29,18 +29,18 @@ def load_language_model(
     is_trainable: bool,
     arguments: dict[str, Any],
 ) -> LanguageModel:
-    """Load what `source` names, wrapped in the adapter saved there or in a fresh one.
+    """Load the language model `source`, with the adapter saved there or a fresh one.
 
     Args:
         parent_class: An `AutoModelFor...` class.
         source: A hub name, a folder (of a model or of an adapter), or a model.
         model_args: Positional arguments of `from_pretrained`.
-        peft_config: Of a fresh adapter; ignored, with a log line, when `source` already is an adapter.
-        is_trainable: Whether an adapter that is loaded goes on training.
+        peft_config: Config of a fresh adapter; ignored, with a log line, when `source` already is an adapter.
+        is_trainable: Whether a loaded adapter is trained further.
         arguments: The other keyword arguments of `from_pretrained`; weights are float32 unless `dtype` is among them.
 
     Raises:
-        ValueError: For anything else than these.
+        ValueError: `source` or `peft_config` has another type.
     """
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise ValueError(
@@ -60,7 +60,7 @@ def load_language_model(
                     "`peft_config` is ignored: %s already holds an adapter, which is loaded instead.", source
                 )
             return _load_adapter(parent_class, source, *model_args, is_trainable=is_trainable, hub=hub, **arguments)
-        with _quiet_about_the_value_head():
+        with _suppress_value_head_report():
             model = parent_class.from_pretrained(source, *model_args, **arguments)
     elif isinstance(source, PreTrainedModel):
         model = source
@@ -79,48 +79,48 @@ def load_language_model(
 
 
 def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Write `load_in_8bit`/`load_in_4bit` as the `quantization_config` that transformers 5 takes in their place.
+    """Replace `load_in_8bit`/`load_in_4bit` by the `quantization_config` that transformers 5 expects.
 
-    A quantized model goes whole onto this process's device unless `device_map` says otherwise. One that is not is
-    loaded in float32 unless `dtype` is given: PPO's small steps vanish in the rounding of bfloat16 weights.
+    A quantized model is placed on this process's device unless `device_map` is given. Other models are loaded in
+    float32 unless `dtype` is given: PPO's small steps are lost in the rounding of bfloat16 weights.
     """
     arguments = dict(arguments)
     bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if arguments.pop(name, False)}
     if bits:
         arguments.setdefault("quantization_config", BitsAndBytesConfig(**bits))
     if arguments.get("quantization_config") is not None:
-        place = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
-        arguments.setdefault("device_map", {"": place})
+        device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+        arguments.setdefault("device_map", {"": device})
     elif "torch_dtype" not in arguments:
         arguments.setdefault("dtype", torch.float32)
     return arguments
 
 
 def quantized_bits(model: LanguageModel) -> tuple[bool, bool]:
-    """Whether the weights are stored in 8 bits, and whether in 4."""
+    """Whether the weights are stored in 8 bits, and whether in 4 bits."""
     return bool(getattr(model, "is_loaded_in_8bit", False)), bool(getattr(model, "is_loaded_in_4bit", False))
 
 
-def position_ids_of(attention_mask: Tensor) -> Tensor:
-    """How many tokens stand before each one: 0 at the first real token, wherever the padding is."""
+def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
+    """Position ids from a mask: 0 at the first real token, with padding on either side."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def takes_position_ids(model: LanguageModel) -> bool:
-    """Whether 2-D position ids can be passed: not to ALiBi models, nor to those with positions of images."""
+    """Whether the model accepts 2-D position ids: not ALiBi models, nor those with image positions."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     text_only = base.config.get_text_config() is base.config
     return text_only and "position_ids" in inspect.signature(base.forward).parameters
 
 
 def keep_4bit_layers_differentiable(model: nn.Module) -> None:
-    """Hold bitsandbytes' 4-bit layers to the storage that has a gradient, on CPUs where they would leave it.
+    """Keep bitsandbytes' 4-bit layers on CPUs from switching to an inference kernel without backward.
 
-    With AVX-512-BF16 a layer in eval mode packs its weight for an inference kernel at its first pass. That kernel has
-    no backward, and everything below it would get no gradient. PPO trains in eval mode, so that no pass is random.
+    With AVX-512-BF16 a layer in eval mode packs its weight for that kernel at its first pass, and all layers below it
+    get no gradient. PPO trains in eval mode, so that passes are deterministic.
 
     Raises:
-        ValueError: A layer has packed its weight already.
+        ValueError: A layer has already packed its weight.
     """
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -128,13 +128,13 @@ def keep_4bit_layers_differentiable(model: nn.Module) -> None:
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
                 raise ValueError(
-                    f"expected 4-bit weights as they were loaded, got {name} packed for inference by a pass that was "
-                    "made before: it has no gradient any more. Load the model again and hand it over unused."
+                    f"expected 4-bit weights as they were loaded, got {name} packed for inference by an earlier pass: "
+                    "it has no gradient any more. Load the model again, and run no pass before you hand it over."
                 )
 
 
 def device_map_of(model: LanguageModel) -> dict[str, Any]:
-    """Where `device_map` put each part of the model; empty when it was not used."""
+    """Device of each part of the model under `device_map`; empty without one."""
     return getattr(model, "hf_device_map", None) or {}
 
 
@@ -152,10 +152,10 @@ def check_language_model(model: LanguageModel) -> None:
             f"{type(model).__name__} gives no probabilities of tokens. Load it with AutoModelForCausalLM (or "
             "AutoModelForSeq2SeqLM)."
         )
-    places = {str(place) for place in device_map_of(model).values()}
-    if "disk" in places or ("cpu" in places and len(places) > 1):
+    devices = {str(device) for device in device_map_of(model).values()}
+    if "disk" in devices or ("cpu" in devices and len(devices) > 1):
         raise ValueError(
-            f"The model is offloaded on CPU or disk (device map: {sorted(places)}) - CPU & disk offloading is not "
+            f"The model is offloaded on CPU or disk (device map: {sorted(devices)}) - CPU & disk offloading is not "
             "supported for ValueHead models: offloaded weights cannot be trained. Use a smaller model, more devices, "
             "`load_in_4bit=True` with LoRA, or FSDP."
         )
@@ -164,16 +164,16 @@ def check_language_model(model: LanguageModel) -> None:
 def set_gradient_checkpointing(
     model: LanguageModel, switch: Literal["enable", "disable"], settings: dict[str, Any] | None = None
 ) -> None:
-    """Turn recomputation of activations on or off, under its present name or the one before."""
+    """Enable or disable gradient checkpointing, by the method name of new or old transformers versions."""
     if isinstance(model, PeftModel) and settings is not None and settings.get("use_reentrant") is False:
         settings = {"context_fn": checkpoint_context_fn(model), **settings}
-    present = getattr(model, f"activation_checkpointing_{switch}", None)
-    change = getattr(model, f"gradient_checkpointing_{switch}") if present is None else present
-    change(*([] if settings is None else [settings]))
+    new_method = getattr(model, f"activation_checkpointing_{switch}", None)
+    method = getattr(model, f"gradient_checkpointing_{switch}") if new_method is None else new_method
+    method(*([] if settings is None else [settings]))
 
 
-def name_missing_entries_publicly(_: nn.Module, keys: Any) -> None:
-    """Name missing entries as `state_dict()` does: safetensors forgives a tied weight only under that name."""
+def strip_wrapper_prefix(_: nn.Module, keys: Any) -> None:
+    """Strip `pretrained_model.` from missing keys, as in `state_dict()`: safetensors identifies tied weights by it."""
     keys.missing_keys[:] = [name.replace("pretrained_model.", "", 1) for name in keys.missing_keys]
 
 
@@ -185,22 +185,22 @@ def _load_adapter(
     hub: dict[str, Any],
     **arguments: Any,
 ) -> PeftModel:
-    """The base model that the adapter in `source` names, with that adapter on it."""
+    """Load the adapter in `source` on the base model that its config names."""
     config = PeftConfig.from_pretrained(os.fspath(source), **hub)
     if not config.base_model_name_or_path:
         raise ValueError(
             f"The adapter in {source} does not say which base model it belongs to (base_model_name_or_path is "
-            f"{config.base_model_name_or_path!r}): it cannot be loaded by its own name. Load the base model, put the "
+            f"{config.base_model_name_or_path!r}): the base model is unknown. Load the base model, put the "
             "adapter on it with PeftModel.from_pretrained(base, adapter), and pass that object."
         )
     base_arguments = {name: value for name, value in arguments.items() if name not in ("revision", "subfolder")}
-    with _quiet_about_the_value_head():
+    with _suppress_value_head_report():
         base = parent_class.from_pretrained(config.base_model_name_or_path, *model_args, **base_arguments)
     return PeftModel.from_pretrained(base, os.fspath(source), is_trainable=is_trainable, **hub)
 
 
-class _ValueHeadReport(logging.Filter):
-    """Drops transformers' loading report when all it reports is our value head."""
+class _ValueHeadReportFilter(logging.Filter):
+    """Logging filter: drops transformers' loading report if it lists only the value head."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
@@ -209,11 +209,11 @@ class _ValueHeadReport(logging.Filter):
 
 
 @contextmanager
-def _quiet_about_the_value_head() -> Iterator[None]:
-    """The language model's loader calls `v_head.*` unexpected; here it is not: we read it right after."""
-    report, filter_ = logging.getLogger("transformers.modeling_utils"), _ValueHeadReport()
-    report.addFilter(filter_)
+def _suppress_value_head_report() -> Iterator[None]:
+    """Context manager: silences the loader's report of unexpected `v_head.*` keys, which are loaded afterwards."""
+    loader_log, filter_ = logging.getLogger("transformers.modeling_utils"), _ValueHeadReportFilter()
+    loader_log.addFilter(filter_)
     try:
         yield
     finally:
-        report.removeFilter(filter_)
+        loader_log.removeFilter(filter_)

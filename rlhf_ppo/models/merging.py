@@ -1,4 +1,4 @@
-"""Adapters merged into their base: a plain model for whoever knows nothing of adapters."""
+"""Merge a policy's adapter into its base model and save a plain transformers model."""
 
 import os
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 
 @contextmanager
 def preserve_base_weights(model: nn.Module) -> Iterator[None]:
-    """Put the weights below adapters back bit for bit afterwards.
+    """Context manager: on exit, restore the weights below adapters bit for bit.
 
-    Merging adapters and taking them out again leaves rounding errors in the base, at every call, and the base is the
-    reference policy. The copy lies in main memory.
+    Merging and unmerging adapters leaves rounding errors in the base, which is the reference policy. The copy is on the
+    CPU.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    kept = [
+    saved = [
         (parameter, parameter.detach().to("cpu", copy=True))
         for layer in layers
         for parameter in layer.get_base_layer().parameters()
@@ -29,19 +29,19 @@ def preserve_base_weights(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, value in kept:
+        for parameter, value in saved:
             parameter.data.copy_(value)
 
 
 def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -> None:
-    """Write the policy as a plain transformers model: its adapter added to the base, without value head.
+    """Save the policy as a plain transformers model: its adapter merged into the base, without value head.
 
     `AutoModelForCausalLM.from_pretrained(folder)` loads it without PEFT. The policy itself does not change: it can be
-    trained on, and its reference is bit for bit what it was. Parameters must be whole on this process.
+    trained further, and its reference stays the same bit for bit. Parameters must not be sharded.
 
     Args:
-        model: A policy with adapters, or without (then its language model is saved as it is).
-        folder: Made when missing.
+        model: A policy with adapters, or without (then its language model is saved unchanged).
+        folder: Created if missing.
 
     Raises:
         ValueError: The base is quantized.
@@ -54,7 +54,7 @@ def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -
         raise ValueError(
             "expected a base in float32, bfloat16 or float16, got one in 4 or 8 bits: the sum of base and adapter "
             "would be rounded to those few bits again, and would not be the policy that was trained. Save the adapter "
-            "(`save_pretrained`), then merge it into the whole base: `python -m rlhf_ppo.merge ADAPTER FOLDER`."
+            "(`save_pretrained`), then merge it into the unquantized base: `python -m rlhf_ppo.merge ADAPTER FOLDER`."
         )
     name = str(model.policy_adapter_name)
     with preserve_base_weights(language_model):
@@ -70,14 +70,14 @@ def merged_state_dict(model: PeftModel, name: str) -> dict[str, Tensor]:
     """The merged weights of `model` under the names of a model without adapters.
 
     Args:
-        model: With the adapter merged.
-        name: The adapter, whose own copies of whole modules (`modules_to_save`) replace those of the base.
+        model: A model whose adapter is merged.
+        name: The adapter, whose full copies of modules (`modules_to_save`) replace those of the base.
     """
     tuner: Any = model.base_model
     state: dict[str, Tensor] = tuner.model.state_dict()
     copies = f".modules_to_save.{name}."
-    found = {key.replace(copies, "."): tensor for key, tensor in state.items() if copies in key}
+    merged = {key.replace(copies, "."): tensor for key, tensor in state.items() if copies in key}
     for key, tensor in state.items():
         if tuner.prefix not in key and ".modules_to_save." not in key:
-            found.setdefault(key.replace(".base_layer.", ".").replace(".original_module.", "."), tensor)
-    return found
+            merged.setdefault(key.replace(".base_layer.", ".").replace(".original_module.", "."), tensor)
+    return merged

@@ -1,4 +1,4 @@
-"""Language models with a value head: load, run, save. Folders written here also load as plain transformers models."""
+"""Language models with a value head: load, run, save. Saved folders also load as plain transformers models."""
 
 import os
 import tempfile
@@ -26,22 +26,22 @@ from rlhf_ppo.models.value_head import (
 Wrapper = TypeVar("Wrapper", bound="PreTrainedModelWrapper")
 Forward = tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, Tensor | None, Tensor, Any]
 
-OWN_MODULES = ("pretrained_model", "v_head", "score", "critic")
+WRAPPER_MODULES = ("pretrained_model", "v_head", "score", "critic")
 
 
 class PreTrainedModelWrapper(nn.Module):
-    """A language model (`pretrained_model`) and its value head (`v_head`) on one trunk.
+    """A language model (`pretrained_model`) with a value head (`v_head`) on its last hidden states.
 
-    Attributes that are not the wrapper's own are the language model's: `wrapper.device`, `wrapper.generation_config`.
+    Attributes that the wrapper lacks are read from the language model: `wrapper.device`, `wrapper.generation_config`.
 
     Args:
         pretrained_model: A transformers model with output embeddings, or a PEFT model around one.
-        score_module: Head of a reward adapter, see `from_pretrained`.
+        score_module: Score head of a reward adapter, see `from_pretrained`.
         rm_adapter_name: Name of that adapter.
         value_head_arguments: For `ValueHead`.
 
     Raises:
-        ValueError: For a model without output embeddings, with a prompt-learning adapter, or offloaded.
+        ValueError: The model has no output embeddings, has a prompt-learning adapter, or is offloaded.
     """
 
     transformers_parent_class: ClassVar[Any] = AutoModelForCausalLM
@@ -83,7 +83,7 @@ class PreTrainedModelWrapper(nn.Module):
             self.v_head.to(output_device)
         if score_module is not None:
             self.score = score_module
-        self.register_load_state_dict_post_hook(loading.name_missing_entries_publicly)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(loading.strip_wrapper_prefix)  # type: ignore[no-untyped-call]
         self._takes_position_ids = not self.is_encoder_decoder and loading.takes_position_ids(pretrained_model)
 
     @classmethod
@@ -97,22 +97,22 @@ class PreTrainedModelWrapper(nn.Module):
         is_trainable: bool = False,
         **kwargs: Any,
     ) -> Wrapper:
-        """Load a language model and, when one is saved there, its value head; otherwise the head starts fresh.
+        """Load a language model and the value head saved with it, or a fresh one.
 
         Args:
             pretrained_model_name_or_path: A hub name, a folder (of a model, of this class, or of an adapter), a
                 transformers model or a PEFT model.
             model_args: Passed on to the model's `from_pretrained`.
-            peft_config: Trains a fresh adapter of this kind instead of the model's own weights.
+            peft_config: Config of a fresh adapter that is trained instead of the model's own weights.
             reward_adapter: Folder or hub name of a reward model's adapter on the same base: `compute_reward_score`.
-            reward_adapter_name: What to call it.
-            is_trainable: Whether an adapter loaded from a folder or the hub goes on training. Its starting state is
+            reward_adapter_name: Its name.
+            is_trainable: Whether an adapter loaded from a folder or the hub is trained further. Its starting state is
                 then the reference, see `rlhf_ppo.models.reference`.
             kwargs: Arguments of `ValueHead`; `load_in_8bit`, `load_in_4bit`; and those of the model's
-                `from_pretrained`, whose `dtype` is float32 here unless you say otherwise.
+                `from_pretrained`, whose `dtype` is float32 by default.
 
         Raises:
-            ValueError: For what cannot be trained by PPO; each message names the remedy.
+            ValueError: PPO cannot train the model; each message names the remedy.
         """
         source = pretrained_model_name_or_path
         if reward_adapter is not None:
@@ -142,7 +142,7 @@ class PreTrainedModelWrapper(nn.Module):
         return model
 
     def _load_saved_parts(self, source: str | os.PathLike[str], hub: dict[str, Any], *, is_trainable: bool) -> None:
-        """The value head beside the model or adapter and, when training goes on, the adapter saved as reference."""
+        """Load the saved value head and, if training continues, the adapter saved as reference."""
         tensors = read_value_head(source, **hub)
         if tensors is not None:
             load_value_head(self.v_head, tensors, source=source)
@@ -153,7 +153,7 @@ class PreTrainedModelWrapper(nn.Module):
             adapters.load_reference_adapter(self.pretrained_model, os.fspath(saved.parent))
 
     def __getattr__(self, name: str) -> Any:
-        """Public attributes (and the one FSDP wraps layers by) that the wrapper lacks are the language model's."""
+        """Read public attributes (and FSDP's `_no_split_modules`) that the wrapper lacks from the language model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -174,12 +174,12 @@ class PreTrainedModelWrapper(nn.Module):
         Args:
             input_ids: Tokens.
             past_key_values: Cache of earlier tokens.
-            attention_mask: 1 at tokens, 0 at padding; position ids follow from it, so padding may stand on the left.
+            attention_mask: 1 at tokens, 0 at padding; position ids follow from it, so padding may be on the left.
             return_past_key_values: Whether to append the cache to the result.
             kwargs: Passed on to the language model; `labels` makes it compute its loss.
 
         Returns:
-            Logits [batch, time, vocabulary], float32 at least; loss or None; values [batch, time]; any cache asked for.
+            Logits [batch, time, vocabulary], float32 at least; loss or None; values [batch, time]; any cache requested.
         """
         output = self._run(input_ids, attention_mask, past_key_values=past_key_values, **kwargs)
         hidden = (output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states)[-1]
@@ -195,18 +195,18 @@ class PreTrainedModelWrapper(nn.Module):
         return logits, loss, values
 
     def _run(self, input_ids: Tensor | None, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-        """The language model's output with its hidden states, at positions that padding does not shift."""
+        """Run the language model with hidden states, with position ids that do not count padding."""
         if self._takes_position_ids and attention_mask is not None and input_ids is not None:
-            kwargs.setdefault("position_ids", loading.position_ids_of(attention_mask)[:, -input_ids.shape[1] :])
+            kwargs.setdefault("position_ids", loading.position_ids_from_mask(attention_mask)[:, -input_ids.shape[1] :])
         kwargs |= {"output_hidden_states": True, "return_dict": True}
         return self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute the layers' activations in the backward pass (in training mode) instead of keeping them."""
+        """Enable gradient checkpointing: recompute activations in the backward pass (in training mode)."""
         loading.set_gradient_checkpointing(self.pretrained_model, "enable", gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
+        """Disable gradient checkpointing."""
         loading.set_gradient_checkpointing(self.pretrained_model, "disable")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,12 +216,12 @@ class PreTrainedModelWrapper(nn.Module):
     def compute_reward_score(
         self, input_ids: Int[Tensor, "batch time"], attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Float[Tensor, "batch time labels"]:
-        """Scores of the reward adapter after each token; a reward model reads the one at the last token.
+        """Scores of the reward adapter after each token; the score of a text is that at its last token.
 
-        The policy's adapter, its `requires_grad` flags and the training mode are as before afterwards.
+        The active adapter, the `requires_grad` flags and the training mode are restored afterwards.
 
         Raises:
-            ValueError: When the model was loaded without `reward_adapter`.
+            ValueError: The model was loaded without `reward_adapter`.
         """
         if not self.supports_rm_adapter or self.rm_adapter_name is None:
             raise ValueError(
@@ -237,18 +237,18 @@ class PreTrainedModelWrapper(nn.Module):
         return scores
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """The language model's entries under its own names, and `v_head.*`: a plain model can load it."""
+        """The language model's entries without prefix, and `v_head.*`: a plain transformers model can load it."""
         state = self.pretrained_model.state_dict(*args, prefix=prefix, **kwargs)
         head = self.v_head.state_dict(prefix=prefix + VALUE_HEAD_PREFIX, keep_vars=kwargs.get("keep_vars", False))
         state.update(head)
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Put the names of `state_dict()` back under the submodule they belong to."""
+        """Add the prefix `pretrained_model.` that `state_dict()` leaves out."""
         for name in [name for name in state_dict if name.startswith(prefix)]:
-            rest = name.removeprefix(prefix)
-            if rest.split(".", 1)[0] not in OWN_MODULES:
-                state_dict[f"{prefix}pretrained_model.{rest}"] = state_dict.pop(name)
+            key = name.removeprefix(prefix)
+            if key.split(".", 1)[0] not in WRAPPER_MODULES:
+                state_dict[f"{prefix}pretrained_model.{key}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save_pretrained(
@@ -256,11 +256,11 @@ class PreTrainedModelWrapper(nn.Module):
     ) -> None:
         """Write a folder that loads as this class and as a plain transformers model (or PEFT adapter).
 
-        The value head goes into the model's safetensors as `v_head.*`. Beside an adapter it goes, alone, into
+        The value head is saved in the model's safetensors as `v_head.*`; with an adapter, in a separate
         `pytorch_model.bin`.
 
         Args:
-            save_directory: Made when missing.
+            save_directory: Created if missing.
             state_dict: Instead of `self.state_dict()`, for weights gathered from several processes.
             kwargs: Passed on to the language model's `save_pretrained`, such as `max_shard_size`.
         """
@@ -270,14 +270,14 @@ class PreTrainedModelWrapper(nn.Module):
             return
         if kwargs.get("is_main_process", True):
             write_value_head(Path(save_directory), state)
-        own = adapters.adapters_to_save(self.pretrained_model, str(self.policy_adapter_name))
-        settings = {"selected_adapters": own, **kwargs}
+        selected = adapters.adapters_to_save(self.pretrained_model, str(self.policy_adapter_name))
+        settings = {"selected_adapters": selected, **kwargs}
         self.pretrained_model.save_pretrained(os.fspath(save_directory), state_dict=state, **settings)
 
     def push_to_hub(
         self, repo_id: str, commit_message: str = "Upload model with value head", **kwargs: Any
     ) -> CommitInfo:
-        """Upload what `save_pretrained(**kwargs)` writes to `repo_id`, made when missing (`private`, `token`)."""
+        """Upload the output of `save_pretrained(**kwargs)` to `repo_id`, created if missing (`private`, `token`)."""
         api = HfApi(token=kwargs.pop("token", None))
         repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The frozen reference policy: a copy that may share its lower layers, or the policy with another adapter."""
+"""The frozen reference policy: a copy, possibly with shared lower layers, or the policy with another adapter."""
 
 import copy
 import warnings
@@ -20,7 +20,7 @@ LAYER_PATTERNS = (
     "transformer.blocks.{layer}",
     "transformer.layers.{layer}",
 )
-"""Where the layers of the common architectures are found, by a part of their parameters' names."""
+"""Parameter-name patterns of layer number `layer` in common architectures."""
 
 
 def create_reference_model(
@@ -28,23 +28,23 @@ def create_reference_model(
 ) -> PreTrainedModelWrapper:
     """A frozen copy of `model` in eval mode, the π_ref of the KL penalty.
 
-    With `num_shared_layers`, everything below layer n (embeddings too) is one memory for both: it is frozen in `model`
-    as well, and the copy costs only the layers above. Embeddings tied to the output are then frozen there too.
+    With `num_shared_layers`, everything below layer n, embeddings included, is shared and frozen in `model` as well;
+    only the layers above are copied. Output embeddings tied to the input embeddings are then frozen, too.
 
     Args:
-        model: The policy at its start.
-        num_shared_layers: n, how many of the lowest layers to share. None copies all.
-        pattern: Where layers are found, for an architecture not in `LAYER_PATTERNS`, such as
+        model: The policy before training.
+        num_shared_layers: n, the number of lowest layers to share; None: copy all.
+        pattern: Name pattern of layers, for an architecture not in `LAYER_PATTERNS`, such as
             "transformer.h.{layer}".
 
     Raises:
-        ValueError: Under DeepSpeed ZeRO-3, whose parameters cannot be copied, and when there is no layer n.
+        ValueError: The parameters are sharded by ZeRO-3, or there is no layer n.
     """
-    # A model loaded before Accelerate was set up is still whole, whatever the stage.
+    # A model loaded before Accelerate was set up is not sharded, at any stage.
     if is_deepspeed_zero3_enabled() and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             "DeepSpeed ZeRO-3 is enabled and is not compatible with `create_reference_model()`: this process holds "
-            "only a part of each parameter, so the copy would be empty. Load the reference with `from_pretrained()`."
+            "only a shard of each parameter, so the copy would be empty. Load the reference with `from_pretrained()`."
         )
     shared = [] if num_shared_layers is None else _parameters_below(model, num_shared_layers, pattern)
     for parameter in shared:
@@ -56,7 +56,7 @@ def create_reference_model(
 
 
 def _parameters_below(model: nn.Module, layer: int, pattern: str | None) -> list[nn.Parameter]:
-    """The parameters that stand before layer `layer` in the order of the model."""
+    """The parameters before layer `layer` in the order of the model."""
     named = list(model.named_parameters())
     patterns = LAYER_PATTERNS if pattern is None else (pattern,)
     for candidate in patterns:
@@ -74,7 +74,7 @@ def _parameters_below(model: nn.Module, layer: int, pattern: str | None) -> list
 def resolve_reference(
     model: PreTrainedModelWrapper, given: PreTrainedModelWrapper | None, num_shared_layers: int | None
 ) -> PreTrainedModelWrapper | None:
-    """The reference that `given` is, or that a copy is; None where `model` is its own, with another adapter or none."""
+    """The given reference, or a copy of `model`; None if `model` with another adapter, or none, is the reference."""
     if given is not None:
         if num_shared_layers is not None:
             warnings.warn("num_shared_layers is ignored when ref_model is provided.", UserWarning, stacklevel=3)
@@ -86,13 +86,12 @@ def resolve_reference(
 
 
 def prepare_reference_adapter(model: PreTrainedModelWrapper) -> str | None:
-    """Settle, before training, which adapter stands for the reference, and keep a frozen copy of it when need be.
+    """Before training, determine the reference adapter, and add a frozen copy of the policy's adapter if needed.
 
-    - A fresh LoRA adapter starts as the base model exactly: the reference is the base, adapters off.
-    - An adapter trained before (supervised fine-tuning) is where PPO starts: a frozen copy of it, named "reference",
-      is added. Without it the KL would be measured to the base and start large.
-    - A folder saved by PPO (value head beside the adapter) tells: with a "reference" adapter saved, that one; without
-      one, the base.
+    - A fresh LoRA adapter equals the base model: the reference is the base, adapters off.
+    - An adapter trained before (supervised fine-tuning) is PPO's start: a frozen copy, named "reference", is added.
+      Without it the KL would be measured to the base and start large.
+    - A folder saved by PPO (value head beside the adapter): its "reference" adapter if saved, else the base.
 
     Calling it again changes nothing.
 
@@ -100,15 +99,15 @@ def prepare_reference_adapter(model: PreTrainedModelWrapper) -> str | None:
         The name of the reference adapter, or None when the reference is the base model.
 
     Raises:
-        ValueError: For a model without adapters, or one whose base is trained as well.
+        ValueError: The model has no adapters, or its base is trained as well.
     """
     peft_model = _peft_model(model)
-    moving = adapters.trained_base_parameters(peft_model)
-    if moving:
+    trained = adapters.trained_base_parameters(peft_model)
+    if trained:
         raise ValueError(
-            f"expected training of adapters alone, got trained parameters of the base, such as {moving[0]} "
-            f"({len(moving)} in all; LoraConfig(bias=...) does that): the reference is that base with adapters off, so "
-            "it would move with the policy and the KL would be too small. Use bias='none', name trained modules in "
+            f"expected training of adapters alone, got trained parameters of the base, such as {trained[0]} "
+            f"({len(trained)} in all; LoraConfig(bias=...) does that): the reference is that base with adapters off, "
+            "so it would move with the policy and the KL would be too small. Use bias='none', name trained modules in "
             "`modules_to_save`, or pass a `ref_model`."
         )
     if adapters.REFERENCE_ADAPTER in peft_model.peft_config:
@@ -122,13 +121,13 @@ def prepare_reference_adapter(model: PreTrainedModelWrapper) -> str | None:
 
 @contextmanager
 def reference_adapter(model: PreTrainedModelWrapper) -> Iterator[None]:
-    """Inside, `model` is its own reference: adapters off, or its "reference" adapter on.
+    """Context manager: while active, `model` computes as the reference: adapters off, or its "reference" adapter on.
 
-    Call `prepare_reference_adapter(model)` once before training. On leaving, the policy's adapter is active again and
-    every parameter has its `requires_grad` back.
+    Call `prepare_reference_adapter(model)` once before training. On exit, the policy's adapter is active again and
+    every `requires_grad` is restored.
 
     Raises:
-        ValueError: For a model without adapters.
+        ValueError: The model has no adapters.
     """
     peft_model = _peft_model(model)
     if adapters.REFERENCE_ADAPTER in peft_model.peft_config:

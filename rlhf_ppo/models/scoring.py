@@ -1,7 +1,7 @@
-"""A language model seen as a policy over tokens: (prompts, responses) -> log-probabilities, values, entropy.
+"""A language model as a policy over tokens: (prompts, responses) -> log-probabilities, values, entropy.
 
 Only what a loss reads is computed: rows are trimmed to the longest of the batch, the LM head runs on response tokens
-alone, and its logits live one chunk at a time. The same module scores rollouts and updates, policy and reference.
+only, one chunk of logits at a time. The same module scores rollouts and updates, policy and reference.
 """
 
 import copy
@@ -33,7 +33,7 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class OldPolicyStates:
-    """What is left of a policy that has moved on: enough for its distribution at some responses."""
+    """LM head and hidden states of an old policy: enough for its token distributions at some responses."""
 
     head: Head
     states: Float[Tensor, "batch time hidden"]
@@ -41,15 +41,15 @@ class OldPolicyStates:
 
 
 class TokenPolicy(nn.Module):
-    """The policy of a language model, with values when the model carries a value head.
+    """The policy of a language model, with values if the model has a value head.
 
     Args:
         model: A value-head wrapper, or a plain language model (values are then zero). Causal, or an encoder-decoder:
             its encoder reads the prompt, its decoder the response after a start token.
-        temperature: What logits are divided by before the softmax, in rollout and update alike (Ziegler et al. 2019).
-        chunk_size: Response tokens whose [chunk, vocabulary] logits may live at once, at most.
-        packing: Compute nothing for positions that nobody reads, where the model computes the same: see `Trunk`.
-        fused_head: Let `forward` take the LM head's gradients while the logits are at hand, given `slopes`.
+        temperature: Divides the logits before the softmax, in rollout and update alike (Ziegler et al. 2019).
+        chunk_size: Largest number of response tokens whose [chunk, vocabulary] logits are in memory at once.
+        packing: Skip positions whose output is unused, where results are the same: see `Trunk`.
+        fused_head: Let `forward` compute the LM head's gradients while it has the logits, given `slopes`.
     """
 
     def __init__(
@@ -64,20 +64,20 @@ class TokenPolicy(nn.Module):
         super().__init__()
         self.model = model
         self._no_split_modules = getattr(model, "_no_split_modules", None)
-        """Class names of the layers, which FSDP shares out one by one."""
+        """Class names of the layers, which FSDP shards one by one."""
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.fused_head = fused_head
         self.fused_scoring = fused_head
-        """The same walk over the vocabulary without a gradient. Where policy and reference do not score in one and the
-        same way, equal models differ by rounding."""
+        """Use the fused kernel without gradient, too. Policy and reference need the same kernel: otherwise equal models
+        differ by rounding."""
         self._trunk = Trunk(packing=packing)
         self.checkpointing = False
-        """Gradient checkpointing, which the layers only do in training mode; all dropout must then be 0."""
+        """Gradient checkpointing. Layers do it in training mode only, so all dropout must be 0."""
 
     @property
     def work(self) -> Counter[str]:
-        """Deterministic work counters, summed until the owner clears them."""
+        """Deterministic counters of tokens and rows, summed until the caller clears them."""
         return self._trunk.work
 
     def forward(
@@ -93,22 +93,22 @@ class TokenPolicy(nn.Module):
 
         Args:
             inputs: B prompts with their responses, on the device of the model.
-            with_entropy: Also the exact full-vocabulary entropy; it costs one more pass over each chunk of logits.
-            slopes: What the loss will send back for each token, if known: the LM head's gradients are then taken while
-                its logits are at hand, where the head allows it.
-            reference: Also the exact KL to it, which takes a pass of its own without gradient.
-            old: Also the exact KL from it.
+            with_entropy: Also compute the full-vocabulary entropy; costs one more pass over each chunk of logits.
+            slopes: dL/d log π and dL/d entropy per token, if known: a supported LM head then computes its gradients in
+                this pass, while it has the logits.
+            reference: Also compute the exact KL to it, which takes another pass without gradient.
+            old: Also compute the exact KL from it.
 
         Returns:
             Log-probabilities and entropy [B, T], values [B, T+1], zero beyond each row's end.
         """
-        # Dropout stays off, so that the first pass of an update has probability ratio 1 exactly.
+        # Without dropout the first pass of an update has probability ratio 1 exactly.
         self.model.train(self.checkpointing and torch.is_grad_enabled())
         slopes = slopes if torch.is_grad_enabled() and self.fused_head and is_plain_head(self._head()) else None
         with nullcontext() if slopes is None else shared_with_head(self.language_model) as shared:
-            acting, states = self._rows(inputs)
+            hidden, states = self._hidden(inputs)
         tokens = torch.cat(list(inputs.responses))
-        statistics = self._statistics(acting, tokens, with_entropy, slopes, shared)
+        statistics = self._statistics(hidden, tokens, with_entropy, slopes, shared)
         self.work["head_rows"] += len(tokens)
         lengths = inputs.response_lengths().tolist()
         rows = list(self._values(states).split([length + 1 for length in lengths]))
@@ -118,12 +118,12 @@ class TokenPolicy(nn.Module):
             logprobs=pad_rows(statistics.logprobs.split(lengths)),
             values=pad_rows(rows if critic is None else critic(inputs)),
             entropy=None if entropy is None else pad_rows(entropy.split(lengths)),
-            reference_kl=None if reference is None else self._kl_to(reference, inputs, acting),
-            old_kl=None if old is None else self._kl_from(old, inputs, acting),
+            reference_kl=None if reference is None else self._kl_to(reference, inputs, hidden),
+            old_kl=None if old is None else self._kl_from(old, inputs, hidden),
         )
 
     def _statistics(
-        self, acting: Tensor, tokens: Tensor, with_entropy: bool, slopes: Slopes | None, shared: SharedGradient | None
+        self, hidden: Tensor, tokens: Tensor, with_entropy: bool, slopes: Slopes | None, shared: SharedGradient | None
     ) -> TokenStatistics:
         head = self._head()
         settings: dict[str, Any] = {"temperature": self.temperature, "with_entropy": with_entropy}
@@ -131,32 +131,32 @@ class TokenPolicy(nn.Module):
         if isinstance(head, nn.Linear) and (slopes is not None or scores):
             settings |= {"product_dtype": getattr(head, "product_dtype", None), "shared": shared, "slopes": slopes}
             return fused_token_statistics(
-                acting, head.weight, head.bias, tokens, chunk_size=self.chunk_size, **settings
+                hidden, head.weight, head.bias, tokens, chunk_size=self.chunk_size, **settings
             )
         vocab = getattr(head, "weight", tokens).shape[0]
-        rows = rows_at_once(self.chunk_size, vocab, acting.device)
-        return chunked_token_statistics(head, acting, tokens, chunk_size=rows, **settings)
+        rows = rows_at_once(self.chunk_size, vocab, hidden.device)
+        return chunked_token_statistics(head, hidden, tokens, chunk_size=rows, **settings)
 
     @torch.no_grad()
     def snapshot(self, inputs: TokenInputs) -> Float[Tensor, "batch time hidden"]:
-        """Hidden states at each response token as they are now, for an `OldPolicyStates`."""
+        """Current hidden states at each response token, for an `OldPolicyStates`."""
         self.model.eval()
-        rows = self._rows(inputs)[0].split(inputs.response_lengths().tolist())
+        rows = self._hidden(inputs)[0].split(inputs.response_lengths().tolist())
         return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
     def copy_head(self) -> Head:
-        """The LM head as it is now, for an `OldPolicyStates`."""
+        """A copy of the current LM head, for an `OldPolicyStates`."""
         return self._head(copied=True)
 
     def kl_to(self, reference: "TokenPolicy", inputs: TokenInputs) -> Float[Tensor, "batch time"]:
         """Exact KL(π || reference) over the full vocabulary at each response token, nats, [B, T]."""
-        return self._kl_to(reference, inputs, self._rows(inputs)[0])
+        return self._kl_to(reference, inputs, self._hidden(inputs)[0])
 
-    def check_curvature(self) -> None:
-        """Refuse models whose forward pass cannot be differentiated twice.
+    def check_twice_differentiable(self) -> None:
+        """Raise ValueError if the forward pass cannot be differentiated twice.
 
         Raises:
-            ValueError: Attention runs in a kernel without second derivative.
+            ValueError: Matrix products are in bfloat16, or the attention kernel has no second derivative.
         """
         if any(getattr(module, "product_dtype", None) is not None for module in self.model.modules()):
             raise ValueError(
@@ -170,94 +170,94 @@ class TokenPolicy(nn.Module):
                 "Fisher products need. Load the model with attn_implementation='sdpa', or use PPOClip."
             )
 
-    def curvature(
+    def outputs_and_metric(
         self, inputs: TokenInputs, weights: Float[Tensor, "batch time"]
     ) -> tuple[tuple[Float[Tensor, "actions vocab"]], FisherMetric]:
-        """The logits of every response token, with a graph that can be differentiated twice, and their Fisher metric.
+        """Logits of every response token, twice differentiable, and their Fisher metric.
 
-        Fused attention has no second derivative, so this pass alone runs PyTorch's plain one.
+        Fused attention has no second derivative, so this pass runs PyTorch's math kernel.
 
         Args:
             inputs: A micro-batch whose [actions, vocabulary] logits fit into memory several times.
-            weights: Of each response token in the metric.
+            weights: Weight of each response token in the metric.
         """
         self.model.eval()
         with sdpa_kernel(SDPBackend.MATH):
-            acting, _ = self._rows(inputs)
-            logits = self._head()(acting).float() / self.temperature
+            hidden, _ = self._hidden(inputs)
+            logits = self._head()(hidden).float() / self.temperature
         pairs = zip(weights, inputs.response_lengths().tolist(), strict=True)
         return (logits,), categorical_metric(logits, torch.cat([row[:length] for row, length in pairs]))
 
     @torch.no_grad()
     def kl_from_current(self, micro_batches: Sequence[TokenInputs]) -> list[Callable[[], Float[Tensor, "batch time"]]]:
-        """For each micro-batch, a function that measures the exact KL(π_here || π) of whatever π has become by then.
+        """For each micro-batch, a function that returns the exact KL(π at this call || π at its call), nats.
 
-        It keeps hidden states and a copy of the LM head when that is trained, instead of logits.
+        Stores hidden states, and a copy of the LM head if it is trained, instead of logits.
         """
         self.model.eval()
         head = self._head()
         if any(parameter.requires_grad for parameter in self.language_model.get_output_embeddings().parameters()):
             head = self._head(copied=True)
 
-        def distance(inputs: TokenInputs, states: Tensor) -> Callable[[], Tensor]:
+        def kl_function(inputs: TokenInputs, states: Tensor) -> Callable[[], Tensor]:
             def measure() -> Tensor:
                 self.model.eval()
-                acting, _ = self._rows(inputs)
+                hidden, _ = self._hidden(inputs)
                 kl = chunked_categorical_kl(
-                    head, states, self._head(), acting, temperature=self.temperature, chunk_size=self.chunk_size
+                    head, states, self._head(), hidden, temperature=self.temperature, chunk_size=self.chunk_size
                 )
                 return pad_rows(kl.split(inputs.response_lengths().tolist()))
 
             return measure
 
-        return [distance(inputs, self._rows(inputs)[0]) for inputs in micro_batches]
+        return [kl_function(inputs, self._hidden(inputs)[0]) for inputs in micro_batches]
 
     @property
     def config(self) -> Any:
-        """Of the language model; DeepSpeed sizes its buffers by it."""
+        """Config of the language model; DeepSpeed derives its buffer sizes from it."""
         return self.language_model.config
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Those of the value head alone, or of a separate critic as a whole."""
+        """Parameters of the value head, or of the separate critic."""
         if self.separate_critic is not None:
             return list(self.separate_critic.parameters())
         return list(self.model.v_head.parameters()) if isinstance(self.model, PreTrainedModelWrapper) else []
 
     @property
     def separate_critic(self) -> nn.Module | None:
-        """The critic beside the policy; None where values come from the shared trunk."""
+        """The separate critic; None if values come from the shared trunk."""
         return self.model.critic if isinstance(self.model, PreTrainedModelWrapper) else None
 
     def critic_values(self, inputs: TokenInputs) -> list[Float[Tensor, " actions"]]:
-        """V(s_0) ... V(s_{T-1}) of each row by the separate critic, with its gradient."""
+        """V(s_0) ... V(s_{T-1}) of each row from the separate critic, with gradient."""
         if self.separate_critic is None:
-            raise ValueError("there is no separate critic: values come from the policy's trunk, see `critic_states`")
+            raise ValueError("expected a separate critic, got none: values come from the trunk, see `critic_states`")
         return [row[:-1] for row in self.separate_critic(inputs)]
 
     def critic_states(self, inputs: TokenInputs) -> list[Float[Tensor, "actions hidden"]]:
-        """What the value head reads for V(s_0) ... V(s_{T-1}), one tensor a row."""
+        """Inputs of the value head for V(s_0) ... V(s_{T-1}), one tensor per row."""
         self.model.eval()
-        _, states = self._rows(inputs)
+        _, states = self._hidden(inputs)
         return [row[:-1] for row in states.split([length + 1 for length in inputs.response_lengths().tolist()])]
 
-    def values_of(self, states: Float[Tensor, "actions hidden"]) -> Float[Tensor, " actions"]:
-        """V at states of `critic_states`."""
+    def values_from_states(self, states: Float[Tensor, "actions hidden"]) -> Float[Tensor, " actions"]:
+        """V at the concatenated states of `critic_states`."""
         return self._values(states)
 
-    def _kl_to(self, reference: "TokenPolicy", inputs: TokenInputs, acting: Tensor) -> Float[Tensor, "batch time"]:
+    def _kl_to(self, reference: "TokenPolicy", inputs: TokenInputs, hidden: Tensor) -> Float[Tensor, "batch time"]:
         with torch.no_grad():
             reference.model.eval()
-            other, _ = reference._rows(inputs)
+            ref, _ = reference._hidden(inputs)
         kl = chunked_categorical_kl(
-            self._head(), acting, reference._head(), other, temperature=self.temperature, chunk_size=self.chunk_size
+            self._head(), hidden, reference._head(), ref, temperature=self.temperature, chunk_size=self.chunk_size
         )
         return pad_rows(kl.split(inputs.response_lengths().tolist()))
 
-    def _kl_from(self, old: OldPolicyStates, inputs: TokenInputs, acting: Tensor) -> Float[Tensor, "batch time"]:
+    def _kl_from(self, old: OldPolicyStates, inputs: TokenInputs, hidden: Tensor) -> Float[Tensor, "batch time"]:
         lengths = inputs.response_lengths().tolist()
         states = torch.cat([row[:length] for row, length in zip(old.states, lengths, strict=True)])
         kl = chunked_categorical_kl(
-            old.head, states, self._head(), acting, temperature=self.temperature, chunk_size=self.chunk_size
+            old.head, states, self._head(), hidden, temperature=self.temperature, chunk_size=self.chunk_size
         )
         return pad_rows(kl.split(lengths))
 
@@ -269,11 +269,11 @@ class TokenPolicy(nn.Module):
         # PEFT injects its layers into the base model, so the base model is the adapted policy.
         return language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
 
-    def _rows(self, inputs: TokenInputs) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
+    def _hidden(self, inputs: TokenInputs) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
         return self._trunk(self.language_model, inputs)
 
     def has_plain_head(self) -> bool:
-        """Whether the fused walk over the vocabulary fits its LM head."""
+        """Whether the fused kernel supports the LM head."""
         return is_plain_head(self._head())
 
     def _head(self, *, copied: bool = False) -> Head:

@@ -1,4 +1,4 @@
-"""One base model in memory for all: a critic and a reward model as further adapters on the policy's frozen base."""
+"""A critic and a reward model as further adapters on the policy's frozen base, which is in memory only once."""
 
 import copy
 from pathlib import Path
@@ -21,27 +21,26 @@ CRITIC_ADAPTER = "critic"
 
 
 class AdapterCritic(nn.Module):
-    """V(s_t) by the policy's base under an adapter of its own: a separate critic at the price of an adapter.
+    """V(s_t) from the policy's base with a separate adapter: a separate critic that needs no second base in memory.
 
-    The value loss pulls at no weight of the policy, as with `SeparateCritic`, and costs a second pass; there is no
-    second base.
+    As with `SeparateCritic`, the value loss trains no weight of the policy, and a second pass is needed.
 
     Args:
-        model: Carries the adapter, and the policy's beside it.
-        head: From the last hidden state to one number.
-        name: Of the adapter.
+        model: Has the critic's and the policy's adapter.
+        head: Maps the last hidden state to one number.
+        name: Name of the critic's adapter.
     """
 
     def __init__(self, model: PeftModel, head: nn.Linear, name: str = CRITIC_ADAPTER) -> None:
         super().__init__()
-        self._shared = (model,)  # in a tuple: it is the policy's, and no part of the critic
+        self._policy_model = (model,)  # in a tuple, so that it is not registered as a submodule of the critic
         self.name = name
         self.head = head
         self.adapter = nn.ParameterList(adapters.adapter_parameters(model, name).values())
 
     def forward(self, inputs: TokenInputs) -> list[Float[Tensor, " states"]]:
         """V(s_0) ... V(s_T) of each row, without padding, float32."""
-        (model,) = self._shared
+        (model,) = self._policy_model
         with adapters.active_adapter(model, self.name):
             return state_values(adapters.trunk_of(model), self.head, inputs)
 
@@ -54,17 +53,17 @@ def attach_critic_adapter(
     gain: float = 1.0,
     bias: float = 0.0,
 ) -> None:
-    """Let an adapter of its own on the policy's base give the values from now on; the value head is frozen.
+    """Add a critic adapter on the policy's base, use it for the values, and freeze the value head.
 
-    Do it before the trainer or an optimizer is built. It starts with V = 0, or as the reward model. Checkpoints of
-    `train()` hold the critic; `save_pretrained` saves the policy alone.
+    Call it before the trainer or an optimizer is built. It starts with V = 0, or as the reward model. Checkpoints of
+    `train()` contain the critic; `save_pretrained` saves the policy alone.
 
     Args:
         model: A policy with adapters.
-        peft_config: Of the critic's adapter; None: that of the policy's, or of the reward model's.
-        from_reward_adapter: Start as the reward adapter that `model` was loaded with: V of a whole response is its
-            score (Stiennon et al. 2020, appendix B.1).
-        gain: The reward model's normalization, so that values have the scale of the rewards: gain · raw + bias.
+        peft_config: Config of the critic's adapter; None: that of the policy's, or of the reward model's.
+        from_reward_adapter: Initialize from the reward adapter of `model`: V after a complete response is its score
+            (Stiennon et al. 2020, appendix B.1).
+        gain: Scale of the reward model's normalization: V = gain · raw + bias.
         bias: See `gain`.
 
     Raises:
@@ -96,7 +95,7 @@ def _check_critic(model: PreTrainedModelWrapper, peft_config: LoraConfig | None,
     if not model.is_peft_model or model.is_encoder_decoder:
         raise ValueError(
             f"expected a causal policy with adapters, got {type(model.pretrained_model).__name__}: its base is "
-            "trained (or is no causal model), so a critic cannot stand on it. Load it with `peft_config=LoraConfig("
+            "trained (or is no causal model), so a critic cannot share it. Load it with `peft_config=LoraConfig("
             "...)`, or give it a SeparateCritic."
         )
     if model.critic is not None:
@@ -114,14 +113,13 @@ def _check_critic(model: PreTrainedModelWrapper, peft_config: LoraConfig | None,
 
 
 class RewardAdapterModel:
-    """A causal sequence classifier whose base is the policy's: what a reward model needs beside it is an adapter.
+    """A causal sequence classifier: the policy's base with the reward model's adapter and score head.
 
-    It is called as `AutoModelForSequenceClassification` is, gives the same logits for the same token ids (by torch's
-    own products, whatever the policy's are computed with), and changes nothing of the policy. Batches are padded on the
-    right.
+    Called like `AutoModelForSequenceClassification`, with the same logits for the same token ids (computed by torch's
+    matrix products, not the policy's fast ones). Does not change the policy. Batches are padded on the right.
 
     Args:
-        model: A policy that was loaded with `reward_adapter`, or given one by `attach_reward_adapter`.
+        model: A policy loaded with `reward_adapter`, or given one by `attach_reward_adapter`.
     """
 
     def __init__(self, model: PreTrainedModelWrapper) -> None:
@@ -132,23 +130,23 @@ class RewardAdapterModel:
             )
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
-                "expected whole parameters, got those of ZeRO-3: each process scores samples of its own, and would "
-                "wait for parts that the others do not send. Use ZeRO-2, or a reward model of its own."
+                "expected unsharded parameters, got those of ZeRO-3: each process scores its own samples, and would "
+                "wait for shards that the others do not send. Use ZeRO-2, or a separate reward model."
             )
         self.policy, self.config = model, model.config
 
     @property
     def device(self) -> torch.device:
-        """Where the policy is."""
+        """The policy's device."""
         return next(self.policy.parameters()).device
 
     @property
     def base_model(self) -> Any:
-        """The layers that it shares with the policy."""
+        """The layers shared with the policy."""
         return adapters.trunk_of(self.policy.pretrained_model)
 
     def eval(self) -> "RewardAdapterModel":
-        """Itself: it is never in training mode."""
+        """Return self; it is never in training mode."""
         return self
 
     @torch.no_grad()
@@ -161,7 +159,7 @@ class RewardAdapterModel:
         try:
             with adapters.active_adapter(peft_model, str(self.policy.rm_adapter_name)), plain_layers(peft_model):
                 hidden = adapters.trunk_of(peft_model)(
-                    # The padding token may be one that only the reward model's own table has.
+                    # The padding token may exist only in the reward model's own embedding table.
                     input_ids=input_ids.masked_fill(attention_mask == 0, 0), attention_mask=attention_mask,
                     use_cache=False,
                 ).last_hidden_state  # fmt: skip
@@ -176,7 +174,7 @@ class RewardAdapterModel:
 def attach_reward_adapter(
     model: PreTrainedModelWrapper, folder: str, name: str = "reward_adapter"
 ) -> RewardAdapterModel:
-    """Add the reward model's adapter in `folder` to a policy that is loaded already, and score with it.
+    """Add the reward model's adapter in `folder` to a loaded policy, and return the reward model.
 
     Raises:
         ValueError: The policy has no adapters, or the reward model was trained on another base.
@@ -187,19 +185,19 @@ def attach_reward_adapter(
             "the reward model would change with it. Load it with `peft_config=LoraConfig(...)`."
         )
     peft_model: PeftModel = model.pretrained_model
-    own = peft_model.peft_config[str(model.policy_adapter_name)].base_model_name_or_path
-    other = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if own and other and not _same_place(own, other):
+    policy_base = peft_model.peft_config[str(model.policy_adapter_name)].base_model_name_or_path
+    adapter_base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if policy_base and adapter_base and not _is_same_model(policy_base, adapter_base):
         raise ValueError(
-            f"expected a reward adapter on the policy's base {own!r}, got one on {other!r} ({folder}): on other "
-            "weights its scores mean nothing. Train the reward model on the policy's base, or load it by itself."
+            f"expected a reward adapter on the policy's base {policy_base!r}, got one on {adapter_base!r} ({folder}): "
+            "its scores would be wrong. Train the reward model on the policy's base, or load it separately."
         )
     model.score = adapters.add_reward_adapter(peft_model, folder, name)
     model.rm_adapter_name, model.supports_rm_adapter = name, True
     return RewardAdapterModel(model)
 
 
-def _same_place(one: str, other: str) -> bool:
-    """Whether two names mean one model: the same name, or folders that are one."""
-    first, second = Path(one), Path(other)
-    return one == other or (first.exists() and second.exists() and first.samefile(second))
+def _is_same_model(name: str, other: str) -> bool:
+    """Whether two names mean the same model: equal names, or paths of the same folder."""
+    first, second = Path(name), Path(other)
+    return name == other or (first.exists() and second.exists() and first.samefile(second))

@@ -1,4 +1,4 @@
-"""Prompts and responses through a language model's layers, up to its head: side by side, padded, or encoded."""
+"""Run prompts and responses through a language model's layers below the LM head: packed, padded, or encoder-decoder."""
 
 from collections import Counter
 from typing import Any
@@ -12,38 +12,38 @@ from rlhf_ppo.kernels.packing import Hidden, can_be_packed, can_skip_unread, pac
 
 
 class Trunk:
-    """One pass through the layers below the LM head.
+    """Forward pass through the layers below the LM head.
 
-    The model is passed each time, never kept: whoever wraps a policy may exchange its modules.
+    The model is an argument of each call, not an attribute: wrappers of a policy may replace its modules.
 
     Args:
-        packing: Compute nothing for positions that nobody reads, where the model computes the same: run rows of
-            unequal length side by side instead of padded, and the last layer from a prompt's last token on.
+        packing: Skip positions whose output is unused, where results are the same: pack rows of unequal length instead
+            of padding them, and run the last layer only from a prompt's last token on.
     """
 
     def __init__(self, *, packing: bool) -> None:
         self.packs: bool | None = None if packing else False
-        """Whether rows go side by side; None: not tried yet."""
+        """Whether rows are packed; None: not tested yet."""
         self.skips_unread: bool | None = None if packing else False
-        """Whether the last layer leaves prompts out; None: not tried yet."""
+        """Whether the last layer skips prompts; None: not tested yet."""
         self.work: Counter[str] = Counter()
-        """Deterministic work counters, summed until the owner clears them."""
+        """Deterministic counters of tokens and rows, summed until the caller clears them."""
 
     def __call__(
         self, model: Any, inputs: TokenInputs
     ) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
-        """What the head of `model` turns into logits at each action, and the states behind V(s_0) ... V(s_T)."""
+        """The LM head's inputs at each action, and the value head's inputs for V(s_0) ... V(s_T)."""
         if model.config.is_encoder_decoder:
-            return self._decoder_rows(model, inputs)
+            return self._decoder_states(model, inputs)
         hidden = self._hidden(model.base_model, inputs)
         return _gather(hidden, inputs, extra=0), _gather(hidden, inputs, extra=1)
 
-    def _decoder_rows(
+    def _decoder_states(
         self, model: Any, inputs: TokenInputs
     ) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
-        """The same of an encoder-decoder, whose features are logits already.
+        """The same for an encoder-decoder, with logits in place of the LM head's inputs.
 
-        What stands before the LM head (a scale, a bias) differs by architecture, so the model makes its logits itself.
+        The operations before the LM head (a scale, a bias) differ by architecture, so the model computes its logits.
         """
         prompts = list(inputs.prompts)
         starts = [prompt.new_full((1,), decoder_start_token(model)) for prompt in prompts]
@@ -55,14 +55,15 @@ class Trunk:
             input_ids=input_ids, attention_mask=pad_rows([torch.ones_like(prompt) for prompt in prompts]),
             decoder_input_ids=decoded, use_cache=False, output_hidden_states=True,
         )  # fmt: skip
-        shown = TokenInputs(prompts=starts, responses=inputs.responses)
-        first = [decoded.shape[1] * row for row in range(len(starts))]
+        decoder_inputs = TokenInputs(prompts=starts, responses=inputs.responses)
+        row_starts = [decoded.shape[1] * row for row in range(len(starts))]
 
         def flat(features: Tensor) -> Hidden:
-            return Hidden(features.flatten(0, 1), first, decoded.numel())
+            return Hidden(features.flatten(0, 1), row_starts, decoded.numel())
 
         states = flat(output.decoder_hidden_states[-1])
-        return _gather(flat(output.logits), shown, extra=0), _gather(states, shown, extra=1)
+        logits = _gather(flat(output.logits), decoder_inputs, extra=0)
+        return logits, _gather(states, decoder_inputs, extra=1)
 
     def _hidden(self, layers: Any, inputs: TokenInputs) -> Hidden:
         rows = [torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)]
@@ -71,11 +72,11 @@ class Trunk:
             self.packs = can_be_packed(layers, rows)
         if self.skips_unread is None:
             self.skips_unread = can_skip_unread(layers, rows)
-        # A checkpointed layer runs again in the backward pass, where attention and last layer are the model's own.
-        again = layers.training
-        first_read = [len(prompt) - 1 for prompt in inputs.prompts] if self.skips_unread and not again else None
-        arrange = packed_hidden if ragged and self.packs and not again else padded_hidden
-        hidden = arrange(layers, rows, first_read=first_read)
+        # A checkpointed layer is recomputed in the backward pass, with the model's own attention and last layer.
+        recomputed = layers.training
+        first_read = [len(prompt) - 1 for prompt in inputs.prompts] if self.skips_unread and not recomputed else None
+        compute_hidden = packed_hidden if ragged and self.packs and not recomputed else padded_hidden
+        hidden = compute_hidden(layers, rows, first_read=first_read)
         self.work["trunk_tokens"] += hidden.positions
         real = sum(len(row) for row in rows)
         self.work["real_tokens"] += real
@@ -84,23 +85,23 @@ class Trunk:
 
 
 def decoder_start_token(model: Any) -> int:
-    """What an encoder-decoder's decoder reads before a response.
+    """The token id that an encoder-decoder's decoder starts with.
 
     Raises:
-        ValueError: If neither its configuration nor its generation settings name one.
+        ValueError: Neither its configuration nor its generation settings have one.
     """
     for settings in (model.config, model.generation_config):
         token: int | None = getattr(settings, "decoder_start_token_id", None)
         if token is not None:
             return token
     raise ValueError(
-        f"{type(model).__name__} names no decoder_start_token_id: its decoder has nothing to begin a response with. "
+        f"{type(model).__name__} has no decoder_start_token_id: its decoder cannot start a response. "
         "Set `model.config.decoder_start_token_id`."
     )
 
 
 def _gather(hidden: Hidden, inputs: TokenInputs, *, extra: int) -> Float[Tensor, "rows hidden"]:
-    """Hidden states at which the response tokens were drawn: positions P_i - 1 ... P_i + T_i - 2 (+ `extra`)."""
+    """Hidden states that predict the response tokens: positions P_i - 1 ... P_i + T_i - 2 (+ `extra`)."""
     spans = [
         torch.arange(start + len(prompt) - 1, start + len(prompt) + len(response) - 1 + extra)
         for start, prompt, response in zip(hidden.starts, inputs.prompts, inputs.responses, strict=True)

@@ -26,20 +26,20 @@ HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "subfol
 
 
 class ValueHead(nn.Module):
-    """V(s_t) from the hidden state after token t: dropout, then `summary`, a linear map with one output.
+    """V(s_t) from the hidden state after token t: dropout, then the linear layer `summary` with one output.
 
     Args:
-        config: Of the language model; names the width of its last hidden state. Its `summary_dropout_prob`, when it
-            has one, is the default of the argument.
-        summary_dropout_prob: Dropout before the map. None: the config's, else 0.1. It acts in training mode only.
-        v_head_init_strategy: None keeps torch's default for a linear layer; "normal" draws the weight from
-            N(0, `v_head_initializer_range`²) and sets the bias to 0; "orthogonal" draws a random direction of that
+        config: Config of the language model, with the width of its last hidden state and possibly a default for
+            `summary_dropout_prob`.
+        summary_dropout_prob: Dropout before the linear layer, in training mode; None: the config's, else 0.1.
+        v_head_init_strategy: None keeps torch's default for a linear layer; "normal" samples the weight from
+            N(0, `v_head_initializer_range`²) and sets the bias to 0; "orthogonal" samples a random direction of that
             length (Engstrom et al. 2020).
         v_head_initializer_range: Standard deviation of "normal", gain of "orthogonal"; 0 starts V at 0 everywhere
             (Ziegler et al. 2019).
 
     Raises:
-        ValueError: For an unknown strategy.
+        ValueError: The strategy is unknown.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ValueHead(nn.Module):
         if v_head_init_strategy not in (None, "normal", "orthogonal"):
             raise ValueError(
                 f"v_head_init_strategy must be None, 'normal' or 'orthogonal', got {v_head_init_strategy!r}: the value "
-                "head would start from weights nobody asked for. Pass None for torch's default, or another with "
+                "head would start from the wrong weights. Pass None for torch's default, or one of the others with "
                 "`v_head_initializer_range`."
             )
         if summary_dropout_prob is None:
@@ -69,24 +69,24 @@ class ValueHead(nn.Module):
             nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"]:
-        """Values in the head's own dtype: a float32 head on a bfloat16 trunk computes in float32."""
+        """Values in the head's dtype: a float32 head on a bfloat16 trunk computes in float32."""
         values: Tensor = self.summary(self.dropout(hidden).to(self.summary.weight.dtype))
         return values
 
 
 def last_hidden_size(config: PretrainedConfig) -> int:
-    """Width of the hidden state that the output embeddings read: the decoder's, after any projection (OPT-350m)."""
+    """Width of the output embeddings' input: the decoder's last hidden state, after any projection (OPT-350m)."""
     decoder = getattr(config, "decoder", None)
     text: Any = decoder if hasattr(decoder, "hidden_size") else config.get_text_config()
     return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
 
 def read_value_head(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[str, Tensor] | None:
-    """The tensors of a value head saved in a folder or hub repository, or None when there is none.
+    """Read the tensors of a value head saved in a folder or hub repository; None if there is none.
 
-    Safetensors come first, then the classic's `pytorch_model.bin` (read with `weights_only=True`), whole or sharded;
-    only the value head's own tensors are read. A hub repository is not searched beyond its first kind of weight file,
-    so that no second copy of a large model is downloaded.
+    Tries safetensors first, then TRL's classic `pytorch_model.bin` (with `weights_only=True`), sharded or not; reads
+    only the value head's tensors. In a hub repository only the first kind of weight file is searched, so that no second
+    copy of a large model is downloaded.
 
     Args:
         source: A folder, or the name of a hub repository.
@@ -106,12 +106,12 @@ def read_value_head(source: str | os.PathLike[str], **hub_arguments: Any) -> dic
 
 
 def find_file(source: str | os.PathLike[str], filename: str, **hub_arguments: Any) -> Path | None:
-    """Where `filename` of a folder or hub repository lies on this machine (downloaded if need be), or None."""
-    known = {name: value for name, value in hub_arguments.items() if name in HUB_ARGUMENTS and value is not None}
+    """The local path of `filename` in a folder or hub repository (downloaded if necessary), or None."""
+    hub = {name: value for name, value in hub_arguments.items() if name in HUB_ARGUMENTS and value is not None}
     path = cached_file(
         source,
         filename,
-        **known,
+        **hub,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
@@ -123,21 +123,21 @@ def load_value_head(head: ValueHead, tensors: dict[str, Tensor], *, source: obje
     """Copy saved tensors into `head`.
 
     Raises:
-        ValueError: When they are of another architecture or width.
+        ValueError: They have another architecture or width.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if got != expected:
         raise ValueError(
             f"The value head saved in {source} has the tensors {got}, this model needs {expected}: it belongs to "
-            "another model or was made by another library. Load the language model alone "
+            "another model or library. Load the language model alone "
             "(AutoModelForCausalLM.from_pretrained) and pass that object, to start from a fresh value head."
         )
     head.load_state_dict(tensors)
 
 
 def write_value_head(folder: Path, state: dict[str, Tensor]) -> None:
-    """Write the value head's entries of `state` alone, where `read_value_head` and the classic find them."""
+    """Write the value head's entries of `state` to `pytorch_model.bin`, where TRL's classic API looks for them, too."""
     folder.mkdir(parents=True, exist_ok=True)
     head = {name: tensor.detach().cpu() for name, tensor in state.items() if name.startswith(VALUE_HEAD_PREFIX)}
     torch.save(head, folder / "pytorch_model.bin")
@@ -150,15 +150,15 @@ def _shards(source: str | os.PathLike[str], index: Path, **hub_arguments: Any) -
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(
-                f"{index} names {name!r}, outside of its folder: a model's files lie beside its index. Do not use this "
-                "folder, or mend the index."
+                f"{index} names {name!r}, outside of its folder: a model's files must be in the index's folder. Do not "
+                "use this folder, or correct the index."
             )
-    found = [find_file(source, name, **hub_arguments) for name in names]
-    return [path for path in found if path is not None]
+    paths = [find_file(source, name, **hub_arguments) for name in names]
+    return [path for path in paths if path is not None]
 
 
 def _read_head_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of `path` whose names hold "v_head.", named from there on."""
+    """Tensors of `path` whose names contain "v_head.", without the prefix up to there."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             named = {name: file.get_tensor(name) for name in file.keys() if VALUE_HEAD_PREFIX in name}  # noqa: SIM118

@@ -148,7 +148,7 @@ def test_second_derivatives_go_through_it() -> None:
     for skips in (False, True):
         policy._trunk.skips_unread = skips
         rows = inputs(*EQUAL)
-        (logits,), _ = policy.curvature(rows, torch.ones(4, 9, dtype=torch.float64))
+        (logits,), _ = policy.outputs_and_metric(rows, torch.ones(4, 9, dtype=torch.float64))
         weight = model.base_model.h[0].mlp.c_fc.weight
         (slope,) = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), weight, create_graph=True)
         products.append(torch.autograd.grad(slope.square().sum(), weight)[0])
