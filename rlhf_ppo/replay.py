@@ -85,17 +85,17 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
     policy, optimizer = accelerator.prepare(policy, torch.optim.SGD(parameters, lr=0.0))
     update = build_algorithm(
         dumped_algorithm(record["algorithm"]), policy=policy, optimizer=optimizer, accelerator=accelerator,
-        minibatch=lambda: MinibatchConfig(**record["minibatch"]), seed=0,
+        minibatch_config=lambda: MinibatchConfig(**record["minibatch"]), seed=0,
     ).update  # fmt: skip
     update.load_state_dict(record["update"])
     batch = read_batch(folder).to(accelerator.device)
     rows = torch.tensor(record["rows"], device=accelerator.device)
     update_rule = innermost_update(update)
-    all_rows = update_rule.examine(batch, rows)
-    broken_rows = [row for row in record["rows"] if not update_rule.examine(batch, torch.tensor([row])).is_finite]
+    all_rows = update_rule.dry_run(batch, rows)
+    broken_rows = [row for row in record["rows"] if not update_rule.dry_run(batch, torch.tensor([row])).is_finite]
     return Replay(
         recorded={name: float(value) for name, value in record["metrics"].items() if name in all_rows.metrics},
-        metrics=all_rows.metrics, broken_gradients=all_rows.broken, broken_parameters=broken_parameters(model),
+        metrics=all_rows.metrics, broken_gradients=all_rows.nonfinite_gradients, broken_parameters=broken_parameters(model),
         samples=broken_rows,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What is optimized: one frozen config each, one place that chooses."""
+"""Algorithms: one frozen config per algorithm, and `build_algorithm`, which builds one from its config."""
 
 from rlhf_ppo.algorithms.build import Algorithm, build_algorithm
 from rlhf_ppo.algorithms.config import (

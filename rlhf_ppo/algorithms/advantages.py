@@ -1,4 +1,4 @@
-"""`Rollout` -> `TrainBatch`: the credit of each action, standardized over the batch of all processes."""
+"""`Rollout` -> `TrainBatch`: advantage estimates, standardized over the batch of all processes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,30 +22,30 @@ from rlhf_ppo.functional import (
 
 ReduceSum: TypeAlias = Callable[[Tensor], Tensor]
 EstimateAdvantages: TypeAlias = Callable[[Rollout], TrainBatch]
-BaselineOf: TypeAlias = Callable[[Rollout, Tensor], Tensor]
-"""(rollout, returns [B, T]) -> what to subtract from the returns, broadcast against them."""
+BaselineFunction: TypeAlias = Callable[[Rollout, Tensor], Tensor]
+"""(rollout, returns [B, T]) -> baseline to subtract, broadcast against the returns."""
 
 
 def gae_advantages(config: GAE, reduce_sum: ReduceSum) -> EstimateAdvantages:
-    """Generalized advantage estimates; value targets are formed before whitening, with a λ of their own if asked."""
+    """GAE advantages, whitened; value targets are computed before whitening, with `value_lam` if it is set."""
 
     def estimate(rollout: Rollout) -> TrainBatch:
         lam = config.lam if config.length_alpha is None else length_adaptive_lam(rollout.mask, config.length_alpha)
         advantages, returns = _gae(rollout, config.gamma, lam)
         if config.value_lam is not None:
             _, returns = _gae(rollout, config.gamma, config.value_lam)
-        return _standardized(rollout, advantages, returns, reduce_sum)
+        return _standardize(rollout, advantages, returns, reduce_sum)
 
     return estimate
 
 
 def monte_carlo_advantages(config: GAE, reduce_sum: ReduceSum) -> EstimateAdvantages:
-    """The same with λ = 1: targets that do not read the critic which they train."""
+    """`gae_advantages` with λ = 1: value targets are Monte Carlo returns, which do not depend on the critic."""
     return gae_advantages(replace(config, lam=1.0, value_lam=1.0, length_alpha=None), reduce_sum)
 
 
 def return_advantages(
-    baseline: BaselineOf,
+    baseline: BaselineFunction,
     reduce_sum: ReduceSum,
     *,
     gamma: float,
@@ -53,9 +53,9 @@ def return_advantages(
     scale: bool = True,
     bootstrap: bool = False,
 ) -> EstimateAdvantages:
-    """Discounted returns G_t minus a baseline, then minus their mean and divided by their deviation, as asked.
+    """Discounted returns G_t minus a baseline; optionally minus their mean, and divided by their standard deviation.
 
-    With `bootstrap`, V stands for the future that was not watched, behind truncated and last steps.
+    With `bootstrap`, V stands for the unobserved future after truncated and last steps.
     """
 
     def estimate(rollout: Rollout) -> TrainBatch:
@@ -64,53 +64,53 @@ def return_advantages(
             values=rollout.values if bootstrap else None,
         )  # fmt: skip
         centered = zero_where_masked(returns - baseline(rollout, returns), rollout.mask)
-        return _standardized(rollout, centered, returns, reduce_sum, shift_mean=shift_mean, scale=scale)
+        return _standardize(rollout, centered, returns, reduce_sum, shift_mean=shift_mean, scale=scale)
 
     return estimate
 
 
 def group_relative_advantages(config: RLOO | GRPO) -> EstimateAdvantages:
-    """One advantage for a whole response, from the other responses to its prompt. KL is part of the score (RLOO)."""
+    """RLOO or GRPO: one advantage per response, relative to the other responses to its prompt. KL is in the score."""
 
     def estimate(rollout: Rollout) -> TrainBatch:
         match config:
             case RLOO():
-                advantages = rloo_advantages(_totals(rollout), rollout.group_size)
+                advantages = rloo_advantages(_episode_returns(rollout), rollout.group_size)
             case GRPO():
                 advantages = grpo_advantages(
-                    _totals(rollout), rollout.group_size, normalize_std=config.normalize_std, eps=1e-4
+                    _episode_returns(rollout), rollout.group_size, normalize_std=config.normalize_std, eps=1e-4
                 )
-        spread = advantages[:, None].expand_as(rollout.rewards).masked_fill(~rollout.mask, 0.0)
-        return _batch(rollout, spread, torch.zeros_like(spread))
+        per_token = advantages[:, None].expand_as(rollout.rewards).masked_fill(~rollout.mask, 0.0)
+        return _train_batch(rollout, per_token, torch.zeros_like(per_token))
 
     return estimate
 
 
 def no_baseline(rollout: Rollout, returns: Tensor) -> Tensor:
-    """Nothing to subtract; the batch mean is what standardizing subtracts."""
+    """Zero baseline; standardization subtracts the batch mean."""
     return torch.zeros_like(returns)
 
 
 def learned_baseline(rollout: Rollout, returns: Tensor) -> Tensor:
-    """V(s_t) of the policy that acted."""
+    """V(s_t) at the time of the rollout."""
     return rollout.values[:, :-1]
 
 
-def moving_baseline(moving: MovingBaseline, reduce_sum: ReduceSum) -> BaselineOf:
-    """The moving mean of earlier batches, which then takes this one in."""
+def moving_baseline(moving: MovingBaseline, reduce_sum: ReduceSum) -> BaselineFunction:
+    """The moving mean of earlier batches, then updated with this one."""
 
     def baseline(rollout: Rollout, returns: Tensor) -> Tensor:
         total, count = reduce_sum(torch.stack([returns.sum(), rollout.mask.sum().to(returns.dtype)])).tolist()
-        return torch.full_like(returns, moving.swap(total / max(count, 1.0)))
+        return torch.full_like(returns, moving.update(total / max(count, 1.0)))
 
     return baseline
 
 
-def group_baseline(config: ReinforcePlusPlus) -> BaselineOf:
-    """The mean undiscounted return of the responses to the same prompt; nothing where groups are not asked for."""
+def group_baseline(config: ReinforcePlusPlus) -> BaselineFunction:
+    """The mean undiscounted return of the responses to the same prompt; `no_baseline` without `group_baseline`."""
 
     def baseline(rollout: Rollout, returns: Tensor) -> Tensor:
-        totals = _totals(rollout)
+        totals = _episode_returns(rollout)
         centered = grpo_advantages(totals, rollout.group_size, normalize_std=False, eps=0.0)
         return (totals - centered)[:, None].expand_as(returns)
 
@@ -123,11 +123,11 @@ def _gae(rollout: Rollout, gamma: float, lam: float | Tensor) -> tuple[Tensor, T
     )
 
 
-def _totals(rollout: Rollout) -> Tensor:
+def _episode_returns(rollout: Rollout) -> Tensor:
     return zero_where_masked(rollout.rewards, rollout.mask).sum(dim=1)
 
 
-def _standardized(
+def _standardize(
     rollout: Rollout,
     advantages: Tensor,
     returns: Tensor,
@@ -139,14 +139,14 @@ def _standardized(
     mean, factor = whitening_statistics(advantages, rollout.mask, reduce_sum=reduce_sum)
     factor = factor if scale else torch.ones_like(factor)
     shifted = zero_where_masked((advantages - mean if shift_mean else advantages) * factor, rollout.mask)
-    batch = _batch(rollout, shifted, returns)
+    batch = _train_batch(rollout, shifted, returns)
     if not rollout.reference_kl_coef:
         return batch
-    # The same objective in other units: what multiplies the rewards multiplies the KL that stands beside them.
+    # The same objective in other units: the factor on the rewards also multiplies the KL term in the loss.
     return replace(batch, reference_kl_coef=rollout.reference_kl_coef * float(factor))
 
 
-def _batch(rollout: Rollout, advantages: Tensor, returns: Tensor) -> TrainBatch:
+def _train_batch(rollout: Rollout, advantages: Tensor, returns: Tensor) -> TrainBatch:
     return TrainBatch(
         inputs=rollout.inputs, mask=rollout.mask, logprobs=rollout.logprobs, values=rollout.values[:, :-1],
         advantages=advantages, returns=returns, ref_logprobs=rollout.ref_logprobs,

@@ -1,4 +1,4 @@
-"""A baseline that remembers earlier batches."""
+"""Exponential moving mean of returns as a baseline, and the update that saves it."""
 
 from typing import Any
 
@@ -7,33 +7,32 @@ from rlhf_ppo.updates import Update, UpdateRecord
 
 
 class MovingBaseline:
-    """An exponential moving mean of returns.
+    """Exponential moving mean of batch returns.
 
         b ← decay · b + (1 - decay) · mean
 
-    A batch is measured against earlier ones, on which its actions have no influence: no bias. The first batch, before
-    which there is nothing, is measured against its own mean.
+    The baseline of a batch comes from earlier batches, so it adds no bias. The first batch gets its own mean.
 
     Args:
-        decay: Share of the old mean that stays.
+        decay: Weight of the old mean, in [0, 1).
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.mean: float | None = None
 
-    def swap(self, mean: float) -> float:
-        """The baseline of a batch whose mean return is `mean`, which is then taken in."""
+    def update(self, mean: float) -> float:
+        """Return the baseline of a batch with mean return `mean`, then update the moving mean with it."""
         before = mean if self.mean is None else self.mean
         self.mean = self.decay * before + (1 - self.decay) * mean
         return before
 
 
 class UpdateWithBaseline:
-    """An update that saves a moving baseline with its own state.
+    """Wraps an update: reports a moving baseline and saves it with the update's state.
 
     Args:
-        update: What moves the parameters.
+        update: The wrapped update.
         moving: The baseline of its advantages.
     """
 
@@ -42,13 +41,13 @@ class UpdateWithBaseline:
         self.moving = moving
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """The update, with the baseline reported."""
+        """Run the update and add `policy/baseline` to its record."""
         record = self.inner(batch)
         record.extras["policy/baseline"] = self.moving.mean or 0.0
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the update and of the baseline."""
+        """State of the update and of the baseline."""
         return {"update": self.inner.state_dict(), "baseline": self.moving.mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The one place that chooses an algorithm: a `match`, closed by `assert_never`."""
+"""Build an algorithm from its config: the one `match` over all algorithms, closed by `assert_never`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,6 +35,7 @@ from rlhf_ppo.algorithms.config import (
     Reinforce,
     ReinforcePlusPlus,
 )
+from rlhf_ppo.algorithms.critic_warmup import CriticWarmup
 from rlhf_ppo.algorithms.objectives import (
     clipped_surrogate,
     kl_penalized_surrogate,
@@ -42,24 +43,23 @@ from rlhf_ppo.algorithms.objectives import (
     policy_gradient,
     surrogate,
 )
-from rlhf_ppo.algorithms.parts import AlgorithmParts
-from rlhf_ppo.algorithms.penalty import AdaptiveBetaUpdate, OldPolicyKeeper
 from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
-from rlhf_ppo.algorithms.warmup import CriticWarmup
+from rlhf_ppo.algorithms.ppo_penalty import AdaptiveBetaUpdate, OldPolicySnapshot
+from rlhf_ppo.algorithms.update_factory import UpdateFactory
 from rlhf_ppo.functional import ReferenceKL
-from rlhf_ppo.updates import Gradients, MinibatchConfig, Objective, TrustRegionUpdate, Update, count_sequences
+from rlhf_ppo.updates import ComputeGradients, MinibatchConfig, Objective, TrustRegionUpdate, Update, count_sequences
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What is optimized, as two callables."""
+    """An algorithm as two callables: advantage estimation and parameter update."""
 
     estimate_advantages: EstimateAdvantages
     """Rollout -> TrainBatch."""
     update: Update
-    """TrainBatch -> what the update did; moves the parameters."""
+    """TrainBatch -> record of the update, which changes the parameters."""
     needs_groups: bool = False
-    """Whether it compares several responses to one prompt."""
+    """Whether it needs several responses per prompt."""
 
 
 def build_algorithm(
@@ -68,107 +68,111 @@ def build_algorithm(
     policy: nn.Module,
     optimizer: Optimizer,
     accelerator: Accelerator,
-    minibatch: Callable[[], MinibatchConfig],
+    minibatch_config: Callable[[], MinibatchConfig],
     seed: int,
-    gradients: Gradients | None = None,
+    compute_gradients: ComputeGradients | None = None,
     reference_kl: ReferenceKL | None = None,
     reference: nn.Module | None = None,
 ) -> Algorithm:
-    """The algorithm that `config` names, over one policy, optimizer and set of processes.
+    """Build the algorithm of `config` for one policy, optimizer and accelerator.
 
     Args:
-        config: Which, and its settings.
+        config: The algorithm and its settings.
         policy: The prepared policy.
         optimizer: Its prepared optimizer.
-        accelerator: Of both.
-        minibatch: Sizes of passes and steps, asked at each update.
-        seed: Of shuffles. The same on all processes.
-        reference_kl: The KL to the reference in the loss, weighed by `Rollout.reference_kl_coef`; None: there is none.
-        reference: The prepared reference, read by `reference_kl="full"` alone.
-        gradients: Replaces autograd's passes in the minibatch updates and in fits of the critic.
+        accelerator: The accelerator that prepared both.
+        minibatch_config: Returns epochs and sizes; called at each update.
+        seed: Seeds the row order; the same on all processes.
+        reference_kl: Kind of KL to the reference in the loss, weighed by `Rollout.reference_kl_coef`; None: no KL.
+        reference: The prepared reference, used by `reference_kl="full"` alone.
+        compute_gradients: Replaces autograd in minibatch updates and critic fits; None: autograd.
     """
-    parts = AlgorithmParts(
-        policy=policy, optimizer=optimizer, accelerator=accelerator, minibatch=minibatch, seed=seed,
-        reference_kl=reference_kl, reference=reference, gradients=gradients,
+    factory = UpdateFactory(
+        policy=policy, optimizer=optimizer, accelerator=accelerator, minibatch_config=minibatch_config,
+        seed=seed, reference_kl=reference_kl, reference=reference, compute_gradients=compute_gradients,
     )  # fmt: skip
     match config:
         case PPOClip():
-            terms = parts.total_objective(
+            objective = factory.total_objective(
                 clipped_surrogate(config), critic=config.critic, ent_coef=config.ent_coef, clip_low=config.clip_low,
                 clip_high=config.clip_high,
             )  # fmt: skip
-            return _with_values(parts, config.gae, config.critic, terms, parts.update(terms))
+            return _with_gae(factory, config.gae, config.critic, objective, factory.update(objective))
         case PPOPenalty():
-            return _ppo_penalty(parts, config)
+            return _ppo_penalty(factory, config)
         case TRPO():
             natural = TrustRegionUpdate(
-                policy=policy, optimizer=optimizer, accelerator=accelerator, config=minibatch, seed=seed,
-                objective=parts.total_objective(surrogate, critic=None, ent_coef=config.ent_coef), region=config,
-                clip_range_value=config.clip_range_value, compare_with=parts.reference_argument, gradients=gradients,
+                policy=policy, optimizer=optimizer, accelerator=accelerator, config=minibatch_config,
+                seed=seed, clip_range_value=config.clip_range_value, compare_with=factory.reference_argument,
+                objective=factory.total_objective(surrogate, critic=None, ent_coef=config.ent_coef), region=config,
+                compute_gradients=compute_gradients,
             )  # fmt: skip
-            return Algorithm(gae_advantages(config.gae, parts.reduce_sum), natural)
+            return Algorithm(gae_advantages(config.gae, factory.reduce_sum), natural)
         case Reinforce():
-            return _reinforce(parts, config)
+            return _reinforce(factory, config)
         case ReinforcePlusPlus():
-            terms = parts.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
-            estimate = return_advantages(group_baseline(config), parts.reduce_sum, gamma=config.gamma)
-            return Algorithm(estimate, parts.update(terms), needs_groups=config.group_baseline)
+            objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
+            estimate = return_advantages(group_baseline(config), factory.reduce_sum, gamma=config.gamma)
+            return Algorithm(estimate, factory.update(objective), needs_groups=config.group_baseline)
         case RLOO():
-            terms = parts.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
-            return Algorithm(group_relative_advantages(config), parts.update(terms), needs_groups=True)
+            objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
+            return Algorithm(group_relative_advantages(config), factory.update(objective), needs_groups=True)
         case GRPO():
-            terms = parts.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
+            objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
             update = (
-                parts.update(mean_over_sequences(terms), count=count_sequences)
+                factory.update(mean_over_sequences(objective), count=count_sequences)
                 if config.sequence_mean
-                else parts.update(terms)
+                else factory.update(objective)
             )
             return Algorithm(group_relative_advantages(config), update, needs_groups=True)
         case _:
             assert_never(config)
 
 
-def _with_values(parts: AlgorithmParts, config: GAE, critic: Critic, terms: Objective, update: Update) -> Algorithm:
-    """An algorithm with GAE, after the critic's warm-up if one is asked for."""
-    estimate = gae_advantages(config, parts.reduce_sum)
-    return _warmed(parts, critic, terms, update, estimate, monte_carlo_advantages(config, parts.reduce_sum))
+def _with_gae(factory: UpdateFactory, config: GAE, critic: Critic, objective: Objective, update: Update) -> Algorithm:
+    """An algorithm with GAE advantages, and the critic's warm-up if configured."""
+    estimate = gae_advantages(config, factory.reduce_sum)
+    return _with_warmup(
+        factory, critic, objective, update, estimate, monte_carlo_advantages(config, factory.reduce_sum)
+    )
 
 
-def _warmed(
-    parts: AlgorithmParts,
+def _with_warmup(
+    factory: UpdateFactory,
     critic: Critic,
-    terms: Objective,
+    objective: Objective,
     update: Update,
     estimate: EstimateAdvantages,
-    monte_carlo_advantages: EstimateAdvantages,
+    warmup_estimate: EstimateAdvantages,
 ) -> Algorithm:
+    """An algorithm that fits the critic alone for `critic.warmup_iterations`, with `warmup_estimate`'s targets."""
     if not critic.warmup_iterations:
         return Algorithm(estimate, update)
-    fit = parts.critic_fit(critic.clip_range_value)
-    warmup = CriticWarmup(update, fit, terms, parts.accelerator, critic.warmup_iterations)
-    return Algorithm(warmup.estimating(estimate, monte_carlo_advantages), warmup)
+    fit = factory.critic_fit(critic.clip_range_value)
+    warmup = CriticWarmup(update, fit, objective, factory.accelerator, critic.warmup_iterations)
+    return Algorithm(warmup.switch_estimates(estimate, warmup_estimate), warmup)
 
 
-def _ppo_penalty(parts: AlgorithmParts, config: PPOPenalty) -> Algorithm:
+def _ppo_penalty(factory: UpdateFactory, config: PPOPenalty) -> Algorithm:
     beta = PenaltyBeta(config.beta, config.target_kl)
-    old = OldPolicyKeeper(parts.module, parts.minibatch) if config.exact else None
+    old = OldPolicySnapshot(factory.module, factory.minibatch_config) if config.exact else None
 
-    def penalty(weight: float) -> Objective:
-        return parts.total_objective(kl_penalized_surrogate(weight), critic=config.critic, ent_coef=config.ent_coef)
+    def objective_of(beta: float) -> Objective:
+        return factory.total_objective(kl_penalized_surrogate(beta), critic=config.critic, ent_coef=config.ent_coef)
 
-    terms = penalty(beta.value)
+    objective = objective_of(beta.value)
     compare_with = None if old is None else old.compare_with
-    update = AdaptiveBetaUpdate(parts.update(terms, compare_with=compare_with), beta, penalty)
-    return _with_values(parts, config.gae, config.critic, terms, update if old is None else old.around(update))
+    update = AdaptiveBetaUpdate(factory.update(objective, compare_with=compare_with), beta, objective_of)
+    return _with_gae(factory, config.gae, config.critic, objective, update if old is None else old.wrap(update))
 
 
-def _reinforce(parts: AlgorithmParts, config: Reinforce) -> Algorithm:
+def _reinforce(factory: UpdateFactory, config: Reinforce) -> Algorithm:
     def update(critic: Critic | None) -> tuple[Objective, Update]:
-        terms = parts.total_objective(policy_gradient, critic=critic, ent_coef=config.ent_coef)
+        objective = factory.total_objective(policy_gradient, critic=critic, ent_coef=config.ent_coef)
         # A second pass would need an importance ratio, which REINFORCE does not have.
-        return terms, parts.update(terms, sizes=lambda: replace(parts.minibatch(), epochs=1))
+        return objective, factory.update(objective, config=lambda: replace(factory.minibatch_config(), epochs=1))
 
-    reduce_sum, gamma, scale = parts.reduce_sum, config.gamma, config.normalize_std
+    reduce_sum, gamma, scale = factory.reduce_sum, config.gamma, config.normalize_std
     match config.baseline:
         case None:
             return Algorithm(
@@ -183,6 +187,6 @@ def _reinforce(parts: AlgorithmParts, config: Reinforce) -> Algorithm:
             return Algorithm(estimate, UpdateWithBaseline(update(None)[1], moving))
         case LearnedValue(critic=critic):
             estimate = return_advantages(learned_baseline, reduce_sum, gamma=gamma, scale=scale, bootstrap=True)
-            return _warmed(parts, critic, *update(critic), estimate, estimate)
+            return _with_warmup(factory, critic, *update(critic), estimate, estimate)
         case _:
             assert_never(config.baseline)

@@ -1,25 +1,25 @@
-"""One frozen config for each algorithm; their union is the setting that chooses."""
+"""One frozen config per algorithm; `AlgorithmConfig` is their union."""
 
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from rlhf_ppo.functional import DivergenceKind
-from rlhf_ppo.updates import TrustRegion
+from rlhf_ppo.updates import TrustRegionConfig
 from rlhf_ppo.utils.field_types import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class GAE:
-    """How advantages are estimated with a value function (Schulman et al. 2016)."""
+    """Generalized advantage estimation (Schulman et al. 2016)."""
 
     gamma: float = 1.0
     """Discount γ in [0, 1]; 1 because a response is one short episode."""
     lam: float = 0.95
     """λ in [0, 1]: 0 is one-step TD, 1 is Monte Carlo."""
     value_lam: float | None = None
-    """λ of the value targets; None: `lam`. 1 keeps the critic free of its own bias (VC-PPO, Yuan et al. 2025)."""
+    """λ of the value targets; None: `lam`. At 1, targets do not depend on the critic (VC-PPO, Yuan et al. 2025)."""
     length_alpha: float | None = None
-    """α of λ = 1 - 1 / (α · length), kept in [0.5, 1], instead of `lam` (VAPO, Yue et al. 2025); None: `lam`."""
+    """α of λ = 1 - 1 / (α · length), clipped to [0.5, 1], instead of `lam` (VAPO, Yue et al. 2025); None: `lam`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -36,14 +36,14 @@ class GAE:
 
 @dataclass(frozen=True, kw_only=True)
 class Critic:
-    """The value function's share of the objective."""
+    """Weight and clipping of the value loss, and warm-up of the critic."""
 
     vf_coef: float = 0.1
-    """c_1: weight of the value loss against the policy loss."""
+    """c_1: weight of the value loss."""
     clip_range_value: float | None = 0.2
-    """How far a value may move from the old one before its loss is clipped, in units of reward; None: not clipped."""
+    """Largest change from the old value before the loss is clipped, in units of reward; None: not clipped."""
     warmup_iterations: int = 0
-    """Iterations at the start that fit the critic alone, to Monte Carlo returns of the frozen policy (VC-PPO)."""
+    """Initial iterations that fit the critic alone, to Monte Carlo returns of the frozen policy (VC-PPO)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -56,12 +56,12 @@ class Critic:
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceMask:
-    """Drop tokens by the divergence they have reached instead of clipping their ratio (DPPO, Qi et al. 2026)."""
+    """Mask tokens with a large divergence from the old policy instead of clipping ratios (DPPO, Qi et al. 2026)."""
 
     kind: DivergenceKind = "tv"
-    """"tv": |p_old - p| of the drawn token; "kl": of "this token" against "any other", nats."""
+    """"tv": |p_old - p| of the sampled token; "kl": KL of "this token" against "any other", nats."""
     threshold: float
-    """A token beyond it whose gradient leads further away is dropped."""
+    """Tokens above this divergence are dropped if their gradient increases it."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -74,13 +74,13 @@ class PPOClip:
     """PPO with the clipped surrogate (Schulman et al. 2017, eq. 7)."""
 
     clip_low: float = 0.2
-    """ε below 1: how far a probability ratio may fall before its gradient is cut."""
+    """ε below 1: ratios under 1 - ε get no gradient where it would lower them further."""
     clip_high: float = 0.2
     """ε above 1; larger than `clip_low` leaves room for exploration (DAPO, Yu et al. 2025)."""
     dual_clip: float | None = None
     """c > 1: bound of the objective for negative advantages (Ye et al. 2020); None: no bound."""
     divergence: DivergenceMask | None = None
-    """Bounds the update instead of the three above; None: they do."""
+    """Replaces the three settings above; None: ratio clipping."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
     gae: GAE = field(default_factory=GAE)
@@ -96,8 +96,8 @@ class PPOPenalty:
     target_kl: float = 0.01
     """d_targ, nats per action: β doubles above 1.5 d_targ and halves below d_targ / 1.5."""
     exact: bool = False
-    """Penalize the KL over the whole vocabulary, which keeps the old hidden states; else its estimate from the drawn
-    tokens, ρ - 1 - log ρ, which is right on average."""
+    """Penalize the exact KL over the vocabulary, which stores the old hidden states; False: its unbiased estimate from
+    the sampled tokens, ρ - 1 - log ρ."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
     gae: GAE = field(default_factory=GAE)
@@ -105,19 +105,19 @@ class PPOPenalty:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TRPO(TrustRegion):
+class TRPO(TrustRegionConfig):
     """Trust region policy optimization (Schulman et al. 2015), for policies of up to about 100 M parameters.
 
-    One natural-gradient step on each batch, whatever the learning rate: that and `ppo_epochs`, `mini_batch_size` are
-    those of the value head, which is fitted after the step on hidden states that stay as they are. Refused under
-    FSDP and ZeRO and with parameters or autocast of low precision.
+    One natural-gradient step per batch. Learning rate, `ppo_epochs` and `mini_batch_size` apply to the value head only,
+    which is fitted after the step on fixed hidden states. Raises ValueError under FSDP and ZeRO, and with parameters or
+    autocast in low precision.
     """
 
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
     gae: GAE = field(default_factory=GAE)
     clip_range_value: float | None = None
-    """Of the value loss, as in `Critic`."""
+    """Largest change of a value before its loss is clipped, as in `Critic`; None: not clipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,17 +130,17 @@ class MovingMean:
     """Baseline of REINFORCE: an exponential moving mean over earlier batches (Williams 1992, §6)."""
 
     decay: float = 0.9
-    """Share of the old mean that stays after each batch, in [0, 1)."""
+    """Weight of the old mean after each batch, in [0, 1)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay}: at 1 the mean would never move. Usual: 0.9.")
+            raise ValueError(f"decay must be in [0, 1), got {self.decay}: at 1 the mean stays constant. Usual: 0.9.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedValue:
-    """Baseline of REINFORCE: V(s_t), trained beside the policy."""
+    """Baseline of REINFORCE: V(s_t), trained together with the policy."""
 
     critic: Critic = field(default_factory=Critic)
 
@@ -155,16 +155,16 @@ class Reinforce:
     gamma: float = 1.0
     """Discount γ in [0, 1]."""
     baseline: Baseline | None = field(default_factory=BatchMean)
-    """What is subtracted from the returns; None: nothing, the original with its high variance."""
+    """Subtracted from the returns; None: no baseline, which has high variance."""
     normalize_std: bool = True
-    """Divide by the standard deviation over the batch of all processes, so that the learning rate knows no scale."""
+    """Divide by the standard deviation over the batch of all processes, which removes the scale of the rewards."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforcePlusPlus:
-    """REINFORCE++ (Hu et al. 2025): returns to go without critic, standardized over the whole batch, clipped ratios."""
+    """REINFORCE++ (Hu et al. 2025): returns-to-go without a critic, standardized over the batch, clipped ratios."""
 
     gamma: float = 1.0
     """Discount γ in [0, 1]."""
@@ -175,7 +175,7 @@ class ReinforcePlusPlus:
     clip_high: float = 0.2
     """ε above 1."""
     divergence: DivergenceMask | None = None
-    """Bounds the update instead of the clip; None: the clip does."""
+    """Replaces ratio clipping; None: ratio clipping."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
 
@@ -185,11 +185,11 @@ class RLOO:
     """REINFORCE leave-one-out (Ahmadian et al. 2024): the other responses to a prompt are its baseline."""
 
     clip_low: float = 0.2
-    """ε below 1 when a batch is passed over more than once."""
+    """ε below 1, for more than one epoch."""
     clip_high: float = 0.2
     """ε above 1."""
     divergence: DivergenceMask | None = None
-    """Bounds the update instead of the clip; None: the clip does."""
+    """Replaces ratio clipping; None: ratio clipping."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
 
@@ -206,11 +206,11 @@ class GRPO:
     clip_high: float = 0.2
     """ε above 1."""
     normalize_std: bool = True
-    """Divide by the group's standard deviation; off is Dr. GRPO (Liu et al. 2025)."""
+    """Divide by the group's standard deviation; False: Dr. GRPO (Liu et al. 2025)."""
     sequence_mean: bool = False
-    """Mean over responses of each response's mean (the article); else the mean over all tokens (DAPO, Yu et al.)."""
+    """Mean over responses of each response's mean (the article); False: mean over all tokens (DAPO, Yu et al. 2025)."""
     divergence: DivergenceMask | None = None
-    """Bounds the update instead of the clip; None: the clip does."""
+    """Replaces ratio clipping; None: ratio clipping."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
 

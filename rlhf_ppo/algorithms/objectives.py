@@ -1,4 +1,4 @@
-"""What is minimized: a policy term, a value term, an entropy term, each divided by the same global count."""
+"""Objectives to minimize: a policy term, a value term and an entropy term, each divided by the same global count."""
 
 from collections.abc import Callable
 from typing import Literal, TypeAlias
@@ -24,11 +24,11 @@ from rlhf_ppo.functional import (
 from rlhf_ppo.updates import LossTerms, Objective
 
 PolicyTerm: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], Tensor]
-"""(new policy output, batch, count) -> the policy's scalar share of the loss."""
+"""(new policy output, batch, count) -> scalar policy loss."""
 
 
 def clipped_surrogate(config: PPOClip | ReinforcePlusPlus | RLOO | GRPO) -> PolicyTerm:
-    """The surrogate, bounded by the clip or by the divergence mask."""
+    """The surrogate with ratio clipping, or with the divergence mask if `config.divergence` is set."""
     dual_clip = config.dual_clip if isinstance(config, PPOClip) else None
     divergence = config.divergence
 
@@ -53,7 +53,7 @@ def clipped_surrogate(config: PPOClip | ReinforcePlusPlus | RLOO | GRPO) -> Poli
 
 
 def kl_penalized_surrogate(beta: float) -> PolicyTerm:
-    """The surrogate minus β KL(π_old || π_θ), exact where the output holds it."""
+    """The surrogate minus β KL(π_old || π_θ), exact if the policy output contains `old_kl`."""
 
     def term(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
         loss, _ = kl_penalty_loss(
@@ -66,7 +66,7 @@ def kl_penalized_surrogate(beta: float) -> PolicyTerm:
 
 
 def surrogate(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
-    """The bare surrogate, which something else must bound."""
+    """The unclipped surrogate; the update must bound the step."""
     loss, _ = surrogate_loss(output.logprobs, batch.logprobs, batch.advantages, batch.mask, count=count)
     return loss
 
@@ -77,21 +77,24 @@ def policy_gradient(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> T
 
 
 def with_reference_kl(term: PolicyTerm, kind: ReferenceKL | None) -> PolicyTerm:
-    """Add the KL to the reference, weighed by the batch's coefficient, to a policy term; None: leave it."""
+    """Add the KL to the reference, weighed by `batch.reference_kl_coef`, to a policy term; None: no KL."""
     if kind is None:
         return term
 
     def total(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
-        kl = output.reference_kl if kind == "full" else _estimate(output, batch, kind)
+        kl = output.reference_kl if kind == "full" else _estimate_reference_kl(output, batch, kind)
         if kl is None:
-            raise ValueError("the KL to the reference was not computed with the policy: give the update the reference")
+            raise ValueError(
+                "expected the KL to the reference in the policy output, got None: the loss needs it. "
+                "Pass the reference to `build_algorithm`."
+            )
         return term(output, batch, count) + batch.reference_kl_coef * masked_mean(kl, batch.mask, count)
 
     return total
 
 
 def mean_over_sequences(terms: Objective) -> Objective:
-    """The same objective as a mean over responses of each response's mean; its count is that of responses."""
+    """The same objective as a mean over responses of each response's mean; `count` is then the number of responses."""
 
     def averaged(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> LossTerms:
         return terms(output, batch, sequence_mean_count(batch.mask, count))
@@ -105,11 +108,11 @@ def total_objective(
     """The total objective: policy + c_1 value - c_2 entropy (Schulman et al. 2017, eq. 9), with its metrics.
 
     Args:
-        policy_term: The algorithm's own part.
-        critic: Weight and clipping of the value loss; None for an algorithm without value function.
+        policy_term: The policy loss of the algorithm.
+        critic: Weight and clipping of the value loss; None: no value loss.
         ent_coef: c_2.
-        clip_low: What `policy/clipfrac` counts as clipped below 1.
-        clip_high: The same above 1.
+        clip_low: ε below 1 for the metric `policy/clipfrac`.
+        clip_high: ε above 1 for the same metric.
     """
 
     def terms(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> LossTerms:
@@ -154,7 +157,7 @@ def total_objective(
     return terms
 
 
-def _estimate(output: PolicyOutput, batch: TrainBatch, kind: Literal["k2", "k3"]) -> Tensor | None:
+def _estimate_reference_kl(output: PolicyOutput, batch: TrainBatch, kind: Literal["k2", "k3"]) -> Tensor | None:
     if batch.ref_logprobs is None:
         return None
     return kl_estimate(output.logprobs, batch.ref_logprobs, kind, mask=batch.mask)

@@ -1,16 +1,16 @@
-"""The adaptive coefficient of PPO-penalty."""
+"""β, the adaptive KL coefficient of PPO-penalty."""
 
 import math
 
 
 class PenaltyBeta:
-    """β of PPO-penalty, which holds the KL to the *old policy* near a target (Schulman et al. 2017, §4).
+    """β of PPO-penalty, which keeps the KL to the *old policy* near a target (Schulman et al. 2017, §4).
 
         β ← β / 2   where KL < target / 1.5
         β ← β · 2   where KL > target · 1.5
 
     Args:
-        beta: β at the start, > 0.
+        beta: Initial β, > 0.
         target: Mean KL per action of one update, nats, > 0.
 
     Raises:
@@ -27,11 +27,11 @@ class PenaltyBeta:
         self.target = target
 
     def update(self, current: float, n_steps: int = 1) -> None:
-        """Follow the mean KL(π_old || π_θ) per action after an update.
+        """Adapt β to the mean KL(π_old || π_θ) per action after an update.
 
         Args:
             current: The KL, nats.
-            n_steps: Not used: the rule looks at one update at a time.
+            n_steps: Unused: the rule applies once per update.
 
         Raises:
             ValueError: The KL is not finite.
@@ -56,5 +56,5 @@ def check_finite_kl(current: float) -> None:
     if not math.isfinite(current):
         raise ValueError(
             f"expected a finite KL, got {current}: the coefficient would be {current} for the rest of the run. "
-            "The log-probabilities of this iteration are broken; look at the step's loss and gradient norm."
+            "The log-probabilities of this iteration are not finite; check the step's loss and gradient norm."
         )

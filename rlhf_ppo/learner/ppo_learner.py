@@ -104,8 +104,8 @@ class PPOLearner:
         self.start = StartKLCheck(model, self.processes, own_reference=found is None)
         self.algorithm_config = algorithm or config.algorithm()
         self.algorithm = build_algorithm(
-            self.algorithm_config, policy=self.policy, optimizer=self.optimizer,
-            accelerator=self.accelerator, minibatch=config.minibatch, seed=config.seed, reference=self._reference,
+            self.algorithm_config, policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator,
+            minibatch_config=config.minibatch, seed=config.seed, reference=self._reference,
             reference_kl=loss_kl_estimator(config.kl_penalty, config.kl_placement),
         )  # fmt: skip
         self.metrics, self.newest, self.diagnosis, self.current_step = {}, None, None, 0

@@ -1,4 +1,4 @@
-"""K epochs of minibatch gradient steps: how PPO reuses a batch (Schulman et al. 2017, Algorithm 1)."""
+"""K epochs of minibatch gradient steps on one batch (PPO; Schulman et al. 2017, Algorithm 1)."""
 
 import math
 import warnings
@@ -15,10 +15,10 @@ from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.kernels.head_walk import Slopes
 from rlhf_ppo.kernels.memory import pages_kept
 from rlhf_ppo.models.scoring import TokenPolicy
-from rlhf_ppo.updates.nonfinite import DryRunStep, NonFiniteUpdateError, broken_gradients
+from rlhf_ppo.updates.nonfinite import DryRunStep, NonFiniteUpdateError, nonfinite_gradients
 from rlhf_ppo.updates.objective import (
     CompareWith,
-    Gradients,
+    ComputeGradients,
     LossTerms,
     Objective,
     UpdateRecord,
@@ -26,28 +26,28 @@ from rlhf_ppo.updates.objective import (
     count_actions,
     no_comparison,
 )
+from rlhf_ppo.updates.optimizer_steps import AccelerateSteps, make_optimizer_steps
 from rlhf_ppo.updates.sharding import all_gather_batch, local_micro_batches
 from rlhf_ppo.updates.shuffle import UpdateState
-from rlhf_ppo.updates.steps import AccelerateSteps, make_optimizer_steps
-from rlhf_ppo.updates.token_loss_gradients import slopes_of
+from rlhf_ppo.updates.token_loss_gradients import token_loss_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinibatchConfig:
-    """How a batch is cut and how often it is passed over. Sizes are rows of one process."""
+    """Epochs, minibatch and micro-batch sizes, and guards of an update. Sizes are rows per process."""
 
     epochs: int = 4
     """K: passes over the batch."""
     minibatch_size: int = 128
-    """Rows of one optimizer step."""
+    """Rows per optimizer step."""
     micro_batch_size: int | None = None
-    """Most rows of one forward and backward pass. Never changes a result, only memory."""
+    """Largest number of rows per forward and backward pass. Changes memory only, never a result."""
     token_budget: int | None = None
-    """Most padded tokens of one forward and backward pass. Never changes a result, only memory."""
+    """Largest number of padded tokens per forward and backward pass. Changes memory only, never a result."""
     max_grad_norm: float | None = None
-    """Gradients are scaled down to this norm."""
+    """Gradients are clipped to this global norm; None: not clipped."""
     ratio_threshold: float = 10.0
-    """A minibatch whose mean probability ratio exceeds this is dropped: the optimizer does not move."""
+    """A minibatch whose mean probability ratio exceeds this is dropped: the optimizer takes no step."""
     target_kl: float | None = None
     """Stop after an epoch whose last minibatch has mean(log π_old - log π_θ) above 1.5 times this, nats."""
     most_skips_in_a_row: int = 5
@@ -57,20 +57,20 @@ class MinibatchConfig:
 class MinibatchUpdate(UpdateState):
     """Minimize an objective over shuffled minibatches.
 
-    An optimizer step depends neither on its cut into micro-batches nor on the number of processes: minibatches are
-    drawn from the rows of all processes, and each micro-batch divides its sums by the action count of the whole step.
+    An optimizer step depends neither on the micro-batch size nor on the number of processes: minibatches are sampled
+    from the rows of all processes, and each micro-batch divides its sums by the action count of the whole step.
 
     Args:
         policy: The prepared module that scores a batch: `policy(inputs, with_entropy=...) -> PolicyOutput`.
         optimizer: The prepared optimizer of its parameters.
         accelerator: Processes, precision, gradient synchronization.
-        objective: What is minimized.
-        config: Gives the sizes and guards; asked at each call, so that a user may change them between steps.
-        seed: Of the shuffles. The same on all processes.
+        objective: The objective to minimize.
+        config: Returns sizes and guards; called at each update, so that they can change between steps.
+        seed: Seeds the row order; the same on all processes.
         with_entropy: Whether the objective reads the entropy.
-        gradients: Another way to the gradients of an optimizer step; None: passes over micro-batches with autograd.
-        compare_with: Further arguments of the policy for a micro_batch: whom to measure an exact KL to.
-        count: What an optimizer step's sums are divided by, from the mask of its rows.
+        compute_gradients: Replaces the passes over micro-batches with autograd; None: autograd.
+        compare_with: Returns further arguments of the policy for a micro-batch: the policy to measure an exact KL to.
+        count: Divisor of an optimizer step's sums, from the mask of its rows.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MinibatchUpdate(UpdateState):
         config: Callable[[], MinibatchConfig],
         seed: int,
         with_entropy: bool = True,
-        gradients: Gradients | None = None,
+        compute_gradients: ComputeGradients | None = None,
         compare_with: CompareWith = no_comparison,
         count: Callable[[Tensor], Tensor] = count_actions,
     ) -> None:
@@ -95,12 +95,12 @@ class MinibatchUpdate(UpdateState):
         self._read_config = config
         self.config = config()
         self.with_entropy = with_entropy
-        self.gradients = gradients or self._passes
+        self.compute_gradients = compute_gradients or self._autograd_gradients
         self.compare_with = compare_with
         self.count = count
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """Run the epochs; π_old ← π_θ is left to the caller, who collects the next rollout."""
+        """Run the epochs. π_old ← π_θ happens when the caller collects the next rollout."""
         self.config = self._read_config()
         record = UpdateRecord()
         batch = all_gather_batch(batch, self.accelerator)
@@ -112,24 +112,24 @@ class MinibatchUpdate(UpdateState):
 
     def _epochs(self, batch: TrainBatch, record: UpdateRecord) -> None:
         for _ in range(self.config.epochs):
-            for rows in self._shuffled(len(batch), batch.mask.device):
+            for rows in self._minibatches(len(batch), batch.mask.device):
                 self._step(batch, rows, record)
-            if self._moved_too_far(record):
+            if self._exceeds_target_kl(record):
                 record.stopped_early = True
                 break
 
-    def _shuffled(self, rows: int, device: torch.device) -> list[Tensor]:
+    def _minibatches(self, rows: int, device: torch.device) -> list[Tensor]:
         return list(self.shuffle(rows, device).split(self.config.minibatch_size * self.accelerator.num_processes))
 
-    def examine(self, batch: TrainBatch, rows: Tensor) -> DryRunStep:
-        """Compute the optimizer step on `rows` as an update would, and do not take it."""
+    def dry_run(self, batch: TrainBatch, rows: Tensor) -> DryRunStep:
+        """Compute the loss and gradients of an optimizer step on `rows`, without taking the step."""
         metrics, _ = self._gradient(batch, rows)
-        found = DryRunStep(metrics, broken_gradients(self.policy))
+        dry_run = DryRunStep(metrics, nonfinite_gradients(self.policy))
         self.steps.drop()
-        return found
+        return dry_run
 
     def _gradient(self, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
-        metrics, ratios = self.gradients(self.objective, batch, rows)
+        metrics, ratios = self.compute_gradients(self.objective, batch, rows)
         metrics["policy/grad_norm"] = self.steps.clip(self.config.max_grad_norm)
         return metrics, ratios
 
@@ -147,7 +147,9 @@ class MinibatchUpdate(UpdateState):
         record.ratios.extend(ratios)
         record.advantages.append(batch.advantages[rows][batch.mask[rows]])
 
-    def _passes(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
+    def _autograd_gradients(
+        self, objective: Objective, batch: TrainBatch, rows: Tensor
+    ) -> tuple[dict[str, float], list[Tensor]]:
         micro_batches = local_micro_batches(
             batch, rows, size=self.config.micro_batch_size, token_budget=self.config.token_budget,
             process=self.accelerator.process_index, processes=self.accelerator.num_processes,
@@ -158,27 +160,28 @@ class MinibatchUpdate(UpdateState):
             self._backward(objective, micro_batch, count, last=index == last)
             for index, micro_batch in enumerate(micro_batches)
         ]
-        return self._reduced(terms), [term.ratio for term in terms]
+        return self._sum_metrics(terms), [term.ratio for term in terms]
 
     def _backward(self, objective: Objective, micro_batch: TrainBatch, count: Tensor, *, last: bool) -> LossTerms:
         processes = self.accelerator.num_processes
         with self.steps.micro_batch(last=last):
-            others = self.compare_with(micro_batch) or self._foreseen(objective, micro_batch, count)
-            output = self.policy(micro_batch.inputs, with_entropy=self.with_entropy, **others)
+            extra = self.compare_with(micro_batch) or self._fused_head_argument(objective, micro_batch, count)
+            output = self.policy(micro_batch.inputs, with_entropy=self.with_entropy, **extra)
             terms = objective(output, micro_batch, count)
-            # Gradients are averaged over processes; shares of a global count must be summed, hence the factor.
+            # Gradients are averaged over processes; sums divided by a global count must be added up, hence the factor.
             loss = terms.loss * processes
-            if processes > 1:  # DDP waits for a gradient of the value head even where no critic is trained
+            if processes > 1:  # DDP waits for a gradient of the value head even without a critic
                 loss = loss + 0.0 * output.values.sum()
             self.steps.backward(loss)
         return terms
 
-    def _foreseen(self, objective: Objective, micro_batch: TrainBatch, count: Tensor) -> dict[str, Slopes]:
-        """What lets a language model's head take its gradients in the forward pass, where its weight is whole."""
-        whole = isinstance(self.steps, AccelerateSteps) and self.accelerator.distributed_type != DistributedType.FSDP
-        by_token = self.count is count_actions  # another count is no divisor of single tokens
-        if whole and by_token and isinstance(self.accelerator.unwrap_model(self.policy), TokenPolicy):
-            return {"slopes": slopes_of(objective, micro_batch, count)}
+    def _fused_head_argument(self, objective: Objective, micro_batch: TrainBatch, count: Tensor) -> dict[str, Slopes]:
+        """The policy argument that lets an unsharded LM head compute its gradients in the forward pass, or {}."""
+        fsdp = self.accelerator.distributed_type == DistributedType.FSDP
+        per_token = self.count is count_actions  # another count does not divide single tokens
+        unsharded = isinstance(self.steps, AccelerateSteps) and not fsdp
+        if unsharded and per_token and isinstance(self.accelerator.unwrap_model(self.policy), TokenPolicy):
+            return {"slopes": token_loss_gradients(objective, micro_batch, count)}
         return {}
 
     def _accept(self, batch: TrainBatch, rows: Tensor, metrics: dict[str, float]) -> bool:
@@ -210,12 +213,12 @@ class MinibatchUpdate(UpdateState):
             return False
         return True
 
-    def _moved_too_far(self, record: UpdateRecord) -> bool:
+    def _exceeds_target_kl(self, record: UpdateRecord) -> bool:
         if self.config.target_kl is None or not record.metrics:
             return False
         return record.metrics[-1]["policy/policykl"] > 1.5 * self.config.target_kl
 
-    def _reduced(self, terms: list[LossTerms]) -> dict[str, float]:
+    def _sum_metrics(self, terms: list[LossTerms]) -> dict[str, float]:
         names = list(terms[0].metrics)
         totals = torch.stack([torch.stack([term.metrics[name].float() for term in terms]).sum() for name in names])
         return dict(zip(names, self._sum(totals).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What stops a run whose losses or gradients are not finite, with all that is needed to compute them again."""
+"""The error that stops a run with non-finite losses or gradients, and dry runs that reproduce such a step."""
 
 import math
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from rlhf_ppo.batch import TrainBatch
 
 
 class NonFiniteUpdateError(FloatingPointError):
-    """Too many optimizer steps in a row had a loss or gradient that is not finite; none of them was taken.
+    """Too many optimizer steps in a row had a non-finite loss or gradient; none of them was taken.
 
     Args:
-        message: One sentence.
-        batch: The rows of all processes.
-        rows: Those of the last step.
-        metrics: What that step measured; `loss/total` and `policy/grad_norm` among it.
+        message: The error message.
+        batch: The batch, rows of all processes.
+        rows: Row indices of the last step.
+        metrics: Metrics of that step, with `loss/total` and `policy/grad_norm`.
     """
 
     def __init__(self, message: str, *, batch: TrainBatch, rows: Tensor, metrics: dict[str, float]) -> None:
@@ -26,35 +26,35 @@ class NonFiniteUpdateError(FloatingPointError):
 
 @dataclass(frozen=True)
 class DryRunStep:
-    """An optimizer step that was computed and not taken."""
+    """Metrics and non-finite gradients of an optimizer step that was computed but not taken."""
 
     metrics: dict[str, float]
-    broken: list[str]
-    """Parameters whose gradient is not finite."""
+    nonfinite_gradients: list[str]
+    """Names of parameters whose gradient is not finite."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step could have been taken."""
+        """Whether loss and gradient norm are finite."""
         return all(math.isfinite(self.metrics[name]) for name in ("loss/total", "policy/grad_norm"))
 
 
 @runtime_checkable
 class SupportsDryRun(Protocol):
-    """An update whose optimizer steps can be computed without being taken."""
+    """An update that can compute an optimizer step without taking it."""
 
-    def examine(self, batch: TrainBatch, rows: Tensor) -> DryRunStep:
-        """Compute the step on these rows."""
+    def dry_run(self, batch: TrainBatch, rows: Tensor) -> DryRunStep:
+        """Compute the loss and gradients of an optimizer step on `rows`, without taking the step."""
         ...
 
 
 def innermost_update(update: object) -> SupportsDryRun:
-    """The update that takes the steps, inside those that adapt, warm up or remember around it."""
+    """Unwrap updates that adapt β, warm up the critic or keep a baseline, down to the one that steps the optimizer."""
     while not isinstance(update, SupportsDryRun):
         update = vars(update)["inner"]
     return update
 
 
-def broken_gradients(module: nn.Module) -> list[str]:
-    """Names of the parameters whose gradient holds nan or infinity."""
+def nonfinite_gradients(module: nn.Module) -> list[str]:
+    """Names of the parameters whose gradient contains nan or infinity."""
     named = ((name, parameter.grad) for name, parameter in module.named_parameters())
     return [name for name, gradient in named if gradient is not None and not gradient.isfinite().all()]

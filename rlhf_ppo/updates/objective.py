@@ -1,4 +1,4 @@
-"""What an update and an objective say to each other."""
+"""Types shared by updates and objectives: loss terms, records, and the protocols `Objective` and `Update`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from rlhf_ppo.batch import PolicyOutput, TrainBatch
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """One micro-batch's share of an objective: every entry adds up over micro-batches and processes."""
+    """Loss, metrics and ratios of one micro-batch; loss and metrics add up over micro-batches and processes."""
 
     loss: Tensor
     """Scalar to minimize: a sum over the micro-batch's actions divided by the count of the whole optimizer step."""
@@ -27,37 +27,37 @@ Objective: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], LossTerms]
 
 
 CompareWith: TypeAlias = Callable[[TrainBatch], dict[str, Any]]
-"""Batch -> further arguments of the policy: whom to measure an exact KL to."""
+"""Batch -> further keyword arguments of the policy: the policy to measure an exact KL to."""
 
 
 def no_comparison(batch: TrainBatch) -> dict[str, Any]:
-    """No further arguments."""
+    """The `CompareWith` of a loss without an exact KL: no further arguments."""
     return {}
 
 
 def count_actions(mask: Tensor) -> Tensor:
-    """Number of actions: the count under which every token weighs the same."""
+    """Number of actions: the divisor that weighs every token equally."""
     return mask.sum()
 
 
 def count_sequences(mask: Tensor) -> Tensor:
-    """Number of responses: the count of `sequence_mean_count`, under which every response weighs the same."""
+    """Number of responses: the argument of `sequence_mean_count`, which weighs every response equally."""
     return mask.any(dim=1).sum()
 
 
 @dataclass(kw_only=True)
 class UpdateRecord:
-    """What an update did: one entry an optimizer step in every list."""
+    """Metrics, ratios and advantages of an update; every list has one entry per optimizer step."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     ratios: list[Tensor] = field(default_factory=list)
-    """Of all processes once the update is done, in no particular order."""
+    """π_θ / π_old, 1-D; from all processes at the end of the update, in no particular order."""
     advantages: list[Tensor] = field(default_factory=list)
     skipped: int = 0
-    """Optimizer steps that were dropped by the ratio guard or a non-finite gradient; the optimizer did not move."""
+    """Optimizer steps that were dropped because of the ratio guard or a non-finite gradient."""
     stopped_early: bool = False
     extras: dict[str, float] = field(default_factory=dict)
-    """What only this algorithm measures, one number an update."""
+    """Metrics that only this algorithm has, one number per update."""
 
     def mean(self) -> dict[str, float]:
         """Each metric averaged over optimizer steps."""
@@ -70,24 +70,24 @@ class UpdateRecord:
 
 
 @runtime_checkable
-class Gradients(Protocol):
-    """How the gradients of one optimizer step come about, other than by passes with autograd."""
+class ComputeGradients(Protocol):
+    """Computes the gradients of one optimizer step, in place of autograd."""
 
     def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
-        """Set the gradient of every parameter to that of `objective` over `rows`; its metrics and the ratios."""
+        """Set every parameter's `.grad` to that of `objective` over `rows`; return its metrics and the ratios."""
         ...
 
 
 @runtime_checkable
 class Update(Protocol):
-    """Moves the parameters, given a batch; its state resumes exactly."""
+    """Changes the parameters, given a batch; has state that resumes exactly."""
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """Learn from one batch."""
+        """Train on one batch."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state of shuffles and coefficients."""
+        """JSON-serializable state of row order and coefficients."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Update(Protocol):
 
 
 def batch_statistics(batch: TrainBatch, rows: Tensor) -> dict[str, float]:
-    """What is known of an optimizer step's rows before the step."""
+    """Mean and variance of advantages, returns and old values over the rows of an optimizer step."""
     mask = batch.mask[rows]
     columns = torch.stack([column[rows][mask] for column in (batch.advantages, batch.returns, batch.values)])
     count = max(columns.shape[1], 1)

@@ -1,6 +1,4 @@
-"""Adam as TensorFlow had it and a learning rate that falls to zero, two tricks of the first implementations; and where
-Adam's moments come to lie in memory.
-"""
+"""TensorFlow's Adam, a linear learning-rate schedule to zero, and early allocation of Adam's moments."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -17,11 +15,11 @@ class TensorFlowAdam(Optimizer):
 
         θ ← θ - lr · √(1 - β₂ᵗ) / (1 - β₁ᵗ) · m / (√v + ε)
 
-    PyTorch divides by √v / √(1 - β₂ᵗ) + ε: the same at ε = 0, but at the first steps its ε weighs up to 30 times less,
-    and early updates of PPO are the larger for it (Huang et al. 2024).
+    PyTorch divides by √v / √(1 - β₂ᵗ) + ε: the same at ε = 0, but at the first steps its ε has up to 30 times less
+    effect, which makes early updates of PPO larger (Huang et al. 2024).
 
     Args:
-        params: What is trained.
+        params: Parameters or parameter groups.
         lr: Learning rate.
         betas: β₁, β₂.
         eps: ε; 1e-5 in the implementations of 2019.
@@ -39,7 +37,7 @@ class TensorFlowAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on the gradients that are there."""
+        """One step; parameters without gradient are skipped."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -47,10 +45,10 @@ class TensorFlowAdam(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, group)
+                    self._update_parameter(parameter, group)
         return loss
 
-    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, (first, second) = self.state[parameter], group["betas"]
         if not state:
             zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -64,10 +62,10 @@ class TensorFlowAdam(Optimizer):
 
 
 def linear_to_zero(optimizer: Optimizer, iterations: int) -> LambdaLR:
-    """The learning rate of iteration i, from 0: lr (1 - i / iterations). It reaches 0 only after the last one.
+    """Learning-rate schedule lr (1 - i / iterations) for iteration i = 0, 1, ...; it reaches 0 after the last one.
 
     Raises:
-        ValueError: There is no iteration.
+        ValueError: `iterations` is below 1.
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
@@ -77,7 +75,7 @@ def linear_to_zero(optimizer: Optimizer, iterations: int) -> LambdaLR:
 def adam(
     parameters: list[torch.nn.Parameter], *, lr: float, eps: float = 1e-8, tensorflow: bool = False, fused: bool = True
 ) -> Optimizer:
-    """Adam over `parameters`: PyTorch's, fused where they allow it, or TensorFlow's."""
+    """Adam over `parameters`: PyTorch's, fused if all are floating point, or TensorFlow's."""
     if tensorflow:
         return TensorFlowAdam(parameters, lr, eps=eps)
     fused = fused and all(parameter.is_floating_point() for parameter in parameters)
@@ -85,21 +83,21 @@ def adam(
 
 
 def create_moments(optimizer: Optimizer) -> None:
-    """Let Adam's moments come to life now instead of at the first step, behind the first gradients.
+    """Allocate Adam's moments now instead of at the first step, after the first gradients.
 
-    A gradient that comes to lie below them in memory leaves a hole when it is forgotten, into which activations and
-    logits go first, and no gradient of that size any more. Values and steps are the same. Other optimizers, and moments
-    that are there already, are left alone.
+    Otherwise gradients lie below the moments in memory, and freeing one leaves a hole that activations and logits fill,
+    so that the next gradient of that size no longer fits (fragmentation). Results are the same. Other optimizers and
+    existing moments are left alone.
     """
-    plain = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    if type(plain) not in (Adam, AdamW):
+    unwrapped = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if type(unwrapped) not in (Adam, AdamW):
         return
-    for group in plain.param_groups:
+    for group in unwrapped.param_groups:
         if group["amsgrad"] or group["capturable"]:
             continue
         for parameter in group["params"]:
-            if parameter.requires_grad and not plain.state.get(parameter):
+            if parameter.requires_grad and not unwrapped.state.get(parameter):
                 zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                plain.state[parameter] = {
+                unwrapped.state[parameter] = {
                     "step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone(),
                 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The order in which an update visits its rows: seeded, equal on all processes, resumable; and what else it carries."""
+"""Seeded, resumable row order, equal on all processes; and the saved state of an update."""
 
 from typing import Any
 
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 class Shuffle:
-    """Seeded permutations of row numbers.
+    """Seeded permutations of row indices.
 
     Args:
-        seed: The same on all processes: they must draw the same minibatches.
+        seed: The same on all processes, which must take the same minibatches.
     """
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.RandomState(seed)
 
     def __call__(self, rows: int, device: torch.device) -> Tensor:
-        """The next permutation of `rows` numbers, Long [rows]."""
+        """The next permutation of 0 ... rows - 1, Long [rows]."""
         return torch.as_tensor(self._rng.permutation(rows), device=device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sequence of permutations stands."""
+        """State of the random generator."""
         state: Any = self._rng.get_state(legacy=False)
         return {"keys": [int(key) for key in state["state"]["key"]], "position": int(state["state"]["pos"])}
 
@@ -32,10 +32,10 @@ class Shuffle:
 
 
 class UpdateState:
-    """What an update carries from one call to the next: the order of rows, and steps in a row that were not finite.
+    """State of an update between calls: the row order, and the number of consecutive non-finite steps.
 
     Args:
-        seed: Of the order. The same on all processes.
+        seed: Seeds the row order; the same on all processes.
     """
 
     def __init__(self, seed: int) -> None:
@@ -43,7 +43,7 @@ class UpdateState:
         self.skips_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to draw the same rows."""
+        """State from which a resumed run takes the same rows."""
         return {**self.shuffle.state_dict(), "skips_in_a_row": self.skips_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""The natural-gradient update within a trust region (Schulman et al. 2015), for policies up to about 100 M parameters.
+"""TRPO's natural-gradient update (Schulman et al. 2015), for policies up to about 100 M parameters.
 
 One step on the whole batch: gradient of the surrogate, conjugate gradient on Fisher products, line search on the exact
-mean KL(π_old || π_θ). The value head is fitted afterwards, on hidden states that no longer change: a value loss that
-moved a shared trunk would move the policy too, and out of the trust region.
+mean KL(π_old || π_θ). The value head is fitted afterwards, on fixed hidden states: a value loss that changed a shared
+trunk would move the policy out of the trust region.
 """
 
 import math
@@ -29,45 +29,45 @@ from rlhf_ppo.functional import (
     unflatten,
 )
 from rlhf_ppo.functional.trust_region import MatrixVectorProduct
-from rlhf_ppo.updates.critic import CriticFit
+from rlhf_ppo.updates.critic_fit import CriticFit
 from rlhf_ppo.updates.minibatch import MinibatchConfig
 from rlhf_ppo.updates.nonfinite import DryRunStep, NonFiniteUpdateError
 from rlhf_ppo.updates.objective import (
     CompareWith,
-    Gradients,
+    ComputeGradients,
     LossTerms,
     Objective,
     UpdateRecord,
     batch_statistics,
     no_comparison,
 )
-from rlhf_ppo.updates.region import FisherPolicy, TrustRegion, check_parameters, check_processes
 from rlhf_ppo.updates.sharding import all_gather_batch, local_micro_batches
 from rlhf_ppo.updates.shuffle import UpdateState
+from rlhf_ppo.updates.trust_region_config import FisherPolicy, TrustRegionConfig, check_parameters, check_processes
 
 
 class TrustRegionUpdate(UpdateState):
     """One natural-gradient step of the policy, then epochs of the value head alone.
 
-    Works on one process or several with whole copies of the model. Where the line search accepts nothing, the policy's
-    parameters are those from before, bit for bit. Peak memory beyond a PPO pass: a handful of vectors as long as the
-    trainable parameters (LoRA keeps them short), the response tokens' hidden states, a copy of the LM head when it is
-    trained, and the graph of one micro-batch of at most `policy.chunk_size` padded tokens, or one row.
+    Works on one process, or several with unsharded models. If the line search accepts no step, the policy's parameters
+    stay the same, bit for bit. Peak memory beyond a PPO pass: a few vectors as long as the trainable parameters (short
+    with LoRA), the response tokens' hidden states, a copy of the LM head if it is trained, and the graph of one
+    micro-batch of at most `policy.chunk_size` padded tokens, or one row.
 
     Args:
         policy: The prepared policy, a `FisherPolicy`.
         optimizer: The prepared optimizer; it steps the value head alone, with its learning rate.
-        accelerator: Of both.
+        accelerator: The accelerator that prepared both.
         objective: The surrogate, to minimize; without value term.
-        region: The trust region.
-        config: Sizes of passes; `epochs` and `minibatch_size` are those of the value head's fit.
-        seed: Of the choice of curvature rows and of the shuffles. The same on all processes.
-        clip_range_value: Of the value loss; None: the plain squared error.
-        compare_with: Further arguments of the policy for a micro_batch: whom to measure an exact KL to.
-        gradients: Another way to the gradients of the value head's fit; None: autograd.
+        region: Settings of the trust region.
+        config: Returns micro-batch limits, and `epochs` and `minibatch_size` of the value head's fit.
+        seed: Seeds the choice of rows for the Fisher products and the row order; the same on all processes.
+        clip_range_value: ε of the value loss; None: the plain squared error.
+        compare_with: Returns further arguments of the policy for a micro-batch: the policy to measure an exact KL to.
+        compute_gradients: Replaces autograd in the value head's fit; None: autograd.
 
     Raises:
-        ValueError: Parameters are sharded, of low precision or all frozen; or attention has no second derivative.
+        ValueError: Parameters are sharded, in low precision or all frozen; or attention has no second derivative.
     """
 
     def __init__(
@@ -77,21 +77,21 @@ class TrustRegionUpdate(UpdateState):
         optimizer: Optimizer,
         accelerator: Accelerator,
         objective: Objective,
-        region: TrustRegion,
+        region: TrustRegionConfig,
         config: Callable[[], MinibatchConfig],
         seed: int,
         clip_range_value: float | None = None,
         compare_with: CompareWith = no_comparison,
-        gradients: Gradients | None = None,
+        compute_gradients: ComputeGradients | None = None,
     ) -> None:
         super().__init__(seed)
         check_processes(accelerator)
         module: Any = accelerator.unwrap_model(policy)
         critic = module.critic_parameters()
-        theirs = {id(parameter) for parameter in critic}
-        self.parameters = [item for item in module.parameters() if item.requires_grad and id(item) not in theirs]
+        critic_ids = {id(parameter) for parameter in critic}
+        self.parameters = [item for item in module.parameters() if item.requires_grad and id(item) not in critic_ids]
         check_parameters(self.parameters)
-        module.check_curvature()
+        module.check_twice_differentiable()
         self.policy: FisherPolicy = module
         self.optimizer, self.accelerator = optimizer, accelerator
         self.objective, self.region = objective, region
@@ -100,64 +100,65 @@ class TrustRegionUpdate(UpdateState):
         self.compare_with = compare_with
         self.critic = CriticFit(
             policy=module, optimizer=optimizer, accelerator=accelerator, config=config, shuffle=self.shuffle,
-            clip_range_value=clip_range_value, gradients=gradients,
+            clip_range_value=clip_range_value, compute_gradients=compute_gradients,
         )  # fmt: skip
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
         """One step of the policy, then the fit of the value head."""
         self.config = self._read_config()
         batch = all_gather_batch(batch, self.accelerator)
-        everything = torch.arange(len(batch), device=batch.mask.device)
-        micro_batches, count = self._micro_batches(batch, everything), batch.mask.sum().float()
-        found, (gradient, terms) = None, self._gradient(micro_batches, count)
-        if self._usable(norm := float(gradient.norm()), batch, everything):
-            found, terms = self._search(batch, micro_batches, count, gradient, terms)
-        record = UpdateRecord(skipped=int(found is None or not found.accepted))
-        statistics = batch_statistics(batch, everything) | {"policy/grad_norm": norm}
-        record.metrics.append(self._reduced(terms) | statistics)
+        rows = torch.arange(len(batch), device=batch.mask.device)
+        micro_batches, count = self._micro_batches(batch, rows), batch.mask.sum().float()
+        result, (gradient, terms) = None, self._gradient(micro_batches, count)
+        if self._is_usable(norm := float(gradient.norm()), batch, rows):
+            result, terms = self._search(batch, micro_batches, count, gradient, terms)
+        record = UpdateRecord(skipped=int(result is None or not result.accepted))
+        statistics = batch_statistics(batch, rows) | {"policy/grad_norm": norm}
+        record.metrics.append(self._sum_metrics(terms) | statistics)
         record.ratios.extend(term.ratio for term in terms)
         record.advantages.append(batch.advantages[batch.mask])
         record.extras = {
-            "policy/accepted": float(found is not None and found.accepted),
-            "policy/backtracks": float(0 if found is None else found.backtracks),
-            "policy/reached_kl": 0.0 if found is None else found.kl,
-            "policy/improvement": 0.0 if found is None else found.improvement,
+            "policy/accepted": float(result is not None and result.accepted),
+            "policy/backtracks": float(0 if result is None else result.backtracks),
+            "policy/reached_kl": 0.0 if result is None else result.kl,
+            "policy/improvement": 0.0 if result is None else result.improvement,
         }
         self.critic(batch)
         if self.accelerator.num_processes > 1:
             record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
         return record
 
-    def curvature(self, batch: TrainBatch, rows: Tensor) -> MatrixVectorProduct:
+    def fisher_product(self, batch: TrainBatch, rows: Tensor) -> MatrixVectorProduct:
         """The map v -> (F + damping) v over `rows` of the batch, one micro-batch at a time; equal on all processes."""
         micro_batches = self._micro_batches(batch, rows, token_budget=self.policy.chunk_size)
         count = batch.mask[rows].sum().clamp(min=1)
 
-        def of(micro_batch: TrainBatch) -> MatrixVectorProduct:
-            outputs, metric = self.policy.curvature(micro_batch.inputs, step_weights(micro_batch.mask, count))
+        def micro_batch_product(micro_batch: TrainBatch) -> MatrixVectorProduct:
+            outputs, metric = self.policy.outputs_and_metric(micro_batch.inputs, step_weights(micro_batch.mask, count))
             return fisher_vector_product(outputs, self.parameters, metric=metric)
 
         with torch.enable_grad():
-            kept = of(micro_batches[0]) if len(micro_batches) == 1 else None  # several graphs at once would not fit
+            # The graph is kept only if it is the only one: several would not fit into memory.
+            cached = micro_batch_product(micro_batches[0]) if len(micro_batches) == 1 else None
 
         def product(vector: Tensor) -> Tensor:
             total = torch.zeros_like(vector)
             with torch.enable_grad():
                 for micro_batch in micro_batches:
-                    total += (kept or of(micro_batch))(vector)
+                    total += (cached or micro_batch_product(micro_batch))(vector)
             return self._sum(total) + self.region.damping * vector
 
         return product
 
     def _gradient(self, micro_batches: list[TrainBatch], count: Tensor) -> tuple[Tensor, list[LossTerms]]:
-        """Of the objective that is minimized, over the whole batch, with its terms."""
-        total, found = torch.zeros_like(flatten(self.parameters)), []
+        """Flat gradient of the objective over all micro-batches, summed over processes, and its loss terms."""
+        total, all_terms = torch.zeros_like(flatten(self.parameters)), []
         for micro_batch in micro_batches:
             terms = self._terms(micro_batch, count)
             gradients = torch.autograd.grad(terms.loss, self.parameters, allow_unused=True)
             total += flatten(gradients, like=self.parameters)
-            found.append(LossTerms(loss=terms.loss.detach(), metrics=terms.metrics, ratio=terms.ratio))
-        return self._sum(total), found
+            all_terms.append(LossTerms(loss=terms.loss.detach(), metrics=terms.metrics, ratio=terms.ratio))
+        return self._sum(total), all_terms
 
     def _terms(self, micro_batch: TrainBatch, count: Tensor) -> LossTerms:
         return self.objective(
@@ -173,60 +174,60 @@ class TrustRegionUpdate(UpdateState):
         gradient: Tensor,
         before: list[LossTerms],
     ) -> tuple[LineSearchResult | None, list[LossTerms]]:
-        """The accepted step with the terms behind it; or the terms before it."""
+        """Line search along the natural gradient; returns its result, and the loss terms after the accepted step."""
         start = flatten(self.parameters).clone()
-        share = math.ceil(self.region.curvature_fraction * len(batch))
-        rows = self.shuffle(len(batch), batch.mask.device)[:share]
-        product = self.curvature(batch, rows)
+        n_rows = math.ceil(self.region.curvature_fraction * len(batch))
+        rows = self.shuffle(len(batch), batch.mask.device)[:n_rows]
+        product = self.fisher_product(batch, rows)
         direction = conjugate_gradient(product, -gradient, iterations=self.region.cg_iterations)
-        # The damping steadies the direction; it is no part of the KL, and would shorten the step many times over.
-        curved = product(direction) - self.region.damping * direction
+        # Damping stabilizes the direction; it is not part of the KL, and would make the step many times too short.
+        fisher_direction = product(direction) - self.region.damping * direction
         del product
-        bend = float(direction.dot(curved))
-        if not (math.isfinite(bend) and bend > 0):
+        curvature = float(direction.dot(fisher_direction))
+        if not (math.isfinite(curvature) and curvature > 0):
             return None, before
-        step = trust_region_step(direction, curved, self.region.max_kl)
-        distances = self.policy.kl_from_current([micro_batch.inputs for micro_batch in micro_batches])
-        loss_before, after, region = self._reduced(before)["loss/total"], before, self.region
+        step = trust_region_step(direction, fisher_direction, self.region.max_kl)
+        kl_functions = self.policy.kl_from_current([micro_batch.inputs for micro_batch in micro_batches])
+        loss_before, after, region = self._sum_metrics(before)["loss/total"], before, self.region
 
         def evaluate(candidate: Tensor) -> tuple[float, float]:
             nonlocal after
             self._write(candidate)
             after = [self._terms(micro_batch, count) for micro_batch in micro_batches]
-            parts = [
+            kls = [
                 masked_mean(kl(), micro_batch.mask, count)
-                for kl, micro_batch in zip(distances, micro_batches, strict=True)
+                for kl, micro_batch in zip(kl_functions, micro_batches, strict=True)
             ]
-            return loss_before - self._reduced(after)["loss/total"], float(self._sum(torch.stack(parts).sum()))
+            return loss_before - self._sum_metrics(after)["loss/total"], float(self._sum(torch.stack(kls).sum()))
 
-        found = line_search(
+        result = line_search(
             evaluate, start, step,
             max_kl=1.5 * region.max_kl, shrink=region.shrink, max_backtracks=region.max_backtracks,
         )  # fmt: skip
-        self._write(found.parameters)
-        return found, after if found.accepted else before
+        self._write(result.parameters)
+        return result, after if result.accepted else before
 
     def _write(self, vector: Tensor) -> None:
         for parameter, value in zip(self.parameters, unflatten(vector, self.parameters), strict=True):
             parameter.copy_(value)
 
-    def examine(self, batch: TrainBatch, rows: Tensor) -> DryRunStep:
-        """Compute the policy's gradient on `rows` as an update would, and do not step along it."""
+    def dry_run(self, batch: TrainBatch, rows: Tensor) -> DryRunStep:
+        """Compute the policy's loss and gradient on `rows`, without taking a step."""
         gradient, terms = self._gradient(self._micro_batches(batch, rows), batch.mask[rows].sum().float())
         module: Any = self.policy
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        parts = zip(self.parameters, unflatten(gradient, self.parameters), strict=True)
-        broken = [names[id(parameter)] for parameter, part in parts if not part.isfinite().all()]
-        return DryRunStep(self._reduced(terms) | {"policy/grad_norm": float(gradient.norm())}, broken)
+        gradients = zip(self.parameters, unflatten(gradient, self.parameters), strict=True)
+        nonfinite = [names[id(parameter)] for parameter, value in gradients if not value.isfinite().all()]
+        return DryRunStep(self._sum_metrics(terms) | {"policy/grad_norm": float(gradient.norm())}, nonfinite)
 
-    def _usable(self, norm: float, batch: TrainBatch, rows: Tensor) -> bool:
-        """Whether the gradient leads anywhere; nan and inf are counted."""
+    def _is_usable(self, norm: float, batch: TrainBatch, rows: Tensor) -> bool:
+        """Whether the gradient norm is finite and positive; counts non-finite norms in a row."""
         broken = not math.isfinite(norm)
         self.skips_in_a_row = self.skips_in_a_row + 1 if broken else 0
         if broken and self.skips_in_a_row >= self.config.most_skips_in_a_row:
             raise NonFiniteUpdateError(
                 f"expected finite gradients, got norm {norm} in {self.skips_in_a_row} updates in a row: nothing was "
-                "learned from them, the policy is that of the last good one. Look for extreme scores.",
+                "learned from them, the policy is that of the last finite one. Look for extreme scores.",
                 batch=batch, rows=rows, metrics={"loss/total": norm, "policy/grad_norm": norm},
             )  # fmt: skip
         if broken:
@@ -240,7 +241,7 @@ class TrustRegionUpdate(UpdateState):
             process=self.accelerator.process_index, processes=self.accelerator.num_processes,
         )  # fmt: skip
 
-    def _reduced(self, terms: list[LossTerms]) -> dict[str, float]:
+    def _sum_metrics(self, terms: list[LossTerms]) -> dict[str, float]:
         names = list(terms[0].metrics)
         totals = torch.stack([torch.stack([term.metrics[name].float() for term in terms]).sum() for name in names])
         return dict(zip(names, self._sum(totals).tolist(), strict=True))

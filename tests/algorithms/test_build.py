@@ -25,7 +25,7 @@ from rlhf_ppo import (
     TrainConfig,
 )
 from rlhf_ppo.algorithms.baselines import MovingBaseline
-from rlhf_ppo.algorithms.parts import AlgorithmParts
+from rlhf_ppo.algorithms.update_factory import UpdateFactory
 from rlhf_ppo.samplers.base import SamplingConfig
 from tests.loop.test_training import config, parameters, share_of_e, trainer
 
@@ -107,15 +107,15 @@ def test_the_full_kl_in_the_loss_needs_a_reference_of_its_own_and_whole_paramete
     own = trainer()
     parts: dict[str, Any] = {
         "policy": own.policy, "optimizer": own.optimizer, "accelerator": own.accelerator, "seed": 0,
-        "minibatch": own.config.minibatch, "reference_kl": "full",
+        "minibatch_config": own.config.minibatch, "reference_kl": "full",
     }  # fmt: skip
     with pytest.raises(ValueError, match="separate `ref_model`"):
-        AlgorithmParts(**parts, reference=None)
+        UpdateFactory(**parts, reference=None)
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match=r"FSDP.*mse"):
-        AlgorithmParts(**parts, reference=own._reference)
+        UpdateFactory(**parts, reference=own._reference)
     with pytest.raises(ValueError, match="warmup_iterations"):
-        AlgorithmParts(**parts | {"reference_kl": None}).critic_fit(None)
+        UpdateFactory(**parts | {"reference_kl": None}).critic_fit(None)
 
 
 def test_while_the_critic_warms_up_the_policy_stays_bit_for_bit_and_the_critic_learns() -> None:
@@ -142,5 +142,5 @@ def own_responses(own: Any) -> Any:
 def test_a_batch_is_measured_against_earlier_ones() -> None:
     """First against itself; then against 0.5 · 4 + 0.5 · 4 = 4, then against 0.5 · 4 + 0.5 · 8 = 6."""
     moving = MovingBaseline(0.5)
-    assert [moving.swap(mean) for mean in (4.0, 8.0, 0.0)] == [4.0, 4.0, 6.0]
+    assert [moving.update(mean) for mean in (4.0, 8.0, 0.0)] == [4.0, 4.0, 6.0]
     assert moving.mean == 3.0

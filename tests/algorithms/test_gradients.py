@@ -20,7 +20,7 @@ from rlhf_ppo.batch import PolicyOutput, TokenInputs, TrainBatch, pad_rows
 from rlhf_ppo.models.scoring import OldPolicyStates, TokenPolicy
 from rlhf_ppo.updates import Objective
 from rlhf_ppo.updates.objective import LossTerms
-from rlhf_ppo.updates.token_loss_gradients import slopes_of
+from rlhf_ppo.updates.token_loss_gradients import token_loss_gradients
 from tests.support.tiny_models import tiny_gpt2
 
 VOCAB = 11
@@ -103,7 +103,7 @@ def test_only_objectives_that_use_the_entropy_are_told_it_beforehand() -> None:
     data = batch(policy(1), policy(2))
 
     def told(given: Objective) -> bool:
-        return slopes_of(given, data, data.mask.sum()).read_entropy
+        return token_loss_gradients(given, data, data.mask.sum()).read_entropy
 
     def beside(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> LossTerms:
         terms = TERMS["asymmetric clip"](output, batch, count)

@@ -14,7 +14,7 @@ from rlhf_ppo import TRPO, AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrai
 from rlhf_ppo.batch import TokenInputs, TrainBatch, pad_rows
 from rlhf_ppo.functional import flatten
 from rlhf_ppo.updates import TrustRegionUpdate
-from rlhf_ppo.updates.region import check_processes
+from rlhf_ppo.updates.trust_region_config import check_processes
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
@@ -65,7 +65,7 @@ def test_fisher_products_are_those_of_the_dense_fisher_matrix(chunk: int) -> Non
     """F = mean over our tokens of Jᵀ (diag(p) - p pᵀ) J, in one piece with a kept graph or in many."""
     own = trainer(TRPO(damping=0.1), logits_chunk_size=chunk)
     update, data = update_of(own), batch(own)
-    product = update.curvature(data, torch.arange(8))
+    product = update.fisher_product(data, torch.arange(8))
     own.model.pretrained_model.set_attn_implementation("eager")
     outputs = logits(update, data.inputs, data.mask)
     total = torch.zeros(())

@@ -1,4 +1,4 @@
-"""What every algorithm is built from: one policy, its optimizer, the processes, the reference where a loss reads it."""
+"""Create objectives and updates for one policy, optimizer and accelerator."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,28 +13,28 @@ from rlhf_ppo.algorithms.config import Critic
 from rlhf_ppo.algorithms.objectives import PolicyTerm, total_objective, with_reference_kl
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import ReferenceKL
-from rlhf_ppo.updates import CompareWith, CriticFit, Gradients, MinibatchConfig, MinibatchUpdate, Objective
+from rlhf_ppo.updates import CompareWith, ComputeGradients, CriticFit, MinibatchConfig, MinibatchUpdate, Objective
 from rlhf_ppo.updates.objective import count_actions
 from rlhf_ppo.updates.shuffle import Shuffle
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlgorithmParts:
-    """Builds objectives and updates that agree on who the policy is and which KL the loss holds."""
+class UpdateFactory:
+    """Creates objectives and updates that share policy, optimizer, accelerator and the KL in the loss."""
 
     policy: nn.Module
-    """Prepared."""
+    """The prepared policy."""
     optimizer: Optimizer
-    """Prepared."""
+    """Its prepared optimizer."""
     accelerator: Accelerator
-    minibatch: Callable[[], MinibatchConfig]
+    minibatch_config: Callable[[], MinibatchConfig]
     seed: int
     reference_kl: ReferenceKL | None = None
-    """The KL to the reference in the loss; None: there is none."""
+    """Kind of KL to the reference in the loss; None: no KL."""
     reference: nn.Module | None = None
-    """The frozen reference, which `reference_kl="full"` reads."""
-    gradients: Gradients | None = None
-    """Replaces autograd's passes in the minibatch updates."""
+    """The frozen reference, used by `reference_kl="full"`."""
+    compute_gradients: ComputeGradients | None = None
+    """Replaces autograd in minibatch updates and critic fits; None: autograd."""
 
     def __post_init__(self) -> None:
         if self.reference_kl != "full":
@@ -54,12 +54,12 @@ class AlgorithmParts:
 
     @property
     def sharded(self) -> bool:
-        """Whether a process holds only parts of the parameters."""
+        """Whether parameters are sharded over processes."""
         return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     @property
     def module(self) -> Any:
-        """The policy without its wrapper."""
+        """The policy without Accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.policy)
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -68,43 +68,43 @@ class AlgorithmParts:
         return reduced
 
     def total_objective(self, term: PolicyTerm, *, critic: Critic | None, ent_coef: float, **clip: float) -> Objective:
-        """The total objective around a policy term, the KL to the reference included where the loss holds it."""
+        """The total objective of a policy term, with the KL to the reference if `reference_kl` is set."""
         return total_objective(with_reference_kl(term, self.reference_kl), critic=critic, ent_coef=ent_coef, **clip)
 
     def update(
         self,
-        terms: Objective,
+        objective: Objective,
         *,
-        sizes: Callable[[], MinibatchConfig] | None = None,
+        config: Callable[[], MinibatchConfig] | None = None,
         compare_with: CompareWith | None = None,
         count: Callable[[Tensor], Tensor] = count_actions,
     ) -> MinibatchUpdate:
-        """Epochs of minibatches on an objective."""
+        """A `MinibatchUpdate` of an objective."""
 
         def compare(batch: TrainBatch) -> dict[str, Any]:
-            others = {} if compare_with is None else compare_with(batch)
-            return others | self.reference_argument(batch)
+            extra = {} if compare_with is None else compare_with(batch)
+            return extra | self.reference_argument(batch)
 
         return MinibatchUpdate(
-            policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator, objective=terms,
-            config=sizes or self.minibatch, seed=self.seed, compare_with=compare, count=count,
-            gradients=self.gradients,
+            policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator, objective=objective,
+            config=config or self.minibatch_config, seed=self.seed, compare_with=compare, count=count,
+            compute_gradients=self.compute_gradients,
         )  # fmt: skip
 
     def reference_argument(self, batch: TrainBatch) -> dict[str, Any]:
-        """The policy's further argument where the loss reads the whole reference distribution."""
+        """The policy's argument `reference` if the loss needs the full reference distribution, else {}."""
         if self.reference_kl != "full" or self.reference is None:
             return {}
         return {"reference": self.accelerator.unwrap_model(self.reference)}
 
     def critic_fit(self, clip_range_value: float | None) -> CriticFit:
-        """The fit of the critic alone."""
+        """A `CriticFit` of the policy's critic."""
         if self.sharded:
             raise ValueError(
                 f"warmup_iterations does not run under {self.accelerator.distributed_type}: the critic is fitted "
                 "outside of the engine that holds its parameters. Warm it up on one process or with DDP, or set 0."
             )
         return CriticFit(
-            policy=self.module, optimizer=self.optimizer, accelerator=self.accelerator, config=self.minibatch,
-            shuffle=Shuffle(self.seed), clip_range_value=clip_range_value, gradients=self.gradients,
+            policy=self.module, optimizer=self.optimizer, accelerator=self.accelerator, config=self.minibatch_config,
+            shuffle=Shuffle(self.seed), clip_range_value=clip_range_value, compute_gradients=self.compute_gradients,
         )  # fmt: skip

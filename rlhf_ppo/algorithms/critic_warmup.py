@@ -1,4 +1,4 @@
-"""Before the policy learns, its critic does."""
+"""Train the critic alone for the first iterations (value pretraining)."""
 
 from typing import Any
 
@@ -7,22 +7,22 @@ from accelerate import Accelerator
 from rlhf_ppo.algorithms.advantages import EstimateAdvantages
 from rlhf_ppo.batch import Rollout, TrainBatch
 from rlhf_ppo.updates import CriticFit, Objective, Update, UpdateRecord
-from rlhf_ppo.updates.measure import record_without_step
+from rlhf_ppo.updates.batch_evaluation import record_without_step
 from rlhf_ppo.updates.sharding import all_gather_batch
 
 
 class CriticWarmup:
-    """For some iterations fit the critic alone, to Monte Carlo returns; then update as usual (Yuan et al. 2025).
+    """Fit the critic alone to Monte Carlo returns for some iterations, then run the usual update (Yuan et al. 2025).
 
-    A critic that knows nothing makes GAE with λ < 1 forget the score before it reaches the first tokens. The policy
-    stays bit for bit until the critic is warm.
+    With an untrained critic and λ < 1, GAE decays the score before it reaches the first tokens. The policy does not
+    change until the warm-up ends.
 
     Args:
-        update: What comes after.
-        fit: Moves the critic.
-        objective: What is reported meanwhile; nothing is learned from it.
-        accelerator: Of the policy.
-        iterations: How many.
+        update: The update after the warm-up.
+        fit: Trains the critic.
+        objective: Evaluated for the metrics during the warm-up, without a step.
+        accelerator: The accelerator that prepared the policy.
+        iterations: Number of warm-up iterations.
     """
 
     def __init__(
@@ -31,27 +31,27 @@ class CriticWarmup:
         self.inner, self.fit, self.objective, self.accelerator = update, fit, objective, accelerator
         self.remaining = iterations
 
-    def estimating(self, usual: EstimateAdvantages, monte_carlo: EstimateAdvantages) -> EstimateAdvantages:
-        """Monte Carlo targets while the critic warms up."""
+    def switch_estimates(self, usual: EstimateAdvantages, warmup: EstimateAdvantages) -> EstimateAdvantages:
+        """Return an estimate that is `warmup` during the warm-up and `usual` afterwards."""
 
         def estimate(rollout: Rollout) -> TrainBatch:
-            return (monte_carlo if self.remaining else usual)(rollout)
+            return (warmup if self.remaining else usual)(rollout)
 
         return estimate
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """One iteration of whichever phase it is."""
+        """Fit the critic during the warm-up, else run the usual update."""
         if not self.remaining:
             return self.inner(batch)
         self.remaining -= 1
-        everything = all_gather_batch(batch, self.accelerator)
-        record = record_without_step(self.fit.policy, everything, self.objective, self.accelerator, self.fit.config())
-        self.fit(everything)
+        batch = all_gather_batch(batch, self.accelerator)
+        record = record_without_step(self.fit.policy, batch, self.objective, self.accelerator, self.fit.config())
+        self.fit(batch)
         record.extras["val/warmup_remaining"] = float(self.remaining)
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the update, of the fit's shuffles, and how many iterations are left."""
+        """State of the update and of the fit, and the number of remaining iterations."""
         return {"update": self.inner.state_dict(), "fit": self.fit.state_dict(), "remaining": self.remaining}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

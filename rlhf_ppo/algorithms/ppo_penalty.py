@@ -1,4 +1,4 @@
-"""Around the update of PPO-Penalty: β follows the KL that was reached, and the old policy is kept for the exact KL."""
+"""Updates of PPO-Penalty: adapt β to the KL after each update, and keep the old policy for the exact KL."""
 
 import functools
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
 from rlhf_ppo.batch import TrainBatch, split_into_micro_batches
 from rlhf_ppo.models.scoring import OldPolicyStates, TokenPolicy
 from rlhf_ppo.updates import MinibatchConfig, MinibatchUpdate, Objective, Update, UpdateRecord
-from rlhf_ppo.updates.measure import kl_after_update
+from rlhf_ppo.updates.batch_evaluation import kl_after_update
 
 
 class AdaptiveBetaUpdate:
     """Run an update, then adapt β to the KL it reached (Schulman et al. 2017, §4).
 
     Args:
-        update: Minimizes the objective of the present β.
-        beta: Follows the KL.
-        objective: Of a β.
+        update: Minimizes the objective of the current β.
+        beta: The coefficient, adapted to the KL.
+        objective: β -> objective.
     """
 
     def __init__(self, update: MinibatchUpdate, beta: PenaltyBeta, objective: Callable[[float], Objective]) -> None:
@@ -29,7 +29,7 @@ class AdaptiveBetaUpdate:
         self.objective = functools.cache(objective)
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """One update, then β x 2 or β / 2 outside the band around the target, by the KL after its last step."""
+        """Run one update, measure its KL after the last step, and double or halve β if the KL is out of range."""
         inner = self.inner
         inner.objective = self.objective(self.beta.value)
         record = inner(batch)
@@ -42,7 +42,7 @@ class AdaptiveBetaUpdate:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the update and of β."""
+        """State of the update and of β."""
         return {"update": self.inner.state_dict(), "beta": self.beta.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -51,30 +51,32 @@ class AdaptiveBetaUpdate:
         self.beta.load_state_dict(state["beta"])
 
 
-class OldPolicyKeeper:
-    """An update that can measure the exact KL(π_old || π_θ): π_old's hidden states and LM head are kept aside.
+class OldPolicySnapshot:
+    """Copies π_old's hidden states and LM head before an update, for the exact KL(π_old || π_θ) in its loss.
 
     Args:
-        policy: The `TokenPolicy` itself.
-        config: Sizes of passes.
+        policy: The unwrapped policy.
+        config: Returns the micro-batch limits.
     """
 
     def __init__(self, policy: TokenPolicy, config: Callable[[], MinibatchConfig]) -> None:
         self.policy, self.config = policy, config
         self._head: Any = None
 
-    def around(self, update: Update) -> Update:
-        """The same update, on batches that carry the old states."""
-        return _Around(self, update)
+    def wrap(self, update: Update) -> Update:
+        """The same update, on batches with the old policy's hidden states."""
+        return _UpdateWithOldStates(self, update)
 
     def compare_with(self, batch: TrainBatch) -> dict[str, Any]:
-        """What the policy's forward pass needs to measure the KL at a micro-batch."""
+        """The policy's argument `old` for the KL at a micro-batch."""
         if batch.old_states is None:
-            raise ValueError("the batch carries no old states: run the update through OldPolicyKeeper.around")
+            raise ValueError(
+                "expected a batch with old_states, got None: run the update through OldPolicySnapshot.wrap"
+            )
         return {"old": OldPolicyStates(self._head, batch.old_states)}
 
-    def kept(self, batch: TrainBatch) -> TrainBatch:
-        """The batch with the states of the policy as it is now."""
+    def with_old_states(self, batch: TrainBatch) -> TrainBatch:
+        """Copy the LM head, and return the batch with the current policy's hidden states."""
         config, costs = self.config(), batch.inputs.costs()
         self._head = self.policy.copy_head()
         rows: dict[int, torch.Tensor] = {}
@@ -88,12 +90,12 @@ class OldPolicyKeeper:
         return replace(batch, old_states=torch.stack(states))
 
 
-class _Around:
-    def __init__(self, keeper: OldPolicyKeeper, update: Update) -> None:
-        self.keeper, self.inner = keeper, update
+class _UpdateWithOldStates:
+    def __init__(self, snapshot: OldPolicySnapshot, update: Update) -> None:
+        self.snapshot, self.inner = snapshot, update
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        return self.inner(self.keeper.kept(batch))
+        return self.inner(self.snapshot.with_old_states(batch))
 
     def state_dict(self) -> dict[str, Any]:
         return self.inner.state_dict()

@@ -1,4 +1,4 @@
-"""What a policy is like on a whole batch, without a step: how far it has moved, and what an objective says of it."""
+"""Evaluate a policy on a whole batch without an optimizer step: metrics of an objective, KL after an update."""
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from rlhf_ppo.updates.sharding import all_gather_batch, local_micro_batches
 def record_without_step(
     policy: nn.Module, batch: TrainBatch, objective: Objective, accelerator: Accelerator, config: MinibatchConfig
 ) -> UpdateRecord:
-    """The record of an update that took no step on the policy; `batch` holds the rows of all processes."""
+    """Evaluate `objective` on `batch`, the rows of all processes, and return it as the record of an update."""
     rows = torch.arange(len(batch), device=batch.mask.device)
     count = batch.mask.sum().float()
     micro_batches = local_micro_batches(
@@ -48,16 +48,16 @@ def kl_after_update(
     size: int | None = None,
     token_budget: int | None = None,
 ) -> float:
-    """Mean KL(π_old || π_θ) per action, nats, from the actions that π_old drew: E[ρ - 1 - log ρ], which is unbiased.
+    """Mean KL(π_old || π_θ) per action, nats, estimated without bias from actions sampled by π_old: E[ρ - 1 - log ρ].
 
-    The statistics of an update do not know it: each was measured *before* its optimizer step, on one minibatch.
+    An update's own metrics do not contain it: each is measured *before* its optimizer step, on one minibatch.
 
     Args:
         policy: The prepared policy, after the update.
         batch: This process's rows of the batch.
-        accelerator: Of the policy.
-        size: Most rows of one pass.
-        token_budget: Most padded tokens of one pass.
+        accelerator: The accelerator that prepared it.
+        size: Largest number of rows per pass.
+        token_budget: Largest number of padded tokens per pass.
     """
     batch = all_gather_batch(batch, accelerator)
     micro_batches = local_micro_batches(
@@ -67,9 +67,7 @@ def kl_after_update(
     count = batch.mask.sum().float()
     total = torch.zeros((), device=batch.mask.device)
     for micro_batch in micro_batches:
-        drawn_by_old = kl_estimate(
-            micro_batch.logprobs, policy(micro_batch.inputs).logprobs, "k3", mask=micro_batch.mask
-        )
-        # k3 of KL(p || q) wants actions of p: exp(-k1) - 1 + k1 with k1 = log π_old - log π_θ.
-        total += masked_mean(drawn_by_old, micro_batch.mask, count)
+        # k3 of KL(p || q) needs actions sampled from p: exp(-k1) - 1 + k1 with k1 = log π_old - log π_θ.
+        kl = kl_estimate(micro_batch.logprobs, policy(micro_batch.inputs).logprobs, "k3", mask=micro_batch.mask)
+        total += masked_mean(kl, micro_batch.mask, count)
     return float(accelerator.reduce(total, reduction="sum"))

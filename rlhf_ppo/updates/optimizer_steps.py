@@ -1,7 +1,7 @@
-"""How gradients become a step: under our hand with Accelerate, or inside a DeepSpeed engine.
+"""Optimizer steps with backward, clipping, and a late decision to apply or drop: for Accelerate, and for DeepSpeed.
 
-Accelerate's own `backward` would let the engine step before anybody could look at the minibatch. Here the engine waits
-for `apply`, so that the ratio guard and the non-finite guard decide under ZeRO as they do elsewhere.
+With Accelerate's `backward` a DeepSpeed engine would step before the minibatch could be checked. Here the engine waits
+for `apply`, so that the ratio guard and the non-finite guard also work under ZeRO.
 """
 
 import math
@@ -22,26 +22,26 @@ class OptimizerSteps(Protocol):
     """One optimizer step: micro-batches, each with a backward pass, then `apply` or `drop`."""
 
     norm_is_known: bool
-    """Whether `clip` can say the gradient norm before `apply`."""
+    """Whether `clip` returns the gradient norm; otherwise only `apply` does."""
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
-        """Surrounds the passes of one micro-batch; gradients meet those of other processes at the last one."""
+        """Context manager for the passes of one micro-batch; the last one synchronizes gradients over processes."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss."""
+        """Accumulate the gradients of a loss."""
 
     def clip(self, limit: float | None) -> float:
-        """Scale gradients down to this norm; their norm before, nan where it is not known yet."""
+        """Clip gradients to this norm; return their norm before clipping, nan if it is not known yet."""
 
     def apply(self) -> float:
-        """Move the parameters, forget the gradients; their norm, infinite where the step was refused."""
+        """Step the optimizer and zero the gradients; return their norm, infinite if the engine skipped the step."""
 
     def drop(self) -> None:
-        """Forget the gradients."""
+        """Zero the gradients without a step."""
 
 
 class AccelerateSteps:
-    """DDP, FSDP, or one process."""
+    """Optimizer steps under DDP, FSDP, or on one process."""
 
     norm_is_known = True
 
@@ -62,7 +62,7 @@ class AccelerateSteps:
 
     def clip(self, limit: float | None) -> float:
         if limit is None and self.accelerator.distributed_type != DistributedType.FSDP:
-            # What clips multiplies every gradient, by 1 here.
+            # clip_grad_norm_ would multiply every gradient, by 1 here.
             self.accelerator.unscale_gradients()
             gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             norm: Tensor | None = torch.nn.utils.get_total_norm(gradients)
@@ -81,7 +81,7 @@ class AccelerateSteps:
 
 
 class DeepSpeedSteps:
-    """DeepSpeed ZeRO. The engine averages, clips and steps; it tells the norm afterwards."""
+    """Optimizer steps under DeepSpeed ZeRO. The engine averages, clips and steps; the norm is known afterwards."""
 
     norm_is_known = False
 
@@ -105,31 +105,31 @@ class DeepSpeedSteps:
         return math.inf if not self.engine.was_step_applied() else math.nan if norm is None else float(norm)
 
     def drop(self) -> None:
-        # The way of an overflow is the only one through the engine that clears the buffers of every partition.
+        # Pretend an overflow: only that path of the engine clears the buffers of every partition.
         optimizer = self.engine.optimizer
 
         def overflow(*_: object, **__: object) -> None:
             optimizer.overflow = True
 
-        wanted = {"check_overflow": overflow, "check_grad_overflow": True}  # stages 1 and 2
-        wanted |= {"_overflow_check_and_loss_scale_update": overflow}  # stage 3
-        known = {name: getattr(optimizer, name) for name in wanted if hasattr(optimizer, name)}
+        overrides = {"check_overflow": overflow, "check_grad_overflow": True}  # stages 1 and 2
+        overrides |= {"_overflow_check_and_loss_scale_update": overflow}  # stage 3
+        originals = {name: getattr(optimizer, name) for name in overrides if hasattr(optimizer, name)}
         try:
-            for name in known:
-                setattr(optimizer, name, wanted[name])
+            for name in originals:
+                setattr(optimizer, name, overrides[name])
             self.engine.step()
         finally:
-            for name, value in known.items():
+            for name, value in originals.items():
                 setattr(optimizer, name, value)
         if self.engine.was_step_applied():
             raise RuntimeError(
-                "expected DeepSpeed to drop a step, got one that was taken: the parameters have moved along a gradient "
-                "that a guard had refused. Use a version of DeepSpeed that tests/distributed/test_zero.py passes with."
+                "expected DeepSpeed to drop a step, got one that was taken: the parameters were updated with a "
+                "gradient that a guard rejected. Use a DeepSpeed version that passes tests/distributed/test_zero.py."
             )
 
 
 def make_optimizer_steps(policy: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> OptimizerSteps:
-    """What fits the processes."""
+    """`DeepSpeedSteps` under DeepSpeed, else `AccelerateSteps`."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return DeepSpeedSteps(policy)
     return AccelerateSteps(policy, optimizer, accelerator)
