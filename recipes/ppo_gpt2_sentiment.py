@@ -19,13 +19,12 @@ if __name__ == "__main__":  # before torch is loaded, which reads it once
     spin_shortly()
 
 from dataclasses import asdict, dataclass
-from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.loop.run_folder import Estimates
-from rlhf_ppo.report import write_report
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.updates.optimizers import adam, linear_to_zero
@@ -89,14 +88,13 @@ def main(config: Config) -> dict[str, Estimates]:
     sampling = SamplingConfig(
         max_new_tokens=config.new_tokens, num_return_sequences=chosen.group_size, temperature=trainer.config.temperature
     )
-    sampler = config.make_sampler(tokenizer)
 
     phase("held-out evaluation before PPO")
     judges, line = stages.judges(parts)
-    evaluate = stages.KeptEvaluations(
-        folder, partial(trainer.evaluate, rewards=reward, sampling=sampling, judges=judges, sampler=sampler,
-        reward_calls=config.reward_calls)
-    )  # fmt: skip
+    asking: dict[str, Any] = {"judges": judges, "sampler": config.make_sampler(tokenizer)}
+    evaluate = stages.ResumableEvaluation(
+        folder, trainer.evaluate, rewards=reward, sampling=sampling, reward_calls=config.reward_calls, **asking
+    )
     before = evaluate("before PPO", held_out, tokenizer)
     phase.say(line, stages.describe(before))
 
@@ -106,18 +104,14 @@ def main(config: Config) -> dict[str, Estimates]:
         save_every=config.saved_every(chosen.iterations), max_time=phase.left(config.max_time),
         missing_eos=config.preset and stages.published_run(config.preset).missing_eos, **config.guarding,
     )  # fmt: skip
-    state = trainer.train(reward, loop, eval_prompts=held_out, judges=judges, sampler=sampler)
+    state = trainer.train(reward, loop, eval_prompts=held_out, **asking)
     phase.say(stages.ending(state, chosen.iterations))
 
     phase("held-out evaluation after PPO, report")
     after = evaluate(f"after {state.iteration} iterations", held_out, tokenizer)
-    phase.say(stages.describe(after))
+    phase.say(stages.describe(after), model_line(f"{config.output_dir}/model", chosen.lora_rank))
     trainer.save_pretrained(f"{config.output_dir}/model")
-    if trainer.accelerator.is_main_process:
-        stages.write_run(folder, before, after)
-        phase.say(model_line(f"{config.output_dir}/model", chosen.lora_rank))
-        phase.say(f"report: {write_report(folder.path, title=f'PPO on {config.model}')}")
-        evaluate.forget()
+    phase.say(f"report: {stages.write_run(folder, before, after, title=f'PPO on {config.model}')}")
     return {"before": stages.estimates(before), "after": stages.estimates(after)}
 
 

@@ -95,8 +95,8 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
     broken_rows = [row for row in record["rows"] if not update_rule.dry_run(batch, torch.tensor([row])).is_finite]
     return Replay(
         recorded={name: float(value) for name, value in record["metrics"].items() if name in all_rows.metrics},
-        metrics=all_rows.metrics, broken_gradients=all_rows.nonfinite_gradients, broken_parameters=broken_parameters(model),
-        samples=broken_rows,
+        metrics=all_rows.metrics, broken_gradients=all_rows.nonfinite_gradients,
+        broken_parameters=broken_parameters(model), samples=broken_rows,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.checkpoints.folders import checkpoints
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.loop.run_folder import Estimates, RunFolder, Sample
+from rlhf_ppo.report import write_report
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.utils.redaction import redacted
 
@@ -26,8 +28,6 @@ from .command_line import Phases as Phases
 from .command_line import ending as ending
 from .command_line import is_main_process
 from .command_line import run as run
-from .evaluations import FOLDER, UNLEARNED
-from .evaluations import KeptEvaluations as KeptEvaluations
 from .judges import ReviewClassifier, VaderJudge, distinct_ngrams, repetition
 from .language_models import SMALL_GPT2, SMOLLM2_135M, load_language_model
 from .published import PresetName as PresetName
@@ -35,6 +35,8 @@ from .published import adam_settings as adam_settings
 from .published import flags
 from .published import further as further
 from .published import published_run as published_run
+from .resumable_evaluation import CHUNKS_FOLDER, IRRELEVANT_SETTINGS, remove_chunks
+from .resumable_evaluation import ResumableEvaluation as ResumableEvaluation
 from .reviews import ReviewParts, prompt_texts
 from .rewards import TRAIN_REWARD_MODEL as TRAIN_REWARD_MODEL
 from .rewards import check_reward_source as check_reward_source
@@ -131,14 +133,15 @@ def open_run_folder(path: str, settings: dict[str, Any], *, fresh: bool) -> RunF
         if fresh:
             for old in folder.path.glob("checkpoint-*"):
                 shutil.rmtree(old)
-            shutil.rmtree(folder.path / FOLDER, ignore_errors=True)
+            shutil.rmtree(folder.path / CHUNKS_FOLDER, ignore_errors=True)
             folder.resume_from(0)
         folder.write_config(settings)
     return folder
 
 
 def _refuse_other_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
-    known = {name: value for name, value in folder.config().items() if name in settings and name not in UNLEARNED}
+    relevant = settings.keys() - IRRELEVANT_SETTINGS
+    known = {name: value for name, value in folder.config().items() if name in relevant}
     changed = {name: value for name, value in known.items() if value != redacted(settings[name], name)}
     if changed and checkpoints(folder.path):
         was = ", ".join(f"{name}={value!r} (now {settings[name]!r})" for name, value in changed.items())
@@ -216,9 +219,12 @@ def estimates(found: Evaluation) -> Estimates:
     return table
 
 
-def write_run(folder: RunFolder, before: Evaluation, after: Evaluation) -> None:
-    """Evaluation and samples before and after training, as the report reads them."""
+def write_run(folder: RunFolder, before: Evaluation, after: Evaluation, *, title: str) -> Path:
+    """Write evaluation, samples and report from the main process; returns the path of the report on every process."""
+    if not is_main_process():
+        return folder.path / "report.html"
     folder.write_evaluation(before=estimates(before), after=estimates(after))
+    remove_chunks(folder)
     shown = ("score", "vader", "classifier", "kl")
     folder.write_samples(
         Sample(
@@ -230,6 +236,7 @@ def write_run(folder: RunFolder, before: Evaluation, after: Evaluation) -> None:
         )
         for row, prompt in enumerate(after.prompts)
     )
+    return write_report(folder.path, title=title)
 
 
 def describe(found: Evaluation) -> str:

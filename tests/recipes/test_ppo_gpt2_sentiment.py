@@ -69,7 +69,7 @@ def means(measures: Measures) -> dict[str, float]:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds; one test looks at it."""
-    monkeypatch.setattr(recipe, "write_report", lambda path, title: path / "report.html")
+    monkeypatch.setattr(stages, "write_report", lambda path, title: path / "report.html")
 
 
 def untimed(folder: Path) -> list[dict[str, float]]:
