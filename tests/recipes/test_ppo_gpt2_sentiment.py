@@ -189,7 +189,7 @@ def test_an_interrupted_run_goes_on_to_the_very_end_it_would_have_had(
         calls = iter(range(100))
 
         def source(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
-            if next(calls) == 2:  # evaluation, first iteration, second iteration
+            if next(calls) == 9:  # eight pieces of the evaluation, first iteration, second iteration
                 os.kill(os.getpid(), signal.SIGINT)
             return reward(prompts, responses, **columns)
 

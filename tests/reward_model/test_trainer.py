@@ -136,6 +136,10 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_base: Path, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         train_reward_model(config, **data, callbacks=[Stop()])
     assert training_folder(config).is_dir() and not Path(config.output_dir).exists()
+    for number, state in ((9, None), (10, '{"global_st')):  # killed while they were written: the state is written last
+        (training_folder(config) / f"checkpoint-{number}").mkdir()
+        if state is not None:
+            (training_folder(config) / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
     resumed = train_reward_model(tiny_config(tiny_base, tmp_path / "parts", checkpoints=3, resume=True), **data).path
     assert not training_folder(config).exists()
     scores = [RewardModel.from_pretrained(path).raw_scores(PROMPTS, RESPONSES) for path in (whole, resumed)]
