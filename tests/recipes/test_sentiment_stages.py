@@ -111,7 +111,7 @@ def test_the_estimates_add_variety_and_perplexity_with_their_errors(tmp_path: Pa
     assert table["distinct_2"][0] == 0.5 and table["repetition"][0] == 0.0
     assert "perplexity 7.389 ± 7.389" in stages.describe(found)
     folder = RunFolder.create(tmp_path)
-    stages.write_run(folder, found, found)
+    stages.write_run(folder, found, found, title="A run")
     assert [sample.after_scores["kl"] for sample in folder.samples()] == [1.0, 3.0]
 
 
