@@ -1,4 +1,4 @@
-"""Reward models from preference data: train, judge, normalize, serve, and score inside PPO."""
+"""Reward models from preference data: train, evaluate, normalize, serve, and use in PPO."""
 
 import rlhf_ppo.utils.openmp  # noqa: F401  # isort: skip  it must come before torch
 from reward_model.config import RewardModelConfig

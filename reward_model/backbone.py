@@ -1,4 +1,4 @@
-"""A sequence classifier with one label and its tokenizer, ready to be trained as a reward model."""
+"""Load a model and its tokenizer as a sequence classifier with one label, ready for reward-model training."""
 
 import logging
 import math
@@ -19,21 +19,21 @@ PAD_TOKEN = "<|pad|>"
 
 
 def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of `name` with a scalar head, in float32.
+    """Load model and tokenizer with a scalar head, in float32.
 
     A causal LM, an encoder without a head and a classifier with another number of labels get a fresh head
     (`initialize_head`); a one-label classifier keeps its own.
 
     Args:
         name: Hub name or folder.
-        seed: Seed of the fresh head; the global random state is left alone.
+        seed: Seed of the fresh head; the global random state is not used.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         ValueError: The model cannot be loaded as a sequence classifier; the message says what to try.
     """
     try:
-        with _quiet_transformers():  # its report of the missing head: we read the loading info ourselves
+        with _quiet_transformers():  # it would report the missing head, which is read from the loading info below
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 num_labels=1,
@@ -57,12 +57,12 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
 
 
 def layers_of(model: Any) -> Any:
-    """What lies below the scalar head of a sequence classifier, whether adapters wrap it or not."""
+    """The transformer below the scalar head of a sequence classifier, with or without adapters."""
     return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
 
 
 def head_name(model: nn.Module) -> str:
-    """Parameter name of the scalar head's weight, as it stands in the checkpoint.
+    """Parameter name of the scalar head's weight, as in the checkpoint.
 
     Raises:
         ValueError: The model has no linear layer with one output.
@@ -79,7 +79,7 @@ def head_name(model: nn.Module) -> str:
 
 
 def initialize_head(model: nn.Module, *, seed: int) -> None:
-    """Draw the head's weight from N(0, 1 / (d + 1)), that is standard deviation 1/sqrt(d + 1), and set its bias to 0.
+    """Initialize the head: weight from N(0, 1 / (d + 1)), that is standard deviation 1/sqrt(d + 1), and bias 0.
 
     The first rewards then have a variance near 1, whatever the width d (Ziegler et al. 2019, their code; the 2020
     paper prints the standard deviation without the root).
@@ -94,9 +94,9 @@ def initialize_head(model: nn.Module, *, seed: int) -> None:
 
 
 def separate_padding(model: Any, tokenizer: Any) -> None:
-    """Give the tokenizer a padding token of its own where it has none or pads with the end-of-text token.
+    """Add a padding token to the tokenizer if it has none or pads with the end-of-text token.
 
-    Decoder classifiers read the score at the last token that is not padding. With pad = eos they would pass over
+    Decoder classifiers read the score at the last token that is not padding. With pad = eos they would skip
     the end-of-text token that the text rule appends, and a text could not be told from its unfinished beginning.
     """
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -116,7 +116,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def longest_input(model: Any) -> int | None:
-    """Most positions of a model with absolute position embeddings, or None where its config names no limit."""
+    """Maximum of positions of a model; None if its config has no limit."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     padding_offset = 2 if config.model_type in {"roberta", "xlm-roberta", "camembert"} else 0
@@ -124,7 +124,7 @@ def longest_input(model: Any) -> int | None:
 
 
 def short_name(name: str) -> str:
-    """A hub name as it is; of a folder only the last part, so that no path of a machine lands in a contract."""
+    """A hub name unchanged; of a folder only the last part, so that the contract holds no local path."""
     return Path(name).name if Path(name).exists() else name
 
 

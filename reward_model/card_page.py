@@ -1,4 +1,4 @@
-"""The report card as text for the terminal and as one self-contained HTML page with its pictures inside."""
+"""The report card as text for the terminal and as a self-contained HTML page with embedded figures."""
 
 import base64
 import html
@@ -21,7 +21,7 @@ td, th { padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #e4e8ee; font-v
 
 
 def share(value: Mapping[str, Any]) -> str:
-    """A share with its interval, in percent."""
+    """Format a share with its confidence interval, in percent."""
     if not value["count"]:
         return "no pairs"
     return f"{value['value']:.1%} [{value['low']:.1%}, {value['high']:.1%}], n = {value['count']}"
@@ -38,7 +38,7 @@ def text_table(card: Mapping[str, Any]) -> str:
 
 
 def html_page(card: Mapping[str, Any], *, title: str, facts: Mapping[str, str]) -> str:
-    """One HTML page: headline numbers, pictures, tables, and how to read them."""
+    """The report card as one HTML page: headline numbers, figures and tables."""
     accuracy = card["accuracy"]
     tiles = {
         "held-out accuracy": f"{accuracy['value']:.1%}",
@@ -85,7 +85,7 @@ def picture(card: Mapping[str, Any]) -> bytes:
 
 
 def write_page(card: Mapping[str, Any], path: Path, *, title: str, facts: Mapping[str, str]) -> None:
-    """Write the page, and the picture beside it as PNG."""
+    """Write the HTML page, and its figures beside it as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html_page(card, title=title, facts=facts), encoding="utf-8")
     path.with_suffix(".png").write_bytes(picture(card))
@@ -184,12 +184,12 @@ def _draw_histogram(axis: Any, scores: Mapping[str, Sequence[float]]) -> None:
 
 def _draw_lengths(axis: Any, buckets: Mapping[str, Mapping[str, float]]) -> None:
     rows = [row for row in buckets.values() if row["count"]]
-    places = range(len(rows))
+    positions = range(len(rows))
     low = [max(0.0, row["value"] - row["low"]) for row in rows]
     high = [max(0.0, row["high"] - row["value"]) for row in rows]
-    axis.errorbar(places, [row["value"] for row in rows], yerr=[low, high], fmt="o", capsize=4, color="#1f6feb")
+    axis.errorbar(positions, [row["value"] for row in rows], yerr=[low, high], fmt="o", capsize=4, color="#1f6feb")
     names = [name.removesuffix(" tokens") for name, row in buckets.items() if row["count"]]
-    axis.set_xticks(list(places), names, fontsize=8)
+    axis.set_xticks(list(positions), names, fontsize=8)
     axis.set(title="Accuracy by length", xlabel="tokens", ylabel="accuracy")
 
 

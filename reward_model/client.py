@@ -1,4 +1,4 @@
-"""A reward model behind HTTP, used like a local one: time-outs, retries with back-off, bounded concurrency."""
+"""Client of a reward-model server: a reward source with time-outs, retries with back-off, bounded concurrency."""
 
 import json
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from reward_model.text import Texts
 from rlhf_ppo.utils.redaction import redacted
 
 _TRANSIENT = (429, 500, 502, 503, 504)
-_LARGEST = 3.4e38  # float32
+_FLOAT32_MAX = 3.4e38
 
 
 class RemoteRewardModel:
-    """Scores from a server started by `python -m reward_model.serve`; an instance is a reward source."""
+    """A reward source that asks a server started by `python -m reward_model.serve`."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class RemoteRewardModel:
         batch_size: int = 128,
         concurrency: int = 4,
     ) -> None:
-        """Remember where to ask; nothing is sent yet.
+        """Set up the connection; nothing is sent yet.
 
         Args:
             url: The server's address, such as http://127.0.0.1:8018 (with or without /score).
@@ -39,7 +39,7 @@ class RemoteRewardModel:
             retries: Further attempts after a failed one (no connection, a time-out, status 429 or 5xx).
             backoff: Seconds before the second retry; doubled before each later one.
             batch_size: Samples in one request.
-            concurrency: Most requests under way at once.
+            concurrency: Maximum of simultaneous requests.
 
         Raises:
             ValueError: The address is not http(s), or a number is out of range.
@@ -53,7 +53,7 @@ class RemoteRewardModel:
             )
         self.url = url.rstrip("/").removesuffix("/score") + "/score"
         self.name = redacted(self.url)
-        """The address as messages show it, without user and password."""
+        """The address for messages, without user and password."""
         self.timeout = timeout
         self.attempts = retries + 1
         self.batch_size = batch_size
@@ -67,24 +67,26 @@ class RemoteRewardModel:
         self._session.headers.update({"Authorization": f"Bearer {token}"} if token else {})
 
     def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
-        """One score for each prompt-response text, in order.
+        """Request one score per prompt-response text, in order.
 
         Raises:
-            ConnectionError: No usable answer after the last attempt; names the server and the reason.
+            ConnectionError: No usable answer after the last attempt; the message names server and reason.
             ValueError: The server refused the request, or sent the wrong number of scores.
         """
         if len(prompts) != len(responses):
             raise ValueError(f"Each sample needs a prompt and a response, got {len(prompts)} and {len(responses)}.")
         starts = range(0, len(responses), self.batch_size)
-        parts = [(prompts[at : at + self.batch_size], responses[at : at + self.batch_size]) for at in starts]
+        batches = [
+            (prompts[start : start + self.batch_size], responses[start : start + self.batch_size]) for start in starts
+        ]
         with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-            answers = list(pool.map(lambda part: self._ask(*part), parts))
+            answers = list(pool.map(lambda batch: self._request(*batch), batches))
         return [score for answer in answers for score in answer]
 
-    def _ask(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+    def _request(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
         body = {"prompts": list(prompts), "responses": list(responses)}
         try:
-            # A redirect would carry texts, and perhaps the token, to where nobody has sent them.
+            # A redirect would send texts, and perhaps the token, to another server.
             answer = self._session.post(self.url, json=body, timeout=self.timeout, allow_redirects=False)
         except requests.RequestException as error:
             raise ConnectionError(
@@ -101,7 +103,7 @@ class RemoteRewardModel:
 
 
 def read_scores(body: str, count: int, url: str) -> list[float]:
-    """The scores of an answer, which is somebody else's and may hold anything.
+    """Parse and check the scores in a server's answer.
 
     Raises:
         ValueError: It is no JSON object with `count` finite numbers under "scores".
@@ -114,9 +116,9 @@ def read_scores(body: str, count: int, url: str) -> list[float]:
     if not isinstance(scores, list) or len(scores) != count:
         raise ValueError(f"The reward server {url} sent no {count} scores: {body:.200}")
     for index, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= _LARGEST:
+        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= _FLOAT32_MAX:
             raise ValueError(
                 f"The reward server {url} sent {score!r:.80} as score {index} of {count}, expected a finite number: "
-                "nothing can be learned from it. Mend the server, or let `TrainConfig.reward_failures` drop the sample."
+                "nothing can be learned from it. Repair the server, or let `TrainConfig.reward_failures` drop it."
             )
     return [float(score) for score in scores]

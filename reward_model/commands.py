@@ -1,4 +1,4 @@
-"""What the four commands share: parsing flags and a YAML file, and errors in one line."""
+"""Common parts of the four commands: parse flags and a YAML file, print errors in one line."""
 
 import logging
 import sys
@@ -13,11 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 
 def parse(types: Sequence[Any], arguments: Sequence[str] | None, *, program: str, description: str) -> tuple[Any, ...]:
-    """Dataclasses from the command line; `--config FILE.yaml` gives defaults that flags override.
+    """Parse dataclasses from the command line; `--config FILE.yaml` gives defaults that flags override.
 
     Args:
         types: Dataclasses with documented fields.
-        arguments: The command line; None is the process's.
+        arguments: The command line; None: `sys.argv`.
         program: Shown in the usage line.
         description: First lines of the help.
 
@@ -43,14 +43,14 @@ def parse(types: Sequence[Any], arguments: Sequence[str] | None, *, program: str
 
 
 class _Parser(HfArgumentParser):
-    """Errors in one line: the usage of forty flags would hide the reason."""
+    """Argument parser with errors in one line, without the usage of forty flags."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}. {self.prog} --help lists the flags.\n")
 
 
 def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str] | None = None) -> None:
-    """Call a command; what is the user's to mend ends in one line on stderr and exit status 2."""
+    """Call a command; an error that the user can fix is printed in one line on stderr, with exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("httpx", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -66,7 +66,7 @@ def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str]
 
 
 def column_names(pairs: Sequence[str] | None) -> dict[str, str]:
-    """`["chosen=better", ...]` as a mapping from our column names to the source's."""
+    """Parse `["chosen=better", ...]` into a mapping from our column names to those of the source."""
     mapping = {}
     for pair in pairs or []:
         ours, equals, theirs = pair.partition("=")

@@ -9,23 +9,23 @@ from reward_model.documented import documented
 @documented
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig:
-    """What to train from, on which texts, by which loss and for how long."""
+    """Settings of reward-model training: model, texts, loss, optimizer, evaluation."""
 
     model: str
     """Hub name or folder: a causal LM, an encoder, or a sequence classifier."""
     output_dir: str
-    """Folder of the finished reward model; it appears only when training has ended well."""
+    """Folder of the finished reward model; it is made only when training has succeeded."""
     overwrite: bool = False
-    """Whether an output folder that exists may be replaced."""
+    """Whether an existing output folder may be replaced."""
     seed: int = 0
-    """Seed of the head, the order of the data and everything else that is drawn."""
+    """Seed of the head, the order of the data and all other random numbers."""
 
     template: Literal["auto", "plain", "chat"] = "auto"
     """How prompt and response become one text; auto is chat for conversations and plain for text."""
     append_eos: bool | None = None
-    """Whether the end-of-text token closes each text; None: yes for plain text, where the tokenizer has one."""
+    """Whether the end-of-text token is appended to each text; None: for plain text, if the tokenizer has one."""
     max_length: int = 1024
-    """Most tokens of prompt + response (cut to the model's positions); longer training rows are dropped and counted."""
+    """Maximum tokens of prompt + response, at most the model's positions; longer rows are dropped and counted."""
 
     epochs: float = 1.0
     """Passes over the training pairs."""
@@ -34,46 +34,46 @@ class RewardModelConfig:
     schedule: str = "linear"
     """Name of a transformers learning-rate schedule; it ends at 0."""
     warmup: float = 0.05
-    """Share of all steps in which the learning rate rises from 0."""
+    """Share of all steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     batch_size: int = 64
-    """Comparisons in one optimizer step, over all processes and micro-batches."""
+    """Comparisons per optimizer step, over all processes and micro-batches."""
     micro_batch_size: int | None = None
-    """Comparisons in one forward pass of one process; None: batch_size over the number of processes."""
+    """Comparisons per forward pass and process; None: batch_size / number of processes."""
     max_grad_norm: float = 1.0
-    """Gradients above this global norm are scaled down to it."""
+    """Maximum global norm of the gradient, to which it is clipped."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass (weights stay float32); auto is bfloat16 on GPUs that have it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a fifth more time."""
     packing: bool = True
-    """On a CPU, texts of unequal length run side by side instead of padded, where the model computes the same."""
+    """On a CPU, run texts of unequal length packed instead of padded, if the model computes the same."""
     fast_products: bool = True
-    """On a CPU, matrix products in float32 run on oneDNN where it is clearly faster than torch's own."""
+    """On a CPU, compute float32 matrix products by oneDNN where it is clearly faster than torch's own."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
 
     label_smoothing: float = 0.0
-    """Share of labels taken to be flipped."""
+    """Assumed share of flipped labels."""
     centering: float = 0.0
     """Weight of the penalty on (r_chosen + r_rejected)^2; 0.01 is usual."""
     tie_strength: float = 1.0
-    """Davidson's nu, used when the data has ties: two equal completions tie with probability nu / (2 + nu)."""
+    """Davidson's nu, used if the data has ties: two equal completions tie with probability nu / (2 + nu)."""
     margin_scale: float = 1.0
-    """Factor of the margin column."""
+    """Factor on the margin column."""
 
     lora_rank: int = 0
     """Rank of LoRA adapters on all linear layers; 0 trains every weight."""
     lora_alpha: int = 32
-    """Scale of the adapters: they are multiplied by alpha / rank."""
+    """Scale of the adapters, which are multiplied by alpha / rank."""
     merge_adapter: bool = True
-    """Whether adapters are merged into plain weights at the end, or saved beside the contract."""
+    """Whether adapters are merged into the weights at the end, or saved as an adapter."""
 
     evaluations: int = 1
     """Held-out evaluations during training, evenly spaced; the last one is at the end."""
     early_stop_patience: int = 0
-    """Stop after this many evaluations without a better held-out accuracy, and keep the best; 0 never stops."""
+    """Stop after this many evaluations without a better held-out accuracy, and keep the best; 0: never stop."""
     resume: bool = False
     """Continue from the last checkpoint of an interrupted run with the same output folder."""
     checkpoints: int = 0

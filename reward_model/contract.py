@@ -1,7 +1,7 @@
-"""The contract file of a reward model: what a score means and which text it is a score of.
+"""The contract of a reward model, saved as `reward_model.json`: text rule, normalization, tokenizer fingerprint.
 
-It lies beside the weights as `reward_model.json`. Serving reads it and refuses what does not match, because a reward
-model fed with another template, tokenizer or end-of-text rule returns plausible numbers that mean nothing.
+It is saved beside the weights. Loading refuses what does not match, because a reward model with another template,
+tokenizer or end-of-text rule returns plausible numbers that mean nothing.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ _PROBES = (
 
 
 class ContractError(ValueError):
-    """An artifact that must not be used: the message names the field, what was expected and what was found."""
+    """A reward model that must not be used; the message names the field, what was expected and what was found."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextRule:
-    """How a prompt and a response become the token ids that are scored: one rule for training and serving."""
+    """How prompt and response become the token ids to score; the same rule in training and serving."""
 
     template: Template = "plain"
-    """`plain`: prompt + response as they are. `chat`: through the tokenizer's chat template, response as assistant."""
+    """`plain`: prompt + response. `chat`: the tokenizer's chat template, with the response as assistant."""
     append_eos: bool = True
-    """Whether the end-of-text token closes every text (once; a text that already ends with it gets no second one)."""
+    """Whether the end-of-text token is appended to every text that does not end with it."""
     max_length: int = 1024
-    """Most tokens of prompt + response. Training drops and counts longer texts, serving cuts their start."""
+    """Maximum tokens of prompt + response. Training drops and counts longer texts, serving cuts their start."""
 
     def __post_init__(self) -> None:
         if self.template not in ("plain", "chat"):
@@ -49,12 +49,12 @@ class TextRule:
 
 @dataclass(frozen=True, kw_only=True)
 class Normalization:
-    """score = gain · raw + bias, chosen so that reference texts have mean 0 and standard deviation 1."""
+    """Normalization score = gain · raw + bias, such that reference texts have mean 0 and standard deviation 1."""
 
     gain: float = 1.0
     bias: float = 0.0
     reference: str = "none"
-    """Whose samples were used: `none`, `evaluation` (held-out completions) or the name of a reference policy."""
+    """Origin of the reference texts: `none`, `evaluation` (held-out completions) or the name of a reference policy."""
     samples: int = 0
 
     def __post_init__(self) -> None:
@@ -69,20 +69,20 @@ class Normalization:
             )
 
     def apply(self, raw: float) -> float:
-        """The normalized score of a raw one."""
+        """Normalize a raw score."""
         return self.gain * raw + self.bias
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
-    """Everything that `reward_model.json` holds."""
+    """The content of `reward_model.json`."""
 
     kind: Literal["single", "ensemble"] = "single"
     format_version: int = FORMAT_VERSION
     base: str = ""
-    """What the training started from: a hub name or the last part of a folder's path."""
+    """The model that training started from: a hub name or the last part of a folder's path."""
     head: str = ""
-    """Parameter name of the scalar head: a checkpoint without it is refused."""
+    """Parameter name of the scalar head; a checkpoint without it is refused."""
     text: TextRule = field(default_factory=TextRule)
     tokenizer_sha256: str = ""
     normalization: Normalization = field(default_factory=Normalization)
@@ -96,7 +96,7 @@ class Contract:
     """Library versions at training time."""
 
     def write(self, folder: Path) -> None:
-        """Write the file into `folder`, whole or not at all."""
+        """Write the contract file into `folder`, atomically."""
         target = folder / CONTRACT_FILE
         temporary = target.with_suffix(".tmp")
         temporary.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -104,7 +104,7 @@ class Contract:
 
     @classmethod
     def read(cls, folder: Path) -> "Contract":
-        """Read and check the file of `folder`.
+        """Read and check the contract file of `folder`.
 
         Raises:
             ContractError: The file is missing, is no JSON, lacks or misspells a field, or is of another version.
@@ -123,7 +123,7 @@ class Contract:
 
     @classmethod
     def parse(cls, values: Any, path: Path) -> "Contract":
-        """Build the contract from decoded JSON; `path` is named in errors."""
+        """Check decoded JSON and build the contract from it; `path` is for messages."""
         if not isinstance(values, dict):
             raise ContractError(f"{path} must hold a JSON object, got {type(values).__name__}.")
         version = values.get("format_version")
@@ -136,14 +136,14 @@ class Contract:
             values = {**values, "normalization": values["normalisation"]}
             del values["normalisation"]
         known = {item.name for item in fields(cls)}
-        wrong = sorted(set(values) ^ known)
-        if wrong:
-            raise ContractError(f"{path}: missing or unknown fields {wrong}; expected exactly {sorted(known)}.")
+        differing = sorted(set(values) ^ known)
+        if differing:
+            raise ContractError(f"{path}: missing or unknown fields {differing}; expected exactly {sorted(known)}.")
         for name, kind in _KINDS.items():
             if not isinstance(values[name], kind):
                 raise ContractError(
-                    f"{path}: field {name} must be {kind.__name__}, got {type(values[name]).__name__}: the file is not "
-                    "as it was written. Restore it or train the model again."
+                    f"{path}: field {name} must be {kind.__name__}, got {type(values[name]).__name__}: the file was "
+                    "changed. Restore it or train the model again."
                 )
         try:
             parts = {"text": TextRule(**values["text"]), "normalization": Normalization(**values["normalization"])}
@@ -163,7 +163,7 @@ def _is_number(value: object) -> bool:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Fingerprint of what a tokenizer does: vocabulary, special tokens, chat template and the ids of probe texts."""
+    """SHA-256 of a tokenizer's vocabulary, special tokens, chat template and ids of probe texts."""
     content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),

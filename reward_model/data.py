@@ -1,4 +1,4 @@
-"""Preference data: rows of any accepted format become `Comparison`s, and every row that does not is named.
+"""Parse rows of preference data in any accepted format into `Comparison`s; malformed rows raise `BadRow`.
 
 Formats are told apart by their columns: `chosen` and `rejected` (with or without `prompt`, plain text or chat
 messages), `completions` with `ranks` or `scores`, and `text` with `label` (see `pairs.py`).
@@ -23,15 +23,15 @@ LONGEST_TEXT = 1_000_000
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message names its place, the field, what was expected and what was found."""
+    """A malformed row; the message names its location, the field, what was expected and what was found."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Completions of one prompt in the order of preference, best first."""
+    """Completions of one prompt, ordered by preference, best first."""
 
     prompt: Text
-    """Text or messages; "" or [] where the completions hold the whole text."""
+    """Text or messages; "" or [] if the completions hold the whole text."""
     completions: tuple[Text, ...]
     ranks: tuple[int, ...] = (0, 1)
     """0 is best; equal numbers are ties."""
@@ -41,11 +41,11 @@ class Comparison:
     """Probability that the first of two completions is the better one."""
     source: str = ""
     where: str = ""
-    """File and line, or row number, for messages."""
+    """Location for messages: file and line, or row number."""
 
     @property
     def is_pair(self) -> bool:
-        """Whether just two completions are compared."""
+        """Whether exactly two completions are compared."""
         return len(self.completions) == 2
 
     @property
@@ -54,16 +54,16 @@ class Comparison:
         return len(set(self.ranks)) == 1
 
     def key(self) -> str:
-        """Equal for rows that say the same: what duplicates are found by."""
+        """Key for finding duplicates: equal for equal comparisons."""
         return json.dumps([self.prompt, self.completions, self.ranks, self.preference], sort_keys=True, default=list)
 
     def prompt_key(self) -> str:
-        """The prompt as one string; "" where there is none."""
+        """The prompt as one string; "" if there is none."""
         return json.dumps(self.prompt, sort_keys=True, default=list) if self.prompt else ""
 
 
 def parse_row(row: Row, where: str) -> Comparison:
-    """The comparison that one preference row holds.
+    """Parse one row of preference data.
 
     Raises:
         BadRow: A field is missing or malformed.
@@ -183,7 +183,7 @@ def _messages(value: Sequence[Any], name: str, where: str) -> list[dict[str, Any
 
 
 def _split_prompt(prompt: Any, completions: tuple[Text, ...], where: str) -> tuple[Text, tuple[Text, ...]]:
-    """Prompt and completions; of conversations without one, the messages that all completions begin with."""
+    """Prompt and completions; without a prompt, the messages that all completions share at the start are the prompt."""
     if isinstance(completions[0], str):
         if prompt is not None and not isinstance(prompt, str):
             raise BadRow(f"{where}: field 'prompt' must be text like the completions, got {type(prompt).__name__}.")

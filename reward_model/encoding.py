@@ -1,4 +1,4 @@
-"""Comparisons as token ids, and batches of them: what the trainer's data loader reads."""
+"""Tokenize comparisons, collate them into batches, and order them by length for the trainer's data loader."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -17,17 +17,18 @@ from rlhf_ppo.batch import pad_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """Token ids of the comparisons that fit, and what became of the others."""
+class EncodedComparisons:
+    """Token ids of the comparisons within the length limit, and the number of dropped ones."""
 
     dataset: Dataset
     kept: list[Comparison]
+    """The comparisons of `dataset`, in its order."""
     too_long: int
-    """Comparisons dropped because a text has more than `max_length` tokens."""
+    """Number of comparisons with a text of more than `max_length` tokens, which are dropped."""
 
 
-def encode_comparisons(comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule) -> Encoded:
-    """Tokenize each comparison and drop those with a text above `rule.max_length`, counted.
+def encode_comparisons(comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule) -> EncodedComparisons:
+    """Tokenize comparisons; drop and count those with a text longer than `rule.max_length`.
 
     The columns are those of trl's preference collator (`chosen_ids`, `rejected_ids`: best and worst) plus the label
     details and, for more than two completions, `middle_ids` and `ranks`.
@@ -48,11 +49,11 @@ def encode_comparisons(comparisons: Sequence[Comparison], tokenizer: Any, rule: 
             f"{rule.max_length} tokens, or the data is empty. Raise max_length or check the columns."
         )
     dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
-    return Encoded(dataset=dataset, kept=kept, too_long=len(comparisons) - len(kept))
+    return EncodedComparisons(dataset=dataset, kept=kept, too_long=len(comparisons) - len(kept))
 
 
 def fingerprint(comparisons: Sequence[Comparison]) -> str:
-    """SHA-256 of what the comparisons say, in order."""
+    """SHA-256 of the contents of the comparisons, in order."""
     digest = hashlib.sha256()
     for comparison in comparisons:
         digest.update(f"{comparison.key()}|{comparison.margin}|{comparison.weight}\n".encode())
@@ -75,7 +76,7 @@ def _row(comparison: Comparison, ids: list[list[int]]) -> dict[str, Any]:
 
 @dataclass
 class ComparisonCollator(DataCollatorForPreference):
-    """trl's collator (chosen rows, then rejected rows, padded on the right) with our label columns.
+    """trl's collator (chosen rows, then rejected rows, padded on the right) with further label columns.
 
     Rankings add the middle completions below, and `groups` [rows, K] says which rows form a comparison, best first.
     """
@@ -106,20 +107,20 @@ class ComparisonCollator(DataCollatorForPreference):
 
 
 class LengthGroupedBatches(Sampler[int]):
-    """A fresh order each epoch in which an optimizer step sees texts of similar length, and padding stays small.
+    """Samples a new order each epoch, in which the texts of an optimizer step have similar lengths, to save padding.
 
     Unlike transformers' sampler, the order depends on seed and epoch alone, neither on the number of processes nor on
     how a step is cut into micro-batches, and steps of long and short texts come in random order.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, pool: int = 32) -> None:
-        """Set up the order.
+        """Set up the sampler.
 
         Args:
             lengths: Tokens of each example.
-            batch_size: Examples in one optimizer step, over all processes.
+            batch_size: Examples per optimizer step, over all processes.
             seed: Seed of the order.
-            pool: Steps that are drawn together and sorted by length; larger pads less and mixes less.
+            pool: Number of steps that are sorted by length together; a larger pool pads less and mixes less.
         """
         self.lengths = list(lengths)
         self.batch_size = batch_size
@@ -128,7 +129,7 @@ class LengthGroupedBatches(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of this epoch."""
+        """Set the epoch, which determines the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:

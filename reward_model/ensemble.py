@@ -1,4 +1,4 @@
-"""Several reward models as one: the mean of their normalized scores, or a cautious lower bound of it."""
+"""Ensembles of reward models: the mean of their normalized scores, or a lower bound of it."""
 
 import shutil
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from reward_model.text import Texts
 
 
 class EnsembleRewardModel:
-    """Mean of the members' normalized scores, less `caution` standard deviations over the members.
+    """Scores by the mean over members of their normalized scores, minus `caution` standard deviations over members.
 
     Every member is normalized to mean 0 and standard deviation 1 on its reference samples, so the scores are on one
     scale. A positive caution penalizes texts that the members disagree on (Coste et al. 2024, eq. 6), which is where
@@ -37,13 +37,13 @@ class EnsembleRewardModel:
         self.caution = caution
 
     def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
-        """One score for each prompt-response text."""
+        """One score per prompt-response text."""
         if not len(prompts) and not len(responses):
             return []
         return self.combine(torch.tensor(self.member_scores(prompts, responses), dtype=torch.float64)).tolist()
 
     def combine(self, scores: Float[Tensor, "members samples"]) -> Float[Tensor, " samples"]:
-        """Mean over members, less `caution` standard deviations."""
+        """Mean over members, minus `caution` standard deviations."""
         return scores.mean(dim=0) - self.caution * scores.std(dim=0)
 
     def member_scores(self, prompts: Texts, responses: Texts) -> list[list[float]]:
@@ -64,7 +64,7 @@ def save_ensemble(members: Sequence[Path], output: Path, metrics: dict[str, floa
 
     Args:
         members: Folders of trained reward models; they are moved.
-        output: The folder to make; it appears by one rename.
+        output: The folder to make, atomically.
         metrics: Held-out metrics of the ensemble.
     """
     partial = output.with_name(output.name + ".partial")
@@ -84,13 +84,13 @@ def save_ensemble(members: Sequence[Path], output: Path, metrics: dict[str, floa
 def load_reward_model(
     path: str | Path, *, device: str | torch.device | None = None, caution: float = 0.0, max_tokens: int = 16_384
 ) -> RewardModel | EnsembleRewardModel:
-    """A reward model or an ensemble, whichever the folder holds.
+    """Load a reward model or an ensemble from a folder.
 
     Args:
         path: The folder.
-        device: Where to compute; None is the first GPU if there is one.
+        device: Device of the weights; None: the first GPU if there is one.
         caution: Standard deviations over the members that an ensemble's score is lowered by.
-        max_tokens: Most padded tokens in one forward pass.
+        max_tokens: Maximum of padded tokens per forward pass.
 
     Raises:
         ContractError: As `RewardModel.from_pretrained`; also when caution is asked of a single model.

@@ -1,4 +1,4 @@
-"""Judge a reward model on held-out comparisons: `python -m reward_model.evaluate --help`."""
+"""Evaluate a reward model on held-out comparisons: `python -m reward_model.evaluate --help`."""
 
 import importlib
 import json
@@ -20,18 +20,18 @@ from reward_model.report_card import Scorer, report_card
 @documented
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What to judge, on what, and where to write."""
+    """Reward model, held-out data and output files."""
 
     model: str
     """Folder of a reward model or an ensemble (or its first argument)."""
     data: str
-    """Held-out preferences, in any format that training takes."""
+    """Held-out preferences, in any format that training accepts."""
     split: str = "test"
     """Which split of a folder or hub dataset."""
     columns: list[str] = field(default_factory=list)
     """Names of the source's columns: ours=theirs."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """At a malformed row: stop with its place, or leave it out and count it."""
+    """At a malformed row: stop with its location, or skip and count it."""
     judge: str | None = None
     """Independent scorer for the best-of-N curve: another reward model's folder, or module:function."""
     page: str | None = None
@@ -43,12 +43,12 @@ class EvaluateConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print the table, write JSON and page, and return the numbers."""
+    """Compute the report card, print it, write it as JSON and HTML, and return it."""
     (config,) = parse(
         (EvaluateConfig,),
         _named_model(arguments),
         program="python -m reward_model.evaluate",
-        description="Judge a reward model on held-out comparisons: accuracy, calibration, biases, stability.",
+        description="Evaluate a reward model on held-out comparisons: accuracy, calibration, biases, stability.",
     )
     folder = Path(config.model)
     model = load_reward_model(folder)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def load_judge(name: str | None) -> Scorer | None:
-    """A scorer by the folder of a reward model or by `module:function`.
+    """Load a scorer: the folder of a reward model, or `module:function`.
 
     Raises:
         ValueError: It is neither.
@@ -93,7 +93,7 @@ def load_judge(name: str | None) -> Scorer | None:
 
 
 def contract_facts(contract: Contract) -> dict[str, str]:
-    """What a reader of the page wants to know of a contract."""
+    """The facts of a contract that the report card shows, by name."""
     return {
         "trained from": contract.base,
         "kind": contract.kind if contract.kind == "single" else f"ensemble of {len(contract.members)}",
@@ -107,7 +107,7 @@ def contract_facts(contract: Contract) -> dict[str, str]:
 
 
 def _named_model(arguments: Sequence[str] | None) -> list[str] | None:
-    """`evaluate MODEL --data ...` as `evaluate --model MODEL --data ...`."""
+    """Rewrite `MODEL --data ...` to `--model MODEL --data ...`."""
     import sys
 
     line = list(sys.argv[1:] if arguments is None else arguments)
@@ -115,7 +115,7 @@ def _named_model(arguments: Sequence[str] | None) -> list[str] | None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has neither nan nor infinity."""
+    """Replace nan and infinity, which JSON does not have, by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""LoRA adapters around a reward model: how they are made, merged, saved and loaded with their head."""
+"""LoRA adapters of a reward model: configure, merge, and load with their scalar head."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def lora_config(model: Any, *, rank: int, alpha: int) -> LoraConfig:
-    """Adapters on every linear layer but the head, which is trained and saved whole.
+    """LoRA configuration: adapters on every linear layer; the head is fully trained and saved.
 
     Args:
         model: The classifier to be adapted.
@@ -46,11 +46,11 @@ def plain_model(trained: Any, *, merge: bool) -> tuple[Any, Any]:
 
 
 def load_adapter(folder: Path, contract: Contract, *, dtype: torch.dtype) -> Any:
-    """The base model with the adapter of `folder` on it.
+    """Load the base model with the adapter of `folder`.
 
     Raises:
-        ContractError: The adapter does not hold the head, or its base model cannot be loaded. Without the check a
-            missing head would be drawn at random, silently.
+        ContractError: The adapter does not hold the head, or its base model cannot be loaded. Without this check
+            a missing head would silently be random.
     """
     head = contract.head.removesuffix(".weight").split(".")[-1]
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:

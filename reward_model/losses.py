@@ -1,7 +1,7 @@
-"""Preference losses: pure functions from scores to one loss per comparison. No model, no state.
+"""Preference losses: pure functions from scores to one loss per comparison.
 
-A score r(x, y) is a log-strength: every model below makes exp(r) the worth of a completion, and only differences of
-scores within one comparison matter (until `centering_penalty` pins the level).
+In every model below exp(r) is the strength of a completion with score r, and only differences of scores within one
+comparison matter (except for `centering_penalty`).
 """
 
 import torch
@@ -30,7 +30,7 @@ def bradley_terry_loss(
         chosen, rejected: Scores of the two completions.
         margin: How far apart the scores should at least be, in score units (Touvron et al. 2023, eq. 2); None is 0.
         preference: p, the probability in [0, 1] that `chosen` is the better one; None is 1.
-        label_smoothing: ε, the share of labels that are taken to be flipped.
+        label_smoothing: ε, the assumed share of flipped labels.
     """
     logits = chosen - rejected if margin is None else chosen - rejected - margin
     target = torch.ones_like(logits) if preference is None else preference
@@ -63,14 +63,14 @@ def davidson_loss(
     preference: Pairs | None = None,
     label_smoothing: float = 0.0,
 ) -> Pairs:
-    """Negative log-likelihood of a win, a loss or a tie in the Davidson (1970) model.
+    """Negative log-likelihood of a win, loss or tie in the Davidson (1970) model.
 
     Davidson and not Rao-Kupper (1967): its three outcomes are one softmax, it keeps the Bradley-Terry odds between
     win and loss, and the expected number of points (win 1, tie 1/2) stays a sufficient statistic.
 
     Args:
         chosen, rejected: Scores of the two completions; which is which does not matter in a tie.
-        tie: True where neither was better. `preference`, `margin` and smoothing then do not count.
+        tie: True where neither is better; `preference`, `margin` and smoothing are not used there.
         tie_strength: ν > 0, see `davidson_log_probabilities`.
         margin, preference, label_smoothing: As in `bradley_terry_loss`.
     """
@@ -90,7 +90,7 @@ def plackett_luce_loss(
 
         loss = -Σ_i [ r_i - log Σ_{j: rank_j >= rank_i} exp(r_j) ]
 
-    The sum runs over all items but those of the last rank: being left over tells nothing. Items that share a rank
+    The sum is over all items but those of the last rank, which are not chosen over any other. Items that share a rank
     share one denominator (Breslow 1974). With two items it is Bradley-Terry.
 
     Args:
@@ -98,18 +98,18 @@ def plackett_luce_loss(
         ranks: 0 is best; equal numbers are ties.
         mask: True for an item, False for padding.
     """
-    junk = ~mask
-    scores = scores.masked_fill(junk, 0.0)
-    last = ranks.masked_fill(junk, -1).amax(dim=1, keepdim=True)
+    padding = ~mask
+    scores = scores.masked_fill(padding, 0.0)
+    last = ranks.masked_fill(padding, -1).amax(dim=1, keepdim=True)
     at_risk = (ranks[:, None, :] >= ranks[:, :, None]) & mask[:, None, :]
-    at_risk = at_risk | junk[:, :, None]  # a padded row needs a finite denominator; it is dropped below
+    at_risk = at_risk | padding[:, :, None]  # a padded row needs a finite denominator; it is dropped below
     denominators = scores[:, None, :].expand(at_risk.shape).masked_fill(~at_risk, -torch.inf).logsumexp(dim=-1)
     counted = mask & (ranks < last)
     return torch.where(counted, denominators - scores, 0.0).sum(dim=1)
 
 
 def centering_penalty(scores: Float[Tensor, "groups items"], mask: Bool[Tensor, "groups items"]) -> Groups:
-    """Squared level of a comparison's scores (Eisenstein et al. 2023, eq. 2), so that rewards stay near mean 0.
+    """Penalty on the level of a comparison's scores (Eisenstein et al. 2023, eq. 2), which keeps rewards near mean 0.
 
     (r_1 + ... + r_K)² (2 / K)²: for a pair the (r_chosen + r_rejected)² of the paper.
     """
@@ -118,11 +118,11 @@ def centering_penalty(scores: Float[Tensor, "groups items"], mask: Bool[Tensor, 
 
 
 def weighted_mean(losses: Groups, weights: Groups, total: Tensor | None = None) -> Float[Tensor, ""]:
-    """Σ w l / Σ w: a comparison of weight 2 counts as two equal ones.
+    """Weighted mean Σ w l / Σ w: a comparison of weight 2 counts as two equal ones.
 
     Args:
-        losses: One a comparison.
-        weights: >= 0.
+        losses: One per comparison.
+        weights: >= 0, one per comparison.
         total: Sum of weights of the whole optimizer step, over micro-batches and processes; None is the sum here.
     """
     denominator = weights.sum() if total is None else total

@@ -1,4 +1,4 @@
-"""How well scores agree with preferences: pure functions of score differences."""
+"""Metrics of a reward model: pure functions of score differences between chosen and rejected completions."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A share of successes with its 95 % Wilson interval."""
+    """A proportion with its 95 % Wilson interval."""
 
     value: float
     low: float
@@ -20,7 +20,7 @@ class Share:
 
 
 def wilson(successes: float, count: int, *, z: float = 1.959964) -> Share:
-    """Share of successes with the score interval of Wilson (1927): sound near 0 and 1 and for small counts."""
+    """Proportion of successes with the interval of Wilson (1927), which is valid near 0 and 1 and for small counts."""
     if count == 0:
         return Share(value=math.nan, low=math.nan, high=math.nan, count=0)
     share = successes / count
@@ -60,9 +60,9 @@ def reliability(differences: Tensor, *, bins: int = 10) -> list[tuple[float, flo
 
 
 def best_temperature(differences: Tensor) -> float:
-    """T > 0 under which σ(d / T) fits the preferences best (Guo et al. 2017); below 1 the scores are too timid.
+    """T > 0 under which σ(d / T) fits the preferences best (Guo et al. 2017); below 1 the scores are underconfident.
 
-    Found by bisection: the log loss is convex in 1/T. Infinite where no scale fits (half of the pairs or more wrong).
+    Found by bisection: the log loss is convex in 1/T. Infinite if no scale fits (mean difference <= 0).
     """
     values = differences.double()
     low, high = 0.0, 1e4
@@ -76,9 +76,9 @@ def best_temperature(differences: Tensor) -> float:
 
 
 def length_slope(differences: Tensor, length_gaps: Tensor) -> float:
-    """Score gained per token of extra length: least squares of d on the length gap, through the origin.
+    """Score gain per token of extra length: least squares of d on the length gap, through the origin.
 
-    A pair and its mirror image say the same, so there is no intercept. With labels that do not depend on length, a
+    A pair and its mirror image are equivalent, so there is no intercept. With labels that do not depend on length, a
     slope away from 0 is a bias.
     """
     gaps, values = length_gaps.double(), differences.double()
@@ -87,9 +87,9 @@ def length_slope(differences: Tensor, length_gaps: Tensor) -> float:
 
 
 def best_of_n(proxy: Tensor, gold: Tensor, n: int) -> float:
-    """Expected gold score of the proxy's favourite among `n` samples drawn without replacement from a pool.
+    """Expected gold score of the sample with the highest proxy score among `n` drawn from a pool without replacement.
 
-    The estimator of Nakano et al. (2021, app. I): the i-th lowest of m samples by proxy is the favourite in
+    The estimator of Nakano et al. (2021, app. I): the i-th lowest of m samples by proxy is the highest in
     C(i-1, n-1) of the C(m, n) draws.
     """
     order = torch.argsort(proxy, stable=True)

@@ -1,4 +1,4 @@
-"""The trained reward model as PPO uses it: texts in, one float a text out."""
+"""`RewardModel`, a trained reward model as a reward source: texts in, one score per text out."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,10 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 class RewardModel:
-    """Scores of prompt-response texts by one trained model with its own tokenizer.
+    """Scores prompt-response texts with one trained model and its own tokenizer.
 
-    An instance is a reward source: `reward_model(prompts=..., responses=...)` returns a list of floats. It is never
-    in training mode, takes no gradient, and its scores do not depend on what else stands in the batch.
+    An instance is a reward source: `reward_model(prompts=..., responses=...)` returns a list of floats. It is always in
+    eval mode, without gradients, and its scores do not depend on the other texts of the batch.
     """
 
     def __init__(self, model: Any, tokenizer: Any, contract: Contract, *, max_tokens: int = 16_384) -> None:
@@ -33,16 +33,16 @@ class RewardModel:
 
         Args:
             model: Sequence classifier with one label.
-            tokenizer: Its own tokenizer, whatever the policy's is.
+            tokenizer: Tokenizer of this model, not of the policy.
             contract: Text rule and normalization.
-            max_tokens: Most padded tokens in one forward pass.
+            max_tokens: Maximum of padded tokens per forward pass.
         """
         self.model = model.eval()
         self.tokenizer = prepare_tokenizer(tokenizer, contract.text, source=contract.base or "the reward model")
         self.contract = contract
         self.max_tokens = max_tokens
-        self._packs: bool | None = None
-        """Whether rows of unequal length run side by side on a CPU; None: not tried yet."""
+        self._can_pack: bool | None = None
+        """Whether rows of unequal length run packed (on a CPU); None: not tried yet."""
 
     @classmethod
     def from_pretrained(
@@ -57,13 +57,13 @@ class RewardModel:
 
         Args:
             path: The folder.
-            device: Where to compute; None is this process's GPU if there is one, else the CPU.
-            dtype: Of the weights. float32 gives the scores that were measured in training.
-            max_tokens: Most padded tokens in one forward pass.
+            device: Device of the weights; None: this process's GPU if there is one, else the CPU.
+            dtype: Dtype of the weights; float32 gives the scores that were measured in training.
+            max_tokens: Maximum of padded tokens per forward pass.
 
         Raises:
             ContractError: The contract is missing or malformed, the head is missing from the checkpoint, the
-                tokenizer is not the one of the training, or text.max_length exceeds the model's positions.
+                tokenizer is not that of the training, or text.max_length exceeds the model's positions.
         """
         folder = Path(path)
         contract = Contract.read(folder)
@@ -75,88 +75,90 @@ class RewardModel:
         return cls(model.to(default_device() if device is None else device), tokenizer, contract, max_tokens=max_tokens)
 
     def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
-        """Normalized scores, gain · raw + bias, one for each prompt-response text.
+        """Normalized scores, gain · raw + bias, one per prompt-response text.
 
         Args:
-            prompts: Texts, or lists of chat messages; "" where the response stands alone.
+            prompts: Texts, or lists of chat messages; "" for a response without a prompt.
             responses: Texts, or lists of chat messages.
 
         Raises:
-            ValueError: Unequal numbers, or a score that is not finite; names the sample.
-            TypeError: A prompt or response that is neither text nor messages; names the sample.
+            ValueError: Unequal numbers of texts, or a score that is not finite; the message names the sample.
+            TypeError: A prompt or response is neither text nor messages; the message names the sample.
         """
         return [self.contract.normalization.apply(raw) for raw in self.raw_scores(prompts, responses)]
 
     def check_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[str, str, str]]:
-        """What sets these texts apart from those of the training, each as (found, cause, remedy): for PPO's doctor."""
-        rule, wrong = self.contract.text, []
-        marked = [index for index, prompt in enumerate(prompts) if any(mark in prompt for mark in self._markup())]
-        if marked:
-            twice = rule.template == "chat"
-            wrong.append((
-                f"{len(marked)} of {len(prompts)} prompts hold chat markup, e.g. sample {marked[0]}",
+        """Problems of texts unlike those of the training, each as (evidence, cause, remedy), for PPO's doctor."""
+        rule, problems = self.contract.text, []
+        with_markup = [index for index, prompt in enumerate(prompts) if any(mark in prompt for mark in self._markup())]
+        if with_markup:
+            is_chat = rule.template == "chat"
+            problems.append((
+                f"{len(with_markup)} of {len(prompts)} prompts hold chat markup, e.g. sample {with_markup[0]}",
                 "it was trained on "
-                + ("conversations: their template is applied here once more" if twice else "plain text"),
+                + ("conversations: their template is applied here once more" if is_chat else "plain text"),
                 "give it the messages themselves (a reward source of your own that passes the dataset's column)"
-                if twice
+                if is_chat
                 else "train a reward model with template='chat', or prompts without markup",
             ))  # fmt: skip
         pairs = zip(prompts, responses, strict=True)
         lengths = [len(encode(self.tokenizer, rule, prompt, answer, truncate=False)) for prompt, answer in pairs]
         cut_short = sum(length > rule.max_length for length in lengths)
         if cut_short:
-            wrong.append((
+            problems.append((
                 f"{cut_short} of {len(lengths)} texts are longer than the {rule.max_length} tokens of its training",
                 "their start is cut off before they are scored",
                 "shorten prompts or responses, or train a reward model with a larger max_length",
             ))  # fmt: skip
-        return wrong
+        return problems
 
     def _markup(self) -> list[str]:
-        """What the chat template writes around a message, and markup of the common templates."""
-        known = ["<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|user|>"]
+        """Markup of common chat templates, and the text that the tokenizer's template puts before a message."""
+        common = ["<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|user|>"]
         if not self.tokenizer.chat_template:
-            return known
+            return common
         text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": "\x00"}], tokenize=False))
         before = text.split("\x00")[0].strip()
-        return [*known, before] if len(before) > 3 else known
+        return [*common, before] if len(before) > 3 else common
 
     def raw_scores(self, prompts: Texts, responses: Texts) -> list[float]:
-        """The logits themselves: what AutoModelForSequenceClassification gives for the same folder and token ids."""
+        """The logits, as AutoModelForSequenceClassification returns them for the same folder and token ids."""
         _check_texts(prompts, responses)
         rule = self.contract.text
         pairs = zip(prompts, responses, strict=True)
         return self.score_ids([encode(self.tokenizer, rule, prompt, answer, truncate=True) for prompt, answer in pairs])
 
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Raw scores of token ids: sorted by length, cut into batches of at most `max_tokens` padded tokens."""
+        """Raw scores of token ids, computed in batches of similar length and at most `max_tokens` padded tokens."""
         if not rows:
             return []
         for index, row in enumerate(rows):
             if not row:
                 raise ValueError(f"Sample {index} has no tokens (prompt and response are empty): nothing to score.")
         scores = torch.zeros(len(rows))
-        for piece in split_into_micro_batches(torch.tensor([len(row) for row in rows]), token_budget=self.max_tokens):
-            scores[piece] = self._forward([rows[index] for index in piece.tolist()])
-        bad = [index for index, score in enumerate(scores.tolist()) if not math.isfinite(score)]
-        if bad:
+        for micro_batch in split_into_micro_batches(
+            torch.tensor([len(row) for row in rows]), token_budget=self.max_tokens
+        ):
+            scores[micro_batch] = self._forward([rows[index] for index in micro_batch.tolist()])
+        nonfinite = [index for index, score in enumerate(scores.tolist()) if not math.isfinite(score)]
+        if nonfinite:
             raise ValueError(
-                f"The reward model gives a score that is not finite for sample {bad[0]} ({len(bad)} of {len(rows)} in "
-                "all). Its weights may hold nan, or float16 overflows: load it with dtype=torch.float32."
+                f"The reward model gives a score that is not finite for sample {nonfinite[0]} ({len(nonfinite)} of "
+                f"{len(rows)}). Its weights may hold nan, or float16 overflows: load it with dtype=torch.float32."
             )
         return scores.tolist()
 
     def with_normalization(self, gain: float, bias: float, *, reference: str, samples: int) -> "RewardModel":
-        """The same model under another normalization."""
+        """The same model with another normalization."""
         normalization = replace(self.contract.normalization, gain=gain, bias=bias, reference=reference, samples=samples)
         contract = replace(self.contract, normalization=normalization)
         return RewardModel(self.model, self.tokenizer, contract, max_tokens=self.max_tokens)
 
     @torch.inference_mode()
     def left_padded_scores(self, rows: Sequence[Sequence[int]]) -> list[float] | None:
-        """Raw scores with the padding in front and positions counted from the first real token, in one batch.
+        """Raw scores with left padding, and positions counted from the first real token, in one batch.
 
-        A check that padding does not leak into scores; None for models that cannot be padded on the left (encoders,
+        For checking that padding does not change scores; None for models that cannot be padded on the left (encoders,
         which read the score at the first position).
         """
         if not getattr(self.model.config, "is_decoder", False) and not hasattr(self.model, "score"):
@@ -182,18 +184,18 @@ class RewardModel:
 
     @contextmanager
     def _unpadded(self, rows: list[torch.Tensor]) -> Iterator[None]:
-        """Inside, on a CPU, padding does not go through the layers; products stay torch's own, to the last bit."""
+        """Context manager: while active, padding is not computed on a CPU; products are torch's, bit for bit."""
         layers = layers_of(self.model)
-        if self._packs is None and len({len(row) for row in rows}) > 1:
-            self._packs = self.model.device.type == "cpu" and can_be_packed(layers, rows)
-        with unpadded(layers) if self._packs else nullcontext():
+        if self._can_pack is None and len({len(row) for row in rows}) > 1:
+            self._can_pack = self.model.device.type == "cpu" and can_be_packed(layers, rows)
+        with unpadded(layers) if self._can_pack else nullcontext():
             yield
 
 
 def load_classifier(folder: Path, contract: Contract, *, dtype: torch.dtype) -> Any:
-    """The classifier of `folder`, refused where its checkpoint does not hold the head.
+    """Load the classifier of `folder`; raise if its checkpoint lacks the head.
 
-    transformers draws a missing head at random and only logs it: rewards would be noise, silently.
+    transformers initializes a missing head at random and only logs it: rewards would silently be noise.
     """
     if (folder / ADAPTER_FILE).is_file():
         from reward_model.lora import load_adapter
@@ -220,7 +222,7 @@ def load_classifier(folder: Path, contract: Contract, *, dtype: torch.dtype) -> 
 
 
 def check_tokenizer(tokenizer: Any, model: Any, contract: Contract, folder: Path) -> None:
-    """Refuse a tokenizer or a length limit that is not the one of the training."""
+    """Check that the tokenizer is that of the training, and that the model has enough positions."""
     found = tokenizer_sha256(tokenizer)
     if found != contract.tokenizer_sha256:
         raise ContractError(
@@ -237,7 +239,7 @@ def check_tokenizer(tokenizer: Any, model: Any, contract: Contract, folder: Path
 
 def _check_texts(prompts: Any, responses: Any) -> None:
     if isinstance(prompts, str) or isinstance(responses, str):
-        raise TypeError("prompts and responses must be lists with one text a sample, got a single string.")
+        raise TypeError("prompts and responses must be lists with one text per sample, got a single string.")
     if len(prompts) != len(responses):
         raise ValueError(f"Each sample needs a prompt and a response, got {len(prompts)} and {len(responses)}.")
     for name, texts in (("prompts", prompts), ("responses", responses)):

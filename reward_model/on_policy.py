@@ -1,4 +1,4 @@
-"""A reward model that stands on the policy's base: its adapter and head are all that it adds to memory."""
+"""Load a LoRA reward model onto the policy's base model: only its adapter and head take further memory."""
 
 from pathlib import Path
 
@@ -11,18 +11,18 @@ from rlhf_ppo.models.shared_base_adapters import attach_reward_adapter
 
 
 def reward_on_policy(policy: PreTrainedModelWrapper, path: str | Path, *, max_tokens: int = 16_384) -> RewardModel:
-    """The reward model of `path` on the base of `policy`: the same scores as `RewardModel.from_pretrained(path)`.
+    """Load the reward model of `path` onto the base of `policy`; it scores as `RewardModel.from_pretrained(path)`.
 
-    Do it before the trainer is built. The base's precision is the policy's: with bfloat16 weights, scores are those of
+    Call it before the trainer is built. The precision is that of the policy: with bfloat16 weights, scores are those of
     a reward model loaded in bfloat16.
 
     Args:
         policy: A causal policy with adapters, on the base that the reward model was trained on.
         path: Folder that `train_reward_model` wrote with `lora_rank` and `merge_adapter=False`.
-        max_tokens: Most padded tokens in one forward pass.
+        max_tokens: Maximum of padded tokens per forward pass.
 
     Raises:
-        ContractError: There is no adapter in the folder, or what lies there does not belong together.
+        ContractError: The folder has no adapter, or its files do not match each other.
         ValueError: The policy has no adapters, or another base.
     """
     folder = Path(path)

@@ -1,4 +1,4 @@
-"""Labeled texts become preference pairs: a text of a higher label is preferred to one of a lower label."""
+"""Make preference pairs from labeled texts: a text of a higher label is preferred to one of a lower label."""
 
 import random
 from collections import Counter
@@ -11,18 +11,18 @@ from reward_model.data import BadRow, Comparison
 def pairs_from_labels(
     texts: Sequence[str], labels: Sequence[float], *, seed: int, rounds: int = 1, source: str = ""
 ) -> list[Comparison]:
-    """Pairs of texts with different labels; in each round no text is used twice.
+    """Make pairs of texts with different labels; in each round no text is used twice.
 
-    The texts are shuffled and sorted by label, and text i meets text i + M, M being the size of the largest class or
-    half of all, whichever is more: so far apart no label is the same, and no text is met twice. Balanced labels use
+    The texts are shuffled and sorted by label, and text i is paired with text i + M, where M is the size of the largest
+    class or half of all, whichever is larger: then the labels differ, and no text is used twice. Balanced labels use
     every text.
 
     Args:
         texts: The labeled texts.
         labels: Numbers, high is better.
-        seed: Seed of the draw.
-        rounds: How many times each text may appear, each time against another partner.
-        source: Name of the origin, kept in every pair.
+        seed: Seed of the shuffling.
+        rounds: Maximum of pairs per text, each with another partner.
+        source: Value of `Comparison.source` of every pair.
 
     Raises:
         ValueError: Fewer than two different labels, or unequal numbers of texts and labels.
@@ -49,13 +49,13 @@ def pairs_from_labels(
 
 
 def excerpt(text: str, *, max_words: int, min_words: int | None = None, generator: random.Random | None = None) -> str:
-    """At most `max_words` consecutive words of `text`, with single spaces.
+    """An excerpt of at most `max_words` consecutive words, with single spaces.
 
     Args:
         text: The whole text.
         max_words: Upper bound.
-        min_words: With a generator, the length is drawn between this and `max_words`; None: always `max_words`.
-        generator: Draws the start of the excerpt; None takes the text's beginning.
+        min_words: With a generator, the length is random between this and `max_words`; None: always `max_words`.
+        generator: Chooses the start of the excerpt; None: the beginning of the text.
     """
     words = text.split()
     length = max_words
@@ -66,7 +66,7 @@ def excerpt(text: str, *, max_words: int, min_words: int | None = None, generato
 
 
 def label_number(label: Any, where: str) -> float:
-    """A label as a number: numbers as they are, booleans and the words positive/negative as 1 and 0."""
+    """Convert a label to a number; booleans and words such as positive/negative become 1 and 0."""
     words = {"positive": 1.0, "pos": 1.0, "good": 1.0, "negative": 0.0, "neg": 0.0, "bad": 0.0}
     if isinstance(label, str) and label.strip().lower() in words:
         return words[label.strip().lower()]

@@ -1,4 +1,4 @@
-"""trl's RewardTrainer with the losses and the order of data that it does not have."""
+"""`PreferenceTrainer`: trl's RewardTrainer with further losses, and batches of similar length."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -30,21 +30,23 @@ class PreferenceTrainer(RewardTrainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, *, settings: RewardModelConfig, has_ties: bool, **options: Any) -> None:
-        """Take trl's arguments, and two of our own.
+        """Set up trl's trainer.
 
         Args:
-            settings: The run's configuration.
-            has_ties: Whether the training pairs hold ties, so that the Davidson model is needed.
+            settings: Configuration of the run.
+            has_ties: Whether training pairs hold ties, which need the Davidson model.
             **options: Arguments of trl.RewardTrainer; the datasets must be encoded.
         """
         self.settings = settings
         self.has_ties = has_ties
         super().__init__(**options)
         self._layers: Any = layers_of(self.model)
-        self._packs = settings.packing and not settings.gradient_checkpointing and self._on_cpu() and self._can_pack()
+        self._is_packed = (
+            settings.packing and not settings.gradient_checkpointing and self._on_cpu() and self._can_pack()
+        )
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """The trainer's own, with layers that a CPU computes faster; they are plain again when it ends."""
+        """Trl's `train`; on a CPU with faster layers, which are replaced by the plain ones at the end."""
         model: Any = self.model
         if self.settings.fast_products and self._on_cpu():
             use_fast_layers(model)
@@ -54,7 +56,7 @@ class PreferenceTrainer(RewardTrainer):
             use_plain_layers(model)
 
     def _on_cpu(self) -> bool:
-        """Whether this is plain training on a CPU: engines have layers of their own, GPUs many small launches."""
+        """Whether this is training on a CPU without DeepSpeed or FSDP, where packing and fast layers apply."""
         return self.accelerator.device.type == "cpu" and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _can_pack(self) -> bool:
@@ -73,10 +75,10 @@ class PreferenceTrainer(RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This process's share of the step's weighted mean loss (DDP averages over processes, hence the factor)."""
+        """This process's part of the step's weighted mean loss, times the number of processes, as DDP averages."""
         mode = "train" if model.training else "eval"
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        with unpadded(self._layers) if self._packs else nullcontext():
+        with unpadded(self._layers) if self._is_packed else nullcontext():
             outputs = model(input_ids=ids, attention_mask=mask, use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
         losses = self.losses(scores, inputs)
@@ -87,7 +89,7 @@ class PreferenceTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def losses(self, scores: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """One loss a comparison, [comparisons]."""
+        """One loss per comparison, [comparisons]."""
         settings = self.settings
         if "groups" in inputs:
             mask = inputs["groups"] >= 0
@@ -110,7 +112,7 @@ class PreferenceTrainer(RewardTrainer):
         return losses
 
     def _record(self, mode: str, scores: torch.Tensor, inputs: dict[str, Any]) -> None:
-        """The metrics of trl: accuracy and margin of best against worst, and the range of the scores."""
+        """Record trl's metrics: accuracy and margin of best against worst, mean reward, number of tokens."""
         gather = self.accelerator.gather_for_metrics
         chosen, rejected = scores[: 2 * len(inputs["tie"])].chunk(2)
         difference = gather((chosen - rejected).contiguous())

@@ -1,4 +1,4 @@
-"""From located rows to the comparisons of training and evaluation, with a count of everything that was left out."""
+"""Load, pair, deduplicate and split comparisons for training and evaluation, and count what was left out."""
 
 import json
 import random
@@ -11,22 +11,22 @@ from datasets import Dataset
 
 from reward_model.data import COLUMNS, BadRow, Comparison, Row, parse_row, rename_columns
 from reward_model.pairs import label_number, pairs_from_labels
-from reward_model.sources import Located, read_rows
+from reward_model.sources import LocatedRow, read_rows
 
 OnBadRow = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What became of the rows of a source."""
+    """Counts of the rows of a source, by what was done with them."""
 
     rows: int = 0
     bad: int = 0
-    """Malformed rows that were skipped; they stand in the side file with the reason."""
+    """Malformed rows that were skipped; they are in the side file with the reason."""
     duplicates: int = 0
-    """Comparisons dropped because an equal one stands before them."""
+    """Comparisons that were dropped because an earlier one is equal."""
     contradictions: int = 0
-    """Pairs whose reverse stands in the data as well; both are kept."""
+    """Pairs whose reverse is in the data as well; both are kept."""
     comparisons: int = 0
 
     def as_dict(self) -> dict[str, int]:
@@ -41,13 +41,13 @@ class DataReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """Comparisons of a source and the account of them."""
+class LoadedComparisons:
+    """Comparisons of a source, with the counts and the rows that were skipped."""
 
     comparisons: list[Comparison]
     report: DataReport
     bad_rows: list[dict[str, Any]]
-    """Place, reason and content of each row that was skipped."""
+    """Location, reason and content of each row that was skipped."""
 
 
 def load_comparisons(
@@ -58,20 +58,20 @@ def load_comparisons(
     on_bad_row: OnBadRow = "stop",
     seed: int = 0,
     pair_rounds: int = 1,
-) -> Loaded:
-    """Read, check, pair (labeled texts) and deduplicate a source.
+) -> LoadedComparisons:
+    """Load a source: read and check rows, pair labeled texts, drop duplicates.
 
     Args:
         source: See `read_rows`.
-        split: Which part of a folder or hub dataset.
+        split: Split of a folder or hub dataset.
         columns: Our column names -> the source's.
-        on_bad_row: `stop` raises at the first malformed row; `skip` counts it and goes on.
-        seed: Seed of the pairs drawn from labeled texts.
-        pair_rounds: How many pairs each labeled text may appear in.
+        on_bad_row: `stop` raises at the first malformed row; `skip` counts it and continues.
+        seed: Seed of the pairs of labeled texts.
+        pair_rounds: Maximum of pairs per labeled text.
 
     Raises:
         BadRow: A malformed row, with on_bad_row="stop".
-        ValueError: An unknown column in `columns`, or nothing is left.
+        ValueError: `columns` has an unknown name, or there is no usable comparison.
     """
     unknown = sorted(set(columns or {}) - set(COLUMNS))
     if unknown:
@@ -91,23 +91,23 @@ def load_comparisons(
         contradictions=_contradictions(kept),
         comparisons=len(kept),
     )
-    return Loaded(comparisons=kept, report=report, bad_rows=reader.bad_rows)
+    return LoadedComparisons(comparisons=kept, report=report, bad_rows=reader.bad_rows)
 
 
 def drop_duplicates(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The first of each set of equal comparisons."""
+    """Drop all but the first of equal comparisons."""
     return list({comparison.key(): comparison for comparison in reversed(comparisons)}.values())[::-1]
 
 
 def split_by_prompt(
     comparisons: Sequence[Comparison], *, fraction: float, seed: int
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(train, held-out) such that no prompt, and without prompts no completion, stands on both sides.
+    """Split into (train, held-out) such that no prompt, or without prompts no completion, is in both.
 
     Args:
         comparisons: All of them.
-        fraction: Share that is held out, in (0, 1); reached up to the size of one group.
-        seed: Seed of the draw.
+        fraction: Share that is held out, in (0, 1), up to the size of one group.
+        seed: Seed of the choice.
 
     Raises:
         ValueError: A side would be empty.
@@ -132,7 +132,7 @@ def split_by_prompt(
 
 
 def write_bad_rows(bad_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write skipped rows to a side file, one JSON object a line."""
+    """Write skipped rows to a side file, one JSON object per line."""
     lines = [json.dumps(row, default=str, ensure_ascii=False)[:20_000] + "\n" for row in bad_rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
@@ -150,14 +150,16 @@ class _Reader:
         self.labels: list[float] = []
         self.bad_rows: list[dict[str, Any]] = []
 
-    def read(self, rows: Iterable[Located]) -> None:
+    def read(self, rows: Iterable[LocatedRow]) -> None:
         for where, row in rows:
             self.rows += 1
             try:
                 self._take(row, where)
             except BadRow as error:
                 if self.on_bad_row == "stop":
-                    raise BadRow(f"{error} Mend the row, or pass --on-bad-row skip to set such rows aside.") from error
+                    raise BadRow(
+                        f"{error} Repair the row, or pass --on-bad-row skip to set such rows aside."
+                    ) from error
                 self.bad_rows.append({"where": where, "error": str(error), "row": None if row is error else row})
 
     def _take(self, row: Row | BadRow, where: str) -> None:
@@ -178,12 +180,12 @@ class _Reader:
 
 def _contradictions(comparisons: Sequence[Comparison]) -> int:
     pairs = [c for c in comparisons if c.is_pair and not c.is_tie]
-    said = {json.dumps([c.prompt, c.completions], sort_keys=True) for c in pairs}
-    return sum(json.dumps([c.prompt, c.completions[::-1]], sort_keys=True) in said for c in pairs)
+    keys = {json.dumps([c.prompt, c.completions], sort_keys=True) for c in pairs}
+    return sum(json.dumps([c.prompt, c.completions[::-1]], sort_keys=True) in keys for c in pairs)
 
 
 def _linked_groups(comparisons: Sequence[Comparison]) -> list[list[int]]:
-    """Indices in groups that share a prompt or, where there is none, directly or indirectly a completion."""
+    """Group the indices of comparisons that share a prompt or, without prompts, directly or indirectly a completion."""
     parent: dict[str, str] = {}
 
     def root(key: str) -> str:

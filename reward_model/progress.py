@@ -1,4 +1,4 @@
-"""One progress bar for a training run, with the newest loss and accuracy behind it."""
+"""A progress bar for the training run that shows the last loss and accuracy."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from rlhf_ppo.utils.progress import ProgressBar
 _SHOWN = ("loss", "accuracy", "eval_accuracy")
 
 
-class TidyProgress(ProgressCallback):
-    """The Trainer's bar; numbers go behind it instead of above it."""
+class ProgressBarCallback(ProgressCallback):
+    """The Trainer's progress bar, with the metrics behind it instead of printed above it."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -25,6 +25,6 @@ class TidyProgress(ProgressCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Show the newest numbers; the Trainer would print them as a dict."""
+        """Show the last metrics; the Trainer would print them as a dict."""
         if self.training_bar is not None and logs:
             self.training_bar.set_postfix({name: f"{float(logs[name]):.3f}" for name in _SHOWN if name in logs})

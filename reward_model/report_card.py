@@ -1,4 +1,4 @@
-"""What a reward model is worth, measured on held-out comparisons: accuracy by kind, calibration, biases, stability."""
+"""Report card of a reward model on held-out comparisons: accuracy by group, calibration, biases, stability."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,12 +26,12 @@ from reward_model.text import Text, Texts, encode
 
 Scorer = Callable[[Texts, Texts], list[float]]
 BALANCED = 0.1
-"""Pairs whose lengths differ by at most this share of the longer count as balanced."""
+"""ScoredPairs count as balanced if their lengths differ by at most this share of the longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """Best and worst of each comparison that is no tie."""
+class ScoredPairs:
+    """Scores of the best and worst completion of each comparison that is no tie."""
 
     comparisons: list[Comparison]
     chosen: Tensor
@@ -48,25 +48,25 @@ class Pairs:
 
     @property
     def differences(self) -> Tensor:
-        """Score of chosen less that of rejected [pairs]."""
+        """Score of chosen minus that of rejected [pairs]."""
         return self.chosen - self.rejected
 
 
 def report_card(
     model: RewardModel | EnsembleRewardModel, comparisons: Sequence[Comparison], *, judge: Scorer | None = None
 ) -> dict[str, Any]:
-    """Every measurement as one dictionary of plain numbers, lists and dictionaries (JSON).
+    """Compute the report card: a dictionary of numbers, lists and dictionaries (JSON).
 
     Args:
         model: The reward model or ensemble.
-        comparisons: Held-out ones; ties are left out of accuracies.
-        judge: An independent scorer; with it the best-of-N curve is drawn.
+        comparisons: Held-out comparisons; ties are left out of accuracies.
+        judge: Independent scorer for the best-of-N curve; None: no curve.
 
     Raises:
-        ValueError: No comparison is decided.
+        ValueError: All comparisons are ties.
     """
-    everything = score_completions(model, comparisons)
-    scored = decided_pairs(model, everything)
+    completions = score_completions(model, comparisons)
+    scored = decided_pairs(model, completions)
     differences = scored.raw_differences
     card: dict[str, Any] = {
         "pairs": len(scored.comparisons),
@@ -88,12 +88,12 @@ def report_card(
     if isinstance(model, EnsembleRewardModel):
         card["ensemble"] = agreement(scored)
     if judge is not None:
-        card["best_of_n"] = _best_of_n(everything, judge)
+        card["best_of_n"] = _best_of_n(completions, judge)
     return card
 
 
-def decided_pairs(model: RewardModel | EnsembleRewardModel, scored: CompletionScores) -> Pairs:
-    """Best and worst of every decided comparison.
+def decided_pairs(model: RewardModel | EnsembleRewardModel, scored: CompletionScores) -> ScoredPairs:
+    """Select best and worst completion of every comparison that is no tie.
 
     Raises:
         ValueError: All are ties.
@@ -104,45 +104,45 @@ def decided_pairs(model: RewardModel | EnsembleRewardModel, scored: CompletionSc
         raise ValueError(f"All {count} comparisons are ties: accuracy needs a better and a worse completion.")
     comparisons = [scored.comparisons[index] for index in decided]
     best, worst = [scored.first[index] for index in decided], [scored.last[index] for index in decided]
-    reader = first_member(model)
-    return Pairs(
+    member = first_member(model)
+    return ScoredPairs(
         comparisons=comparisons,
         chosen=scored.scores[best],
         rejected=scored.scores[worst],
         raw_differences=scored.raw_differences()[decided],
         member_votes=scored.members[:, best] > scored.members[:, worst],
         spread=float(scored.members.std(dim=0).mean()) if len(scored.members) > 1 else math.nan,
-        chosen_tokens=_token_counts(reader, comparisons, 0),
-        rejected_tokens=_token_counts(reader, comparisons, -1),
+        chosen_tokens=_token_counts(member, comparisons, 0),
+        rejected_tokens=_token_counts(member, comparisons, -1),
     )
 
 
 def first_member(model: RewardModel | EnsembleRewardModel) -> RewardModel:
-    """The model itself, or an ensemble's first member: whose tokenizer counts and whose stability is probed."""
+    """The model itself, or the first member of an ensemble."""
     return model.members[0] if isinstance(model, EnsembleRewardModel) else model
 
 
-def stability(model: RewardModel, scored: Pairs, *, samples: int = 64) -> dict[str, float | None]:
-    """Largest change of a raw score when only the packing of the batch changes, and the mean one without its EOS.
+def stability(model: RewardModel, scored: ScoredPairs, *, samples: int = 64) -> dict[str, float | None]:
+    """Change of raw scores without batching (largest), with left padding (largest), and without EOS (mean).
 
     The first two must be 0 up to rounding: a score is a function of the text alone.
     """
     rule = model.contract.text
     pairs = scored.comparisons[:samples]
     rows = [encode(model.tokenizer, rule, p.prompt, text, truncate=True) for p in pairs for text in p.completions[:1]]
-    together = torch.tensor(model.score_ids(rows))
+    batched = torch.tensor(model.score_ids(rows))
     alone = torch.tensor([model.score_ids([row])[0] for row in rows])
     left = model.left_padded_scores(rows)
-    ends = rule.append_eos and all(len(row) > 1 for row in rows)
-    bare = torch.tensor(model.score_ids([row[:-1] for row in rows])) if ends else None
+    can_remove_eos = rule.append_eos and all(len(row) > 1 for row in rows)
+    without_eos = torch.tensor(model.score_ids([row[:-1] for row in rows])) if can_remove_eos else None
     return {
-        "batch_composition": float((together - alone).abs().max()),
-        "padding_side": None if left is None else float((together - torch.tensor(left)).abs().max()),
-        "eos": None if bare is None else float((together - bare).abs().mean()),
+        "batch_composition": float((batched - alone).abs().max()),
+        "padding_side": None if left is None else float((batched - torch.tensor(left)).abs().max()),
+        "eos": None if without_eos is None else float((batched - without_eos).abs().mean()),
     }
 
 
-def agreement(scored: Pairs) -> dict[str, Any]:
+def agreement(scored: ScoredPairs) -> dict[str, Any]:
     """Accuracy of each member, and how often two members agree on a pair."""
     votes = scored.member_votes.double()
     share, count = votes.mean(dim=0), len(votes)
@@ -161,13 +161,13 @@ def _token_counts(model: RewardModel, comparisons: Sequence[Comparison], index: 
     return torch.tensor([float(len(row)) for row in rows])
 
 
-def _by_source(scored: Pairs) -> dict[str, Any]:
+def _by_source(scored: ScoredPairs) -> dict[str, Any]:
     sources = sorted({pair.source for pair in scored.comparisons})
     rows = {name: [i for i, pair in enumerate(scored.comparisons) if pair.source == name] for name in sources}
     return {name or "all": asdict(pair_accuracy(scored.raw_differences[rows[name]].tolist())) for name in sources}
 
 
-def _by_quartile(scored: Pairs, values: Tensor, unit: str) -> dict[str, Any]:
+def _by_quartile(scored: ScoredPairs, values: Tensor, unit: str) -> dict[str, Any]:
     """Accuracy in four buckets of equal size, keyed by their range."""
     table = {}
     for part in torch.tensor_split(torch.argsort(values, stable=True), min(4, len(values))):
@@ -176,15 +176,15 @@ def _by_quartile(scored: Pairs, values: Tensor, unit: str) -> dict[str, Any]:
     return table
 
 
-def _by_margin(scored: Pairs) -> dict[str, Any]:
-    """Buckets of the labeled margin where the data has one, else of the model's own."""
+def _by_margin(scored: ScoredPairs) -> dict[str, Any]:
+    """Accuracy by quartile of the labeled margin if the data has one, else of the predicted margin."""
     margins = torch.tensor([pair.margin for pair in scored.comparisons])
     if len(set(margins.tolist())) > 1:
         return {"kind": "labeled", "buckets": _by_quartile(scored, margins, "labeled")}
     return {"kind": "predicted", "buckets": _by_quartile(scored, scored.differences.abs(), "std")}
 
 
-def _length_bias(scored: Pairs) -> dict[str, Any]:
+def _length_bias(scored: ScoredPairs) -> dict[str, Any]:
     gap = scored.chosen_tokens - scored.rejected_tokens
     longer = torch.maximum(scored.chosen_tokens, scored.rejected_tokens)
     balanced = gap.abs() <= BALANCED * longer
@@ -199,7 +199,7 @@ def _length_bias(scored: Pairs) -> dict[str, Any]:
 
 
 def _best_of_n(scored: CompletionScores, judge: Scorer) -> list[dict[str, float]]:
-    """Mean judge score of the completion that the model ranks first among N; one pool where there are no prompts."""
+    """Mean judge score of the completion that the model ranks first among N; without prompts, all are one pool."""
     pools: dict[str, dict[str, tuple[Text, Text, int]]] = {}
     for comparison, first in zip(scored.comparisons, scored.first, strict=True):
         pool = pools.setdefault(comparison.prompt_key(), {})

@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 @documented
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """What to score and where to write."""
+    """Reward model, data to score and output file."""
 
     model: str
     """Folder of a reward model or an ensemble."""
     data: str
     """Rows with `response` (and `prompt`): a .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub name."""
     split: str = "train"
-    """Which split of a folder or hub dataset."""
+    """Split of a folder or hub dataset."""
     output: str = "-"
-    """JSONL file with the rows and their `score`; - is standard output."""
+    """JSONL file for the rows with their `score`; - is standard output."""
     caution: float = 0.0
     """Standard deviations over the members that an ensemble's score is lowered by."""
 

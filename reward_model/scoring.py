@@ -1,4 +1,4 @@
-"""Scores of all completions of some comparisons, each text scored once, and what follows from them."""
+"""Score all completions of comparisons, and compute held-out metrics and the normalization from the scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from reward_model.text import Text
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionScores:
-    """Scores of every completion of some comparisons, side by side in their order."""
+    """Scores of all completions of some comparisons, concatenated in order."""
 
     comparisons: list[Comparison]
     raw: Float[Tensor, "members completions"]
-    """Raw scores of each member (one, where there is no ensemble)."""
+    """Raw scores of each member; one member if the model is no ensemble."""
     members: Float[Tensor, "members completions"]
     """Normalized scores of each member."""
     scores: Float[Tensor, " completions"]
-    """What the model returns for the text."""
+    """Final scores, as the model returns them."""
     first: list[int]
     """Index of each comparison's best completion."""
     last: list[int]
     """Index of each comparison's worst completion."""
 
     def raw_differences(self) -> Float[Tensor, " comparisons"]:
-        """Raw score of best less worst, mean over members: the log-odds that the loss was fitted to."""
+        """Raw score of best minus worst, mean over members: the log-odds of the preference in the loss."""
         raw = self.raw.mean(dim=0)
         return raw[self.first] - raw[self.last]
 
@@ -60,7 +60,7 @@ def score_completions(model: RewardModel | EnsembleRewardModel, comparisons: Seq
 
 
 def held_out_metrics(scored: CompletionScores) -> dict[str, float]:
-    """Accuracy (best against worst, ties left out), its interval, margin and log loss, from raw scores."""
+    """Accuracy of best against worst with its interval, margin and log loss, from raw scores, without ties."""
     decided = [index for index, comparison in enumerate(scored.comparisons) if not comparison.is_tie]
     if not decided:
         return {}
@@ -77,11 +77,11 @@ def held_out_metrics(scored: CompletionScores) -> dict[str, float]:
 
 
 def fit_normalization(raw: Sequence[float], reference: str) -> Normalization:
-    """Gain and bias that give the raw scores of reference samples mean 0 and standard deviation 1.
+    """Fit gain and bias such that the raw scores of reference samples get mean 0 and standard deviation 1.
 
     Args:
         raw: Raw scores of the samples.
-        reference: Whose samples they are, for the contract.
+        reference: Origin of the samples, for the contract.
 
     Raises:
         ValueError: All scores are equal, or there are fewer than two.

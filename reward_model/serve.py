@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 @documented
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """What to serve, where, and to whom."""
+    """Reward model to serve, address, token and limits."""
 
     model: str
     """Folder of a reward model or an ensemble (or its first argument)."""
@@ -57,7 +57,7 @@ class ServeConfig:
 
     @property
     def secret(self) -> str | None:
-        """The token in force. The environment keeps it out of the list of processes, which every user can read."""
+        """The token, from the setting or the environment; arguments of a process can be read by every user."""
         return self.token or os.environ.get("REWARD_MODEL_TOKEN")
 
 
@@ -72,7 +72,7 @@ def is_loopback(host: str) -> bool:
 
 
 def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -> Any:
-    """The ASGI application; one batch is scored at a time, the others wait.
+    """Build the ASGI application; requests are scored one at a time.
 
     Raises:
         ImportError: Starlette is not installed.
@@ -103,7 +103,7 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
             if len(body) > config.max_bytes:
                 return refuse(413, f"The body is larger than {config.max_bytes} bytes. Send smaller batches.")
         try:
-            prompts, responses = samples(bytes(body), config.max_samples)
+            prompts, responses = parse_samples(bytes(body), config.max_samples)
             return JSONResponse({"scores": await run_in_threadpool(scored, prompts, responses)})
         except (ValueError, TypeError) as error:
             return refuse(400, str(error))
@@ -116,15 +116,15 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
 
 
 def authorized(header: str | None, token: str | None) -> bool:
-    """Whether the header carries the token; compared in constant time."""
+    """Whether the Authorization header has the token; compared in constant time."""
     return token is None or hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode())
 
 
-def samples(body: bytes, most: int) -> tuple[list[Any], list[Any]]:
-    """Prompts and responses of a request.
+def parse_samples(body: bytes, max_samples: int) -> tuple[list[Any], list[Any]]:
+    """Parse prompts and responses from the body of a request.
 
     Raises:
-        ValueError: No JSON, missing lists, or more than `most` samples.
+        ValueError: The body is no JSON, lacks a list, or has more than `max_samples` samples.
     """
     try:
         content = json.loads(body)
@@ -132,8 +132,8 @@ def samples(body: bytes, most: int) -> tuple[list[Any], list[Any]]:
         raise ValueError(f"The body is not JSON: {error}.") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(n), list) for n in ("prompts", "responses")):
         raise ValueError('The body must be {"prompts": [...], "responses": [...]}.')
-    if len(content["responses"]) > most:
-        raise ValueError(f"At most {most} samples in one request, got {len(content['responses'])}.")
+    if len(content["responses"]) > max_samples:
+        raise ValueError(f"At most {max_samples} samples in one request, got {len(content['responses'])}.")
     return content["prompts"], content["responses"]
 
 

@@ -1,4 +1,4 @@
-"""Rows from files, folders, the hub or memory, each with its place: file and line, or row number."""
+"""Read rows from files, folders, the hub or memory, each with its location: file and line, or row number."""
 
 import csv
 import json
@@ -11,23 +11,24 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from reward_model.data import BadRow, Row
 
-Located = tuple[str, Row | BadRow]
+LocatedRow = tuple[str, Row | BadRow]
+"""(Location, row); a `BadRow` if the row cannot be read."""
 _NUMBERS = ("margin", "weight", "preference")
 _JSON_FIELDS = ("completions", "ranks", "scores")
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": None}
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": None}
 
 
 class DataError(ValueError):
-    """A source that cannot be read at all; the message names it and the remedy."""
+    """A source that cannot be read; the message has reason and remedy."""
 
 
-def read_rows(source: str | Dataset, *, split: str = "train") -> Iterator[Located]:
-    """Rows of `source` in order.
+def read_rows(source: str | Dataset, *, split: str = "train") -> Iterator[LocatedRow]:
+    """Read the rows of `source`, in order.
 
     Args:
         source: A .jsonl, .json, .csv, .tsv or .parquet file, a folder (saved by `save_to_disk` or holding such files),
             a hub name, or a `datasets.Dataset`.
-        split: Which part of a folder or hub dataset.
+        split: Split of a folder or hub dataset.
 
     Raises:
         DataError: The source is missing, empty, or of no known kind.
@@ -59,7 +60,7 @@ def _load(source: str, split: str) -> Dataset:
             data = load_from_disk(source)
         else:
             data = load_dataset(source, split=split)
-    except Exception as error:  # datasets raises many kinds, from pyarrow's to the hub's
+    except Exception as error:  # datasets raises many types, from pyarrow's to the hub's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"The data {source!r} (split {split!r}) could not be loaded: {reason} Expected a file, a folder, or a hub "
@@ -72,12 +73,12 @@ def _load(source: str, split: str) -> Dataset:
     return data
 
 
-def _dataset_rows(data: Iterable[Any], place: str) -> Iterator[Located]:
+def _dataset_rows(data: Iterable[Any], location: str) -> Iterator[LocatedRow]:
     for number, row in enumerate(data):
-        yield f"{place} {number}", row
+        yield f"{location} {number}", row
 
 
-def _not_empty(rows: Iterator[Located], source: str) -> Iterator[Located]:
+def _not_empty(rows: Iterator[LocatedRow], source: str) -> Iterator[LocatedRow]:
     empty = True
     for row in rows:
         empty = False
@@ -96,7 +97,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str | BadRow]]:
                 yield where, BadRow(f"{where}: not UTF-8 text ({error.reason}): is the file binary or compressed?")
 
 
-def _jsonl_rows(path: Path) -> Iterator[Located]:
+def _jsonl_rows(path: Path) -> Iterator[LocatedRow]:
     for where, line in _lines(path):
         if isinstance(line, BadRow):
             yield where, line
@@ -107,21 +108,21 @@ def _jsonl_rows(path: Path) -> Iterator[Located]:
                 yield where, BadRow(f"{where}: not a JSON object ({error}): the line is cut off or malformed.")
 
 
-def _json_rows(path: Path) -> Iterator[Located]:
+def _json_rows(path: Path) -> Iterator[LocatedRow]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name}: not UTF-8 text ({error.reason}): is the file binary or compressed?") from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path.name}: not valid JSON ({error}). One object a line belongs in a file that ends in .jsonl."
+            f"{path.name}: not valid JSON ({error}). One object per line belongs in a file that ends in .jsonl."
         ) from error
     if not isinstance(content, list):
         raise DataError(f"{path.name} must hold a JSON list of objects, got {type(content).__name__}.")
     yield from _dataset_rows(content, f"{path.name} item")
 
 
-def _csv_rows(path: Path) -> Iterator[Located]:
+def _csv_rows(path: Path) -> Iterator[LocatedRow]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -139,7 +140,7 @@ def _csv_rows(path: Path) -> Iterator[Located]:
 
 
 def _typed(row: dict[str, Any], where: str) -> Row:
-    """CSV fields, which are all text, as the numbers, truth values and lists that they stand for."""
+    """Convert the texts of a CSV row to numbers, booleans and lists."""
     if None in row or None in row.values():
         raise BadRow(f"{where}: the line has more or fewer fields than the header names.")
     typed: dict[str, Any] = dict(row)
@@ -150,7 +151,7 @@ def _typed(row: dict[str, Any], where: str) -> Row:
             except ValueError:
                 raise BadRow(f"{where}: field {name!r} must be a number, got {row[name]!r:.40}.") from None
     if "tie" in row:
-        typed["tie"] = _TRUTH.get(row["tie"].strip().lower(), row["tie"])
+        typed["tie"] = _BOOLEANS.get(row["tie"].strip().lower(), row["tie"])
     for name in _JSON_FIELDS:
         if row.get(name):
             try:
@@ -160,7 +161,7 @@ def _typed(row: dict[str, Any], where: str) -> Row:
     return typed
 
 
-def _parquet_rows(path: Path) -> Iterator[Located]:
+def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
     try:
         data = Dataset.from_parquet(str(path))
     except Exception as error:  # pyarrow's errors have no common base that datasets keeps

@@ -1,4 +1,4 @@
-"""From a prompt and a response to token ids: the one place where training and serving meet the tokenizer."""
+"""Encode prompt and response to token ids, in training and serving alike."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from reward_model.contract import ContractError, TextRule
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 Texts = Sequence[Any]
-"""One `Text` a sample; checked where they enter, with an error that names the sample."""
+"""One `Text` per sample; `RewardModel` checks them and names a wrong one."""
 
 
 def encode(tokenizer: Any, rule: TextRule, prompt: Text, response: Text, *, truncate: bool) -> list[int]:
@@ -18,15 +18,15 @@ def encode(tokenizer: Any, rule: TextRule, prompt: Text, response: Text, *, trun
     same in both. The end-of-text token is added by id, so it never depends on how its text would be tokenized.
 
     Args:
-        tokenizer: The reward model's own.
+        tokenizer: Tokenizer of the reward model.
         rule: Template, end-of-text rule and length limit.
         prompt: Text, or the messages before the response.
         response: Text, or the messages that answer.
         truncate: Cut the start of a text longer than `rule.max_length` (serving); otherwise return it whole, and the
             caller drops and counts it (training).
     """
-    room = rule.max_length - 1 if rule.append_eos else rule.max_length
-    limits: dict[str, Any] = {"truncation": True, "max_length": room} if truncate else {}
+    max_length = rule.max_length - 1 if rule.append_eos else rule.max_length
+    limits: dict[str, Any] = {"truncation": True, "max_length": max_length} if truncate else {}
     text, special = _render(tokenizer, rule, prompt, response)
     ids = list(tokenizer(text, add_special_tokens=special, **limits)["input_ids"])
     if rule.append_eos and (not ids or ids[-1] != tokenizer.eos_token_id):
@@ -35,7 +35,7 @@ def encode(tokenizer: Any, rule: TextRule, prompt: Text, response: Text, *, trun
 
 
 def prepare_tokenizer(tokenizer: Any, rule: TextRule, *, source: str) -> Any:
-    """Check that `tokenizer` can carry out `rule`, and set the sides that scoring relies on.
+    """Check that `tokenizer` supports `rule`, and set its padding and truncation sides.
 
     Raises:
         ContractError: No chat template, no end-of-text token or no padding token where the rule needs one.
@@ -53,12 +53,12 @@ def prepare_tokenizer(tokenizer: Any, rule: TextRule, *, source: str) -> Any:
     if tokenizer.pad_token_id is None:
         raise ContractError(f"The tokenizer of {source} has no pad_token: texts of unequal length cannot be batched.")
     tokenizer.padding_side = "right"
-    tokenizer.truncation_side = "left"  # the response stands at the end and is what the score is about
+    tokenizer.truncation_side = "left"  # the response is at the end, and is what is scored
     return tokenizer
 
 
 def as_messages(text: Text, role: str) -> list[dict[str, Any]]:
-    """`text` as chat messages: a string becomes one message of `role`, an empty one none."""
+    """Convert `text` to chat messages: a string becomes one message of `role`, an empty one none."""
     if isinstance(text, str):
         return [{"role": role, "content": text}] if text or role == "assistant" else []
     return [dict(message) for message in text]

@@ -13,7 +13,7 @@ from reward_model.data import Comparison
 from reward_model.documented import documented
 from reward_model.ensemble import EnsembleRewardModel, save_ensemble
 from reward_model.model import RewardModel
-from reward_model.preparation import Loaded, load_comparisons, split_by_prompt, write_bad_rows
+from reward_model.preparation import LoadedComparisons, load_comparisons, split_by_prompt, write_bad_rows
 from reward_model.scoring import held_out_metrics, score_completions
 from reward_model.trainer import RewardModelResult, processes, train_reward_model
 
@@ -23,26 +23,26 @@ logger = logging.getLogger(__name__)
 @documented
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the preferences come from."""
+    """Training and held-out data."""
 
     data: str
     """A .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub name."""
     split: str = "train"
     """Which split of a folder or hub dataset to train on."""
     evaluation_data: str | None = None
-    """Held-out source; without it a part of the data is held out by prompt."""
+    """Held-out source; None: a part of the data is held out by prompt."""
     evaluation_split: str = "test"
     """Which split of the held-out folder or hub dataset."""
     held_out: float = 0.1
-    """Share of the comparisons that is held out when there is no evaluation_data."""
+    """Share of the comparisons that is held out if there is no evaluation_data."""
     columns: list[str] = field(default_factory=list)
     """Names of the source's columns: ours=theirs, such as chosen=better rejected=worse."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """At a malformed row: stop with its place, or skip it into a side file beside the output."""
+    """At a malformed row: stop with its location, or write it to a side file beside the output."""
     pair_rounds: int = 1
-    """How many pairs each labeled text may appear in (only for text, label data)."""
+    """Maximum of pairs per labeled text (only for text, label data)."""
     max_comparisons: int = 0
-    """Use only that many training comparisons, the first ones after a shuffle; 0 uses all."""
+    """Use only this many training comparisons, the first ones; 0: all."""
 
 
 @documented
@@ -51,7 +51,7 @@ class EnsembleConfig:
     """How many models to train."""
 
     ensemble: int = 1
-    """Number of members; they differ in the seed of head and data order and are combined at the end."""
+    """Number of members, which differ in the seed of head and data order."""
 
     def __post_init__(self) -> None:
         if self.ensemble < 1:
@@ -59,8 +59,8 @@ class EnsembleConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Read the data, train, print what was measured, and return the folder."""
-    data, config, many = parse(
+    """Load the data, train, print held-out metrics, and return the folder of the reward model."""
+    data, config, ensemble = parse(
         (DataConfig, RewardModelConfig, EnsembleConfig),
         arguments,
         program="python -m reward_model.train",
@@ -75,13 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if data.max_comparisons:
         train = train[: data.max_comparisons]
     facts = loaded.report.as_dict()
-    trained = train_ensemble if many.ensemble > 1 else _train_one
-    result = trained(config, many.ensemble, train, evaluation, facts)
+    train_models = train_ensemble if ensemble.ensemble > 1 else _train_one
+    result = train_models(config, ensemble.ensemble, train, evaluation, facts)
     if processes().is_main_process:
         if loaded.bad_rows:
             write_bad_rows(loaded.bad_rows, Path(f"{config.output_dir}.bad_rows.jsonl"))
-        numbers = {name: f"{value:.4g}" for name, value in result.metrics.items()}
-        print(table({"reward model": str(result.path), "data": str(loaded.report), **numbers}))  # noqa: T201
+        metrics = {name: f"{value:.4g}" for name, value in result.metrics.items()}
+        print(table({"reward model": str(result.path), "data": str(loaded.report), **metrics}))  # noqa: T201
     return result.path
 
 
@@ -92,7 +92,7 @@ def train_ensemble(
     evaluation: Sequence[Comparison],
     facts: dict[str, Any],
 ) -> RewardModelResult:
-    """Train `members` models that differ in their seed and save them as one ensemble.
+    """Train `members` models with successive seeds, and save them as one ensemble.
 
     Raises:
         ValueError: Fewer than two members.
@@ -106,8 +106,8 @@ def train_ensemble(
     parts = output.with_name(output.name + ".members")
     folders = []
     for index in range(members):
-        one = replace(config, seed=config.seed + index, output_dir=str(parts / str(index)), overwrite=True)
-        folders.append(train_reward_model(one, train=train, evaluation=evaluation, data_report=facts).path)
+        member = replace(config, seed=config.seed + index, output_dir=str(parts / str(index)), overwrite=True)
+        folders.append(train_reward_model(member, train=train, evaluation=evaluation, data_report=facts).path)
     state = processes()
     metrics: dict[str, float] = {}
     if state.is_main_process:
@@ -129,7 +129,7 @@ def _train_one(
     return train_reward_model(config, train=train, evaluation=evaluation, data_report=facts)
 
 
-def _load(data: DataConfig, source: str, split: str, seed: int) -> Loaded:
+def _load(data: DataConfig, source: str, split: str, seed: int) -> LoadedComparisons:
     return load_comparisons(
         source,
         split=split,

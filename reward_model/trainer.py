@@ -1,4 +1,4 @@
-"""Train a reward model: load, encode, run trl's trainer, judge on held-out comparisons, normalize, save."""
+"""Train a reward model: load, encode, run trl's trainer, evaluate on held-out comparisons, normalize, save."""
 
 import json
 import logging
@@ -19,10 +19,10 @@ from reward_model.backbone import disable_dropout, head_name, load_backbone, lon
 from reward_model.config import RewardModelConfig
 from reward_model.contract import Contract, TextRule, tokenizer_sha256
 from reward_model.data import Comparison, Row, as_comparisons
-from reward_model.encoding import ComparisonCollator, Encoded, encode_comparisons, fingerprint
+from reward_model.encoding import ComparisonCollator, EncodedComparisons, encode_comparisons, fingerprint
 from reward_model.model import RewardModel
 from reward_model.preference_trainer import PreferenceTrainer
-from reward_model.progress import TidyProgress
+from reward_model.progress import ProgressBarCallback
 from reward_model.scoring import fit_normalization, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
 from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelResult:
-    """A finished reward model: its folder and what was measured on held-out comparisons."""
+    """A trained reward model: its folder and the held-out metrics."""
 
     path: Path
     metrics: dict[str, float]
@@ -48,22 +48,22 @@ def train_reward_model(
     callbacks: Sequence[TrainerCallback] = (),
     data_report: dict[str, Any] | None = None,
 ) -> RewardModelResult:
-    """Train, judge, normalize and save a reward model.
+    """Train, evaluate, normalize and save a reward model.
 
     Args:
         config: The settings.
         train: A `datasets.Dataset` or rows in a format of `reward_model.data`, or comparisons.
-        evaluation: Held-out comparisons, likewise.
-        reference_samples: Prompt-response pairs of the reference policy, on which scores shall have mean 0 and
+        evaluation: Held-out comparisons, in the same formats.
+        reference_samples: Prompt-response pairs of the reference policy, whose scores are normalized to mean 0 and
             standard deviation 1; None: the held-out completions.
         callbacks: Callbacks of transformers.Trainer.
-        data_report: Counts from reading the data, kept in the contract.
+        data_report: Counts from loading the data, saved in the contract.
 
     Returns:
         The folder and the held-out metrics.
 
     Raises:
-        ValueError: Something about the settings, the model or the data; nothing has been written then.
+        ValueError: Settings, model or data are unusable; nothing has been written then.
         FileExistsError: The output folder exists and `overwrite` is off.
     """
     output = Path(config.output_dir)
@@ -110,8 +110,8 @@ def _build_trainer(
     config: RewardModelConfig,
     model: Any,
     tokenizer: Any,
-    train: Encoded,
-    evaluation: Encoded,
+    train: EncodedComparisons,
+    evaluation: EncodedComparisons,
     callbacks: Sequence[TrainerCallback],
 ) -> PreferenceTrainer:
     stop = [EarlyStoppingCallback(config.early_stop_patience)] if config.early_stop_patience else []
@@ -132,15 +132,15 @@ def _build_trainer(
         callbacks=[*stop, *callbacks],
         peft_config=peft_config,
     )
-    for printing in (ProgressCallback, PrinterCallback):  # one of them is there, and prints dicts
-        trainer.remove_callback(printing)
+    for callback in (ProgressCallback, PrinterCallback):  # one of them is set, and prints dicts
+        trainer.remove_callback(callback)
     if config.progress:
-        trainer.add_callback(TidyProgress)
+        trainer.add_callback(ProgressBarCallback)
     return trainer
 
 
 def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
-    """Our settings in trl's words."""
+    """Convert the settings to trl's `RewardConfig`."""
     micro, accumulation = config.accumulation(processes().num_processes)
     steps = max(1, int(-(-rows // config.batch_size) * config.epochs))
     evaluate = max(1, steps // config.evaluations) if config.evaluations > 1 else None
@@ -183,7 +183,7 @@ def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
 
 
 def processes() -> PartialState:
-    """The processes of this run. Without a GPU that must be said, or accelerate counts one process under torchrun."""
+    """The processes of this run; without `cpu=True`, accelerate would count only one under torchrun without GPUs."""
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes > 1:
         wait_for_gloo_threads()
@@ -191,7 +191,7 @@ def processes() -> PartialState:
 
 
 def training_folder(config: RewardModelConfig) -> Path:
-    """Where checkpoints lie while the run is on; removed when it has ended well."""
+    """Folder of the checkpoints during training; removed when it has succeeded."""
     output = Path(config.output_dir)
     return output.with_name(output.name + ".training")
 
@@ -223,12 +223,14 @@ def _run(trainer: PreferenceTrainer, checkpoint: str | None) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if not result.training_loss < float("inf"):
         raise ValueError(
-            f"The training loss is {result.training_loss}: the weights are spoilt and nothing was saved. Lower "
+            f"The training loss is {result.training_loss}: the weights are unusable and nothing was saved. Lower "
             "learning_rate or use precision='float32'."
         )
 
 
-def _data_facts(train: Encoded, evaluation: Encoded, report: dict[str, Any] | None) -> dict[str, Any]:
+def _data_facts(
+    train: EncodedComparisons, evaluation: EncodedComparisons, report: dict[str, Any] | None
+) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint(train.kept),
         "train": len(train.kept),
@@ -246,7 +248,7 @@ def _finish(
     held_out: Sequence[Comparison],
     reference_samples: Sequence[tuple[Text, Text]] | None,
 ) -> RewardModelResult:
-    """Judge, normalize and save on the main process; the folder appears by one rename."""
+    """Evaluate, normalize and save on the main process, atomically."""
     output = Path(config.output_dir)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     metrics: dict[str, float] = {}

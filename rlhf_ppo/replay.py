@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from rlhf_ppo.algorithms import build_algorithm
 from rlhf_ppo.diagnostics.dump import FACTS, FORMAT, MODEL, dumped_algorithm, read_batch
-from rlhf_ppo.learner.finite_checks import broken_parameters
+from rlhf_ppo.learner.finite_checks import nonfinite_parameters
 from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from rlhf_ppo.models.dropout import disable_dropout
 from rlhf_ppo.models.scoring import TokenPolicy
@@ -96,7 +96,7 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
     return Replay(
         recorded={name: float(value) for name, value in record["metrics"].items() if name in all_rows.metrics},
         metrics=all_rows.metrics, broken_gradients=all_rows.nonfinite_gradients,
-        broken_parameters=broken_parameters(model), samples=broken_rows,
+        broken_parameters=nonfinite_parameters(model), samples=broken_rows,
     )  # fmt: skip
 
 

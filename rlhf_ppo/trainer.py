@@ -1,4 +1,4 @@
-"""`PPOTrainer`: `generate`, `step`, `train`. One iteration reads like the paper's algorithm box, see `learn`."""
+"""`PPOTrainer`, the main class: `generate`, `step`, `train`. One iteration is `PPOLearner.learn`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,30 +30,30 @@ from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
 
 
 class PPOTrainer(ClassicSurface):
-    """Fine-tune a language model with a value head against scores, by PPO or its relatives.
+    """Fine-tunes a language model with a value head on scores, by PPO or a related algorithm.
 
     `step(queries, responses, scores)` serves a loop of your own; `train(...)` is the managed loop. Both run `learn`.
 
     Args:
-        config: Settings; sizes are those of one process.
+        config: Settings; batch sizes are per process.
         model: The policy with its value head.
         ref_model: The frozen reference of the KL penalty. None: a frozen copy of `model`, or `model` itself with its
             adapters off (or switched to the adapter that training started from) when it carries LoRA adapters.
         tokenizer: Of `model`. Must have a padding token.
-        dataset: Rows for `dataloader`, or the prompts of `train`; None when you bring your own.
-        optimizer: Over the trainable parameters of `model`; None: Adam with `config.learning_rate`.
-        data_collator: Of `dataloader`.
+        dataset: Rows for `dataloader`, or the prompts of `train`; None: neither.
+        optimizer: Over the trainable parameters of `model`; None: the one that `config.optimizer` names.
+        data_collator: Collator of `dataloader`.
         num_shared_layers: Lower layers that policy and copied reference share in memory, frozen.
-        lr_scheduler: Stepped once a `step()`.
-        training_data_collator: Kept for the classic methods that pad a batch.
+        lr_scheduler: Stepped once per `step()`.
+        training_data_collator: Stored as `self.data_collator`, as in the classic trainer; not used.
         algorithm: What is optimized; None: PPO with the clipped surrogate, from the classic fields of `config`.
 
     Raises:
-        ValueError: For an argument of the wrong kind, before anything is moved or changed.
+        ValueError: An argument is of the wrong type; nothing has been moved or changed then.
     """
 
     diagnosis: Diagnosis | None
-    """What the doctor found in the first batch."""
+    """The doctor's findings in the first batch; None before."""
 
     def __init__(
         self,
@@ -89,19 +89,19 @@ class PPOTrainer(ClassicSurface):
         scores: list[Tensor],
         response_masks: list[Tensor] | None = None,
     ) -> Statistics:
-        """One optimization step on responses that you sampled and scored.
+        """Learn from responses that you sampled and scored: one PPO iteration.
 
         Args:
-            queries: One Long [P_i] a sample: prompt tokens.
-            responses: One Long [T_i] a sample: response tokens, stop token included, without the prompt.
-            scores: One number a sample, or one a response token [T_i]. A single number is earned by the last action.
-            response_masks: One 0/1 [T_i] a sample; 0 marks tokens that the policy did not choose (tool output).
+            queries: Prompt tokens, one Long [P_i] per sample.
+            responses: Response tokens, stop token included, without the prompt, one Long [T_i] per sample.
+            scores: One number per sample, credited to the last action, or one per response token, [T_i].
+            response_masks: One 0/1 [T_i] per sample; 0 marks tokens that the policy did not choose (tool output).
 
         Returns:
             The classic's 40 statistics; `self.metrics` holds further ones.
 
         Raises:
-            ValueError: If anything is wrong with the batch; nothing has changed then.
+            ValueError: The batch is malformed; nothing has changed then.
         """
         limits, device = self.limits, self.current_device
         batch = self.processes.run_or_fail_together(
@@ -112,7 +112,11 @@ class PPOTrainer(ClassicSurface):
         return self.learn(batch)
 
     def diagnose(self, batch: DiagnosedBatch | Samples) -> Diagnosis:
-        """Does the trainer score what the sampler drew? Prompts and responses, and whatever else is known of them."""
+        """Check that the trainer scores what the sampler drew, and return findings with their remedies.
+
+        Args:
+            batch: Prompts and responses; further fields allow further checks.
+        """
         return diagnose(self, DiagnosedBatch.of(batch))
 
     def train(
@@ -126,16 +130,16 @@ class PPOTrainer(ClassicSurface):
         callbacks: Sequence[Callback] = (),
         sampler: Sampler | None = None,
     ) -> TrainState:
-        """The managed loop: prompts -> responses -> scores -> `learn`, until `config.iterations`.
+        """Run the managed loop: prompts -> responses -> scores -> `learn`, for `config.iterations`.
 
         Args:
             rewards: One text callable, or several by name with weights; `(prompts=, responses=, **columns) -> scores`.
-            config: How long, how often to evaluate and save, where to.
-            prompts: What is answered; None: the `PromptDataset` that the trainer was built with.
+            config: Settings of the loop: iterations, sampling, evaluation, run folder.
+            prompts: Training prompts; None: the `PromptDataset` that the trainer was built with.
             eval_prompts: Held-out prompts for the periodic evaluation.
-            judges: Sources asked in the evaluation only: the policy is not rewarded by them.
+            judges: Reward sources called in the evaluation only; the policy is not trained on them.
             callbacks: Called after every iteration with the trainer and the state; True stops.
-            sampler: Who draws responses; None: the own decode loop.
+            sampler: Samples the responses; None: `DecodeLoop`.
         """
         if prompts is None:
             if not isinstance(self.dataset, PromptDataset):
@@ -154,7 +158,7 @@ class PPOTrainer(ClassicSurface):
         seed: int = 0,
         reward_calls: Literal["each", "once"] = "each",
     ) -> Evaluation:
-        """Answer held-out prompts, score and judge the answers, measure KL and perplexity under the reference."""
+        """Sample responses to held-out prompts; measure scores, judges, KL to the reference and perplexity under it."""
         config = TrainConfig(sampling=sampling, reward_calls=reward_calls)
         loop = TrainingLoop(self, prompts, rewards, config, eval_prompts=prompts, judges=judges, sampler=sampler)
         return loop.evaluate(seed=seed)

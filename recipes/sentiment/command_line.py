@@ -22,7 +22,7 @@ import tyro
 
 from rlhf_ppo import TrainState
 from rlhf_ppo.checkpoints import lock_run_folder
-from rlhf_ppo.loop.signals import EXIT_AT_ONCE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
+from rlhf_ppo.loop.signals import EXIT_ABORTED, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from rlhf_ppo.utils.progress import ProgressBar
 
 from .assets import AssetError
@@ -52,7 +52,7 @@ def run(main: Callable[[Any], object], config: type[Any], description: str | Non
         with only_run(settings.output_dir), leave_on_signals():
             main(settings)
     except KeyboardInterrupt as error:
-        leave("Interrupted. What was finished is kept: the same command goes on from there.", EXIT_AT_ONCE, error)
+        leave("Interrupted. What was finished is kept: the same command goes on from there.", EXIT_ABORTED, error)
     except (AssetError, NotImplementedError, OSError, ValueError) as error:
         leave(f"error: {one_line(error)}", EXIT_FAILED, error)
 

@@ -134,8 +134,12 @@ def _train_or_go_on(config: RewardModelConfig, **data: Any) -> None:
     with stop_on_signals() as request:
         train_reward_model(config, **data, callbacks=[SaveAndLeave(request)])
     AcceleratorState._reset_state()  # PPO has a precision of its own, whether or not this was cached
-    if request.asked:
-        leave(f"Stopped by {request.name}: the reward model is kept; the same command goes on.", EXIT_RESUMABLE, None)
+    if request.is_set:
+        leave(
+            f"Stopped by {request.signal_name}: the reward model is kept; the same command goes on.",
+            EXIT_RESUMABLE,
+            None,
+        )
 
 
 class SaveAndLeave(TrainerCallback):
@@ -147,14 +151,14 @@ class SaveAndLeave(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for a checkpoint."""
-        control.should_save |= self.request.asked
+        control.should_save |= self.request.is_set
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave once it is written."""
-        if self.request.asked:
+        if self.request.is_set:
             done = f"step {state.global_step} of {state.max_steps} of the reward model"
             leave(
-                f"Stopped by {self.request.name} after {done}, which is kept; the same command goes on.",
+                f"Stopped by {self.request.signal_name} after {done}, which is kept; the same command goes on.",
                 EXIT_RESUMABLE,
                 None,
             )

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
-from rlhf_ppo.checkpoints.folders import checkpoints
+from rlhf_ppo.checkpoints.folders import list_checkpoints
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.loop.run_folder import Estimates, RunFolder, Sample
 from rlhf_ppo.report import write_report
@@ -143,7 +143,7 @@ def _refuse_other_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
     relevant = settings.keys() - IRRELEVANT_SETTINGS
     known = {name: value for name, value in folder.config().items() if name in relevant}
     changed = {name: value for name, value in known.items() if value != redacted(settings[name], name)}
-    if changed and checkpoints(folder.path):
+    if changed and list_checkpoints(folder.path):
         was = ", ".join(f"{name}={value!r} (now {settings[name]!r})" for name, value in changed.items())
         raise ValueError(
             f"{folder.path} holds a run with {was}: choose another --output-dir, or --fresh to begin again"

@@ -91,12 +91,14 @@ def train_steps(
                 value = loss.item()
                 smoothed = value if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * value
                 bar.set_postfix(perplexity=f"{math.exp(min(smoothed, 20.0)):.0f}", refresh=False)
-            if request.asked or (index + 1) % every == 0 or index + 1 == steps:
+            if request.is_set or (index + 1) % every == 0 or index + 1 == steps:
                 _keep(file, index + 1, parts)
-            if request.asked:
+            if request.is_set:
                 break
-    if request.asked:
-        line = f"Stopped by {request.name} after step {index + 1} of {steps} of the {name.lower()}, which is kept"
+    if request.is_set:
+        line = (
+            f"Stopped by {request.signal_name} after step {index + 1} of {steps} of the {name.lower()}, which is kept"
+        )
         leave(f"{line}; the same command goes on.", EXIT_RESUMABLE, None)
 
 

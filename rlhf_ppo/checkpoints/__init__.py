@@ -1,16 +1,15 @@
-"""Checkpoints: folders that are whole or absent, what they hold, how a run goes on from them, and the best models.
+"""Checkpoints: atomic folders with checksums, saved and restored, and the best models of a run.
 
-For loops of one's own: `save_checkpoint`, `restore_checkpoint`, `RandomStreams` among the parts they are given, and
-`lock_run_folder` around them.
-`PPOTrainer.train` does all of it itself.
+`PPOTrainer.train` does all of it itself. For your own loop: `save_checkpoint` and `restore_checkpoint` with a
+`RandomStreams` in `per_process`, within `lock_run_folder`.
 """
 
-from rlhf_ppo.checkpoints.folders import CheckpointError, checkpoints, find_damage, latest
+from rlhf_ppo.checkpoints.folders import CheckpointError, find_damage, latest_checkpoint, list_checkpoints
 from rlhf_ppo.checkpoints.lock import FolderInUseError, lock_run_folder
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
 from rlhf_ppo.checkpoints.resume import (
     CheckpointNotWrittenError,
-    Restored,
+    RestoredCheckpoint,
     Stateful,
     restore_checkpoint,
     save_checkpoint,
@@ -21,11 +20,11 @@ __all__ = [
     "CheckpointNotWrittenError",
     "FolderInUseError",
     "RandomStreams",
-    "Restored",
+    "RestoredCheckpoint",
     "Stateful",
-    "checkpoints",
     "find_damage",
-    "latest",
+    "latest_checkpoint",
+    "list_checkpoints",
     "lock_run_folder",
     "restore_checkpoint",
     "save_checkpoint",

@@ -1,4 +1,4 @@
-"""The best model by held-out evaluation, and the models on the frontier of reward against KL."""
+"""Keep the best model by held-out evaluation, and models on the Pareto frontier of a measure against KL."""
 
 import math
 import shutil
@@ -12,17 +12,17 @@ from rlhf_ppo.checkpoints import folders
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """One model on the held-out prompts."""
+    """Held-out evaluation of the model of one iteration."""
 
     iteration: int
     measure: float
-    """Mean of the measure that is to be high."""
+    """Mean of the measure to maximize."""
     kl: float
-    """Mean KL to the reference, nats a response, that is to be low."""
+    """Mean KL to the reference, nats per response, to minimize."""
 
 
 def pareto_frontier(points: Sequence[EvaluatedModel]) -> list[EvaluatedModel]:
-    """Those that no other point beats in both: a higher measure costs more KL from one to the next. By rising KL."""
+    """The points that no other beats in both KL and measure, sorted by KL; the measure rises, too."""
     kept: list[EvaluatedModel] = []
     for point in sorted(points, key=lambda point: (point.kl, -point.measure, point.iteration)):
         if not kept or point.measure > kept[-1].measure:
@@ -30,13 +30,13 @@ def pareto_frontier(points: Sequence[EvaluatedModel]) -> list[EvaluatedModel]:
     return kept
 
 
-def thin_frontier(points: Sequence[EvaluatedModel], most: int) -> list[EvaluatedModel]:
-    """At most so many points of a frontier: first those go whose loss costs the least area under it.
+def thin_frontier(points: Sequence[EvaluatedModel], max_points: int) -> list[EvaluatedModel]:
+    """Reduce a frontier to `max_points`, each time dropping the point that costs the least area under it.
 
-    The point of the highest measure stays longest, then the one of the lowest KL.
+    The point of the highest measure is dropped last, the one of the lowest KL before it.
     """
     kept = list(points)
-    while len(kept) > max(most, 0):
+    while len(kept) > max(max_points, 0):
         areas = [
             (after.kl - here.kl) * (here.measure - before.measure)
             for before, here, after in zip(kept, kept[1:], kept[2:], strict=False)
@@ -47,36 +47,37 @@ def thin_frontier(points: Sequence[EvaluatedModel], most: int) -> list[Evaluated
 
 @dataclass
 class BestModels:
-    """Keeps `best/`, `frontier/iteration-<n>/` and `pareto_frontier.json` in a run folder.
+    """Keeps `best/`, `frontier/iteration-<n>/` and `frontier.json` in a run folder.
 
     Args:
-        folder: None: only the figures are kept.
+        folder: Run folder; None: no model is saved, only the evaluations are recorded.
         measure: Name of the measure in the evaluation.
-        most: Models of the frontier on disk.
-        max_reference_kl: "Best" means within this KL; None: without a limit.
-        save: Writes the present model into a folder; every process calls it.
-        is_main_process: Who renames folders.
+        frontier_size: Maximum of frontier models on disk.
+        max_reference_kl: KL limit for the best model; None: no limit.
+        save: Saves the current model into a folder; every process calls it.
+        is_main_process: Whether this process renames folders.
     """
 
     folder: Path | None
     measure: str
-    most: int
+    frontier_size: int
     max_reference_kl: float | None
     save: Callable[[Path], object]
     is_main_process: bool
     best: float | None = None
-    points: list[EvaluatedModel] = field(default_factory=list)
-    """All that were evaluated."""
-    kept: list[EvaluatedModel] = field(default_factory=list)
-    """Those in `frontier/`, by rising KL."""
+    """Measure of the best model."""
+    evaluated: list[EvaluatedModel] = field(default_factory=list)
+    """All evaluated models."""
+    frontier: list[EvaluatedModel] = field(default_factory=list)
+    """The models in `frontier/`, sorted by KL."""
 
     def recover(self) -> None:
-        """Put back what a killed run had half replaced. Only where no other run is at it (`lock_run_folder`)."""
+        """Restore `best/` if a killed run had only half replaced it. Call it under `lock_run_folder`."""
         if self.folder is not None and self.is_main_process:
             folders.recover_replaced_folder(self.folder / "best")
 
-    def take(self, iteration: int, summary: Mapping[str, Mapping[str, float]], *, is_eligible: bool = True) -> None:
-        """Look at an evaluation; keep the model if it deserves it. One that is not eligible never becomes the best.
+    def consider(self, iteration: int, summary: Mapping[str, Mapping[str, float]], *, is_eligible: bool = True) -> None:
+        """Save the current model if its evaluation makes it the best (and it is eligible) or puts it on the frontier.
 
         Raises:
             ValueError: The evaluation has no such measure.
@@ -86,53 +87,56 @@ class BestModels:
         point = EvaluatedModel(iteration=iteration, measure=summary[self.measure]["mean"], kl=summary["kl"]["mean"])
         if not (math.isfinite(point.measure) and math.isfinite(point.kl)):
             return  # nothing was scored
-        within = is_eligible and (self.max_reference_kl is None or point.kl <= self.max_reference_kl)
-        if within and (self.best is None or point.measure > self.best):
+        may_be_best = is_eligible and (self.max_reference_kl is None or point.kl <= self.max_reference_kl)
+        if may_be_best and (self.best is None or point.measure > self.best):
             self.best = point.measure
             self._write("best")
-        self.points.append(point)
-        self.kept = thin_frontier(pareto_frontier([*self.kept, point]), self.most)
-        if point in self.kept:
+        self.evaluated.append(point)
+        self.frontier = thin_frontier(pareto_frontier([*self.frontier, point]), self.frontier_size)
+        if point in self.frontier:
             self._write(f"frontier/iteration-{iteration}")
-        self._tidy()
+        self._update_frontier_files()
 
     def state_dict(self) -> dict[str, Any]:
-        """The best measure and every point."""
-        points = [asdict(point) | {"kept": point in self.kept} for point in self.points]
+        """The best measure and all evaluated models."""
+        points = [asdict(point) | {"kept": point in self.frontier} for point in self.evaluated]
         return {"best": self.best, "points": points}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on comparing with what was found before."""
+        """Continue from saved evaluations."""
         best = None if state["best"] is None else float(state["best"])
-        known = [(bool(point["kept"]), _evaluated(point)) for point in state["points"]]
-        self.best, self.points = best, [point for _, point in known]
-        self.kept = sorted((point for kept, point in known if kept), key=lambda point: point.kl)
+        points = [(bool(point["kept"]), _evaluated(point)) for point in state["points"]]
+        self.best, self.evaluated = best, [point for _, point in points]
+        self.frontier = sorted((point for kept, point in points if kept), key=lambda point: point.kl)
 
     def _write(self, name: str) -> None:
-        """Save aside, flush, rename: a reader never meets half a model."""
+        """Save the current model atomically: into a temporary folder, flushed, then renamed."""
         if self.folder is None:
             return
         final = self.folder / name
-        aside = final.with_name(f".{final.name}.partial")
+        partial = final.with_name(f".{final.name}.partial")
         if self.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(parents=True, exist_ok=True)
-        self.save(aside)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+        self.save(partial)
         if self.is_main_process:
-            for path in (*aside.rglob("*"), aside):
+            for path in (*partial.rglob("*"), partial):
                 folders.flush(path)
-            folders.replace_folder(aside, final)
+            folders.replace_folder(partial, final)
 
-    def _tidy(self) -> None:
-        """Take away models that are kept no longer, and write down what is known of all."""
+    def _update_frontier_files(self) -> None:
+        """Delete models that left the frontier, and write `frontier.json`."""
         if self.folder is None or not self.is_main_process:
             return
-        names = {f"iteration-{point.iteration}" for point in self.kept}
+        names = {f"iteration-{point.iteration}" for point in self.frontier}
         for path in (self.folder / "frontier").glob("iteration-*"):
             if path.name not in names:
                 folders.remove_folder(path)
-        on_it = pareto_frontier(self.points)
-        rows = [asdict(point) | {"on_frontier": point in on_it, "kept": point in self.kept} for point in self.points]
+        optimal = pareto_frontier(self.evaluated)
+        rows = [
+            asdict(point) | {"on_frontier": point in optimal, "kept": point in self.frontier}
+            for point in self.evaluated
+        ]
         folders.write_json(self.folder / "frontier.json", {"measure": self.measure, "evaluations": rows})
 
 

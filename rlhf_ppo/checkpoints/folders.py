@@ -1,8 +1,8 @@
-"""Checkpoints that are either whole or absent: written aside, flushed, then renamed.
+"""Checkpoint folders, written atomically: into a temporary folder, flushed, then renamed.
 
 A checkpoint is a folder `checkpoint-<iteration>` of safetensors files and one JSON file. `manifest.json` is written
-last and lists every file with its SHA-256, and its own: a folder without it, or with a file that does not match, is
-passed over, and the one before is used. What a name begins with a dot for is unfinished or on its way out.
+last and lists the SHA-256 of every file, and its own: a folder without it, or with a file that does not match, is
+skipped, and the previous one is used. Folders whose name begins with a dot are unfinished or being deleted.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ _NAME = re.compile(r"checkpoint-(\d{1,12})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used in this run; the message says why and what helps. Nothing has changed."""
+    """A checkpoint cannot be used in this run; the message has reason and remedy. Nothing has changed."""
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
+    """Write a JSON file atomically: readers see the old file or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    partial.replace(path)
 
 
 def read_json(path: Path) -> Any:
@@ -41,42 +41,42 @@ def read_json(path: Path) -> Any:
 
 
 def begin_checkpoint(folder: Path, iteration: int) -> Path:
-    """An empty folder aside, for the files of a checkpoint; `commit_checkpoint` makes it one."""
-    for left in [*folder.glob(".checkpoint-*.partial"), *folder.glob(".checkpoint-*.removed")]:
-        shutil.rmtree(left)  # of a run that was killed
-    aside = folder / f".checkpoint-{iteration}.partial"
-    aside.mkdir(parents=True)
-    return aside
+    """Make an empty temporary folder for the files of a checkpoint, which `commit_checkpoint` completes."""
+    for leftover in [*folder.glob(".checkpoint-*.partial"), *folder.glob(".checkpoint-*.removed")]:
+        shutil.rmtree(leftover)  # of a run that was killed
+    partial = folder / f".checkpoint-{iteration}.partial"
+    partial.mkdir(parents=True)
+    return partial
 
 
-def commit_checkpoint(aside: Path, *, keep_last: int) -> Path:
-    """Flush, write the manifest, rename to `checkpoint-<iteration>`, then remove what is not to be kept.
+def commit_checkpoint(partial: Path, *, keep_last: int) -> Path:
+    """Flush, write the manifest, rename to `checkpoint-<iteration>`, and remove old checkpoints.
 
-    Kept are the newest `keep_last` up to this one. Those of later iterations belong to a run that this one has
-    replaced, or are damaged: this run was resumed from before them.
+    The latest `keep_last` up to this one are kept. Those of later iterations are removed: they are damaged or of a run
+    that was resumed from an earlier checkpoint.
     """
-    content = {"format": FORMAT, "files": _digests(aside)}
-    for path in (*aside.rglob("*"), aside):
+    content = {"format": FORMAT, "files": _files_sha256(partial)}
+    for path in (*partial.rglob("*"), partial):
         flush(path)
-    write_json(aside / MANIFEST, content | {"sha256": _digest_of(content)})
-    flush(aside)
-    final = aside.with_name(aside.name.removeprefix(".").removesuffix(".partial"))
-    replace_folder(aside, final)
+    write_json(partial / MANIFEST, content | {"sha256": _json_sha256(content)})
+    flush(partial)
+    final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+    replace_folder(partial, final)
     number = _iteration(final)
-    earlier = [path for path in checkpoints(final.parent) if _iteration(path) <= number]
-    for path in checkpoints(final.parent):
+    earlier = [path for path in list_checkpoints(final.parent) if _iteration(path) <= number]
+    for path in list_checkpoints(final.parent):
         if path not in earlier[-keep_last:]:
             remove_folder(path)
     return final
 
 
-def replace_folder(aside: Path, final: Path) -> None:
-    """Rename a finished folder into place; what stood there gives way only then."""
+def replace_folder(partial: Path, final: Path) -> None:
+    """Rename a finished folder to `final`, and only then remove the previous one."""
     old = final.with_name(f".{final.name}.removed")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-    aside.rename(final)
+    partial.rename(final)
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -89,20 +89,20 @@ def recover_replaced_folder(final: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Take a folder away in one step for every reader, then delete it; a failure to delete is no harm."""
-    gone = path.with_name(f".{path.name}.removed")
+    """Remove a folder atomically (rename, then delete); warn if it cannot be deleted."""
+    renamed = path.with_name(f".{path.name}.removed")
     try:
-        shutil.rmtree(gone, ignore_errors=True)
-        path.rename(gone)
-        shutil.rmtree(gone)
+        shutil.rmtree(renamed, ignore_errors=True)
+        path.rename(renamed)
+        shutil.rmtree(renamed)
     except OSError as error:
-        warnings.warn(f"{path.name} could not be deleted ({error}); it takes up space, no more.", stacklevel=2)
+        warnings.warn(f"{path.name} could not be deleted ({error}); it only takes up space.", stacklevel=2)
 
 
 def flush(path: Path) -> None:
-    """Have a file or folder written to the disk itself: a rename must not be there before what it names."""
+    """Write a file or folder through to disk (fsync), so that a rename is not there before the content."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -110,37 +110,39 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first; folders with other names are left alone."""
-    return [path for path in _named(folder) if (path / MANIFEST).is_file()]
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first; other folders are ignored."""
+    return [path for path in _checkpoint_folders(folder) if (path / MANIFEST).is_file()]
 
 
-def _named(folder: Path) -> list[Path]:
+def _checkpoint_folders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=_iteration)
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole, None if there never was one; damaged ones are named and passed over.
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The latest intact checkpoint; None if there are none. Warns of damaged ones and skips them.
 
-    Nothing is renamed to `checkpoint-<iteration>` before its manifest is there: one that has lost it is damaged.
+    A `checkpoint-<iteration>` without a manifest is damaged: folders get this name with the manifest in them.
 
     Raises:
-        CheckpointError: The newest whole one was written by a newer version, or there are damaged ones only.
+        CheckpointError: The latest intact one was written by a newer version, or all are damaged.
     """
-    found = [path for path in _named(folder) if any((path / name).exists() for name in (MANIFEST, STATE))]
-    for path in reversed(found):
+    candidates = [
+        path for path in _checkpoint_folders(folder) if any((path / name).exists() for name in (MANIFEST, STATE))
+    ]
+    for path in reversed(candidates):
         if (damage := find_damage(path)) is None:
             if (written := format_of(path)) > FORMAT:
                 raise CheckpointError(
-                    f"{path.name} has format {written}, this version of rlhf_ppo reads 1 to {FORMAT}: going on from "
-                    "an older one would throw work away. Update rlhf_ppo, or choose another output_dir."
+                    f"{path.name} has format {written}, this version of rlhf_ppo reads 1 to {FORMAT}: resuming "
+                    "from an older one would lose work. Update rlhf_ppo, or choose another output_dir."
                 )
             return path
-        warnings.warn(f"{path.name} cannot be used: {damage}. Trying the one before.", stacklevel=2)
-    if found:
+        warnings.warn(f"{path.name} cannot be used: {damage}. Trying the previous one.", stacklevel=2)
+    if candidates:
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {folder} can be used: to begin again would throw the run away. "
-            "Restore one from a copy, choose another output_dir, or begin again with resume=False."
+            f"none of the {len(candidates)} checkpoints in {folder} can be used: starting again would lose the run. "
+            "Restore one from a copy, choose another output_dir, or start again with resume=False."
         )
     return None
 
@@ -151,16 +153,16 @@ def format_of(path: Path) -> int:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Describe the damage of a checkpoint (missing or changed files); None if it is intact."""
     try:
         manifest = read_json(path / MANIFEST)
         written, files = int(manifest["format"]), dict(manifest["files"])
         if written < 1 or STATE not in files:
-            return f"{MANIFEST} is none of a checkpoint: format {written}, files {', '.join(files) or 'none'}"
-        signed = written > 1 or "sha256" in manifest
-        if signed and manifest["sha256"] != _digest_of({"format": written, "files": files}):
+            return f"{MANIFEST} is not that of a checkpoint: format {written}, files {', '.join(files) or 'none'}"
+        has_checksum = written > 1 or "sha256" in manifest
+        if has_checksum and manifest["sha256"] != _json_sha256({"format": written, "files": files}):
             return f"{MANIFEST} has changed since it was written"
-        return next((found for name, digest in files.items() if (found := _file_damage(path, name, digest))), None)
+        return next((damage for name, digest in files.items() if (damage := _file_damage(path, name, digest))), None)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -174,7 +176,7 @@ def _file_damage(path: Path, name: str, digest: str) -> str | None:
     try:
         if not (path / name).is_file():
             return f"{name} is missing"
-        return None if _digest(path / name) == digest else f"{name} has changed since it was written"
+        return None if _file_sha256(path / name) == digest else f"{name} has changed since it was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
 
@@ -183,16 +185,16 @@ def _iteration(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def _files_sha256(folder: Path) -> dict[str, str]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    return {path.relative_to(folder).as_posix(): _file_sha256(path) for path in files}
 
 
-def _digest_of(content: Any) -> str:
+def _json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

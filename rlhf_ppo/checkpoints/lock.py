@@ -1,4 +1,4 @@
-"""One run a folder: two would replace each other's checkpoints and mix their metrics."""
+"""Lock a run folder for one run: two would replace each other's checkpoints and mix their metrics."""
 
 import os
 import platform
@@ -12,26 +12,26 @@ from filelock import FileLock, Timeout
 
 from rlhf_ppo.checkpoints.folders import read_json, write_json
 
-LOCK, HOLDER = ".run.lock", ".run.json"
-"""The file that is locked, which stays and says nothing; and who has locked it, for the message alone."""
+LOCK_FILE, HOLDER_FILE = ".run.lock", ".run.json"
+"""The locked file, which is empty and stays; and a description of the process that locked it, for error messages."""
 
 
 class FolderInUseError(OSError):
-    """Another run writes into the folder; the message says which."""
+    """Another run uses the folder; the message names its process."""
 
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Inside, no other process that asks runs in `folder`. The same process may ask again.
+    """Context manager: while active, `folder` is locked against other processes. The same process may lock it again.
 
-    The operating system holds the lock (flock, or its like on Windows) for as long as the process lives: one that was
-    killed leaves nothing that blocks. Between machines it holds where the file system passes locks on, as NFS does with
-    its lock service; where it knows none, a warning says so and the run goes on without.
+    The operating system holds the lock (flock, or its like on Windows) while the process lives: a killed process leaves
+    no lock. Between machines it works where the file system supports it, as NFS does with its lock service; where it
+    does not, a warning says so and the run continues without a lock.
 
     Raises:
-        FolderInUseError: Another process is inside.
+        FolderInUseError: Another process holds the lock.
     """
-    lock = FileLock(folder.resolve() / LOCK, timeout=0, thread_local=False, is_singleton=True)
+    lock = FileLock(folder.resolve() / LOCK_FILE, timeout=0, thread_local=False, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:
@@ -49,18 +49,18 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     try:
         with suppress(OSError):
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            write_json(folder / HOLDER, {"process": os.getpid(), "machine": platform.node(), "since": now})
+            write_json(folder / HOLDER_FILE, {"process": os.getpid(), "machine": platform.node(), "since": now})
         yield
     finally:
         if lock.lock_counter == 1:
             with suppress(OSError):
-                (folder / HOLDER).unlink(missing_ok=True)
+                (folder / HOLDER_FILE).unlink(missing_ok=True)
         lock.release()
 
 
 def _holder(folder: Path) -> str:
     try:
-        known = read_json(folder / HOLDER)
+        known = read_json(folder / HOLDER_FILE)
         return f"process {known['process']} on {known['machine']} since {known['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "which has not said its name"
+        return "an unknown process"

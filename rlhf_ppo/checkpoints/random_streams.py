@@ -1,4 +1,4 @@
-"""The random states of a process, of every library that draws: saved, continued, or started anew."""
+"""The random states of a process, of all libraries: saved, restored, or reseeded."""
 
 import random
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ import torch
 
 @dataclass(frozen=True)
 class RandomStreams:
-    """torch, CUDA, NumPy, Python, and the sampler's own generator.
+    """The random states of torch, CUDA, NumPy and Python, and the generator of the sampler.
 
     Args:
-        sampler: Draws the responses.
+        sampler: Generator that samples the responses.
     """
 
     sampler: torch.Generator
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every stream stands."""
+        """The states of all generators."""
         numpy_state: Any = np.random.get_state()
         return {
             "torch": torch.get_rng_state(),
@@ -30,7 +30,7 @@ class RandomStreams:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue every stream; all states are tried on streams of nobody before one of ours moves."""
+        """Restore all generators; the states are first tried on spare generators, so that it is all or none."""
         name, keys, *rest = state["numpy"]
         numpy_state = (name, keys.numpy().astype(np.uint32), *rest)
         version, internal, gauss = state["python"]
@@ -47,7 +47,7 @@ class RandomStreams:
             torch.cuda.set_rng_state_all(state["cuda"])
 
     def restart(self, *key: int) -> None:
-        """Begin new streams that depend on `key` alone, such as (seed, iteration, process)."""
+        """Reseed all generators from `key` alone, such as (seed, iteration, process)."""
         first, second, third, fourth = (int(word) for word in np.random.SeedSequence(key).generate_state(4))
         torch.manual_seed(first)  # of every device
         self.sampler.manual_seed(second)

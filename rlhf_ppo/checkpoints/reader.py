@@ -1,4 +1,4 @@
-"""The files of a checkpoint, read into memory. Those of format 1 are read as what they would be today."""
+"""Read the files of a checkpoint, those of the old format 1 included, into a `SavedCheckpoint`."""
 
 import pickle
 import warnings
@@ -16,9 +16,9 @@ from rlhf_ppo.checkpoints.nested_state import DamagedFileError, load_nested_stat
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 LOOP, PROCESSES = "loop.safetensors", "processes.safetensors"
-FACTS = folders.STATE
+IDENTITY = folders.STATE
 ENGINE = "engine"
-"""Folder of a DeepSpeed engine's own files: parameters and optimizer states, in parts."""
+"""Folder of the files of a DeepSpeed engine: sharded parameters and optimizer states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,45 +28,45 @@ class SavedCheckpoint:
     path: Path
     iteration: int
     processes: int
-    """How many wrote it."""
+    """Number of processes that wrote it."""
     shared: dict[str, Any]
-    """Part -> its state."""
-    own: list[dict[str, Any]]
-    """The same for what each process has for itself."""
+    """Name -> state, the same on every process."""
+    per_process: list[dict[str, Any]]
+    """Name -> state, for each process."""
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Trained parameters; empty where a DeepSpeed engine reads its own."""
+    """Trained parameters by name; empty if a DeepSpeed engine reads its own files."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What `state.json` says of the run."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """Content of `state.json`: iteration, fingerprint of frozen weights, settings."""
 
 
 def read_checkpoint(path: Path, *, engine: bool, processes: int) -> SavedCheckpoint:
-    """All of a checkpoint whose checksums have been looked at.
+    """Read a checkpoint whose checksums have been verified.
 
     Args:
-        path: Its folder.
+        path: Folder of the checkpoint.
         engine: Whether this run has a DeepSpeed engine.
-        processes: How many this run has.
+        processes: Number of processes of this run.
 
     Raises:
         CheckpointError: It was written by another kind of run.
     """
     if engine != (path / ENGINE).is_dir():
         raise CheckpointError(
-            f"{path.name} was written {'without' if engine else 'by'} DeepSpeed, this run differs: the "
-            "optimizer's parts and whole do not replace each other. Resume with the first run's launch configuration."
+            f"{path.name} was written {'without' if engine else 'by'} DeepSpeed, this run differs: "
+            "sharded and full optimizer states cannot be converted. Resume with the first run's launch configuration."
         )
     saved = _read_format_1(path, engine) if folders.format_of(path) == 1 else _read(path, engine)
     if saved.processes != processes and engine:
         raise CheckpointError(
             f"{path.name} was written by {saved.processes} processes of DeepSpeed, this run has {processes}: the "
-            "optimizer's states lie in as many parts. Resume with the first run's number of processes."
+            "optimizer's states are sharded over as many. Resume with the first run's number of processes."
         )
     if saved.processes != processes:
         warnings.warn(
             f"{path.name} was written by {saved.processes} process(es), this run has {processes}. Weights, optimizer, "
-            "schedule, controller, moments, shuffles and the place in the prompts continue exactly; random streams "
-            "start anew, so samples differ from those of an uninterrupted run, and an iteration holds "
+            "schedule, controller, moments, shuffles and the position in the prompts continue exactly; random "
+            "streams are reseeded, so samples differ from those of an uninterrupted run, and an iteration holds "
             f"{processes / saved.processes:g} x as many responses unless batch_size is changed.",
             stacklevel=4,
         )
@@ -74,29 +74,29 @@ def read_checkpoint(path: Path, *, engine: bool, processes: int) -> SavedCheckpo
 
 
 def _read(path: Path, engine: bool) -> SavedCheckpoint:
-    facts = folders.read_json(path / FACTS)
-    own = load_nested_state(path / PROCESSES)
+    identity = folders.read_json(path / IDENTITY)
+    per_process = load_nested_state(path / PROCESSES)
     return SavedCheckpoint(
-        path=path, iteration=_count(facts["iteration"]), processes=len(own), facts=facts, own=own,
-        shared=load_nested_state(path / LOOP), weights={} if engine else _weights(path),
+        path=path, iteration=_iteration(identity["iteration"]), processes=len(per_process), identity=identity,
+        per_process=per_process, shared=load_nested_state(path / LOOP), weights={} if engine else _weights(path),
         optimizer={} if engine else load_nested_state(path / OPTIMIZER),
     )  # fmt: skip
 
 
 def _read_format_1(path: Path, engine: bool) -> SavedCheckpoint:
-    """Optimizer and random states came from `torch.save`, everything else stood in `state.json`."""
-    state = folders.read_json(path / FACTS)
+    """Format 1: optimizer and random states by `torch.save`, everything else in `state.json`."""
+    state = folders.read_json(path / IDENTITY)
     running = {name: torch.tensor(value) for name, value in state["running"].items()}
     shared = {name: state[name] for name in ("kl_controller", "update", "prompts")} | {"running": running}
     shared["best"] = {"best": state["best"], "points": []}
     if state["lr_scheduler"] is not None:
         shared["lr_scheduler"] = state["lr_scheduler"]
     files = sorted(path.glob("rng-*.pt"), key=lambda file: int(file.stem.removeprefix("rng-")))
-    own = [{"random": _tensors(file)} for file in files]
+    per_process = [{"random": _load_pickled(file)} for file in files]
     return SavedCheckpoint(
-        path=path, iteration=_count(state["iteration"]), processes=len(own), shared=shared, own=own,
-        weights={} if engine else _weights(path),
-        optimizer={} if engine else _tensors(path / "optimizer.pt"),
+        path=path, iteration=_iteration(state["iteration"]), processes=len(per_process), shared=shared,
+        per_process=per_process, weights={} if engine else _weights(path),
+        optimizer={} if engine else _load_pickled(path / "optimizer.pt"),
     )  # fmt: skip
 
 
@@ -107,15 +107,15 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
         raise DamagedFileError(f"{MODEL} holds no weights ({error})") from error
 
 
-def _tensors(path: Path) -> Any:
-    """What format 1 pickled; nothing but tensors and plain containers is let in."""
+def _load_pickled(path: Path) -> Any:
+    """Load a pickled file of format 1 with `weights_only`: tensors and plain containers."""
     try:
         return torch.load(path, weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
         raise DamagedFileError(f"{path.name} holds no tensors ({str(error).splitlines()[0]})") from error
 
 
-def _count(value: Any) -> int:
+def _iteration(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
-        raise DamagedFileError(f"{FACTS} gives the iteration {value!r}")
+        raise DamagedFileError(f"{IDENTITY} gives the iteration {value!r}")
     return value

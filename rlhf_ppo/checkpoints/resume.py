@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and how it comes back. Everything is read and checked before anything moves."""
+"""Save and restore the checkpoint of a run. All files are read and checked before any state changes."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,13 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from rlhf_ppo.checkpoints import folders
-from rlhf_ppo.checkpoints.compatibility import check_compatibility, run_facts, trained_parameters
+from rlhf_ppo.checkpoints.compatibility import check_compatibility, run_identity, trained_parameters
 from rlhf_ppo.checkpoints.folders import CheckpointError
 from rlhf_ppo.checkpoints.nested_state import save_nested_state, write_tensors
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
 from rlhf_ppo.checkpoints.reader import (
     ENGINE,
-    FACTS,
+    IDENTITY,
     LOOP,
     MODEL,
     OPTIMIZER,
@@ -30,31 +30,32 @@ from rlhf_ppo.learner.ppo_learner import PPOLearner
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Whatever a run must find again as it was: a prompt order, a reward source that counts, a callback."""
+    """An object whose state is part of a checkpoint, such as a prompt order, a reward source or a callback."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, texts and None, in lists, tuples and dicts."""
+        """The state: tensors, numbers, strings and None, in lists, tuples and dicts."""
 
     def load_state_dict(self, state: Any) -> None:
-        """Continue where `state_dict` was taken."""
+        """Restore a state that `state_dict` returned."""
 
 
 class CheckpointNotWrittenError(OSError):
-    """A checkpoint could not be written; those before are as they were."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
-Parts = Mapping[str, Stateful]
-_NONE: Parts = MappingProxyType({})
+StatefulByName = Mapping[str, Stateful]
+_NOTHING: StatefulByName = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restored:
-    """Where a run goes on."""
+class RestoredCheckpoint:
+    """The checkpoint from which a run continues."""
 
     path: Path
     iteration: int
+    """Number of finished iterations."""
     exact: bool
-    """Whether every random stream continues: not under another number of processes."""
+    """Whether random streams continue; False under another number of processes."""
 
 
 def save_checkpoint(
@@ -62,100 +63,102 @@ def save_checkpoint(
     folder: Path,
     *,
     iteration: int,
-    shared: Parts = _NONE,
-    own: Parts = _NONE,
+    shared: StatefulByName = _NOTHING,
+    per_process: StatefulByName = _NOTHING,
     keep_last: int = 2,
 ) -> Path:
-    """Write `checkpoint-<iteration>` into `folder`, whole or not at all. All processes call it; the main one writes.
+    """Write `checkpoint-<iteration>` into `folder`, atomically. All processes call it; the main one writes.
 
     Args:
         learner: Its weights, optimizer, schedule, controller, moments and shuffles are saved.
-        folder: On a file system that all processes share.
-        iteration: Iterations finished.
+        folder: Run folder, on a file system that all processes share.
+        iteration: Number of finished iterations.
         shared: Further state that is the same on every process.
-        own: Further state that each process has for itself. `random` should be among it.
-        keep_last: Checkpoints kept.
+        per_process: Further state of each process, such as `{"random": RandomStreams(generator)}`.
+        keep_last: Number of checkpoints kept.
 
     Raises:
-        CheckpointNotWrittenError: On every process, if one could not write; what it wrote is removed again.
-        TypeError: A `state_dict` holds something that safetensors and JSON do not; it is named.
+        CheckpointNotWrittenError: Raised on every process if one could not write; the incomplete folder is removed.
+        TypeError: A `state_dict` holds a type that safetensors and JSON do not; the message names it.
     """
-    states = learner.processes.gather_objects([{name: part.state_dict() for name, part in own.items()}])
-    aside = folder / f".checkpoint-{iteration}.partial"
+    states = learner.processes.gather_objects([{name: part.state_dict() for name, part in per_process.items()}])
+    partial = folder / f".checkpoint-{iteration}.partial"
     has_engine, main = _has_engine(learner), learner.accelerator.is_main_process
-    learned = None if has_engine else gather_nested_tensors(_learned(learner), keep=main)
+    trained = None if has_engine else gather_nested_tensors(_trained_state(learner), keep=main)
 
     def write() -> None:
         folders.begin_checkpoint(folder, iteration)
-        if learned is not None:
-            write_tensors(learned[MODEL], aside / MODEL)
-            save_nested_state(learned[OPTIMIZER], aside / OPTIMIZER)
-        save_nested_state({name: part.state_dict() for name, part in _all(learner, shared).items()}, aside / LOOP)
-        save_nested_state(states, aside / PROCESSES)
-        folders.write_json(aside / FACTS, {"iteration": iteration, **run_facts(learner)})
+        if trained is not None:
+            write_tensors(trained[MODEL], partial / MODEL)
+            save_nested_state(trained[OPTIMIZER], partial / OPTIMIZER)
+        save_nested_state(
+            {name: part.state_dict() for name, part in _shared_state(learner, shared).items()}, partial / LOOP
+        )
+        save_nested_state(states, partial / PROCESSES)
+        folders.write_json(partial / IDENTITY, {"iteration": iteration, **run_identity(learner)})
 
     def write_engine() -> None:
         try:
-            learner.policy.save_checkpoint(str(aside), tag=ENGINE)
-        except RuntimeError as error:  # what torch.save says of a full disk
+            learner.policy.save_checkpoint(str(partial), tag=ENGINE)
+        except RuntimeError as error:  # as torch.save raises on a full disk
             raise OSError(str(error)) from error
 
-    _together(learner, write if main else None, aside)
+    _run_together(learner, write if main else None, partial)
     if has_engine:
-        _together(learner, write_engine, aside)
-    _together(learner, (lambda: folders.commit_checkpoint(aside, keep_last=keep_last)) if main else None, aside)
+        _run_together(learner, write_engine, partial)
+    _run_together(learner, (lambda: folders.commit_checkpoint(partial, keep_last=keep_last)) if main else None, partial)
     return folder / f"checkpoint-{iteration}"
 
 
 def restore_checkpoint(
-    learner: PPOLearner, folder: Path, *, shared: Parts = _NONE, own: Parts = _NONE
-) -> Restored | None:
-    """Bring everything to the newest whole checkpoint in `folder`, if there is one. All processes call it.
+    learner: PPOLearner, folder: Path, *, shared: StatefulByName = _NOTHING, per_process: StatefulByName = _NOTHING
+) -> RestoredCheckpoint | None:
+    """Restore the latest intact checkpoint in `folder`; None if there is none. All processes call it.
 
     Raises:
-        CheckpointError: It does not belong to this run, or holds something else; nothing has changed then.
+        CheckpointError: It does not belong to this run, or is malformed; nothing has changed then.
     """
-    path = _agreed(learner, folder)
+    path = _agree_on_checkpoint(learner, folder)
     if path is None:
         return None
     try:
         saved = read_checkpoint(path, engine=_has_engine(learner), processes=learner.accelerator.num_processes)
         check_compatibility(learner, saved)
         exact = saved.processes == learner.accelerator.num_processes
-        mine = saved.own[learner.accelerator.process_index % saved.processes]
+        local = saved.per_process[learner.accelerator.process_index % saved.processes]
         parts: dict[str, tuple[Stateful, Any]] = {}
-        for known, states in ((_all(learner, shared), saved.shared), (own, mine)):
-            parts |= {name: (part, states[name]) for name, part in known.items() if name in states}
+        for stateful, states in ((_shared_state(learner, shared), saved.shared), (per_process, local)):
+            parts |= {name: (part, states[name]) for name, part in stateful.items() if name in states}
         if not exact:
             parts.pop("random", None)
-        _load(parts)
+        _load_all(parts)
         _load_parameters(learner, saved)
     except CheckpointError:
         raise
     except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        ours = isinstance(error, OSError | RuntimeError | ValueError)  # the others' words help nobody
-        said = str(error) if ours else "its files can be read, but are not what this version writes"
+        is_clear = isinstance(error, OSError | RuntimeError | ValueError)  # the others' messages do not help
+        reason = str(error) if is_clear else "its files can be read, but are not what this version writes"
         raise CheckpointError(
-            f"{path.name} does not fit this run ({said}). Resume with the model, data and "
+            f"{path.name} does not fit this run ({reason}). Resume with the model, data and "
             "settings that it was written with, choose another output_dir, or set resume=False."
         ) from error
-    if not exact and isinstance(streams := own.get("random"), RandomStreams):
+    if not exact and isinstance(streams := per_process.get("random"), RandomStreams):
         streams.restart(learner.config.seed, saved.iteration, learner.accelerator.process_index)
-    learner.start.is_due = False  # the policy has left its reference
+    learner.start_kl_check.is_due = False  # the trained policy differs from its reference
     learner.accelerator.wait_for_everyone()
-    return Restored(path=path, iteration=saved.iteration, exact=exact)
+    return RestoredCheckpoint(path=path, iteration=saved.iteration, exact=exact)
 
 
-def _all(learner: PPOLearner, shared: Parts) -> dict[str, Stateful]:
-    """The trainer's state beside parameters and optimizer, and what the caller adds."""
-    known: dict[str, Stateful] = {
+def _shared_state(learner: PPOLearner, shared: StatefulByName) -> dict[str, Stateful]:
+    """The learner's state besides parameters and optimizer, and further state of the caller."""
+    state: dict[str, Stateful] = {
         "kl_controller": learner.kl_ctl, "running": learner.running, "update": learner.algorithm.update,
         "reuse": learner.reuse, **shared,
     }  # fmt: skip
-    return known if learner.lr_scheduler is None else {**known, "lr_scheduler": learner.lr_scheduler}
+    return state if learner.lr_scheduler is None else {**state, "lr_scheduler": learner.lr_scheduler}
 
 
-def _learned(learner: PPOLearner) -> dict[str, Any]:
+def _trained_state(learner: PPOLearner) -> dict[str, Any]:
     return {MODEL: trained_parameters(learner), OPTIMIZER: learner.optimizer.state_dict()}
 
 
@@ -163,8 +166,8 @@ def _has_engine(learner: PPOLearner) -> bool:
     return bool(learner.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
-def _together(learner: PPOLearner, action: Callable[[], object] | None, aside: Path) -> None:
-    """Do something on some processes; if it fails for one, give the space back and raise on all."""
+def _run_together(learner: PPOLearner, action: Callable[[], object] | None, partial: Path) -> None:
+    """Run `action` where it is given; if it fails on one process, remove the folder and raise on all."""
     problem: OSError | None = None
     try:
         if action is not None:
@@ -174,43 +177,43 @@ def _together(learner: PPOLearner, action: Callable[[], object] | None, aside: P
     reasons = [text for text in learner.processes.gather_objects([str(problem or "")]) if text]
     if reasons:
         if learner.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        name = aside.name.removeprefix(".").removesuffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+        name = partial.name.removeprefix(".").removesuffix(".partial")
         raise CheckpointNotWrittenError(
-            f"{name} could not be written in {aside.parent}: {reasons[0]}. The checkpoint before is as it was. Make "
-            "room or give the right to write there."
+            f"{name} could not be written in {partial.parent}: {reasons[0]}. Earlier checkpoints are unchanged. Free "
+            "disk space, or make the folder writable."
         ) from problem
 
 
-def _agreed(learner: PPOLearner, folder: Path) -> Path | None:
-    """The checkpoint to go on from: the main process looks, the others believe it."""
-    found: list[Any] = [None, None]
+def _agree_on_checkpoint(learner: PPOLearner, folder: Path) -> Path | None:
+    """The latest intact checkpoint, chosen by the main process for all."""
+    choice: list[Any] = [None, None]  # name, error
     if learner.accelerator.is_main_process:
         try:
-            newest = folders.latest(folder)
-            found = [None if newest is None else newest.name, None]
+            path = folders.latest_checkpoint(folder)
+            choice = [None if path is None else path.name, None]
         except CheckpointError as error:
-            found = [None, str(error)]
-    name, problem = broadcast_object_list(found)
+            choice = [None, str(error)]
+    name, problem = broadcast_object_list(choice)
     if problem is not None:
         raise CheckpointError(problem)
     if name is not None and not (folder / name).is_dir():
         raise CheckpointError(
             f"process {learner.accelerator.process_index} does not see {folder / name}, which the main process has "
-            "found: processes would go on from different states. Put output_dir on a file system that all nodes share."
+            "found: processes would continue from different states. Put output_dir on a file system that nodes share."
         )
     return None if name is None else folder / name
 
 
-def _load(parts: Mapping[str, tuple[Stateful, Any]]) -> None:
-    """Load each part; if one refuses, those before it are put back."""
-    done: list[tuple[Stateful, Any]] = []
+def _load_all(parts: Mapping[str, tuple[Stateful, Any]]) -> None:
+    """Load each state; if one raises, restore those before it."""
+    loaded: list[tuple[Stateful, Any]] = []
     try:
         for part, state in parts.values():
-            done.append((part, part.state_dict()))
+            loaded.append((part, part.state_dict()))
             part.load_state_dict(state)
     except Exception:
-        for part, before in reversed(done):
+        for part, before in reversed(loaded):
             part.load_state_dict(before)
         raise
 

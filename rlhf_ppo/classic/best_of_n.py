@@ -1,4 +1,4 @@
-"""Best-of-n: sample n responses, keep the ones a score likes most. The baseline that PPO is measured against."""
+"""Best-of-n sampling: sample n responses, keep those with the highest scores. A baseline for PPO."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,20 +15,20 @@ Queries = Sequence[int] | Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
 
 class BestOfNSampler:
-    """Samples `sample_size` responses to each query and keeps the `n_candidates` with the highest scores.
+    """Samples `sample_size` responses per query and keeps the `n_candidates` with the highest scores.
 
     Args:
         model: The policy, a `PreTrainedModelWrapper`.
-        tokenizer: Of `model`, a `PreTrainedTokenizerBase`.
-        queries_to_scores: Full texts (query and response) -> one score for each.
-        length_sampler: Called once for each query: how many tokens to sample.
-        sample_size: n.
-        seed: Seeds the global generators now; None leaves them.
-        n_candidates: How many texts to keep for each query.
-        generation_config: For `model.generate`.
+        tokenizer: The tokenizer of `model`, a `PreTrainedTokenizerBase`.
+        queries_to_scores: Full texts (query and response) -> one score per text.
+        length_sampler: Called once per query; returns the number of tokens to sample.
+        sample_size: n, the number of responses per query.
+        seed: Seed of the global generators, set now; None: not set.
+        n_candidates: Number of texts to keep per query.
+        generation_config: Passed to `model.generate`.
 
     Raises:
-        ValueError: For a model or tokenizer of the wrong kind, and when more candidates are asked for than sampled.
+        ValueError: The model or tokenizer is of the wrong type, or `n_candidates` is not in 1 ... `sample_size`.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class BestOfNSampler:
             tokenized_query: Tokens of one query, or of several.
             skip_special_tokens: Whether to leave special tokens out of the texts.
             device: Where to generate; None: where the model is.
-            generation_kwargs: For `model.generate`, over `generation_config`.
+            generation_kwargs: Passed to `model.generate`; they override `generation_config`.
 
         Raises:
-            ValueError: When `queries_to_scores` does not give one finite score for each text.
+            ValueError: `queries_to_scores` does not return one finite score per text.
         """
         device = self.model.device if device is None else device
         best = []

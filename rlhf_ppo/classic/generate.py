@@ -1,4 +1,4 @@
-"""`PPOTrainer.generate` as scripts for the classic API call it: tensors in, tensors out, settings of `generate`."""
+"""`PPOTrainer.generate` of the classic API: query tensors in, response tensors out, settings of transformers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +12,23 @@ from rlhf_ppo.samplers.base import EvalMode, SamplingConfig, check_prompts, pad_
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.decode_support import unsupported_reason
 
-# Settings of `generate` that the decode loop reads, and those that do not change what it draws.
-UNDERSTOOD = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-WITHOUT_EFFECT = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "use_cache", "transformers_version")
-NEUTRAL = {
+# Settings of `generate` that the decode loop supports, and those that do not change its samples.
+SUPPORTED_SETTINGS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+)
+IGNORED_SETTINGS = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "use_cache", "transformers_version")
+NEUTRAL_VALUES = {
     "num_beams": 1, "num_beam_groups": 1, "typical_p": 1.0, "length_penalty": 1.0, "encoder_repetition_penalty": 1.0,
     "num_return_sequences": 1, "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant",
     "assistant_confidence_threshold": 0.4, "assistant_lookbehind": 10, "target_lookbehind": 10,
 }  # fmt: skip
-TOP_K_OF_TRANSFORMERS = 50  # what `generate(do_sample=True)` uses when nobody says anything
+DEFAULT_TOP_K = 50  # of transformers' `generate(do_sample=True)`
 
 
 def generate_responses(
@@ -38,29 +46,29 @@ def generate_responses(
 ) -> Tensor | list[Tensor]:
     """Generate a response to one query, or to each of a list.
 
-    The settings mean what they mean to `model.generate`, its generation config included. The decode loop draws where it
-    can (sampling or greedy, with the usual filters, one response per query); `model.generate` does everything else.
+    The settings are those of `model.generate`, its generation config included. The decode loop is used if it supports
+    them (sampling or greedy, with the usual filters, one response per query), else `model.generate`.
 
     Args:
-        model: anything with `generate`, or a wrapper of it.
-        tokenizer: its end-of-sequence token ends a response, whatever the model stops at.
-        query_tensor: token ids of one query, or a list of them.
-        length_sampler: called once for each `batch_size` queries; its value is their `max_new_tokens`.
-        batch_size: queries that share one draw of `length_sampler`, and one call of `model.generate`. The decode loop
-            packs rows by its own limits.
-        return_prompt: whether a response begins with its query (decoder-only models).
-        remove_padding: whether responses of a list are cut after the first end-of-sequence token. Only the response is
+        model: A model with `generate`, or a wrapper of one.
+        tokenizer: Its end-of-sequence token ends a response, whatever the model stops at.
+        query_tensor: Token ids of one query, or a list of them.
+        length_sampler: Called once per `batch_size` queries; its value is their `max_new_tokens`.
+        batch_size: Queries that share one value of `length_sampler`, and one call of `model.generate`. The decode loop
+            batches rows by its own limits.
+        return_prompt: Whether a response begins with its query (decoder-only models).
+        remove_padding: Whether responses of a list are cut after the first end-of-sequence token. Only the response is
             searched: a query may hold that token too, and begins with it where BOS and EOS are one.
-        pad_to_multiple_of: accepted for compatibility; padding never changes a response.
-        device: where the results lie; None: where the model is.
-        generation_kwargs: for `model.generate`.
+        pad_to_multiple_of: Accepted for compatibility; padding never changes a response.
+        device: Device of the results; None: that of the model.
+        generation_kwargs: Settings of `model.generate`.
 
     Returns:
         One query: a tensor [1, length] ([n, length] for `num_return_sequences=n`). A list: a list of one-dimensional
         tensors, in order.
 
     Raises:
-        ValueError: for a query of another shape.
+        ValueError: A query has another shape.
     """
     single = isinstance(query_tensor, Tensor)
     if isinstance(query_tensor, Tensor) and query_tensor.dim() != 1:
@@ -74,7 +82,7 @@ def generate_responses(
     inner = unwrap_causal_lm(model)
     if device is None and queries:
         device = next(inner.parameters()).device
-    call = _Call(inner, tokenizer, queries, length_sampler, 1 if single else batch_size, generation_kwargs)
+    call = _GenerateCall(inner, tokenizer, queries, length_sampler, 1 if single else batch_size, generation_kwargs)
     rows = call.run()
     copies = len(rows) // max(len(queries), 1)
     encoder_decoder = bool(getattr(inner.config, "is_encoder_decoder", False))
@@ -93,8 +101,8 @@ def generate_responses(
 
 
 @dataclass
-class _Call:
-    """The queries of one call, in chunks that share a draw of the length sampler."""
+class _GenerateCall:
+    """One call of `generate_responses`, in chunks of `batch_size` queries with a common length."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -104,7 +112,7 @@ class _Call:
     kwargs: dict[str, Any]
 
     def run(self) -> list[Tensor]:
-        """Responses without their queries."""
+        """Generate the responses, without their queries."""
         starts = range(0, len(self.queries), max(1, self.batch_size))
         lengths = None if self.length_sampler is None else [int(self.length_sampler()) for _ in starts]
         settings = self.kwargs if lengths is None else {**self.kwargs, "max_new_tokens": max(lengths, default=1)}
@@ -117,8 +125,8 @@ class _Call:
         rows: list[Tensor] = []
         with EvalMode(self.model), torch.no_grad():
             for chunk, start in enumerate(starts):
-                own = {} if lengths is None else {"max_new_tokens": lengths[chunk]}
-                rows += self._generate(self.queries[start : start + self.batch_size], {**self.kwargs, **own})
+                length = {} if lengths is None else {"max_new_tokens": lengths[chunk]}
+                rows += self._generate(self.queries[start : start + self.batch_size], {**self.kwargs, **length})
         return rows
 
     def _generate(self, queries: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
@@ -131,31 +139,31 @@ class _Call:
 
 
 def as_sampling_config(model: Any, generation_kwargs: Mapping[str, Any]) -> SamplingConfig | None:
-    """What `model.generate(**generation_kwargs)` would do, in the decode loop's terms; None where it has none."""
+    """Convert the settings of `model.generate(**generation_kwargs)`; None if the decode loop does not support them."""
     settings = {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
     settings |= generation_kwargs
     if settings.get("max_new_tokens") is None:
         return None
     stops = settings.pop("eos_token_id", None)
     strings = settings.pop("stop_strings", None) or ()
-    understood = {name: settings.pop(name) for name in UNDERSTOOD if settings.get(name) is not None}
+    supported = {name: settings.pop(name) for name in SUPPORTED_SETTINGS if settings.get(name) is not None}
     if (settings.pop("min_length", None) or 0) > 0 or any(not _is_neutral(*item) for item in settings.items()):
         return None
-    understood["top_k"] = int(understood.get("top_k", TOP_K_OF_TRANSFORMERS))
+    supported["top_k"] = int(supported.get("top_k", DEFAULT_TOP_K))
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     return SamplingConfig(
-        **{"do_sample": False, **understood},
+        **{"do_sample": False, **supported},
         stop_token_ids=tuple(stop for stop in stops if stop >= 0),
         stop_strings=(strings,) if isinstance(strings, str) else tuple(strings),
     )
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """Whether a setting leaves alone what the decode loop draws."""
-    if name in WITHOUT_EFFECT or name == "max_length" or name.startswith("_") or value is None:
+    """Whether a setting has no effect on the samples."""
+    if name in IGNORED_SETTINGS or name == "max_length" or name.startswith("_") or value is None:
         return True
-    if name in NEUTRAL:
-        return bool(value == NEUTRAL[name])
+    if name in NEUTRAL_VALUES:
+        return bool(value == NEUTRAL_VALUES[name])
     return isinstance(value, (bool, int, float)) and not value
 
 
@@ -163,5 +171,5 @@ def _until_eos(response: Tensor, eos_token_id: int | None, *, start: int) -> Ten
     """The response up to its first end-of-sequence token, that token included."""
     if eos_token_id is None:
         return response
-    places = (response[start:] == eos_token_id).nonzero()
-    return response if len(places) == 0 else response[: start + int(places[0]) + 1]
+    positions = (response[start:] == eos_token_id).nonzero()
+    return response if len(positions) == 0 else response[: start + int(positions[0]) + 1]

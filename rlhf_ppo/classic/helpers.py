@@ -1,4 +1,4 @@
-"""Small helpers that classic scripts use: random lengths and plain sampling."""
+"""Helpers of classic scripts: random lengths and plain sampling."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 
 class LengthSampler:
-    """Draws a length uniformly from `min_value`, ..., `max_value - 1`, by numpy's global generator.
+    """Samples a length uniformly from `min_value`, ..., `max_value - 1`, by numpy's global generator.
 
     Args:
         min_value: Smallest length.
-        max_value: One more than the largest.
+        max_value: Largest length + 1.
 
     Raises:
-        ValueError: When there is no such length.
+        ValueError: `min_value` is not below `max_value`.
     """
 
     def __init__(self, min_value: int, max_value: int) -> None:
@@ -41,19 +41,21 @@ def respond_to_batch(
     Args:
         model: Called as `model(input_ids)`; the first of its outputs are the logits [batch, time, vocabulary].
         queries: Tokens of the prompts.
-        txt_len: How many tokens to sample.
+        txt_len: Number of tokens to sample.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens with this probability; 1 keeps all.
     """
     input_ids = queries
     for _ in range(txt_len):
-        logits = _keep(model(input_ids)[0][:, -1, :], top_k=top_k, top_p=top_p)
+        logits = _filter_logits(model(input_ids)[0][:, -1, :], top_k=top_k, top_p=top_p)
         token = torch.multinomial(logits.softmax(dim=-1), num_samples=1)
         input_ids = torch.cat([input_ids, token], dim=-1)
     return input_ids[:, queries.shape[1] :]
 
 
-def _keep(logits: Float[Tensor, "batch vocabulary"], *, top_k: int, top_p: float) -> Float[Tensor, "batch vocabulary"]:
+def _filter_logits(
+    logits: Float[Tensor, "batch vocabulary"], *, top_k: int, top_p: float
+) -> Float[Tensor, "batch vocabulary"]:
     unused = torch.empty(0, dtype=torch.long)
     if top_k > 0:
         logits = TopKLogitsWarper(top_k)(unused, logits)

@@ -1,6 +1,6 @@
-"""The classic trainer's inner methods, for scripts that call them: padded [batch, length - 1] tensors throughout.
+"""The classic trainer's inner methods, for scripts that call them; tensors are padded, [batch, length - 1].
 
-`step` does not run through these: it scores response tokens alone. They give the same numbers, from the same functions
+`step` does not call them: it scores response tokens only. They compute the same numbers by the same functions
 (tests/classic/test_classic.py).
 """
 
@@ -29,7 +29,7 @@ _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
 
 
 class ClassicInnerMethods(PPOLearner):
-    """The methods that the classic's `step` was made of."""
+    """The methods that the classic's `step` consists of."""
 
     data_collator: Any
 
@@ -66,7 +66,7 @@ class ClassicInnerMethods(PPOLearner):
     def compute_rewards(
         self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, masks: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards, their non-score part, and the KL penalty, each [B, L - 1]; the score at the last masked position."""
+        """Rewards, their non-score part, and the KL, each [B, L - 1]; the score is at the last position with mask 1."""
         kl = self._kl_penalty(logprobs, ref_logprobs)
         penalty = -self.kl_ctl.value * kl
         rewards = penalty.clone()
@@ -75,7 +75,7 @@ class ClassicInnerMethods(PPOLearner):
         return rewards, penalty, kl
 
     def compute_advantages(self, values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked values, whitened advantages and returns over the full padded width, as the classic lays them out."""
+        """Masked values, whitened advantages and returns over the full padded width, as in the classic."""
         steps = mask.bool()
         values, rewards = values.masked_fill(~steps, 0.0), rewards.masked_fill(~steps, 0.0)
         if self.config.whiten_rewards:
@@ -139,7 +139,7 @@ class ClassicInnerMethods(PPOLearner):
         scores: list[Tensor],
         masks: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None]:
-        """Check a batch as `step` does; its tensors on the device, scores squeezed."""
+        """Check a batch as `step` does; return its tensors on the device, scores squeezed."""
         limits = ModelLimits(batch_size=batch_size, vocab_size=None, max_positions=None)
         check_step_inputs(queries, responses, scores, masks, limits=limits, device=self.current_device)
         squeezed = [score.squeeze() if score.numel() == 1 else score for score in scores]
@@ -152,7 +152,7 @@ class ClassicInnerMethods(PPOLearner):
         return {name: padded[name].to(self.current_device) for name in ("input_ids", "attention_mask")}
 
     def _positions(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Position ids that do not count padding on the left, where the model takes any."""
+        """Position ids that do not count left padding; {} if there is none."""
         if self.is_encoder_decoder or bool(inputs["attention_mask"][:, 0].all()):
             return {}
         return {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)}

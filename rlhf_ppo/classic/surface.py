@@ -1,4 +1,4 @@
-"""What a loop of one's own needs around `step()`: generation, dataloader, logging, saving. The classic's names."""
+"""Methods of the classic trainer around `step()`: generation, dataloader, logging, saving."""
 
 import inspect
 import warnings
@@ -20,12 +20,12 @@ _EXTRA_COLUMNS = ("label", "query", "response")
 
 
 class ClassicSurface(ClassicInnerMethods):
-    """Methods of `PPOTrainer` beside `step` and `train`, under the names of the classic trainer."""
+    """Methods of `PPOTrainer` besides `step` and `train`, with the names of the classic trainer."""
 
     compare_step: int = 0
-    """Steps that `push_to_hub_if_best_kwargs` has seen."""
+    """Number of steps under `push_to_hub_if_best_kwargs`."""
     highest_reward: float = -float("inf")
-    """Best mean score among those compared."""
+    """Best mean score so far."""
 
     def generate(
         self,
@@ -40,8 +40,8 @@ class ClassicSurface(ClassicInnerMethods):
 
         Args:
             query_tensor: One Long [P], or a list of them, without padding.
-            length_sampler: Called once a chunk of `batch_size` for its `max_new_tokens`.
-            batch_size: Prompts of one call, when a list is given.
+            length_sampler: Called once per chunk of `batch_size` prompts; returns its `max_new_tokens`.
+            batch_size: Prompts per chunk, if a list is given.
             return_prompt: Whether a response begins with its prompt.
             generate_ref_response: Also sample from the reference.
 
@@ -57,13 +57,13 @@ class ClassicSurface(ClassicInnerMethods):
         if not generate_ref_response:
             return responses
         with self.gathered_parameters(of_reference=True), self.reference_context():
-            others = generate_responses(self.ref_model or self.model, self.tokenizer, query_tensor, **settings)
-        return responses, others
+            ref_responses = generate_responses(self.ref_model or self.model, self.tokenizer, query_tensor, **settings)
+        return responses, ref_responses
 
     def prepare_dataloader(
         self, dataset: torch.utils.data.Dataset[Any] | datasets.Dataset, data_collator: Callable[..., Any] | None = None
     ) -> DataLoader[Any]:
-        """Shuffled batches of `config.batch_size`, the incomplete last one dropped; unused columns removed."""
+        """A dataloader of shuffled, complete batches of `config.batch_size`, without unused columns."""
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset)
         loader = DataLoader(
@@ -83,18 +83,18 @@ class ClassicSurface(ClassicInnerMethods):
         rewards: list[Tensor] | Tensor,
         columns_to_log: Iterable[str] = ("query", "response"),
     ) -> None:
-        """Send the statistics of a step to the tracker, from the main process; adds `env/reward_*`.
+        """Log the statistics of a step to the tracker, from the main process; adds `env/reward_*`.
 
         Args:
-            stats: What `step` returned.
+            stats: The result of `step`.
             batch: Columns of the batch, texts among them.
-            rewards: One score a sample.
+            rewards: One score per sample.
             columns_to_log: Columns of the table `game_log` (Weights & Biases only).
         """
-        own = (
+        local = (
             rewards if isinstance(rewards, Tensor) else torch.stack([reward.float().reshape(()) for reward in rewards])
         )
-        scores: Tensor = self.accelerator.gather(own.to(self.current_device)).flatten().float().cpu()
+        scores: Tensor = self.accelerator.gather(local.to(self.current_device)).flatten().float().cpu()
         columns = list(columns_to_log)
         table: list[list[Any]] = []
         if self.config.log_with == "wandb":
@@ -133,7 +133,7 @@ class ClassicSurface(ClassicInnerMethods):
         write_model_card(Path(path), model_name)
 
     def _push_if_best(self, scores: Tensor) -> None:
-        """Push the policy that earned these scores, before it is updated, if no batch scored better."""
+        """Push the policy, before its update, if the mean of these scores is the best so far."""
         settings: Any = self.config.push_to_hub_if_best_kwargs
         if not settings:
             return

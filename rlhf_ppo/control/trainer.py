@@ -225,7 +225,7 @@ class ControlTrainer:
         Raises:
             ValueError: The checkpoint has another task or network.
         """
-        path = folders.latest(folder) if folder.is_dir() else None
+        path = folders.latest_checkpoint(folder) if folder.is_dir() else None
         if path is None:
             return None
         state, weights = folders.read_json(path / "state.json"), load_file(path / "model.safetensors")

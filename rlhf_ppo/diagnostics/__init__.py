@@ -1,1 +1,1 @@
-"""What watches a run: the doctor of the first batch, guards against reward hacking, numbers that are not finite."""
+"""Diagnostics of a run: the doctor of the first batch, guards against reward hacking, dumps of failed updates."""

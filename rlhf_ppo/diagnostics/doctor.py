@@ -1,4 +1,4 @@
-"""When the doctor looks by itself: once, at the first step, on the main process."""
+"""The doctor: run all diagnostic checks on a batch, by default on the first batch of a run."""
 
 import logging
 
@@ -11,17 +11,19 @@ logger = logging.getLogger(__name__)
 
 
 def diagnose(learner: PPOLearner, batch: DiagnosedBatch) -> Diagnosis:
-    """All checks. Those that run the model are left out where a process holds only parts of it."""
-    tokens = run_text_checks(batch, learner.tokenizer)
+    """Run all checks; those that run the model are left out if it is sharded."""
+    text = run_text_checks(batch, learner.tokenizer)
     if learner.processes.sharded:
-        return tokens
-    # A checkpoint that was loaded has an optimizer with a past.
-    model = run_model_checks(learner, batch, is_fresh=not learner.optimizer.state and not learner.start.goes_on)
-    return Diagnosis(findings=[*tokens.findings, *model.findings], checked=[*tokens.checked, *model.checked])
+        return text
+    # After a checkpoint was loaded, the optimizer has a state.
+    model = run_model_checks(
+        learner, batch, is_fresh=not learner.optimizer.state and not learner.start_kl_check.continues_ppo
+    )
+    return Diagnosis(findings=[*text.findings, *model.findings], checked=[*text.checked, *model.checked])
 
 
 def diagnose_first_batch(learner: PPOLearner, batch: DiagnosedBatch) -> None:
-    """Diagnose the first batch of a learner on the main process, set `learner.diagnosis`, log what spoils the run.
+    """Diagnose the first batch of a learner on the main process: set `learner.diagnosis`, log warnings.
 
     Does nothing at later batches, and with `PPOConfig.diagnose` off.
     """

@@ -1,4 +1,4 @@
-"""What the doctor can find: for each finding what usually causes it and what helps, in one place."""
+"""The findings of the doctor, each with its usual cause and remedy."""
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
@@ -8,37 +8,37 @@ Severity: TypeAlias = Literal["warning", "note"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that is not as it should be."""
+    """One problem that a check of the doctor has found."""
 
     name: str
-    """Which check found it."""
+    """Key of the finding, see `KNOWN_FINDINGS`."""
     severity: Severity
-    """"warning": the run learns something else than you think. "note": harmless here, not everywhere."""
-    found: str
-    """What was seen, with numbers."""
+    """"warning": the run would learn something else than intended. "note": harmless here, not everywhere."""
+    evidence: str
+    """What was observed, with numbers."""
     cause: str
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.found}. Cause: {self.cause}. Remedy: {self.remedy}."
+        return f"{self.name}: {self.evidence}. Cause: {self.cause}. Remedy: {self.remedy}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What one look found."""
+    """The findings of one run of the doctor."""
 
     findings: list[Finding] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
-    """Names of the checks that could be made with what was known."""
+    """Names of the checks that were made; a check needs the fields of the batch that it reads."""
 
     @property
     def is_healthy(self) -> bool:
-        """Whether nothing was found that spoils the run."""
+        """Whether there is no finding of severity "warning"."""
         return not self.warnings
 
     @property
     def warnings(self) -> list[Finding]:
-        """Findings that spoil the run."""
+        """Findings of severity "warning"."""
         return [finding for finding in self.findings if finding.severity == "warning"]
 
     def names(self) -> set[str]:
@@ -52,7 +52,7 @@ class Diagnosis:
 
 
 class KnownFinding(NamedTuple):
-    """What usually causes a finding, and what helps."""
+    """Usual cause and remedy of a finding."""
 
     cause: str
     remedy: str
@@ -61,10 +61,10 @@ class KnownFinding(NamedTuple):
 KNOWN_FINDINGS: dict[str, KnownFinding] = {
     "padding": KnownFinding(
         "the model sees padding or other rows: positions counted from the wrong end, attention to what follows",
-        "use a causal model of transformers as it is; check custom attention and position ids",
+        "use an unchanged causal model of transformers; check custom attention and position ids",
     ),
     "ratio": KnownFinding(
-        "the model answers differently each time it is asked: dropout is on, or its layers draw random numbers",
+        "the model is not deterministic: dropout is on, or its layers draw random numbers",
         "set every dropout of the model's configuration to 0; the trainer switches to eval mode, but code that ignores "
         "it (functional dropout, custom layers) must be changed",
     ),
@@ -123,16 +123,18 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
 
 
 def finding(
-    name: str, found: str, *, severity: Severity = "warning", cause: str | None = None, remedy: str | None = None
+    name: str, evidence: str, *, severity: Severity = "warning", cause: str | None = None, remedy: str | None = None
 ) -> Finding:
-    """A finding with its usual cause and remedy, unless others are given.
+    """Make a finding with its usual cause and remedy, unless others are given.
 
     Args:
-        name: Of the finding; in `KNOWN_FINDINGS` unless both are given.
-        found: What was seen, with numbers.
-        severity: How much it matters.
-        cause: Instead of the usual one.
-        remedy: Instead of the usual one.
+        name: Name of the finding; in `KNOWN_FINDINGS` unless `cause` and `remedy` are given.
+        evidence: What was observed, with numbers.
+        severity: See `Finding`.
+        cause: Replaces the usual one.
+        remedy: Replaces the usual one.
     """
     known = KNOWN_FINDINGS.get(name, KnownFinding("", ""))
-    return Finding(name=name, severity=severity, found=found, cause=cause or known.cause, remedy=remedy or known.remedy)
+    return Finding(
+        name=name, severity=severity, evidence=evidence, cause=cause or known.cause, remedy=remedy or known.remedy
+    )

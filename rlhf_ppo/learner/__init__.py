@@ -1,1 +1,1 @@
-"""The learner: one iteration of the algorithm, from checked responses to updated parameters."""
+"""The learner: one iteration of the algorithm, from checked responses to updated parameters, and its configuration."""

@@ -1,4 +1,4 @@
-"""The arguments of `PPOTrainer`: checked, and completed by what follows from them."""
+"""Check the arguments of `PPOTrainer`, and build the accelerator and the default optimizer from its configuration."""
 
 import importlib.util
 import warnings
@@ -24,10 +24,10 @@ from rlhf_ppo.updates.optimizers import adam
 def check_arguments(
     config: object, model: object, ref_model: object, tokenizer: object, dataset: object, lr_scheduler: object
 ) -> None:
-    """Refuse what `PPOTrainer` cannot work with, before anything is moved or changed.
+    """Check the types of the arguments of `PPOTrainer`, before anything is moved or changed.
 
     Raises:
-        ValueError: Naming the first argument that is wrong.
+        ValueError: An argument is of the wrong type; the message names the first one.
     """
     if not isinstance(config, PPOConfig):
         raise ValueError(f"config must be a PPOConfig, got {type(config)}")
@@ -65,11 +65,10 @@ def check_arguments(
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:
-    """Processes, precision and trackers as `config` says.
+    """Build the `Accelerator` of a configuration: processes, precision and trackers.
 
     Raises:
-        ValueError: If Accelerate would divide gradients a second time, or FSDP or DeepSpeed are set up as they cannot
-            be used here.
+        ValueError: Accelerate would divide gradients a second time, or FSDP or DeepSpeed have unsupported settings.
     """
     accelerator = Accelerator(
         log_with=config.log_with,
@@ -79,8 +78,8 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     keep_torch_optimizer(accelerator)
     if accelerator.num_processes > 1:
         wait_for_gloo_threads()
-    given = config.accelerator_kwargs
-    enable_fsdp2_on_cpu(accelerator, given.get("fsdp_plugin") if isinstance(given, dict) else None)
+    settings = config.accelerator_kwargs
+    enable_fsdp2_on_cpu(accelerator, settings.get("fsdp_plugin") if isinstance(settings, dict) else None)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: gradients would "
@@ -90,7 +89,7 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
 
 
 def fill_runtime_fields(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft_model: bool) -> None:
-    """Set the fields of the classic configuration that are known only now."""
+    """Set the fields of `config` that depend on the number of processes and the type of the model."""
     config.world_size = processes
     config.global_batch_size = config.batch_size * processes
     config.global_backward_batch_size = (config.backward_batch_size or config.mini_batch_size) * processes
@@ -99,14 +98,14 @@ def fill_runtime_fields(config: PPOConfig, processes: int, is_encoder_decoder: b
 
 
 def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Optimizer:
-    """What `config.optimizer` names, over the trainable parameters; torch's are fused where these allow it.
+    """Build the optimizer that `config.optimizer` names over the trainable parameters; fused if their dtypes allow it.
 
     Raises:
-        ValueError: The 8-bit optimizer is asked for where it does not run.
+        ValueError: `adamw_8bit` without a CUDA device or without bitsandbytes.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "adamw_8bit":
-        return _eight_bit(parameters, config.learning_rate, config.adam_eps)
+        return _adamw_8bit(parameters, config.learning_rate, config.adam_eps)
     rate, eps = config.learning_rate, config.adam_eps
     if config.optimizer == "adamw":
         fused = config.fused_adam and all(parameter.is_floating_point() for parameter in parameters)
@@ -115,16 +114,16 @@ def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Optimizer:
     return adam(parameters, lr=rate, eps=eps, tensorflow=tensorflow, fused=config.fused_adam)
 
 
-def _eight_bit(parameters: list[torch.nn.Parameter], learning_rate: float, eps: float) -> Optimizer:
-    """AdamW whose moments take one byte a parameter instead of four (Dettmers et al. 2022)."""
+def _adamw_8bit(parameters: list[torch.nn.Parameter], learning_rate: float, eps: float) -> Optimizer:
+    """AdamW with 8-bit moments: one byte per entry instead of four (Dettmers et al. 2022)."""
     missing = "a CUDA device" if not torch.cuda.is_available() else None
     if missing is None and importlib.util.find_spec("bitsandbytes") is None:
         missing = "the package bitsandbytes (pip install bitsandbytes)"
     if missing is not None:
         raise ValueError(
-            f"optimizer='adamw_8bit' needs {missing}, which is not here: moments cannot be kept in 8 bits. Use "
+            f"optimizer='adamw_8bit' needs {missing}, which was not found: moments cannot be kept in 8 bits. Use "
             "optimizer='adamw'; to save memory on a CPU, set gradient_checkpointing=True or train LoRA adapters."
         )
     optim = importlib.import_module("bitsandbytes.optim")
-    chosen: Optimizer = optim.AdamW8bit(parameters, lr=learning_rate, eps=eps)
-    return chosen
+    optimizer: Optimizer = optim.AdamW8bit(parameters, lr=learning_rate, eps=eps)
+    return optimizer

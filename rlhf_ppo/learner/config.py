@@ -1,4 +1,4 @@
-"""Settings of `PPOTrainer`: the classic fields under their classic names, then ours."""
+"""`PPOConfig`, the settings of `PPOTrainer`: the fields of TRL's classic, then those of this package."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
 from rlhf_ppo.distributed.placement import ReferencePlacement
-from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, Controller, FixedKLController
+from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController, KLController
 from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, check_kl_placement
 from rlhf_ppo.updates import MinibatchConfig
 from rlhf_ppo.utils.field_types import check_fields
@@ -17,7 +17,7 @@ from rlhf_ppo.utils.field_types import check_fields
 
 @dataclass
 class PPOConfig:
-    """Settings of `PPOTrainer`; sizes are those of one process.
+    """Settings of `PPOTrainer`; batch sizes are per process.
 
     The fields and defaults of TRL's classic `PPOConfig` (<= 0.11.4), so that its scripts keep their meaning. A field
     that does not exist cannot be set: a misspelt name raises instead of being ignored.
@@ -26,17 +26,17 @@ class PPOConfig:
     exp_name: str = Path(sys.argv[0]).stem or "rlhf_ppo"
     """Name of the experiment."""
     seed: int = 0
-    """Seeds Python, NumPy, torch and the minibatch shuffles."""
+    """Seed of Python, NumPy, torch and the minibatch shuffles."""
     log_with: str | None = None
     """Tracker of Accelerate: "tensorboard", "wandb", ...; None: none."""
     task_name: str | None = None
-    """For trackers only."""
+    """Only passed to trackers."""
     model_name: str = "gpt2"
-    """For trackers and scripts only."""
+    """Only for trackers and scripts."""
     query_dataset: str = "stanfordnlp/imdb"
-    """For trackers and scripts only."""
+    """Only for trackers and scripts."""
     reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"
-    """For trackers and scripts only."""
+    """Only for trackers and scripts."""
     remove_unused_columns: bool = True
     """Drop dataset columns that are neither arguments of the model's forward nor `label`, `query`, `response`."""
     tracker_kwargs: dict[str, Any] | str | None = field(default_factory=dict)
@@ -48,11 +48,11 @@ class PPOConfig:
     tracker_project_name: str = "rlhf_ppo"
     """Project name given to the tracker."""
     push_to_hub_if_best_kwargs: dict[str, Any] | str | None = field(default_factory=dict)
-    """When given (with `repo_id`): push whenever the mean score is the best so far; JSON on a command line."""
+    """If given (with `repo_id`): push the model whenever the mean score is the best so far; JSON on a command line."""
     steps: int = 20000
-    """Episodes in all; `total_ppo_epochs` = ceil(steps / batch_size) calls of `step()`."""
+    """Total number of episodes; `total_ppo_epochs` = ceil(steps / batch_size) calls of `step()`."""
     learning_rate: float = 1.41e-5
-    """Of the default Adam."""
+    """Learning rate of the default optimizer."""
     adap_kl_ctrl: bool = True
     """Adapt the coefficient of the KL to the reference (Ziegler et al. 2019); otherwise it is fixed."""
     init_kl_coef: float = 0.2
@@ -60,11 +60,11 @@ class PPOConfig:
     kl_penalty: KLPenalty = "kl"
     """Per-token estimate of KL(policy || reference): log-ratio, its absolute value, half its square, exact, or k3."""
     target: float = 6.0
-    """KL of a response, nats, that the adaptive controller aims at."""
+    """Target of the adaptive controller: KL per response, nats."""
     horizon: float = 10000.0
     """Episodes over which the adaptive controller acts."""
     gamma: float = 1.0
-    """Discount."""
+    """Discount factor γ."""
     lam: float = 0.95
     """λ of generalized advantage estimation."""
     cliprange: float = 0.2
@@ -74,19 +74,19 @@ class PPOConfig:
     vf_coef: float = 0.1
     """Weight of the value loss."""
     batch_size: int = 128
-    """Responses of one `step()`, on this process."""
+    """Responses per `step()` and process."""
     forward_batch_size: int | None = None
     """Deprecated name of `mini_batch_size`."""
     mini_batch_size: int = 128
-    """Responses of one forward and backward pass."""
+    """Responses per forward and backward pass."""
     gradient_accumulation_steps: int = 1
-    """Passes of one optimizer step. A mean over tokens of the whole step: the cut never changes the gradient."""
+    """Passes per optimizer step. The loss is the mean over all tokens of the step, however they are divided."""
     world_size: int | None = None
-    """Filled in by the trainer: number of processes."""
+    """Set by the trainer: number of processes."""
     ppo_epochs: int = 4
-    """Passes over a batch."""
+    """Passes over each batch."""
     max_grad_norm: float | None = None
-    """Gradient norm above which gradients are scaled down, in every optimizer step."""
+    """Gradient norm to which gradients are clipped in every optimizer step; None: no clipping."""
     optimize_cuda_cache: bool | None = None
     """Deprecated name of `optimize_device_cache`."""
     optimize_device_cache: bool = False
@@ -94,21 +94,21 @@ class PPOConfig:
     early_stopping: bool = False
     """Stop the epochs when the policy's KL to the old policy exceeds 1.5 x `target_kl`."""
     target_kl: float = 1.0
-    """See `early_stopping`; nats per token."""
+    """KL for `early_stopping`, nats per token."""
     compare_steps: int = 1
-    """Compare with the best mean score every so many steps (`push_to_hub_if_best_kwargs`)."""
+    """Steps between two comparisons with the best mean score (`push_to_hub_if_best_kwargs`)."""
     ratio_threshold: float = 10.0
-    """A minibatch whose mean probability ratio exceeds this is skipped; the optimizer does not move."""
+    """Minibatches whose mean probability ratio exceeds this are skipped, without an optimizer step."""
     use_score_scaling: bool = False
     """Divide scores by their running standard deviation."""
     use_score_norm: bool = False
     """With `use_score_scaling`: also subtract the running mean."""
     most_skips_in_a_row: int = 5
-    """The run stops after so many optimizer steps in a row whose loss or gradient was not finite; none was taken."""
+    """Stop the run after this many successive minibatches whose loss or gradient is not finite; all are skipped."""
     dump_dir: str | None = None
-    """Where such a stop leaves what `python -m rlhf_ppo.replay` reproduces it from; None: the run folder, if any."""
+    """Folder for the dump that such a stop writes for `python -m rlhf_ppo.replay`; None: the run folder, if any."""
     diagnose: bool = True
-    """Let the doctor look at the first batch and warn of what it finds (`PPOTrainer.diagnose`)."""
+    """Run the doctor on the first batch and log its warnings (`PPOTrainer.diagnose`)."""
     score_clip: float | None = None
     """Clip scores to [-score_clip, score_clip]."""
     whiten_rewards: bool = False
@@ -116,15 +116,15 @@ class PPOConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for more time."""
     is_encoder_decoder: bool | None = None
-    """Filled in by the trainer."""
+    """Set by the trainer."""
     is_peft_model: bool | None = None
-    """Filled in by the trainer."""
+    """Set by the trainer."""
     backward_batch_size: int | None = None
     """Derived: mini_batch_size x gradient_accumulation_steps, the responses of one optimizer step."""
     global_backward_batch_size: int | None = None
-    """Filled in by the trainer: over all processes."""
+    """Set by the trainer: sum over all processes."""
     global_batch_size: int | None = None
-    """Filled in by the trainer: over all processes."""
+    """Set by the trainer: sum over all processes."""
     dataset_num_proc: int | None = None
     """Processes of `datasets` when it filters columns."""
     total_ppo_epochs: int | None = None
@@ -135,47 +135,48 @@ class PPOConfig:
     ent_coef: float = 0.0
     """Weight of the exact full-vocabulary entropy in the loss."""
     kl_placement: KLPlacement = "reward"
-    """Where the KL to the reference stands; "split": each state's own, exact, in the loss, later states' in the reward.
-    Its coefficient means the same in all three, except where a group's standard deviation scales advantages (GRPO)."""
+    """Where the KL to the reference enters; "split": that of the present state, exact, in the loss; that of later
+    states in the reward. Its coefficient means the same in all three, except where a group's standard deviation scales
+    advantages (GRPO)."""
     reference_placement: ReferencePlacement = "auto"
-    """The reference between its scoring passes: "whole" on the device; "sharded" over processes (ZeRO-3, FSDP);
-    "offloaded" to main memory; "auto": sharded where the policy is, else whole."""
+    """Where the reference is between scoring passes: "whole" on the device; "sharded" over processes (ZeRO-3, FSDP);
+    "offloaded" to the CPU; "auto": sharded if the policy is, else whole."""
     temperature: float = 1.0
-    """What logits are divided by in rollout, reference and update alike."""
+    """Divisor of the logits in rollout, reference and update."""
     importance_sampling_cap: float | None = None
-    """C >= 1: weigh each token's policy loss by min(trainer's / sampler's probability, C), for tokens that another
-    engine drew; None: do not weigh."""
+    """C >= 1: weight each token's policy loss by min(learner's / sampler's probability, C), for tokens sampled by
+    another engine; None: no weights."""
     token_budget: int | None = None
-    """Most padded tokens of one forward and backward pass; cuts minibatches by work instead of by rows."""
+    """Maximum of padded tokens per forward and backward pass; divides minibatches by tokens instead of by rows."""
     logits_chunk_size: int = 1024
-    """Response tokens whose logits over the vocabulary may live at once."""
+    """Maximum of response tokens whose logits over the vocabulary are in memory at once."""
     optimizer: Literal["adam", "adamw", "adamw_8bit", "adam_tensorflow"] = "adam"
     """The default optimizer: Adam; AdamW (weight decay 0.01); AdamW with 8-bit moments (CUDA and bitsandbytes); Adam
-    with ε where the first implementations had it, which makes the first steps smaller."""
+    with ε placed as in TensorFlow, which makes the first steps smaller."""
     adam_eps: float = 1e-8
     """ε of the default optimizer."""
     fused_adam: bool = True
-    """Use torch's fused Adam for the default optimizer: the same numbers to rounding, several times cheaper."""
+    """Use torch's fused Adam for the default optimizer: equal up to rounding, several times cheaper."""
 
     packing: bool = True
-    """On CPUs: compute nothing that nobody reads, where that leaves results alike: rows of unequal length go through
-    the model side by side instead of padded, and through the last layer from a prompt's last token on."""
+    """On CPUs, where results stay the same: run rows of unequal length packed instead of padded, and the last layer
+    only from the last prompt token on."""
     fused_head: bool = True
-    """Take the LM head's gradients chunk by chunk in the forward pass, where the logits are at hand."""
+    """Compute the LM head's gradients chunk by chunk in the forward pass, while the logits are in memory."""
     bf16: bool = False
-    """On CPUs with AVX-512-BF16 or AMX: products of linear layers in bfloat16; weights and all else in float32."""
+    """On CPUs with AVX-512-BF16 or AMX: linear layers compute in bfloat16; weights and all else in float32."""
     reuse_logprobs: bool = True
-    """In `train()`: take the sampler's log-probabilities and values for the policy's own, once they proved equal."""
+    """In `train()`: use the sampler's log-probabilities and values instead of a scoring pass, once proved equal."""
     keep_freed_memory: bool = True
-    """On CPUs: keep the memory of freed tensors instead of giving it back to the system: new pages cost time."""
+    """On CPUs: keep the memory of freed tensors instead of returning it to the system: new pages cost time."""
     fast_products: bool = True
-    """On CPUs, equal to rounding: float32 products by oneDNN where it is faster than torch's own; RMSNorm and SwiGLU
-    that keep less for the backward pass."""
+    """On CPUs, equal up to rounding: float32 matrix products by oneDNN where it is faster than torch; RMSNorm and
+    SwiGLU that save fewer tensors for the backward pass."""
 
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs"):
             value = getattr(self, name)
-            setattr(self, name, _object(name, value) if isinstance(value, str) else value or {})
+            setattr(self, name, _parse_json_object(name, value) if isinstance(value, str) else value or {})
         check_fields(self)
         if self.forward_batch_size is not None:
             self.mini_batch_size = self.forward_batch_size
@@ -187,7 +188,7 @@ class PPOConfig:
             raise ValueError(
                 "`batch_size` must be a multiple of `mini_batch_size * gradient_accumulation_steps`, inexact division: "
                 f"{self.batch_size} / {self.backward_batch_size} = {self.batch_size / self.backward_batch_size}. "
-                "A rest would be dropped or weigh more than the others; choose sizes that divide."
+                "A remainder would be dropped or weigh more than the others; choose sizes that divide."
             )
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
 
@@ -209,7 +210,7 @@ class PPOConfig:
         )
 
     def minibatch(self) -> MinibatchConfig:
-        """How an update cuts and repeats its batch."""
+        """Settings of the update: epochs, minibatch and micro-batch sizes, clipping, early stopping."""
         return MinibatchConfig(
             epochs=self.ppo_epochs,
             minibatch_size=self.mini_batch_size * self.gradient_accumulation_steps,
@@ -221,14 +222,14 @@ class PPOConfig:
             target_kl=self.target_kl if self.early_stopping else None,
         )
 
-    def kl_controller(self) -> Controller:
-        """What sets the coefficient of the KL to the reference."""
+    def kl_controller(self) -> KLController:
+        """Build the controller of the KL coefficient: adaptive or fixed."""
         if self.adap_kl_ctrl:
             return AdaptiveKLController(self.init_kl_coef, self.target, self.horizon)
         return FixedKLController(self.init_kl_coef)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, nested keys joined by "/"."""
+        """All settings as one flat dictionary; nested keys are joined by "/"."""
         flat: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if isinstance(value, dict):
@@ -255,7 +256,9 @@ class PPOConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: nothing would be done. Use 1.")
         for name in ("temperature", "cliprange", "horizon", "ratio_threshold", "adam_eps"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}: it divides or bounds. Use 1.0.")
+                raise ValueError(
+                    f"{name} must be positive, got {getattr(self, name)}: it is a divisor or a bound. Use 1.0."
+                )
         if self.importance_sampling_cap is not None and not self.importance_sampling_cap >= 1:
             raise ValueError(
                 f"importance_sampling_cap must be at least 1 (or None), got {self.importance_sampling_cap}: where "
@@ -264,17 +267,19 @@ class PPOConfig:
         check_kl_placement(self.kl_penalty, self.kl_placement)
         if self.reference_placement == "offloaded" and (self.kl_penalty, self.kl_placement) == ("full", "loss"):
             raise ValueError(
-                "reference_placement='offloaded' keeps the reference away from the update, where kl_penalty='full' in "
-                "the loss reads it in every pass. Use reference_placement='whole', or kl_penalty='mse'."
+                "reference_placement='offloaded' keeps the reference off the device during the update, where "
+                "kl_penalty='full' in the loss reads it in every pass. Use reference_placement='whole', or "
+                "kl_penalty='mse'."
             )
         if self.learning_rate < 0 or not math.isfinite(self.learning_rate):
             raise ValueError(
-                f"learning_rate must be finite and not negative, got {self.learning_rate}: steps go uphill. Use 1e-5."
+                f"learning_rate must be finite and not negative, got {self.learning_rate}: steps would go "
+                "uphill. Use 1e-5."
             )
 
 
-def _object(name: str, text: str) -> dict[str, Any]:
-    """A JSON object from the command line."""
+def _parse_json_object(name: str, text: str) -> dict[str, Any]:
+    """Parse a JSON object given on the command line."""
     try:
         content = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:

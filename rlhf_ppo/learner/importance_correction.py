@@ -1,4 +1,4 @@
-"""Tokens that another engine drew: weights that make them count as the trainer's own, and how far the two disagree."""
+"""Truncated importance weights for tokens sampled by another engine, and metrics of the sampler-learner mismatch."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,24 +13,24 @@ from rlhf_ppo.rollout.experience import Responses
 
 
 def check_sampler_logprobs(responses: Responses, cap: float | None) -> None:
-    """Refuse a batch that is to be weighed but does not say how likely its sampler found each token.
+    """Check that a batch has sampler log-probabilities if it is to be importance-weighted.
 
     Raises:
-        ValueError: See above.
+        ValueError: `cap` is set, but the log-probabilities are missing.
     """
     if cap is not None and responses.sampler_logprobs is None:
         raise ValueError(
             "importance_sampling_cap needs the sampler's log-probability of every token, this batch has none: `step()` "
-            "is not told them, and `TransformersGenerate` does not return them. Set importance_sampling_cap=None, or "
-            "draw in `train()` with a sampler that does (DecodeLoop, ContinuousBatching, VLLMSampler)."
+            "does not take them, and `TransformersGenerate` does not return them. Set importance_sampling_cap=None, or "
+            "sample in `train()` with a sampler that does (DecodeLoop, ContinuousBatching, VLLMSampler)."
         )
 
 
 def apply_importance_weights(batch: TrainBatch, responses: Responses, cap: float | None) -> TrainBatch:
-    """The batch whose advantages carry the importance weights min(π_old / μ, cap); unchanged without a cap.
+    """Multiply advantages by the importance weights min(π_old / μ, cap); without a cap, return the batch unchanged.
 
-    Weights are not negative, so that weighing the advantage weighs the whole policy term of a token, the clipped
-    surrogate included: min(ρ wÂ, clip(ρ) wÂ) = w min(ρ Â, clip(ρ) Â). Value targets are left alone.
+    Weights are not negative, so a weight on the advantage is a weight on the whole policy term of a token, the clipped
+    surrogate included: min(ρ wÂ, clip(ρ) wÂ) = w min(ρ Â, clip(ρ) Â). Value targets do not change.
     """
     if cap is None or responses.sampler_logprobs is None:
         return batch
@@ -39,14 +39,14 @@ def apply_importance_weights(batch: TrainBatch, responses: Responses, cap: float
 
 
 def local_importance_ratios(batch: TrainBatch, responses: Responses) -> Float[Tensor, " actions"] | None:
-    """π_old / μ at the actions of this process, in main memory; None where the sampler's side is not known."""
+    """π_old / μ at the actions of this process, on the CPU; None without sampler log-probabilities."""
     if responses.sampler_logprobs is None:
         return None
     return importance_ratio(batch.logprobs, responses.sampler_logprobs, batch.mask)[batch.mask].cpu()
 
 
 def mismatch_metrics(all_ratios: Sequence[Tensor | None], cap: float | None) -> dict[str, float]:
-    """What sampler and trainer disagree on, over the ratios of all processes; empty where they are not known."""
+    """Metrics of the sampler-learner mismatch from the ratios of all processes; empty if there are none."""
     known = [ratios for ratios in all_ratios if ratios is not None]
     if not known:
         return {}

@@ -1,4 +1,4 @@
-"""KL coefficients of the reward: fixed, or adapted to hold the KL to the reference near a target."""
+"""Controllers of the KL coefficient: fixed, or adapted to hold the KL to the reference near a target."""
 
 from typing import Protocol, runtime_checkable
 
@@ -6,23 +6,24 @@ from rlhf_ppo.algorithms.penalty_beta import check_finite_kl
 
 
 @runtime_checkable
-class Controller(Protocol):
-    """A coefficient that a trainer reads, then updates once per iteration, and saves."""
+class KLController(Protocol):
+    """A KL coefficient that the learner reads, updates once per iteration, and saves."""
 
     value: float
+    """The present coefficient."""
 
     def update(self, current: float, n_steps: int) -> None:
-        """Follow the KL measured while `value` was in force."""
+        """Update the coefficient from the KL that was measured under it."""
 
     def state_dict(self) -> dict[str, float]:
-        """What changes over time."""
+        """The state that changes over time."""
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from a saved state."""
 
 
 class FixedKLController:
-    """A KL coefficient that stays what it is.
+    """A constant KL coefficient.
 
     Args:
         kl_coef: Weight of the KL to the reference.
@@ -44,7 +45,7 @@ class FixedKLController:
 
 
 class AdaptiveKLController:
-    """Steers the KL to the reference towards a target (Ziegler et al. 2019, §2.2).
+    """A KL coefficient adapted to hold the KL to the reference near a target (Ziegler et al. 2019, §2.2).
 
         e = clip(KL / target - 1, -0.2, 0.2)
         kl_coef ← kl_coef · (1 + e · n / horizon)
@@ -69,7 +70,7 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, current: float, n_steps: int) -> None:
-        """Follow the mean KL per response.
+        """Raise the coefficient if the mean KL per response is above the target, lower it if below.
 
         Args:
             current: Mean over responses of the KL summed over tokens, nats.

@@ -4,7 +4,12 @@ from pathlib import Path
 
 
 def write_model_card(folder: Path, name: str | None = None) -> None:
-    """Write `README.md` into a model folder: what was trained and how to load it."""
+    """Write a model card, `README.md`, into a model folder.
+
+    Args:
+        folder: Made when missing.
+        name: Title of the card; None: the name of the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(_MODEL_CARD.format(name=name or folder.name), encoding="utf-8")
 

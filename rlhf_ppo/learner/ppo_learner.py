@@ -1,4 +1,4 @@
-"""`PPOLearner`: checked responses in, updated parameters and statistics out. `learn` is the paper's algorithm box."""
+"""`PPOLearner`, which learns from checked responses. `learn` is the paper's algorithm box."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,32 +42,32 @@ from rlhf_ppo.utils.timing import empty_cache_after, timed
 
 
 class PPOLearner:
-    """Policy, reference, algorithm and everything that moves with them, on one process or many.
+    """Policy, reference, optimizer and algorithm: `learn` takes checked responses and updates the policy.
 
     Args:
-        config: Settings; sizes are those of one process.
+        config: Settings; batch sizes are per process.
         model: The policy with its value head.
         ref_model: The frozen reference of the KL penalty. None: a frozen copy of `model`, or `model` itself with its
             adapters off (or switched to the adapter that training started from) when it carries LoRA adapters.
         tokenizer: Of `model`. Must have a padding token.
-        optimizer: Over the trainable parameters of `model`; None: what `config.optimizer` names.
+        optimizer: Over the trainable parameters of `model`; None: the one that `config.optimizer` names.
         num_shared_layers: Lower layers that policy and copied reference share in memory, frozen.
-        lr_scheduler: Stepped once a `learn`.
+        lr_scheduler: Stepped once per `learn`.
         algorithm: What is optimized; None: PPO with the clipped surrogate, from the classic fields of `config`.
     """
 
     metrics: dict[str, float]
-    """What the last step measured beyond the classic's 40 statistics."""
-    newest: tuple[TrainBatch, ScoredResponses] | None
-    """The last step's batch as its update saw it, with the KL terms, for the token view of the report."""
+    """Metrics of the last step besides the classic's 40 statistics."""
+    last_batch: tuple[TrainBatch, ScoredResponses] | None
+    """Batch of the last update, and its scores under policy and reference; None before the first."""
     diagnosis: Any
-    """What the doctor found in the first batch (a `diagnostics.findings.Diagnosis`); None before."""
+    """The doctor's findings in the first batch (a `diagnostics.findings.Diagnosis`); None before."""
     dump_dir: Path | None
-    """Where an update that gives up leaves its dump."""
+    """Folder for the dump of an update that fails on numbers that are not finite; None: no dump."""
     reference_context: Callable[[], AbstractContextManager[object]]
     """Context manager: while active, the reference is on its device, or `model` has its adapters off."""
     update_context: Callable[[], AbstractContextManager[object]]
-    """Context manager around every update; the trainer writes a dump there when an update gives up."""
+    """Context manager around every update; the trainer's writes a dump if an update fails."""
 
     def __init__(
         self,
@@ -101,30 +101,34 @@ class PPOLearner:
         self._reference = None if found is None else found.module
         self._reference_is_whole = found is not None and not found.sharded
         self.reference_context = partial(reference_adapter, model) if found is None else found.context
-        self.start = StartKLCheck(model, self.processes, own_reference=found is None)
+        self.start_kl_check = StartKLCheck(model, self.processes, is_own_reference=found is None)
         self.algorithm_config = algorithm or config.algorithm()
         self.algorithm = build_algorithm(
             self.algorithm_config, policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator,
             minibatch_config=config.minibatch, seed=config.seed, reference=self._reference,
             reference_kl=loss_kl_estimator(config.kl_penalty, config.kl_placement),
         )  # fmt: skip
-        self.metrics, self.newest, self.diagnosis, self.current_step = {}, None, None, 0
+        self.metrics, self.last_batch, self.diagnosis, self.current_step = {}, None, None, 0
         self.dump_dir = None if config.dump_dir is None else Path(config.dump_dir)
         self.update_context = nullcontext
         self.trackers = Trackers(self.accelerator, config)
 
     def learn(self, responses: Responses) -> Statistics:
-        """One iteration on checked responses: score, shape, credit, update (Schulman et al. 2017, Algorithm 1)."""
+        """One iteration of Algorithm 1 (Schulman et al. 2017): score, shape rewards, estimate advantages, update.
+
+        Returns:
+            The classic's 40 statistics; `self.metrics` holds further ones.
+        """
         timing: dict[str, float] = {}
         cap = self.config.importance_sampling_cap
         check_sampler_logprobs(responses, cap)
-        work = self.accelerator.unwrap_model(self.policy).work
-        work.clear()  # an evaluation may have counted in between
+        work_counts = self.accelerator.unwrap_model(self.policy).work
+        work_counts.clear()  # an evaluation may have counted in between
         with timed(timing, "total"), empty_cache_after(self.config.optimize_device_cache):
             with timed(timing, "forward_pass"):
                 scored: ScoredResponses = self.reuse(self.scorer, responses)  # log π_old, V, log π_ref
             check_finite_scores(scored, responses.mask, self.processes, self.model)  # nothing has changed so far
-            self.start(scored, responses.mask)
+            self.start_kl_check(scored, responses.mask)
             scores = normalize_scores(
                 responses.scores, self.running, scale=self.config.use_score_scaling, shift=self.config.use_score_norm,
                 clip=self.config.score_clip, reduce_sum=self.processes.reduce_sum,
@@ -133,28 +137,30 @@ class PPOLearner:
                 rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())
             with timed(timing, "compute_advantages"):
                 batch = self.algorithm.estimate_advantages(rollout)  # Â_t and value targets R_t
-                batch = apply_importance_weights(batch, responses, cap)  # where another engine drew
+                batch = apply_importance_weights(batch, responses, cap)  # if another engine sampled
             with timed(timing, "optimize_step"), self.update_context():
                 record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ
-            self.newest = batch, scored
+            self.last_batch = batch, scored
             with timed(timing, "calc_stats"):
-                first, *others = self.processes.gather_objects([StepData.of(responses, scores, scored, penalty).cpu()])
-                facts: StepData = first.joined(others)  # rows of all processes: what follows is the same on each
+                first, *rest = self.processes.gather_objects([StepData.of(responses, scores, scored, penalty).cpu()])
+                data: StepData = first.concatenate(rest)  # rows of all processes: what follows is the same on each
                 rate = float(self.optimizer.param_groups[0]["lr"])
-                statistics = classic_statistics(facts, record, kl_coef=float(self.kl_ctl.value), learning_rate=rate)
-                gathered = self.processes.gather_objects([(dict(work), local_importance_ratios(batch, responses))])
-                self.metrics = extra_metrics(facts, record) | work_metrics([counts for counts, _ in gathered])
+                statistics = classic_statistics(data, record, kl_coef=float(self.kl_ctl.value), learning_rate=rate)
+                gathered = self.processes.gather_objects(
+                    [(dict(work_counts), local_importance_ratios(batch, responses))]
+                )
+                self.metrics = extra_metrics(data, record) | work_metrics([counts for counts, _ in gathered])
                 self.metrics |= mismatch_metrics([ratios for _, ratios in gathered], cap) | self.reuse.metrics()
             kl = float(statistics["objective/kl"])
             warn_of_negative_kl(kl, self.config.kl_penalty)
-            self.kl_ctl.update(kl, len(facts.scores))
+            self.kl_ctl.update(kl, len(data.scores))
             if self.lr_scheduler is not None:
-                # Accelerate's wrapper would step once a process.
+                # Accelerate's wrapper would step once per process.
                 getattr(self.lr_scheduler, "scheduler", self.lr_scheduler).step()
         return statistics | {f"time/ppo/{name}": seconds for name, seconds in timing.items()}
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write model, value head, tokenizer and a model card; the folder loads as a plain causal LM too."""
+        """Save model, value head, tokenizer and a model card; the folder also loads as a plain causal LM."""
         with self.gathered_state_dict() as state:
             if self.accelerator.is_main_process:
                 self.model.save_pretrained(save_directory, state_dict=state)
@@ -164,21 +170,28 @@ class PPOLearner:
 
     @contextmanager
     def gathered_parameters(self, *, of_reference: bool = False) -> Iterator[None]:
-        """Context manager: while active, every process holds all of `model` (or the reference). All processes enter."""
+        """Context manager: while active, every process holds the full parameters. All processes enter.
+
+        Args:
+            of_reference: Gather the reference instead of the policy.
+        """
         if of_reference and self._reference_is_whole:
             yield
             return
-        pair = (self.ref_model, self._reference) if of_reference else (None, None)
-        with self.processes.gathered_parameters(pair[0] or self.model, pair[1] or self.policy):
+        model, prepared = (self.ref_model, self._reference) if of_reference else (None, None)
+        with self.processes.gathered_parameters(model or self.model, prepared or self.policy):
             yield
 
     def gathered_state_dict(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """`model.state_dict()` with whole tensors on the main process, {} on the others; all processes enter."""
+        """Context manager: yields `model.state_dict()` with full tensors on the main process, {} on the others.
+
+        All processes enter.
+        """
         return self.processes.gathered_state_dict(self.model, self.policy)
 
     @property
     def limits(self) -> ModelLimits:
-        """What `step()` refuses to exceed."""
+        """Limits that the inputs of `step()` are checked against."""
         model_config = self.model.pretrained_model.config
         return ModelLimits(
             batch_size=self.config.batch_size,
@@ -190,7 +203,7 @@ class PPOLearner:
 
     @property
     def scorer(self) -> Scorer:
-        """Policy and reference side by side, with the settings of this moment."""
+        """A `Scorer` of policy and reference with the present settings."""
         return Scorer(
             policy=self.policy, reference=self._reference, kl_penalty=self.config.kl_penalty,
             reference_context=self.reference_context, rows=self.config.mini_batch_size,

@@ -1,4 +1,4 @@
-"""Policy, reference and optimizer handed to Accelerate, as processes and engine need them."""
+"""Prepare policy, reference and optimizer with Accelerate: for one device, DDP, FSDP2 or DeepSpeed."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ from rlhf_ppo.models.scoring import TokenPolicy
 
 @dataclass(frozen=True)
 class PreparedModels:
-    """What the trainer works with."""
+    """Policy, optimizer, scheduler and reference, prepared for their device and the processes."""
 
     policy: Any
-    """Scores batches: a `TokenPolicy`, wrapped where several processes train it (by DDP, FSDP or DeepSpeed)."""
+    """A `TokenPolicy`, wrapped by DDP, FSDP or DeepSpeed if several processes train it."""
     optimizer: Optimizer
     lr_scheduler: Any
-    """Accelerate's wrapper of the given one, or None."""
+    """Accelerate's wrapper of the given scheduler, or None."""
     reference: Reference | None
-    """Like `policy`, frozen; None where the model is its own reference, with its adapters off."""
+    """The frozen reference; None if the model is its own reference, with its adapters off."""
 
 
 def prepare_models(
@@ -42,32 +42,32 @@ def prepare_models(
     optimizer: Optimizer,
     lr_scheduler: LRScheduler | None,
 ) -> PreparedModels:
-    """Move everything to its device and wrap it for the processes.
+    """Move models and optimizer to their device and wrap them for the processes.
 
     Raises:
-        ValueError: A setting needs parameters whole that this launch holds in parts, or the other way round.
+        ValueError: A setting needs full parameters in a sharded launch, or sharded ones in another launch.
     """
-    engine = accelerator.state.deepspeed_plugin
+    deepspeed_plugin = accelerator.state.deepspeed_plugin
     has_fsdp = accelerator.distributed_type == DistributedType.FSDP
-    sharded = has_fsdp or (engine is not None and engine.zero_stage == 3)
+    sharded = has_fsdp or (deepspeed_plugin is not None and deepspeed_plugin.zero_stage == 3)
     if sharded and config.kl_penalty == "full":
         raise ValueError(
-            "kl_penalty='full' reads the LM heads of policy and reference at once, which ZeRO-3 and FSDP hold in "
-            "parts between passes. Use kl_penalty='kl', or launch with DDP or ZeRO-2."
+            "kl_penalty='full' reads the LM heads of policy and reference at once, which ZeRO-3 and FSDP keep "
+            "sharded between passes. Use kl_penalty='kl', or launch with DDP or ZeRO-2."
         )
-    scoring = _scoring(accelerator, config, sharded=sharded)
-    token_policy = TokenPolicy(model, **scoring)
+    settings = _scoring_settings(accelerator, config, sharded=sharded)
+    token_policy = TokenPolicy(model, **settings)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         disable_dropout(model)
         token_policy.checkpointing = True
-    if engine is not None:
+    if deepspeed_plugin is not None:
         # Sizes that the engine checks against each other and otherwise only reports.
         sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes}
-        engine.deepspeed_config.update(sizes)
+        deepspeed_plugin.deepspeed_config.update(sizes)
     if accelerator.device.type == "cpu":
-        # Engines and FSDP have layers of their own.
-        _settle_on_cpu(config, [model, ref_model], own_layers=engine is None and not has_fsdp)
+        # DeepSpeed and FSDP replace layers themselves.
+        _apply_cpu_settings(config, [model, ref_model], may_replace_layers=deepspeed_plugin is None and not has_fsdp)
     with fsdp_sharding(accelerator) if has_fsdp else nullcontext():
         policy, optimizer = accelerator.prepare(token_policy, optimizer)
     if has_fsdp:
@@ -77,29 +77,31 @@ def prepare_models(
     scheduler = None if lr_scheduler is None else accelerator.prepare_scheduler(lr_scheduler)
     reference = None
     if ref_model is not None:
-        scorer = TokenPolicy(ref_model, **scoring).requires_grad_(False)
+        scorer = TokenPolicy(ref_model, **settings).requires_grad_(False)
         reference = place_reference(scorer, accelerator, config.reference_placement, policy=list(model.parameters()))
         if not (token_policy.has_plain_head() and scorer.has_plain_head()):
             token_policy.fused_scoring = scorer.fused_scoring = False
     return PreparedModels(policy, optimizer, scheduler, reference)
 
 
-def _scoring(accelerator: Accelerator, config: PPOConfig, *, sharded: bool) -> dict[str, Any]:
-    """How policy and reference score."""
+def _scoring_settings(accelerator: Accelerator, config: PPOConfig, *, sharded: bool) -> dict[str, Any]:
+    """Arguments of the `TokenPolicy` of policy and reference."""
     return {
         "temperature": config.temperature,
         "chunk_size": config.logits_chunk_size,
         "fused_head": config.fused_head,
-        # One attention call a length: many launches. And a trial that some processes make and others do not.
+        # One attention call per length: many launches. And a trial that some processes make and others do not.
         "packing": config.packing and accelerator.device.type == "cpu" and not sharded,
     }
 
 
-def _settle_on_cpu(config: PPOConfig, models: list[PreTrainedModelWrapper | None], *, own_layers: bool) -> None:
-    """Memory and layers as a CPU has them fastest."""
+def _apply_cpu_settings(
+    config: PPOConfig, models: list[PreTrainedModelWrapper | None], *, may_replace_layers: bool
+) -> None:
+    """Apply the settings that speed up training on a CPU: kept memory, fast linear layers."""
     if config.keep_freed_memory:
         keep_freed_memory()
-    if own_layers and (config.fast_products or config.bf16):
+    if may_replace_layers and (config.fast_products or config.bf16):
         for model in models:
             if model is not None:
                 use_fast_layers(model, product_dtype=torch.bfloat16 if config.bf16 else None)

@@ -9,36 +9,36 @@ from rlhf_ppo.functional.masked import ReduceSum, identity
 
 
 class RunningMoments:
-    """Mean and standard deviation of everything seen so far (Chan et al. 1979), equal on all processes.
+    """Running mean and standard deviation of all samples (Chan et al. 1979), equal on all processes.
 
-    Before two samples the standard deviation is 1, so that dividing by it does nothing.
+    Below two samples the standard deviation is 1, so that dividing by it does nothing.
 
     Args:
-        shape: Of one sample: () for scores, the observation's for observations. Each entry has its own moments.
+        shape: Shape of one sample: () for scores, that of the observation for observations. Moments are per entry.
     """
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         self.shape = shape
         self.count = 0
-        """Samples seen, over all processes."""
+        """Number of samples, over all processes."""
         self.mean: Tensor = torch.zeros(shape, dtype=torch.float64)
         """float64, on the CPU."""
         self._squares = torch.zeros(shape, dtype=torch.float64)
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation with n - 1 in the denominator, float64, on the CPU; 1 before two samples."""
+        """Standard deviation with n - 1 in the denominator, float64, on the CPU; 1 below two samples."""
         return _std(self._squares, self.count)
 
     def update(self, x: Float[Tensor, "samples ..."], reduce_sum: ReduceSum = identity) -> tuple[Tensor, Tensor]:
-        """Take in a batch, and return its own mean and standard deviation over all processes.
+        """Add a batch; return the mean and standard deviation of this batch alone, over all processes.
 
         Args:
             x: Samples of this process, any floating dtype and device.
-            reduce_sum: Sums over processes; every process must call with its own samples, even when it has none.
+            reduce_sum: Sums over processes; every process must call `update`, even without samples.
 
         Raises:
-            ValueError: The shape of a sample differs, or a sample is not finite.
+            ValueError: A sample has another shape, or is not finite.
         """
         self._check(x)
         x = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
@@ -57,12 +57,12 @@ class RunningMoments:
     def normalize(
         self, x: Float[Tensor, "..."], *, shift_mean: bool, clip: float | None = None, eps: float = 1e-8
     ) -> Float[Tensor, "..."]:
-        """Scaled samples x / (std + eps), or (x - mean) / (std + eps), in the dtype and on the device of `x`.
+        """Normalize samples: x / (std + eps), or (x - mean) / (std + eps), in the dtype and on the device of `x`.
 
         Args:
             x: One sample or many.
-            shift_mean: False for rewards, whose zero has a meaning.
-            clip: Cut the result to [-clip, clip].
+            shift_mean: Whether to subtract the mean; False for rewards, whose zero has a meaning.
+            clip: Clip the result to [-clip, clip].
             eps: Added to the standard deviation, in units of `x`.
         """
         scale = (self.std + eps).to(x)
@@ -70,7 +70,7 @@ class RunningMoments:
         return normalized if clip is None else normalized.clamp(-clip, clip)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Count, mean and sum of squares around it."""
+        """Count, mean, and sum of squared deviations from the mean."""
         return {
             "count": torch.tensor(self.count, dtype=torch.int64),
             "mean": self.mean.clone(),
@@ -81,7 +81,7 @@ class RunningMoments:
         """Continue from saved moments.
 
         Raises:
-            ValueError: They are of samples of another shape.
+            ValueError: The moments are of another shape.
         """
         for name, shape in {"count": (), "mean": self.shape, "squares": self.shape}.items():
             if tuple(state[name].shape) != shape:
@@ -120,14 +120,14 @@ def normalize_scores(
     clip: float | None,
     reduce_sum: ReduceSum = identity,
 ) -> Float[Tensor, "..."]:
-    """Scores divided by their running deviation, then clipped; per-token scores by the moments of their row sums.
+    """Divide scores by their running standard deviation, then clip; per-token scores use the moments of row sums.
 
     Args:
-        scores: [B], or [B, T] a token.
-        moments: Of the scores of earlier steps; takes these in first.
-        scale: Whether to divide; False leaves `moments` alone.
+        scores: [B], or [B, T] per token.
+        moments: Moments of earlier scores; updated with `scores` first.
+        scale: Whether to divide; if False, `moments` are not updated.
         shift: Whether to subtract the running mean too.
-        clip: Largest absolute score afterwards; None: any.
+        clip: Largest absolute score afterwards; None: no clipping.
         reduce_sum: Sums over processes.
     """
     if scale:

@@ -1,4 +1,4 @@
-"""The first batch of a policy with adapters: its KL to the reference must be 0, or the reference is another model."""
+"""Check on the first batch that a policy with adapters agrees with its reference (KL 0)."""
 
 import torch
 from jaxtyping import Bool
@@ -11,28 +11,28 @@ from rlhf_ppo.rollout.experience import ScoredResponses
 
 
 class StartKLCheck:
-    """Looks at the first batch that is learned from, once; due only where the model is its own reference.
+    """Checks once, on the first batch, that policy and reference agree, if the model is its own reference.
 
-    A model saved by PPO that goes on from there has left its reference long ago: nothing is due.
+    A model that PPO saved earlier no longer agrees with its reference, so it is not checked.
 
     Args:
         model: The policy.
-        processes: All of them refuse if the mean over all of them is too large.
-        own_reference: Whether the reference is the model itself, with its adapters off or another one on.
+        processes: All raise if the mean over all of them is too large.
+        is_own_reference: Whether the reference is the model itself, with its adapters off or another one on.
     """
 
-    def __init__(self, model: PreTrainedModelWrapper, processes: Processes, *, own_reference: bool) -> None:
+    def __init__(self, model: PreTrainedModelWrapper, processes: Processes, *, is_own_reference: bool) -> None:
         self.model, self.processes = model, processes
-        self.goes_on = own_reference and model.value_head_was_loaded
-        """Whether the policy was saved by PPO, and left its reference then."""
-        self.is_due = own_reference and not self.goes_on
-        """Whether nothing was learned yet; a checkpoint that is loaded sets it to False."""
+        self.continues_ppo = is_own_reference and model.value_head_was_loaded
+        """Whether the policy was saved by PPO, and so no longer agrees with its reference."""
+        self.is_due = is_own_reference and not self.continues_ppo
+        """Whether the check is still to be made; loading a checkpoint sets it to False."""
 
     def __call__(self, scored: ScoredResponses, mask: Bool[Tensor, "batch time"]) -> None:
-        """Compare policy and reference at every action.
+        """Compare the log-probabilities of policy and reference at every action.
 
         Raises:
-            ValueError: They differ; nothing has changed.
+            ValueError: They differ by more than rounding; nothing has changed.
         """
         if not self.is_due:
             return
@@ -40,18 +40,18 @@ class StartKLCheck:
         total, count = self.processes.reduce_sum(torch.stack([gaps.sum(), mask.sum().to(gaps.dtype)])).tolist()
         gap = total / max(count, 1.0)
         if not gap <= self._tolerance():
-            with_copy = REFERENCE_ADAPTER in self.model.pretrained_model.peft_config
+            has_adapter = REFERENCE_ADAPTER in self.model.pretrained_model.peft_config
+            reference = f"the adapter {REFERENCE_ADAPTER!r}" if has_adapter else "the base with its adapters off"
             raise ValueError(
                 f"expected policy and reference to agree before anything is learned (KL 0), got log-probabilities that "
-                f"differ by {gap:.3g} nats a token: the reference is "
-                f"{f'the adapter {REFERENCE_ADAPTER!r}' if with_copy else 'the base with its adapters off'}, not the "
-                "model that training starts from, and the KL penalty would pull towards it. Build the trainer when the "
-                "adapter is where training starts and leave it alone until then, or pass that model as `ref_model`."
+                f"differ by {gap:.3g} nats a token: the reference is {reference}, not the model that "
+                "training starts from, and the KL penalty would pull towards it. Build the trainer when the adapter is "
+                "where training starts and do not change it until then, or pass that model as `ref_model`."
             )
         self.is_due = False
 
     def _tolerance(self) -> float:
-        """Nats a token. Both are passes of one model, equal to rounding."""
-        kinds = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
-        rounds = self.processes.accelerator.mixed_precision != "no" or not kinds <= {torch.float32, torch.float64}
-        return 0.1 if rounds else 1e-3
+        """Tolerated mean difference, nats per token: passes of one model are equal up to rounding."""
+        dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
+        is_mixed = self.processes.accelerator.mixed_precision != "no"
+        return 0.1 if is_mixed or not dtypes <= {torch.float32, torch.float64} else 1e-3

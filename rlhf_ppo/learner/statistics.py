@@ -1,7 +1,7 @@
-"""The statistics of one step, under the names that the field has used since 2019.
+"""The statistics of one step, under the metric names of TRL and lm-human-preferences.
 
-`classic_statistics` returns exactly the 40 entries of TRL's classic `PPOTrainer.step()`; `OUR_METRICS` names what
-`train()` adds. docs/metrics.md says what each means and where it should stay.
+`classic_statistics` returns exactly the 40 entries of TRL's classic `PPOTrainer.step()`, without the timings; the other
+functions add metrics of this package. docs/metrics.md says what each means and which values are healthy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ Statistics = dict[str, float | np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class StepData:
-    """What the statistics of a step are made from."""
+    """Tensors of one step, on one process or all, from which its statistics are computed."""
 
     scores: Float[Tensor, " batch"]
     kl: Float[Tensor, "batch time"]
@@ -37,7 +37,14 @@ class StepData:
 
     @classmethod
     def of(cls, responses: Responses, scores: Tensor, scored: ScoredResponses, penalty: Tensor) -> "StepData":
-        """Gathered from the stages of an iteration; `scores` are the normalized ones, [B] or [B, T]."""
+        """Collect the tensors from the stages of an iteration.
+
+        Args:
+            responses: The checked responses.
+            scores: Normalized scores, [B] or [B, T].
+            scored: Log-probabilities and KL under policy and reference.
+            penalty: Non-score part of the rewards, [B, T].
+        """
         return cls(
             scores=scores if scores.dim() == 1 else scores.sum(dim=1), kl=scored.kl, logprobs=scored.logprobs,
             ref_logprobs=scored.ref_logprobs, non_score_rewards=penalty, mask=responses.mask,
@@ -46,45 +53,45 @@ class StepData:
         )  # fmt: skip
 
     def cpu(self) -> "StepData":
-        """The same facts in main memory."""
+        """The same data on the CPU."""
         return StepData(**{item.name: getattr(self, item.name).cpu() for item in fields(self)})
 
-    def joined(self, others: Sequence["StepData"]) -> "StepData":
-        """The rows of several processes, one below the other."""
+    def concatenate(self, others: Sequence["StepData"]) -> "StepData":
+        """Concatenate the rows of this process and `others`."""
         parts = [self, *others]
         return StepData(
             **{item.name: concatenate_rows([getattr(part, item.name) for part in parts]) for item in fields(self)}
         )
 
 
-def classic_statistics(facts: StepData, record: UpdateRecord, *, kl_coef: float, learning_rate: float) -> Statistics:
+def classic_statistics(data: StepData, record: UpdateRecord, *, kl_coef: float, learning_rate: float) -> Statistics:
     """The classic's statistics, without the timings.
 
     Args:
-        facts: Rows of all processes.
-        record: What the update did, already global.
+        data: Rows of all processes.
+        record: Metrics of the update, over all processes.
         kl_coef: The coefficient *used* in this step.
-        learning_rate: Of the first parameter group.
+        learning_rate: That of the first parameter group.
     """
-    rows, means = per_row_statistics(facts), record.mean()
+    rows, means = per_row_statistics(data), record.mean()
     ppo = {f"ppo/{name}": value for name, value in means.items() if name in _UPDATE_NAMES}
     variance = ppo["ppo/returns/var"]
     return {
         "objective/kl": float(rows["kl"].mean()),
         "objective/kl_dist": _array(rows["kl"]),
-        "objective/logprobs": _array(facts.logprobs),
-        "objective/ref_logprobs": _array(facts.ref_logprobs),
+        "objective/logprobs": _array(data.logprobs),
+        "objective/ref_logprobs": _array(data.ref_logprobs),
         "objective/kl_coef": kl_coef,
         "objective/entropy": float(rows["nll"].mean()),
         "ppo/mean_non_score_reward": float(rows["penalty"].sum() / rows["actions"].sum()),
         "ppo/mean_scores": float(rows["scores"].mean()),
-        "ppo/std_scores": _deviation(rows["scores"]),
+        "ppo/std_scores": _std(rows["scores"]),
         "tokens/queries_len_mean": float(rows["query_lengths"].mean()),
-        "tokens/queries_len_std": _deviation(rows["query_lengths"]),
-        "tokens/queries_dist": _array(facts.query_lengths),
+        "tokens/queries_len_std": _std(rows["query_lengths"]),
+        "tokens/queries_dist": _array(data.query_lengths),
         "tokens/responses_len_mean": float(rows["response_lengths"].mean()),
-        "tokens/responses_len_std": _deviation(rows["response_lengths"]),
-        "tokens/responses_dist": _array(facts.response_lengths),
+        "tokens/responses_len_std": _std(rows["response_lengths"]),
+        "tokens/responses_dist": _array(data.response_lengths),
         **ppo,
         "ppo/policy/advantages": _array(torch.cat(record.advantages)),
         "ppo/policy/ratio": _array(record.ratio()),
@@ -93,31 +100,31 @@ def classic_statistics(facts: StepData, record: UpdateRecord, *, kl_coef: float,
     }
 
 
-def per_row_statistics(facts: StepData) -> dict[str, Tensor]:
-    """One number a row for everything that is averaged over rows, each [B]."""
+def per_row_statistics(data: StepData) -> dict[str, Tensor]:
+    """Everything that is averaged over rows, one number per row, each [B]."""
     return {
-        "kl": row_sums(facts.kl, facts.mask),
-        "nll": row_sums(-facts.logprobs, facts.mask),
-        "penalty": row_sums(facts.non_score_rewards, facts.mask),
-        "actions": facts.mask.sum(dim=1).float(),
-        "scores": facts.scores.float(),
-        "query_lengths": facts.query_lengths,
-        "response_lengths": facts.response_lengths,
+        "kl": row_sums(data.kl, data.mask),
+        "nll": row_sums(-data.logprobs, data.mask),
+        "penalty": row_sums(data.non_score_rewards, data.mask),
+        "actions": data.mask.sum(dim=1).float(),
+        "scores": data.scores.float(),
+        "query_lengths": data.query_lengths,
+        "response_lengths": data.response_lengths,
     }
 
 
 def row_sums(values: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
-    """Sum over the actions of each row, junk outside the mask never read."""
+    """Sum over the actions of each row; entries outside the mask, nan included, are not read."""
     return values.masked_fill(~mask, 0.0).sum(dim=1)
 
 
-def extra_metrics(facts: StepData, record: UpdateRecord) -> dict[str, float]:
-    """What the classic did not report: a KL that cannot be negative, guards, gradient norm."""
-    log_ratio = (facts.ref_logprobs - facts.logprobs).masked_fill(~facts.mask, 0.0)
+def extra_metrics(data: StepData, record: UpdateRecord) -> dict[str, float]:
+    """Metrics beyond the classic's: the non-negative k3 estimate of the KL, gradient norm, skipped updates."""
+    log_ratio = (data.ref_logprobs - data.logprobs).masked_fill(~data.mask, 0.0)
     k3 = torch.expm1(log_ratio) - log_ratio
     return {
-        "objective/kl_k3": float(row_sums(k3, facts.mask).mean()),
-        "objective/kl_per_token": float(masked_mean(facts.logprobs - facts.ref_logprobs, facts.mask)),
+        "objective/kl_k3": float(row_sums(k3, data.mask).mean()),
+        "objective/kl_per_token": float(masked_mean(data.logprobs - data.ref_logprobs, data.mask)),
         "ppo/policy/grad_norm": record.mean().get("policy/grad_norm", float("nan")),
         "ppo/policy/ratio_max": float(record.ratio().max()) if record.ratios else float("nan"),
         "ppo/updates": float(len(record.metrics)),
@@ -127,19 +134,19 @@ def extra_metrics(facts: StepData, record: UpdateRecord) -> dict[str, float]:
     }
 
 
-def work_metrics(shares: Sequence[Mapping[str, int]]) -> dict[str, float]:
-    """The policy's work in a step over all processes, and how evenly it was shared.
+def work_metrics(work_counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """Token and pass counts of a step, summed over processes, and their imbalance (largest over mean).
 
     Args:
-        shares: The counts of each process, the same names in each, `trunk_tokens` among them.
+        work_counts: Counts of each process, with the same names in each, `trunk_tokens` among them.
     """
-    tokens = [float(share["trunk_tokens"]) for share in shares]
-    work = {f"work/{name}": float(sum(share[name] for share in shares)) for name in shares[0]}
+    tokens = [float(counts["trunk_tokens"]) for counts in work_counts]
+    work = {f"work/{name}": float(sum(counts[name] for counts in work_counts)) for name in work_counts[0]}
     return work | {"work/imbalance": max(tokens) * len(tokens) / sum(tokens)}
 
 
 def scalar_statistics(statistics: Mapping[str, object]) -> dict[str, float]:
-    """The entries that are one number: what goes to metrics.jsonl and trackers."""
+    """The entries that are one number, for metrics.jsonl and trackers."""
     return {name: float(value) for name, value in statistics.items() if isinstance(value, int | float | np.floating)}
 
 
@@ -148,7 +155,7 @@ def _array(tensor: Tensor) -> np.ndarray:
     return array
 
 
-def _deviation(values: Tensor) -> float:
+def _std(values: Tensor) -> float:
     return float(values.float().std()) if len(values) > 1 else 0.0
 
 

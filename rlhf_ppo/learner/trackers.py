@@ -1,4 +1,4 @@
-"""Accelerate's trackers: begun once, told no secrets, and continued by a run that is resumed."""
+"""Accelerate's trackers: started once, without secrets, and continued by a resumed run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,38 +14,38 @@ class Trackers:
     """The trackers that `PPOConfig.log_with` names.
 
     Args:
-        accelerator: Has them.
-        config: Names them; its settings are what they show of the run.
+        accelerator: Creates the trackers.
+        config: Names the trackers; its settings, without secrets, are logged as those of the run.
     """
 
     def __init__(self, accelerator: Accelerator, config: PPOConfig) -> None:
         self.accelerator, self.config = accelerator, config
         self.step = 0
-        """Newest step that was logged."""
-        self._begun = config.log_with is None
-        self._before: dict[str, Any] = {}
+        """Last step that was logged."""
+        self._has_begun = config.log_with is None
+        self._resumed_state: dict[str, Any] = {}
 
     def begin(self) -> None:
-        """Start them, or the runs of the checkpoint again; later calls do nothing.
+        """Start the trackers, or continue the runs of a loaded checkpoint; later calls do nothing.
 
-        Weights & Biases goes on in the run of that id. TensorBoard passes over what the interrupted run wrote after
-        its checkpoint.
+        Weights & Biases continues the run with the saved id. TensorBoard hides what the interrupted run wrote after its
+        checkpoint.
         """
-        if self._begun:
+        if self._has_begun:
             return
-        self._begun = True
-        settings = redacted(self.config.to_dict())
-        flat = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
-        arguments: Any = {name: dict(wishes) for name, wishes in dict(self._wishes()).items()}
-        if self._before.get("wandb"):
-            arguments["wandb"] = {"resume": "allow", **arguments.get("wandb", {}), "id": self._before["wandb"]}
-        if self._before and self.config.log_with == "tensorboard":
-            again = {"purge_step": int(self._before["step"]) + 1}
-            arguments["tensorboard"] = again | arguments.get("tensorboard", {})
+        self._has_begun = True
+        config = redacted(self.config.to_dict())
+        flat = {name: value for name, value in config.items() if isinstance(value, int | float | str)}
+        arguments: Any = {name: dict(settings) for name, settings in self._tracker_kwargs().items()}
+        if self._resumed_state.get("wandb"):
+            arguments["wandb"] = {"resume": "allow", **arguments.get("wandb", {}), "id": self._resumed_state["wandb"]}
+        if self._resumed_state and self.config.log_with == "tensorboard":
+            purge = {"purge_step": int(self._resumed_state["step"]) + 1}
+            arguments["tensorboard"] = purge | arguments.get("tensorboard", {})
         self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=arguments)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Send one step's values; NumPy arrays are distributions, which TensorBoard shows as histograms."""
+        """Log the values of one step; TensorBoard shows NumPy arrays as histograms."""
         self.begin()
         self.step = step
         values = dict(values)
@@ -60,15 +60,15 @@ class Trackers:
         self.accelerator.log(values, step=step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The id of the run, where the tracker gives one, and the newest step."""
-        ours = self._begun and self.config.log_with == "wandb" and self.accelerator.is_main_process
-        run = self.accelerator.get_tracker("wandb", unwrap=True) if ours else None
-        return {"wandb": getattr(run, "id", None) or self._before.get("wandb"), "step": self.step}
+        """The id of the Weights & Biases run, or None, and the last step."""
+        is_wandb_main = self._has_begun and self.config.log_with == "wandb" and self.accelerator.is_main_process
+        run = self.accelerator.get_tracker("wandb", unwrap=True) if is_wandb_main else None
+        return {"wandb": getattr(run, "id", None) or self._resumed_state.get("wandb"), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let `begin` go on with these runs; without effect on trackers that have begun."""
-        self._before, self.step = {"wandb": state["wandb"], "step": int(state["step"])}, int(state["step"])
+        """Let `begin` continue the saved runs; no effect after `begin`."""
+        self._resumed_state, self.step = {"wandb": state["wandb"], "step": int(state["step"])}, int(state["step"])
 
-    def _wishes(self) -> dict[str, Any]:
-        wishes = self.config.tracker_kwargs
-        return wishes if isinstance(wishes, dict) else {}
+    def _tracker_kwargs(self) -> dict[str, Any]:
+        settings = self.config.tracker_kwargs
+        return settings if isinstance(settings, dict) else {}

@@ -1,4 +1,4 @@
-"""What the managed loop refuses before its first rollout, and what it does with a rollout that nothing is left of."""
+"""Checks of the managed loop: arguments before the first rollout, and rollouts without a usable sample."""
 
 import warnings
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from rlhf_ppo.rewards.sources import RewardSourceError, RewardSources, named_sou
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.decode_support import check_positions
 
-MOST_LOST = 3
-"""Rollouts in a row without one usable score, after which the run ends."""
+MAX_LOST_IN_A_ROW = 3
+"""Successive rollouts without a usable score after which the run ends."""
 
 
 def check_inputs(
@@ -26,10 +26,10 @@ def check_inputs(
     rewards: RewardSources,
     judges: RewardSources | None,
 ) -> None:
-    """Refuse what would otherwise fail in the middle of a run, or be ignored.
+    """Check arguments of `train` that would otherwise fail in the middle of a run, or be ignored.
 
     Raises:
-        ValueError, TypeError: Naming what, before anything is drawn.
+        ValueError, TypeError: An argument is unusable; nothing has been sampled then.
     """
     named_sources(rewards)
     if judges is not None:
@@ -59,48 +59,50 @@ def check_inputs(
 
 @dataclass
 class LostRollouts:
-    """Rollouts of which no sample was left, because a reward source failed on all of them."""
+    """Counts rollouts without a usable sample, because a reward source failed on all of them."""
 
     processes: Processes
     failures: RewardFailures
     total: int = 0
+    """Lost rollouts of the run."""
     in_a_row: int = 0
+    """Lost rollouts since the last usable one."""
 
-    def is_lost(self, kept: int) -> bool:
-        """Whether no process has anything to learn from; the same answer on all.
+    def is_lost(self, usable: int) -> bool:
+        """Whether no process has a usable sample; if so, count and warn. Collective: the same result on all processes.
 
         Args:
-            kept: Samples of this process that can be learned from.
+            usable: Number of usable samples of this process.
 
         Raises:
-            ValueError: Nothing is left, and failures are to be raised.
+            ValueError: The rollout is lost, and `RewardFailures.on_failure` is "raise".
             RewardSourceError: Too many rollouts in a row were lost.
         """
-        left = torch.tensor(float(kept), device=self.processes.accelerator.device)
-        if float(self.processes.reduce_sum(left)) > 0:
+        count = torch.tensor(float(usable), device=self.processes.accelerator.device)
+        if float(self.processes.reduce_sum(count)) > 0:
             self.in_a_row = 0
             return False
         if self.failures.on_failure == "raise":
             raise ValueError(
                 "every sample of the batch was skipped by a reward source: there is nothing to learn from. Let it "
-                "return numbers, or set `TrainConfig.reward_failures` to on_failure='drop' to draw another batch."
+                "return numbers, or set `TrainConfig.reward_failures` to on_failure='drop' to sample another batch."
             )
         self.total += 1
         self.in_a_row += 1
-        if self.in_a_row >= MOST_LOST:
+        if self.in_a_row >= MAX_LOST_IN_A_ROW:
             raise RewardSourceError(
                 f"expected a score for some sample, got none in {self.in_a_row} rollouts in a row: nothing was learned "
-                "from them and nothing has changed. See what the reward sources answer, and start again: the run goes "
-                "on from its checkpoint."
+                "from them and nothing has changed. Check what the reward sources return, and start again: the run "
+                "continues from its checkpoint."
             )
-        warnings.warn("A rollout was lost: reward sources failed on every sample. Drawing another.", stacklevel=3)
+        warnings.warn("A rollout was lost: reward sources failed on every sample. Sampling another.", stacklevel=3)
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """How many were lost, in all and in a row."""
+        """The two counts."""
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on counting."""
+        """Continue from saved counts."""
         total, in_a_row = int(state["total"]), int(state["in_a_row"])
         self.total, self.in_a_row = total, in_a_row

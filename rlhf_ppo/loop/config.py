@@ -1,4 +1,4 @@
-"""Settings of the managed loop, and where it stands."""
+"""`TrainConfig`, the settings of the managed loop, and `TrainState`, its progress."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,53 +18,53 @@ class TrainConfig:
     """Settings of `PPOTrainer.train`."""
 
     iterations: int = 100
-    """Rollouts, each of `PPOConfig.batch_size` responses a process."""
+    """Number of rollouts, each of `PPOConfig.batch_size` responses per process."""
     sampling: SamplingConfig
-    """How responses are drawn; its temperature must be that of `PPOConfig`."""
+    """How responses are sampled; its temperature must be that of `PPOConfig`."""
     output_dir: str | None = None
     """Run folder; None: nothing is written."""
     eval_every: int = 0
-    """Evaluate on the held-out prompts every so many iterations; 0: never inside the loop."""
+    """Iterations between two evaluations on the held-out prompts; 0: no evaluation."""
     save_every: int = 0
-    """Checkpoint every so many iterations; 0: only when the loop is stopped from outside."""
+    """Iterations between two checkpoints; 0: only when the loop is stopped early."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Number of checkpoints kept."""
     keep_best: str | None = None
-    """Measure of the held-out evaluation, e.g. "score": its best model is kept in `best/`. None: none is."""
+    """Measure of the held-out evaluation, e.g. "score", whose best model is kept in `best/`; None: no best model."""
     keep_frontier: int = 0
-    """Models kept in `frontier/` of those that no other beats in both `keep_best` and KL to the reference."""
+    """Number of Pareto-optimal models (high `keep_best`, low KL to the reference) kept in `frontier/`."""
     max_reference_kl: float | None = None
-    """KL budget, nats a response: stop when a rollout exceeds it, and never keep a "best" model beyond it."""
+    """KL budget, nats per response: stop when a rollout exceeds it, and keep no "best" model beyond it."""
     missing_eos: MissingEOS | None = None
-    """What a response costs that ran to `max_new_tokens` without a stop token; None: nothing."""
+    """Penalty of a response that reached `max_new_tokens` without a stop token; None: no penalty."""
     guards: Guards = field(default_factory=Guards)
-    """Lines against reward hacking: each a limit, an action, a patience."""
+    """Guards against reward hacking, each with a limit, an action and a patience."""
     offload_rewards: bool = False
-    """Models of reward sources wait in main memory between questions; only where they share a GPU with the policy."""
+    """Keep the models of reward sources on the CPU between calls; useful if they share a GPU with the policy."""
     reward_failures: RewardFailures = RAISE_ON_FAILURE
-    """How often a failing reward source is asked again, and whether its samples are then dropped."""
+    """How often a failing reward source is retried, and whether its samples are then dropped."""
     keep_history: int = 200
-    """Iterations whose metrics stay in memory, in `TrainState.history`; `metrics.jsonl` has those of all."""
+    """Number of iterations whose metrics are in `TrainState.history`; `metrics.jsonl` has all of them."""
     reward_calls: Literal["each", "once"] = "each"
-    """Whether every process asks the reward sources about its own samples, or process 0 about those of all processes in
-    one request; on the others they are then never called."""
+    """"each": every process calls the reward sources with its own samples; "once": process 0 calls them once with the
+    samples of all processes."""
     max_time: float | None = None
-    """Seconds within which the loop ends: it stops, with a checkpoint, when one more iteration would not fit."""
+    """Time limit of the loop, seconds: it stops, with a checkpoint, when one more iteration would exceed it."""
     resume: bool = True
-    """Go on from the newest whole checkpoint in `output_dir`."""
+    """Resume from the latest intact checkpoint in `output_dir`."""
     progress: bool = True
     """Show a progress bar on the main process."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name, least in {
+        for name, minimum in {
             "iterations": 1, "keep_last": 1, "eval_every": 0, "save_every": 0, "keep_frontier": 0,
             "keep_history": 1,
         }.items():  # fmt: skip
-            if getattr(self, name) < least:
+            if getattr(self, name) < minimum:
                 raise ValueError(
-                    f"TrainConfig.{name} must be at least {least}, got {getattr(self, name)}: there would be nothing "
-                    f"to do or to keep. Use {least} or more."
+                    f"TrainConfig.{name} must be at least {minimum}, got {getattr(self, name)}: there would be nothing "
+                    f"to do or to keep. Use {minimum} or more."
                 )
         if self.max_time is not None and not self.max_time > 0:
             raise ValueError(
@@ -78,43 +78,46 @@ class TrainConfig:
             )
         if self.keep_frontier and self.keep_best is None:
             raise ValueError('keep_frontier compares models by `keep_best` and KL: set keep_best, e.g. to "score"')
-        unkept = [name for name, guard in self.guards.each() if guard.limit is not None and guard.action == "keep_best"]
-        if unkept and self.keep_best is None:
+        best_guards = [
+            name for name, guard in self.guards.each() if guard.limit is not None and guard.action == "keep_best"
+        ]
+        if best_guards and self.keep_best is None:
             raise ValueError(
-                f"expected keep_best for the action of guards.{unkept[0]}, got none: no best model is kept that the "
-                'line could protect. Set keep_best (and eval_every), or the action "warn" or "stop".'
+                f"expected keep_best for the action of guards.{best_guards[0]}, got none: no best model is kept that "
+                'the guard could protect. Set keep_best (and eval_every), or the action "warn" or "stop".'
             )
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Where the loop stands; what callbacks see."""
+    """Progress of the managed loop, as callbacks see it and `train` returns it."""
 
     iteration: int = 0
-    """Iterations finished."""
+    """Number of finished iterations."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last iteration."""
+    """Metrics of the last iteration."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Of the last iterations of this call, as many as `TrainConfig.keep_history`."""
+    """Metrics of the last `TrainConfig.keep_history` iterations of this call."""
     evaluation: Evaluation | None = None
-    """The newest."""
+    """The last held-out evaluation."""
     best: float | None = None
     """Best held-out mean of `keep_best` so far."""
     stopped: str | None = None
     """Why the loop ended before its last iteration."""
     interrupted: bool = False
-    """Whether it was stopped by a signal or the time limit: the same call goes on from the checkpoint."""
+    """Whether a signal or the time limit stopped it: the same call resumes from the checkpoint."""
 
 
 Callback: TypeAlias = Callable[[PPOLearner, TrainState], object]
-"""Called after every iteration; returning True stops the loop. With `state_dict` and `load_state_dict`, it is saved."""
+"""Called after every iteration; returning True stops the loop. Its state is saved if it has `state_dict` and
+`load_state_dict`."""
 
 
 def check_settings(learner: PPOLearner, config: TrainConfig) -> None:
-    """Refuse settings that do not go together.
+    """Check that the settings of the loop agree with learner and tokenizer.
 
     Raises:
-        ValueError: Naming both, before anything is drawn.
+        ValueError: Two settings disagree; nothing has been sampled then.
     """
     sampling = config.sampling
     vocab_size = learner.limits.vocab_size
@@ -131,7 +134,7 @@ def check_settings(learner: PPOLearner, config: TrainConfig) -> None:
     if learner.config.batch_size % sampling.num_return_sequences:
         raise ValueError(
             f"batch_size {learner.config.batch_size} must be a multiple of num_return_sequences "
-            f"{sampling.num_return_sequences}: a prompt's responses stand in one batch"
+            f"{sampling.num_return_sequences}: all responses to a prompt must be in one batch"
         )
     if learner.algorithm.needs_groups and sampling.num_return_sequences < 2:
         raise ValueError("this algorithm compares responses to one prompt: set num_return_sequences to 2 or more")

@@ -1,4 +1,4 @@
-"""Held-out evaluation: sample, score, and say how far the policy has gone from its reference, with standard errors."""
+"""Held-out evaluation: sample responses, score them, and measure KL to the reference, with standard errors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ from rlhf_ppo.rollout.prompts import PromptDataset
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Responses to held-out prompts with one number each for every measure."""
+    """Responses to held-out prompts, with one number per response for every measure."""
 
     prompts: list[str]
     responses: list[str]
     measures: dict[str, list[float]] = field(default_factory=dict)
-    """Measure -> one number a response."""
+    """Name of a measure -> one number per response."""
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Mean and standard error of the mean of each measure, over responses."""
@@ -41,45 +41,45 @@ def evaluate(
     rows: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Answer held-out prompts with the policy as it is, once each; the same seed draws the same random numbers.
+    """Sample one response per held-out prompt, and score them; deterministic given the seed.
 
     Args:
-        collector: Draws and scores.
-        scorer: Policy and reference.
+        collector: Samples responses and calls reward sources.
+        scorer: Log-probabilities under policy and reference.
         prompts: Held-out prompts.
-        rewards: What the policy is trained on: measure `score`.
-        judges: Sources that take no part in training, each a measure of its own name.
-        rows: Rows of `prompts` that this process answers; None: all.
-        seed: Of the draws.
+        rewards: Reward sources of training; their total is the measure `score`.
+        judges: Reward sources that are not trained on; each is a measure under its name.
+        rows: Rows of `prompts` for this process; None: all.
+        seed: Seed of the sampling.
     """
-    one_each = replace(collector, sampling=replace(collector.sampling, num_return_sequences=1))
+    single_response = replace(collector, sampling=replace(collector.sampling, num_return_sequences=1))
     batch = prompts.batch(list(range(len(prompts))) if rows is None else list(rows))
-    collected = one_each.sample(batch, torch.Generator().manual_seed(seed))
-    scores = one_each.score(collected, rewards)
+    collected = single_response.sample(batch, torch.Generator().manual_seed(seed))
+    scores = single_response.score(collected, rewards)
     measures = {"score": scores.total.masked_fill(scores.skipped, math.nan).tolist()}
     if judges is not None:
-        for name, values in one_each.score(collected, judges).per_source.items():
+        for name, values in single_response.score(collected, judges).per_source.items():
             measures[name] = values.tolist()
     measures |= reference_measures(scorer, collected.samples.prompts, collected.samples.responses)
     return Evaluation(prompts=collected.prompts, responses=collected.responses, measures=measures)
 
 
 def merge_evaluations(parts: Sequence[Evaluation]) -> Evaluation:
-    """The evaluations of all processes in the order of the prompts, which were dealt out one by one."""
-    nothing = object()
+    """Merge the evaluations of all processes; process i of n has the prompts i, i + n, i + 2n, ..."""
+    missing = object()
 
-    def dealt(columns: list[list[Any]]) -> list[Any]:
-        return [item for row in zip_longest(*columns, fillvalue=nothing) for item in row if item is not nothing]
+    def interleave(columns: list[list[Any]]) -> list[Any]:
+        return [item for row in zip_longest(*columns, fillvalue=missing) for item in row if item is not missing]
 
     return Evaluation(
-        prompts=dealt([part.prompts for part in parts]),
-        responses=dealt([part.responses for part in parts]),
-        measures={name: dealt([part.measures[name] for part in parts]) for name in parts[0].measures},
+        prompts=interleave([part.prompts for part in parts]),
+        responses=interleave([part.responses for part in parts]),
+        measures={name: interleave([part.measures[name] for part in parts]) for name in parts[0].measures},
     )
 
 
 def mean_and_stderr(values: Sequence[float]) -> dict[str, float]:
-    """Mean and its standard error (n - 1 in the deviation), nan left out."""
+    """Mean and standard error of the mean (n - 1 in the deviation), without nan."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return {"mean": math.nan, "stderr": math.nan}
@@ -94,11 +94,11 @@ def mean_and_stderr(values: Sequence[float]) -> dict[str, float]:
 def reference_measures(
     scorer: Scorer, prompts: Sequence[Tensor], responses: Sequence[Tensor]
 ) -> dict[str, list[float]]:
-    """KL to the reference and perplexity under it, one number a response.
+    """KL to the reference and likelihood under it, one number per response.
 
-    `kl` is the k1 estimate summed over a response, nats; `kl_k3` its non-negative relative (Schulman 2020);
+    `kl` is the k1 estimate summed over a response, nats; `kl_k3` the non-negative k3 estimate (Schulman 2020);
     `reference_nll` the mean negative log-likelihood of a token under the reference, nats: its exponential is the
-    perplexity.
+    perplexity; `length` the number of response tokens.
     """
     inputs = TokenInputs(prompts=list(prompts), responses=list(responses))
     scored = scorer(inputs)

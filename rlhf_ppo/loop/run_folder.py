@@ -1,4 +1,4 @@
-"""The folder of a run: what training writes down, and what the report and a resumed run read back.
+"""`RunFolder`: the files that training writes, and that the report and a resumed run read.
 
     config.json       the resolved settings
     metrics.jsonl     one flat object of numbers per iteration, with the key "iteration"
@@ -6,8 +6,8 @@
     samples.jsonl     held-out prompts with the responses before and after training
     tokens.jsonl      a few responses token by token
 
-Whole files are written aside and renamed: a reader never meets half a file. Lines are appended and flushed: what
-a crash can spoil is the last line, which readers pass over and `resume_from` cuts off.
+Whole files are written under a temporary name and renamed: a reader never sees half a file. Lines are appended and
+flushed: a crash can only damage the last line, which readers skip and `resume_from` removes.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ from typing import Any, TypeAlias
 from rlhf_ppo.utils.redaction import redacted
 
 Estimates: TypeAlias = dict[str, tuple[float, float]]
+"""Name of a metric -> its mean and the standard error of the mean."""
 
 CONFIG, METRICS, EVALUATION = "config.json", "metrics.jsonl", "evaluation.json"
 SAMPLES, TOKENS = "samples.jsonl", "tokens.jsonl"
 
 
 class RunFolderError(ValueError):
-    """A file of a run folder does not hold what it should; the message is one line."""
+    """A run folder is missing, or a file of it is malformed; the message is one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One held-out prompt, answered by the policy before and after training."""
+    """One held-out prompt with the responses of the policy before and after training."""
 
     prompt: str
     before: str
     after: str
     before_scores: Mapping[str, float] = field(default_factory=dict)
-    """What each judge gave the response before training."""
+    """Name of a judge -> its score of the response before training."""
     after_scores: Mapping[str, float] = field(default_factory=dict)
-    """The same judges on the response after training."""
+    """Name of a judge -> its score of the response after training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTrace:
-    """One response, token by token, as the update saw it. All lists are as long as `tokens`."""
+    """One training response token by token, with the numbers of its update. All lists have one entry per token."""
 
     iteration: int
     prompt: str
@@ -59,9 +60,9 @@ class TokenTrace:
     kl: list[float]
     """The KL term to the reference, in nats."""
     values: list[float]
-    """What the value head expected before the token."""
+    """V at each token: the return that the value head predicts."""
     advantages: list[float]
-    """How much better than expected the token turned out to be, as used in the loss."""
+    """Advantage of each token, as used in the loss."""
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("tokens", "logprobs", "kl", "values", "advantages")}
@@ -71,30 +72,30 @@ class TokenTrace:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Reads and writes one run folder; it holds no state but the path, so any number may be open."""
+    """Reads and writes the files of one run folder; it holds no state but the path."""
 
     path: Path
 
     @classmethod
     def create(cls, path: Path | str) -> RunFolder:
-        """The folder at `path`, made if it is not there."""
+        """The run folder at `path`, made when missing."""
         folder = cls(Path(path))
         folder.path.mkdir(parents=True, exist_ok=True)
         return folder
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
-        """The folder at `path`, which must exist.
+        """The run folder at `path`, which must exist.
 
         Raises:
-            RunFolderError: there is no such folder.
+            RunFolderError: There is no such folder.
         """
         if not Path(path).is_dir():
             raise RunFolderError(f"There is no run folder {str(path)!r}. Give the folder that training wrote into.")
         return cls(Path(path))
 
     def check_writable(self) -> None:
-        """Raise OSError, which names the folder, if no file can be written into it."""
+        """Check that a file can be written into the folder; raise OSError, which names the folder, if not."""
         try:
             self.write_bytes(".writable", b"")
             (self.path / ".writable").unlink()
@@ -105,56 +106,56 @@ class RunFolder:
             ) from error
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write the resolved settings without secrets; what JSON does not know is written as text."""
+        """Write the resolved settings, without secrets; values that JSON does not know are written as text."""
         self._replace(CONFIG, _json(redacted(config), indent=2) + "\n")
 
     def append_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Add the numbers of one iteration; nan and infinities are written as null."""
+        """Append the metrics of one iteration; nan and infinity are written as null."""
         self._append(METRICS, {"iteration": iteration, **{name: float(value) for name, value in metrics.items()}})
 
     def append_tokens(self, traces: Iterable[TokenTrace]) -> None:
-        """Add responses for the token view."""
+        """Append responses for the token view of the report."""
         for trace in traces:
             self._append(TOKENS, asdict(trace))
 
     def write_samples(self, samples: Iterable[Sample]) -> None:
-        """Write all held-out samples; the report shows some and counts all."""
+        """Write all held-out samples, of which the report shows some."""
         self._replace(SAMPLES, "".join(_json(asdict(sample)) + "\n" for sample in samples))
 
     def write_evaluation(self, *, before: Estimates, after: Estimates) -> None:
-        """Write the held-out evaluation: for each metric its mean and the standard error of that mean."""
+        """Write the held-out evaluations before and after training."""
         both = {"before": before, "after": after}
         content = {
-            when: {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in found.items()}
-            for when, found in both.items()
+            when: {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in estimates.items()}
+            for when, estimates in both.items()
         }
         self._replace(EVALUATION, _json(content, indent=2) + "\n")
 
     def resume_from(self, iteration: int) -> None:
-        """Forget every line of an iteration after this one, and a line cut short by a crash.
+        """Remove the lines of later iterations, and a line damaged by a crash.
 
-        A run resumed from the checkpoint of iteration n writes n + 1 again; without this it would be there twice.
+        A run resumed from the checkpoint of iteration n writes n + 1 again, whose lines would otherwise be there twice.
         """
         for name in (METRICS, TOKENS):
             if (self.path / name).exists():
                 rows, _ = self._lines(name)
-                kept = [row for row in rows if _iteration(row) <= iteration]
-                self._replace(name, "".join(_json(row) + "\n" for row in kept))
+                remaining = [row for row in rows if _iteration(row) <= iteration]
+                self._replace(name, "".join(_json(row) + "\n" for row in remaining))
 
     def config(self) -> dict[str, Any]:
         """The settings; empty if none were written."""
         return self._read_object(CONFIG)
 
     def metrics(self) -> list[dict[str, float]]:
-        """One row per iteration, in order; of an iteration written twice the later row. null is read as nan."""
+        """Metrics of each iteration, in order; the later row if there are two. null is read as nan."""
         rows, _ = self._lines(METRICS)
         latest = {_iteration(row): row for row in rows if "iteration" in row}
         return [_floats(latest[iteration]) for iteration in sorted(latest)]
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Iterations and values of one metric, where it is present and finite."""
-        found = [(row["iteration"], row[name]) for row in self.metrics() if math.isfinite(row.get(name, math.nan))]
-        return [iteration for iteration, _ in found], [value for _, value in found]
+        """Iterations and values of one metric, without iterations where it is missing or not finite."""
+        points = [(row["iteration"], row[name]) for row in self.metrics() if math.isfinite(row.get(name, math.nan))]
+        return [iteration for iteration, _ in points], [value for _, value in points]
 
     def samples(self) -> list[Sample]:
         """The held-out samples; empty if none were written."""
@@ -163,7 +164,7 @@ class RunFolder:
         return [_build(Sample, row, SAMPLES) for row in rows]
 
     def tokens(self) -> list[TokenTrace]:
-        """The responses for the token view; empty if none were written."""
+        """The responses of the token view; empty if none were written."""
         numbers = ("logprobs", "kl", "values", "advantages")
         rows = [
             row | {key: [_number(x) for x in row.get(key, [])] for key in numbers} for row in self._lines(TOKENS)[0]
@@ -175,8 +176,8 @@ class RunFolder:
         content = self._read_object(EVALUATION)
         try:
             return {
-                when: {name: (_number(item["mean"]), _number(item.get("stderr"))) for name, item in dict(found).items()}
-                for when, found in content.items()
+                when: {name: (_number(item["mean"]), _number(item.get("stderr"))) for name, item in dict(rows).items()}
+                for when, rows in content.items()
             }
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise RunFolderError(
@@ -185,27 +186,27 @@ class RunFolder:
             ) from error
 
     def unreadable_lines(self) -> dict[str, int]:
-        """How many lines of each file cannot be read, files without such lines left out."""
+        """Number of unreadable lines per file; files without any are left out."""
         counts = {name: self._lines(name)[1] for name in (METRICS, SAMPLES, TOKENS)}
         return {name: count for name, count in counts.items() if count}
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a text file of the folder, whole or not at all."""
+        """Write a text file into the folder, atomically; return its path."""
         return self._replace(name, text)
 
     def write_bytes(self, name: str, content: bytes) -> Path:
-        """Write a file of the folder, whole or not at all."""
+        """Write a file into the folder, atomically; return its path."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            with aside.open("wb") as file:
+            with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(target)
+            temporary.replace(target)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         return target
 
     def _replace(self, name: str, text: str) -> Path:
@@ -216,13 +217,13 @@ class RunFolder:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
-                    file.write(b"\n")  # A crash left half a line: keep it from swallowing this one.
+                    file.write(b"\n")  # end a line that a crash has cut short
             file.write(_json(row).encode("utf-8", errors="replace") + b"\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint of this iteration must not outlive its line
 
     def _lines(self, name: str) -> tuple[list[dict[str, Any]], int]:
-        """The objects in a file of lines, and how many lines are none."""
+        """The objects of a JSON-lines file, and the number of lines that are not JSON objects."""
         try:
             lines = (self.path / name).read_text(encoding="utf-8", errors="replace").split("\n")
         except FileNotFoundError:
@@ -255,15 +256,15 @@ class RunFolder:
 
 
 def _json(value: Any, *, indent: int | None = None) -> str:
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+    return json.dumps(_to_json_types(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON knows it: nan and infinities as null, anything unknown as text."""
+def _to_json_types(value: Any) -> Any:
+    """Convert a value to JSON types: nan and infinity to None, unknown types to text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json_types(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value]
+        return [_to_json_types(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | bool | int) else str(value)
@@ -278,18 +279,19 @@ def _number(value: Any) -> float:
 
 
 def _iteration(row: Mapping[str, Any]) -> int:
-    """The iteration of a row; a row without one belongs to no iteration and is never in the future."""
+    """The iteration of a row; -1 if it has none."""
     iteration = row.get("iteration")
     return int(iteration) if isinstance(iteration, int | float) else -1
 
 
 def _build(kind: type[Any], row: Mapping[str, Any], name: str) -> Any:
+    """A dataclass from a row of the file `name`; unknown keys are ignored."""
     known = {f.name for f in fields(kind)}
-    lacking = [
+    missing = [
         f.name for f in fields(kind) if f.name not in row and f.default_factory is MISSING and f.default is MISSING
     ]
-    if lacking:
-        raise RunFolderError(f"A line of {name} lacks {', '.join(map(repr, lacking))}: it is no {kind.__name__}.")
+    if missing:
+        raise RunFolderError(f"A line of {name} lacks {', '.join(map(repr, missing))}: it is no {kind.__name__}.")
     try:
         return kind(**{key: value for key, value in row.items() if key in known})
     except (TypeError, ValueError) as error:

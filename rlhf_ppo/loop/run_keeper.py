@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: checkpoints when they are due, and lines that a full disk may cost."""
+"""`RunKeeper` saves and restores the checkpoints of a run, and writes its records even when the disk is full."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from rlhf_ppo.checkpoints.lock import lock_run_folder
 from rlhf_ppo.checkpoints.resume import (
     CheckpointNotWrittenError,
-    Restored,
+    RestoredCheckpoint,
     Stateful,
     restore_checkpoint,
     save_checkpoint,
@@ -15,21 +15,22 @@ from rlhf_ppo.checkpoints.resume import (
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.run_folder import RunFolder
 
-Parts = Callable[[], Mapping[str, Stateful]]
+StateGetter = Callable[[], Mapping[str, Stateful]]
+"""Returns the objects to save, by name."""
 
 
 class RunKeeper:
-    """Writes checkpoints and records of one run, and finds the newest checkpoint again.
+    """Saves and restores the checkpoints of one run, and writes into its run folder.
 
     Args:
-        learner: Whose state is saved.
+        learner: The learner whose state is saved.
         output_dir: Run folder, made when missing; None: nothing is written.
-        shared: State that is the same on every process, beside the trainer's.
-        own: State that each process has for itself.
-        keep_last: Checkpoints kept.
+        shared: State that is the same on every process, besides the learner's.
+        per_process: State of each process.
+        keep_last: Number of checkpoints kept.
 
     Raises:
-        OSError: The folder cannot be written.
+        OSError: The folder is not writable.
     """
 
     def __init__(
@@ -37,75 +38,82 @@ class RunKeeper:
         learner: PPOLearner,
         output_dir: str | None,
         *,
-        shared: Parts,
-        own: Parts,
+        shared: StateGetter,
+        per_process: StateGetter,
         keep_last: int,
     ) -> None:
         self.learner, self.keep_last = learner, keep_last
-        self.shared, self.own = shared, own
+        self.shared, self.per_process = shared, per_process
         self.folder = None if output_dir is None else RunFolder.create(output_dir)
         if self.folder is not None and learner.accelerator.is_main_process:
             self.folder.check_writable()
         self.checkpoint_is_overdue = False
-        """Whether a checkpoint could not be written when it was due."""
-        self._newest: int | None = None
+        """Whether the last checkpoint could not be written."""
+        self._last_saved: int | None = None
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, no other run writes into the folder.
+    def locked(self) -> Iterator[None]:
+        """Context manager: while active, the run folder is locked against other runs.
 
         Raises:
-            FolderInUseError: One does already. Raised on the main process; a ValueError with its words on the others.
+            FolderInUseError: Another run holds the lock. The other processes raise a ValueError with this message.
         """
-        with ExitStack() as held:
+        with ExitStack() as stack:
 
-            def hold() -> None:
+            def lock() -> None:
                 if self.folder is not None and self.learner.accelerator.is_main_process:
-                    held.enter_context(lock_run_folder(self.folder.path))
+                    stack.enter_context(lock_run_folder(self.folder.path))
 
-            self.learner.processes.run_or_fail_together(hold)
+            self.learner.processes.run_or_fail_together(lock)
             yield
 
-    def restore(self) -> Restored | None:
-        """Go on from the newest whole checkpoint, if there is one; later lines of the metrics are dropped."""
+    def restore(self) -> RestoredCheckpoint | None:
+        """Restore the latest intact checkpoint, if there is one, and remove later lines from the run folder."""
         if self.folder is None:
             return None
-        found = restore_checkpoint(self.learner, self.folder.path, shared=self.shared(), own=self.own())
-        if found is None:
+        restored = restore_checkpoint(
+            self.learner, self.folder.path, shared=self.shared(), per_process=self.per_process()
+        )
+        if restored is None:
             return None
-        self._newest = found.iteration
+        self._last_saved = restored.iteration
         if self.learner.accelerator.is_main_process:
-            self.folder.resume_from(found.iteration)
+            self.folder.resume_from(restored.iteration)
         self.learner.accelerator.wait_for_everyone()
-        return found
+        return restored
 
-    def save(self, iteration: int, *, must: bool) -> None:
-        """Write a checkpoint of this iteration, unless there is one.
+    def save(self, iteration: int, *, required: bool) -> None:
+        """Save a checkpoint of this iteration, unless there is one.
 
         Args:
-            iteration: Iterations finished.
-            must: Raise when it cannot be written, instead of warning and owing it.
+            iteration: Number of finished iterations.
+            required: Raise if it cannot be written, instead of warning and retrying after the next iteration.
 
         Raises:
-            CheckpointNotWrittenError: It could not be written and `must` is set; earlier ones are as they were.
+            CheckpointNotWrittenError: It could not be written and `required` is set; earlier ones are unchanged.
         """
-        if self.folder is None or self._newest == iteration:
+        if self.folder is None or self._last_saved == iteration:
             return
         try:
             save_checkpoint(
-                self.learner, self.folder.path, iteration=iteration, shared=self.shared(), own=self.own(),
-                keep_last=self.keep_last,
+                self.learner, self.folder.path, iteration=iteration, shared=self.shared(),
+                per_process=self.per_process(), keep_last=self.keep_last,
             )  # fmt: skip
         except CheckpointNotWrittenError as error:
-            if must:
+            if required:
                 raise
             self.checkpoint_is_overdue = True
             warnings.warn(f"{error} Training goes on and tries again after the next iteration.", stacklevel=2)
         else:
-            self._newest, self.checkpoint_is_overdue = iteration, False
+            self._last_saved, self.checkpoint_is_overdue = iteration, False
 
     def write(self, iteration: int, action: Callable[[RunFolder], object]) -> None:
-        """Write into the run folder from the main process; a full disk costs lines of it, not the run."""
+        """Call `action` on the run folder, on the main process; an OSError (disk full) only warns.
+
+        Args:
+            iteration: For the warning.
+            action: Writes into the folder.
+        """
         if self.folder is None or not self.learner.accelerator.is_main_process:
             return
         try:

@@ -1,4 +1,4 @@
-"""What stands between an update and the next draw: the sampler must see the weights as they are now."""
+"""Build the collector of the managed loop, and sync the policy's weights to the sampler before each rollout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from rlhf_ppo.samplers.decode_loop import DecodeLoop
 
 
 def make_collector(learner: PPOLearner, config: TrainConfig, sampler: Sampler | None) -> Collector:
-    """Draws and scores for `trainer`, by `sampler`, or by the own loop where there is none."""
+    """Build the `Collector`, which samples and scores responses for `learner`; `sampler` None: `DecodeLoop`."""
     sampler = sampler or DecodeLoop(learner.tokenizer)
     return Collector(
         model=learner.model, tokenizer=learner.tokenizer, sampling=config.sampling, device=learner.current_device,
@@ -24,10 +24,10 @@ def make_collector(learner: PPOLearner, config: TrainConfig, sampler: Sampler | 
 
 @contextmanager
 def synced_weights(learner: PPOLearner, sampler: Sampler) -> Iterator[None]:
-    """Inside, `sampler` draws from the policy as it is: the live module made whole, or an engine's copy sent anew.
+    """Context manager: while active, `sampler` uses the current weights of the policy.
 
-    An engine is sent the weights before every rollout and every evaluation, whatever happened in between (an update, a
-    checkpoint loaded, a callback): a copy that is never assumed to be fresh cannot be stale.
+    A sampler with its own copy (vLLM) is sent the weights before every rollout and evaluation, whether or not they have
+    changed. Other samplers use the live module, whose sharded parameters are gathered.
     """
     if isinstance(sampler, WeightSyncedSampler):
         sampler.sync_weights(learner.model, learner.accelerator)

@@ -1,6 +1,6 @@
-"""Reasons to stop from outside: signals and a time limit.
+"""Stop the managed loop by signals and by a time limit; exit codes of the recipes.
 
-Ctrl-C, SIGTERM and SIGUSR1 ask for a stop after the phase that runs; a second one leaves at once.
+Ctrl-C, SIGTERM and SIGUSR1 request a stop after the current phase; a second one raises KeyboardInterrupt.
 """
 
 import os
@@ -14,63 +14,67 @@ from types import FrameType
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 EXIT_RESUMABLE = 75
-"""Stopped by a signal or the time limit, checkpoint written: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
-EXIT_AT_ONCE = 130
-"""Left at once, by a second signal or by Ctrl-C outside of training."""
+"""Stopped by a signal or the time limit, checkpoint written: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
+EXIT_ABORTED = 130
+"""Aborted by a second signal, or by Ctrl-C outside of training."""
 
 
 @dataclass
 class StopRequest:
-    """Whether somebody asked to stop, and by which signal."""
+    """Whether a signal has requested a stop, and which."""
 
-    name: str | None = None
+    signal_name: str | None = None
 
     @property
-    def asked(self) -> bool:
+    def is_set(self) -> bool:
         """True once a signal has come."""
-        return self.name is not None
+        return self.signal_name is not None
 
 
 class TimeLimit:
-    """Says when one more iteration, as long as the longest so far, would end after the limit.
+    """Predicts whether one more iteration, as long as the longest so far, would exceed a time limit.
 
-    An iteration lasts from one question to the next: its evaluation and its checkpoint count.
+    An iteration lasts from one call of `is_near` to the next, evaluation and checkpoint included.
 
     Args:
-        seconds: From now; None: without a limit.
+        seconds: Limit, from now; None: no limit.
     """
 
     def __init__(self, seconds: float | None) -> None:
-        self._asked = time.monotonic()
-        self._end = None if seconds is None else self._asked + seconds
+        self._last_call = time.monotonic()
+        self._end = None if seconds is None else self._last_call + seconds
         self._longest = 0.0
 
     def is_near(self) -> bool:
-        """Asked once after each iteration."""
+        """Whether one more iteration would exceed the limit; call it once after each iteration."""
         now = time.monotonic()
-        self._longest, self._asked = max(self._longest, now - self._asked), now
+        self._longest, self._last_call = max(self._longest, now - self._last_call), now
         return self._end is not None and now + self._longest > self._end
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note the first SIGINT, SIGTERM or SIGUSR1, raise KeyboardInterrupt on the second; restore the handlers."""
+    """Context manager: while active, the first SIGINT, SIGTERM or SIGUSR1 sets the request, the second one raises.
+
+    The second raises KeyboardInterrupt. The handlers are restored at the end; outside the main thread there are none.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # signal handlers belong to the main thread
         return
 
-    def note(number: int, _: FrameType | None) -> None:
-        if request.asked:
+    def handle(number: int, _: FrameType | None) -> None:
+        if request.is_set:
             raise KeyboardInterrupt
-        request.name = signal.Signals(number).name
+        request.signal_name = signal.Signals(number).name
         os.write(2, b"\nStopping soon, with a checkpoint. Once more: at once, without.\n")
 
     # SIGUSR1 is what `sbatch --signal=USR1@120` sends before the time of a job is up; Windows does not have it.
     names = ("SIGINT", "SIGTERM", "SIGUSR1")
-    before = {known: signal.signal(known, note) for name in names if (known := getattr(signal, name, None)) is not None}
+    numbers = [number for name in names if (number := getattr(signal, name, None)) is not None]
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

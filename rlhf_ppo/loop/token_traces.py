@@ -1,4 +1,4 @@
-"""A few responses token by token, as the update saw them: what fills the token view of the report."""
+"""Token traces: a few training responses token by token, for the token view of the report."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.loop.run_folder import TokenTrace
 from rlhf_ppo.rollout.experience import ScoredResponses
 
-_PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+_INCOMPLETE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 def token_traces(
@@ -22,16 +22,16 @@ def token_traces(
     scores: Sequence[float],
     count: int = 6,
 ) -> list[TokenTrace]:
-    """The first `count` responses of a batch; they are not chosen.
+    """Token traces of the first `count` responses of a batch, not of selected ones.
 
     Args:
-        batch: What the update learned from; its inputs are tokens.
-        scored: The same rows under policy and reference.
+        batch: Batch of the update; its inputs are tokens.
+        scored: Scores of the same rows under policy and reference.
         tokenizer: Turns token ids into text.
-        iteration: That the batch belongs to.
+        iteration: Iteration of the batch.
         prompts: Text of each row's prompt.
-        scores: What the reward sources gave each row.
-        count: Most responses.
+        scores: Score of each row.
+        count: Maximum of responses.
     """
     inputs = batch.inputs
     if not isinstance(inputs, TokenInputs):
@@ -52,15 +52,15 @@ def token_traces(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
-    """The text that each token adds to those before it; together they are the decoded response.
+    """The text that each token adds to the decoded response; joined, they are the response.
 
-    A character of several tokens belongs to the last of them.
+    A character of several tokens is in the text of the last one.
     """
-    texts, shown = [], ""
+    texts, decoded = [], ""
     for end in range(1, len(ids) + 1):
         text = str(tokenizer.decode(ids[:end].tolist(), clean_up_tokenization_spaces=False))
         if end < len(ids):
-            text = text.rstrip(_PART_OF_A_CHARACTER)
-        texts.append(text[len(shown) :])
-        shown = text
+            text = text.rstrip(_INCOMPLETE_CHARACTER)
+        texts.append(text[len(decoded) :])
+        decoded = text
     return texts

@@ -1,4 +1,4 @@
-"""The managed loop: prompts -> responses -> scores -> `learn`, with evaluation, checkpoints and early stop."""
+"""The managed loop of `PPOTrainer.train`: prompts -> responses -> scores -> `learn`, evaluation, checkpoints, stop."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -35,17 +35,17 @@ __all__ = ["Callback", "TrainConfig", "TrainState", "TrainingLoop"]
 
 @dataclass
 class TrainingLoop:
-    """One call of `PPOTrainer.train`: wiring in the order of the data.
+    """The managed loop: one call of `PPOTrainer.train`.
 
     Args:
-        learner: Whose `learn` is the optimization step.
-        prompts: What is answered.
-        rewards: Who scores the answers.
-        config: How long, how often, where to.
+        learner: Its `learn` is the optimization step.
+        prompts: Training prompts.
+        rewards: Reward sources that score the responses.
+        config: Settings of the loop.
         eval_prompts: Held-out prompts.
-        judges: Further sources for the held-out evaluation, which the policy is not rewarded by.
+        judges: Further reward sources, called in the held-out evaluation only.
         callbacks: Called after every iteration.
-        sampler: Who draws responses; None: the own decode loop.
+        sampler: Samples the responses; None: `DecodeLoop`.
     """
 
     learner: PPOLearner
@@ -67,35 +67,39 @@ class TrainingLoop:
         accelerator, seed = learner.accelerator, learner.config.seed
         self.collector = make_collector(learner, config, self.sampler)
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
-        self.order = PromptSampler(
+        self.prompt_sampler = PromptSampler(
             len(self.prompts), batch_size=learner.config.batch_size // sampling.num_return_sequences, seed=seed,
             rank=accelerator.process_index, world_size=accelerator.num_processes, lengths=self.prompts.lengths,
         )  # fmt: skip
         self.keeper = RunKeeper(
-            learner, config.output_dir, shared=self.shared_parts, own=self.own_parts, keep_last=config.keep_last
+            learner,
+            config.output_dir,
+            shared=self.shared_state,
+            per_process=self.per_process_state,
+            keep_last=config.keep_last,
         )
         folder = None if self.keeper.folder is None else self.keeper.folder.path
         self.best = BestModels(
             folder=folder, measure=config.keep_best or "score",
-            most=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=learner.save_pretrained,
+            frontier_size=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=learner.save_pretrained,
             is_main_process=accelerator.is_main_process,
         )  # fmt: skip
-        self.watch = GuardMonitor(with_kl_budget(config.guards, config.max_reference_kl))
-        self.lost = LostRollouts(learner.processes, config.reward_failures)
+        self.guard_monitor = GuardMonitor(with_kl_budget(config.guards, config.max_reference_kl))
+        self.lost_rollouts = LostRollouts(learner.processes, config.reward_failures)
         learner.dump_dir = learner.dump_dir or folder
         self.state = TrainState()
-        self.newest: tuple[CollectedResponses, RewardScores] | None = None
-        self._request = StopRequest()
+        self.last_rollout: tuple[CollectedResponses, RewardScores] | None = None
+        self._stop_request = StopRequest()
 
     def run(self) -> TrainState:
-        """Iterate until the budget, a callback, a guard or a signal says stop.
+        """Iterate until all iterations are done, or a callback, a guard, a signal or the time limit stops the loop.
 
         Raises:
-            FolderInUseError: Another run writes into the run folder.
+            FolderInUseError: Another run uses the run folder.
         """
-        waiting = offload_sources(self.rewards) if self.config.offload_rewards else nullcontext(nullcontext)
-        with self.keeper.alone(), waiting as at_hand:
-            self.collector = replace(self.collector, sources_context=at_hand)
+        offloaded = offload_sources(self.rewards) if self.config.offload_rewards else nullcontext(nullcontext)
+        with self.keeper.locked(), offloaded as sources_context:
+            self.collector = replace(self.collector, sources_context=sources_context)
             return self._run()
 
     def _run(self) -> TrainState:
@@ -107,12 +111,12 @@ class TrainingLoop:
             total=self.config.iterations, initial=self.state.iteration, desc="PPO", unit="it",
             disable=not (self.config.progress and self.learner.accelerator.is_main_process),
         )  # fmt: skip
-        with bar, stop_on_signals() as self._request:
+        with bar, stop_on_signals() as self._stop_request:
             while self.state.iteration < self.config.iterations and self.state.stopped is None:
                 rollout = self._roll_out()
                 if rollout is None:
                     break
-                if self.lost.is_lost(len(self.collector.kept_rows(rollout[1]))):
+                if self.lost_rollouts.is_lost(len(self.collector.kept_rows(rollout[1]))):
                     continue
                 self._learn(*rollout)
                 bar.update()
@@ -120,91 +124,93 @@ class TrainingLoop:
                 self._after_iteration(limit)
         return self.state
 
-    def own_parts(self) -> dict[str, Stateful]:
-        """What each process has for itself: random streams, and whatever of the user's has a state."""
-        users: dict[str, object] = {f"rewards/{item.name}": item.source for item in named_sources(self.rewards)}
-        users |= {f"callbacks/{index}": callback for index, callback in enumerate(self.callbacks)}
-        users["sampler"] = self.sampler
+    def per_process_state(self) -> dict[str, Stateful]:
+        """State of each process: random streams; reward sources, callbacks and sampler if they have a state."""
+        candidates: dict[str, object] = {f"rewards/{item.name}": item.source for item in named_sources(self.rewards)}
+        candidates |= {f"callbacks/{index}": callback for index, callback in enumerate(self.callbacks)}
+        candidates["sampler"] = self.sampler
         return {
             "random": RandomStreams(self.generator),
-            **{name: part for name, part in users.items() if isinstance(part, Stateful)},
+            **{name: part for name, part in candidates.items() if isinstance(part, Stateful)},
         }
 
-    def shared_parts(self) -> dict[str, Stateful]:
-        """What is the same on every process, beside the trainer's own."""
+    def shared_state(self) -> dict[str, Stateful]:
+        """State that is the same on every process, besides the learner's."""
         return {
-            "prompts": self.order, "best": self.best, "trackers": self.learner.trackers, "guards": self.watch,
-            "lost": self.lost,
+            "prompts": self.prompt_sampler, "best": self.best, "trackers": self.learner.trackers,
+            "guards": self.guard_monitor, "lost": self.lost_rollouts,
         }  # fmt: skip
 
     def restore(self) -> None:
-        """Go on from the newest whole checkpoint in the run folder, if there is one."""
-        found = self.keeper.restore()
-        if found is not None:
-            self.state.iteration, self.state.best = found.iteration, self.best.best
+        """Restore the latest intact checkpoint in the run folder, if there is one."""
+        restored = self.keeper.restore()
+        if restored is not None:
+            self.state.iteration, self.state.best = restored.iteration, self.best.best
 
     def _roll_out(self) -> tuple[CollectedResponses, RewardScores, dict[str, float]] | None:
-        """Responses and scores. None after a stop: they are dropped, and drawn again when the run is resumed."""
-        parts: dict[str, Stateful] = {**self.own_parts(), "prompts": self.order}
+        """Sample and score responses: (responses, scores, seconds). None after a stop: the rollout is discarded."""
+        parts: dict[str, Stateful] = {**self.per_process_state(), "prompts": self.prompt_sampler}
         before = {name: part.state_dict() for name, part in parts.items()}
         start = time.perf_counter()
         try:
-            collected = self.collector.sample(self.prompts.batch(next(self.order)), self.generator)
+            collected = self.collector.sample(self.prompts.batch(next(self.prompt_sampler)), self.generator)
             generated = time.perf_counter()
-            if self._asked_to_stop():
-                self._drop(parts, before)
+            if self._is_stop_requested():
+                self._discard_and_stop(parts, before)
                 return None
             scores = self.collector.score(collected, self.rewards, self.config.missing_eos)
         except Exception:
-            self._rescue(parts, before)
+            self._save_before_error(parts, before)
             raise
         times = {"time/generate": generated - start, "time/reward": time.perf_counter() - generated}
-        if self._asked_to_stop():
-            self._drop(parts, before)
+        if self._is_stop_requested():
+            self._discard_and_stop(parts, before)
             return None
         return collected, scores, times
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any process was sent a signal."""
-        asked = torch.tensor(float(self._request.asked), device=self.learner.current_device)
-        return float(self.learner.processes.reduce_sum(asked)) > 0
+    def _is_stop_requested(self) -> bool:
+        """Whether any process has received a signal."""
+        requested = torch.tensor(float(self._stop_request.is_set), device=self.learner.current_device)
+        return float(self.learner.processes.reduce_sum(requested)) > 0
 
-    def _drop(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
-        """Forget a rollout as if it had never begun, and stop."""
+    def _discard_and_stop(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
+        """Restore the state before the rollout, save a checkpoint, and stop."""
         for name, part in parts.items():
             part.load_state_dict(before[name])
-        self.state.stopped, self.state.interrupted = self._request.name or "signal", True
-        self.keeper.save(self.state.iteration, must=True)
+        self.state.stopped, self.state.interrupted = self._stop_request.signal_name or "signal", True
+        self.keeper.save(self.state.iteration, required=True)
 
-    def _rescue(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
-        """Before an error in a rollout ends the run: save what was finished. Several processes cannot agree here."""
-        if self.learner.accelerator.num_processes == 1:
+    def _save_before_error(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
+        """Save the finished iterations before an error in a rollout ends the run; only on a single process."""
+        if self.learner.accelerator.num_processes == 1:  # saving is collective, and the others may not have failed
             for name, part in parts.items():
                 part.load_state_dict(before[name])
-            self.keeper.save(self.state.iteration, must=False)
+            self.keeper.save(self.state.iteration, required=False)
 
     def _learn(self, collected: CollectedResponses, scores: RewardScores, times: dict[str, float]) -> None:
         learner = self.learner
         start = time.perf_counter()
         diagnose_first_batch(learner, DiagnosedBatch.of_rollout(collected, scores, self.config.sampling, self.rewards))
-        own = self.collector.responses(collected.samples, scores)
+        local = self.collector.responses(collected.samples, scores)
         process, device = learner.accelerator.process_index, learner.current_device
-        responses = rebalance_empty_ranks(own, learner.processes.gather_objects, process, device)
+        responses = rebalance_empty_ranks(local, learner.processes.gather_objects, process, device)
         statistics = learner.learn(responses)
-        self.newest = (collected, scores) if responses is own else None  # else: others' rows, without their texts
+        self.last_rollout = (
+            (collected, scores) if responses is local else None
+        )  # else: rows of another process, without texts
         self.state.iteration += 1
-        first, *others = learner.processes.gather_objects([scores])
-        all_scores: RewardScores = first.joined(others)
+        first, *rest = learner.processes.gather_objects([scores])
+        all_scores: RewardScores = first.joined(rest)
         finished = learner.processes.gather_objects(collected.samples.finished)
         repeated = learner.processes.gather_objects([repetition(row.tolist()) for row in collected.samples.responses])
         metrics = scalar_statistics(statistics) | learner.metrics | all_scores.metrics() | times
         metrics |= {
             "env/reward_mean": float(all_scores.total[~all_scores.skipped].mean()),
-            "env/rollouts_lost": float(self.lost.total),
+            "env/rollouts_lost": float(self.lost_rollouts.total),
             "tokens/finished_share": sum(finished) / len(finished),
             "time/iteration": sum(times.values()) + time.perf_counter() - start,
         }
-        metrics |= self.watch.measure(sum(repeated) / len(repeated), metrics["tokens/responses_len_mean"])
+        metrics |= self.guard_monitor.measure(sum(repeated) / len(repeated), metrics["tokens/responses_len_mean"])
         self.state.metrics = metrics
         self.state.history.append(metrics)
         del self.state.history[: -self.config.keep_history]
@@ -216,7 +222,7 @@ class TrainingLoop:
         self.keeper.write(self.state.iteration, lambda folder: folder.append_metrics(self.state.iteration, metrics))
 
     def evaluate(self, *, seed: int = 0) -> Evaluation:
-        """Answer the held-out prompts with the policy as it is; every process takes its share."""
+        """Evaluate the current policy on the held-out prompts, which are divided over processes."""
         if self.eval_prompts is None:
             raise ValueError("there are no held-out prompts: pass `eval_prompts`")
         accelerator = self.learner.accelerator
@@ -226,64 +232,65 @@ class TrainingLoop:
                 "one at least. Give more prompts, or evaluate on fewer processes."
             )
         rows = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
-        found = evaluate(
+        evaluation = evaluate(
             self.collector, self.learner.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
             seed=seed + 100003 * accelerator.process_index,
         )  # fmt: skip
-        return merge_evaluations(self.learner.processes.gather_objects([found]))
+        return merge_evaluations(self.learner.processes.gather_objects([evaluation]))
 
     def _after_iteration(self, limit: TimeLimit) -> None:
         config, state = self.config, self.state
-        due = state.iteration == config.iterations
+        is_last = state.iteration == config.iterations
         summary = None
-        if config.eval_every and (due or state.iteration % config.eval_every == 0):
+        if config.eval_every and (is_last or state.iteration % config.eval_every == 0):
             state.evaluation = self.evaluate()
             summary = state.evaluation.summary()
             state.metrics.update({f"eval/{name}": value["mean"] for name, value in summary.items()})
-            state.metrics.update(self.watch.compare(state.evaluation.measures))
-        verdict = self.watch.verdict(state.metrics)
+            state.metrics.update(self.guard_monitor.compare(state.evaluation.measures))
+        verdict = self.guard_monitor.verdict(state.metrics)
         state.metrics.update(verdict.metrics)
         if summary is not None and config.keep_best is not None:
-            self.best.take(state.iteration, summary, is_eligible=verdict.may_keep)
+            self.best.consider(state.iteration, summary, is_eligible=verdict.may_keep)
             state.best = self.best.best
         self._record()
         self._find_reason_to_stop(limit, verdict)
-        if due or state.stopped is not None:
+        if is_last or state.stopped is not None:
             self._write_traces()
-        periodic = config.save_every and (due or state.iteration % config.save_every == 0)
+        periodic = config.save_every and (is_last or state.iteration % config.save_every == 0)
         if periodic or self.keeper.checkpoint_is_overdue or state.stopped is not None:
-            self.keeper.save(self.state.iteration, must=state.interrupted)
+            self.keeper.save(self.state.iteration, required=state.interrupted)
 
     def _find_reason_to_stop(self, limit: TimeLimit, verdict: GuardVerdict) -> None:
+        """Set `state.stopped` on all processes to the first reason that holds on any of them."""
         state = self.state
-        wishes = [bool(callback(self.learner, state)) for callback in self.callbacks]
+        callback_stops = [bool(callback(self.learner, state)) for callback in self.callbacks]
         is_near = limit.is_near()
         interruptions = {
-            self._request.name or "signal": self._request.asked,
+            self._stop_request.signal_name or "signal": self._stop_request.is_set,
             "time limit": is_near and state.iteration < self.config.iterations,
         }
         reasons = interruptions | {
-            "callback": any(wishes),
+            "callback": any(callback_stops),
             verdict.stop or "guard": verdict.stop is not None,
         }
-        # A wish of one process is a wish of all: nobody may go on alone.
-        asked = self.learner.processes.reduce_sum(
-            torch.tensor([float(wish) for wish in reasons.values()], device=self.learner.current_device)
+        # A reason on one process stops all: the loop is collective.
+        counts = self.learner.processes.reduce_sum(
+            torch.tensor([float(holds) for holds in reasons.values()], device=self.learner.current_device)
         )
-        if float(asked.sum()) > 0:
-            first = int(asked.argmax())
+        if float(counts.sum()) > 0:
+            first = int(counts.argmax())
             state.stopped, state.interrupted = list(reasons)[first], first < len(interruptions)
 
     def _write_traces(self) -> None:
-        """Some responses of the newest iteration, token by token."""
+        """Write token traces of the last iteration."""
         learner = self.learner
-        if self.newest is None or learner.newest is None:
+        if self.last_rollout is None or learner.last_batch is None:
             return
-        collected, scores = self.newest
-        kept = self.collector.kept_rows(scores)
+        collected, scores = self.last_rollout
+        rows = self.collector.kept_rows(scores)
         traces = token_traces(
-            *learner.newest, learner.tokenizer, iteration=self.state.iteration,
-            prompts=[collected.prompts[row] for row in kept], scores=scores.total[kept].tolist(),
+            *learner.last_batch, learner.tokenizer, iteration=self.state.iteration,
+            prompts=[collected.prompts[row] for row in rows], scores=scores.total[rows].tolist(),
         )  # fmt: skip
         self.keeper.write(self.state.iteration, lambda folder: folder.append_tokens(traces))
 

@@ -85,7 +85,7 @@ def test_v2_a_response_that_ends_in_another_stop_token_is_not_charged_for_a_miss
     state = own.train(lambda responses: [1.0] * len(responses), settings)
     finished = state.history[0]["tokens/finished_share"]
     assert finished > 0
-    assert own.newest is not None
+    assert own.last_batch is not None
     expected = finished * 1.0 + (1 - finished) * -7.0
     assert state.history[0]["ppo/mean_scores"] == pytest.approx(expected)
 
@@ -127,8 +127,8 @@ def test_trlx_the_loss_sees_the_tokens_that_were_sampled_and_not_those_of_their_
 
     roomy = replace(SAMPLING, max_new_tokens=8)
     own.train(lambda responses: [1.0, 0.0], TrainConfig(iterations=1, sampling=roomy, progress=False), sampler=spells)
-    assert own.newest is not None
-    inputs: Any = own.newest[0].inputs
+    assert own.last_batch is not None
+    inputs: Any = own.last_batch[0].inputs
     assert [row.tolist() for row in inputs.responses] == [row.tolist() for row in letters]
     again = [own.tokenizer(own.tokenizer.decode(row))["input_ids"] for row in letters]
     assert again != [row.tolist() for row in letters], "the test needs words that are not encoded letter by letter"
@@ -138,8 +138,8 @@ def test_trlx_whitening_never_counts_padding() -> None:
     """Mean 0 and variance 1 over the actions; with the padding of a long row counted in, they would not be."""
     own = trainer_of(ppo_epochs=1)
     own.step(QUERIES, [torch.tensor([10]), torch.arange(10, 40)], SCORES)
-    assert own.newest is not None
-    batch = own.newest[0]
+    assert own.last_batch is not None
+    batch = own.last_batch[0]
     actions = batch.advantages[batch.mask]
     assert len(actions) == 31
     assert float(actions.mean()) == pytest.approx(0.0, abs=1e-5)

@@ -79,7 +79,7 @@ def test_the_tokens_alone_betray_how_they_were_drawn(
 
 def test_the_temperature_that_the_tokens_fit_is_named(trainer: PPOTrainer) -> None:
     (finding,) = trainer.diagnose(drawn(trainer, replace(PLAIN, temperature=1.8))).warnings
-    fitted = float(finding.found.split("they fit ")[1].split(" ")[0])
+    fitted = float(finding.evidence.split("they fit ")[1].split(" ")[0])
     assert fitted == pytest.approx(1.8, rel=0.25)
 
 

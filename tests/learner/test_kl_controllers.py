@@ -3,7 +3,7 @@ import math
 import pytest
 
 from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
-from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, Controller, FixedKLController
+from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController, KLController
 
 
 def test_the_adaptive_controller_follows_its_equation_and_clips_the_error() -> None:
@@ -42,7 +42,7 @@ def test_a_controller_continues_from_its_state(make) -> None:  # type: ignore[no
     first.update(20.0, 10)
     second.load_state_dict(first.state_dict())
     for controller in (first, second):
-        assert isinstance(controller, Controller)
+        assert isinstance(controller, KLController)
         controller.update(3.0, 10)
     assert first.value == second.value
 
@@ -56,7 +56,7 @@ def test_the_penalty_continues_from_its_state() -> None:
 
 @pytest.mark.parametrize("controller", [AdaptiveKLController(0.2, 6.0, 100), PenaltyBeta(1.0, 0.01)])
 @pytest.mark.parametrize("kl", [math.nan, math.inf])
-def test_a_kl_that_is_not_finite_is_refused_and_leaves_the_coefficient(controller: Controller, kl: float) -> None:
+def test_a_kl_that_is_not_finite_is_refused_and_leaves_the_coefficient(controller: KLController, kl: float) -> None:
     before = controller.value
     with pytest.raises(ValueError, match=r"expected a finite KL, got (nan|inf).*gradient norm"):
         controller.update(kl, 1)

@@ -44,7 +44,7 @@ def test_the_first_kl_is_zero_whatever_the_kind_of_adapter(adapters: Any) -> Non
     own = trainer(tiny_llama(), peft_config=adapters)
     state = own.train(share_of_e, config(iterations=2))
     assert abs(state.history[0]["objective/kl"]) < 1e-4 < abs(state.history[1]["objective/kl"])
-    assert not own.start.is_due
+    assert not own.start_kl_check.is_due
 
 
 def test_an_adapter_that_left_the_reference_before_the_first_batch_is_refused_and_nothing_moves() -> None:
@@ -53,7 +53,7 @@ def test_an_adapter_that_left_the_reference_before_the_first_batch_is_refused_an
     before = parameters(own).clone()
     with pytest.raises(ValueError, match=r"agree before .* nats a token: the reference is the base with"):
         own.train(share_of_e, config(iterations=1))
-    assert torch.equal(parameters(own), before) and own.start.is_due
+    assert torch.equal(parameters(own), before) and own.start_kl_check.is_due
 
 
 def test_a_resumed_run_and_one_that_goes_on_from_a_saved_policy_may_start_away_from_the_reference(

@@ -152,8 +152,8 @@ def test_a_dropped_response_takes_its_group_with_it() -> None:
     pairs = replace(SAMPLING, num_return_sequences=2)
     state = own.train(lies, TrainConfig(iterations=1, sampling=pairs, progress=False, reward_failures=DROP))
     assert state.history[0]["env/reward_dropped"] == pytest.approx(1 / 8)
-    assert own.newest is not None
-    advantages = own.newest[0].advantages[:, 0]
+    assert own.last_batch is not None
+    advantages = own.last_batch[0].advantages[:, 0]
     assert torch.allclose(advantages, torch.tensor([-1.0, 1.0] * 3)), advantages
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_ppo.checkpoints.lock import LOCK
+from rlhf_ppo.checkpoints.lock import LOCK_FILE
 
 HOLD = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
 
@@ -14,7 +14,7 @@ HOLD = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquir
 @contextmanager
 def another_run_in(folder: Path) -> Iterator["subprocess.Popen[str]"]:
     """A process that holds the lock until it is killed."""
-    command = [sys.executable, "-c", HOLD, str(folder.resolve() / LOCK)]
+    command = [sys.executable, "-c", HOLD, str(folder.resolve() / LOCK_FILE)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"

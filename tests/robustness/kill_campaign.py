@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ppo.checkpoints import best
-from rlhf_ppo.checkpoints.folders import checkpoints, find_damage, read_json, write_json
+from rlhf_ppo.checkpoints.folders import find_damage, list_checkpoints, read_json, write_json
 from rlhf_ppo.loop import run_keeper, training
 from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -167,7 +167,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     files = sorted(path.name for path in folder.glob("frontier/iteration-*"))
     return {
         "weights": read_json(folder / "end.json"), "metrics": kept, "best": model, "frontier": files,
-        "points": read_json(folder / "frontier.json"), "checkpoints": [path.name for path in checkpoints(folder)],
+        "points": read_json(folder / "frontier.json"), "checkpoints": [path.name for path in list_checkpoints(folder)],
     }  # fmt: skip
 
 
@@ -201,7 +201,7 @@ class Campaign:
             if ended(child):
                 break
             found["kills"].append(["file operation" if within else "clock", self.board.phase])
-            found["unreadable"] += sum(find_damage(path) is not None for path in checkpoints(folder))
+            found["unreadable"] += sum(find_damage(path) is not None for path in list_checkpoints(folder))
             found["lost"] += self._newest(folder) < before
         if not (folder / "end.json").exists() and not ended(fork(folder, self.board)):
             raise RuntimeError("the last part was killed by somebody else")
@@ -211,7 +211,7 @@ class Campaign:
         return found
 
     def _newest(self, folder: Path) -> int:
-        return max((int(path.name.split("-")[1]) for path in checkpoints(folder)), default=0)
+        return max((int(path.name.split("-")[1]) for path in list_checkpoints(folder)), default=0)
 
 
 def add(result: dict[str, Any], number: int, found: dict[str, Any]) -> None:

@@ -42,7 +42,8 @@ def keeper(folder: Path, *, most: int = 2, max_reference_kl: float | None = None
         (path / "model").write_text(str(len(made)))
 
     return BestModels(
-        folder=folder, measure="score", most=most, max_reference_kl=max_reference_kl, save=save, is_main_process=True
+        folder=folder, measure="score", frontier_size=most, max_reference_kl=max_reference_kl, save=save,
+        is_main_process=True,
     )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def summary(score: float, kl: float) -> dict[str, dict[str, float]]:
 def test_the_best_model_within_the_budget_and_a_thinned_frontier_are_on_disk(tmp_path: Path) -> None:
     own = keeper(tmp_path, max_reference_kl=5.0)
     for iteration, (kl, score) in enumerate([(1, 0.1), (2, 0.3), (3, 0.2), (4, 0.4), (9, 0.9)], start=1):
-        own.take(iteration, summary(score, kl))
+        own.consider(iteration, summary(score, kl))
     assert own.best == 0.4  # 0.9 lies beyond the budget
     assert sorted(path.name for path in (tmp_path / "frontier").iterdir()) == ["iteration-1", "iteration-5"]
     rows = json.loads((tmp_path / "frontier.json").read_text())["evaluations"]
@@ -63,13 +64,13 @@ def test_the_best_model_within_the_budget_and_a_thinned_frontier_are_on_disk(tmp
 
 def test_an_evaluation_in_which_nothing_was_scored_is_no_best(tmp_path: Path) -> None:
     own = keeper(tmp_path)
-    own.take(1, summary(math.nan, 1.0))
+    own.consider(1, summary(math.nan, 1.0))
     assert own.best is None
     assert not (tmp_path / "best").exists()
 
 
 def test_a_best_model_whose_replacement_was_killed_between_two_renames_is_put_back(tmp_path: Path) -> None:
-    keeper(tmp_path).take(1, summary(0.1, 1.0))
+    keeper(tmp_path).consider(1, summary(0.1, 1.0))
     (tmp_path / "best").rename(tmp_path / ".best.removed")
     again = keeper(tmp_path)
     assert not (tmp_path / "best").exists()  # another run may be at it
@@ -79,4 +80,4 @@ def test_a_best_model_whose_replacement_was_killed_between_two_renames_is_put_ba
 
 def test_a_measure_that_the_evaluation_does_not_have_is_an_error_with_those_it_has(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"keep_best names 'score', the evaluation has \['kl'\]"):
-        keeper(tmp_path).take(1, {"kl": {"mean": 1.0}})
+        keeper(tmp_path).consider(1, {"kl": {"mean": 1.0}})

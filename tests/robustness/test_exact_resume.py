@@ -24,7 +24,7 @@ from rlhf_ppo import (
     Reinforce,
     TrainConfig,
 )
-from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, checkpoints, read_json, write_json
+from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, list_checkpoints, read_json, write_json
 from rlhf_ppo.checkpoints.nested_state import load_nested_state, save_nested_state
 from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -168,7 +168,7 @@ def test_prompts_of_another_number_are_refused_and_nothing_has_changed(tmp_path:
 def test_resume_false_leaves_no_checkpoint_of_the_run_before_it_to_go_on_from(tmp_path: Path) -> None:
     trainer().train(share_of_e, config(tmp_path, iterations=3, save_every=1))
     trainer().train(share_of_e, config(tmp_path, iterations=1, save_every=1, resume=False))
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint-2 was written with other settings")
@@ -180,7 +180,7 @@ def test_a_checkpoint_of_format_1_is_read_and_goes_on_exactly(tmp_path: Path) ->
     whole.train(share_of_e, config(iterations=4))
     torch.manual_seed(0)
     trainer(reuse_logprobs=False).train(share_of_e, config(folder, iterations=2, save_every=1))
-    for path in checkpoints(folder):
+    for path in list_checkpoints(folder):
         as_format_1(path)
     resumed = trainer(reuse_logprobs=False)
     resumed.train(share_of_e, config(folder, iterations=4, save_every=2))

@@ -25,7 +25,7 @@ import torch
 from reward_model.client import RemoteRewardModel
 from rlhf_ppo import PPOTrainer, TrainState
 from rlhf_ppo.checkpoints import folders
-from rlhf_ppo.checkpoints.folders import CheckpointError, checkpoints, find_damage, latest
+from rlhf_ppo.checkpoints.folders import CheckpointError, find_damage, latest_checkpoint, list_checkpoints
 from rlhf_ppo.checkpoints.resume import CheckpointNotWrittenError
 from tests.support.patience import PATIENCE
 from tests.support.tiny_run import config, parameters, share_of_e, trainer
@@ -74,8 +74,8 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
     with pytest.warns(UserWarning, match=r"checkpoint-2 could not be written .* tries again after the next iteration"):
         weights = trained(tmp_path, callbacks=[limit_after(2, until=3)], keep_last=4)
     assert torch.equal(weights, undisturbed)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
-    assert all(find_damage(path) is None for path in checkpoints(tmp_path))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    assert all(find_damage(path) is None for path in list_checkpoints(tmp_path))
     assert not list(tmp_path.glob(".checkpoint-*"))  # what was half written has been given back
 
 
@@ -84,7 +84,7 @@ def test_a_stop_on_a_full_disk_is_an_error_and_leaves_the_checkpoint_before(tmp_
     trained(tmp_path, iterations=1)
     with files_limited_to(20_000), pytest.raises(CheckpointNotWrittenError, match="The checkpoint before is as it was"):
         trained(tmp_path, iterations=3, callbacks=[lambda *_: os.kill(os.getpid(), signal.SIGTERM)])
-    assert latest(tmp_path) == tmp_path / "checkpoint-1"
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 def test_a_full_disk_for_metrics_is_said_and_costs_lines_only(
@@ -134,11 +134,11 @@ def test_a_checkpoint_without_its_manifest_is_named_and_no_run_begins_anew_over_
     shutil.copytree(two_checkpoints, folder)
     (folder / "checkpoint-2" / folders.MANIFEST).unlink()
     with pytest.warns(UserWarning, match=r"checkpoint-2 cannot be used: manifest\.json is missing"):
-        assert latest(folder) == folder / "checkpoint-1"
+        assert latest_checkpoint(folder) == folder / "checkpoint-1"
     (folder / "checkpoint-1" / folders.MANIFEST).unlink()
     with pytest.warns(UserWarning, match="checkpoint-1 cannot"), pytest.warns(UserWarning, match="checkpoint-2 cannot"):
         with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
-            latest(folder)
+            latest_checkpoint(folder)
 
 
 def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
@@ -163,14 +163,14 @@ def test_damage_in_any_region_of_any_file_is_named_and_the_checkpoint_before_is_
         for what, damaged in damages(content):
             path.write_bytes(damaged)
             with pytest.warns(UserWarning, match=f"checkpoint-2 cannot be used: .*{path.name}"):
-                assert latest(folder) == folder / "checkpoint-1", f"{path.name}: {what}"
+                assert latest_checkpoint(folder) == folder / "checkpoint-1", f"{path.name}: {what}"
             seen += 1
         path.unlink()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # without a manifest it is no checkpoint, with one it is damaged
-            assert latest(folder) == folder / "checkpoint-1", f"{path.name} removed"
+            assert latest_checkpoint(folder) == folder / "checkpoint-1", f"{path.name} removed"
         path.write_bytes(content)
-    assert latest(folder) == newest
+    assert latest_checkpoint(folder) == newest
     assert seen == 21 * 6
 
 
@@ -195,7 +195,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_the_sam
     (folder / "checkpoint-2" / "optimizer.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"optimizer.safetensors has changed .* Trying the one before"):
         assert torch.equal(trained(folder, keep_last=1), undisturbed)
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4"]
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-4"]
 
 
 def test_when_every_checkpoint_is_damaged_the_run_is_refused_instead_of_begun_again(
@@ -203,7 +203,7 @@ def test_when_every_checkpoint_is_damaged_the_run_is_refused_instead_of_begun_ag
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(two_checkpoints, folder)
-    for path in checkpoints(folder):
+    for path in list_checkpoints(folder):
         (path / "model.safetensors").unlink()
     with pytest.warns(UserWarning, match="cannot be used"), pytest.raises(CheckpointError, match="none of the 2"):
         trained(folder)
@@ -224,7 +224,7 @@ def test_memory_that_runs_out_inside_an_update_ends_the_run_and_the_next_one_goe
     monkeypatch.setattr(torch.optim.Adam, "step", failing)
     with pytest.raises(torch.OutOfMemoryError):
         trained(tmp_path)
-    assert latest(tmp_path) == tmp_path / "checkpoint-2"
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert torch.equal(trained(tmp_path), undisturbed)
 
 
@@ -299,7 +299,7 @@ def test_a_reward_server_that_fails_ends_the_run_with_its_name_and_nothing_is_lo
     torch.manual_seed(0)
     with pytest.raises((ValueError, RuntimeError), match=said):
         trainer().train(remote, config(tmp_path), callbacks=[fail_after_two])
-    assert latest(tmp_path) == tmp_path / "checkpoint-2"
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     Server.mode = "well"
     patient = RemoteRewardModel(server, retries=0, timeout=PATIENCE)
     assert torch.equal(trained(tmp_path, patient), undisturbed)

@@ -12,7 +12,7 @@ import torch
 
 from rlhf_ppo.checkpoints import FolderInUseError, lock_run_folder
 from rlhf_ppo.checkpoints.folders import write_json
-from rlhf_ppo.checkpoints.lock import HOLDER, LOCK
+from rlhf_ppo.checkpoints.lock import HOLDER_FILE, LOCK_FILE
 from tests.robustness.another_run import another_run_in
 from tests.support.tiny_run import config, parameters, share_of_e, trainer
 
@@ -21,11 +21,11 @@ def test_a_second_run_in_a_folder_is_refused_by_name_and_changes_nothing(tmp_pat
     own = trainer()
     before = parameters(own).clone()
     with another_run_in(tmp_path):
-        write_json(tmp_path / HOLDER, {"process": 4711, "machine": "node-3", "since": "2026-01-01T00:00:00+00:00"})
+        write_json(tmp_path / HOLDER_FILE, {"process": 4711, "machine": "node-3", "since": "2026-01-01T00:00:00+00:00"})
         with pytest.raises(FolderInUseError, match=r"process 4711 on node-3 since 2026-01-01.*another output_dir"):
             own.train(share_of_e, config(tmp_path, iterations=1, save_every=1))
     assert torch.equal(parameters(own), before)
-    assert {path.name for path in tmp_path.iterdir()} == {LOCK, HOLDER}
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK_FILE, HOLDER_FILE}
 
 
 def test_a_run_that_was_killed_blocks_nobody(tmp_path: Path) -> None:
@@ -33,14 +33,14 @@ def test_a_run_that_was_killed_blocks_nobody(tmp_path: Path) -> None:
     with another_run_in(tmp_path) as process:
         process.kill()
         process.wait()
-        write_json(tmp_path / HOLDER, {"process": process.pid, "machine": "here", "since": "then"})
+        write_json(tmp_path / HOLDER_FILE, {"process": process.pid, "machine": "here", "since": "then"})
         with lock_run_folder(tmp_path):
-            assert json.loads((tmp_path / HOLDER).read_text())["process"] == os.getpid()
+            assert json.loads((tmp_path / HOLDER_FILE).read_text())["process"] == os.getpid()
 
 
 def test_one_process_may_ask_twice_and_the_folder_is_free_only_after_both(tmp_path: Path) -> None:
     """A recipe holds the folder from its first phase to its report, `train()` within."""
-    lock = str(tmp_path.resolve() / LOCK)
+    lock = str(tmp_path.resolve() / LOCK_FILE)
     question = f"import filelock; filelock.FileLock({lock!r}).acquire(timeout=0)"
 
     def is_free() -> bool:
@@ -48,11 +48,11 @@ def test_one_process_may_ask_twice_and_the_folder_is_free_only_after_both(tmp_pa
 
     with lock_run_folder(tmp_path):
         with lock_run_folder(tmp_path):
-            assert (tmp_path / HOLDER).is_file()
-        assert (tmp_path / HOLDER).is_file()
+            assert (tmp_path / HOLDER_FILE).is_file()
+        assert (tmp_path / HOLDER_FILE).is_file()
         assert not is_free()
     assert is_free()
-    assert not (tmp_path / HOLDER).exists()
+    assert not (tmp_path / HOLDER_FILE).exists()
 
 
 def test_where_the_file_system_knows_no_locks_a_warning_says_that_nothing_guards(

@@ -12,7 +12,7 @@ import torch
 
 from rlhf_ppo import PPOTrainer, TrainState
 from rlhf_ppo.checkpoints import folders
-from rlhf_ppo.checkpoints.folders import checkpoints, find_damage
+from rlhf_ppo.checkpoints.folders import find_damage, list_checkpoints
 from rlhf_ppo.loop import signals
 from rlhf_ppo.loop.signals import TimeLimit
 from tests.support.tiny_run import config, parameters, share_of_e, trainer
@@ -55,7 +55,7 @@ def test_a_rollout_that_a_signal_meets_is_dropped_and_drawn_again_when_the_run_g
     """The second rollout has used up random numbers and prompts by then; none of it may be noticed later."""
     _, state = run(tmp_path, SignalsAt(2, getattr(signal, name)))
     assert (state.stopped, state.interrupted, state.iteration) == (name, True, 1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
     resumed, state = run(tmp_path)
     assert (state.stopped, state.interrupted, state.iteration) == (None, False, 3)
     assert torch.equal(parameters(resumed), whole())
@@ -83,8 +83,8 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(tmp_path: Pa
     rewards = SignalsAt(3, signal.SIGTERM, signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, rewards, save_every=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
-    assert all(find_damage(path) is None for path in checkpoints(tmp_path))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    assert all(find_damage(path) is None for path in list_checkpoints(tmp_path))
     resumed, _ = run(tmp_path)
     assert torch.equal(parameters(resumed), whole())
 
@@ -104,7 +104,7 @@ def test_a_second_signal_while_a_checkpoint_is_written_leaves_the_one_before(
         patch.setattr(folders, "commit_checkpoint", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, save_every=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
     resumed, _ = run(tmp_path)
     assert torch.equal(parameters(resumed), whole())
 
