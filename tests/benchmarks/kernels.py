@@ -4,7 +4,8 @@
 
 Every variant runs in a process of its own, some at a time, in changing order within a round. All start each round from
 the same weights with the same responses, and a variant must give equal results. Rounds are appended to `--output` as
-they come, and an interrupted run goes on where it stopped. `tests.benchmarks.switches` lists the paths.
+they come, and an interrupted run goes on where it stopped. `tests.benchmarks.switches` lists the paths. An update is
+one epoch, whose CPU time counts as often as the workload has epochs.
 """
 
 import argparse
@@ -27,7 +28,7 @@ class Variant:
     """Our side with one fast path off, or with none (None), in a process of its own."""
 
     def __init__(self, context: Any, folder: Path, workload: str, name: str | None) -> None:
-        self.name = name
+        self.name, self.epochs = name, WORK[workload][0].epochs
         self.phases = ("epoch",) if workload == "rm-pairs" else ("generate", "step")
         if name is not None:
             self.phases = on(workload)[name].phases
@@ -48,6 +49,8 @@ class Variant:
         if self.phases != ("epoch",):
             self("reset")
         found = {phase: self(phase) for phase in self.phases}
+        if "step" in found:
+            found["step"]["cpu"] += (self.epochs - 1) * found["step"]["update"]
         return {
             phase: {"cpu": cost["cpu"], "peak_mib": cost["peak_mib"] - self.resident, "loss": cost.get("loss", 0.0)}
             for phase, cost in found.items()

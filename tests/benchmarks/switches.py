@@ -248,7 +248,7 @@ def answer(connection: Any, folder: str, workload: str, name: str | None) -> Non
 
     torch.set_num_threads(1)
     count_cpu_seconds("ours")
-    options = dict(WORK[workload][1])
+    options = WORK[workload][1] | {"ppo_epochs": 1}
     if name is not None:
         SWITCHES[name].switch_off()
         options |= SWITCHES[name].settings
