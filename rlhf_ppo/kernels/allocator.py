@@ -1,4 +1,4 @@
-"""What the C library and the kernels of a CPU do with memory that nobody uses any more."""
+"""Settings of glibc's allocator and of the kernel caches of torch and oneDNN."""
 
 import ctypes
 import logging
@@ -13,19 +13,19 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 
 
-KERNELS = 24
+MAX_CACHED_KERNELS = 24
 """Compiled products that oneDNN and torch keep each: a little more than one pass of training needs."""
 
 
-def bound_kernel_caches() -> None:
-    """Let oneDNN and torch keep `KERNELS` compiled products each instead of 1,024; has effect before the first one.
+def limit_kernel_caches() -> None:
+    """Limit the caches of compiled kernels of oneDNN and torch; only has an effect before their first product.
 
     A product is compiled for its shape, in a fraction of a millisecond, and kept with a work space as large as its
     weight. Rows of language have ever new lengths, so that hundreds of megabytes come together, scattered between the
-    tensors. Whoever has set the variables of these libraries is obeyed.
+    tensors. Environment variables that are set already stay as they are.
     """
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(variable, str(KERNELS))
+        os.environ.setdefault(variable, str(MAX_CACHED_KERNELS))
 
 
 @cache

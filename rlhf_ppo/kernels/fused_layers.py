@@ -23,7 +23,7 @@ def swiglu(gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"]) -> Fl
     return result
 
 
-def through_swiglu(
+def recomputed_swiglu(
     layer: Callable[[Tensor], Tensor], gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"]
 ) -> Tensor:
     """layer(swiglu(gate, up)), where what `layer` keeps of its input is computed again from `gate` and `up` instead."""
@@ -73,12 +73,12 @@ class _RMSNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted: the number of each row depends on x, too
             scale = _inverse_rms(x, ctx.eps)
         product = grad * x
-        of_weight = (product * scale).flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
+        grad_weight = (product * scale).flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
         # With s = 1 / rms: ∂s/∂x_j = -s³ x_j / d
         slope = (product @ weight).unsqueeze(-1) * scale**3 / x.shape[-1]
         if torch.is_grad_enabled():
-            return grad * weight * scale - x * slope, of_weight, None
-        return product.copy_(grad).mul_(weight).mul_(scale).addcmul_(x, slope, value=-1), of_weight, None
+            return grad * weight * scale - x * slope, grad_weight, None
+        return product.copy_(grad).mul_(weight).mul_(scale).addcmul_(x, slope, value=-1), grad_weight, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -90,12 +90,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        of_gate = grad * up
+        grad_gate = grad * up
         if torch.is_grad_enabled():  # a second derivative is wanted
             sigmoid = torch.sigmoid(gate)
-            return of_gate * sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid * grad
-        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
-        return of_gate, _gated(gate, grad)
+            return grad_gate * sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid * grad
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return grad_gate, _gated(gate, grad)
 
 
 class _Rotation(torch.autograd.Function):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import SiLUActivation
 
-from rlhf_ppo.kernels.fused_layers import rms_norm, swiglu, through_swiglu
-from rlhf_ppo.kernels.fused_rotary import rotating_forward
-from rlhf_ppo.kernels.matmul import fits_onednn
+from rlhf_ppo.kernels.fused_layers import recomputed_swiglu, rms_norm, swiglu
+from rlhf_ppo.kernels.fused_rotary import forward_with_fused_rotary
+from rlhf_ppo.kernels.matmul import is_eager_float32_on_cpu
 
 CLOSE = 1e-5
 """How far outputs may differ in the trial, relative to the largest."""
@@ -33,7 +33,7 @@ class _FusedNorm(FusedModule):
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         eps = _eps(self)
-        if eps is None or not fits_onednn(hidden_states, self.weight):
+        if eps is None or not is_eager_float32_on_cpu(hidden_states, self.weight):
             return super().forward(hidden_states)  # type: ignore[no-any-return,misc]
         return rms_norm(hidden_states, self.weight, eps)
 
@@ -42,19 +42,19 @@ class _FusedGatedMLP(FusedModule):
     """A SwiGLU layer that computes SiLU(gate), and SiLU(gate) · up, again in the backward pass."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if type(self.act_fn) not in SILU or not fits_onednn(x):
+        if type(self.act_fn) not in SILU or not is_eager_float32_on_cpu(x):
             return super().forward(x)  # type: ignore[no-any-return,misc]
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.training:  # gradient checkpointing may be on: it drops gate and up, too, unless somebody holds them
             return self.down_proj(swiglu(gate, up))  # type: ignore[no-any-return]
-        return through_swiglu(self.down_proj, gate, up)
+        return recomputed_swiglu(self.down_proj, gate, up)
 
 
 def fused_class(module: nn.Module) -> type[nn.Module] | None:
     """What the class of `module` may be exchanged for; None where nothing is known that computes the same."""
     kind = type(module)
     if kind not in _FUSED and not issubclass(kind, FusedModule):
-        rotating, mixin = rotating_forward(module), _candidate(module)
+        rotating, mixin = forward_with_fused_rotary(module), _candidate(module)
         if rotating is not None:
             _FUSED[kind] = _before(kind, FusedModule, forward=rotating)
         elif mixin is not None and _computes_the_same(module, _before(kind, mixin)):
@@ -86,7 +86,7 @@ def _candidate(module: nn.Module) -> type | None:
 @torch.no_grad()
 def _computes_the_same(module: Any, fused: Any) -> bool:
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
-    if not fits_onednn(weight):
+    if not is_eager_float32_on_cpu(weight):
         return False
     if isinstance(weight.data, FakeTensor):  # a plan's weights have no content: their names must do
         return True

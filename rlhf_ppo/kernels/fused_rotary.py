@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rlhf_ppo.kernels.fused_layers import rotate
-from rlhf_ppo.kernels.matmul import fits_onednn
+from rlhf_ppo.kernels.matmul import is_eager_float32_on_cpu
 
 NAME = "apply_rotary_pos_emb"
 CLOSE = 1e-5
@@ -23,14 +23,14 @@ Rotation: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 """(queries, keys, cosines, sines, unsqueeze_dim) -> (queries, keys)."""
 
 
-def rotating_forward(module: nn.Module) -> Callable[..., Any] | None:
+def forward_with_fused_rotary(module: nn.Module) -> Callable[..., Any] | None:
     """The `forward` of an attention module with our rotation; None where its own computes something else."""
     forward = type(module).__dict__.get("forward")
     if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
         return None
     plain = forward.__globals__.get(NAME)
     weight = next(module.parameters(), torch.empty(0))
-    if plain is None or not fits_onednn(weight):
+    if plain is None or not is_eager_float32_on_cpu(weight):
         return None
     if not isinstance(weight.data, FakeTensor) and not _rotates_alike(plain):  # a plan's weights: names must do
         return None
@@ -43,7 +43,7 @@ def rotating_forward(module: nn.Module) -> Callable[..., Any] | None:
 def _ours_where_it_fits(plain: Rotation) -> Rotation:
     def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1]
-        if not whole or not fits_onednn(q, k, cos, sin) or cos.requires_grad:
+        if not whole or not is_eager_float32_on_cpu(q, k, cos, sin) or cos.requires_grad:
             return plain(q, k, cos, sin, unsqueeze_dim)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return rotate(q, cos, sin), rotate(k, cos, sin)

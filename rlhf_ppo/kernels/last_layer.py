@@ -1,7 +1,7 @@
-"""The last layer of a trunk, where nobody reads most of a prompt: behind its keys and values no token sees another.
+"""The last layer computed only at the positions whose hidden states are read.
 
-A policy reads the states from a prompt's last token on. For the tokens before, the last layer's queries, the product
-behind its attention and its feed-forward layer are multiplied for nothing; here they are left out.
+A policy reads the states from a prompt's last token on. In the last layer, the other tokens of a prompt only need keys
+and values; their queries, attention output and feed-forward layer are left out. Plain twin: the whole layer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-OF_LAYER = ("mlp", "feed_forward", "fc1", "fc2")
-"""Names that architectures give the feed-forward part of a layer."""
-OF_ATTENTION = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
-"""Names of products inside attention that take each token by itself and are no keys and values."""
+FEED_FORWARD_NAMES = ("mlp", "feed_forward", "fc1", "fc2")
+"""Names of the feed-forward part of a layer, by architecture."""
+PROJECTION_NAMES = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
+"""Names of projections inside attention that take each token by itself, without keys and values."""
 
 
-def tokenwise_parts(layers: Any) -> list[nn.Module]:
-    """What takes each token by itself in the last of `layers`, as far as its names tell; a trial must confirm it.
+def tokenwise_modules(layers: Any) -> list[nn.Module]:
+    """Modules of the last layer that compute each token by itself, found by name; a trial must confirm it.
 
     Args:
         layers: The `base_model` of a causal architecture.
@@ -30,25 +30,25 @@ def tokenwise_parts(layers: Any) -> list[nn.Module]:
     if len(stacks) != 1:
         return []
     children = dict(stacks[0][-1].named_children())
-    found = [children.pop(name) for name in OF_LAYER if name in children]
+    found = [children.pop(name) for name in FEED_FORWARD_NAMES if name in children]
     return found + [
-        part for child in children.values() for name, part in child.named_children() if name in OF_ATTENTION
+        part for child in children.values() for name, part in child.named_children() if name in PROJECTION_NAMES
     ]
 
 
 @contextmanager
-def last_layer_on(layers: Any, places: Int[Tensor, " read"] | None) -> Iterator[None]:
-    """Inside, the last layer is computed at `places` of the flattened positions alone; elsewhere its states are void.
+def last_layer_at(layers: Any, positions: Int[Tensor, " read"] | None) -> Iterator[None]:
+    """Context manager: while active, the last layer is computed only at `positions` of the flattened batch.
 
-    Outside, a gradient may be taken, twice if need be. None: everywhere.
+    Its states elsewhere are meaningless. Gradients, second ones too, may be computed after it. None: everywhere.
     """
-    if places is None:
+    if positions is None:
         yield
         return
-    parts = tokenwise_parts(layers)
-    before = [vars(part).get("forward") for part in parts]  # somebody else's exchange
+    parts = tokenwise_modules(layers)
+    before = [vars(part).get("forward") for part in parts]  # a forward that something else put there
     for part in parts:
-        part.forward = partial(_forward, part.forward, places)
+        part.forward = partial(_forward, part.forward, positions)
     try:
         yield
     finally:
@@ -59,24 +59,24 @@ def last_layer_on(layers: Any, places: Int[Tensor, " read"] | None) -> Iterator[
                 part.forward = own
 
 
-def read_places(
+def read_positions(
     starts: Sequence[int], rows: Sequence[Tensor], first_read: Sequence[int] | None
 ) -> Int[Tensor, " read"] | None:
-    """Where the tokens from each row's `first_read` on stand, of rows that begin at `starts`; None: all are read."""
+    """Flattened positions of each row's tokens from `first_read` on, for rows that begin at `starts`; None: all."""
     if first_read is None:
         return None
     spans = zip(starts, rows, first_read, strict=True)
-    places = torch.cat([torch.arange(start + first, start + len(row)) for start, row, first in spans])
-    return places.to(rows[0].device)
+    positions = torch.cat([torch.arange(start + first, start + len(row)) for start, row, first in spans])
+    return positions.to(rows[0].device)
 
 
 def _forward(
-    plain: Callable[[Tensor], Any], places: Int[Tensor, " read"], x: Float[Tensor, "*positions width"]
+    plain: Callable[[Tensor], Any], positions: Int[Tensor, " read"], x: Float[Tensor, "*positions width"]
 ) -> Float[Tensor, "*positions outputs"]:
-    """`plain` at `places`, 0 elsewhere."""
-    positions = x.shape[:-1]
-    result = plain(x.flatten(0, -2).index_select(0, places)[None])
+    """`plain` at `positions`, 0 elsewhere."""
+    shape = x.shape[:-1]
+    result = plain(x.flatten(0, -2).index_select(0, positions)[None])
     if not isinstance(result, Tensor):
         raise NotImplementedError(f"a part of the last layer gives a {type(result).__name__}, expected a tensor")
-    everywhere: Tensor = result.new_zeros(positions.numel(), result.shape[-1]).index_copy(0, places, result[0])
-    return everywhere.view(*positions, -1)
+    everywhere: Tensor = result.new_zeros(shape.numel(), result.shape[-1]).index_copy(0, positions, result[0])
+    return everywhere.view(*shape, -1)

@@ -1,4 +1,4 @@
-"""Layers of a `transformers` model exchanged, in place, for ones that compute the same faster on a CPU.
+"""Replace layers of a `transformers` model, in place, by ones that compute the same faster on a CPU.
 
 Only the class of a module changes: its parameters, its name in the model and what is saved stay as they are, adapters
 still find an `nn.Linear`, and a copy of the model is fast as well.
@@ -17,49 +17,51 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ppo.kernels.fused_modules import fused_class, plain_class
-from rlhf_ppo.kernels.low_precision_linear import low_linear
-from rlhf_ppo.kernels.matmul import bfloat16_is_faster, fits_onednn, linear, onednn_is_faster
-from rlhf_ppo.kernels.tied_embedding import SharedGradient, shared_embedding
+from rlhf_ppo.kernels.low_precision_linear import low_precision_linear
+from rlhf_ppo.kernels.matmul import bfloat16_is_faster, is_eager_float32_on_cpu, onednn_is_faster, onednn_linear
+from rlhf_ppo.kernels.tied_embedding import TiedGradient, tied_embedding
 
 logger = logging.getLogger(__name__)
 
-NARROW = 16
-"""Layers of fewer inputs or outputs keep the precision of their weights."""
+MIN_WIDTH = 16
+"""Fewest inputs and outputs of a layer that may run in a lower precision."""
 
 
-class _Low:
-    """What a fast layer knows beyond its plain class."""
+class LowPrecisionState:
+    """Attributes of a fast layer beyond those of its plain class."""
 
-    product_dtype: torch.dtype | None = None
-    """Of its products; None: that of its weights."""
-    kept: Tensor | None = None
-    """Its weight in that dtype, while nobody moves the weights."""
+    matmul_dtype: torch.dtype | None = None
+    """Dtype of its matrix products; None: that of its weights."""
+    low_precision_weight: Tensor | None = None
+    """Its weight in that dtype, while the weights do not change."""
 
 
-class FastLinear(_Low, nn.Linear):
+class FastLinear(LowPrecisionState, nn.Linear):
     """`nn.Linear` whose float32 products on a CPU are oneDNN's, or run in a lower precision."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # their name
         """Return x W^T + b."""
-        if not fits_onednn(input, self.weight, self.bias):
+        if not is_eager_float32_on_cpu(input, self.weight, self.bias):
             return super().forward(input)
-        if self.product_dtype is not None:
-            return low_linear(input, self.weight, self.bias, dtype=self.product_dtype, kept=self.kept)
-        return linear(input, self.weight, self.bias)
+        if self.matmul_dtype is not None:
+            return low_precision_linear(
+                input, self.weight, self.bias, dtype=self.matmul_dtype, low_precision_weight=self.low_precision_weight
+            )
+        return onednn_linear(input, self.weight, self.bias)
 
 
-class FastConv1D(_Low, Conv1D):
+class FastConv1D(LowPrecisionState, Conv1D):
     """GPT-2's `Conv1D` (a linear layer with a transposed weight), exchanged likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W + b."""
-        if not fits_onednn(x, self.weight, self.bias):
+        if not is_eager_float32_on_cpu(x, self.weight, self.bias):
             result: Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # transformers' own
             return result
-        if self.product_dtype is not None:
-            settings: dict[str, Any] = {"dtype": self.product_dtype, "kept": self.kept, "transposed": True}
-            return low_linear(x, self.weight, self.bias, **settings)
-        return linear(x, self.weight, self.bias, transposed=True)
+        if self.matmul_dtype is not None:
+            settings: Any = {"dtype": self.matmul_dtype, "low_precision_weight": self.low_precision_weight}
+            return low_precision_linear(x, self.weight, self.bias, transposed=True, **settings)
+        return onednn_linear(x, self.weight, self.bias, transposed=True)
 
 
 class FusedGELU(NewGELUActivation):
@@ -70,36 +72,36 @@ class FusedGELU(NewGELUActivation):
         return nn.functional.gelu(input, approximate="tanh")
 
 
-PRODUCTS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FastLinear, Conv1D: FastConv1D}
-FASTER = PRODUCTS | {NewGELUActivation: FusedGELU}
-PLAIN = {fast: plain for plain, fast in FASTER.items()}
+FAST_LINEAR_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FastLinear, Conv1D: FastConv1D}
+FAST_CLASSES = FAST_LINEAR_CLASSES | {NewGELUActivation: FusedGELU}
+PLAIN_CLASSES = {fast: plain for plain, fast in FAST_CLASSES.items()}
 
 
-def use_fast_layers(model: nn.Module, *, product_dtype: torch.dtype | None = None) -> int:
+def use_fast_layers(model: nn.Module, *, matmul_dtype: torch.dtype | None = None) -> int:
     """Exchange the layers of `model` that a faster class computes, where this CPU has one; how many were exchanged.
 
     Subclasses (quantized layers, layers of an engine) stay as they are, and so do models on other devices.
 
     Args:
         model: Changed in place.
-        product_dtype: Run the products of linear layers in this precision (bfloat16), everything else and the weights
-            themselves in float32; narrow layers, a value head above all, stay as they are.
+        matmul_dtype: Run the products of linear layers in this precision (bfloat16), everything else and the weights
+            themselves in float32; narrow layers, such as a value head, stay as they are.
     """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return 0
-    if product_dtype is not None and not bfloat16_is_faster():
-        logger.warning("products stay in float32: on this CPU those in %s are not faster", product_dtype)
-        product_dtype = None
-    products = product_dtype is not None or onednn_is_faster()
+    if matmul_dtype is not None and not bfloat16_is_faster():
+        logger.warning("products stay in float32: on this CPU those in %s are not faster", matmul_dtype)
+        matmul_dtype = None
+    products = matmul_dtype is not None or onednn_is_faster()
     count = 0
     for module in list(model.modules()):
-        faster = FASTER.get(type(module)) or fused_class(module)
-        if faster is None or (type(module) in PRODUCTS and not products):
+        faster = FAST_CLASSES.get(type(module)) or fused_class(module)
+        if faster is None or (type(module) in FAST_LINEAR_CLASSES and not products):
             continue
         module.__class__ = faster
         count += 1
-        if isinstance(module, FastLinear | FastConv1D) and min(module.weight.shape) >= NARROW:
-            module.product_dtype = product_dtype
+        if isinstance(module, FastLinear | FastConv1D) and min(module.weight.shape) >= MIN_WIDTH:
+            module.matmul_dtype = matmul_dtype
     return count
 
 
@@ -111,26 +113,27 @@ def use_plain_layers(model: nn.Module) -> None:
 
 def _exchanged(model: nn.Module) -> dict[nn.Module, type[nn.Module]]:
     """The modules that are fast ones now, with the classes that they had."""
-    plain = {module: PLAIN.get(type(module)) or plain_class(module) for module in model.modules()}
+    plain = {module: PLAIN_CLASSES.get(type(module)) or plain_class(module) for module in model.modules()}
     return {module: kind for module, kind in plain.items() if kind is not None}
 
 
 @contextmanager
 def fast_layers(model: nn.Module) -> Iterator[None]:
-    """Inside, the layers of `model` are fast ones; those that were not before are plain again afterwards.
+    """Context manager: while active, the layers of `model` are fast ones; afterwards as they were before.
 
-    Nobody may move the weights inside: products of a lower precision use a copy made at the entrance.
+    The weights must not change meanwhile: low-precision products use a copy of them made at the start.
     """
     before = _exchanged(model)
     use_fast_layers(model)
-    low = [layer for layer in model.modules() if isinstance(layer, _Low) and layer.product_dtype is not None]
+    layers = [layer for layer in model.modules() if isinstance(layer, LowPrecisionState)]
+    low = [layer for layer in layers if layer.matmul_dtype is not None]
     for layer in low:
-        layer.kept = cast("nn.Linear", layer).weight.detach().to(layer.product_dtype)
+        layer.low_precision_weight = cast("nn.Linear", layer).weight.detach().to(layer.matmul_dtype)
     try:
         yield
     finally:
         for layer in low:
-            layer.kept = None
+            layer.low_precision_weight = None
         for module, plain in _exchanged(model).items():
             if module not in before:
                 module.__class__ = plain
@@ -138,7 +141,7 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_layers(model: nn.Module) -> Iterator[None]:
-    """Inside, the layers of `model` are torch's and transformers' own; those that were fast are so again afterwards."""
+    """Context manager: while active, the layers of `model` are the plain ones; afterwards as they were before."""
     fast = [(module, type(module)) for module in _exchanged(model)]
     use_plain_layers(model)
     try:
@@ -149,7 +152,7 @@ def plain_layers(model: nn.Module) -> Iterator[None]:
 
 
 def is_plain_head(head: object) -> bool:
-    """Whether an LM head is one linear map whose weight is at hand: no adapter, no hook, no part of it elsewhere."""
+    """Whether an LM head is an `nn.Linear` with its whole weight: no adapter, no hook, not sharded."""
     if not isinstance(head, nn.Linear) or type(head) not in (nn.Linear, FastLinear):
         return False
     if head._forward_hooks or head._forward_pre_hooks:
@@ -160,10 +163,10 @@ def is_plain_head(head: object) -> bool:
 
 
 @contextmanager
-def shared_with_head(model: Any) -> Iterator[SharedGradient | None]:
-    """Inside, an embedding that is also the LM head's weight adds its gradient to the head's, which it is handed.
+def tied_embedding_gradient(model: Any) -> Iterator[TiedGradient | None]:
+    """Context manager: while active, the embedding of a model with tied weights adds its gradient to the LM head's.
 
-    None where the two are not one plain trained weight on a CPU: each then has a gradient of its own.
+    Yields None where the two are not one plain trained weight on a CPU: each then has a gradient of its own.
     """
     embedding, weight = model.get_input_embeddings(), model.get_output_embeddings().weight
     tied = type(embedding) is nn.Embedding and embedding.weight is weight and weight.requires_grad
@@ -176,9 +179,10 @@ def shared_with_head(model: Any) -> Iterator[SharedGradient | None]:
     ):
         yield None
         return
-    shared = SharedGradient()
-    embedding.forward = partial(shared_embedding, weight=weight, shared=shared, padding_idx=embedding.padding_idx)
+    tied_gradient = TiedGradient()
+    settings: Any = {"weight": weight, "tied_gradient": tied_gradient, "padding_idx": embedding.padding_idx}
+    embedding.forward = partial(tied_embedding, **settings)
     try:
-        yield shared
+        yield tied_gradient
     finally:
         del embedding.forward

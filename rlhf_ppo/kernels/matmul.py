@@ -1,7 +1,8 @@
-"""Matrix products in float32 on a CPU, by oneDNN where it beats the library that torch was built with.
+"""float32 matrix products on a CPU by oneDNN, where it is faster than torch's own.
 
-torch hands float32 products on CPUs to MKL, whose AVX-512 kernels stay off on processors of other makers; oneDNN, which
-torch carries for convolutions and bfloat16, has no such rule. Which one is faster is measured, once a process.
+torch computes float32 products on CPUs with MKL, whose AVX-512 kernels stay off on processors of other makers than
+Intel; oneDNN, which torch carries for convolutions and bfloat16, uses them. Which one is faster is measured once a
+process. Plain twin: `torch.mm`.
 """
 
 import logging
@@ -15,16 +16,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_ppo.kernels.allocator import bound_kernel_caches
-from rlhf_ppo.kernels.scratch_buffer import Scratch
+from rlhf_ppo.kernels.allocator import limit_kernel_caches
+from rlhf_ppo.kernels.scratch_buffer import ScratchBuffer
 
 logger = logging.getLogger(__name__)
 
-TILE = 1024
+TILE_SIZE = 1024
 """Of a longer side of a result, so much at a time stays in a core's own cache with what it is made from; the kernels of
 torch's library leave it, and take 5 to 20 % longer."""
-LEAST_GAIN = 1.25
-"""oneDNN is used where it takes at most 1/1.25 of the time: below, a run could differ from the next by noise alone."""
+MIN_SPEEDUP = 1.25
+"""Least speedup of oneDNN for it to be used: below, the choice could change with noise from run to run."""
 
 
 @cache
@@ -36,7 +37,7 @@ def onednn_is_faster() -> bool:
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         logger.info("float32 products: torch's own, since this build carries no oneDNN linear kernel")
         return False
-    bound_kernel_caches()
+    limit_kernel_caches()
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 512, generator=generator), torch.randn(512, 768, generator=generator))
     try:
@@ -45,7 +46,7 @@ def onednn_is_faster() -> bool:
     except RuntimeError as refusal:
         logger.warning("float32 products: torch's own, since oneDNN refused one: %s", refusal)
         return False
-    chosen = error < 1e-5 and theirs / ours > LEAST_GAIN
+    chosen = error < 1e-5 and theirs / ours > MIN_SPEEDUP
     logger.info(
         "float32 products: %s (oneDNN takes 1/%.2f of the time of torch's own, relative difference %.1e)",
         "oneDNN" if chosen else "torch's own", theirs / ours, error,
@@ -56,16 +57,16 @@ def onednn_is_faster() -> bool:
 @cache
 def bfloat16_is_faster() -> bool:
     """Whether bfloat16 products beat float32 ones here: on CPUs with AVX-512-BF16 or AMX they do, elsewhere not."""
-    bound_kernel_caches()
+    limit_kernel_caches()
     a, b = torch.randn(256, 512), torch.randn(512, 768)
     low = a.bfloat16(), b.bfloat16()
-    ours, theirs = _seconds(lambda: low[0] @ low[1], lambda: product(a, b))
+    ours, theirs = _seconds(lambda: low[0] @ low[1], lambda: matmul(a, b))
     logger.info("bfloat16 products take 1/%.2f of the time of float32 ones", theirs / ours)
-    return theirs / ours > LEAST_GAIN
+    return theirs / ours > MIN_SPEEDUP
 
 
-def fits_onednn(*tensors: Tensor | None) -> bool:
-    """Whether a product of these may go to oneDNN: plain float32 on the CPU, not traced and not under autocast."""
+def is_eager_float32_on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether all are float32 on the CPU, outside of `torch.compile` and autocast: what our CPU kernels need."""
     return (
         all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0) for t in tensors)
         and not torch.compiler.is_compiling()
@@ -73,48 +74,48 @@ def fits_onednn(*tensors: Tensor | None) -> bool:
     )
 
 
-def product(
+def matmul(
     a: Float[Tensor, "n k"],
     b: Float[Tensor, "k m"],
     bias: Float[Tensor, " m"] | None = None,
     *,
-    scratch: Scratch | None = None,
+    scratch: ScratchBuffer | None = None,
 ) -> Float[Tensor, "n m"]:
     """A B + bias without a gradient of its own: either operand may be a transposed view.
 
     It lies in `scratch`, where that is given and the product is torch's own.
     """
-    if fits_onednn(a, b, bias) and onednn_is_faster():
+    if is_eager_float32_on_cpu(a, b, bias) and onednn_is_faster():
         return _by_onednn(a, b, bias)
     out = None if scratch is None else scratch.empty((a.shape[0], b.shape[1]), a.dtype)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
-def add_product(
-    a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[Tensor, "n m"], scratch: Scratch | None = None
+def add_matmul(
+    a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[Tensor, "n m"], scratch: ScratchBuffer | None = None
 ) -> None:
     """Add A B to `to` in place: of torch's own products, in the same kernel.
 
     oneDNN's make a result of their own, and so do those in another dtype than that of `to`, in `scratch` where given.
     """
-    if not writes_in_place(a, b, to):
-        to.add_(product(a, b, scratch=scratch))
+    if not can_write_into(a, b, to):
+        to.add_(matmul(a, b, scratch=scratch))
         return
     for rows, columns in _tiles(to):
         to[rows, columns].addmm_(a[rows], b[:, columns])
 
 
-def write_product(
+def write_matmul(
     a: Float[Tensor, "n k"],
     b: Float[Tensor, "k m"],
     bias: Float[Tensor, " m"] | None = None,
     *,
     to: Float[Tensor, "n m"],
-    scratch: Scratch | None = None,
+    scratch: ScratchBuffer | None = None,
 ) -> Float[Tensor, "n m"]:
-    """Write A B + bias into `to`, and return it: the same kernels as those of `add_product`."""
-    if not writes_in_place(a, b, to):
-        return to.copy_(product(a, b, bias, scratch=scratch))
+    """Write A B + bias into `to`, and return it: the same kernels as those of `add_matmul`."""
+    if not can_write_into(a, b, to):
+        return to.copy_(matmul(a, b, bias, scratch=scratch))
     for rows, columns in _tiles(to):
         if bias is None:
             torch.mm(a[rows], b[:, columns], out=to[rows, columns])
@@ -126,18 +127,18 @@ def write_product(
 def _tiles(result: Float[Tensor, "n m"]) -> list[tuple[slice, slice]]:
     """Rows and columns of `result` to be written by one kernel of torch's each: pieces of the longer side on a CPU."""
     whole, longer = slice(None), max(result.shape)
-    if result.device.type != "cpu" or longer <= TILE:
+    if result.device.type != "cpu" or longer <= TILE_SIZE:
         return [(whole, whole)]
-    pieces = [slice(start, start + TILE) for start in range(0, longer, TILE)]
+    pieces = [slice(start, start + TILE_SIZE) for start in range(0, longer, TILE_SIZE)]
     return [(piece, whole) if len(result) == longer else (whole, piece) for piece in pieces]
 
 
-def writes_in_place(a: Tensor, b: Tensor, to: Tensor) -> bool:
+def can_write_into(a: Tensor, b: Tensor, to: Tensor) -> bool:
     """Whether the product A B is torch's own and of the dtype of `to`, so that its kernel can write there."""
-    return a.dtype == b.dtype == to.dtype and not (fits_onednn(a, b) and onednn_is_faster())
+    return a.dtype == b.dtype == to.dtype and not (is_eager_float32_on_cpu(a, b) and onednn_is_faster())
 
 
-def linear(
+def onednn_linear(
     x: Float[Tensor, "*batch k"],
     weight: Float[Tensor, "m k"] | Float[Tensor, "k m"],
     bias: Float[Tensor, " m"] | None,
@@ -166,14 +167,14 @@ class _Linear(torch.autograd.Function):
         # A second derivative is wanted where grad mode is on: torch's own products have one.
         times: Callable[[Tensor, Tensor], Tensor] = torch.matmul if torch.is_grad_enabled() else _by_onednn
         flat, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        of_x = of_weight = of_bias = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = times(flat, weight.t() if ctx.transposed else weight).view_as(x)
+            grad_x = times(flat, weight.t() if ctx.transposed else weight).view_as(x)
         if ctx.needs_input_grad[1]:
-            of_weight = times(inputs.t(), flat) if ctx.transposed else times(flat.t(), inputs)
+            grad_weight = times(inputs.t(), flat) if ctx.transposed else times(flat.t(), inputs)
         if ctx.needs_input_grad[2]:
-            of_bias = flat.sum(dim=0)
-        return of_x, of_weight, of_bias, None
+            grad_bias = flat.sum(dim=0)
+        return grad_x, grad_weight, grad_bias, None
 
 
 def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-LEAST = 16 * 2**20
+MIN_BYTES = 16 * 2**20
 """Bytes below which a tensor stays on the heap, where it finds a hole."""
 
 _spare: list[mmap.mmap] | None = None
@@ -22,7 +22,7 @@ _spare: list[mmap.mmap] | None = None
 
 
 @contextmanager
-def pages_kept() -> Iterator[None]:
+def reuse_memory() -> Iterator[None]:
     """Inside, pages of tensors that are gone wait for the next one, which the kernel then need not clear again."""
     global _spare
     before, _spare = _spare, [] if _spare is None else _spare
@@ -32,20 +32,20 @@ def pages_kept() -> Iterator[None]:
         _spare = before
 
 
-def empty(shape: Sequence[int], *, like: Tensor, room_for: int = 0) -> Tensor:
+def empty(shape: Sequence[int], *, like: Tensor, capacity: int = 0) -> Tensor:
     """`like.new_empty(shape)`, in pages of its own where it is large and on a CPU.
 
     Args:
         shape: Of the tensor.
         like: Gives dtype and device.
-        room_for: Elements that a later one may have: the pages are then enough for it. Untouched, they cost nothing.
+        capacity: Elements that a later one may have: the pages are then enough for it. Untouched, they cost nothing.
     """
     count, size = math.prod(shape), like.element_size()
     plain = type(like) in (Tensor, torch.nn.Parameter) and like.device.type == "cpu"
-    if count * size < LEAST or not plain or not sys.platform.startswith("linux"):
+    if count * size < MIN_BYTES or not plain or not sys.platform.startswith("linux"):
         return like.new_empty(shape)
     try:
-        pages = _pages(max(count, room_for) * size)
+        pages = _pages(max(count, capacity) * size)
     except OSError:  # no address space for what may come later
         return like.new_empty(shape)
     # The tensor keeps the view alive, and nothing else does: with its end the pages are free.

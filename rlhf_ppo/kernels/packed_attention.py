@@ -1,7 +1,7 @@
-"""Causal attention within each of many rows that stand side by side, those of one length in one call.
+"""Causal attention within each of many packed rows, with one call of torch's kernel per row length.
 
-Through autograd each call would bring cuts, transpositions and copies of its own, forward and backward. Here the rows
-are views of what came in, and one concatenation puts results together.
+Rows are views of the packed tensors, and one concatenation joins the results, in forward and backward. Plain twin:
+`scaled_dot_product_attention` once a length, whose splits and transpositions autograd copies.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,31 +11,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_ppo.kernels.matmul import fits_onednn
+from rlhf_ppo.kernels.matmul import is_eager_float32_on_cpu
 
-Runs: TypeAlias = Sequence[tuple[int, int]]
-"""(rows, length) of rows that stand side by side, all those of one length together."""
+RowGroups: TypeAlias = Sequence[tuple[int, int]]
+"""(number of rows, their length) of packed rows, all those of one length side by side."""
 
 KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 """Of torch's own operations, with `_backward` for its gradient: what `scaled_dot_product_attention` calls on CPUs."""
 
 
-def fits_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether torch would hand these to `KERNEL`; it has no second derivative, so whoever wants one forbids it."""
+def can_use_flash_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch would use `KERNEL`; callers that need a second derivative disable it with `sdpa_kernel`."""
     return (
         hasattr(torch.ops.aten, KERNEL)
         and hasattr(torch.ops.aten, f"{KERNEL}_backward")
         and torch.backends.cuda.flash_sdp_enabled()  # what `sdpa_kernel` sets, for all devices
-        and fits_onednn(query, key, value)
+        and is_eager_float32_on_cpu(query, key, value)
         and query.shape[-1] == value.shape[-1]
     )
 
 
-def run_attention(
+def grouped_attention(
     query: Float[Tensor, "heads positions width"],
     key: Float[Tensor, "kv_heads positions width"],
     value: Float[Tensor, "kv_heads positions width"],
-    runs: Runs,
+    groups: RowGroups,
     *,
     scale: float | None = None,
 ) -> Float[Tensor, "positions heads width"]:
@@ -45,22 +45,22 @@ def run_attention(
         query: Of all rows, one after the other.
         key: Likewise; heads may be fewer, each then serves a group of queries.
         value: Likewise.
-        runs: How positions fall into rows.
+        groups: How positions fall into rows.
         scale: None: 1 / sqrt(width).
     """
-    result: Tensor = _RunAttention.apply(query, key, value, runs, scale)  # type: ignore[no-untyped-call]
+    result: Tensor = _GroupedAttention.apply(query, key, value, groups, scale)  # type: ignore[no-untyped-call]
     return result
 
 
-class _RunAttention(torch.autograd.Function):
+class _GroupedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float | None) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: RowGroups, scale: float | None) -> Tensor:
         kernel = getattr(torch.ops.aten, KERNEL)
-        parts = zip(*(_rows(tensor, runs) for tensor in (query, key, value)), strict=True)
+        parts = zip(*(_rows(tensor, groups) for tensor in (query, key, value)), strict=True)
         outputs, sums = zip(*(kernel(*part, 0.0, True, scale=scale) for part in parts), strict=True)
         output = _side_by_side(outputs)
         ctx.save_for_backward(query, key, value, output, *sums)
-        ctx.runs, ctx.scale = runs, scale
+        ctx.groups, ctx.scale = groups, scale
         return output
 
     @staticmethod
@@ -69,16 +69,18 @@ class _RunAttention(torch.autograd.Function):
         kernel = getattr(torch.ops.aten, f"{KERNEL}_backward")
         query, key, value, output, *sums = ctx.saved_tensors
         tensors = (grad.transpose(0, 1), query, key, value, output.transpose(0, 1))
-        parts = zip(*(_rows(tensor, ctx.runs) for tensor in tensors), strict=True)
+        parts = zip(*(_rows(tensor, ctx.groups) for tensor in tensors), strict=True)
         pairs = zip(parts, sums, strict=True)
         found = zip(*(kernel(*part, summed, 0.0, True, scale=ctx.scale) for part, summed in pairs), strict=True)
         return *(_side_by_side(of_rows).transpose(0, 1) for of_rows in found), None, None
 
 
-def _rows(tensor: Float[Tensor, "heads positions width"], runs: Runs) -> Iterator[Float[Tensor, "_ heads _ width"]]:
-    """Views of the rows of each run."""
-    sizes = [count * length for count, length in runs]
-    for (count, length), part in zip(runs, tensor.split(sizes, dim=1), strict=True):
+def _rows(
+    tensor: Float[Tensor, "heads positions width"], groups: RowGroups
+) -> Iterator[Float[Tensor, "_ heads _ width"]]:
+    """Views of the rows of each group."""
+    sizes = [count * length for count, length in groups]
+    for (count, length), part in zip(groups, tensor.split(sizes, dim=1), strict=True):
         yield part.unflatten(1, (count, length)).transpose(0, 1)
 
 

@@ -1,7 +1,7 @@
-"""Ragged rows through a causal model's trunk: side by side in one row, or one below the other with padding.
+"""Rows of unequal length through a causal model's layers: packed into one row, or padded.
 
-Packed, nothing but attention knows that there are several rows, and no layer sees padding. Attention then runs once
-for each length, over the rows of that length: no mask, no padding, and torch's fused causal kernel.
+Packed rows stand side by side, those of one length together. Only attention knows that there are several; it runs once
+for each length, with torch's fused causal kernel and without a mask. Plain twin: padded rows.
 """
 
 import logging
@@ -18,20 +18,20 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_ppo.batch import pad_rows
-from rlhf_ppo.kernels.last_layer import last_layer_on, read_places, tokenwise_parts
-from rlhf_ppo.kernels.packed_attention import fits_kernel, run_attention
+from rlhf_ppo.kernels.last_layer import last_layer_at, read_positions, tokenwise_modules
+from rlhf_ppo.kernels.packed_attention import can_use_flash_kernel, grouped_attention
 
 logger = logging.getLogger(__name__)
 
-NAME = "rlhf_ppo_packed"
-"""Of the attention function among those of `transformers`."""
-CLOSE = 1e-4
-"""How far hidden states may differ from the plain ones, relative to the largest, for a short cut to be taken."""
+ATTENTION_NAME = "rlhf_ppo_packed"
+"""Of the attention function, as registered with `transformers`."""
+TOLERANCE = 1e-4
+"""How far hidden states may differ from the plain ones, relative to the largest, to count as the same."""
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """Last hidden states, and where each row's first one stands among them."""
+class HiddenStates:
+    """Last hidden states of all rows, and the index of each row's first one."""
 
     states: Float[Tensor, "positions hidden"]
     starts: list[int]
@@ -39,18 +39,18 @@ class Hidden:
     """Tokens that went through the trunk, padding included."""
 
 
-def padded_hidden(model: Any, rows: Sequence[Tensor], *, first_read: Sequence[int] | None = None) -> Hidden:
-    """Rows below each other. Padding stands on the right, where a causal model cannot see it.
+def padded_hidden(model: Any, rows: Sequence[Tensor], *, first_read: Sequence[int] | None = None) -> HiddenStates:
+    """HiddenStates states of rows padded on the right, where a causal model cannot see the padding.
 
     Args:
-        first_read: The first position of each row whose state is read: those before are void. None: all are read.
+        first_read: The first position of each row whose state is read; those before are meaningless. None: all.
     """
     ids = pad_rows(rows)
     starts = [ids.shape[1] * row for row in range(len(rows))]
-    with last_layer_on(model, read_places(starts, rows, first_read)):
+    with last_layer_at(model, read_positions(starts, rows, first_read)):
         # A mask of ones keeps the fast causal kernels, and without any, some models warn of padding.
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return Hidden(output.last_hidden_state.flatten(0, 1), starts, ids.numel())
+    return HiddenStates(output.last_hidden_state.flatten(0, 1), starts, ids.numel())
 
 
 def packed_hidden(
@@ -59,30 +59,30 @@ def packed_hidden(
     *,
     first_read: Sequence[int] | None = None,
     run: Callable[..., Any] | None = None,
-) -> Hidden:
-    """Rows beside each other, those of one length together, through `model`, or through `run` in its place.
+) -> HiddenStates:
+    """HiddenStates states of packed rows, computed by `model`, or by `run` in its place.
 
     Args:
-        first_read: The first position of each row whose state is read: those before are void. None: all are read.
+        first_read: The first position of each row whose state is read; those before are meaningless. None: all.
     """
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     lengths = [len(rows[row]) for row in order]
-    runs = [(len(list(group)), length) for length, group in groupby(lengths)]
+    groups = [(len(list(group)), length) for length, group in groupby(lengths)]
     ids = torch.cat([rows[row] for row in order])[None]
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
     starts, begin = [0] * len(rows), 0
     for row, length in zip(order, lengths, strict=True):
         starts[row] = begin
         begin += length
-    with _attention(model.config, NAME), last_layer_on(model, read_places(starts, rows, first_read)):
-        output = (run or model)(input_ids=ids, position_ids=positions, use_cache=False, packed_runs=runs)
-    return Hidden(output.last_hidden_state[0], starts, begin)
+    with _attention(model.config, ATTENTION_NAME), last_layer_at(model, read_positions(starts, rows, first_read)):
+        output = (run or model)(input_ids=ids, position_ids=positions, use_cache=False, row_groups=groups)
+    return HiddenStates(output.last_hidden_state[0], starts, begin)
 
 
 def can_be_packed(model: Any, rows: Sequence[Tensor]) -> bool:
-    """Whether this architecture computes the same packed: tried on the beginnings of two rows.
+    """Whether this architecture computes the same when packed: a trial on the beginnings of two rows.
 
-    A model whose attention is not torch's, or that carries anything else from one token to the next, is left alone.
+    False for attention other than torch's, and for models that carry other state from one token to the next.
     """
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return False
@@ -90,16 +90,16 @@ def can_be_packed(model: Any, rows: Sequence[Tensor]) -> bool:
 
 
 def can_skip_unread(model: Any, rows: Sequence[Tensor]) -> bool:
-    """Whether this architecture computes the same with its last layer on the tokens alone that are read: tried, too."""
-    if not tokenwise_parts(model):
+    """Whether this architecture computes the same with its last layer only at the positions that are read: a trial."""
+    if not tokenwise_modules(model):
         return False
     return _same_on_trial(model, rows, padded_hidden, first_of=lambda row: len(row) // 2)
 
 
 def _same_on_trial(
-    model: Any, rows: Sequence[Tensor], arrange: Callable[..., Hidden], *, first_of: Callable[[Tensor], int]
+    model: Any, rows: Sequence[Tensor], arrange: Callable[..., HiddenStates], *, first_of: Callable[[Tensor], int]
 ) -> bool:
-    """Whether the beginnings of two rows, read from `first_of` on, get by `arrange` the states of plain padding."""
+    """Whether `arrange` gives the hidden states of plain padding, from `first_of` of each row on."""
     sample = [rows[0][:7], rows[-1][:5]]
     first_read = [first_of(row) for row in sample]
     name = f"{type(model).__name__}, {arrange.__name__} read from {first_read}"
@@ -114,7 +114,7 @@ def _same_on_trial(
         for row, first, a, b in zip(sample, first_read, plain.starts, other.starts, strict=True)
     ]
     logger.info("%s: hidden states differ by %.1e from the plain ones", name, max(differences))
-    return max(differences) <= CLOSE * float(plain.states.abs().max())
+    return max(differences) <= TOLERANCE * float(plain.states.abs().max())
 
 
 def packed_attention(
@@ -124,20 +124,20 @@ def packed_attention(
     value: Float[Tensor, "1 kv_heads positions width"],
     attention_mask: Tensor | None,
     *,
-    packed_runs: list[tuple[int, int]],
+    row_groups: list[tuple[int, int]],
     sliding_window: int | None = None,
     **settings: Any,
 ) -> tuple[Float[Tensor, "1 positions heads width"], None]:
-    """Causal attention within each row: `packed_runs` are (rows, length) of rows that stand side by side."""
+    """Causal attention within each row of `row_groups`, in the form of `transformers`' attention functions."""
     if settings.get("position_bias") is not None or attention_mask is not None:
         raise NotImplementedError("attention with a bias or mask of its own is not packed")
     settings.pop("is_causal", None)
-    windowed = sliding_window is not None and any(length > sliding_window for _, length in packed_runs)
-    if not windowed and not settings.get("dropout") and fits_kernel(query, key, value):
+    windowed = sliding_window is not None and any(length > sliding_window for _, length in row_groups)
+    if not windowed and not settings.get("dropout") and can_use_flash_kernel(query, key, value):
         q, k, v = (tensor.squeeze(0) for tensor in (query, key, value))  # [0] would cost a copy on the way back
-        return run_attention(q, k, v, packed_runs, scale=settings.get("scaling"))[None], None
-    sizes = [count * length for count, length in packed_runs]
-    parts = zip(packed_runs, *(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
+        return grouped_attention(q, k, v, row_groups, scale=settings.get("scaling"))[None], None
+    sizes = [count * length for count, length in row_groups]
+    parts = zip(row_groups, *(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
     outputs = []
     for (count, length), *chunk in parts:
         mask = _window(length, sliding_window, query.device)
@@ -148,7 +148,7 @@ def packed_attention(
 
 
 def _window(length: int, width: int | None, device: torch.device) -> Tensor | None:
-    """What a token sees through a sliding window, [1, 1, length, length]; None where it sees all before it."""
+    """Mask of a causal sliding window, [1, 1, length, length]; None where the row is no longer than the window."""
     if width is None or length <= width:
         return None
     steps = torch.arange(length, device=device)
@@ -166,4 +166,4 @@ def _attention(config: Any, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(ATTENTION_NAME, packed_attention)

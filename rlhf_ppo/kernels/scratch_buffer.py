@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ALIGNED = 64
+ALIGNMENT = 64
 """Bytes by which a tensor begins, as torch's own do."""
 
 
-class Scratch:
+class ScratchBuffer:
     """Memory for one turn, as large as the largest turn so far.
 
     Args:
@@ -26,7 +26,7 @@ class Scratch:
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
         self.used, self.reuse = 0, reuse
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Start a turn: what came of the turn before is overwritten."""
         if self.reuse and self.used > len(self.memory):
             self.memory = self.memory.new_empty(self.used)
@@ -35,7 +35,7 @@ class Scratch:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor for this turn."""
         size = math.prod(shape) * dtype.itemsize
-        start, self.used = self.used, self.used + math.ceil(size / ALIGNED) * ALIGNED
+        start, self.used = self.used, self.used + math.ceil(size / ALIGNMENT) * ALIGNMENT
         if start + size > len(self.memory):
             return self.memory.new_empty(shape, dtype=dtype)
         return self.memory[start : start + size].view(dtype).view(*shape)

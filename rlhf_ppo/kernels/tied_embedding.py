@@ -1,7 +1,7 @@
 """One gradient for a weight that is both the embedding and the LM head.
 
-Autograd adds up two of them, each [vocab, hidden], though the embedding's has a row for each token of the batch and
-zeros elsewhere. Here the head hands its gradient over, and the embedding adds its rows to that.
+Plain twin: autograd adds two gradients of [vocab, hidden], of which the embedding's is zero but for the tokens of the
+batch. Here the embedding adds its rows to the head's gradient in place.
 """
 
 from typing import Any
@@ -11,45 +11,50 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-class SharedGradient:
-    """What the head leaves for the embedding, in one backward pass of one forward pass."""
+class TiedGradient:
+    """The LM head's gradient, handed to the embedding within one backward pass."""
 
     def __init__(self) -> None:
-        self.of_head: Float[Tensor, "vocab hidden"] | None = None
+        self.head_gradient: Float[Tensor, "vocab hidden"] | None = None
 
 
-def shared_embedding(
+def tied_embedding(
     ids: Int[Tensor, "*shape"],
     weight: Float[Tensor, "vocab hidden"],
-    shared: SharedGradient,
+    tied_gradient: TiedGradient,
     *,
     padding_idx: int | None = None,
 ) -> Float[Tensor, "*shape hidden"]:
-    """`torch.nn.functional.embedding` whose gradient is what `shared` holds by then, with its own rows added.
+    """`torch.nn.functional.embedding` that adds its gradient to the one in `tied_gradient`, and returns that.
 
     Args:
         ids: Tokens.
         weight: Also that of an LM head, which works on states that depend on this embedding: its backward pass is
             therefore the earlier one.
-        shared: The same object that `fused_token_statistics` gets.
+        tied_gradient: The same object that `fused_token_statistics` gets.
         padding_idx: A token whose row gets no gradient from here.
     """
-    embedded: Tensor = _Embedding.apply(ids, weight, shared, padding_idx)  # type: ignore[no-untyped-call]
+    embedded: Tensor = _Embedding.apply(ids, weight, tied_gradient, padding_idx)  # type: ignore[no-untyped-call]
     return embedded
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, shared: SharedGradient, padding_idx: int | None) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, tied_gradient: TiedGradient, padding_idx: int | None) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.shared, ctx.padding_idx, ctx.shape, ctx.dtype = shared, padding_idx, weight.shape, weight.dtype
+        ctx.tied_gradient, ctx.padding_idx, ctx.shape, ctx.dtype = (
+            tied_gradient,
+            padding_idx,
+            weight.shape,
+            weight.dtype,
+        )
         return torch.nn.functional.embedding(ids, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        gradient, ctx.shared.of_head = ctx.shared.of_head, None
+        gradient, ctx.tied_gradient.head_gradient = ctx.tied_gradient.head_gradient, None
         if gradient is None:  # the loss does not read the head
             gradient = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
         rows, tokens = grad.reshape(-1, ctx.shape[1]).to(gradient.dtype), ids.reshape(-1)

@@ -1,4 +1,4 @@
-"""The layers of a model whose caller pads: inside a context they run on the real tokens alone."""
+"""The layers of a model whose caller pads, run on the real tokens alone. Plain twin: the padded rows."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ from rlhf_ppo.kernels.packing import packed_hidden
 
 @contextmanager
 def unpadded(layers: Any) -> Iterator[None]:
-    """Inside, rows that come to `layers` padded on the right run side by side; what stands at padding is 0 then.
+    """Context manager: while active, `layers` packs rows that come padded on the right; states at padding are 0.
 
-    The caller still gets [rows, width, hidden], so that heads, pooling and engines around the layers need not know.
-    `can_be_packed` tells for which layers this is the same. A gradient may be taken outside.
+    The caller still gets [rows, width, hidden]. Only for layers that `can_be_packed` accepts. Gradients may be computed
+    after it.
 
     Args:
         layers: The `base_model` of a causal architecture. Calls of any other kind go through it unchanged.
     """
-    own = vars(layers).get("forward")  # somebody else's exchange
+    own = vars(layers).get("forward")  # a forward that something else put there
     layers.forward = partial(_forward, layers, layers.forward)
     try:
         yield

@@ -104,4 +104,4 @@ def _apply_cpu_settings(
     if may_replace_layers and (config.fast_products or config.bf16):
         for model in models:
             if model is not None:
-                use_fast_layers(model, product_dtype=torch.bfloat16 if config.bf16 else None)
+                use_fast_layers(model, matmul_dtype=torch.bfloat16 if config.bf16 else None)

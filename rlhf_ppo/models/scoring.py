@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, pad_rows
 from rlhf_ppo.functional import TokenStatistics, categorical_metric, chunked_categorical_kl, chunked_token_statistics
 from rlhf_ppo.functional.trust_region import FisherMetric
+from rlhf_ppo.kernels.chunk_sizes import rows_per_chunk
 from rlhf_ppo.kernels.fused_linear_logprobs import fused_token_statistics
-from rlhf_ppo.kernels.head_walk import Slopes, rows_at_once
-from rlhf_ppo.kernels.linear_layers import is_plain_head, shared_with_head
-from rlhf_ppo.kernels.tied_embedding import SharedGradient
+from rlhf_ppo.kernels.linear_layers import is_plain_head, tied_embedding_gradient
+from rlhf_ppo.kernels.linear_logprobs import LossGradient
+from rlhf_ppo.kernels.tied_embedding import TiedGradient
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 from rlhf_ppo.models.trunk import Trunk
 
@@ -49,7 +50,7 @@ class TokenPolicy(nn.Module):
         temperature: Divides the logits before the softmax, in rollout and update alike (Ziegler et al. 2019).
         chunk_size: Largest number of response tokens whose [chunk, vocabulary] logits are in memory at once.
         packing: Skip positions whose output is unused, where results are the same: see `Trunk`.
-        fused_head: Let `forward` compute the LM head's gradients while it has the logits, given `slopes`.
+        fused_head: Let `forward` compute the LM head's gradients while it has the logits, given `loss_gradient`.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class TokenPolicy(nn.Module):
         *,
         with_entropy: bool = False,
         reference: "TokenPolicy | None" = None,
-        slopes: Slopes | None = None,
+        loss_gradient: LossGradient | None = None,
         old: OldPolicyStates | None = None,
     ) -> PolicyOutput:
         """Score every response token of `inputs` in one pass over the shared trunk.
@@ -94,7 +95,7 @@ class TokenPolicy(nn.Module):
         Args:
             inputs: B prompts with their responses, on the device of the model.
             with_entropy: Also compute the full-vocabulary entropy; costs one more pass over each chunk of logits.
-            slopes: dL/d log π and dL/d entropy per token, if known: a supported LM head then computes its gradients in
+            loss_gradient: dL/d log π and dL/d entropy per token, if known: a supported LM head then computes its gradients in
                 this pass, while it has the logits.
             reference: Also compute the exact KL to it, which takes another pass without gradient.
             old: Also compute the exact KL from it.
@@ -104,11 +105,12 @@ class TokenPolicy(nn.Module):
         """
         # Without dropout the first pass of an update has probability ratio 1 exactly.
         self.model.train(self.checkpointing and torch.is_grad_enabled())
-        slopes = slopes if torch.is_grad_enabled() and self.fused_head and is_plain_head(self._head()) else None
-        with nullcontext() if slopes is None else shared_with_head(self.language_model) as shared:
+        if not (torch.is_grad_enabled() and self.fused_head and is_plain_head(self._head())):
+            loss_gradient = None
+        with nullcontext() if loss_gradient is None else tied_embedding_gradient(self.language_model) as tied:
             hidden, states = self._hidden(inputs)
         tokens = torch.cat(list(inputs.responses))
-        statistics = self._statistics(hidden, tokens, with_entropy, slopes, shared)
+        statistics = self._statistics(hidden, tokens, with_entropy, loss_gradient, tied)
         self.work["head_rows"] += len(tokens)
         lengths = inputs.response_lengths().tolist()
         rows = list(self._values(states).split([length + 1 for length in lengths]))
@@ -123,18 +125,24 @@ class TokenPolicy(nn.Module):
         )
 
     def _statistics(
-        self, hidden: Tensor, tokens: Tensor, with_entropy: bool, slopes: Slopes | None, shared: SharedGradient | None
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        with_entropy: bool,
+        loss_gradient: LossGradient | None,
+        tied: TiedGradient | None,
     ) -> TokenStatistics:
         head = self._head()
         settings: dict[str, Any] = {"temperature": self.temperature, "with_entropy": with_entropy}
         scores = self.fused_scoring and not torch.is_grad_enabled() and is_plain_head(head)
-        if isinstance(head, nn.Linear) and (slopes is not None or scores):
-            settings |= {"product_dtype": getattr(head, "product_dtype", None), "shared": shared, "slopes": slopes}
+        if isinstance(head, nn.Linear) and (loss_gradient is not None or scores):
+            settings |= {"matmul_dtype": getattr(head, "matmul_dtype", None), "tied_gradient": tied}
+            settings["loss_gradient"] = loss_gradient
             return fused_token_statistics(
                 hidden, head.weight, head.bias, tokens, chunk_size=self.chunk_size, **settings
             )
         vocab = getattr(head, "weight", tokens).shape[0]
-        rows = rows_at_once(self.chunk_size, vocab, hidden.device)
+        rows = rows_per_chunk(self.chunk_size, vocab, hidden.device)
         return chunked_token_statistics(head, hidden, tokens, chunk_size=rows, **settings)
 
     @torch.no_grad()
@@ -158,7 +166,7 @@ class TokenPolicy(nn.Module):
         Raises:
             ValueError: Matrix products are in bfloat16, or the attention kernel has no second derivative.
         """
-        if any(getattr(module, "product_dtype", None) is not None for module in self.model.modules()):
+        if any(getattr(module, "matmul_dtype", None) is not None for module in self.model.modules()):
             raise ValueError(
                 "expected float32 products, got bfloat16 ones: their second derivative, which Fisher products need, "
                 "would be noise. Set bf16=False, or use PPOClip."

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
-from rlhf_ppo.kernels.packing import Hidden, can_be_packed, can_skip_unread, packed_hidden, padded_hidden
+from rlhf_ppo.kernels.packing import HiddenStates, can_be_packed, can_skip_unread, packed_hidden, padded_hidden
 
 
 class Trunk:
@@ -58,14 +58,14 @@ class Trunk:
         decoder_inputs = TokenInputs(prompts=starts, responses=inputs.responses)
         row_starts = [decoded.shape[1] * row for row in range(len(starts))]
 
-        def flat(features: Tensor) -> Hidden:
-            return Hidden(features.flatten(0, 1), row_starts, decoded.numel())
+        def flat(features: Tensor) -> HiddenStates:
+            return HiddenStates(features.flatten(0, 1), row_starts, decoded.numel())
 
         states = flat(output.decoder_hidden_states[-1])
         logits = _gather(flat(output.logits), decoder_inputs, extra=0)
         return logits, _gather(states, decoder_inputs, extra=1)
 
-    def _hidden(self, layers: Any, inputs: TokenInputs) -> Hidden:
+    def _hidden(self, layers: Any, inputs: TokenInputs) -> HiddenStates:
         rows = [torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)]
         ragged = len({len(row) for row in rows}) > 1
         if ragged and self.packs is None:
@@ -100,7 +100,7 @@ def decoder_start_token(model: Any) -> int:
     )
 
 
-def _gather(hidden: Hidden, inputs: TokenInputs, *, extra: int) -> Float[Tensor, "rows hidden"]:
+def _gather(hidden: HiddenStates, inputs: TokenInputs, *, extra: int) -> Float[Tensor, "rows hidden"]:
     """Hidden states that predict the response tokens: positions P_i - 1 ... P_i + T_i - 2 (+ `extra`)."""
     spans = [
         torch.arange(start + len(prompt) - 1, start + len(prompt) + len(response) - 1 + extra)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from rlhf_ppo.kernels.head_walk import Slopes
 from rlhf_ppo.kernels.linear_layers import use_fast_layers
+from rlhf_ppo.kernels.linear_logprobs import LossGradient
 from rlhf_ppo.models.dropout import disable_dropout
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.plan.config import PlanConfig
@@ -147,8 +147,8 @@ def _pass(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> tuple[float
     before = live.reset_peak()
     gradient_bytes = sum(_bytes(iter([p.grad])) for p in policy.parameters() if p.grad is not None)
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
-        slopes = None if plan.strategy in ENGINE_STRATEGIES else SLOPES
-        output = policy(_inputs(plan, plan.mini_batch_size), with_entropy=True, slopes=slopes)
+        loss_gradient = None if plan.strategy in ENGINE_STRATEGIES else CONSTANT_GRADIENT
+        output = policy(_inputs(plan, plan.mini_batch_size), with_entropy=True, loss_gradient=loss_gradient)
         loss = output.logprobs.sum() + output.values.sum()
     saved, page_mapped, forward = live.live - before, live.page_mapped, live.peak - before + gradient_bytes
     live.reset_peak()
@@ -156,7 +156,7 @@ def _pass(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> tuple[float
     return saved, page_mapped, forward, live.peak - before + gradient_bytes
 
 
-SLOPES = Slopes(lambda logprobs, _, __: (torch.ones_like(logprobs), None), read_entropy=False)
+CONSTANT_GRADIENT = LossGradient(lambda logprobs, _, __: (torch.ones_like(logprobs), None), reads_entropy=False)
 """Stand-in for the loss: its gradient by log-probability is 1 at every token, known before the backward pass."""
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.kernels import head_walk, memory
+from rlhf_ppo.kernels import chunk_sizes, memory
 from rlhf_ppo.kernels.matmul import bfloat16_is_faster, onednn_is_faster
 
 
@@ -42,10 +42,10 @@ class LiveBytes(TorchDispatchMode):
         self.peak, self.page_mapped = self.live, 0
         return self.live
 
-    def empty(self, shape: Sequence[int], *, like: Tensor, room_for: int = 0) -> Tensor:
+    def empty(self, shape: Sequence[int], *, like: Tensor, capacity: int = 0) -> Tensor:
         """Replacement for `rlhf_ppo.kernels.memory.empty`, which cannot map a fake tensor."""
         size = math.prod(shape) * like.element_size()
-        self.page_mapped += size if size >= memory.LEAST else 0
+        self.page_mapped += size if size >= memory.MIN_BYTES else 0
         return like.new_empty(shape)
 
     def exclude(self, tensors: Iterator[Tensor]) -> None:
@@ -131,6 +131,6 @@ def count_live_bytes(module: nn.Module, fake_mode: FakeTensorMode, *, device: st
     counter.exclude(iter([*module.parameters(), *module.buffers()]))
     # For fake tensors transformers makes a mask that it omits for real tensors without padding.
     mask_patch = patch.object(masking_utils, "is_tracing", lambda _=None: False)
-    chunk_patch = patch.object(head_walk, "ON_CPU", head_walk.sizes(torch.device(device)))
+    chunk_patch = patch.object(chunk_sizes, "CPU_SIZES", chunk_sizes.chunk_sizes(torch.device(device)))
     with mask_patch, chunk_patch, patch.object(memory, "empty", counter.empty), fake_mode, counter:
         yield counter

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_ppo.batch import TrainBatch
-from rlhf_ppo.kernels.head_walk import Slopes
-from rlhf_ppo.kernels.memory import pages_kept
+from rlhf_ppo.kernels.linear_logprobs import LossGradient
+from rlhf_ppo.kernels.memory import reuse_memory
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates.nonfinite import DryRunStep, NonFiniteUpdateError, nonfinite_gradients
 from rlhf_ppo.updates.objective import (
@@ -104,7 +104,7 @@ class MinibatchUpdate(UpdateState):
         self.config = self._read_config()
         record = UpdateRecord()
         batch = all_gather_batch(batch, self.accelerator)
-        with pages_kept():
+        with reuse_memory():
             self._epochs(batch, record)
         if self.accelerator.num_processes > 1:
             record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
@@ -175,13 +175,15 @@ class MinibatchUpdate(UpdateState):
             self.steps.backward(loss)
         return terms
 
-    def _fused_head_argument(self, objective: Objective, micro_batch: TrainBatch, count: Tensor) -> dict[str, Slopes]:
+    def _fused_head_argument(
+        self, objective: Objective, micro_batch: TrainBatch, count: Tensor
+    ) -> dict[str, LossGradient]:
         """The policy argument that lets an unsharded LM head compute its gradients in the forward pass, or {}."""
         fsdp = self.accelerator.distributed_type == DistributedType.FSDP
         per_token = self.count is count_actions  # another count does not divide single tokens
         unsharded = isinstance(self.steps, AccelerateSteps) and not fsdp
         if unsharded and per_token and isinstance(self.accelerator.unwrap_model(self.policy), TokenPolicy):
-            return {"slopes": token_loss_gradients(objective, micro_batch, count)}
+            return {"loss_gradient": token_loss_gradients(objective, micro_batch, count)}
         return {}
 
     def _accept(self, batch: TrainBatch, rows: Tensor, metrics: dict[str, float]) -> bool:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, TrainBatch
-from rlhf_ppo.kernels.head_walk import Slopes
+from rlhf_ppo.kernels.linear_logprobs import LossGradient
 from rlhf_ppo.updates.objective import Objective
 
 
-def token_loss_gradients(objective: Objective, batch: TrainBatch, count: Tensor) -> Slopes:
+def token_loss_gradients(objective: Objective, batch: TrainBatch, count: Tensor) -> LossGradient:
     """Derivatives of `objective` with respect to log-probability and entropy, for any slice of the tokens of `batch`.
 
     Correct for every objective that is a sum over tokens divided by `count`; the fused head detects others. Whether the
@@ -37,7 +37,7 @@ def token_loss_gradients(objective: Objective, batch: TrainBatch, count: Tensor)
         )
         return objective(output, part, count).loss
 
-    def slopes(logprobs: Tensor, entropy: Tensor | None, tokens: slice) -> tuple[Tensor, Tensor | None]:
+    def loss_gradient(logprobs: Tensor, entropy: Tensor | None, tokens: slice) -> tuple[Tensor, Tensor | None]:
         part = replace(batch, **{name: value[tokens][None] for name, value in flat.items()})
         leaves = [leaf.detach().requires_grad_() for leaf in (logprobs, entropy) if leaf is not None]
         with torch.enable_grad():
@@ -50,4 +50,4 @@ def token_loss_gradients(objective: Objective, batch: TrainBatch, count: Tensor)
         all_tokens = replace(batch, **{name: value[None] for name, value in flat.items()})
         # A loss that reads this entropy, with or without gradient, is nan.
         loss = loss_at(flat["logprobs"], torch.full_like(flat["logprobs"], torch.nan), all_tokens)
-    return Slopes(slopes, read_entropy=bool(loss.isnan()))
+    return LossGradient(loss_gradient, reads_entropy=bool(loss.isnan()))

@@ -103,7 +103,7 @@ def test_only_objectives_that_use_the_entropy_are_told_it_beforehand() -> None:
     data = batch(policy(1), policy(2))
 
     def told(given: Objective) -> bool:
-        return token_loss_gradients(given, data, data.mask.sum()).read_entropy
+        return token_loss_gradients(given, data, data.mask.sum()).reads_entropy
 
     def beside(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> LossTerms:
         terms = TERMS["asymmetric clip"](output, batch, count)

@@ -22,7 +22,7 @@ def allocated_bytes(function: Callable[[], object]) -> int:
 
 def _changes(function: Callable[[], object]) -> list[int]:
     """Tensors in pages of their own go to the heap here: the allocator that counts knows nothing of such memory."""
-    heap = patch.object(memory, "LEAST", math.inf)
+    heap = patch.object(memory, "MIN_BYTES", math.inf)
     with heap, profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         function()
     events = record.profiler.kineto_results.events()

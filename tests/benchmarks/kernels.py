@@ -1,43 +1,76 @@
-"""What each fast path earns: one PPO iteration of ours with everything on, and with one path switched off by itself.
+"""What each fast path earns: our PPO iteration with everything on, and with one path switched off by itself.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.kernels
 
-Every variant runs in a process of its own, some at a time, in changing order within a round. All start each round from
-the same weights with the same responses, and a variant must give equal results. Rounds are appended to `--output` as
-they come, and an interrupted run goes on where it stopped. `tests.benchmarks.switches` lists the paths. An update is
-one epoch, whose CPU time counts as often as the workload has epochs.
+Peak memory, and the CPU time of what is no part of an update, come from iterations (generation, scoring, one epoch that
+counts as often as the workload has epochs) in a process for each variant. They take turns in changing order, and all
+must give equal results. The CPU time of an update comes from optimizer steps with and without the path on the same
+rows, one right behind the other in one process: a shared processor changes its pace within seconds. Rounds are
+appended to `--output` as they come, and an interrupted run goes on where it stopped. `tests.benchmarks.switches` lists
+the paths.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.benchmarks import pairs
+from tests.benchmarks import pair_sides, pairs
 from tests.benchmarks.ppo import AFTER_A_FLIP, TOLERANCES, TOLERANCES_BF16, differences, prepare
 from tests.benchmarks.records import conditions
-from tests.benchmarks.switches import USUAL, WORK, Switch, answer, on
-from tests.benchmarks.workloads import Workload
+from tests.benchmarks.sides import Ours, cost, count_cpu_seconds, memory
+from tests.benchmarks.switches import SWITCHES, USUAL, WORK, Switch, switches_on
+from tests.benchmarks.workloads import Task
+
+
+class Paired(Ours):
+    """Our side, with optimizer steps that take turns."""
+
+    def pairs(self, name: str) -> dict[str, Any]:
+        """CPU seconds of each optimizer step of an epoch, [with, without] the fast path; both move the weights."""
+        self.reset(trim=False)
+        update: Any = self.trainer.algorithm.update
+        step, found = update._step, []
+
+        def both(batch: Any, rows: Any, record: Any) -> None:
+            seconds = {}
+            for off in (False, True) if len(found) % 2 == 0 else (True, False):
+                with SWITCHES[name].off() if off else ExitStack():
+                    start = time.process_time()
+                    step(batch, rows, record)
+                    seconds[off] = time.process_time() - start
+            found.append([seconds[False], seconds[True]])
+
+        update._step = both
+        try:
+            self.learn()
+        finally:
+            update._step = step
+        return {"pairs": found}
 
 
 class Variant:
     """Our side with one fast path off, or with none (None), in a process of its own."""
 
     def __init__(self, context: Any, folder: Path, workload: str, name: str | None) -> None:
-        self.name, self.epochs = name, WORK[workload][0].epochs
-        self.phases = ("epoch",) if workload == "rm-pairs" else ("generate", "step")
-        if name is not None:
-            self.phases = on(workload)[name].phases
+        self.name, self.is_ppo, self.epochs = name, workload != "rm-pairs", WORK[workload][0].epochs
+        everything = ("generate", "step") if self.is_ppo else ("epoch",)
+        self.phases = everything if name is None else SWITCHES[name].phases
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=answer, args=(theirs, str(folder), workload, name))
         self.process.start()
         theirs.close()
         self.resident = self.connection.recv()["resident_mib"]
-        if workload != "rm-pairs":
+        if self.is_ppo:
             self("prove")
 
     def __call__(self, command: str, *arguments: Any) -> Any:
@@ -46,15 +79,14 @@ class Variant:
 
     def costs(self) -> dict[str, dict[str, float]]:
         """Of each phase: CPU seconds, and memory above that of the loaded models."""
-        if self.phases != ("epoch",):
+        if self.is_ppo:
             self("reset")
         found = {phase: self(phase) for phase in self.phases}
+        for spent in found.values():
+            spent["peak_mib"] -= self.resident
         if "step" in found:
             found["step"]["cpu"] += (self.epochs - 1) * found["step"]["update"]
-        return {
-            phase: {"cpu": cost["cpu"], "peak_mib": cost["peak_mib"] - self.resident, "loss": cost.get("loss", 0.0)}
-            for phase, cost in found.items()
-        }
+        return found
 
     def results(self, folder: Path) -> Any:
         """What the last step computed."""
@@ -67,24 +99,61 @@ class Variant:
         self.process.join()
 
 
-def check_equal(base: Variant, others: list[Variant], folder: Path, workload: str) -> dict[str, dict[str, float]]:
-    """How far each variant's step is from that with everything on.
+def answer(connection: Any, folder: str, workload: str, name: str | None) -> None:
+    """Run commands of `connection` on our side of `workload` in this process, with one fast path off."""
+    torch.set_num_threads(1)
+    count_cpu_seconds("ours")
+    options = WORK[workload][1] | {"ppo_epochs": 1} | ({} if name is None else SWITCHES[name].settings)
+    kinds: dict[bool, Callable[..., Any]] = {
+        True: lambda: pair_sides.Ours(Path(folder), options), False: lambda: Paired(Task.read(Path(folder)), options),
+    }  # fmt: skip
+    with ExitStack() as stack:
+        if name is not None:
+            stack.enter_context(SWITCHES[name].off())
+        side = kinds[workload == "rm-pairs"]()
+        gc.collect()
+        connection.send({"resident_mib": memory("VmRSS")})
+        for command, *arguments in iter(connection.recv, None):
+            connection.send(cost(getattr(side, command), *arguments))
+
+
+def check_equal(base: Variant, other: Variant, folder: Path, workload: str) -> dict[str, float]:
+    """How far a variant's step is from that with everything on.
 
     Raises:
-        RuntimeError: One is beyond its tolerance.
+        RuntimeError: It is beyond its tolerance.
     """
     from safetensors.torch import load_file
 
     start = {f"pretrained_model.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
-    ours, found = base.results(folder), {}
-    for variant in others:
-        assert variant.name is not None
-        found[variant.name] = gaps = differences(ours, variant.results(folder), start)
-        exact = AFTER_A_FLIP if gaps["clipped"] > 1e-6 else TOLERANCES
-        limits = TOLERANCES_BF16 if workload == "cpu-bf16" else exact
-        if any(not gap <= limits[what] for what, gap in gaps.items()):
-            raise RuntimeError(f"{variant.name} off must give equal results, within {limits}, got {gaps}")
-    return found
+    gaps = differences(base.results(folder), other.results(folder), start)
+    exact = AFTER_A_FLIP if gaps["clipped"] > 1e-6 else TOLERANCES
+    limits = TOLERANCES_BF16 if workload == "cpu-bf16" else exact
+    if any(not gap <= limits[what] for what, gap in gaps.items()):
+        raise RuntimeError(f"{other.name} off must give equal results, within {limits}, got {gaps}")
+    return gaps
+
+
+class Results:
+    """The file of all rounds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def of(self, workload: str, name: str) -> dict[str, Any]:
+        """The entry of a fast path, made where it is missing."""
+        entry = self.found.setdefault(workload, conditions(WORK[workload][0]) | {"paths": {}})
+        switch = SWITCHES[name]
+        words = {"module": switch.module, "twin": switch.twin}
+        path: dict[str, Any] = entry["paths"].setdefault(name, words | {"rounds": [], "pairs": []})
+        return path
+
+    def write(self) -> None:
+        """Replace the file."""
+        aside = self.path.with_suffix(".part")
+        aside.write_text(json.dumps(self.found) + "\n", encoding="utf-8")
+        aside.replace(self.path)
 
 
 def total(costs: dict[str, dict[str, float]], base: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -93,68 +162,55 @@ def total(costs: dict[str, dict[str, float]], base: dict[str, dict[str, float]])
     return {"cpu": sum(cost["cpu"] for cost in phases), "peak_mib": max(cost["peak_mib"] for cost in phases)}
 
 
-def measure(name: str, chosen: dict[str, Switch], options: argparse.Namespace) -> None:
-    """Add rounds of some fast paths on one workload."""
+def measure_iterations(
+    results: Results, workload: str, folder: Path, start: Callable[..., Variant], names: list[str], rounds: int
+) -> None:
+    """Rounds of whole iterations of some variants and of that with everything on."""
+    variants = [start(folder, workload, name) for name in (None, *names)]
+    for number in range(rounds):
+        turn = number % len(variants)
+        costs = {variant.name: variant.costs() for variant in variants[turn:] + variants[:turn]}
+        for variant in variants[1:]:
+            assert variant.name is not None
+            entry, off = results.of(workload, variant.name), costs[variant.name]
+            entry["rounds"].append(
+                {side: total(cost, costs[None]) for side, cost in (("on", costs[None]), ("off", off))}
+            )
+            if workload == "rm-pairs" and abs(off["epoch"]["loss"] - costs[None]["epoch"]["loss"]) > 1e-5:
+                raise RuntimeError(f"all variants must have the same mean loss over the epoch, got {costs}")
+            if "step" in variant.phases and "equal" not in entry and SWITCHES[variant.name].equal:
+                entry["equal"] = check_equal(variants[0], variant, folder, workload)
+            print(workload, variant.name, entry["rounds"][-1], flush=True)
+        results.write()
+    for variant in variants:
+        variant.stop()
+
+
+def measure(workload: str, chosen: dict[str, Switch], options: argparse.Namespace) -> None:
+    """Add what is missing of some fast paths on one workload."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "rlhf_ppo", "tests.benchmarks.pair_sides"])
-    workload: Workload = WORK[name][0]
-    known = conditions(workload)
+    context.set_forkserver_preload(["torch", "transformers", "rlhf_ppo", "tests.benchmarks.kernels"])
+    start = partial(Variant, context)
+    results = Results(options.output)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (pairs.prepare if name == "rm-pairs" else prepare)(workload, folder)
-        for first in range(0, len(chosen), options.group):
-            group = list(chosen)[first : first + options.group]
-            missing = [path for path in group if len(_paths(options.output, name, path)) < options.rounds]
-            if not missing:
-                continue
-            variants = [Variant(context, folder, name, path) for path in (None, *missing)]
-            for _ in range(options.rounds):
-                one_round(variants, folder, name, known, options)
-            for variant in variants:
-                variant.stop()
-
-
-def one_round(
-    variants: list[Variant], folder: Path, name: str, known: dict[str, Any], options: argparse.Namespace
-) -> None:
-    """Run each variant that lacks a round once, and write down what it cost."""
-    base, *others = variants
-    done = {variant.name: len(_paths(options.output, name, str(variant.name))) for variant in others}
-    missing = [variant for variant in others if done[variant.name] < options.rounds]
-    if not missing:
-        return
-    turn = min(done[variant.name] for variant in missing) % (len(missing) + 1)
-    order = [base, *missing]
-    costs = {variant.name: variant.costs() for variant in order[turn:] + order[:turn]}
-    equal = {}
-    if name != "rm-pairs":
-        compared = [v for v in missing if done[v.name] == 0 and "step" in v.phases and on(name)[str(v.name)].equal]
-        equal = check_equal(base, compared, folder, name)
-    elif len({round(cost["epoch"]["loss"], 5) for cost in costs.values()}) > 1:
-        raise RuntimeError(f"all variants must have the same mean loss over the epoch, got {costs}")
-    found = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
-    for variant in missing:
-        path = str(variant.name)
-        switch = on(name)[path]
-        entry = found.setdefault(name, known | {"paths": {}})["paths"].setdefault(
-            path, {"module": switch.module, "twin": switch.twin, "rounds": []}
-        )
-        both = {"on": costs[None], "off": costs[variant.name]}
-        entry["rounds"].append({side: total(cost, costs[None]) for side, cost in both.items()})
-        entry |= {"equal": equal[path]} if path in equal else {}
-        pair = entry["rounds"][-1]
-        ratios = {what: round(pair["off"][what] / pair["on"][what], 3) for what in ("cpu", "peak_mib")}
-        print(name, path, len(entry["rounds"]), ratios, pair, flush=True)
-    aside = options.output.with_suffix(".part")
-    aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    aside.replace(options.output)
-
-
-def _paths(output: Path, workload: str, path: str) -> list[Any]:
-    """The rounds that a file holds."""
-    found = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-    rounds: list[Any] = found.get(workload, {}).get("paths", {}).get(path, {}).get("rounds", [])
-    return rounds
+        (pairs.prepare if workload == "rm-pairs" else prepare)(WORK[workload][0], folder)
+        missing = [name for name in chosen if len(results.of(workload, name)["rounds"]) < options.rounds]
+        for first in range(0, len(missing), options.group):
+            group = missing[first : first + options.group]
+            had = min(len(results.of(workload, name)["rounds"]) for name in group)
+            measure_iterations(results, workload, folder, start, group, options.rounds - had)
+        paired = [name for name, switch in chosen.items() if switch.paired]
+        base = start(folder, workload, None) if paired else None
+        for _ in range(options.epochs):
+            for name in paired:
+                entry = results.of(workload, name)
+                if base is not None and len(entry["pairs"]) < options.epochs:
+                    entry["pairs"].append(base("pairs", name)["pairs"])
+                    print(workload, name, [sum(column) for column in zip(*entry["pairs"][-1], strict=True)], flush=True)
+                    results.write()
+        if base is not None:
+            base.stop()
 
 
 def main() -> None:
@@ -162,15 +218,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORK, default=[*USUAL, "cpu-gpt2", "cpu-bf16", "rm-pairs"])
     parser.add_argument("--only", nargs="+", help="these fast paths alone")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="iterations in processes of their own")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of optimizer steps that take turns")
     parser.add_argument("--group", type=int, default=5, help="variants beside the one with everything on, at a time")
     parser.add_argument("--output", type=Path, default=Path("docs/results/kernels.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for name in options.workloads:
-        chosen = {path: switch for path, switch in on(name).items() if not options.only or path in options.only}
-        if chosen:
-            measure(name, chosen, options)
+    for workload in options.workloads:
+        switches = switches_on(workload)
+        if chosen := {name: switch for name, switch in switches.items() if not options.only or name in options.only}:
+            measure(workload, chosen, options)
 
 
 if __name__ == "__main__":

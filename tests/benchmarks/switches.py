@@ -1,10 +1,9 @@
-"""Each fast path and how to switch it off by itself: its plain twin takes its place before the model is built."""
+"""Each fast path and how to switch it off by itself, so that its plain twin takes its place."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
@@ -30,46 +29,58 @@ class Switch:
     """Where it stands in `rlhf_ppo`."""
     twin: str
     """What is computed instead, in words."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Of PPOConfig, in place of the default."""
     patches: dict[str, Callable[[], Any]] = field(default_factory=dict)
     """From the name of an attribute to what makes its plain twin."""
-    phases: tuple[str, ...] = ("generate", "step")
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of PPOConfig, in place of the default: for what cannot be switched within a process."""
+    phases: tuple[str, ...] = ("step",)
     """What it touches: the other phase counts as with the fast path on."""
     workloads: tuple[str, ...] = USUAL
+    paired: bool = True
+    """Whether optimizer steps with and without it can take turns in one process."""
     equal: bool = True
     """Whether results must be equal; random draws are others."""
 
-    def switch_off(self, put: Callable[[Any, str, Any], None] = setattr) -> None:
-        """For the whole process, or as `put` does it."""
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Context manager: while active, the plain twin is in its place."""
+        before = []
         for name, twin in self.patches.items():
             where, _, attribute = name.rpartition(".")
-            put(resolve_name(f"rlhf_ppo.{where}"), attribute, twin())
+            owner = resolve_name(f"rlhf_ppo.{where}")
+            before.append((owner, attribute, vars(owner)[attribute]))
+            setattr(owner, attribute, twin())
+        try:
+            yield
+        finally:
+            for owner, attribute, fast in before:
+                setattr(owner, attribute, fast)
 
 
 def _always(answer: Any) -> Callable[[], Any]:
     return lambda: lambda *_, **__: answer
 
 
-def _apart(room: Any, chunks: list[slice], room_for: int = 0) -> None:
-    """`Room.make` with a gradient beside the probabilities, both in pages of their own."""
+def _apart(buffer: Any, chunks: list[slice], capacity: int = 0) -> None:
+    """`LogitsBuffer.allocate` with a gradient beside the probabilities, both in pages of their own."""
     from rlhf_ppo.kernels import memory
 
     rows = max((rows.stop - rows.start for rows in chunks), default=0)
-    room.memory = memory.empty((room.blocks * room.block * rows,), like=room.head, room_for=room_for)
-    room.gradient = None
-    if room.dtype is not None:
-        room.gradient = memory.empty(room.head.shape, like=room.head.detach().new_empty(0, dtype=room.dtype)).zero_()
+    buffer.memory = memory.empty((buffer.blocks * buffer.block * rows,), like=buffer.head, capacity=capacity)
+    buffer.gradient = None
+    if buffer.dtype is not None:
+        like = buffer.head.detach().new_empty(0, dtype=buffer.dtype)
+        buffer.gradient = memory.empty(buffer.head.shape, like=like).zero_()
 
 
 def _scoring_by_rows() -> Callable[..., Any]:
     from rlhf_ppo.models.scoring import TokenPolicy
 
-    plain = TokenPolicy._statistics
+    fast = TokenPolicy._statistics
 
     def statistics(policy: Any, *arguments: Any) -> Any:
         policy.fused_scoring = False
-        return plain(policy, *arguments)
+        return fast(policy, *arguments)
 
     return statistics
 
@@ -77,6 +88,39 @@ def _scoring_by_rows() -> Callable[..., Any]:
 def _new_memory(scratch: Any, shape: Any, dtype: torch.dtype) -> Tensor:
     result: Tensor = scratch.memory.new_empty(shape, dtype=dtype)
     return result
+
+
+def _plain_forward(module: Any, x: Tensor) -> Any:
+    from rlhf_ppo.kernels.fused_modules import plain_class
+
+    return (plain_class(module) or type(module)).forward(module, x)
+
+
+def _plain_gelu(module: Any, x: Tensor) -> Any:
+    from transformers.activations import NewGELUActivation
+
+    return NewGELUActivation.forward(module, x)
+
+
+def _swiglu_kept(layer: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    from rlhf_ppo.kernels.fused_layers import swiglu
+
+    return layer(swiglu(gate, up))
+
+
+def _padded(layers: Any, rows: Any, *, first_read: Any = None) -> Any:
+    from rlhf_ppo.kernels.packing import padded_hidden
+
+    return padded_hidden(layers, rows, first_read=first_read)
+
+
+def _all_read(arrange: str) -> Callable[[], Any]:
+    def make() -> Any:
+        from rlhf_ppo.kernels import packing
+
+        return lambda layers, rows, first_read=None: getattr(packing, arrange)(layers, rows)
+
+    return make
 
 
 def _dynamic_cache(config: Any, _: int) -> Any:
@@ -90,170 +134,121 @@ def _by_multinomial(logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     return tokens.squeeze(1), torch.log_softmax(logits, dim=1).gather(1, tokens).squeeze(1)
 
 
-def _candidate_without(left_out: str) -> Callable[[], Any]:
-    def make() -> Any:
-        from rlhf_ppo.kernels import fused_modules
-
-        plain, unwanted = fused_modules._candidate, getattr(fused_modules, left_out)
-
-        def candidate(module: Any) -> Any:
-            found = plain(module)
-            return None if found is unwanted else found
-
-        return candidate
-
-    return make
-
-
-def _without_gelu() -> dict[Any, Any]:
-    from rlhf_ppo.kernels import linear_layers
-
-    return dict(linear_layers.PRODUCTS)
-
-
-_ANEW: dict[str, Callable[[], Any]] = {"kernels.fused_modules._FUSED": dict}
-"""Without what was found out about classes of modules before."""
-STEP, GENERATE = ("step",), ("generate",)
+BOTH, GENERATE = ("generate", "step"), ("generate",)
 SWITCHES = {
     "fused_head": Switch(
-        "kernels/fused_linear_logprobs", "the LM head by autograd, chunk by chunk", settings={"fused_head": False},
-        phases=STEP,
+        "kernels/fused_linear_logprobs", "the LM head by autograd, chunk by chunk",
+        {"models.scoring.is_plain_head": _always(False)},
     ),
     "fused_scoring": Switch(
-        "models/scoring", "log-probabilities without a gradient from whole rows of logits", phases=STEP,
-        patches={"models.scoring.TokenPolicy._statistics": lambda: _scoring_by_rows()},
+        "models/scoring", "log-probabilities without a gradient from whole rows of logits",
+        {"models.scoring.TokenPolicy._statistics": _scoring_by_rows}, paired=False,
     ),
     "entropy_by_product": Switch(
-        "kernels/head_walk", "the entropy from each block's softmax", phases=STEP,
-        patches={"kernels.head_walk.HeadWalk._entropy_can_wait": _always(False)},
+        "kernels/linear_logprobs", "the entropy from each block's softmax",
+        {"kernels.linear_logprobs.FusedLinearLogprobs._entropy_can_wait": _always(False)},
     ),
     "logits_buffer": Switch(
-        "kernels/logits_buffer", "the head's gradient beside the probabilities", phases=STEP,
-        patches={
-            "kernels.logits_buffer.Room.make": lambda: _apart,
-            "kernels.logits_buffer.Room.rows": lambda: property(lambda _: 0),
+        "kernels/logits_buffer", "the head's gradient beside the probabilities",
+        {
+            "kernels.logits_buffer.LogitsBuffer.allocate": lambda: _apart,
+            "kernels.logits_buffer.LogitsBuffer.shared_rows": lambda: property(lambda _: 0),
         },
     ),
     "scratch_buffer": Switch(
-        "kernels/scratch_buffer", "a new tensor for each block's results", phases=STEP,
-        patches={"kernels.scratch_buffer.Scratch.empty": lambda: _new_memory},
+        "kernels/scratch_buffer", "a new tensor for each block's results",
+        {"kernels.scratch_buffer.ScratchBuffer.empty": lambda: _new_memory},
     ),
-    "memory": Switch(
-        "kernels/memory", "large tensors on the heap", phases=STEP,
-        patches={"kernels.memory.LEAST": lambda: math.inf},
-    ),
+    "memory": Switch("kernels/memory", "large tensors on the heap", {"kernels.memory.MIN_BYTES": lambda: math.inf}),
     "write_in_place": Switch(
-        "kernels/matmul", "products into a tensor of their own, then added or copied", phases=STEP,
-        patches={
-            "kernels.matmul.writes_in_place": _always(False), "kernels.head_walk.writes_in_place": _always(False),
+        "kernels/matmul", "products into a tensor of their own, then added or copied",
+        {
+            "kernels.matmul.can_write_into": _always(False), "kernels.linear_logprobs.can_write_into": _always(False),
         },
     ),
     "tiles": Switch(
-        "kernels/matmul", "a block's product in one piece", phases=STEP,
-        patches={"kernels.matmul._tiles": lambda: lambda _: [(slice(None), slice(None))]},
+        "kernels/matmul", "a block's product in one piece",
+        {"kernels.matmul._tiles": lambda: lambda _: [(slice(None), slice(None))]},
     ),
     "tied_embedding": Switch(
-        "kernels/tied_embedding", "two gradients of [vocabulary, width], added by autograd", phases=STEP,
-        patches={"models.scoring.shared_with_head": lambda: lambda _: nullcontext()},
+        "kernels/tied_embedding", "two gradients of [vocabulary, width], added by autograd",
+        {"models.scoring.tied_embedding_gradient": lambda: lambda _: nullcontext()},
     ),
     "rms_norm": Switch(
         "kernels/fused_layers", "transformers' RMSNorm",
-        patches={"kernels.fused_modules._candidate": _candidate_without("_FusedNorm"), **_ANEW},
+        {"kernels.fused_modules._FusedNorm.forward": lambda: _plain_forward}, phases=BOTH,
     ),
     "swiglu": Switch(
         "kernels/fused_layers", "transformers' gated MLP",
-        patches={"kernels.fused_modules._candidate": _candidate_without("_FusedGatedMLP"), **_ANEW},
+        {"kernels.fused_modules._FusedGatedMLP.forward": lambda: _plain_forward}, phases=BOTH,
     ),
-    "through_swiglu": Switch(
-        "kernels/fused_layers", "the last product's input kept", phases=STEP,
-        patches={"kernels.fused_modules.through_swiglu": lambda: _plainly_through},
+    "recomputed_swiglu": Switch(
+        "kernels/fused_layers", "the last product's input kept",
+        {"kernels.fused_modules.recomputed_swiglu": lambda: _swiglu_kept},
     ),
     "rotary": Switch(
         "kernels/fused_rotary", "transformers' apply_rotary_pos_emb",
-        patches={"kernels.fused_modules.rotating_forward": _always(None), **_ANEW},
+        {"kernels.fused_rotary.is_eager_float32_on_cpu": _always(False)}, phases=BOTH,
     ),
     "gelu": Switch(
-        "kernels/linear_layers", "transformers' NewGELUActivation", workloads=("cpu-gpt2",),
-        patches={"kernels.linear_layers.FASTER": _without_gelu},
+        "kernels/linear_layers", "transformers' NewGELUActivation",
+        {"kernels.linear_layers.FusedGELU.forward": lambda: _plain_gelu}, workloads=("cpu-gpt2",), phases=BOTH,
     ),
-    "packing": Switch("kernels/packing", "padded rows", settings={"packing": False}, phases=STEP),
+    "packing": Switch("kernels/packing", "padded rows", {"models.trunk.packed_hidden": lambda: _padded}),
     "packed_attention": Switch(
-        "kernels/packed_attention", "scaled_dot_product_attention once a length, with autograd", phases=STEP,
-        patches={"kernels.packing.fits_kernel": _always(False)},
+        "kernels/packed_attention", "scaled_dot_product_attention once a length, with autograd",
+        {"kernels.packing.can_use_flash_kernel": _always(False)},
     ),
     "last_layer": Switch(
-        "kernels/last_layer", "the whole last layer", phases=STEP,
-        patches={"models.trunk.can_skip_unread": _always(False)},
+        "kernels/last_layer", "the whole last layer",
+        {f"models.trunk.{name}": _all_read(name) for name in ("packed_hidden", "padded_hidden")},
     ),
     "keep_freed_memory": Switch(
-        "kernels/allocator", "glibc's defaults", settings={"keep_freed_memory": False}
+        "kernels/allocator", "glibc's defaults", settings={"keep_freed_memory": False}, phases=BOTH, paired=False
     ),
-    "bound_kernel_caches": Switch(
-        "kernels/allocator", "1,024 compiled products", workloads=("cpu-skew", "cpu-full", "cpu-bf16"),
-        patches={"kernels.matmul.bound_kernel_caches": _always(None)},
+    "kernel_caches": Switch(
+        "kernels/allocator", "1,024 compiled products", {"kernels.matmul.limit_kernel_caches": _always(None)},
+        phases=BOTH, workloads=("cpu-bf16",), paired=False,
     ),
     "fused_adam": Switch(
-        "learner/arguments", "Adam over lists of tensors", settings={"fused_adam": False}, phases=STEP
+        "learner/arguments", "Adam over lists of tensors", settings={"fused_adam": False}, paired=False
     ),
     "create_moments": Switch(
-        "updates/optimizers", "moments at the first step", phases=STEP,
-        patches={"updates.steps.create_moments": _always(None)},
+        "updates/optimizers", "moments at the first step", {"updates.steps.create_moments": _always(None)},
+        paired=False,
     ),
     "kv_cache": Switch(
-        "samplers/kv_cache", "transformers' DynamicCache", phases=GENERATE,
-        patches={"samplers.decode_loop.new_cache": lambda: _dynamic_cache},
+        "samplers/kv_cache", "transformers' DynamicCache", {"samplers.decode_loop.new_cache": lambda: _dynamic_cache},
+        phases=GENERATE, paired=False,
     ),
     "token_sampling": Switch(
-        "samplers/token_sampling", "torch.multinomial", phases=GENERATE, equal=False,
-        patches={"samplers.decode_loop.draw_tokens": lambda: _by_multinomial},
+        "samplers/token_sampling", "torch.multinomial", {"samplers.decode_loop.draw_tokens": lambda: _by_multinomial},
+        phases=GENERATE, paired=False, equal=False,
     ),
     "reuse_logprobs": Switch(
         "rollout/sampler_reuse", "a pass of the policy over its own rollout", settings={"reuse_logprobs": False},
-        phases=STEP,
+        paired=False,
     ),
     "low_precision_linear": Switch(
-        "kernels/low_precision_linear", "torch's autocast", workloads=("cpu-bf16",), phases=STEP,
+        "kernels/low_precision_linear", "torch's autocast", workloads=("cpu-bf16",), paired=False,
         settings={"bf16": False, "accelerator_kwargs": {"mixed_precision": "bf16"}},
     ),
     "low_precision_copies": Switch(
-        "kernels/linear_layers", "weights cast at every decode step", workloads=("cpu-bf16",), phases=GENERATE,
-        patches={"samplers.decode_loop.fast_layers": lambda: lambda _: nullcontext()},
+        "kernels/linear_layers", "weights cast at every decode step",
+        {"samplers.decode_loop.fast_layers": lambda: lambda _: nullcontext()},
+        workloads=("cpu-bf16",), phases=GENERATE, paired=False,
     ),
-    "bf16": Switch("learner/prepare", "float32 products", workloads=("cpu-bf16",), settings={"bf16": False}),
+    "bf16": Switch(
+        "learner/prepare", "float32 products", settings={"bf16": False}, workloads=("cpu-bf16",), phases=BOTH,
+        paired=False,
+    ),
     "unpadded": Switch(
-        "kernels/unpadded", "padded rows", workloads=("rm-pairs",), phases=("epoch",),
-        patches={"kernels.packing.can_be_packed": _always(False)},
+        "kernels/unpadded", "padded rows", {"kernels.packing.can_be_packed": _always(False)}, workloads=("rm-pairs",),
+        phases=("epoch",), paired=False,
     ),
 }  # fmt: skip
 
 
-def _plainly_through(layer: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    from rlhf_ppo.kernels.fused_layers import swiglu
-
-    return layer(swiglu(gate, up))
-
-
-def on(workload: str) -> dict[str, Switch]:
+def switches_on(workload: str) -> dict[str, Switch]:
     """The fast paths that are measured on a workload."""
     return {name: switch for name, switch in SWITCHES.items() if workload in switch.workloads}
-
-
-def answer(connection: Any, folder: str, workload: str, name: str | None) -> None:
-    """Run commands of `connection` on our side of `workload` in this process, with one fast path off."""
-    from pathlib import Path
-
-    from tests.benchmarks import pair_sides
-    from tests.benchmarks.sides import Ours, cost, count_cpu_seconds, memory
-    from tests.benchmarks.workloads import Task
-
-    torch.set_num_threads(1)
-    count_cpu_seconds("ours")
-    options = WORK[workload][1] | {"ppo_epochs": 1}
-    if name is not None:
-        SWITCHES[name].switch_off()
-        options |= SWITCHES[name].settings
-    start = partial(pair_sides.Ours, Path(folder)) if workload == "rm-pairs" else partial(Ours, Task.read(Path(folder)))
-    side: Any = start(options)
-    connection.send({"resident_mib": memory("VmRSS")})
-    for command, *arguments in iter(connection.recv, None):
-        connection.send(cost(getattr(side, command), *arguments))

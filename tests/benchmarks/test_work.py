@@ -122,7 +122,7 @@ def test_all_minibatches_of_an_update_take_the_same_pages_and_compute_the_same(
     monkeypatch.setattr(memory.mmap, "mmap", counted)
     found = []
     for least in (1, math.inf):
-        monkeypatch.setattr(memory, "LEAST", least)
+        monkeypatch.setattr(memory, "MIN_BYTES", least)
         ours = side(TINY, tmp_path)
         ours.step()
         found.append(torch.cat([parameter.detach().flatten() for parameter in ours.model.parameters()]))

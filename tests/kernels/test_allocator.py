@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rlhf_ppo.kernels.allocator import KERNELS, bound_kernel_caches, keep_freed_memory
+from rlhf_ppo.kernels.allocator import MAX_CACHED_KERNELS, keep_freed_memory, limit_kernel_caches
 
 FAULTS = """
 import resource, torch
@@ -57,13 +57,13 @@ def test_a_large_tensor_after_another_touches_no_new_page() -> None:
 def test_products_of_ever_new_lengths_leave_little_behind() -> None:
     """Each keeps a work space of its weight's size, 1.5 MiB here: 200 of them without a limit."""
     ours, theirs = run(LENGTHS), run(LENGTHS, ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024")
-    assert ours[1:] == [str(KERNELS)] * 2 and theirs[1:] == ["1024", "1024"]
+    assert ours[1:] == [str(MAX_CACHED_KERNELS)] * 2 and theirs[1:] == ["1024", "1024"]
     assert int(ours[0]) <= 0.6 * int(theirs[0]) or int(theirs[0]) < 100  # other processors' kernels keep less
 
 
 def test_kernel_caches_are_bounded_and_the_users_own_limit_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "1000")
-    bound_kernel_caches()
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(KERNELS)
+    limit_kernel_caches()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(MAX_CACHED_KERNELS)
     assert os.environ["LRU_CACHE_CAPACITY"] == "1000"

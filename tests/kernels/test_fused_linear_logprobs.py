@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_ppo.functional.logprobs import chunked_token_statistics
-from rlhf_ppo.kernels import head_walk, matmul
+from rlhf_ppo.kernels import chunk_sizes, linear_logprobs, matmul
 from rlhf_ppo.kernels.fused_linear_logprobs import fused_token_statistics
-from rlhf_ppo.kernels.head_walk import Slopes
-from rlhf_ppo.kernels.logits_buffer import Room
+from rlhf_ppo.kernels.linear_logprobs import LossGradient
+from rlhf_ppo.kernels.logits_buffer import LogitsBuffer
 from tests.benchmarks.allocations import allocated_bytes, peak_bytes
 
 N, HIDDEN, VOCAB = 37, 6, 11
@@ -33,7 +33,7 @@ def parts(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def blocks_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, block=tokens))
+    monkeypatch.setattr(chunk_sizes, "CPU_SIZES", replace(chunk_sizes.CPU_SIZES, block=tokens))
 
 
 def loss_of(logprobs: Tensor, entropy: Tensor | None, ent_coef: float, rows: slice = slice(None)) -> Tensor:
@@ -43,7 +43,7 @@ def loss_of(logprobs: Tensor, entropy: Tensor | None, ent_coef: float, rows: sli
     return loss if entropy is None else loss + ent_coef * (weights * entropy.square()).sum()
 
 
-def slopes(ent_coef: float) -> Slopes:
+def loss_gradient(ent_coef: float) -> LossGradient:
     def found(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
         leaves = [leaf.detach().requires_grad_() for leaf in (logprobs, entropy) if leaf is not None]
         with torch.enable_grad():
@@ -51,7 +51,7 @@ def slopes(ent_coef: float) -> Slopes:
         gradients = torch.autograd.grad(loss, leaves)
         return gradients[0], gradients[1] if len(gradients) > 1 else None
 
-    return Slopes(found)
+    return LossGradient(found)
 
 
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, **settings: Any) -> Any:
@@ -72,7 +72,7 @@ def test_fused_statistics_and_gradients_equal_the_plain_ones(
     results = []
     for fused in (True, False):
         found = (
-            fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(ent_coef), **settings)
+            fused_token_statistics(hidden, weight, bias, tokens, loss_gradient=loss_gradient(ent_coef), **settings)
             if fused
             else plain(hidden, weight, bias, tokens, **settings)
         )
@@ -90,7 +90,7 @@ def test_a_head_without_a_bias_is_one_whose_bias_is_zero(with_entropy: bool, mon
     settings: dict[str, Any] = {"with_entropy": with_entropy, "temperature": 0.6, "chunk_size": 16}
     results = []
     for offset, compute in ((None, fused_token_statistics), (torch.zeros_like(bias), plain)):
-        given = settings if compute is plain else settings | {"slopes": slopes(0.7 * with_entropy)}
+        given = settings if compute is plain else settings | {"loss_gradient": loss_gradient(0.7 * with_entropy)}
         found = compute(hidden, weight, offset, tokens, **given)
         loss = loss_of(found.logprobs, found.entropy, 0.7)
         results.append([found.logprobs, *torch.autograd.grad(loss, (hidden, weight))])
@@ -109,7 +109,7 @@ def test_a_token_in_a_block_without_a_share_keeps_its_gradient(
     results: list[list[Any]] = []
     for fused in (True, False):
         found: Any = (
-            fused_token_statistics(hidden, weight, bias, tokens, slopes=linear_slopes(ent_coef))
+            fused_token_statistics(hidden, weight, bias, tokens, loss_gradient=linear_loss_gradient(ent_coef))
             if fused
             else plain(hidden, weight, bias, tokens)
         )
@@ -131,7 +131,9 @@ def test_a_block_without_a_share_spoils_no_gradient_in_half_precision(
     gradients = []
     for fused in (True, False):
         found: Any = (
-            fused_token_statistics(hidden, weight, bias, tokens, slopes=linear_slopes(0.7), product_dtype=dtype)
+            fused_token_statistics(
+                hidden, weight, bias, tokens, loss_gradient=linear_loss_gradient(0.7), matmul_dtype=dtype
+            )
             if fused
             else plain(hidden, weight, bias, tokens)
         )
@@ -140,9 +142,9 @@ def test_a_block_without_a_share_spoils_no_gradient_in_half_precision(
         assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 
-def linear_slopes(ent_coef: float) -> Slopes:
+def linear_loss_gradient(ent_coef: float) -> LossGradient:
     """Of the sum of log-probabilities and weighed entropies."""
-    return Slopes(lambda logprobs, entropy, _: (
+    return LossGradient(lambda logprobs, entropy, _: (
         torch.ones_like(logprobs), None if entropy is None else torch.full_like(entropy, ent_coef)
     ))  # fmt: skip
 
@@ -157,7 +159,7 @@ def test_a_sure_token_has_a_small_gradient_in_bfloat16_too(block: int, monkeypat
     for fused in (True, False):
         given = (hidden[:1], 0.1 * weight, bias, tokens[:1])
         found = (
-            fused_token_statistics(*given, slopes=linear_slopes(0.0), product_dtype=torch.bfloat16)
+            fused_token_statistics(*given, loss_gradient=linear_loss_gradient(0.0), matmul_dtype=torch.bfloat16)
             if fused
             else plain(*given)
         )
@@ -166,14 +168,14 @@ def test_a_sure_token_has_a_small_gradient_in_bfloat16_too(block: int, monkeypat
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.02
 
 
-def without_reading(given: Slopes, asked: list[Tensor | None]) -> Slopes:
-    """The same slopes, who say that they need no entropy; what they got goes into `asked`."""
+def without_reading(given: LossGradient, asked: list[Tensor | None]) -> LossGradient:
+    """The same loss_gradient, who say that they need no entropy; what they got goes into `asked`."""
 
     def at(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
         asked.append(entropy)
         return given.at(logprobs, entropy, rows)
 
-    return Slopes(at, read_entropy=False)
+    return LossGradient(at, reads_entropy=False)
 
 
 @pytest.mark.parametrize("chunk_size", [3, 1000])
@@ -188,9 +190,9 @@ def test_the_entropy_that_no_slope_reads_comes_from_the_gradients_products(
     weight.requires_grad_(trains_weight)
     asked: list[Tensor | None] = []
     weights = torch.linspace(-1, 2, N, dtype=hidden.dtype) * (torch.arange(N) % 3 > 0)
-    foreseen = without_reading(Slopes(lambda logprobs, _, rows: (weights[rows], None)), asked)
+    foreseen = without_reading(LossGradient(lambda logprobs, _, rows: (weights[rows], None)), asked)
     settings: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
-    found = fused_token_statistics(hidden, weight, None, tokens, slopes=foreseen, **settings)
+    found = fused_token_statistics(hidden, weight, None, tokens, loss_gradient=foreseen, **settings)
     exact: Any = chunked_token_statistics(lambda h: h @ weight.t(), hidden, tokens, **settings)
     assert asked == [None] * len(asked) and len(asked) == math.ceil(N / chunk_size)
     leaves = [hidden, weight] if trains_weight else [hidden]
@@ -209,9 +211,9 @@ def test_an_entropy_taken_late_is_as_exact_far_from_zero_and_vanishes_for_a_sure
     hidden[0, -1] = 50.0
     exact = chunked_token_statistics(lambda h: h @ weight.double().t(), hidden.double(), tokens)
     for late in (True, False):
-        slope = linear_slopes(0.0)
+        slope = linear_loss_gradient(0.0)
         given = (hidden.float().requires_grad_(), weight.float().requires_grad_(), None, tokens)
-        found = fused_token_statistics(*given, slopes=without_reading(slope, []) if late else slope)
+        found = fused_token_statistics(*given, loss_gradient=without_reading(slope, []) if late else slope)
         assert exact.entropy is not None and found.entropy is not None
         assert float(exact.entropy[0]) < 1e-12
         assert abs(float(found.entropy[0].detach())) < (1e-12 if late else 1e-4)
@@ -225,21 +227,21 @@ def test_an_entropy_waits_for_no_product_in_bfloat16_and_none_that_is_not_made()
         ((hidden.detach(), weight, None, tokens), None),
         ((hidden, weight, bias, tokens), None),
     ):
-        slope, results = linear_slopes(0.0), []
+        slope, results = linear_loss_gradient(0.0), []
         for foreseen in (slope, without_reading(slope, [])):
-            found = fused_token_statistics(*asked, slopes=foreseen, product_dtype=dtype)
+            found = fused_token_statistics(*asked, loss_gradient=foreseen, matmul_dtype=dtype)
             assert found.entropy is not None
             results.append(found.entropy)
         assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(
-    "foreseen", [Slopes(lambda logprobs, _, __: (torch.ones_like(logprobs), torch.ones_like(logprobs)), False),
-                 Slopes(lambda logprobs, _, __: (torch.ones_like(logprobs), None), False)]
+    "foreseen", [LossGradient(lambda logprobs, _, __: (torch.ones_like(logprobs), torch.ones_like(logprobs)), False),
+                 LossGradient(lambda logprobs, _, __: (torch.ones_like(logprobs), None), False)]
 )  # fmt: skip
-def test_slopes_that_were_wrong_about_the_entropy_are_corrected(foreseen: Slopes) -> None:
+def test_slopes_that_were_wrong_about_the_entropy_are_corrected(foreseen: LossGradient) -> None:
     hidden, weight, _, tokens = parts()
-    found = fused_token_statistics(hidden, weight, None, tokens, slopes=foreseen)
+    found = fused_token_statistics(hidden, weight, None, tokens, loss_gradient=foreseen)
     exact = chunked_token_statistics(lambda h: h @ weight.t(), hidden, tokens)
     gradients = [
         torch.autograd.grad((result.logprobs + result.entropy).sum(), (hidden, weight)) for result in (found, exact)
@@ -252,11 +254,11 @@ def test_a_loss_that_is_no_sum_over_tokens_still_gets_its_own_gradient() -> None
     gradients = []
     for fused in (True, False):
         found = (
-            fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0))
+            fused_token_statistics(hidden, weight, bias, tokens, loss_gradient=loss_gradient(0.0))
             if fused
             else plain(hidden, weight, bias, tokens)
         )
-        loss = found.logprobs.mean().exp() * found.logprobs[0]  # not what `slopes` says
+        loss = found.logprobs.mean().exp() * found.logprobs[0]  # not what `loss_gradient` says
         gradients.append(torch.autograd.grad(loss, (hidden, weight, bias)))
     for ours, theirs in zip(*gradients, strict=True):
         assert_close(ours, theirs)
@@ -276,22 +278,22 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def written(a: Tensor, b: Tensor, bias: Tensor | None = None, *, to: Tensor, **_: Any) -> Tensor:
         return to.copy_(counted(a, b, bias))
 
-    monkeypatch.setattr(head_walk, "product", counted)
-    monkeypatch.setattr(head_walk, "add_product", added)
-    monkeypatch.setattr(head_walk, "write_product", written)
+    monkeypatch.setattr(linear_logprobs, "matmul", counted)
+    monkeypatch.setattr(linear_logprobs, "add_matmul", added)
+    monkeypatch.setattr(linear_logprobs, "write_matmul", written)
     return calls
 
 
 def test_a_foreseen_gradient_multiplies_three_times_and_another_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, and one product for each gradient, in each of two chunks; the plain way has four."""
-    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
-    monkeypatch.setattr(head_walk, "FEWEST", N - HIDDEN - 1)
+    monkeypatch.setattr(chunk_sizes, "CPU_SIZES", replace(chunk_sizes.CPU_SIZES, probabilities=1))
+    monkeypatch.setattr(chunk_sizes, "MIN_EXTRA_ROWS", N - HIDDEN - 1)
     calls = counting(monkeypatch)
     hidden, weight, bias, tokens = parts()
-    found = fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0), with_entropy=False)
+    found = fused_token_statistics(hidden, weight, bias, tokens, loss_gradient=loss_gradient(0.0), with_entropy=False)
     loss_of(found.logprobs, None, 0.0).backward()
     assert len(calls) == 2 * 3
-    found = fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0), with_entropy=False)
+    found = fused_token_statistics(hidden, weight, bias, tokens, loss_gradient=loss_gradient(0.0), with_entropy=False)
     found.logprobs[3].backward()
     assert len(calls) == 2 * 3 + 2 * 6
 
@@ -299,7 +301,9 @@ def test_a_foreseen_gradient_multiplies_three_times_and_another_begins_again(mon
 def test_a_frozen_head_or_trunk_gets_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counting(monkeypatch)
     hidden, weight, _, tokens = parts()
-    found = fused_token_statistics(hidden, weight.detach(), None, tokens, slopes=slopes(0.0), with_entropy=False)
+    found = fused_token_statistics(
+        hidden, weight.detach(), None, tokens, loss_gradient=loss_gradient(0.0), with_entropy=False
+    )
     loss_of(found.logprobs, None, 0.0).backward()
     assert len(calls) == 2 and weight.grad is None and hidden.grad is not None
 
@@ -307,7 +311,7 @@ def test_a_frozen_head_or_trunk_gets_no_product(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_low_precision_states_are_normalized_in_float32(dtype: torch.dtype, tolerance: float) -> None:
     exact = plain(*parts())
-    found = fused_token_statistics(*parts(dtype), slopes=slopes(0.0))
+    found = fused_token_statistics(*parts(dtype), loss_gradient=loss_gradient(0.0))
     assert found.logprobs.dtype == torch.float32
     assert_close(found.logprobs.double(), exact.logprobs, rtol=tolerance, atol=tolerance)
 
@@ -317,7 +321,7 @@ def test_impossible_tokens_make_no_nan() -> None:
     with torch.no_grad():
         bias[5] = -math.inf
     possible = torch.where(tokens == 5, 4, tokens)
-    found = fused_token_statistics(hidden, weight, bias, possible, slopes=slopes(0.7))
+    found = fused_token_statistics(hidden, weight, bias, possible, loss_gradient=loss_gradient(0.7))
     loss_of(found.logprobs, found.entropy, 0.7).backward()
     assert found.entropy is not None and found.entropy.isfinite().all()
     assert hidden.grad is not None and hidden.grad.isfinite().all()
@@ -325,8 +329,8 @@ def test_impossible_tokens_make_no_nan() -> None:
 
 def test_no_tokens_give_zero_gradients() -> None:
     hidden, weight, bias, _ = parts()
-    nobody = Slopes(lambda logprobs, entropy, rows: (logprobs, entropy))
-    found = fused_token_statistics(hidden[:0], weight, bias, torch.zeros(0, dtype=torch.long), slopes=nobody)
+    nobody = LossGradient(lambda logprobs, entropy, rows: (logprobs, entropy))
+    found = fused_token_statistics(hidden[:0], weight, bias, torch.zeros(0, dtype=torch.long), loss_gradient=nobody)
     found.logprobs.sum().backward()
     assert weight.grad is not None and float(weight.grad.abs().sum()) == 0.0
 
@@ -334,8 +338,8 @@ def test_no_tokens_give_zero_gradients() -> None:
 def test_kept_memory_does_not_grow_with_the_vocabulary_times_the_tokens() -> None:
     """What waits for the backward pass is the gradient of states and head, never [tokens, vocabulary]."""
     hidden, weight, bias, tokens = parts()
-    found = fused_token_statistics(hidden, weight, bias, tokens, slopes=slopes(0.0))
-    kept = found.logprobs.grad_fn.found  # type: ignore[union-attr]
+    found = fused_token_statistics(hidden, weight, bias, tokens, loss_gradient=loss_gradient(0.0))
+    kept = found.logprobs.grad_fn.output  # type: ignore[union-attr]
     sizes = [value.numel() for value in vars(kept).values() if isinstance(value, Tensor)]
     assert max(sizes) == max(N * HIDDEN, VOCAB * HIDDEN) < N * VOCAB
 
@@ -343,11 +347,11 @@ def test_kept_memory_does_not_grow_with_the_vocabulary_times_the_tokens() -> Non
 @torch.no_grad()
 def test_scoring_holds_one_block_of_logits_whatever_the_vocabulary_and_the_rows() -> None:
     def peak(rows: int, blocks: int) -> int:
-        hidden, weight = torch.randn(rows, 16), torch.randn(blocks * head_walk.ON_CPU.block, 16)
+        hidden, weight = torch.randn(rows, 16), torch.randn(blocks * chunk_sizes.CPU_SIZES.block, 16)
         tokens = torch.arange(rows)
-        return peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, slopes=None))
+        return peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, loss_gradient=None))
 
-    block = head_walk.ON_CPU.scored
+    block = chunk_sizes.CPU_SIZES.scoring_logits
     small, large = peak(256, 2), peak(1000, 16)
     assert small == pytest.approx(large, abs=0.05 * block)
     assert large < 3 * block  # its logits, their probabilities, and what a product takes
@@ -355,13 +359,13 @@ def test_scoring_holds_one_block_of_logits_whatever_the_vocabulary_and_the_rows(
 
 def test_training_holds_the_heads_gradient_and_the_fewest_rows_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one piece, however many chunks there are, and one block of it for the gradient to be a step behind."""
-    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
-    block, chunk, rows = head_walk.ON_CPU.block, head_walk.FEWEST, 3 * head_walk.FEWEST
+    monkeypatch.setattr(chunk_sizes, "CPU_SIZES", replace(chunk_sizes.CPU_SIZES, probabilities=1))
+    block, chunk, rows = chunk_sizes.CPU_SIZES.block, chunk_sizes.MIN_EXTRA_ROWS, 3 * chunk_sizes.MIN_EXTRA_ROWS
     vocab = 16 * block
     hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (rows, vocab))
     tokens = torch.arange(rows)
 
-    asked = partial(fused_token_statistics, slopes=linear_slopes(0.0), with_entropy=False)
+    asked = partial(fused_token_statistics, loss_gradient=linear_loss_gradient(0.0), with_entropy=False)
     peak = peak_bytes(lambda: asked(hidden, weight, None, tokens))
     gradient, kept = 4 * (weight.numel() + 16 * block), 4 * chunk * vocab
     assert gradient + kept < peak < gradient + kept + 3 * 4 * (chunk + 16) * block
@@ -371,30 +375,38 @@ def test_beside_the_heads_gradient_training_holds_no_more_at_four_times_the_voca
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Up to 128,000 tokens, of which the fewest rows of a chunk fill what is allowed; here it is a sixteenth."""
-    real = head_walk.ON_CPU
-    assert 0.98 * real.kept < 4 * head_walk.FEWEST * 128_000 < 1.02 * real.kept
-    monkeypatch.setattr(head_walk, "ON_CPU", replace(real, kept=4 * head_walk.FEWEST * 8000, block=real.block // 16))
+    real = chunk_sizes.CPU_SIZES
+    assert 0.98 * real.probabilities < 4 * chunk_sizes.MIN_EXTRA_ROWS * 128_000 < 1.02 * real.probabilities
+    monkeypatch.setattr(
+        chunk_sizes,
+        "CPU_SIZES",
+        replace(real, probabilities=4 * chunk_sizes.MIN_EXTRA_ROWS * 8000, block=real.block // 16),
+    )
 
     def peak(vocab: int) -> int:
         hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (1024, vocab))
         tokens = torch.arange(1024)
 
-        slope = Slopes(lambda logprobs, entropy, _: (torch.ones_like(logprobs), entropy))
-        return peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, slopes=slope)) - 64 * vocab
+        slope = LossGradient(lambda logprobs, entropy, _: (torch.ones_like(logprobs), entropy))
+        return (
+            peak_bytes(lambda: fused_token_statistics(hidden, weight, None, tokens, loss_gradient=slope)) - 64 * vocab
+        )
 
     assert peak(8000) < 1.02 * peak(2000)
 
 
 def test_probabilities_do_not_wait_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    walks: list[weakref.ref[head_walk.HeadWalk]] = []
-    run = head_walk.HeadWalk.run
+    walks: list[weakref.ref[linear_logprobs.FusedLinearLogprobs]] = []
+    run = linear_logprobs.FusedLinearLogprobs.run
 
-    def noted(self: head_walk.HeadWalk, slopes: Slopes | None) -> head_walk.Found:
+    def noted(
+        self: linear_logprobs.FusedLinearLogprobs, loss_gradient: LossGradient | None
+    ) -> linear_logprobs.HeadOutput:
         walks.append(weakref.ref(self))
-        return run(self, slopes)
+        return run(self, loss_gradient)
 
-    monkeypatch.setattr(head_walk.HeadWalk, "run", noted)
-    result = fused_token_statistics(*parts(), slopes=slopes(0.0), with_entropy=False)
+    monkeypatch.setattr(linear_logprobs.FusedLinearLogprobs, "run", noted)
+    result = fused_token_statistics(*parts(), loss_gradient=loss_gradient(0.0), with_entropy=False)
     assert result.logprobs.requires_grad
     assert [walk() for walk in walks] == [None]
 
@@ -403,8 +415,8 @@ def test_chunks_of_a_large_vocabulary_keep_so_many_rows_that_its_gradient_is_rar
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first has what the gradient has room for and the least beyond; those behind it are of one size, 10 and 9."""
-    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
-    monkeypatch.setattr(head_walk, "FEWEST", 12)
+    monkeypatch.setattr(chunk_sizes, "CPU_SIZES", replace(chunk_sizes.CPU_SIZES, probabilities=1))
+    monkeypatch.setattr(chunk_sizes, "MIN_EXTRA_ROWS", 12)
     assert chunks_of(*parts()) == [HIDDEN + 12, 10, 9]
 
 
@@ -416,7 +428,7 @@ def chunks_of(*given: Any, **settings: Any) -> list[int]:
         sizes.append(len(logprobs))
         return torch.ones_like(logprobs), None
 
-    fused_token_statistics(*given, slopes=Slopes(noted), **settings)
+    fused_token_statistics(*given, loss_gradient=LossGradient(noted), **settings)
     return sizes
 
 
@@ -424,12 +436,12 @@ def test_the_heads_gradient_has_room_for_the_probabilities_of_as_many_tokens_as_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A row of 6 float32 numbers is as wide as 12 in bfloat16. Where the two share no memory, all stand beside."""
-    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, kept=1))
-    monkeypatch.setattr(head_walk, "FEWEST", 20)
+    monkeypatch.setattr(chunk_sizes, "CPU_SIZES", replace(chunk_sizes.CPU_SIZES, probabilities=1))
+    monkeypatch.setattr(chunk_sizes, "MIN_EXTRA_ROWS", 20)
     hidden, weight, bias, tokens = parts(torch.float32)
     assert chunks_of(hidden, weight, bias, tokens) == [6 + 20, 11]
-    assert chunks_of(hidden, weight, bias, tokens, product_dtype=torch.bfloat16) == [12 + 20, 5]
-    assert chunks_of(hidden, weight, bias, tokens, product_dtype=torch.float64) == [19, 18]
+    assert chunks_of(hidden, weight, bias, tokens, matmul_dtype=torch.bfloat16) == [12 + 20, 5]
+    assert chunks_of(hidden, weight, bias, tokens, matmul_dtype=torch.float64) == [19, 18]
     assert chunks_of(hidden, weight.detach(), bias, tokens) == [19, 18]
     assert chunks_of(hidden, weight, bias, tokens, chunk_size=5) == [5] * 7 + [2]
 
@@ -444,41 +456,43 @@ def test_a_blocks_gradient_is_written_where_no_probability_is_waited_for(
     """Each block's gradient in turn: probabilities of later blocks, and its own, which it is made from, stay."""
     stops = torch.tensor(sizes).cumsum(0).tolist()
     chunks = [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
-    room = Room(torch.zeros(vocab, hidden, dtype=dtype), block, torch.float32)
-    room.make(chunks)
-    assert room.gradient is not None and [room.is_ahead(rows) for rows in chunks] == [True] + [False] * (len(sizes) - 1)
-    place = room.of(chunks[0]).fill_(1.0)
-    for number in range(room.blocks):
-        room.gradient[number * block : (number + 1) * block] = math.nan
+    buffer = LogitsBuffer(torch.zeros(vocab, hidden, dtype=dtype), block, torch.float32)
+    buffer.allocate(chunks)
+    assert buffer.gradient is not None and [buffer.overlaps_gradient(rows) for rows in chunks] == [True] + [False] * (
+        len(sizes) - 1
+    )
+    place = buffer.probabilities(chunks[0]).fill_(1.0)
+    for number in range(buffer.blocks):
+        buffer.gradient[number * block : (number + 1) * block] = math.nan
         assert bool((place[number:] == 1).all())
-    room.gradient.zero_()
+    buffer.gradient.zero_()
     for rows in chunks[1:]:
-        room.of(rows).fill_(1.0)
-    assert bool((room.gradient == 0).all())
+        buffer.probabilities(rows).fill_(1.0)
+    assert bool((buffer.gradient == 0).all())
 
 
 @pytest.mark.parametrize("rows, block", [(100, 4000), (1024, 2000), (8000, 1016)])
 def test_many_rows_go_by_smaller_blocks(rows: int, block: int) -> None:
     """8 MiB of logits at a time, but no fewer tokens than a tile has: 63 blocks of a vocabulary of 64,000."""
     hidden, weight = torch.randn(rows, 2), torch.randn(64_000, 2)
-    settings = head_walk.WalkSettings(1.0, 10_000, False, None, True, True, False)
-    walk = head_walk.HeadWalk(hidden, weight, None, torch.zeros(rows, dtype=torch.long), settings)
-    assert walk._block(kept=True) == block
-    assert walk._block(kept=False) == 4000
+    settings = linear_logprobs.LinearLogprobsSettings(1.0, 10_000, False, None, True, True, False)
+    walk = linear_logprobs.FusedLinearLogprobs(hidden, weight, None, torch.zeros(rows, dtype=torch.long), settings)
+    assert walk._block_size(training=True) == block
+    assert walk._block_size(training=False) == 4000
 
 
 def test_beyond_the_heads_gradient_stand_a_block_of_it_and_the_rows_that_a_state_is_not_wide_enough_for() -> None:
     """Beside logits and products of one block, of which there are 16."""
-    block = head_walk.ON_CPU.block
+    block = chunk_sizes.CPU_SIZES.block
     for rows, beyond in ((16, 16), (80, 64 + 16 * 16)):
         hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (rows, 16 * block))
         asked = partial(fused_token_statistics, hidden, weight, None, torch.arange(rows))
-        peak = peak_bytes(partial(asked, slopes=linear_slopes(0.0)))
+        peak = peak_bytes(partial(asked, loss_gradient=linear_loss_gradient(0.0)))
         assert 0 < peak - 4 * (weight.numel() + beyond * block) < 4 * 4 * rows * block
 
 
 def test_a_second_backward_pass_is_refused() -> None:
-    found = fused_token_statistics(*parts(), slopes=slopes(0.0))
+    found = fused_token_statistics(*parts(), loss_gradient=loss_gradient(0.0))
     loss = loss_of(found.logprobs, found.entropy, 0.0)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="got a second"):
@@ -490,32 +504,34 @@ def test_an_impossible_token_has_no_probability_and_leaves_the_entropy_finite() 
     barred = torch.zeros(VOCAB, dtype=bias.dtype)
     barred[tokens[0]] = -torch.inf
     results: list[Any] = []
-    for compute in (lambda *given: fused_token_statistics(*given, slopes=slopes(0.0)), plain):
+    for compute in (lambda *given: fused_token_statistics(*given, loss_gradient=loss_gradient(0.0)), plain):
         found = compute(hidden, weight, bias + barred, tokens)
         results.append((found.logprobs, found.entropy))
     assert results[0][0][0] == -torch.inf and bool(results[0][1].isfinite().all())
     assert_close(results[0], results[1])
 
 
-@pytest.mark.parametrize("product_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("matmul_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("trained", [True, False])
 def test_logits_and_products_of_a_block_lie_where_those_of_the_block_before_have_stood(
-    monkeypatch: pytest.MonkeyPatch, trained: bool, product_dtype: torch.dtype | None
+    monkeypatch: pytest.MonkeyPatch, trained: bool, matmul_dtype: torch.dtype | None
 ) -> None:
     """Twelve blocks more bring no other tensors to life than their share of those of the head's size, and numbers."""
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)  # its results lie elsewhere
     rows, width, block = 32, 8, 2048
-    monkeypatch.setattr(head_walk, "ON_CPU", replace(head_walk.ON_CPU, block=block, scored=4 * rows * block))
+    monkeypatch.setattr(
+        chunk_sizes, "CPU_SIZES", replace(chunk_sizes.CPU_SIZES, block=block, scoring_logits=4 * rows * block)
+    )
 
     def allocated(blocks: int) -> int:
         hidden, weight = (torch.randn(n, width, requires_grad=trained) for n in (rows, blocks * block))
-        slope = linear_slopes(0.0) if trained else None
-        asked = partial(fused_token_statistics, slopes=slope, product_dtype=product_dtype, with_entropy=False)
+        slope = linear_loss_gradient(0.0) if trained else None
+        asked = partial(fused_token_statistics, loss_gradient=slope, matmul_dtype=matmul_dtype, with_entropy=False)
         with torch.set_grad_enabled(trained):
             return allocated_bytes(partial(asked, hidden, weight, None, torch.arange(rows)))
 
-    low = 2 if product_dtype is not None else 4
-    sized = low * block * width if product_dtype is not None else 0  # the head in that precision
+    low = 2 if matmul_dtype is not None else 4
+    sized = low * block * width if matmul_dtype is not None else 0  # the head in that precision
     # Probabilities with the head's gradient in one piece, which is no shorter than the gradient.
     sized += block * max(low * rows, 4 * width) if trained else 0
     grown = allocated(16) - allocated(4) - 12 * sized

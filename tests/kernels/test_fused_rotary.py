@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as of_
 
 from rlhf_ppo.kernels import fused_rotary
 from rlhf_ppo.kernels.fused_modules import fused_class, plain_class
-from rlhf_ppo.kernels.fused_rotary import rotating_forward
+from rlhf_ppo.kernels.fused_rotary import forward_with_fused_rotary
 from tests.support.tiny_models import tiny_llama
 
 apply_rotary_pos_emb: Any = of_llama
@@ -56,7 +56,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_forward_runs_as_it_is_with_our_rotation_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, module, given = counting(monkeypatch), Attention(), queries_keys_and_angles()
-    forward = rotating_forward(module)
+    forward = forward_with_fused_rotary(module)
     assert forward is not None
     calls.clear()  # the trial's
     assert_close(forward(module, *given), module(*given))
@@ -66,7 +66,7 @@ def test_a_forward_runs_as_it_is_with_our_rotation_in_it(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("function", [of_neighbors, of_other_arguments, None])
 def test_a_function_that_computes_something_else_stays(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "apply_rotary_pos_emb", function)
-    assert rotating_forward(Attention()) is None
+    assert forward_with_fused_rotary(Attention()) is None
 
 
 def test_parts_of_a_head_learned_angles_and_half_precision_go_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:

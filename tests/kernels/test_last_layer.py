@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCau
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.kernels import last_layer
-from rlhf_ppo.kernels.last_layer import last_layer_on, tokenwise_parts
+from rlhf_ppo.kernels.last_layer import last_layer_at, tokenwise_modules
 from rlhf_ppo.kernels.packing import can_skip_unread, padded_hidden
 from rlhf_ppo.models.scoring import TokenPolicy
 from tests.kernels.test_packing import RAGGED, bloom, inputs
@@ -52,10 +52,10 @@ def test_skipping_what_nobody_reads_leaves_results_and_gradients(architecture: s
         policy = TokenPolicy(AutoModelForCausalLMWithValueHead.from_pretrained(BUILD[architecture]()), packing=True)
         policy._trunk.skips_unread = None if skips else False
         results.append((*scored(policy, rows), policy.work["last_layer_tokens"], policy.work["trunk_tokens"]))
-    (outputs, gradients, everywhere, positions), (found, slopes, read, _) = results
+    (outputs, gradients, everywhere, positions), (found, loss_gradient, read, _) = results
     for a, b in zip(found, outputs, strict=True):
         assert_close(a, b, rtol=0, atol=1e-5)
-    for a, b in zip(slopes, gradients, strict=True):
+    for a, b in zip(loss_gradient, gradients, strict=True):
         assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
     assert all(float(values.abs().max()) > 0 for values in found)
     assert everywhere == positions
@@ -99,7 +99,7 @@ def test_keys_or_values_by_another_name_are_found_out(monkeypatch: pytest.Monkey
     layers = ARCHITECTURES["llama"]().base_model
     rows = [torch.arange(2, 9), torch.arange(4, 9)]
     assert can_skip_unread(layers, rows)
-    monkeypatch.setattr(last_layer, "OF_ATTENTION", (*last_layer.OF_ATTENTION, "v_proj"))
+    monkeypatch.setattr(last_layer, "PROJECTION_NAMES", (*last_layer.PROJECTION_NAMES, "v_proj"))
     assert not can_skip_unread(layers, rows)
 
 
@@ -107,13 +107,13 @@ def test_layers_in_two_stacks_are_left_alone() -> None:
     """Which of them comes last, nobody knows."""
     layers = tiny_gpt2().base_model
     layers.more = nn.ModuleList(nn.Identity() for _ in layers.h)
-    assert tokenwise_parts(layers) == []
+    assert tokenwise_modules(layers) == []
 
 
 def test_an_architecture_with_other_names_is_left_alone() -> None:
     layers = tiny_gpt2().base_model
     layers.h[-1] = nn.Sequential(layers.h[-1])
-    assert tokenwise_parts(layers) == []
+    assert tokenwise_modules(layers) == []
     assert not can_skip_unread(layers, [torch.arange(2, 9)] * 2)
 
 
@@ -129,9 +129,9 @@ def test_checkpointed_layers_run_whole() -> None:
 
 def test_the_layer_is_its_own_again_whatever_happens() -> None:
     layers = tiny_gpt2().base_model
-    parts = tokenwise_parts(layers)
+    parts = tokenwise_modules(layers)
     parts[0].forward = own = parts[0].forward  # as an engine exchanges it
-    with pytest.raises(IndexError), last_layer_on(layers, torch.tensor([99])):
+    with pytest.raises(IndexError), last_layer_at(layers, torch.tensor([99])):
         layers(torch.arange(2, 9)[None])
     assert parts[0].forward is own
     assert not any("forward" in vars(part) for part in parts[1:])

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.kernels import linear_layers, matmul
-from rlhf_ppo.kernels.head_walk import Slopes
 from rlhf_ppo.kernels.linear_layers import FastConv1D, FastLinear, use_fast_layers, use_plain_layers
+from rlhf_ppo.kernels.linear_logprobs import LossGradient
 from rlhf_ppo.models.scoring import TokenPolicy
 from tests.benchmarks.allocations import peak_bytes
 from tests.support.tiny_models import tiny_tokenizer
@@ -138,14 +138,14 @@ def test_a_product_is_added_and_written_in_place(
     by_onednn: bool, low: torch.dtype, tile: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: by_onednn)
-    monkeypatch.setattr(matmul, "TILE", tile)
+    monkeypatch.setattr(matmul, "TILE_SIZE", tile)
     a, b, bias = torch.randn(7, shape[0]).to(low).t(), torch.randn(7, shape[1]).to(low), torch.randn(shape[1]).to(low)
     place = torch.ones(shape)
-    matmul.add_product(a, b, to=place)
+    matmul.add_matmul(a, b, to=place)
     assert_close(place, 1 + (a @ b).float())
     for offset, exact in ((None, a @ b), (bias, a @ b + bias)):
         beside = torch.zeros(shape[0], 2 * shape[1])  # a part of a wider result
-        assert matmul.write_product(a, b, offset, to=beside[:, : shape[1]]).shape == shape
+        assert matmul.write_matmul(a, b, offset, to=beside[:, : shape[1]]).shape == shape
         tolerance = 3e-2 if low == torch.bfloat16 else 1e-5
         assert_close(beside[:, : shape[1]], exact.float(), rtol=tolerance, atol=tolerance)
         assert not beside[:, shape[1] :].any()
@@ -153,7 +153,7 @@ def test_a_product_is_added_and_written_in_place(
 
 def test_a_product_is_written_a_piece_of_its_longer_side_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
-    monkeypatch.setattr(matmul, "TILE", 4)
+    monkeypatch.setattr(matmul, "TILE_SIZE", 4)
     written: list[tuple[int, ...]] = []
     mm = torch.mm
 
@@ -163,7 +163,7 @@ def test_a_product_is_written_a_piece_of_its_longer_side_at_a_time(monkeypatch: 
 
     monkeypatch.setattr(torch, "mm", noted)
     for shape in ((9, 3), (3, 9), (4, 4)):
-        matmul.write_product(torch.ones(shape[0], 2), torch.ones(2, shape[1]), to=torch.empty(shape))
+        matmul.write_matmul(torch.ones(shape[0], 2), torch.ones(2, shape[1]), to=torch.empty(shape))
     assert written == [(4, 3), (4, 3), (1, 3), (3, 4), (3, 4), (3, 1), (4, 4)]
 
 
@@ -191,7 +191,7 @@ def test_low_products_are_close_and_everything_else_stays_float32(monkeypatch: p
     results = []
     for low in (False, True):
         model = gpt2()
-        assert use_fast_layers(model, product_dtype=torch.bfloat16 if low else None) > 0
+        assert use_fast_layers(model, matmul_dtype=torch.bfloat16 if low else None) > 0
         logprobs = torch.log_softmax(model(input_ids=torch.arange(17)[None]).logits, dim=-1)
         logprobs[..., 5].sum().backward()
         assert logprobs.dtype == torch.float32
@@ -208,7 +208,7 @@ def test_low_layers_keep_what_plain_ones_keep_for_the_backward_pass(
 ) -> None:
     """The input, which layers beside it keep as well, and the weight: no copy of either."""
     monkeypatch.setattr(linear_layers, "bfloat16_is_faster", lambda: True)
-    use_fast_layers(layer, product_dtype=torch.bfloat16)
+    use_fast_layers(layer, matmul_dtype=torch.bfloat16)
     x, kept = torch.randn(3, 5, 24, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.data_ptr()) or saved, lambda x: x):
         layer(x).sum().backward()
@@ -220,7 +220,7 @@ def test_low_weights_are_kept_inside_the_context_only(monkeypatch: pytest.Monkey
     """A copy that outlived it would be one optimizer step behind."""
     monkeypatch.setattr(linear_layers, "bfloat16_is_faster", lambda: True)
     model = llama()
-    use_fast_layers(model, product_dtype=torch.bfloat16)
+    use_fast_layers(model, matmul_dtype=torch.bfloat16)
     with linear_layers.fast_layers(model):
         assert model.lm_head.kept.dtype == torch.bfloat16
     assert model.lm_head.kept is None
@@ -233,15 +233,15 @@ def test_low_weights_are_kept_inside_the_context_only(monkeypatch: pytest.Monkey
 def test_narrow_layers_keep_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_layers, "bfloat16_is_faster", lambda: True)
     head = nn.Sequential(nn.Linear(64, 1), nn.Linear(64, 64))
-    use_fast_layers(head, product_dtype=torch.bfloat16)
-    assert [getattr(layer, "product_dtype", None) for layer in head] == [None, torch.bfloat16]
+    use_fast_layers(head, matmul_dtype=torch.bfloat16)
+    assert [getattr(layer, "matmul_dtype", None) for layer in head] == [None, torch.bfloat16]
 
 
 def test_scoring_in_chunks_casts_the_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of a large vocabulary cost more to cast than a chunk of tokens to score."""
     monkeypatch.setattr(linear_layers, "bfloat16_is_faster", lambda: True)
     model = llama()
-    use_fast_layers(model, product_dtype=torch.bfloat16)
+    use_fast_layers(model, matmul_dtype=torch.bfloat16)
     inputs = TokenInputs(prompts=[torch.arange(1, 4)], responses=[torch.arange(1, 41)])
     casts: list[str] = []
 
@@ -291,23 +291,23 @@ INPUTS = TokenInputs(prompts=[torch.tensor([5, 6, 5])] * 2, responses=[torch.ten
 
 
 def gradients_of(
-    policy: Any, *, foreseen: bool, of_values: float = 1.0, of_logprobs: float = 1.0
+    policy: Any, *, foreseen: bool, of_values: float = 1.0, grad_logprobs: float = 1.0
 ) -> list[torch.Tensor]:
     """Of a loss that is a sum over tokens, passed twice as two micro-batches are."""
     policy.zero_grad()
     for _ in range(2):
-        slopes = Slopes(lambda logprobs, entropy, rows: (torch.full_like(logprobs, of_logprobs), None))
-        output = policy(INPUTS, slopes=slopes if foreseen else None)
+        loss_gradient = LossGradient(lambda logprobs, entropy, rows: (torch.full_like(logprobs, grad_logprobs), None))
+        output = policy(INPUTS, loss_gradient=loss_gradient if foreseen else None)
         loss = of_values * output.values.square().sum()
-        (loss + of_logprobs * output.logprobs.sum() if of_logprobs else loss).backward()
+        (loss + grad_logprobs * output.logprobs.sum() if grad_logprobs else loss).backward()
     return [parameter.grad.clone() for parameter in policy.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.parametrize(("of_values", "of_logprobs"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
-def test_rows_of_a_tied_embedding_add_up_to_the_dense_gradient(of_values: float, of_logprobs: float) -> None:
+@pytest.mark.parametrize(("of_values", "grad_logprobs"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
+def test_rows_of_a_tied_embedding_add_up_to_the_dense_gradient(of_values: float, grad_logprobs: float) -> None:
     """Also where the loss reads the values alone, and the head's part of the sum is zero."""
     policy = tied_policy()
-    weights = {"of_values": of_values, "of_logprobs": of_logprobs}
+    weights = {"of_values": of_values, "grad_logprobs": grad_logprobs}
     fused, plain = (gradients_of(policy, foreseen=foreseen, **weights) for foreseen in (True, False))
     assert not any(gradient.is_sparse for gradient in fused)
     assert_close(fused, plain, rtol=1e-4, atol=1e-6)
@@ -317,7 +317,9 @@ def test_a_tied_embedding_needs_no_second_gradient_of_its_size() -> None:
     policy = tied_policy(20_000, 128)
 
     def one_pass() -> None:
-        output = policy(INPUTS, slopes=Slopes(lambda logprobs, entropy, rows: (torch.ones_like(logprobs), None)))
+        output = policy(
+            INPUTS, loss_gradient=LossGradient(lambda logprobs, entropy, rows: (torch.ones_like(logprobs), None))
+        )
         output.logprobs.sum().backward()
 
     assert peak_bytes(one_pass) < 1.5 * 4 * 20_000 * 128

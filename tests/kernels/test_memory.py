@@ -15,7 +15,7 @@ from rlhf_ppo.kernels import memory
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere all stay on the heap")
 
-LARGE = memory.LEAST // 4
+LARGE = memory.MIN_BYTES // 4
 """Elements of the smallest float32 tensor that gets memory."""
 
 
@@ -29,7 +29,7 @@ def mappings() -> list[object]:
 
 
 def test_pages_of_a_tensor_that_is_gone_go_to_the_next_one() -> None:
-    with memory.pages_kept():
+    with memory.reuse_memory():
         first = large().fill_(3.0)
         address = first.data_ptr()
         del first
@@ -38,7 +38,7 @@ def test_pages_of_a_tensor_that_is_gone_go_to_the_next_one() -> None:
 
 
 def test_pages_are_not_handed_on_while_a_part_of_the_tensor_is_in_use() -> None:
-    with memory.pages_kept():
+    with memory.reuse_memory():
         part = large().fill_(3.0)[5:7]
         other = large().fill_(4.0)
         assert_close(part, torch.full((2,), 3.0))
@@ -57,7 +57,7 @@ def test_a_gradient_holds_its_pages_until_it_is_forgotten() -> None:
         def backward(ctx: object, grad: Tensor) -> Tensor:
             return large().fill_(1.0)
 
-    with memory.pages_kept():
+    with memory.reuse_memory():
         Ones.apply(weight).backward()  # type: ignore[no-untyped-call]
         assert weight.grad is not None
         address = weight.grad.data_ptr()
@@ -67,20 +67,20 @@ def test_a_gradient_holds_its_pages_until_it_is_forgotten() -> None:
         assert large().data_ptr() == address
 
 
-def test_a_smaller_tensor_leaves_the_pages_that_have_room_for_a_later_one() -> None:
-    with memory.pages_kept():
-        first = large(LARGE, room_for=2 * LARGE)
+def test_a_smaller_tensor_leaves_the_pages_that_have_capacity_a_later_one() -> None:
+    with memory.reuse_memory():
+        first = large(LARGE, capacity=2 * LARGE)
         address = first.data_ptr()
         del first
         small = large(LARGE)
         assert small.data_ptr() != address
-        assert large(2 * LARGE - 5, room_for=2 * LARGE).data_ptr() == address
+        assert large(2 * LARGE - 5, capacity=2 * LARGE).data_ptr() == address
 
 
 def test_pages_are_given_back_at_the_end_and_at_once_outside() -> None:
     before = len(mappings())
-    with memory.pages_kept():
-        with memory.pages_kept():  # the outer one's are the inner one's
+    with memory.reuse_memory():
+        with memory.reuse_memory():  # the outer one's are the inner one's
             del [large()][:]
         assert len(mappings()) == before + 1
         survivor = large()
@@ -114,7 +114,7 @@ def test_an_error_inside_does_not_leave_pages_behind() -> None:
     before = len(mappings())
 
     def fail() -> None:
-        with memory.pages_kept():
+        with memory.reuse_memory():
             large()
             raise RuntimeError("on the way")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from rlhf_ppo.kernels.packed_attention import Runs, fits_kernel, run_attention
+from rlhf_ppo.kernels.packed_attention import RowGroups, can_use_flash_kernel, grouped_attention
 
 
 def tensors(positions: int, heads: int, kv_heads: int, width: int = 4) -> list[Tensor]:
@@ -20,7 +20,7 @@ def tensors(positions: int, heads: int, kv_heads: int, width: int = 4) -> list[T
     ]
 
 
-def by_definition(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float) -> Tensor:
+def by_definition(query: Tensor, key: Tensor, value: Tensor, runs: RowGroups, scale: float) -> Tensor:
     """Each row alone, in float64, with its scores written out: [positions, heads, width]."""
     group, outputs, start = len(query) // len(key), [], 0
     key, value = (tensor.repeat_interleave(group, dim=0) for tensor in (key, value))
@@ -43,7 +43,7 @@ def test_outputs_and_gradients_are_those_of_each_row_alone(
     runs: list[tuple[int, int]], heads: tuple[int, int], scale: float | None
 ) -> None:
     given = tensors(sum(count * length for count, length in runs), *heads)
-    found = run_attention(*given, runs, scale=scale)
+    found = grouped_attention(*given, runs, scale=scale)
     expected = by_definition(*given, runs, scale or given[0].shape[-1] ** -0.5)
     assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
@@ -53,17 +53,17 @@ def test_outputs_and_gradients_are_those_of_each_row_alone(
 
 def test_half_precision_other_devices_and_a_forbidden_kernel_do_not_fit() -> None:
     given = tensors(5, 2, 2)
-    assert fits_kernel(*given)
-    assert not fits_kernel(*(tensor.bfloat16() for tensor in given))
-    assert not fits_kernel(*(tensor.to("meta") for tensor in given))
-    assert not fits_kernel(*given[:2], given[2][..., :2])
+    assert can_use_flash_kernel(*given)
+    assert not can_use_flash_kernel(*(tensor.bfloat16() for tensor in given))
+    assert not can_use_flash_kernel(*(tensor.to("meta") for tensor in given))
+    assert not can_use_flash_kernel(*given[:2], given[2][..., :2])
     with sdpa_kernel(SDPBackend.MATH):  # so does whoever wants a second derivative
-        assert not fits_kernel(*given)
+        assert not can_use_flash_kernel(*given)
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     given = tensors(5, 2, 2)
-    output = run_attention(*given, [(1, 5)])
+    output = grouped_attention(*given, [(1, 5)])
     (slope,) = torch.autograd.grad(output.square().sum(), given[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         slope.sum().backward()

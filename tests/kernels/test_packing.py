@@ -77,8 +77,8 @@ def test_a_model_that_sees_its_neighbors_is_found_out(monkeypatch: pytest.Monkey
     assert can_be_packed(model.base_model, rows)
     plain = packing.packed_attention
 
-    def leaking(*arguments: Any, packed_runs: Any, **settings: Any) -> Any:
-        return plain(*arguments, packed_runs=[(1, sum(count * length for count, length in packed_runs))], **settings)
+    def leaking(*arguments: Any, row_groups: Any, **settings: Any) -> Any:
+        return plain(*arguments, row_groups=[(1, sum(count * length for count, length in row_groups))], **settings)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, packing.NAME, leaking)
     assert not can_be_packed(model.base_model, rows)
@@ -102,13 +102,13 @@ def test_a_window_or_dropout_or_another_kernel_goes_through_the_models_own_atten
     from rlhf_ppo.kernels import packing
 
     calls: list[int] = []
-    plain = packing.run_attention
-    monkeypatch.setattr(packing, "run_attention", lambda *of, **settings: calls.append(1) or plain(*of, **settings))
+    plain = packing.grouped_attention
+    monkeypatch.setattr(packing, "grouped_attention", lambda *of, **settings: calls.append(1) or plain(*of, **settings))
     states = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
     module = torch.nn.Module()
 
     def attention(**settings: Any) -> Tensor:
-        return packing.packed_attention(module, *states, None, packed_runs=[(1, 3), (1, 5)], **settings)[0]
+        return packing.packed_attention(module, *states, None, row_groups=[(1, 3), (1, 5)], **settings)[0]
 
     ours = attention(sliding_window=5)
     assert calls == [1]

@@ -20,7 +20,7 @@ from rlhf_ppo.plan.compute import FlopRates, iteration_flops
 from rlhf_ppo.plan.config import read_config
 from rlhf_ppo.plan.memory import GIB, HEAP_OVERHEAD
 from rlhf_ppo.plan.models import PRESETS, build_policy, with_layers
-from rlhf_ppo.plan.traces import SLOPES, _inputs, _trace_at_depth
+from rlhf_ppo.plan.traces import CONSTANT_GRADIENT, _inputs, _trace_at_depth
 from rlhf_ppo.plan.tracing import LiveBytes, build_fake, count_live_bytes
 from tests.plan.record import RESULTS, RUNS
 
@@ -75,7 +75,7 @@ def test_bytes_without_content_are_those_of_the_real_pass(shape: Any, settings: 
         live.exclude(iter([*model.parameters(), *model.buffers()]))
         with live if real else count_live_bytes(model, mode) as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
-                output = TokenPolicy(model)(_inputs(plan, 4), with_entropy=True, slopes=SLOPES)
+                output = TokenPolicy(model)(_inputs(plan, 4), with_entropy=True, loss_gradient=CONSTANT_GRADIENT)
                 (output.logprobs.sum() + output.values.sum()).backward()
         peaks.append(live.peak)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
@@ -191,7 +191,7 @@ def test_pages_of_their_own_leave_no_spare_blocks(monkeypatch: pytest.MonkeyPatc
     """By hand: 16 response tokens' probabilities of 512 tokens each are ahead of the head's gradient, and no more."""
     plan = replace(SMALL, device="cpu")
     assert _trace_at_depth(TINY, plan).page_mapped == 0  # too small
-    monkeypatch.setattr(memory, "LEAST", 1)
+    monkeypatch.setattr(memory, "MIN_BYTES", 1)
     assert _trace_at_depth(TINY, plan).page_mapped == 4 * 512 * 16
     heap, page_mapped = (make_plan(plan, replace(FLAT, page_mapped=size)).roles["spare"] for size in (0, 300))
     assert heap - page_mapped == pytest.approx(HEAP_OVERHEAD * 300)
