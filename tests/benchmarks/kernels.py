@@ -28,7 +28,7 @@ from tests.benchmarks import pair_sides, pairs
 from tests.benchmarks.ppo import AFTER_A_FLIP, TOLERANCES, TOLERANCES_BF16, differences, prepare
 from tests.benchmarks.records import conditions
 from tests.benchmarks.sides import Ours, cost, count_cpu_seconds, memory
-from tests.benchmarks.switches import SWITCHES, USUAL, WORK, Switch, switches_on
+from tests.benchmarks.switches import SWITCHES, WORK, Switch, switches_on
 from tests.benchmarks.workloads import Task
 
 
@@ -62,7 +62,8 @@ class Variant:
     """Our side with one fast path off, or with none (None), in a process of its own."""
 
     def __init__(self, context: Any, folder: Path, workload: str, name: str | None) -> None:
-        self.name, self.is_ppo, self.epochs = name, workload != "rm-pairs", WORK[workload][0].epochs
+        self.name, self.is_ppo = name, workload != "rm-pairs"
+        self.times = WORK[workload][0].epochs // WORK[workload][1].get("ppo_epochs", 1)
         everything = ("generate", "step") if self.is_ppo else ("epoch",)
         self.phases = everything if name is None else SWITCHES[name].phases
         self.connection, theirs = context.Pipe()
@@ -85,7 +86,7 @@ class Variant:
         for spent in found.values():
             spent["peak_mib"] -= self.resident
         if "step" in found:
-            found["step"]["cpu"] += (self.epochs - 1) * found["step"]["update"]
+            found["step"]["cpu"] += (self.times - 1) * found["step"]["update"]
         return found
 
     def results(self, folder: Path) -> Any:
@@ -103,7 +104,7 @@ def answer(connection: Any, folder: str, workload: str, name: str | None) -> Non
     """Run commands of `connection` on our side of `workload` in this process, with one fast path off."""
     torch.set_num_threads(1)
     count_cpu_seconds("ours")
-    options = WORK[workload][1] | {"ppo_epochs": 1} | ({} if name is None else SWITCHES[name].settings)
+    options = {"ppo_epochs": 1} | WORK[workload][1] | ({} if name is None else SWITCHES[name].settings)
     kinds: dict[bool, Callable[..., Any]] = {
         True: lambda: pair_sides.Ours(Path(folder), options), False: lambda: Paired(Task.read(Path(folder)), options),
     }  # fmt: skip
@@ -200,7 +201,7 @@ def measure(workload: str, chosen: dict[str, Switch], options: argparse.Namespac
             group = missing[first : first + options.group]
             had = min(len(results.of(workload, name)["rounds"]) for name in group)
             measure_iterations(results, workload, folder, start, group, options.rounds - had)
-        paired = [name for name, switch in chosen.items() if switch.paired]
+        paired = [name for name, switch in chosen.items() if switch.paired and options.epochs]
         base = start(folder, workload, None) if paired else None
         for _ in range(options.epochs):
             for name in paired:
@@ -216,7 +217,7 @@ def measure(workload: str, chosen: dict[str, Switch], options: argparse.Namespac
 def main() -> None:
     """Run what the command line asks for and the file does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=WORK, default=[*USUAL, "cpu-gpt2", "cpu-bf16", "rm-pairs"])
+    parser.add_argument("--workloads", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--only", nargs="+", help="these fast paths alone")
     parser.add_argument("--rounds", type=int, default=3, help="iterations in processes of their own")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of optimizer steps that take turns")

@@ -17,8 +17,11 @@ WORK: dict[str, tuple[Workload, dict[str, Any]]] = {
 }
 WORK["cpu-gpt2"] = (replace(SKEW, name="cpu-gpt2", model_type="gpt2"), {})
 WORK["cpu-bf16"] = (replace(SKEW, name="cpu-bf16"), {"bf16": True})
-"""What is measured, with the settings of our PPOConfig that are no default."""
+WORK |= {f"{name}-whole": (WORKLOADS[name], {"ppo_epochs": 4}) for name in ("cpu-full", "cpu-vocab")}
+"""What is measured, with the settings of our PPOConfig that are no default. `-whole`: all epochs of an update, in which
+memory has more time to fall into pieces."""
 USUAL = ("cpu-skew", "cpu-full", "cpu-vocab")
+WHOLE = ("cpu-full-whole", "cpu-vocab-whole")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Switch:
     """Whether optimizer steps with and without it can take turns in one process."""
     equal: bool = True
     """Whether results must be equal; random draws are others."""
+    kept_for: str = ""
+    """Why it is kept where the figures of this machine do not say so."""
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -154,12 +159,16 @@ SWITCHES = {
             "kernels.logits_buffer.LogitsBuffer.allocate": lambda: _apart,
             "kernels.logits_buffer.LogitsBuffer.shared_rows": lambda: property(lambda _: 0),
         },
+        workloads=USUAL + WHOLE,
     ),
     "scratch_buffer": Switch(
         "kernels/scratch_buffer", "a new tensor for each block's results",
-        {"kernels.scratch_buffer.ScratchBuffer.empty": lambda: _new_memory},
+        {"kernels.scratch_buffer.ScratchBuffer.empty": lambda: _new_memory}, workloads=USUAL + WHOLE,
     ),
-    "memory": Switch("kernels/memory", "large tensors on the heap", {"kernels.memory.MIN_BYTES": lambda: math.inf}),
+    "memory": Switch(
+        "kernels/memory", "large tensors on the heap", {"kernels.memory.MIN_BYTES": lambda: math.inf},
+        workloads=USUAL + WHOLE,
+    ),
     "write_in_place": Switch(
         "kernels/matmul", "products into a tensor of their own, then added or copied",
         {
@@ -204,7 +213,8 @@ SWITCHES = {
         {f"models.trunk.{name}": _all_read(name) for name in ("packed_hidden", "padded_hidden")},
     ),
     "keep_freed_memory": Switch(
-        "kernels/allocator", "glibc's defaults", settings={"keep_freed_memory": False}, phases=BOTH, paired=False
+        "kernels/allocator", "glibc's defaults", settings={"keep_freed_memory": False}, phases=BOTH, paired=False,
+        workloads=USUAL + WHOLE,
     ),
     "kernel_caches": Switch(
         "kernels/allocator", "1,024 compiled products", {"kernels.matmul.limit_kernel_caches": _always(None)},
@@ -215,7 +225,7 @@ SWITCHES = {
     ),
     "create_moments": Switch(
         "updates/optimizers", "moments at the first step", {"updates.steps.create_moments": _always(None)},
-        paired=False,
+        paired=False, workloads=USUAL + WHOLE,
     ),
     "kv_cache": Switch(
         "samplers/kv_cache", "transformers' DynamicCache", {"samplers.decode_loop.new_cache": lambda: _dynamic_cache},

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.switches import SWITCHES, USUAL
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "performance.md"
 SIDES = {"ours": "rlhf_ppo", "bf16": "rlhf_ppo, bfloat16", "plain": "plain path", "classic": "TRL 0.11.4"}
@@ -153,6 +155,38 @@ def learning(found: dict[str, Any]) -> str:
         for what, gap in found["verdict"].items()
     )
     return f"{_table(head, [*rows, ['mean', *means]])}\n\n{gaps}. Commit {found['commit'][:12]}."
+
+
+def kernels(found: dict[str, Any]) -> str:
+    """What an iteration takes with each fast path off, relative to everything on."""
+    head = ["fast path", "module", "plain twin"]
+    head += [f"{name}, {what}" for name in USUAL for what in ("time", "peak")] + ["elsewhere", ""]
+    names = dict.fromkeys(path for entry in found.values() for path in entry["paths"])
+    rows = []
+    for path in sorted(names, key=lambda name: list(SWITCHES).index(name) if name in SWITCHES else len(SWITCHES)):
+        entries = {name: entry["paths"][path] for name, entry in found.items() if path in entry["paths"]}
+        cells = {name: (_time_off(entry), _peak_off(entry)) for name, entry in entries.items()}
+        words = next(iter(entries.values()))
+        elsewhere = [f"{name}: {', '.join(cell)}" for name, cell in cells.items() if name not in USUAL]
+        usual = [cell for name in USUAL for cell in cells.get(name, ("", ""))]
+        verdict = SWITCHES[path].kept_for or "kept" if path in SWITCHES else "deleted"
+        rows.append([path, f"`{words['module']}`", words["twin"], *usual, "; ".join(elsewhere), verdict])
+    return _table(head, rows)
+
+
+def _time_off(entry: dict[str, Any]) -> str:
+    """CPU time without over with: of optimizer steps that took turns, where there are, else of iterations."""
+    if entry["pairs"]:
+        steps = [step for epoch in entry["pairs"] for step in epoch]
+        with_it, without = (sum(column) for column in zip(*steps, strict=True))
+        ratios = statistics.quantiles([off / on for on, off in steps], n=4)
+        return f"{without / with_it:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})*"
+    return _ratio(*([pair[side]["cpu"] for pair in entry["rounds"]] for side in ("off", "on")))
+
+
+def _peak_off(entry: dict[str, Any]) -> str:
+    ratios = [pair["off"]["peak_mib"] / pair["on"]["peak_mib"] for pair in entry["rounds"]]
+    return f"{statistics.median(ratios):.2f}" if ratios else ""
 
 
 def written(page: str, results: Path) -> str:
