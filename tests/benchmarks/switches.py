@@ -163,11 +163,11 @@ SWITCHES = {
     ),
     "scratch_buffer": Switch(
         "kernels/scratch_buffer", "a new tensor for each block's results",
-        {"kernels.scratch_buffer.ScratchBuffer.empty": lambda: _new_memory}, workloads=USUAL + WHOLE,
+        {"kernels.scratch_buffer.ScratchBuffer.empty": lambda: _new_memory}, workloads=(*USUAL, *WHOLE, "cpu-bf16"),
     ),
     "memory": Switch(
         "kernels/memory", "large tensors on the heap", {"kernels.memory.MIN_BYTES": lambda: math.inf},
-        workloads=USUAL + WHOLE,
+        workloads=(*USUAL, *WHOLE, "cpu-bf16"),
     ),
     "write_in_place": Switch(
         "kernels/matmul", "products into a tensor of their own, then added or copied",
