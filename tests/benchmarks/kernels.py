@@ -37,7 +37,9 @@ class Paired(Ours):
 
     def pairs(self, name: str) -> dict[str, Any]:
         """CPU seconds of each optimizer step of an epoch, [with, without] the fast path; both move the weights."""
-        self.reset(trim=False)
+        if not self.trainer.optimizer.state:  # the first step makes Adam's moments
+            self.learn()
+        self.reshuffle()
         update: Any = self.trainer.algorithm.update
         step, found = update._step, []
 

@@ -177,10 +177,8 @@ def kernels(found: dict[str, Any]) -> str:
 def _time_off(entry: dict[str, Any]) -> str:
     """CPU time without over with: of optimizer steps that took turns, where there are, else of iterations."""
     if entry["pairs"]:
-        steps = [step for epoch in entry["pairs"] for step in epoch]
-        with_it, without = (sum(column) for column in zip(*steps, strict=True))
-        ratios = statistics.quantiles([off / on for on, off in steps], n=4)
-        return f"{without / with_it:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})*"
+        on, off = zip(*(step for epoch in entry["pairs"] for step in epoch), strict=True)
+        return f"{_ratio(off, on)}*"
     return _ratio(*([pair[side]["cpu"] for pair in entry["rounds"]] for side in ("off", "on")))
 
 
