@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_ppo.functional.masked import HALF, at_least_float32
+from rlhf_ppo.functional.masked import HALF_PRECISION, at_least_float32
 from rlhf_ppo.kernels import chunk_sizes, memory
 from rlhf_ppo.kernels.logits_buffer import LogitsBuffer
 from rlhf_ppo.kernels.matmul import TILE_SIZE, add_matmul, can_write_into, matmul, write_matmul
@@ -136,7 +136,7 @@ class FusedLinearLogprobs:
 
     def _entropy_can_wait(self) -> bool:
         """Whether the entropy can be taken from the product that the gradient of the states needs anyway."""
-        return self.output.grad_hidden is not None and self.offset is None and self.head.dtype not in HALF
+        return self.output.grad_hidden is not None and self.offset is None and self.head.dtype not in HALF_PRECISION
 
     def _gradient_at(self, rows: slice, loss_gradient: LossGradient) -> tuple[Tensor, Tensor | None]:
         """The derivatives of the loss at some tokens, stored too; None for those by the entropy where all are 0."""

@@ -95,8 +95,8 @@ class TokenPolicy(nn.Module):
         Args:
             inputs: B prompts with their responses, on the device of the model.
             with_entropy: Also compute the full-vocabulary entropy; costs one more pass over each chunk of logits.
-            loss_gradient: dL/d log π and dL/d entropy per token, if known: a supported LM head then computes its gradients in
-                this pass, while it has the logits.
+            loss_gradient: dL/d log π and dL/d entropy per token, if known: the LM head then computes its gradients
+                in this pass, while it has the logits.
             reference: Also compute the exact KL to it, which takes another pass without gradient.
             old: Also compute the exact KL from it.
 
