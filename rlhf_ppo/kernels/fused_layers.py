@@ -1,6 +1,5 @@
 """Parts of a transformer layer whose backward pass is written out: fewer walks over the states, fewer of them kept."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,27 +20,6 @@ def swiglu(gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"]) -> Fl
     """SiLU(gate) · up (Shazeer 2020, eq. 6, without its products); SiLU(gate) is computed twice instead of kept."""
     result: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     return result
-
-
-def recomputed_swiglu(
-    layer: Callable[[Tensor], Tensor], gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"]
-) -> Tensor:
-    """layer(swiglu(gate, up)), where what `layer` keeps of its input is computed again from `gate` and `up` instead."""
-    product = swiglu(gate, up)
-    if not product.requires_grad:
-        return layer(product)
-    # By identity, not by address: a plan's tensors have none.
-    storage, parts = product.untyped_storage()._cdata, (gate.detach(), up.detach())
-
-    def pack(saved: Tensor) -> Tensor | tuple[Any, ...]:
-        ours = saved.untyped_storage()._cdata == storage
-        return (saved.shape, saved.stride(), saved.storage_offset()) if ours else saved
-
-    def unpack(packed: Tensor | tuple[Any, ...]) -> Tensor:
-        return packed if isinstance(packed, Tensor) else _gated(*parts).as_strided(*packed)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return layer(product)
 
 
 def rotate(

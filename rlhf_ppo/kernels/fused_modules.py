@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import SiLUActivation
 
-from rlhf_ppo.kernels.fused_layers import recomputed_swiglu, rms_norm, swiglu
+from rlhf_ppo.kernels.fused_layers import rms_norm, swiglu
 from rlhf_ppo.kernels.fused_rotary import forward_with_fused_rotary
 from rlhf_ppo.kernels.matmul import is_eager_float32_on_cpu
 
@@ -39,15 +39,12 @@ class _FusedNorm(FusedModule):
 
 
 class _FusedGatedMLP(FusedModule):
-    """A SwiGLU layer that computes SiLU(gate), and SiLU(gate) · up, again in the backward pass."""
+    """SwiGLU layer that recomputes SiLU(gate) in the backward pass."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if type(self.act_fn) not in SILU or not is_eager_float32_on_cpu(x):
             return super().forward(x)  # type: ignore[no-any-return,misc]
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.training:  # gradient checkpointing may be on: it drops gate and up, too, unless somebody holds them
-            return self.down_proj(swiglu(gate, up))  # type: ignore[no-any-return]
-        return recomputed_swiglu(self.down_proj, gate, up)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
 
 def fused_class(module: nn.Module) -> type[nn.Module] | None:

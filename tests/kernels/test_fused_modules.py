@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 from rlhf_ppo.kernels import fused_layers, linear_layers
-from rlhf_ppo.kernels.fused_layers import recomputed_swiglu, rms_norm, rotate, swiglu
+from rlhf_ppo.kernels.fused_layers import rms_norm, rotate, swiglu
 from rlhf_ppo.kernels.fused_modules import fused_class
 from rlhf_ppo.kernels.linear_layers import use_fast_layers, use_plain_layers
 from tests.samplers.test_decode_loop import ARCHITECTURES
@@ -25,13 +25,11 @@ def inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 def functions() -> list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
     """Each with what it is a function of; cosines and sines belong to no angle."""
-    x, weight, gate, up, down, heads = inputs((2, 3, 5), (5,), (4, 6), (4, 6), (6, 3), (2, 3, 4))
+    x, weight, gate, up, heads = inputs((2, 3, 5), (5,), (4, 6), (4, 6), (2, 3, 4))
     cos, sin = (tensor.detach() for tensor in inputs((3, 4), (3, 4)))
     return [
         (lambda a, b: rms_norm(a, b, 1e-6), (x, weight)),
         (swiglu, (gate, up)),
-        (lambda a, b, c: recomputed_swiglu(lambda x: x @ c, a, b), (gate, up, down)),
-        (lambda a, b, c: recomputed_swiglu(lambda x: x[1:, ::2] @ c[::2] + x.sum(), a, b), (gate, up, down)),
         (lambda a: rotate(a, cos, sin), (heads,)),
     ]
 
