@@ -125,13 +125,9 @@ class TokenPolicy(nn.Module):
         )
 
     def _statistics(
-        self,
-        hidden: Tensor,
-        tokens: Tensor,
-        with_entropy: bool,
-        loss_gradient: LossGradient | None,
+        self, hidden: Tensor, tokens: Tensor, with_entropy: bool, loss_gradient: LossGradient | None,
         tied: TiedGradient | None,
-    ) -> TokenStatistics:
+    ) -> TokenStatistics:  # fmt: skip
         head = self._head()
         settings: dict[str, Any] = {"temperature": self.temperature, "with_entropy": with_entropy}
         scores = self.fused_scoring and not torch.is_grad_enabled() and is_plain_head(head)

@@ -49,7 +49,7 @@ def llama() -> Any:
 @pytest.mark.parametrize("layer", [nn.Linear(24, 40), nn.Linear(24, 40, bias=False), Conv1D(40, 24)])
 def test_a_fast_layer_has_the_plain_ones_output_and_gradients(layer: nn.Module) -> None:
     fast: Any = copy.deepcopy(layer)
-    fast.__class__ = linear_layers.FASTER[type(layer)]
+    fast.__class__ = linear_layers.FAST_CLASSES[type(layer)]
     gradients = []
     torch.manual_seed(0)
     x, weights = torch.randn(3, 5, 24), torch.randn(3, 5, 40)
@@ -222,8 +222,8 @@ def test_low_weights_are_kept_inside_the_context_only(monkeypatch: pytest.Monkey
     model = llama()
     use_fast_layers(model, matmul_dtype=torch.bfloat16)
     with linear_layers.fast_layers(model):
-        assert model.lm_head.kept.dtype == torch.bfloat16
-    assert model.lm_head.kept is None
+        assert model.lm_head.low_precision_weight.dtype == torch.bfloat16
+    assert model.lm_head.low_precision_weight is None
     before = model(input_ids=torch.arange(5)[None]).logits
     with torch.no_grad():
         model.lm_head.weight.data.mul_(2)

@@ -80,7 +80,7 @@ def test_a_model_that_sees_its_neighbors_is_found_out(monkeypatch: pytest.Monkey
     def leaking(*arguments: Any, row_groups: Any, **settings: Any) -> Any:
         return plain(*arguments, row_groups=[(1, sum(count * length for count, length in row_groups))], **settings)
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, packing.NAME, leaking)
+    monkeypatch.setitem(AttentionInterface._global_mapping, packing.ATTENTION_NAME, leaking)
     assert not can_be_packed(model.base_model, rows)
 
 

@@ -148,7 +148,7 @@ def test_the_command_prints_roles_phases_and_time(tmp_path: Path, capsys: pytest
     rates.write_text(json.dumps({"rates": {"rollout": 1e9, "scoring": 1e9, "update": 1e9}}))
     assert main(["--config", str(settings), "--gpus", "1", "8", "--strategy", "zero2", "--rates", str(rates)]) == 0
     text = capsys.readouterr().out
-    for word in ("optimizer", "activations", "kv", "peak update", "fits 80 GiB", "response tokens a second"):
+    for word in ("optimizer", "activations", "kv", "peak update", "fits 80 GiB", "response tokens per second"):
         assert word in text, word
     assert main(["--config", str(settings), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
