@@ -6,8 +6,10 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -171,6 +173,17 @@ class Phases:
         return None if seconds is None else max(1e-3, seconds - (time.perf_counter() - self.start))
 
     def say(self, *lines: str) -> None:
-        """Print each line once."""
+        """Print each line once; a terminal gets it broken between words."""
         if is_main_process():
-            print(*lines, sep="\n", flush=True)
+            print(*map(fitted, lines), sep="\n", flush=True)
+
+
+def fitted(text: str) -> str:
+    """The text in lines that fit the terminal; as it is where there is none."""
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )

@@ -19,7 +19,7 @@ class ProgressBar(tqdm):  # type: ignore[misc]
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         options.setdefault("dynamic_ncols", True)
         if shutil.get_terminal_size().columns < NARROW:
-            options["bar_format"] = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+            options["bar_format"] = "{desc} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
         super().__init__(*arguments, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

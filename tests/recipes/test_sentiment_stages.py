@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.report import RunFolder
 from sentiment import rewards, stages
-from sentiment.command_line import Phases, one_line, reason, unboxed
+from sentiment.command_line import Phases, fitted, one_line, reason, unboxed
 from sentiment.language_models import EMBEDDED_MODELS
 from sentiment.reviews import Review, load_reviews, split_reviews
 from tests.recipes.tiny_world import save_classic_classifier, save_gpt2, save_reward_model, write_reviews
@@ -123,6 +123,16 @@ def test_phases_are_numbered_and_only_the_main_process_speaks(
     monkeypatch.setenv("RANK", "1")
     phase("second")
     assert capsys.readouterr().out == "[1/2] first (0 s)\n"
+
+
+def test_a_terminal_gets_lines_broken_between_words_and_a_file_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "score 0.097 ± 0.049  vader -0.019 ± 0.023  classifier 0.454 ± 0.015  kl 0.000 ± 0.000"
+    monkeypatch.setenv("COLUMNS", "60")
+    assert fitted(line) == line
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    lines = fitted(f"{line}\nreport: /a-long/path/{'x' * 60}").split("\n")
+    assert " ".join(part.strip() for part in lines[:2]) == line and max(map(len, lines[:2])) <= 60
+    assert lines[-1].strip() == f"/a-long/path/{'x' * 60}"
 
 
 def test_a_box_becomes_sentences() -> None:
