@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED_MODULES: dict[str, tuple[str, dict[str, str]]] = {
-    "rlhf_ppo.controllers": ("rlhf_ppo.learner.kl_controllers", {}),
+    "rlhf_ppo.controllers": ("rlhf_ppo.learner.kl_controllers", {"Controller": "KLController"}),
     "rlhf_ppo.normalizers": ("rlhf_ppo.learner.running_moments", {}),
     "rlhf_ppo.optimisers": ("rlhf_ppo.updates.optimizers", {}),
     "rlhf_ppo.signals": ("rlhf_ppo.loop.signals", {}),

@@ -105,5 +105,5 @@ def test_an_offloaded_reference_gives_the_steps_of_one_at_hand() -> None:
 def test_what_cannot_be_placed_so_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"sharded' needs ZeRO-3 or FSDP.*fsdp2\.yaml"):
         trainer(reference_placement="sharded")
-    with pytest.raises(ValueError, match=r"keeps the reference away from the update.*mse"):
+    with pytest.raises(ValueError, match=r"keeps the reference off the device during the update.*mse"):
         trainer(reference_placement="offloaded", kl_penalty="full", kl_placement="loss")

@@ -103,7 +103,7 @@ def test_chat_texts_go_through_the_template_once() -> None:
 @pytest.mark.parametrize(
     ("prompts", "responses", "error", "message"),
     [
-        ("one string", ["a"], TypeError, "lists with one text a sample"),
+        ("one string", ["a"], TypeError, "lists with one text per sample"),
         (["a", "b"], ["a"], ValueError, "got 2 and 1"),
         (["a"], [None], TypeError, r"responses\[0\] must be a text"),
         (["a"], [3.0], TypeError, r"responses\[0\] must be a text"),

@@ -216,7 +216,7 @@ def test_a_run_of_two_processes_goes_on_with_one_and_says_what_is_not_exact(tmp_
         with pytest.warns(UserWarning, match=r"written by 2 process\(es\), this run has 1\. Weights"):
             resumed.train(share_of_e, config(tmp_path / name, iterations=2))
         assert torch.equal(parameters(resumed), parameters(first))
-        with pytest.warns(UserWarning, match="random streams start anew"):
+        with pytest.warns(UserWarning, match="random streams are reseeded"):
             resumed.train(share_of_e, config(tmp_path / name, iterations=3))
         ends.append(parameters(resumed))
     assert torch.equal(*ends)

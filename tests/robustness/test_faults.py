@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
 def test_a_stop_on_a_full_disk_is_an_error_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     """To say that a checkpoint was written would be a lie."""
     trained(tmp_path, iterations=1)
-    with files_limited_to(20_000), pytest.raises(CheckpointNotWrittenError, match="The checkpoint before is as it was"):
+    with files_limited_to(20_000), pytest.raises(CheckpointNotWrittenError, match="Earlier checkpoints are unchanged"):
         trained(tmp_path, iterations=3, callbacks=[lambda *_: os.kill(os.getpid(), signal.SIGTERM)])
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
@@ -193,7 +193,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_the_sam
     folder = tmp_path / "run"
     shutil.copytree(two_checkpoints, folder)
     (folder / "checkpoint-2" / "optimizer.safetensors").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"optimizer.safetensors has changed .* Trying the one before"):
+    with pytest.warns(UserWarning, match=r"optimizer.safetensors has changed .* Trying the previous one"):
         assert torch.equal(trained(folder, keep_last=1), undisturbed)
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-4"]
 
