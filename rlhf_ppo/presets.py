@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.rollout.collect import MissingEOS
+from rlhf_ppo.utils.moved_names import forward_old_names
 
 PresetName: TypeAlias = Literal["ziegler2019", "stiennon2020", "nplus2024", "trl-classic"]
 
@@ -156,3 +157,6 @@ def published_run(name: str) -> PublishedRun:
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}, there are {', '.join(get_args(PresetName))}")
     return PRESETS[name]
+
+
+forward_old_names(__name__)

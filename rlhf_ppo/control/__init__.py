@@ -15,9 +15,12 @@ from rlhf_ppo.control.normalization import Normalizer
 from rlhf_ppo.control.policy import Categorical, ControlInputs, ControlPolicy, Gaussian
 from rlhf_ppo.control.randomization import DomainRandomization, Randomization
 from rlhf_ppo.control.trainer import ControlConfig, ControlTrainer
+from rlhf_ppo.utils.moved_names import forward_old_names
 
 __all__ = [
     "AlgorithmName", "Categorical", "ControlConfig", "ControlInputs", "ControlPolicy", "ControlTrainer",
     "DomainRandomization", "EnvironmentConfig", "Environments", "EvaluationResult", "Gaussian", "Normalizer",
     "Randomization", "control_algorithm", "evaluate", "make_environment", "render_frames",
 ]  # fmt: skip
+
+forward_old_names(__name__)

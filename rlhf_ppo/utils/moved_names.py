@@ -33,13 +33,18 @@ MOVED_MODULES: dict[str, tuple[str, dict[str, str]]] = {
 """Old module -> (new module, {old name: new name} of what was renamed on the way)."""
 
 RENAMED: dict[str, dict[str, str]] = {
-    "rlhf_ppo.checkpoints": {"only_run_in": "lock_run_folder"},
+    "rlhf_ppo.checkpoints": {
+        "only_run_in": "lock_run_folder", "checkpoints": "list_checkpoints", "latest": "latest_checkpoint",
+        "Restored": "RestoredCheckpoint",
+    },
+    "rlhf_ppo.control": {"Episodes": "EvaluationResult", "frames": "render_frames"},
     "rlhf_ppo.functional": {
         "whitening": "whitening_statistics", "last_action": "last_action_index", "next_states_kl": "next_state_kl",
         "zero_outside": "zero_where_masked",
     },
     "rlhf_ppo.models": {"put_reward_adapter": "attach_reward_adapter"},
     "rlhf_ppo.models.adapters": {"trained_share": "describe_trainable_parameters"},
+    "rlhf_ppo.presets": {"Published": "PublishedRun", "published": "published_run"},
     "reward_model": {"TrainedRewardModel": "RewardModelResult", "Normalisation": "Normalization"},
 }  # fmt: skip
 """Module -> {old name: new name} where the module stays."""
@@ -86,9 +91,9 @@ class _MovedModules:
 
 
 def forward_old_names(package: str) -> None:
-    """Make the old module paths and names of an imported package work."""
+    """Make the old module paths, and the old names of the modules of `package` that are imported by now, work."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())
     for name, renamed in RENAMED.items():
-        if name.partition(".")[0] == package:
-            import_module(name).__getattr__ = forward_names(name, name, renamed)  # type: ignore[method-assign]
+        if name in sys.modules and f"{name}.".startswith(f"{package}."):
+            sys.modules[name].__getattr__ = forward_names(name, name, renamed)  # type: ignore[method-assign]
