@@ -54,7 +54,8 @@ def test_the_recipe_runs_on_two_processes_and_resumes(tmp_path: Path) -> None:
     again = rows(tmp_path / "run")
     assert again[:2] == first[:2]
     assert again[2]["env/reward_mean"] == pytest.approx(first[2]["env/reward_mean"], rel=1e-3)
-    assert again[2]["objective/kl"] == pytest.approx(first[2]["objective/kl"], rel=0.1)
+    # bfloat16 keeps 8 bits: a KL of some hundredths of a nat may differ by as much, by how rows are laid out.
+    assert again[2]["objective/kl"] == pytest.approx(first[2]["objective/kl"], abs=0.02)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
