@@ -261,7 +261,7 @@ class TrainingLoop:
             self.keeper.save(self.state.iteration, required=state.interrupted)
 
     def _find_reason_to_stop(self, limit: TimeLimit, verdict: GuardVerdict) -> None:
-        """Set `state.stopped` on all processes to the first reason that holds on any of them."""
+        """Set `state.stopped` on all processes to the reason that most of them have, the first one on a tie."""
         state = self.state
         callback_stops = [bool(callback(self.learner, state)) for callback in self.callbacks]
         is_near = limit.is_near()

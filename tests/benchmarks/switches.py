@@ -162,7 +162,7 @@ SWITCHES = {
     "memory": Switch(
         "kernels/memory", "large tensors on the heap", {"kernels.memory.MIN_BYTES": lambda: math.inf},
         workloads=(*USUAL, *WHOLE, "cpu-bf16"),
-        kept_for="kept: 719 to 528 MiB at cpu-vocab on a Zen 4, where the heap broke up (decision 0022)",
+        kept_for="kept: 719 and 646 MiB to 580 and 584 at cpu-vocab on a Zen 4 (decision 0022)",
     ),
     "write_in_place": Switch(
         "kernels/matmul", "products into a tensor of their own, then added or copied",
@@ -174,7 +174,7 @@ SWITCHES = {
     "tiles": Switch(
         "kernels/matmul", "a block's product in one piece",
         {"kernels.matmul._tiles": lambda: lambda _: [(slice(None), slice(None))]},
-        kept_for="kept: products of 5 to 20 % more time without it on a Zen 4",
+        kept_for="kept for an earlier figure, products of 5 to 20 % more time; processor not recorded",
     ),
     "tied_embedding": Switch(
         "kernels/tied_embedding", "two gradients of [vocabulary, width], added by autograd",
@@ -200,6 +200,7 @@ SWITCHES = {
     "packed_attention": Switch(
         "kernels/packed_attention", "scaled_dot_product_attention once a length, with autograd",
         {"kernels.packing.can_use_flash_kernel": _always(False)},
+        kept_for="at most 2.3 % of an iteration: to be deleted",
     ),
     "last_layer": Switch(
         "kernels/last_layer", "the whole last layer",
@@ -208,12 +209,12 @@ SWITCHES = {
     "keep_freed_memory": Switch(
         "kernels/allocator", "glibc's defaults", settings={"keep_freed_memory": False}, phases=BOTH, paired=False,
         workloads=USUAL + WHOLE,
-        kept_for="kept: 5 % of the time at cpu-vocab in single runs (see above)",
+        kept_for="kept for earlier single runs: 5 % of the time at cpu-vocab; processor not recorded",
     ),
     "kernel_caches": Switch(
         "kernels/allocator", "1,024 compiled products", {"kernels.matmul.limit_kernel_caches": _always(None)},
         phases=BOTH, workloads=("cpu-bf16",), paired=False,
-        kept_for="kept: 1,006 to 648 MiB at cpu-skew where oneDNN computes float32 products",
+        kept_for="kept for earlier single runs: 1,006 to 648 MiB at cpu-skew; processor not recorded",
     ),
     "fused_adam": Switch(
         "learner/arguments", "Adam over lists of tensors", settings={"fused_adam": False}, paired=False
@@ -221,6 +222,7 @@ SWITCHES = {
     "create_moments": Switch(
         "updates/optimizers", "moments at the first step", {"updates.optimizer_steps.create_moments": _always(None)},
         paired=False, workloads=USUAL + WHOLE,
+        kept_for="not decided: single epochs and whole updates disagree",
     ),
     "kv_cache": Switch(
         "samplers/kv_cache", "transformers' DynamicCache", {"samplers.decode_loop.new_cache": lambda: _dynamic_cache},

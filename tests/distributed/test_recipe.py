@@ -16,6 +16,7 @@ from tests.recipes.tiny_world import save_gpt2, save_reward_model, write_reviews
 pytestmark = pytest.mark.distributed
 
 RECIPE = ROOT / "recipes" / "ppo_gpt2_sentiment.py"
+FLOAT32_RECIPE = Path(__file__).with_name("float32_recipe.py")
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -36,13 +37,13 @@ def arguments(tmp_path: Path, output: str) -> list[str]:
 
 
 def test_the_recipe_runs_on_two_processes_and_resumes(tmp_path: Path) -> None:
-    """Metrics are written once, by process 0. A run that lost its last checkpoint repeats its iteration, here in parts.
+    """Process 0 writes the metrics, once. A run that lost its last checkpoint repeats its iteration, sharded here.
 
-    Under DDP it would be to the last bit (test_loop.py). Under FSDP2 rows are padded instead of packed, and the recipe
-    computes in bfloat16 where the processor can.
+    Under DDP it would be to the last bit (test_loop.py). Under FSDP2 rows are padded instead of packed. In bfloat16 that
+    alone moves a KL of 0.013 nats to 0.019, so both runs are in float32, whatever the processor.
     """
     told = arguments(tmp_path, "run")
-    output = launch_file("cpu_2", RECIPE, *told)
+    output = launch_file("cpu_2", FLOAT32_RECIPE, *told)
     assert output.count("[4/5] PPO") == 1
     first = rows(tmp_path / "run")
     assert [row["iteration"] for row in first] == [1, 2, 3]
@@ -50,12 +51,11 @@ def test_the_recipe_runs_on_two_processes_and_resumes(tmp_path: Path) -> None:
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 9
     shutil.rmtree(tmp_path / "run" / "checkpoint-3")
     shutil.rmtree(tmp_path / "run" / "model")
-    launch_file("fsdp2_cpu", RECIPE, *told)
+    launch_file("fsdp2_cpu", FLOAT32_RECIPE, *told)
     again = rows(tmp_path / "run")
     assert again[:2] == first[:2]
     assert again[2]["env/reward_mean"] == pytest.approx(first[2]["env/reward_mean"], rel=1e-3)
-    # bfloat16 keeps 8 bits: a KL of some hundredths of a nat may differ by as much, by how rows are laid out.
-    assert again[2]["objective/kl"] == pytest.approx(first[2]["objective/kl"], abs=0.02)
+    assert again[2]["objective/kl"] == pytest.approx(first[2]["objective/kl"], rel=0.1)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
