@@ -19,7 +19,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_ppo.batch import pad_rows
 from rlhf_ppo.kernels.last_layer import last_layer_at, read_positions, tokenwise_modules
-from rlhf_ppo.kernels.packed_attention import can_use_flash_kernel, grouped_attention
 
 logger = logging.getLogger(__name__)
 
@@ -132,12 +131,8 @@ def packed_attention(
     if settings.get("position_bias") is not None or attention_mask is not None:
         raise NotImplementedError("attention with a bias or mask of its own is not packed")
     settings.pop("is_causal", None)
-    windowed = sliding_window is not None and any(length > sliding_window for _, length in row_groups)
-    if not windowed and not settings.get("dropout") and can_use_flash_kernel(query, key, value):
-        q, k, v = (tensor.squeeze(0) for tensor in (query, key, value))  # [0] would cost a copy on the way back
-        return grouped_attention(q, k, v, row_groups, scale=settings.get("scaling"))[None], None
     sizes = [count * length for count, length in row_groups]
-    parts = zip(row_groups, *(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
+    parts = zip(row_groups, *(tensor.squeeze(0).split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
     outputs = []
     for (count, length), *chunk in parts:
         mask = _window(length, sliding_window, query.device)

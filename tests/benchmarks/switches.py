@@ -197,14 +197,10 @@ SWITCHES = {
         {"kernels.linear_layers.FusedGELU.forward": lambda: _plain_gelu}, workloads=("cpu-gpt2",), phases=BOTH,
     ),
     "packing": Switch("kernels/packing", "padded rows", {"models.trunk.packed_hidden": lambda: _padded}),
-    "packed_attention": Switch(
-        "kernels/packed_attention", "scaled_dot_product_attention once a length, with autograd",
-        {"kernels.packing.can_use_flash_kernel": _always(False)},
-        kept_for="at most 2.3 % of an iteration: to be deleted",
-    ),
     "last_layer": Switch(
         "kernels/last_layer", "the whole last layer",
         {f"models.trunk.{name}": _all_read(name) for name in ("packed_hidden", "padded_hidden")},
+        kept_for="kept: 4 % of an update at cpu-skew on a Zen 5",
     ),
     "keep_freed_memory": Switch(
         "kernels/allocator", "glibc's defaults", settings={"keep_freed_memory": False}, phases=BOTH, paired=False,
