@@ -17,6 +17,7 @@ from rlhf_ppo.diagnostics.doctor import diagnose, diagnose_first_batch
 from rlhf_ppo.diagnostics.dump import dump_on_failure
 from rlhf_ppo.diagnostics.findings import Diagnosis
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
+from rlhf_ppo.functional import total_scores
 from rlhf_ppo.learner.arguments import check_arguments
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.statistics import Statistics
@@ -108,7 +109,7 @@ class PPOTrainer(ClassicSurface):
             lambda: check_step_inputs(queries, responses, scores, response_masks, limits=limits, device=device)
         )
         diagnose_first_batch(self, DiagnosedBatch.of_batch(batch))
-        self._push_if_best(batch.scores)
+        self._push_if_best(total_scores(batch.scores, batch.mask))
         return self.learn(batch)
 
     def diagnose(self, batch: DiagnosedBatch | Samples) -> Diagnosis:

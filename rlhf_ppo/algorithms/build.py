@@ -149,7 +149,9 @@ def _with_warmup(
     if not critic.warmup_iterations:
         return Algorithm(estimate, update)
     fit = factory.critic_fit(critic.clip_range_value)
-    warmup = CriticWarmup(update, fit, objective, factory.accelerator, critic.warmup_iterations)
+    warmup = CriticWarmup(
+        update, fit, objective, factory.accelerator, critic.warmup_iterations, factory.reference_argument
+    )
     return Algorithm(warmup.switch_estimates(estimate, warmup_estimate), warmup)
 
 

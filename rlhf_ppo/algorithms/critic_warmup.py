@@ -6,8 +6,9 @@ from accelerate import Accelerator
 
 from rlhf_ppo.algorithms.advantages import EstimateAdvantages
 from rlhf_ppo.batch import Rollout, TrainBatch
-from rlhf_ppo.updates import CriticFit, Objective, Update, UpdateRecord
+from rlhf_ppo.updates import CompareWith, CriticFit, Objective, Update, UpdateRecord
 from rlhf_ppo.updates.batch_evaluation import record_without_step
+from rlhf_ppo.updates.objective import no_comparison
 from rlhf_ppo.updates.sharding import all_gather_batch
 
 
@@ -23,12 +24,20 @@ class CriticWarmup:
         objective: Evaluated for the metrics during the warm-up, without a step.
         accelerator: The accelerator that prepared the policy.
         iterations: Number of warm-up iterations.
+        compare_with: Further arguments of the policy that `objective` needs: the policy to measure an exact KL to.
     """
 
     def __init__(
-        self, update: Update, fit: CriticFit, objective: Objective, accelerator: Accelerator, iterations: int
+        self,
+        update: Update,
+        fit: CriticFit,
+        objective: Objective,
+        accelerator: Accelerator,
+        iterations: int,
+        compare_with: CompareWith = no_comparison,
     ) -> None:
         self.inner, self.fit, self.objective, self.accelerator = update, fit, objective, accelerator
+        self.compare_with = compare_with
         self.remaining = iterations
 
     def switch_estimates(self, usual: EstimateAdvantages, warmup: EstimateAdvantages) -> EstimateAdvantages:
@@ -45,7 +54,9 @@ class CriticWarmup:
             return self.inner(batch)
         self.remaining -= 1
         batch = all_gather_batch(batch, self.accelerator)
-        record = record_without_step(self.fit.policy, batch, self.objective, self.accelerator, self.fit.config())
+        record = record_without_step(
+            self.fit.policy, batch, self.objective, self.accelerator, self.fit.config(), self.compare_with
+        )
         self.fit(batch)
         record.extras["val/warmup_remaining"] = float(self.remaining)
         return record

@@ -138,7 +138,8 @@ class ClassicSurface(ClassicInnerMethods):
         if not settings:
             return
         if self.compare_step % self.config.compare_steps == 0:
-            mean = float(self.accelerator.gather(scores.sum(dim=-1) if scores.dim() > 1 else scores).mean())
+            total, count = self.processes.reduce_sum(torch.stack([scores.sum(), scores.new_tensor(len(scores))]))
+            mean = float(total / count)
             if mean > self.highest_reward:
                 self.highest_reward = mean
                 self.push_to_hub(**settings)

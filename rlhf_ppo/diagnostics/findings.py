@@ -110,6 +110,10 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
         "several token sequences spell one text, and a policy draws all of them",
         "never train on encoded text: `step` and `train` keep the sampled tokens; so must code around them",
     ),
+    "masked_scores": KnownFinding(
+        "a reward was given for tokens of an environment or a tool, which take no gradient: their scores are dropped",
+        "credit the reward of a turn to the last token that the policy wrote in it",
+    ),
     "equal_scores": KnownFinding(
         "the reward does not tell these responses apart",
         "look at the samples; a reward must differ between responses for anything to be learned",

@@ -151,11 +151,27 @@ def reward_template(batch: DiagnosedBatch, _: PreTrainedTokenizerBase) -> list[F
     return findings
 
 
+def masked_scores(batch: DiagnosedBatch, _: PreTrainedTokenizerBase) -> list[Finding] | None:
+    """Check whether scores are at tokens that the policy did not choose, which training drops."""
+    if batch.scores is None or batch.scores.dim() == 1 or batch.masks is None:
+        return None
+    dropped = [row[: len(mask)].cpu()[~mask] for row, mask in zip(batch.scores, batch.masks, strict=True)]
+    rows = [row for row, scores in enumerate(dropped) if bool(scores.any())]
+    if not rows:
+        return []
+    scores = torch.cat(dropped)
+    evidence = (
+        f"{int(scores.count_nonzero())} scores that sum to {float(scores.sum()):g} are at tokens that the policy did "
+        f"not choose, in {len(rows)} of {len(dropped)} responses, e.g. response {rows[0]}"
+    )
+    return [finding("masked_scores", evidence)]
+
+
 def equal_scores_or_responses(batch: DiagnosedBatch, _: PreTrainedTokenizerBase) -> list[Finding] | None:
     """Check whether all scores are equal, or all responses."""
     findings: list[Finding] = []
     if batch.scores is not None and len(batch.scores) >= 4:
-        totals = batch.scores if batch.scores.dim() == 1 else batch.scores.sum(dim=1)
+        totals = batch.scores if batch.scores.dim() == 1 else torch.stack(_own_totals(batch.scores, batch.masks))
         if float(totals.max()) == float(totals.min()):
             evidence = f"all {len(totals)} scores are {float(totals[0]):g}"
             findings.append(finding("equal_scores", evidence, severity="note"))
@@ -167,9 +183,17 @@ def equal_scores_or_responses(batch: DiagnosedBatch, _: PreTrainedTokenizerBase)
     return findings
 
 
+def _own_totals(scores: Tensor, masks: Sequence[Tensor] | None) -> list[Tensor]:
+    """Sum of each row of scores over the policy's own tokens."""
+    if masks is None:
+        return list(scores.sum(dim=1))
+    return [row[: len(mask)][mask.to(row.device)].sum() for row, mask in zip(scores, masks, strict=True)]
+
+
 TEXT_CHECKS: dict[str, Check] = {
     "eos_in_prompt": eos_in_prompt, "pad_is_eos": pad_is_eos, "retokenization": retokenization,
-    "reward_template": reward_template, "equal_scores_or_responses": equal_scores_or_responses,
+    "reward_template": reward_template, "masked_scores": masked_scores,
+    "equal_scores_or_responses": equal_scores_or_responses,
 }  # fmt: skip
 
 

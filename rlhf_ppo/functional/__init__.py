@@ -48,6 +48,8 @@ from rlhf_ppo.functional.rewards import (
     clip_scores,
     kl_shaped_rewards,
     missing_eos_penalty,
+    normalize_episode_scores,
+    total_scores,
 )
 from rlhf_ppo.functional.trust_region import (
     LineSearchResult,
@@ -107,6 +109,7 @@ __all__ = [
     "masked_var",
     "missing_eos_penalty",
     "next_state_kl",
+    "normalize_episode_scores",
     "ppo_clip_loss",
     "reinforce_loss",
     "rloo_advantages",
@@ -114,6 +117,7 @@ __all__ = [
     "step_weights",
     "surrogate_loss",
     "token_logprobs",
+    "total_scores",
     "trust_region_step",
     "truncated_importance_weights",
     "unflatten",

@@ -49,6 +49,53 @@ def kl_shaped_rewards(
     return non_score.scatter_add(1, index, scores.to(non_score.dtype).unsqueeze(1)), non_score
 
 
+def total_scores(
+    scores: Float[Tensor, " batch"] | Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+) -> Float[Tensor, " batch"]:
+    """Score of each episode: the sum over its own actions. Scores at other tokens, junk included, are not read."""
+    return scores if scores.dim() == 1 else zero_where_masked(scores, mask).sum(dim=1)
+
+
+def normalize_episode_scores(
+    scores: Float[Tensor, " batch"] | Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    mean: float,
+    deviation: float,
+    clip: float | None = None,
+) -> Float[Tensor, " batch"] | Float[Tensor, "batch time"]:
+    """Normalize the total score S of each episode, and leave to each action its share of it.
+
+        S' = clip((S - mean) / deviation, -clip, clip),        S = Σ_t score_t
+        score'_t = f (score_t - mean [t is the last action]) / deviation,    f = S' deviation / (S - mean)
+
+    The factor f, 1 unless S' is clipped, makes Σ_t score'_t = S': scores per action become what their sum would become
+    as one number at the last action. The mean is subtracted once per episode, there: a constant in every return, which
+    leaves the policy gradient unchanged. Subtracted at every token it would pay for the length of the episode.
+
+    Args:
+        scores: One per episode, or one per token.
+        mask: True = an action of the policy. Outside, scores per token become 0 and are not read.
+        mean: Mean of earlier totals; 0 only divides.
+        deviation: Standard deviation of earlier totals, > 0; 1 only subtracts.
+        clip: Largest absolute total; None: no clipping.
+
+    Raises:
+        ValueError: `clip` is not positive.
+    """
+    if scores.dim() == 1:
+        normalized = (scores - mean) / deviation
+        return normalized if clip is None else clip_scores(normalized, clip)
+    shares = zero_where_masked(scores, mask) / deviation
+    rows = torch.arange(len(shares), device=shares.device)
+    shares[rows, last_action_index(mask)] -= mean / deviation
+    if clip is None:
+        return shares
+    totals = shares.sum(dim=1)
+    limited = clip_scores(totals, clip)
+    return shares * torch.where(limited == totals, 1.0, limited / totals)[:, None]
+
+
 def missing_eos_penalty(
     scores: Float[Tensor, " batch"], finished: Bool[Tensor, " batch"], *, penalty: float, mode: PenaltyMode
 ) -> Float[Tensor, " batch"]:

@@ -1,7 +1,6 @@
 """Check the arguments of `PPOTrainer`, and build the accelerator and the default optimizer from its configuration."""
 
 import importlib.util
-import warnings
 from typing import Any, cast
 
 import datasets
@@ -57,11 +56,6 @@ def check_arguments(
         raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
     if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
         raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
-    if dataset is None:
-        warnings.warn(
-            "No dataset is provided. Make sure to set config.batch_size to the correct value before training.",
-            UserWarning, stacklevel=3,
-        )  # fmt: skip
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:

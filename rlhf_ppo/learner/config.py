@@ -100,9 +100,9 @@ class PPOConfig:
     ratio_threshold: float = 10.0
     """Minibatches whose mean probability ratio exceeds this are skipped, without an optimizer step."""
     use_score_scaling: bool = False
-    """Divide scores by their running standard deviation."""
+    """Divide scores by the running standard deviation of a response's total."""
     use_score_norm: bool = False
-    """With `use_score_scaling`: also subtract the running mean."""
+    """With `use_score_scaling`: also subtract the running mean, once per response."""
     most_skips_in_a_row: int = 5
     """Stop the run after this many successive minibatches whose loss or gradient is not finite; all are skipped."""
     dump_dir: str | None = None
@@ -110,7 +110,7 @@ class PPOConfig:
     diagnose: bool = True
     """Run the doctor on the first batch and log its warnings (`PPOTrainer.diagnose`)."""
     score_clip: float | None = None
-    """Clip scores to [-score_clip, score_clip]."""
+    """Clip the total score of a response to [-score_clip, score_clip]."""
     whiten_rewards: bool = False
     """Scale shaped rewards to variance 1, keeping their mean, before advantages are estimated."""
     gradient_checkpointing: bool = False

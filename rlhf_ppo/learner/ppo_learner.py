@@ -130,8 +130,8 @@ class PPOLearner:
             check_finite_scores(scored, responses.mask, self.processes, self.model)  # nothing has changed so far
             self.start_kl_check(scored, responses.mask)
             scores = normalize_scores(
-                responses.scores, self.running, scale=self.config.use_score_scaling, shift=self.config.use_score_norm,
-                clip=self.config.score_clip, reduce_sum=self.processes.reduce_sum,
+                responses.scores, responses.mask, self.running, scale=self.config.use_score_scaling,
+                shift=self.config.use_score_norm, clip=self.config.score_clip, reduce_sum=self.processes.reduce_sum,
             )  # fmt: skip
             with timed(timing, "compute_rewards"):
                 rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())

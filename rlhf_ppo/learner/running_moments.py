@@ -1,10 +1,10 @@
 """Running mean and standard deviation of scores, observations and returns."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.functional import clip_scores
+from rlhf_ppo.functional import normalize_episode_scores, total_scores
 from rlhf_ppo.functional.masked import ReduceSum, identity
 
 
@@ -113,6 +113,7 @@ def _std(squares: Tensor, count: int) -> Tensor:
 
 def normalize_scores(
     scores: Float[Tensor, "..."],
+    mask: Bool[Tensor, "batch time"],
     moments: RunningMoments,
     *,
     scale: bool,
@@ -120,18 +121,19 @@ def normalize_scores(
     clip: float | None,
     reduce_sum: ReduceSum = identity,
 ) -> Float[Tensor, "..."]:
-    """Divide scores by their running standard deviation, then clip; per-token scores use the moments of row sums.
+    """Divide the total scores of episodes by their running standard deviation, then clip (`normalize_episode_scores`).
 
     Args:
         scores: [B], or [B, T] per token.
-        moments: Moments of earlier scores; updated with `scores` first.
+        mask: True = an action of the policy; scores per token are read nowhere else.
+        moments: Moments of earlier totals; updated with those of `scores` first.
         scale: Whether to divide; if False, `moments` are not updated.
         shift: Whether to subtract the running mean too.
-        clip: Largest absolute score afterwards; None: no clipping.
+        clip: Largest absolute total afterwards; None: no clipping.
         reduce_sum: Sums over processes.
     """
+    mean, deviation = 0.0, 1.0
     if scale:
-        moments.update(scores if scores.dim() == 1 else scores.sum(dim=1), reduce_sum)
-        deviation = float(moments.std) + torch.finfo(scores.dtype).eps
-        scores = (scores - float(moments.mean) if shift else scores) / deviation
-    return scores if clip is None else clip_scores(scores, clip)
+        moments.update(total_scores(scores, mask), reduce_sum)
+        mean, deviation = float(moments.mean) if shift else 0.0, float(moments.std) + torch.finfo(scores.dtype).eps
+    return normalize_episode_scores(scores, mask, mean=mean, deviation=deviation, clip=clip)

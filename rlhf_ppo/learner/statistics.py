@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_ppo.batch import concatenate_rows
-from rlhf_ppo.functional import masked_mean
+from rlhf_ppo.functional import masked_mean, total_scores
 from rlhf_ppo.rollout.experience import Responses, ScoredResponses
 from rlhf_ppo.updates import UpdateRecord
 
@@ -46,7 +46,7 @@ class StepData:
             penalty: Non-score part of the rewards, [B, T].
         """
         return cls(
-            scores=scores if scores.dim() == 1 else scores.sum(dim=1), kl=scored.kl, logprobs=scored.logprobs,
+            scores=total_scores(scores, responses.mask), kl=scored.kl, logprobs=scored.logprobs,
             ref_logprobs=scored.ref_logprobs, non_score_rewards=penalty, mask=responses.mask,
             query_lengths=torch.tensor([float(len(prompt)) for prompt in responses.inputs.prompts]),
             response_lengths=torch.tensor([float(len(response)) for response in responses.inputs.responses]),

@@ -78,7 +78,7 @@ def check_step_inputs(
             responses=[response.long().to(device) for response in responses],
         ),
         mask=pad_rows([row.float() for row in mask_rows]).bool().to(device),
-        scores=_stack_scores(checked_scores, responses).to(device),
+        scores=_stack_scores(checked_scores, mask_rows).to(device),
     )
 
 
@@ -240,16 +240,15 @@ def _abbreviate(tensor: Tensor) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _stack_scores(scores: list[Tensor], responses: list[Tensor]) -> Tensor:
-    """Stack scores to [B] if each is one number, else pad them to [B, T], single numbers at the last token."""
+def _stack_scores(scores: list[Tensor], masks: list[Tensor]) -> Tensor:
+    """Stack scores to [B] if each is one number, else pad them to [B, T], single numbers at the last action."""
     if all(score.dim() == 0 or score.numel() == 1 for score in scores):
         return torch.stack([score.reshape(()) for score in scores])
     rows = []
-    for score, response in zip(scores, responses, strict=True):
-        if score.numel() == 1 and len(response) > 1:
-            row = torch.zeros(len(response))
-            row[-1] = score.reshape(())
-            rows.append(row)
-        else:
-            rows.append(score.reshape(-1))
+    for score, mask in zip(scores, masks, strict=True):
+        row = score
+        if score.numel() == 1:
+            row = torch.zeros(len(mask))
+            row[mask.nonzero()[-1]] = score
+        rows.append(row)
     return pad_rows(rows)

@@ -8,13 +8,18 @@ from torch import nn
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import kl_estimate, masked_mean
 from rlhf_ppo.updates.minibatch import MinibatchConfig
-from rlhf_ppo.updates.objective import Objective, UpdateRecord, batch_statistics
+from rlhf_ppo.updates.objective import CompareWith, Objective, UpdateRecord, batch_statistics, no_comparison
 from rlhf_ppo.updates.sharding import all_gather_batch, local_micro_batches
 
 
 @torch.no_grad()
 def record_without_step(
-    policy: nn.Module, batch: TrainBatch, objective: Objective, accelerator: Accelerator, config: MinibatchConfig
+    policy: nn.Module,
+    batch: TrainBatch,
+    objective: Objective,
+    accelerator: Accelerator,
+    config: MinibatchConfig,
+    compare_with: CompareWith = no_comparison,
 ) -> UpdateRecord:
     """Evaluate `objective` on `batch`, the rows of all processes, and return it as the record of an update."""
     rows = torch.arange(len(batch), device=batch.mask.device)
@@ -24,7 +29,8 @@ def record_without_step(
         process=accelerator.process_index, processes=accelerator.num_processes,
     )  # fmt: skip
     terms = [
-        objective(policy(micro_batch.inputs, with_entropy=True), micro_batch, count) for micro_batch in micro_batches
+        objective(policy(micro_batch.inputs, with_entropy=True, **compare_with(micro_batch)), micro_batch, count)
+        for micro_batch in micro_batches
     ]
     totals = {name: torch.stack([term.metrics[name].float() for term in terms]).sum() for name in terms[0].metrics}
     record = UpdateRecord()

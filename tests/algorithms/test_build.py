@@ -130,6 +130,15 @@ def test_while_the_critic_warms_up_the_policy_stays_bit_for_bit_and_the_critic_l
     assert not all(torch.equal(a, b) for a, b in zip(policy, own.model.pretrained_model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("placement", ["loss", "split"])
+def test_the_critic_warms_up_beside_the_full_kl_in_the_loss(placement: Any) -> None:
+    """The metrics of the warm-up are those of the objective, which reads both distributions of a token."""
+    algorithm = PPOClip(critic=Critic(warmup_iterations=1))
+    own = trainer(algorithm=algorithm, kl_penalty="full", kl_placement=placement)
+    history = own.train(share_of_e, config(iterations=2)).history
+    assert [row.get("ppo/val/warmup_remaining") for row in history] == [0.0, None]
+
+
 def own_responses(own: Any) -> Any:
     from rlhf_ppo.batch import TokenInputs
     from rlhf_ppo.rollout.experience import Responses

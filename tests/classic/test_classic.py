@@ -1,7 +1,6 @@
 """The surface that scripts for TRL's classic `PPOTrainer` use: construction, pieces, `step()`, logging, saving."""
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +53,12 @@ def trainer_of(model: Any = None, *, padding_side: str = "left", **settings: Any
     arguments = settings.pop("arguments", {})
     defaults: dict[str, Any] = {"batch_size": 2, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 1e-3}
     defaults["diagnose"] = False  # the tokens of these tests were not drawn from the policy
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No dataset")
-        return PPOTrainer(
-            PPOConfig(**defaults | settings),
-            policy() if model is None else model,
-            tokenizer=tiny_tokenizer(padding_side=padding_side),
-            **arguments,
-        )
+    return PPOTrainer(
+        PPOConfig(**defaults | settings),
+        policy() if model is None else model,
+        tokenizer=tiny_tokenizer(padding_side=padding_side),
+        **arguments,
+    )
 
 
 def weights(trainer: PPOTrainer) -> Tensor:

@@ -110,3 +110,49 @@ def test_classic_whiten_rewards_without_tails_is_whitening_with_the_mean_kept() 
     rewards, mask = numbers(0, 3, 4), random_mask(0, 3, 4)
     shaped = F.classic_whiten_rewards(rewards, mask, tail=torch.zeros(3, dtype=torch.long), gamma=1.0, lam=0.95)
     assert_close(shaped, F.whiten(rewards, mask, shift_mean=False))
+
+
+def test_scores_per_action_are_normalized_by_their_total_and_keep_their_shares() -> None:
+    """Totals -1, 0.8, -1 have mean -0.4 and deviation s = √1.08: the mean is paid once an episode.
+
+    Token 2 of the second row is not ours, and the third row is shorter: neither takes part.
+    """
+    scores = torch.tensor([[-0.5, -0.5, 0.0], [-0.1, 99.0, 0.9], [-1.0, math.nan, math.inf]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True], [True, False, True], [True, False, False]])
+    totals = F.total_scores(scores, mask)
+    assert_close(totals, torch.tensor([-1.0, 0.8, -1.0], dtype=torch.float64))
+    s = math.sqrt(1.08)
+    normalized = F.normalize_episode_scores(scores, mask, mean=-0.4, deviation=s)
+    expected = torch.tensor([[-0.5, -0.5, 0.4], [-0.1, 0.0, 1.3], [-0.6, 0.0, 0.0]], dtype=torch.float64) / s
+    assert_close(normalized, expected)
+
+
+def test_a_total_beyond_the_limit_shrinks_every_share_by_one_factor() -> None:
+    """3 + 5 = 8 is twice the limit 4; -1 + 2 = 1 is within it."""
+    scores = torch.tensor([[3.0, 5.0], [-1.0, 2.0]])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    limited = F.normalize_episode_scores(scores, mask, mean=0.0, deviation=1.0, clip=4.0)
+    assert limited.tolist() == [[1.5, 2.5], [-1.0, 2.0]]
+    with pytest.raises(ValueError, match=r"limit must be > 0, got 0\.0"):
+        F.normalize_episode_scores(scores, mask, mean=0.0, deviation=1.0, clip=0.0)
+
+
+@given(seed=seeds, shape=shapes, mean=st.floats(-3, 3), deviation=st.floats(0.1, 3), clip=st.none() | st.floats(0.1, 5))
+def test_normalized_scores_per_action_sum_to_the_normalized_sum(
+    seed: int, shape: tuple[int, int], mean: float, deviation: float, clip: float | None
+) -> None:
+    """And a score at the last action alone is what one number for the episode is."""
+    mask, scores = random_mask(seed, *shape), numbers(seed, *shape)
+    settings = {"mean": mean, "deviation": deviation, "clip": clip}
+    totals = F.total_scores(spoil(scores, mask), mask)
+    expected = torch.stack([scores[row][mask[row]].sum() for row in range(shape[0])])
+    assert_close(totals, expected)
+    one_number = F.normalize_episode_scores(totals, mask, **settings)
+    per_token = F.normalize_episode_scores(spoil(scores, mask), mask, **settings)
+    assert_close(per_token.sum(dim=1), one_number)
+    assert (per_token[~mask] == 0).all()
+    at_the_end = torch.zeros_like(scores).scatter(1, F.last_action_index(mask)[:, None], totals[:, None])
+    assert_close(
+        F.normalize_episode_scores(at_the_end, mask, **settings),
+        torch.zeros_like(scores).scatter(1, F.last_action_index(mask)[:, None], one_number[:, None]),
+    )
