@@ -2,11 +2,12 @@
 
 torch computes float32 products on CPUs with MKL, whose AVX-512 kernels stay off on processors of other makers than
 Intel; oneDNN, which torch carries for convolutions and bfloat16, uses them. Which one is faster is measured once a
-process. Plain twin: `torch.mm`.
+process, unless the environment variable `RLHF_PPO_MATMUL` says. Plain twin: `torch.mm`.
 """
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import cache
@@ -26,18 +27,47 @@ TILE_SIZE = 1024
 torch's library leave it, and take 5 to 20 % longer."""
 MIN_SPEEDUP = 1.25
 """Least speedup of oneDNN for it to be used: below, the choice could change with noise from run to run."""
+CHOICES = (("torch", "onednn"), ("float32", "bfloat16"))
+"""What `RLHF_PPO_MATMUL` may say: who computes float32 products, and the dtype of products under `bf16=True`."""
+
+
+def forced_choice(choices: tuple[str, str]) -> bool | None:
+    """Whether `RLHF_PPO_MATMUL` (such as `onednn,float32`) names the second of two choices; None: it names neither.
+
+    Raises:
+        ValueError: The variable holds another word, or both words of a choice.
+    """
+    words = {word.strip().lower() for word in os.environ.get("RLHF_PPO_MATMUL", "").split(",")} - {""}
+    known = {word for pair in CHOICES for word in pair}
+    if words - known or any(words >= set(pair) for pair in CHOICES):
+        raise ValueError(
+            f"RLHF_PPO_MATMUL={os.environ['RLHF_PPO_MATMUL']!r} cannot be read: it takes one of 'torch' and 'onednn', "
+            "one of 'float32' and 'bfloat16', or one of each with a comma between. Unset it to have both measured."
+        )
+    return None if words.isdisjoint(choices) else choices[1] in words
 
 
 @cache
 def onednn_is_faster() -> bool:
     """Whether float32 products run on oneDNN here: it must be there, agree with torch, and win clearly.
 
-    The result is logged, kept for the process, and costs some milliseconds.
+    The result is logged, kept for the process, and costs some milliseconds. `RLHF_PPO_MATMUL` can force it.
+
+    Raises:
+        ValueError: `RLHF_PPO_MATMUL` asks for oneDNN, and this build of torch carries none.
     """
+    forced = forced_choice(CHOICES[0])
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        if forced:
+            raise ValueError(
+                "RLHF_PPO_MATMUL asks for 'onednn', which this build of torch carries no linear kernel of: say 'torch'."
+            )
         logger.info("float32 products: torch's own, since this build carries no oneDNN linear kernel")
         return False
     limit_kernel_caches()
+    if forced is not None:
+        logger.info("float32 products: %s, as RLHF_PPO_MATMUL says", CHOICES[0][forced])
+        return forced
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 512, generator=generator), torch.randn(512, 768, generator=generator))
     try:
@@ -56,8 +86,15 @@ def onednn_is_faster() -> bool:
 
 @cache
 def bfloat16_is_faster() -> bool:
-    """Whether bfloat16 products beat float32 ones here: on CPUs with AVX-512-BF16 or AMX they do, elsewhere not."""
+    """Whether bfloat16 products beat float32 ones here: on CPUs with AVX-512-BF16 or AMX they do, elsewhere not.
+
+    `RLHF_PPO_MATMUL` can force it.
+    """
     limit_kernel_caches()
+    forced = forced_choice(CHOICES[1])
+    if forced is not None:
+        logger.info("products: %s, as RLHF_PPO_MATMUL says", CHOICES[1][forced])
+        return forced
     a, b = torch.randn(256, 512), torch.randn(512, 768)
     low = a.bfloat16(), b.bfloat16()
     ours, theirs = _seconds(lambda: low[0] @ low[1], lambda: matmul(a, b))
