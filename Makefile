@@ -15,7 +15,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest test-newest test-distributed test-slow benchmark lint docs check clean distclean
+.PHONY: help install demo test test-processors test-lowest test-newest test-distributed test-slow benchmark lint docs check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
@@ -39,6 +39,13 @@ demo: $(STAMP)  ## SFT, reward model, PPO and evaluation on movie reviews; optio
 
 test: $(STAMP)  ## the fast tier on two processes; options: make test ARGS="-k gae"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Products and their rounding are the processor's: older ones are emulated, and each choice of products is forced.
+test-processors: $(STAMP)  ## the tests of functions, kernels and models as on other processors
+	@for processor in "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 RLHF_PPO_MATMUL=torch,float32" \
+		"ATEN_CPU_CAPABILITY=default RLHF_PPO_MATMUL=onednn,float32" "RLHF_PPO_MATMUL=onednn,bfloat16"; do \
+		echo "$$processor"; \
+		env $$processor $(BIN)/python -m pytest -n 2 --dist loadfile tests/functional tests/kernels tests/models $(ARGS) || exit 1; done
 
 .venv-%/.installed: pyproject.toml constraints-%.txt
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
