@@ -71,6 +71,8 @@ class Config:
     """Scale observations by running moments."""
     normalize_rewards: bool = True
     """Scale rewards by the spread of their discounted return."""
+    max_episode_steps: int | None = None
+    """Time limit of an episode; without one, that of the task."""
     randomization: Randomization = field(default_factory=Randomization)
     """Worlds that are drawn anew for every episode."""
     eval_episodes: int = 10
@@ -92,7 +94,9 @@ def main(config: Config) -> dict[str, Estimates]:
     settings = json.loads(json.dumps(asdict(config)))
     trainer = ControlTrainer(
         ControlConfig(
-            environment=EnvironmentConfig(id=config.env, randomization=config.randomization),
+            environment=EnvironmentConfig(
+                id=config.env, randomization=config.randomization, max_episode_steps=config.max_episode_steps
+            ),
             algorithm=control_algorithm(
                 config.algorithm, gamma=config.gamma, lam=config.lam, clip_range=config.clip_range,
                 ent_coef=config.ent_coef,

@@ -28,7 +28,7 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Completions of one prompt, ordered by preference, best first."""
+    """Completions of one prompt, ordered by preference, best first; a pair of a preference below 0.5 is turned."""
 
     prompt: Text
     """Text or messages; "" or [] if the completions hold the whole text."""
@@ -43,6 +43,12 @@ class Comparison:
     where: str = ""
     """Location for messages: file and line, or row number."""
 
+    def __post_init__(self) -> None:
+        if self.is_pair and not self.is_tie and self.preference < 0.5:
+            turned = {"completions": self.completions[::-1], "margin": -self.margin, "preference": 1 - self.preference}
+            for name, value in turned.items():
+                object.__setattr__(self, name, value)
+
     @property
     def is_pair(self) -> bool:
         """Whether exactly two completions are compared."""
@@ -52,6 +58,11 @@ class Comparison:
     def is_tie(self) -> bool:
         """Whether all completions are equally good."""
         return len(set(self.ranks)) == 1
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether one completion is better than another; the other comparisons are left out of accuracies."""
+        return not self.is_tie and self.preference != 0.5
 
     def key(self) -> str:
         """Key for finding duplicates: equal for equal comparisons."""

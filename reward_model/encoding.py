@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -52,6 +52,21 @@ def encode_comparisons(comparisons: Sequence[Comparison], tokenizer: Any, rule: 
     return EncodedComparisons(dataset=dataset, kept=kept, too_long=len(comparisons) - len(kept))
 
 
+def fill_last_step(dataset: Dataset, batch_size: int) -> Dataset:
+    """Append rows that do not count until the optimizer steps are whole: data loaders would repeat comparisons instead.
+
+    The rows are copies of the shortest pair with weight 0 and length 0, which marks them.
+    """
+    missing = -len(dataset) % batch_size
+    if not missing:
+        return dataset
+    lengths = list(dataset["length"])
+    shortest = dataset[lengths.index(min(lengths))]
+    row = shortest | {"middle_ids": [], "ranks": [0, 1], "weight": 0.0, "length": 0}
+    filler = Dataset.from_dict({name: [value] * missing for name, value in row.items()}, features=dataset.features)
+    return concatenate_datasets([dataset, filler])
+
+
 def fingerprint(comparisons: Sequence[Comparison]) -> str:
     """SHA-256 of the contents of the comparisons, in order."""
     digest = hashlib.sha256()
@@ -66,9 +81,9 @@ def _row(comparison: Comparison, ids: list[list[int]]) -> dict[str, Any]:
         "rejected_ids": ids[-1],
         "middle_ids": ids[1:-1],
         "ranks": list(comparison.ranks),
-        "margin": comparison.margin,
+        "margin": 0.0 if comparison.is_tie else comparison.margin,
         "weight": comparison.weight,
-        "preference": comparison.preference,
+        "preference": 0.5 if comparison.is_tie else comparison.preference,
         "tie": comparison.is_tie,
         "length": max(map(len, ids)),
     }
@@ -78,7 +93,8 @@ def _row(comparison: Comparison, ids: list[list[int]]) -> dict[str, Any]:
 class ComparisonCollator(DataCollatorForPreference):
     """trl's collator (chosen rows, then rejected rows, padded on the right) with further label columns.
 
-    Rankings add the middle completions below, and `groups` [rows, K] says which rows form a comparison, best first.
+    The middle completions of rankings follow below. `groups` [comparisons, K] holds the rows of each comparison, best
+    first, padded by -1, and `ranks` the rank of each.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -87,16 +103,8 @@ class ComparisonCollator(DataCollatorForPreference):
         for name in ("weight", "preference"):
             batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float)
         batch["tie"] = torch.tensor([bool(example["tie"]) for example in examples])
-        if any(example["middle_ids"] for example in examples):
-            self._add_rankings(batch, examples)
-        return batch
-
-    def _add_rankings(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> None:
-        middles = [torch.tensor(ids) for example in examples for ids in example["middle_ids"]]
-        ends = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        rows = [row[mask.bool()] for row, mask in ends] + middles
-        batch["input_ids"] = pad_rows(rows, value=self.pad_token_id)
-        batch["attention_mask"] = pad_rows([torch.ones_like(row) for row in rows], value=0)
+        batch["decided"] = ~batch["tie"] & (batch["preference"] != 0.5)
+        batch["counted"] = torch.tensor([example["length"] > 0 for example in examples])
         groups, position = [], 2 * len(examples)
         for index, example in enumerate(examples):
             between = range(position, position + len(example["middle_ids"]))
@@ -104,6 +112,13 @@ class ComparisonCollator(DataCollatorForPreference):
             groups.append(torch.tensor([index, *between, len(examples) + index]))
         batch["groups"] = pad_rows(groups, value=-1)
         batch["ranks"] = pad_rows([torch.tensor(example["ranks"]) for example in examples], value=-1)
+        middles = [torch.tensor(ids) for example in examples for ids in example["middle_ids"]]
+        if middles:
+            ends = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            rows = [row[mask.bool()] for row, mask in ends] + middles
+            batch["input_ids"] = pad_rows(rows, value=self.pad_token_id)
+            batch["attention_mask"] = pad_rows([torch.ones_like(row) for row in rows], value=0)
+        return batch
 
 
 class LengthGroupedBatches(Sampler[int]):
@@ -113,18 +128,20 @@ class LengthGroupedBatches(Sampler[int]):
     how a step is cut into micro-batches, and steps of long and short texts come in random order.
     """
 
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, pool: int = 32) -> None:
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, fillers: int = 0, pool: int = 32) -> None:
         """Set up the sampler.
 
         Args:
             lengths: Tokens of each example.
             batch_size: Examples per optimizer step, over all processes.
             seed: Seed of the order.
+            fillers: Number of rows behind the examples that only fill the last step.
             pool: Number of steps that are sorted by length together; a larger pool pads less and mixes less.
         """
         self.lengths = list(lengths)
         self.batch_size = batch_size
         self.seed = seed
+        self.fillers = fillers
         self.pool = pool * batch_size
         self.epoch = 0
 
@@ -133,7 +150,7 @@ class LengthGroupedBatches(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.fillers
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -145,4 +162,5 @@ class LengthGroupedBatches(Sampler[int]):
         partial = [step for step in steps if len(step) < self.batch_size]
         whole = [step for step in steps if len(step) == self.batch_size]
         mixed = [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
-        return iter([index for step in mixed + partial for index in step])
+        fillers = range(len(self.lengths), len(self))
+        return iter([index for step in [*mixed, *partial, fillers] for index in step])

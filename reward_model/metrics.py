@@ -35,42 +35,54 @@ def pair_accuracy(differences: Sequence[float]) -> Share:
     return wilson(wins, len(differences))
 
 
-def log_loss(differences: Tensor) -> float:
-    """Mean negative log-likelihood of the preferences under Bradley-Terry, in nats (coin: 0.693)."""
-    return float(F.softplus(-differences).mean())
+def log_loss(differences: Tensor, preference: Tensor | None = None) -> float:
+    """Mean negative log-likelihood of the preferences under Bradley-Terry, in nats (coin: 0.693).
+
+    Args:
+        differences: d = r_chosen - r_rejected, raw.
+        preference: p, the probability that `chosen` is better: -p log σ(d) - (1 - p) log σ(-d); None is 1.
+    """
+    target = torch.ones_like(differences) if preference is None else preference.to(differences)
+    return float(F.binary_cross_entropy_with_logits(differences, target))
 
 
-def expected_calibration_error(differences: Tensor, *, bins: int = 10) -> float:
+def expected_calibration_error(differences: Tensor, preference: Tensor | None = None, *, bins: int = 10) -> float:
     """Mean gap between confidence and accuracy over equally filled bins (Naeini et al. 2015).
 
-    The confidence of a pair is σ(|d|), in [0.5, 1]; it is right if the chosen completion scores higher.
+    The confidence of a pair is σ(|d|), in [0.5, 1]; it is right if the chosen completion scores higher. With soft
+    labels it is right by the probability that the completion with the higher score is better.
     """
-    table = reliability(differences, bins=bins)
+    table = reliability(differences, preference, bins=bins)
     total = sum(row[2] for row in table)
     return sum(abs(row[0] - row[1]) * row[2] for row in table) / total if total else math.nan
 
 
-def reliability(differences: Tensor, *, bins: int = 10) -> list[tuple[float, float, int]]:
+def reliability(
+    differences: Tensor, preference: Tensor | None = None, *, bins: int = 10
+) -> list[tuple[float, float, int]]:
     """(mean confidence, accuracy, pairs) of equally filled bins of growing confidence."""
     confidence = torch.sigmoid(differences.abs().double())
     order = torch.argsort(confidence)
-    right = ((differences > 0).double() + 0.5 * (differences == 0).double())[order]
+    target = torch.ones_like(confidence) if preference is None else preference.double()
+    higher = torch.where(differences > 0, target, 1 - target)
+    right = torch.where(differences == 0, 0.5, higher)[order]
     parts = zip(torch.tensor_split(confidence[order], bins), torch.tensor_split(right, bins), strict=True)
     return [(float(c.mean()), float(r.mean()), len(c)) for c, r in parts if len(c)]
 
 
-def best_temperature(differences: Tensor) -> float:
+def best_temperature(differences: Tensor, preference: Tensor | None = None) -> float:
     """T > 0 under which σ(d / T) fits the preferences best (Guo et al. 2017); below 1 the scores are underconfident.
 
-    Found by bisection: the log loss is convex in 1/T. Infinite if no scale fits (mean difference <= 0).
+    Found by bisection: the log loss is convex in 1/T. Infinite if no scale fits (its slope at 1/T = 0 is not negative).
     """
     values = differences.double()
+    target = torch.ones_like(values) if preference is None else preference.double()
     low, high = 0.0, 1e4
-    if float(values.mean()) <= 0:
+    if float((values * (target - 0.5)).mean()) <= 0:
         return math.inf
     for _ in range(100):
         middle = (low + high) / 2
-        slope = float((-values * torch.sigmoid(-middle * values)).mean())
+        slope = float((values * (torch.sigmoid(middle * values) - target)).mean())
         low, high = (middle, high) if slope < 0 else (low, middle)
     return 1 / high
 

@@ -21,7 +21,7 @@ from reward_model.metrics import (
     wilson,
 )
 from reward_model.model import RewardModel
-from reward_model.scoring import CompletionScores, score_completions
+from reward_model.scoring import CompletionScores, preferences, score_completions
 from reward_model.text import Text, Texts, encode
 
 Scorer = Callable[[Texts, Texts], list[float]]
@@ -31,7 +31,7 @@ BALANCED = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredPairs:
-    """Scores of the best and worst completion of each comparison that is no tie."""
+    """Scores of the best and worst completion of each decided comparison."""
 
     comparisons: list[Comparison]
     chosen: Tensor
@@ -59,24 +59,24 @@ def report_card(
 
     Args:
         model: The reward model or ensemble.
-        comparisons: Held-out comparisons; ties are left out of accuracies.
+        comparisons: Held-out comparisons; ties and preferences of 0.5 are left out.
         judge: Independent scorer for the best-of-N curve; None: no curve.
 
     Raises:
-        ValueError: All comparisons are ties.
+        ValueError: No comparison is decided.
     """
     completions = score_completions(model, comparisons)
     scored = decided_pairs(model, completions)
-    differences = scored.raw_differences
+    differences, preference = scored.raw_differences, preferences(scored.comparisons)
     card: dict[str, Any] = {
         "pairs": len(scored.comparisons),
-        "ties": sum(comparison.is_tie for comparison in comparisons),
+        "ties": sum(not comparison.is_decided for comparison in comparisons),
         "accuracy": asdict(pair_accuracy(differences.tolist())),
-        "log_loss": log_loss(differences),
+        "log_loss": log_loss(differences, preference),
         "calibration": {
-            "ece": expected_calibration_error(differences),
-            "temperature": best_temperature(differences),
-            "reliability": reliability(differences),
+            "ece": expected_calibration_error(differences, preference),
+            "temperature": best_temperature(differences, preference),
+            "reliability": reliability(differences, preference),
         },
         "by_source": _by_source(scored),
         "by_length": _by_quartile(scored, (scored.chosen_tokens + scored.rejected_tokens) / 2, "tokens"),
@@ -93,15 +93,17 @@ def report_card(
 
 
 def decided_pairs(model: RewardModel | EnsembleRewardModel, scored: CompletionScores) -> ScoredPairs:
-    """Select best and worst completion of every comparison that is no tie.
+    """Select best and worst completion of every decided comparison.
 
     Raises:
-        ValueError: All are ties.
+        ValueError: None is decided.
     """
-    decided = [index for index, comparison in enumerate(scored.comparisons) if not comparison.is_tie]
+    decided = [index for index, comparison in enumerate(scored.comparisons) if comparison.is_decided]
     if not decided:
         count = len(scored.comparisons)
-        raise ValueError(f"All {count} comparisons are ties: accuracy needs a better and a worse completion.")
+        raise ValueError(
+            f"All {count} comparisons are ties or have a preference of 0.5: accuracy needs a better and a worse one."
+        )
     comparisons = [scored.comparisons[index] for index in decided]
     best, worst = [scored.first[index] for index in decided], [scored.last[index] for index in decided]
     member = first_member(model)

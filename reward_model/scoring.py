@@ -60,8 +60,8 @@ def score_completions(model: RewardModel | EnsembleRewardModel, comparisons: Seq
 
 
 def held_out_metrics(scored: CompletionScores) -> dict[str, float]:
-    """Accuracy of best against worst with its interval, margin and log loss, from raw scores, without ties."""
-    decided = [index for index, comparison in enumerate(scored.comparisons) if not comparison.is_tie]
+    """Accuracy of best against worst with its interval, margin and log loss of decided comparisons, from raw scores."""
+    decided = [index for index, comparison in enumerate(scored.comparisons) if comparison.is_decided]
     if not decided:
         return {}
     differences = scored.raw_differences()[decided]
@@ -72,8 +72,13 @@ def held_out_metrics(scored: CompletionScores) -> dict[str, float]:
         "accuracy_high": accuracy.high,
         "pairs": float(accuracy.count),
         "margin": float(differences.mean()),
-        "log_loss": log_loss(differences),
+        "log_loss": log_loss(differences, preferences([scored.comparisons[index] for index in decided])),
     }
+
+
+def preferences(comparisons: Sequence[Comparison]) -> Float[Tensor, " comparisons"]:
+    """The probability of each comparison that its best completion is the better one."""
+    return torch.tensor([comparison.preference for comparison in comparisons], dtype=torch.float64)
 
 
 def fit_normalization(raw: Sequence[float], reference: str) -> Normalization:

@@ -19,7 +19,13 @@ from reward_model.backbone import disable_dropout, head_name, load_backbone, lon
 from reward_model.config import RewardModelConfig
 from reward_model.contract import Contract, TextRule, tokenizer_sha256
 from reward_model.data import Comparison, Row, as_comparisons
-from reward_model.encoding import ComparisonCollator, EncodedComparisons, encode_comparisons, fingerprint
+from reward_model.encoding import (
+    ComparisonCollator,
+    EncodedComparisons,
+    encode_comparisons,
+    fill_last_step,
+    fingerprint,
+)
 from reward_model.model import RewardModel
 from reward_model.preference_trainer import PreferenceTrainer
 from reward_model.progress import ProgressBarCallback
@@ -125,7 +131,7 @@ def _build_trainer(
         has_ties=any(row.is_tie for row in train.kept),
         model=model,
         args=_arguments(config, len(train.kept)),
-        train_dataset=train.dataset,
+        train_dataset=fill_last_step(train.dataset, config.batch_size),
         eval_dataset=evaluation.dataset,
         processing_class=tokenizer,
         data_collator=ComparisonCollator(pad_token_id=tokenizer.pad_token_id),

@@ -50,8 +50,8 @@ class Collector:
     def _rollout(self, observations: np.ndarray, actions: Any, rewards: np.ndarray, flags: np.ndarray) -> Rollout:
         normalized = torch.from_numpy(self.normalizer.normalize_observations(observations).swapaxes(0, 1).copy())
         terminated, truncated, mask = (torch.from_numpy(flag.T.copy()) for flag in flags)
-        self.normalizer.update_observation_moments(observations[:-1].reshape(-1, observations.shape[-1]))
         scaled = self.normalizer.normalize_rewards(rewards, flags[0] | flags[1], flags[2])
+        self.normalizer.update_observation_moments(observations[:-1].reshape(-1, observations.shape[-1]))
         inputs = ControlInputs(observations=normalized[:, :-1], actions=actions)
         return Rollout(
             inputs=inputs, mask=mask, logprobs=self.policy(inputs).logprobs, values=self.policy.values(normalized),

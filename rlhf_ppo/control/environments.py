@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf_ppo.control.randomization import DomainRandomization, Randomization
 from rlhf_ppo.control.snapshots import restore_snapshot, snapshot
+from rlhf_ppo.utils.field_types import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,15 @@ class EnvironmentConfig:
     """Ranges of the domain randomization; the default changes nothing."""
     render: bool = False
     """Whether `render()` returns RGB arrays."""
+    max_episode_steps: int | None = None
+    """Time limit: episodes are truncated after so many steps. None: that of the task, which may have none."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_episode_steps is not None and self.max_episode_steps < 1:
+            raise ValueError(
+                f"max_episode_steps must be at least 1, got {self.max_episode_steps}: no episode would have an action."
+            )
 
 
 def make_environment(config: EnvironmentConfig) -> Any:
@@ -31,13 +41,24 @@ def make_environment(config: EnvironmentConfig) -> Any:
 
     Raises:
         ValueError: The task is unknown, or its observations or actions do not fit a `ControlPolicy`.
+        RuntimeError: It cannot be rendered.
     """
+    rendering = {"render_mode": "rgb_array"} if config.render else {}  # many constructors do not take it
     try:
-        env: Any = gym.make(config.id, disable_env_checker=True, render_mode="rgb_array" if config.render else None)
+        env: Any = gym.make(
+            config.id, disable_env_checker=True, max_episode_steps=config.max_episode_steps, **rendering
+        )
     except gym.error.Error as error:
         raise ValueError(
             f"expected the name of a Gymnasium task, got {config.id!r}: {str(error).rstrip('.')}. "
             "`python -c 'import gymnasium; gymnasium.pprint_registry()'` lists them."
+        ) from error
+    except TypeError as error:
+        if not config.render:
+            raise
+        raise RuntimeError(
+            f"expected to render {config.id}, got a task that cannot be created for it ({error}): there will be no "
+            "pictures, all other results are unaffected. Let its constructor take render_mode='rgb_array'."
         ) from error
     if config.randomization.is_active:
         env = DomainRandomization(env, config.randomization)

@@ -12,6 +12,9 @@ from rlhf_ppo.control.environments import EnvironmentConfig, Environments, make_
 from rlhf_ppo.control.normalization import Normalizer
 from rlhf_ppo.control.policy import ControlPolicy
 
+LONGEST_EPISODE = 10_000
+"""Steps of an episode after which an evaluation of a task without time limit stops with an error."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
@@ -47,14 +50,22 @@ def evaluate(
         seed: Seeds initial states and actions.
 
     Raises:
-        ValueError: `episodes` is below 1.
+        ValueError: `episodes` is below 1, or the task has no time limit and an episode does not end.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}: there would be nothing to average.")
     environments = Environments([make_environment(config) for _ in range(episodes)], seed=seed)
     generator = torch.Generator().manual_seed(seed)
     returns, lengths, running = np.zeros(episodes), np.zeros(episodes, dtype=int), np.ones(episodes, dtype=bool)
+    limit = environments.envs[0].spec.max_episode_steps
     while running.any():
+        if limit is None and lengths.max() >= LONGEST_EPISODE:
+            environments.close()
+            raise ValueError(
+                f"expected {config.id} to end its episodes, got {int(running.sum())} of {episodes} still running after "
+                f"{LONGEST_EPISODE} steps: the task has no time limit, and an evaluation counts whole episodes. Set "
+                "max_episode_steps in EnvironmentConfig (or where the task is registered)."
+            )
         normalized = torch.from_numpy(normalizer.normalize_observations(environments.observations))
         noise = None if deterministic else policy.distribution.noise((episodes,), generator)
         step = environments.step(policy.act(normalized, noise).numpy())

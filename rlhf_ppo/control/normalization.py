@@ -55,7 +55,11 @@ class Normalizer:
             rewards: Raw rewards, [time, environments].
             done: Where an episode ended, terminated or truncated: the rolling return restarts after it.
             mask: Where an action was taken.
+
+        Raises:
+            ValueError: A reward is not finite; nothing has changed.
         """
+        _check_rewards(rewards, mask)
         if not self.scales_rewards:
             return rewards
         returns = np.empty_like(rewards)
@@ -87,3 +91,14 @@ class Normalizer:
     def _update_scale(self) -> None:
         self._mean = self.moments.mean.numpy().copy()
         self._inverse_std = 1 / (self.moments.std.numpy() + 1e-8)
+
+
+def _check_rewards(rewards: np.ndarray, mask: np.ndarray) -> None:
+    broken = mask & ~np.isfinite(rewards)
+    if broken.any():
+        time, environment = np.argwhere(broken)[0]
+        raise ValueError(
+            f"expected finite rewards, got {int(broken.sum())} of {int(mask.sum())} that are not, the first "
+            f"({rewards[time, environment]}) in environment {environment} at step {time} of the rollout: one would "
+            "spoil the returns of its whole episode. Repair the reward of the task."
+        )

@@ -134,6 +134,8 @@ class MinibatchUpdate(UpdateState):
         return metrics, ratios
 
     def _step(self, batch: TrainBatch, rows: Tensor, record: UpdateRecord) -> None:
+        if not batch.mask[rows].any():
+            return  # no action, so no loss: momentum alone would move the parameters
         metrics, ratios = self._gradient(batch, rows)
         if self._accept(batch, rows, metrics):
             metrics["policy/grad_norm"] = self.steps.apply()

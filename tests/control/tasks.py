@@ -4,6 +4,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
+from gymnasium.envs.registration import EnvSpec
 
 
 class Corridor(gym.Env[Any, Any]):
@@ -30,3 +32,8 @@ class Corridor(gym.Env[Any, Any]):
 def corridor(*, terminates: int | None = None, truncates: int | None = None) -> Any:
     env: Any = Corridor(terminates)
     return env if truncates is None else gym.wrappers.TimeLimit(env, truncates)
+
+
+def register(monkeypatch: pytest.MonkeyPatch, name: str, entry_point: Any, **settings: Any) -> None:
+    """Register a task with Gymnasium until the end of the test."""
+    monkeypatch.setitem(gym.registry, name, EnvSpec(name, entry_point=entry_point, **settings))

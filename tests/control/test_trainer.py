@@ -10,6 +10,7 @@ import torch
 from rlhf_ppo import GRPO, PPOPenalty
 from rlhf_ppo.checkpoints import FolderInUseError
 from rlhf_ppo.control import ControlConfig, ControlTrainer, EnvironmentConfig, Randomization, control_algorithm
+from tests.control.tasks import Corridor, register
 from tests.robustness.another_run import another_run_in
 
 TINY: dict[str, Any] = {"environments": 4, "rollout_steps": 64, "minibatch_size": 64, "epochs": 2, "hidden": (8,)}
@@ -171,3 +172,17 @@ def test_the_small_tasks_are_solved(
     )  # fmt: skip
     trainer.train()
     assert trainer.evaluate(episodes=10, deterministic=True).mean >= least
+
+
+@pytest.mark.parametrize("lowered", [True, False])
+def test_minibatches_without_an_action_move_nothing(lowered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second step of a corridor of length 1 only begins the next episode: half of all minibatches of one row."""
+    register(monkeypatch, "Short-v0", lambda: Corridor(1))
+    trainer = ControlTrainer(
+        config(
+            "Short-v0", environments=1, rollout_steps=16, total_steps=16, minibatch_size=1, epochs=1, lowered=lowered
+        )
+    )
+    metrics = trainer.step()
+    steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    assert steps == {8} and metrics["policy/skipped"] == 0 and metrics["steps"] == 8
