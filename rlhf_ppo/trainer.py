@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from rlhf_ppo.algorithms import AlgorithmConfig
+from rlhf_ppo.classic.composed_step import composed_step, overridden_methods
 from rlhf_ppo.classic.surface import ClassicSurface
 from rlhf_ppo.diagnostics.doctor import diagnose, diagnose_first_batch
 from rlhf_ppo.diagnostics.dump import dump_on_failure
@@ -26,6 +27,7 @@ from rlhf_ppo.loop.training import Callback, TrainConfig, TrainingLoop, TrainSta
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.rewards.sources import RewardSources
 from rlhf_ppo.rollout.checks import check_step_inputs
+from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
 
@@ -46,7 +48,7 @@ class PPOTrainer(ClassicSurface):
         data_collator: Collator of `dataloader`.
         num_shared_layers: Lower layers that policy and copied reference share in memory, frozen.
         lr_scheduler: Stepped once per `step()`.
-        training_data_collator: Stored as `self.data_collator`, as in the classic trainer; not used.
+        training_data_collator: Pads the rows that `step` scores; None: `step` scores response tokens without padding.
         algorithm: What is optimized; None: PPO with the clipped surrogate, from the classic fields of `config`.
 
     Raises:
@@ -104,13 +106,18 @@ class PPOTrainer(ClassicSurface):
         Raises:
             ValueError: The batch is malformed; nothing has changed then.
         """
+        if overridden_methods(self):
+            return composed_step(self, queries, responses, scores, response_masks, before_update=self._before_update)
         limits, device = self.limits, self.current_device
         batch = self.processes.run_or_fail_together(
             lambda: check_step_inputs(queries, responses, scores, response_masks, limits=limits, device=device)
         )
+        self._before_update(batch)
+        return self.learn(batch)
+
+    def _before_update(self, batch: Responses) -> None:
         diagnose_first_batch(self, DiagnosedBatch.of_batch(batch))
         self._push_if_best(total_scores(batch.scores, batch.mask))
-        return self.learn(batch)
 
     def diagnose(self, batch: DiagnosedBatch | Samples) -> Diagnosis:
         """Check that the trainer scores what the sampler drew, and return findings with their remedies.
@@ -142,6 +149,11 @@ class PPOTrainer(ClassicSurface):
             callbacks: Called after every iteration with the trainer and the state; True stops.
             sampler: Samples the responses; None: `DecodeLoop`.
         """
+        if overridden := overridden_methods(self):
+            raise ValueError(
+                f"expected a trainer without overridden inner methods in train(), got {', '.join(overridden)}: only "
+                "step() calls them. Run your own loop with generate() and step(), or remove the override."
+            )
         if prompts is None:
             if not isinstance(self.dataset, PromptDataset):
                 raise ValueError("train() needs prompts: pass `prompts`, or build the trainer with a PromptDataset")

@@ -1,20 +1,25 @@
-"""The classic trainer's inner methods, for scripts that call them; tensors are padded, [batch, length - 1].
+"""The methods that the classic's `step` consists of; tensors are padded, [batch, length - 1].
 
-`step` does not call them: it scores response tokens only. They compute the same numbers by the same functions
-(tests/classic/test_classic.py).
+`step` computes the same numbers by the same functions on response tokens alone, and calls these methods when a script
+overrides one of them (`classic/composed_step.py`).
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DataCollatorForLanguageModeling
 
 from rlhf_ppo.functional import (
+    classic_whiten_rewards,
     entropy_from_logits,
     gae,
     kl_estimate,
+    last_action_index,
     masked_mean,
     masked_var,
     ppo_clip_loss,
@@ -22,16 +27,29 @@ from rlhf_ppo.functional import (
     value_loss,
     whiten,
 )
+from rlhf_ppo.learner.finite_checks import warn_of_negative_kl
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.rollout.checks import ModelLimits, check_step_inputs
 
-_ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
+_ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "k3": "k3"}
 
 
 class ClassicInnerMethods(PPOLearner):
     """The methods that the classic's `step` consists of."""
 
     data_collator: Any
+    """Pads the rows of `prepare_model_inputs`; the default pads on the tokenizer's side."""
+    _token_share: float = 1.0
+    """Share of a minibatch in the tokens of its optimizer step; below 1 if gradients are accumulated."""
+    _mean_ratio: float = 0.0
+    """Mean probability ratio of the optimizer step, as far as its minibatches are through."""
+    _skips_in_a_row: int = 0
+    """Successive minibatches whose loss or gradient was not finite."""
+
+    @property
+    def model_params(self) -> list[nn.Parameter]:
+        """The trained parameters of `model`."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def prepare_model_inputs(self, queries: list[Tensor], responses: list[Tensor]) -> dict[str, Tensor]:
         """Queries and responses joined and padded on the tokenizer's side: `input_ids`, `attention_mask` [B, L]."""
@@ -50,44 +68,50 @@ class ClassicInnerMethods(PPOLearner):
         response_masks: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Log-probabilities, logits (or None), values and response mask, each [B, L - 1]; entry i is of token i + 1."""
-        model.eval()
+        model.train(self.config.gradient_checkpointing and torch.is_grad_enabled())  # layers recompute in training mode
         size = self.config.mini_batch_size
         logprobs, logits, values = [], [], []
         for start in range(0, len(queries), size):
             inputs = {name: value[start : start + size] for name, value in model_inputs.items()}
-            out, _, value = model(**inputs, **self._positions(inputs))
+            with self.accelerator.autocast():
+                out, _, value = model(**inputs)
+            out = out[:, :-1].float() / self.config.temperature
             tokens = inputs["decoder_input_ids" if self.is_encoder_decoder else "input_ids"]
-            logprobs.append(token_logprobs(out[:, :-1], tokens[:, 1:]))
-            values.append(value[:, :-1])
-            logits.append(out[:, :-1] if return_logits else None)
+            logprobs.append(token_logprobs(out, tokens[:, 1:]))
+            values.append(value[:, :-1].float())
+            logits.append(out if return_logits else None)
         mask = self._response_mask(queries, responses, model_inputs, response_masks)
         return torch.cat(logprobs), torch.cat(logits) if return_logits else None, torch.cat(values), mask  # type: ignore[arg-type]
 
     def compute_rewards(
         self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, masks: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards, their non-score part, and the KL, each [B, L - 1]; the score is at the last position with mask 1."""
+        """Rewards, their non-score part, and the KL, each [B, L - 1].
+
+        A score per response, [B], is earned at the last position with mask 1; scores per token are [B, L - 1].
+        """
         kl = self._kl_penalty(logprobs, ref_logprobs)
         penalty = -self.kl_ctl.value * kl
-        rewards = penalty.clone()
-        for row, mask in enumerate(masks):
-            rewards[row, mask.nonzero()[-1]] += scores[row]
-        return rewards, penalty, kl
+        if scores.dim() == 2:
+            return penalty + scores, penalty, kl
+        last = last_action_index(masks.bool())[:, None]
+        return penalty.scatter_add(1, last, scores[:, None].to(penalty)), penalty, kl
 
     def compute_advantages(self, values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked values, whitened advantages and returns over the full padded width, as in the classic."""
-        steps = mask.bool()
-        values, rewards = values.masked_fill(~steps, 0.0), rewards.masked_fill(~steps, 0.0)
-        if self.config.whiten_rewards:
-            mean, scale = masked_mean(rewards, steps), (masked_var(rewards, steps) + 1e-8).rsqrt()
-            rewards = (rewards - mean) * scale + mean  # positions outside the mask included, as in the classic
-        ends = torch.zeros_like(steps)
-        ends[:, -1] = True
+        """Masked values, whitened advantages and returns; gaps in the mask are passed over without decay."""
+        config, steps = self.config, mask.bool()
+        values, last = values.masked_fill(~steps, 0.0), last_action_index(steps)
+        if config.whiten_rewards:
+            rewards = classic_whiten_rewards(
+                rewards, steps, tail=steps.shape[1] - 1 - last, gamma=config.gamma, lam=config.lam,
+                reduce_sum=self.processes.reduce_sum,
+            )  # fmt: skip
+        ends = torch.zeros_like(steps).scatter(1, last[:, None], True)
         advantages, returns = gae(
-            rewards, torch.nn.functional.pad(values, (0, 1)), ends, torch.zeros_like(ends),
-            gamma=self.config.gamma, lam=self.config.lam,
+            rewards, nn.functional.pad(values, (0, 1)), ends, torch.zeros_like(ends),
+            gamma=config.gamma, lam=config.lam, mask=steps,
         )  # fmt: skip
-        return values, whiten(advantages, steps).detach(), returns
+        return values, whiten(advantages, steps, reduce_sum=self.processes.reduce_sum).detach(), returns
 
     def loss(
         self, old_logprobs: Tensor, values: Tensor, logits: Tensor, vpreds: Tensor, logprobs: Tensor, mask: Tensor,
@@ -99,10 +123,10 @@ class ClassicInnerMethods(PPOLearner):
             logprobs, old_logprobs, advantages, steps, clip_low=config.cliprange, clip_high=config.cliprange
         )
         value, errors = value_loss(vpreds, values, returns, steps, clip_range=config.cliprange_value)
-        entropy = entropy_from_logits(logits.float())
+        entropy = masked_mean(entropy_from_logits(logits.float()), steps)
         stats = {
-            "loss/policy": policy, "loss/value": value, "loss/total": policy + config.vf_coef * value,
-            "policy/entropy": (entropy * steps).sum() / steps.sum(),
+            "loss/policy": policy, "loss/value": value,
+            "loss/total": policy + config.vf_coef * value - config.ent_coef * entropy, "policy/entropy": entropy,
             "policy/approxkl": ratios["approx_kl"], "policy/policykl": ratios["policy_kl"],
             "policy/clipfrac": ratios["clip_fraction"], "policy/advantages": advantages,
             "policy/advantages_mean": masked_mean(advantages, steps), "policy/ratio": (logprobs - old_logprobs).exp(),
@@ -110,21 +134,100 @@ class ClassicInnerMethods(PPOLearner):
             "val/vpred": errors["mean"], "val/error": errors["error"], "val/clipfrac": errors["clip_fraction"],
             "val/mean": masked_mean(values, steps), "val/var": masked_var(values, steps),
         }  # fmt: skip
+        policy = policy - config.ent_coef * entropy
         return policy, config.vf_coef * value, {name: item.detach() for name, item in stats.items()}
 
     def train_minibatch(
         self, old_logprobs: Tensor, values: Tensor, logprobs: Tensor, logits: Tensor, vpreds: Tensor, mask: Tensor,
         advantages: Tensor, returns: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """One optimizer step on one padded minibatch; skipped when its mean ratio exceeds `ratio_threshold`."""
+        """One optimizer step on one padded minibatch; skipped when its mean ratio exceeds `ratio_threshold`.
+
+        With accumulated gradients, the step is taken at the last minibatch of several.
+        """
         policy, value, stats = self.loss(old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns)
-        self.accelerator.backward(policy + value)
-        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        if masked_mean(stats["policy/ratio"], mask.bool()) <= self.config.ratio_threshold:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss = (policy + value) * self._token_share
+        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)  # it divides by their number
+        ratio = float(masked_mean((logprobs - old_logprobs).detach().exp(), mask.bool()))
+        self._mean_ratio += ratio * self._token_share
+        if self.accelerator.sync_gradients:
+            limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+            norm = float(self.accelerator.clip_grad_norm_(self.model_params, limit))
+            if self._accepts(float(loss.detach()), norm):
+                self.optimizer.step()
+            else:
+                stats |= {f"loss/{name}": torch.zeros_like(policy) for name in ("policy", "value", "total")}
+            self._mean_ratio = 0.0
+            self.optimizer.zero_grad()
         return stats
+
+    def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
+        """Statistics of a step: tensors and numbers.
+
+        Args:
+            kl_coef: The coefficient that was used.
+            data: `scores`, `logprobs`, `ref_logprobs`, `non_score_reward`, `kls`, `masks`, `queries`, `responses`, and
+                `train_stats`, each of them [steps, entries].
+        """
+        mask, kl, scores = data["masks"].bool(), data["kls"], data["scores"]
+        rows = kl.masked_fill(~mask, 0.0).sum(1)
+        warn_of_negative_kl(float(rows.mean()), self.config.kl_penalty)
+        stats = {
+            "objective/kl": rows.mean(), "objective/kl_dist": rows, "objective/logprobs": data["logprobs"],
+            "objective/ref_logprobs": data["ref_logprobs"], "objective/kl_coef": kl_coef,
+            "objective/entropy": -data["logprobs"].masked_fill(~mask, 0.0).sum(1).mean(),
+            "ppo/mean_non_score_reward": masked_mean(data["non_score_reward"], mask),
+            "ppo/mean_scores": scores.mean(), "ppo/std_scores": _std(scores),
+        }  # fmt: skip
+        for name in ("queries", "responses"):
+            lengths = torch.tensor([float(len(row)) for row in data[name]])
+            stats |= {
+                f"tokens/{name}_len_mean": float(lengths.mean()), f"tokens/{name}_len_std": float(_std(lengths)),
+                f"tokens/{name}_dist": lengths.numpy(),
+            }  # fmt: skip
+        stats |= {f"ppo/{name}": value.mean(dim=0) for name, value in data["train_stats"].items()}
+        if {"ppo/val/error", "ppo/returns/var"} <= stats.keys():
+            stats["ppo/val/var_explained"] = 1 - stats["ppo/val/error"] / stats["ppo/returns/var"]
+        return stats
+
+    def gather_stats(self, stats: dict[str, Any]) -> dict[str, Any]:
+        """Average the single numbers over processes; arrays stay those of this process."""
+        return {
+            name: self.accelerator.reduce(value, reduction="mean") if _is_number(value) else value
+            for name, value in stats.items()
+        }
+
+    def _early_stop(self, policykl: Tensor) -> bool:
+        """Whether the KL to the old policy exceeds 1.5 x `target_kl`; gradients are dropped then."""
+        if not self.config.early_stopping:
+            return False
+        exceeded = float(self.accelerator.reduce(policykl, reduction="mean")) > 1.5 * self.config.target_kl
+        if exceeded:
+            self.optimizer.zero_grad()
+        return exceeded
+
+    def _accepts(self, loss: float, norm: float) -> bool:
+        """Whether the optimizer may take the step: loss and gradient are finite, and the ratio is not too large."""
+        config, ratio = self.config, self._mean_ratio
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self._skips_in_a_row = 0 if finite else self._skips_in_a_row + 1
+        if self._skips_in_a_row >= config.most_skips_in_a_row:
+            raise FloatingPointError(
+                f"expected finite losses and gradients, got loss {loss} and gradient norm {norm} in "
+                f"{self._skips_in_a_row} minibatches in a row: nothing was learned from them. Lower the learning rate, "
+                "or set `max_grad_norm`."
+            )
+        if not finite:
+            warnings.warn(
+                f"Skipped a minibatch whose loss ({loss}) or gradient norm ({norm}) is not finite; the optimizer did "
+                "not move.", stacklevel=3,
+            )  # fmt: skip
+        elif ratio > config.ratio_threshold:
+            warnings.warn(
+                f"The average ratio of batch ({ratio:.2f}) exceeds threshold {config.ratio_threshold:.2f}. Skipping "
+                "batch; the optimizer did not move.", stacklevel=3,
+            )  # fmt: skip
+        return finite and ratio <= config.ratio_threshold
 
     def _kl_penalty(self, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
         if self.config.kl_penalty == "full":
@@ -147,23 +250,36 @@ class ClassicInnerMethods(PPOLearner):
         return moved[0], moved[1], moved[2], None if masks is None else [row.to(self.current_device) for row in masks]
 
     def _padded(self, rows: list[Tensor]) -> dict[str, Tensor]:
-        features: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
-        padded = self.tokenizer.pad(features, padding=True, return_tensors="pt")
-        return {name: padded[name].to(self.current_device) for name in ("input_ids", "attention_mask")}
-
-    def _positions(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Position ids that do not count left padding; {} if there is none."""
-        if self.is_encoder_decoder or bool(inputs["attention_mask"][:, 0].all()):
-            return {}
-        return {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+        """`input_ids` and `attention_mask`, [B, L]."""
+        if type(self.data_collator) is not DataCollatorForLanguageModeling:  # the script's own
+            features = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+            batch = {name: value for name, value in self.data_collator(features).items() if name != "labels"}
+        else:
+            side, token = self.tokenizer.padding_side, self.tokenizer.pad_token_id or 0
+            batch = {
+                "input_ids": pad_sequence(rows, batch_first=True, padding_value=token, padding_side=side),
+                "attention_mask": pad_sequence(
+                    [torch.ones_like(row) for row in rows], batch_first=True, padding_side=side
+                ),
+            }
+        return {name: value.to(self.current_device) for name, value in batch.items()}
 
     def _response_mask(
         self, queries: list[Tensor], responses: list[Tensor], inputs: Mapping[str, Tensor], masks: list[Tensor] | None
     ) -> Tensor:
+        """1 where the next token is one of the response; an encoder-decoder's start token is not."""
         attention = inputs["decoder_attention_mask" if self.is_encoder_decoder else "attention_mask"]
-        mask = torch.zeros_like(attention)[:, :-1]
+        mask, start = torch.zeros_like(attention)[:, :-1], int(self.is_encoder_decoder)
         for row, (query, response) in enumerate(zip(queries, responses, strict=True)):
-            first = int(attention[row].nonzero()[0]) + (1 if self.is_encoder_decoder else len(query) - 1)
-            last = first + len(response) - (2 if self.is_encoder_decoder else 0)
-            mask[row, first:last] = 1 if masks is None else masks[row].to(mask)
+            first = int(attention[row].nonzero()[0]) + (0 if self.is_encoder_decoder else len(query) - 1)
+            own = torch.ones_like(response) if masks is None else masks[row]
+            mask[row, first : first + len(response) - start] = own[start:].to(mask)
         return mask
+
+
+def _std(values: Tensor) -> Tensor:
+    return values.float().std() if len(values) > 1 else torch.zeros(())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
