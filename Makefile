@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 STAMP := $(VENV)/.installed
 ENGINES := $(VENV)/.engines-installed
 CLASSIC ?= .venv-trl-0.11.4
-LIBRARY := tests/functional tests/algorithms tests/models tests/rollout tests/reward_model
+LIBRARY := tests/functional tests/algorithms tests/models tests/rollout tests/samplers tests/reward_model
 ARGS ?=
 
 # Where it is set, each of the many processes of a test run compiles torch and transformers anew.

@@ -59,6 +59,8 @@ class ContinuousBatching:
         """
         check_prompts(prompts)
         check_supported(config)
+        # Repeated here: with `num_return_sequences`, transformers 5.10 loses responses.
+        prompts = [prompt for prompt in prompts for _ in range(config.num_return_sequences)]
         causal_lm = unwrap_causal_lm(model)
         if not hasattr(causal_lm, "generate_batch") or causal_lm.config.is_encoder_decoder:
             raise ValueError(
@@ -82,7 +84,7 @@ class ContinuousBatching:
         """Size the KV cache for this call: what its rows need, within the budget."""
         longest = max((len(prompt) for prompt in prompts), default=1)
         pages_per_row = math.ceil((longest + config.max_new_tokens) / self.page_size) + 1
-        rows = min(self.max_rows, len(prompts) * config.num_return_sequences)
+        rows = min(self.max_rows, len(prompts))
         affordable_pages = self.kv_budget_bytes // (self.page_size * bytes_per_token(model.config, model.dtype))
         page_size = parameter_name(ContinuousBatchingConfig, "page_size", "block_size")  # new name: transformers 5.18
         versioned: dict[str, Any] = {page_size: self.page_size}
@@ -121,13 +123,13 @@ def _generation_config(config: SamplingConfig) -> GenerationConfig:
     stop_tokens = list(config.stop_token_ids) or [NO_STOP_TOKEN]
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens, do_sample=config.do_sample, eos_token_id=stop_tokens,
-        pad_token_id=max(stop_tokens[0], 0), num_return_sequences=config.num_return_sequences,
+        pad_token_id=max(stop_tokens[0], 0),
         **(warpers if config.do_sample else {}),
     )  # fmt: skip
 
 
 def _samples(outputs: list[Any], prompts: Sequence[Tensor], config: SamplingConfig, device: torch.device) -> Samples:
-    expected = len(prompts) * config.num_return_sequences
+    expected = len(prompts)
     errors = sorted({str(output.error) for output in outputs if output.error is not None})
     if len(outputs) != expected or errors:
         raise RuntimeError(
@@ -137,7 +139,7 @@ def _samples(outputs: list[Any], prompts: Sequence[Tensor], config: SamplingConf
         )
     stop_tokens = set(config.stop_token_ids)
     return Samples(
-        prompts=[prompt for prompt in prompts for _ in range(config.num_return_sequences)],
+        prompts=list(prompts),
         responses=[torch.tensor(output.generated_tokens, device=device) for output in outputs],
         logprobs=[torch.tensor(output.logprobs, dtype=torch.float32, device=device) for output in outputs],
         finished=[output.generated_tokens[-1] in stop_tokens for output in outputs],
