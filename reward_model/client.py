@@ -7,6 +7,7 @@ from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ReadTimeoutError
 from urllib3.util import Retry
 
 from reward_model.text import Texts
@@ -14,6 +15,21 @@ from rlhf_ppo.utils.redaction import redacted
 
 _TRANSIENT = (429, 500, 502, 503, 504)
 _FLOAT32_MAX = 3.4e38
+
+
+class RewardServerTimeout(ConnectionError, TimeoutError):
+    """The server took a request, and did not answer in time."""
+
+
+class _RetryUnlessSlow(Retry):
+    """Retries after failed connections and transient answers, not after time-outs: the server may still be working."""
+
+    def increment(
+        self, method: Any = None, url: Any = None, response: Any = None, error: Any = None, **rest: Any
+    ) -> Any:
+        if isinstance(error, ReadTimeoutError):
+            raise error
+        return super().increment(method, url, response, error, **rest)
 
 
 class RemoteRewardModel:
@@ -35,9 +51,10 @@ class RemoteRewardModel:
         Args:
             url: The server's address, such as http://127.0.0.1:8018 (with or without /score).
             token: The server's token.
-            timeout: Seconds to wait for the connection and for each answer.
-            retries: Further attempts after a failed one (no connection, a time-out, status 429 or 5xx).
-            backoff: Seconds before the second retry; doubled before each later one.
+            timeout: Seconds to wait for the connection and for each answer, the server's queue included.
+            retries: Further attempts after a failed one (no connection, status 429 or 5xx). After a time-out there is
+                none: the server would have the same work to do again.
+            backoff: Seconds before the second retry; doubled before each later one. A server's Retry-After counts more.
             batch_size: Samples in one request.
             concurrency: Maximum of simultaneous requests.
 
@@ -58,7 +75,7 @@ class RemoteRewardModel:
         self.attempts = retries + 1
         self.batch_size = batch_size
         self.concurrency = concurrency
-        retry = Retry(
+        retry = _RetryUnlessSlow(
             total=retries, backoff_factor=backoff, status_forcelist=_TRANSIENT, allowed_methods=["POST"],
             raise_on_status=False,
         )  # fmt: skip
@@ -71,6 +88,7 @@ class RemoteRewardModel:
 
         Raises:
             ConnectionError: No usable answer after the last attempt; the message names server and reason.
+            RewardServerTimeout: No answer in time; it is a ConnectionError and a TimeoutError.
             ValueError: The server refused the request, or sent the wrong number of scores.
         """
         if len(prompts) != len(responses):
@@ -80,8 +98,12 @@ class RemoteRewardModel:
             (prompts[start : start + self.batch_size], responses[start : start + self.batch_size]) for start in starts
         ]
         with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-            answers = list(pool.map(lambda batch: self._request(*batch), batches))
-        return [score for answer in answers for score in answer]
+            answers = [pool.submit(self._request, *batch) for batch in batches]
+            try:
+                return [score for answer in answers for score in answer.result()]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # the other batches would be asked in vain
+                raise
 
     def _request(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
         body = {"prompts": list(prompts), "responses": list(responses)}
@@ -89,6 +111,12 @@ class RemoteRewardModel:
             # A redirect would send texts, and perhaps the token, to another server.
             answer = self._session.post(self.url, json=body, timeout=self.timeout, allow_redirects=False)
         except requests.RequestException as error:
+            if any(isinstance(reason, ReadTimeoutError) for reason in error.args):
+                raise RewardServerTimeout(
+                    f"The reward server {self.name} did not answer within {self.timeout:g} s (a time-out): it is "
+                    f"there, but {len(responses)} samples, or the requests before them, took longer. Raise timeout, or "
+                    "lower batch_size or concurrency. The request was not repeated."
+                ) from None
             raise ConnectionError(
                 f"The reward server {self.name} gave no answer in {self.attempts} attempts of {self.timeout:g} s: "
                 f"{type(error).__name__}. Is `python -m reward_model.serve` running there?"

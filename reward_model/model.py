@@ -21,6 +21,10 @@ from rlhf_ppo.models.device import default_device
 ADAPTER_FILE = "adapter_config.json"
 
 
+class NonFiniteScoreError(ValueError):
+    """A score that is nan or infinite: the model is at fault, not the text."""
+
+
 class RewardModel:
     """Scores prompt-response texts with one trained model and its own tokenizer.
 
@@ -142,7 +146,7 @@ class RewardModel:
             scores[micro_batch] = self._forward([rows[index] for index in micro_batch.tolist()])
         nonfinite = [index for index, score in enumerate(scores.tolist()) if not math.isfinite(score)]
         if nonfinite:
-            raise ValueError(
+            raise NonFiniteScoreError(
                 f"The reward model gives a score that is not finite for sample {nonfinite[0]} ({len(nonfinite)} of "
                 f"{len(rows)}). Its weights may hold nan, or float16 overflows: load it with dtype=torch.float32."
             )

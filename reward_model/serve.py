@@ -2,24 +2,29 @@
 
 POST /score   {"prompts": [...], "responses": [...]}  ->  {"scores": [...]}
 GET  /health                                          ->  {"status": "ok", "kind": ..., "base": ...}
+
+Bad input is answered with 400, a missing token with 401, too large a body with 413, too many requests with 429, each
+with its reason under "error".
 """
 
+import asyncio
+import hashlib
 import hmac
 import ipaddress
-import json
 import logging
 import os
 import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from reward_model.commands import parse, run
 from reward_model.documented import documented
 from reward_model.ensemble import EnsembleRewardModel, load_reward_model
-from reward_model.model import RewardModel
+from reward_model.model import NonFiniteScoreError, RewardModel
 from reward_model.report_card import first_member
+from reward_model.request_body import parse_samples
+from reward_model.request_queue import QueueFullError, RequestQueue
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,8 @@ class ServeConfig:
     """Most samples in one request."""
     max_bytes: int = 16_000_000
     """Largest request body."""
+    max_waiting: int = 256
+    """Most requests that wait for the model at once; further ones are told to ask again later (429)."""
     caution: float = 0.0
     """Standard deviations over the members that an ensemble's score is lowered by."""
 
@@ -51,7 +58,7 @@ class ServeConfig:
                 f"host={self.host!r} can be reached from other machines, but there is no token: anyone could use the "
                 "model. Set --token or REWARD_MODEL_TOKEN, or listen on 127.0.0.1."
             )
-        for name in ("max_samples", "max_bytes"):
+        for name in ("max_samples", "max_bytes", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
 
@@ -72,47 +79,59 @@ def is_loopback(host: str) -> bool:
 
 
 def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -> Any:
-    """Build the ASGI application; requests are scored one at a time.
+    """Build the ASGI application; requests are scored one at a time, and dropped when their client leaves.
 
     Raises:
         ImportError: Starlette is not installed.
     """
     try:
         from starlette.applications import Starlette
-        from starlette.concurrency import run_in_threadpool
-        from starlette.requests import Request
+        from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse
         from starlette.routing import Route
     except ImportError as error:
         raise ImportError("Serving needs starlette and uvicorn: pip install 'rlhf_ppo[serve]'.") from error
-    lock, secret = threading.Lock(), config.secret
+    queue, secret = RequestQueue(max_waiting=config.max_waiting), config.secret
 
-    def scored(prompts: list[Any], responses: list[Any]) -> list[float]:
-        with lock:
-            return model(prompts, responses)
+    def refuse(status: int, message: str, **headers: str) -> Any:
+        return JSONResponse({"error": message}, status_code=status, headers=headers)
 
-    def refuse(status: int, message: str) -> JSONResponse:
-        return JSONResponse({"error": message}, status_code=status)
-
-    async def score(request: Request) -> JSONResponse:
+    async def score(request: Any) -> Any:
         if not authorized(request.headers.get("authorization"), secret):
             return refuse(401, "Send the server's token as `Authorization: Bearer TOKEN`.")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > config.max_bytes:
-                return refuse(413, f"The body is larger than {config.max_bytes} bytes. Send smaller batches.")
         try:
-            prompts, responses = parse_samples(bytes(body), config.max_samples)
-            return JSONResponse({"scores": await run_in_threadpool(scored, prompts, responses)})
+            body = await read_body(request, config.max_bytes)
+            if body is None:
+                return refuse(413, f"The body is larger than {config.max_bytes} bytes. Send smaller batches.")
+            prompts, responses = parse_samples(body, config.max_samples)
+            key = hashlib.sha256(body).hexdigest()
+            answer = queue.answer(key, lambda: model(prompts, responses))
+            return JSONResponse({"scores": await unless_client_leaves(request, answer)})
+        except ClientDisconnect:
+            return refuse(499, "The client has left.")  # for the log: nobody reads it
+        except QueueFullError as error:
+            return refuse(429, f"{error} Ask again later.", **{"Retry-After": "1"})
+        except NonFiniteScoreError as error:
+            return refuse(500, str(error))
         except (ValueError, TypeError) as error:
             return refuse(400, str(error))
 
-    async def health(_request: Request) -> JSONResponse:
-        contract = first_member(model).contract
-        return JSONResponse({"status": "ok", "base": contract.base, "tokenizer": contract.tokenizer_sha256[:12]})
+    async def health(_request: Any) -> Any:
+        return JSONResponse(health_of(model))
 
     return Starlette(routes=[Route("/score", score, methods=["POST"]), Route("/health", health)])
+
+
+def health_of(model: RewardModel | EnsembleRewardModel) -> dict[str, str]:
+    """The answer of /health: which reward model is served."""
+    contract = first_member(model).contract
+    return {
+        "status": "ok",
+        "kind": "ensemble" if isinstance(model, EnsembleRewardModel) else "single",
+        "base": contract.base,
+        "template": contract.text.template,
+        "tokenizer": contract.tokenizer_sha256[:12],
+    }
 
 
 def authorized(header: str | None, token: str | None) -> bool:
@@ -120,21 +139,43 @@ def authorized(header: str | None, token: str | None) -> bool:
     return token is None or hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode())
 
 
-def parse_samples(body: bytes, max_samples: int) -> tuple[list[Any], list[Any]]:
-    """Parse prompts and responses from the body of a request.
+async def read_body(request: Any, max_bytes: int) -> bytes | None:
+    """The body of a request; None if it is larger than `max_bytes`.
+
+    The rest of a body that is too large is read and thrown away, up to ten times the limit: a client that still sends
+    would see a broken connection instead of the reason.
+    """
+    body, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= max_bytes:
+            body += chunk
+        elif size > 10 * max_bytes:
+            break
+    return bytes(body) if size <= max_bytes else None
+
+
+async def unless_client_leaves(request: Any, answer: Awaitable[list[float]]) -> list[float]:
+    """Wait for the answer, or until the client closes its connection.
 
     Raises:
-        ValueError: The body is no JSON, lacks a list, or has more than `max_samples` samples.
+        ClientDisconnect: The client has left; the answer is cancelled.
     """
+    from starlette.requests import ClientDisconnect
+
+    async def client_leaves() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(client_leaves())
     try:
-        content = json.loads(body)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"The body is not JSON: {error}.") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(n), list) for n in ("prompts", "responses")):
-        raise ValueError('The body must be {"prompts": [...], "responses": [...]}.')
-    if len(content["responses"]) > max_samples:
-        raise ValueError(f"At most {max_samples} samples in one request, got {len(content['responses'])}.")
-    return content["prompts"], content["responses"]
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return answering.result()
+        raise ClientDisconnect
+    finally:
+        answering.cancel()
+        leaving.cancel()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

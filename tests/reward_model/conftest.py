@@ -1,12 +1,18 @@
 """A tiny reward model, trained once for all tests that only look at one."""
 
 import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
+from reward_model.serve import ServeConfig, application
+from tests.support.patience import PATIENCE
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 GOOD = ["good", "great", "lovely", "wonderful"]
@@ -53,3 +59,18 @@ def trained_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def reward_model(trained_folder: Path) -> RewardModel:
     return RewardModel.from_pretrained(trained_folder)
+
+
+@contextmanager
+def serving(model: Any, **settings: Any) -> Iterator[str]:
+    """Address of a real server of `model` on a free loopback port."""
+    uvicorn = pytest.importorskip("uvicorn")
+    app = application(model, ServeConfig(model="-", **settings))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=PATIENCE)

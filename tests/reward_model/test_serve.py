@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -12,10 +11,10 @@ import requests
 
 from reward_model import RewardModel
 from reward_model.client import RemoteRewardModel, read_scores
-from reward_model.serve import ServeConfig, application, is_loopback
+from reward_model.serve import ServeConfig, is_loopback
+from tests.reward_model.conftest import serving
 from tests.support.patience import PATIENCE
 
-uvicorn = pytest.importorskip("uvicorn")
 PROMPTS = ["The movie was "] * 5
 RESPONSES = ["great", "awful and boring", "lovely good", "", "naïve 🙂"]
 
@@ -23,17 +22,8 @@ RESPONSES = ["great", "awful and boring", "lovely good", "", "naïve 🙂"]
 @pytest.fixture
 def server(reward_model: RewardModel) -> Iterator[str]:
     """A real server on a free loopback port, with a token and small limits."""
-    config = ServeConfig(model="-", token="secret", max_samples=4, max_bytes=4_000)
-    running = uvicorn.Server(
-        uvicorn.Config(application(reward_model, config), host="127.0.0.1", port=0, log_level="error", ws="none")
-    )
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-    running.should_exit = True
-    thread.join(timeout=PATIENCE)
+    with serving(reward_model, token="secret", max_samples=4, max_bytes=4_000) as url:
+        yield url
 
 
 def test_http_scores_equal_local_scores(server: str, reward_model: RewardModel) -> None:
@@ -59,7 +49,19 @@ def test_requests_that_must_not_pass_are_refused_with_a_reason(server: str) -> N
     assert "At most 4 samples" in post({"prompts": ["a"] * 5, "responses": ["b"] * 5}).json()["error"]
     assert "got 1 and 2" in post({"prompts": ["a"], "responses": ["b", "c"]}).json()["error"]
     assert "responses[0] must be a text" in post({"prompts": ["a"], "responses": [5]}).json()["error"]
-    assert requests.get(f"{server}/health", timeout=PATIENCE).json()["status"] == "ok"
+    too_deep = b'{"prompts": ' + b"[" * 1_500 + b"]" * 1_500 + b', "responses": []}'
+    assert post(too_deep).status_code == 400 and "too deeply" in post(too_deep).json()["error"]
+
+
+def test_health_names_the_kind_of_model(server: str) -> None:
+    health = requests.get(f"{server}/health", timeout=PATIENCE).json()
+    assert health["status"] == "ok" and health["kind"] == "single" and health["template"] == "plain"
+
+
+def test_a_body_that_is_too_large_reaches_the_client_as_a_refusal(server: str) -> None:
+    """The client is still sending when the server has seen enough."""
+    with pytest.raises(ValueError, match=r"refused \(413\).*larger than 4000 bytes"):
+        RemoteRewardModel(server, token="secret", retries=0)(["a"], ["b" * 30_000])
 
 
 def test_a_refusal_reaches_the_caller(server: str) -> None:
