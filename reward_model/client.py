@@ -24,12 +24,11 @@ class RewardServerTimeout(ConnectionError, TimeoutError):
 class _RetryUnlessSlow(Retry):
     """Retries after failed connections and transient answers, not after time-outs: the server may still be working."""
 
-    def increment(
-        self, method: Any = None, url: Any = None, response: Any = None, error: Any = None, **rest: Any
-    ) -> Any:
-        if isinstance(error, ReadTimeoutError):
-            raise error
-        return super().increment(method, url, response, error, **rest)
+    def increment(self, *args: Any, **details: Any) -> Any:
+        """The retries that are left after one more failure; raise instead where there are none."""
+        if isinstance(details.get("error"), ReadTimeoutError):
+            raise details["error"]
+        return super().increment(*args, **details)
 
 
 class RemoteRewardModel:
