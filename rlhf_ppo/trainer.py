@@ -1,6 +1,7 @@
 """`PPOTrainer`, the main class: `generate`, `step`, `train`. One iteration is `PPOLearner.learn`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -91,6 +92,10 @@ class PPOTrainer(ClassicSurface):
         responses: list[Tensor],
         scores: list[Tensor],
         response_masks: list[Tensor] | None = None,
+        *,
+        truncated: Sequence[bool] | Tensor | None = None,
+        group_size: int = 1,
+        any_batch_size: bool = False,
     ) -> Statistics:
         """Learn from responses that you sampled and scored: one PPO iteration.
 
@@ -99,6 +104,10 @@ class PPOTrainer(ClassicSurface):
             responses: Response tokens, stop token included, without the prompt, one Long [T_i] per sample.
             scores: One number per sample, credited to the last action, or one per response token, [T_i].
             response_masks: One 0/1 [T_i] per sample; 0 marks tokens that the policy did not choose (tool output).
+            truncated: One flag per sample: True where a limit cut the episode off, so that the value of its last state
+                stands for the rest. None: every episode ended by itself.
+            group_size: Number of adjacent responses to one prompt, which RLOO and GRPO compare.
+            any_batch_size: Accept another number of samples than `config.batch_size`.
 
         Returns:
             The classic's 40 statistics; `self.metrics` holds further ones.
@@ -107,11 +116,19 @@ class PPOTrainer(ClassicSurface):
             ValueError: The batch is malformed; nothing has changed then.
         """
         if overridden_methods(self):
+            if truncated is not None or group_size != 1 or any_batch_size:
+                raise ValueError(
+                    f"step() of a trainer that overrides {overridden_methods(self)} runs the classic's methods, which "
+                    "know neither truncated, group_size nor any_batch_size: they would be ignored. Leave them out."
+                )
             return composed_step(self, queries, responses, scores, response_masks, before_update=self._before_update)
-        limits, device = self.limits, self.current_device
+        limits = replace(self.limits, batch_size=None) if any_batch_size else self.limits
         batch = self.processes.run_or_fail_together(
-            lambda: check_step_inputs(queries, responses, scores, response_masks, limits=limits, device=device)
-        )
+            lambda: check_step_inputs(
+                queries, responses, scores, response_masks, limits=limits, device=self.current_device,
+                truncated=truncated, group_size=group_size,
+            )
+        )  # fmt: skip
         self._before_update(batch)
         return self.learn(batch)
 

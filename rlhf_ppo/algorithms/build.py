@@ -60,6 +60,8 @@ class Algorithm:
     """TrainBatch -> record of the update, which changes the parameters."""
     needs_groups: bool = False
     """Whether it needs several responses per prompt."""
+    has_critic: bool = True
+    """Whether it learns a value function."""
 
 
 def build_algorithm(
@@ -113,10 +115,12 @@ def build_algorithm(
         case ReinforcePlusPlus():
             objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
             estimate = return_advantages(group_baseline(config), factory.reduce_sum, gamma=config.gamma)
-            return Algorithm(estimate, factory.update(objective), needs_groups=config.group_baseline)
+            update = factory.update(objective)
+            return Algorithm(estimate, update, needs_groups=config.group_baseline, has_critic=False)
         case RLOO():
             objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
-            return Algorithm(group_relative_advantages(config), factory.update(objective), needs_groups=True)
+            update = factory.update(objective)
+            return Algorithm(group_relative_advantages(config), update, needs_groups=True, has_critic=False)
         case GRPO():
             objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
             update = (
@@ -124,7 +128,7 @@ def build_algorithm(
                 if config.sequence_mean
                 else factory.update(objective)
             )
-            return Algorithm(group_relative_advantages(config), update, needs_groups=True)
+            return Algorithm(group_relative_advantages(config), update, needs_groups=True, has_critic=False)
         case _:
             assert_never(config)
 
@@ -177,16 +181,16 @@ def _reinforce(factory: UpdateFactory, config: Reinforce) -> Algorithm:
     reduce_sum, gamma, scale = factory.reduce_sum, config.gamma, config.normalize_std
     match config.baseline:
         case None:
-            return Algorithm(
-                return_advantages(no_baseline, reduce_sum, gamma=gamma, shift_mean=False, scale=scale), update(None)[1]
-            )
+            estimate = return_advantages(no_baseline, reduce_sum, gamma=gamma, shift_mean=False, scale=scale)
+            return Algorithm(estimate, update(None)[1], has_critic=False)
         case BatchMean():
-            return Algorithm(return_advantages(no_baseline, reduce_sum, gamma=gamma, scale=scale), update(None)[1])
+            estimate = return_advantages(no_baseline, reduce_sum, gamma=gamma, scale=scale)
+            return Algorithm(estimate, update(None)[1], has_critic=False)
         case MovingMean(decay=decay):
             moving = MovingBaseline(decay)
             baseline = moving_baseline(moving, reduce_sum)
             estimate = return_advantages(baseline, reduce_sum, gamma=gamma, shift_mean=False, scale=scale)
-            return Algorithm(estimate, UpdateWithBaseline(update(None)[1], moving))
+            return Algorithm(estimate, UpdateWithBaseline(update(None)[1], moving), has_critic=False)
         case LearnedValue(critic=critic):
             estimate = return_advantages(learned_baseline, reduce_sum, gamma=gamma, scale=scale, bootstrap=True)
             return _with_warmup(factory, critic, *update(critic), estimate, estimate)

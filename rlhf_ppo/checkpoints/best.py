@@ -84,7 +84,8 @@ class BestModels:
         """
         if self.measure not in summary:
             raise ValueError(f"keep_best names {self.measure!r}, the evaluation has {sorted(summary)}")
-        point = EvaluatedModel(iteration=iteration, measure=summary[self.measure]["mean"], kl=summary["kl"]["mean"])
+        kl = summary["kl"]["mean"] if "kl" in summary else 0.0  # without a reference there is no KL
+        point = EvaluatedModel(iteration=iteration, measure=summary[self.measure]["mean"], kl=kl)
         if not (math.isfinite(point.measure) and math.isfinite(point.kl)):
             return  # nothing was scored
         may_be_best = is_eligible and (self.max_reference_kl is None or point.kl <= self.max_reference_kl)

@@ -19,6 +19,7 @@ from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch, select_actions, sel
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.experience import Scorer
+from rlhf_ppo.rollout.kl_placement import KLPenalty
 
 MAX_ROWS, MAX_TOKENS = 8, 256
 """Maximum of rows and of response tokens that are checked."""
@@ -47,11 +48,12 @@ def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bo
             saved_tensors_hooks(_save_nothing, _raise_in_backward),
         ):  # as an update, without saved tensors
             updated = scorer.run_passes(policy, inputs).logprobs.detach()
+    reference_logprobs = scored.logprobs if scored.ref_logprobs is None else scored.ref_logprobs
     batched, reference, update = (
         select_actions(
             subset, [row[: len(tokens)].float() for row, tokens in zip(values, subset.responses, strict=True)]
         )
-        for values in (scored.logprobs, scored.ref_logprobs, updated)
+        for values in (scored.logprobs, reference_logprobs, updated)
     )
     tolerance = 1e-3 if alone.logprobs.dtype == torch.float32 and _is_full_precision(learner) else 0.1
     findings = [*_padding(batched, alone.logprobs, tolerance), *_ratio(batched, update, tolerance)]
@@ -64,6 +66,7 @@ def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bo
     findings += (
         _sampled_tokens(alone) if not findings or all(finding.severity == "note" for finding in findings) else []
     )
+    is_fresh = is_fresh and scored.ref_logprobs is not None
     findings += _reference(batched, reference, tolerance, learner.is_peft_model) if is_fresh else []
     possible = {"sampler": subset.logprobs is not None, "sampling": subset.sampling is not None, "reference": is_fresh}
     return Diagnosis(
@@ -134,7 +137,8 @@ def _unwrapped(learner: PPOLearner, policy: TokenPolicy) -> Scorer:
     """The learner's scorer without DDP wrappers, which would wait for the other processes."""
     scorer = learner.scorer
     reference = None if scorer.reference is None else learner.accelerator.unwrap_model(scorer.reference)
-    return replace(scorer, policy=policy, reference=reference, kl_penalty="kl")
+    kl_penalty: KLPenalty = "kl" if learner.has_reference else "none"
+    return replace(scorer, policy=policy, reference=reference, kl_penalty=kl_penalty)
 
 
 def _save_nothing(_: Tensor) -> None:

@@ -47,6 +47,11 @@ def check_arguments(
         )
     if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
         raise ValueError(f"ref_model must be a PreTrainedModelWrapper or `None`, got {type(ref_model)}")
+    if ref_model is not None and config.kl_penalty == "none":
+        raise ValueError(
+            "expected no ref_model with kl_penalty='none', got one: no KL is measured, so it would never be read. Pass "
+            "ref_model=None, or choose kl_penalty='kl'."
+        )
     if ref_model is model:
         raise ValueError(
             "model and ref_model are the same object: the reference would move with the policy and the KL penalty "

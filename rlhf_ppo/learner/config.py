@@ -58,7 +58,8 @@ class PPOConfig:
     init_kl_coef: float = 0.2
     """Initial coefficient of the KL penalty in the reward."""
     kl_penalty: KLPenalty = "kl"
-    """Per-token estimate of KL(policy || reference): log-ratio, its absolute value, half its square, exact, or k3."""
+    """Per-token estimate of KL(policy || reference): log-ratio, its absolute value, half its square, exact, or k3;
+    "none" (with `init_kl_coef=0`): no KL and no reference, which saves its memory and its pass."""
     target: float = 6.0
     """Target of the adaptive controller: KL per response, nats."""
     horizon: float = 10000.0
@@ -264,7 +265,7 @@ class PPOConfig:
                 f"importance_sampling_cap must be at least 1 (or None), got {self.importance_sampling_cap}: where "
                 "sampler and trainer agree the ratio is 1, and a lower cap would shrink each such token. Usual: 2."
             )
-        check_kl_placement(self.kl_penalty, self.kl_placement)
+        check_kl_placement(self.kl_penalty, self.kl_placement, self.init_kl_coef)
         if self.reference_placement == "offloaded" and (self.kl_penalty, self.kl_placement) == ("full", "loss"):
             raise ValueError(
                 "reference_placement='offloaded' keeps the reference off the device during the update, where "

@@ -62,9 +62,10 @@ def warn_of_negative_kl(kl: float, penalty: str) -> None:
 def _nonfinite_samples(scored: ScoredResponses, mask: Tensor) -> list[str]:
     """One description per sample that has an entry that is not finite."""
     quantities = {
-        "the policy's log-probabilities": scored.logprobs, "the reference's log-probabilities": scored.ref_logprobs,
-        "the KL": scored.kl, "the values": scored.values[:, :-1],
+        "the policy's log-probabilities": scored.logprobs, "the KL": scored.kl, "the values": scored.values[:, :-1],
     }  # fmt: skip
+    if scored.ref_logprobs is not None:
+        quantities["the reference's log-probabilities"] = scored.ref_logprobs
     problems: dict[int, str] = {}
     for name, values in quantities.items():
         for row in (~values.isfinite() & mask).any(dim=1).nonzero().flatten().tolist():

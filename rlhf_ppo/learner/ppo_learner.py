@@ -89,7 +89,9 @@ class PPOLearner:
         self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
         self.is_peft_model = bool(model.is_peft_model)
         fill_runtime_fields(config, self.accelerator.num_processes, self.is_encoder_decoder, self.is_peft_model)
-        self.model, self.ref_model = model, resolve_reference(model, ref_model, num_shared_layers)
+        self.has_reference = config.kl_penalty != "none"
+        self.model = model
+        self.ref_model = resolve_reference(model, ref_model, num_shared_layers) if self.has_reference else None
         self.kl_ctl = config.kl_controller()
         self.running = RunningMoments()
         self.processes = Processes(self.accelerator)
@@ -101,7 +103,7 @@ class PPOLearner:
         self._reference = None if found is None else found.module
         self._reference_is_whole = found is not None and not found.sharded
         self.reference_context = partial(reference_adapter, model) if found is None else found.context
-        self.start_kl_check = StartKLCheck(model, self.processes, is_own_reference=found is None)
+        self.start_kl_check = StartKLCheck(model, self.processes, is_own_reference=self.has_reference and found is None)
         self.algorithm_config = algorithm or config.algorithm()
         self.algorithm = build_algorithm(
             self.algorithm_config, policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator,
@@ -145,15 +147,19 @@ class PPOLearner:
                 first, *rest = self.processes.gather_objects([StepData.of(responses, scores, scored, penalty).cpu()])
                 data: StepData = first.concatenate(rest)  # rows of all processes: what follows is the same on each
                 rate = float(self.optimizer.param_groups[0]["lr"])
-                statistics = classic_statistics(data, record, kl_coef=float(self.kl_ctl.value), learning_rate=rate)
+                statistics = classic_statistics(
+                    data, record, kl_coef=float(self.kl_ctl.value), learning_rate=rate,
+                    has_critic=self.algorithm.has_critic,
+                )  # fmt: skip
                 gathered = self.processes.gather_objects(
                     [(dict(work_counts), local_importance_ratios(batch, responses))]
                 )
                 self.metrics = extra_metrics(data, record) | work_metrics([counts for counts, _ in gathered])
                 self.metrics |= mismatch_metrics([ratios for _, ratios in gathered], cap) | self.reuse.metrics()
-            kl = float(statistics["objective/kl"])
-            warn_of_negative_kl(kl, self.config.kl_penalty)
-            self.kl_ctl.update(kl, len(data.scores))
+            if scored.ref_logprobs is not None:
+                kl = float(statistics["objective/kl"])
+                warn_of_negative_kl(kl, self.config.kl_penalty)
+                self.kl_ctl.update(kl, len(data.scores))
             if self.lr_scheduler is not None:
                 # Accelerate's wrapper would step once per process.
                 getattr(self.lr_scheduler, "scheduler", self.lr_scheduler).step()
@@ -204,6 +210,11 @@ class PPOLearner:
     @property
     def scorer(self) -> Scorer:
         """A `Scorer` of policy and reference with the present settings."""
+        if self.config.kl_penalty != "none" and not self.has_reference:
+            raise ValueError(
+                f"kl_penalty was 'none' when the trainer was built and is {self.config.kl_penalty!r} now: no reference "
+                "was kept, so there is no KL to measure. Build the trainer with this kl_penalty."
+            )
         return Scorer(
             policy=self.policy, reference=self._reference, kl_penalty=self.config.kl_penalty,
             reference_context=self.reference_context, rows=self.config.mini_batch_size,

@@ -34,7 +34,7 @@ class StartKLCheck:
         Raises:
             ValueError: They differ by more than rounding; nothing has changed.
         """
-        if not self.is_due:
+        if not self.is_due or scored.ref_logprobs is None:
             return
         gaps = (scored.logprobs - scored.ref_logprobs).abs().masked_fill(~mask, 0.0)
         total, count = self.processes.reduce_sum(torch.stack([gaps.sum(), mask.sum().to(gaps.dtype)])).tolist()

@@ -4,8 +4,8 @@
 functions add metrics of this package. docs/metrics.md says what each means and which values are healthy.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class StepData:
     scores: Float[Tensor, " batch"]
     kl: Float[Tensor, "batch time"]
     logprobs: Float[Tensor, "batch time"]
-    ref_logprobs: Float[Tensor, "batch time"]
+    ref_logprobs: Float[Tensor, "batch time"] | None
     non_score_rewards: Float[Tensor, "batch time"]
     mask: Bool[Tensor, "batch time"]
     query_lengths: Float[Tensor, " batch"]
@@ -54,34 +54,47 @@ class StepData:
 
     def cpu(self) -> "StepData":
         """The same data on the CPU."""
-        return StepData(**{item.name: getattr(self, item.name).cpu() for item in fields(self)})
+        return self._map(lambda name, column: column.cpu())
 
     def concatenate(self, others: Sequence["StepData"]) -> "StepData":
         """Concatenate the rows of this process and `others`."""
-        parts = [self, *others]
-        return StepData(
-            **{item.name: concatenate_rows([getattr(part, item.name) for part in parts]) for item in fields(self)}
-        )
+        return self._map(lambda name, column: concatenate_rows([column, *(getattr(other, name) for other in others)]))
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> "StepData":
+        columns = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: change(name, column) for name, column in columns.items() if column is not None})
 
 
-def classic_statistics(data: StepData, record: UpdateRecord, *, kl_coef: float, learning_rate: float) -> Statistics:
+def classic_statistics(
+    data: StepData, record: UpdateRecord, *, kl_coef: float, learning_rate: float, has_critic: bool = True
+) -> Statistics:
     """The classic's statistics, without the timings.
+
+    Without a reference there is none on the KL, without a critic none on values.
 
     Args:
         data: Rows of all processes.
         record: Metrics of the update, over all processes.
         kl_coef: The coefficient *used* in this step.
         learning_rate: That of the first parameter group.
+        has_critic: Whether the algorithm learns a value function.
     """
     rows, means = per_row_statistics(data), record.mean()
-    ppo = {f"ppo/{name}": value for name, value in means.items() if name in _UPDATE_NAMES}
-    variance = ppo["ppo/returns/var"]
-    return {
-        "objective/kl": float(rows["kl"].mean()),
-        "objective/kl_dist": _array(rows["kl"]),
+    names = _UPDATE_NAMES | _CRITIC_NAMES if has_critic else _UPDATE_NAMES
+    ppo = {f"ppo/{name}": value for name, value in means.items() if name in names}
+    if has_critic:
+        variance = ppo["ppo/returns/var"]
+        ppo["ppo/val/var_explained"] = 1.0 - ppo["ppo/val/error"] / variance if variance else float("nan")
+    reference: Statistics = {}
+    if data.ref_logprobs is not None:
+        reference = {
+            "objective/kl": float(rows["kl"].mean()),
+            "objective/kl_dist": _array(rows["kl"]),
+            "objective/ref_logprobs": _array(data.ref_logprobs),
+            "objective/kl_coef": kl_coef,
+        }
+    return reference | {
         "objective/logprobs": _array(data.logprobs),
-        "objective/ref_logprobs": _array(data.ref_logprobs),
-        "objective/kl_coef": kl_coef,
         "objective/entropy": float(rows["nll"].mean()),
         "ppo/mean_non_score_reward": float(rows["penalty"].sum() / rows["actions"].sum()),
         "ppo/mean_scores": float(rows["scores"].mean()),
@@ -95,7 +108,6 @@ def classic_statistics(data: StepData, record: UpdateRecord, *, kl_coef: float, 
         **ppo,
         "ppo/policy/advantages": _array(torch.cat(record.advantages)),
         "ppo/policy/ratio": _array(record.ratio()),
-        "ppo/val/var_explained": 1.0 - ppo["ppo/val/error"] / variance if variance else float("nan"),
         "ppo/learning_rate": learning_rate,
     }
 
@@ -119,12 +131,19 @@ def row_sums(values: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time
 
 
 def extra_metrics(data: StepData, record: UpdateRecord) -> dict[str, float]:
-    """Metrics beyond the classic's: the non-negative k3 estimate of the KL, gradient norm, skipped updates."""
-    log_ratio = (data.ref_logprobs - data.logprobs).masked_fill(~data.mask, 0.0)
-    k3 = torch.expm1(log_ratio) - log_ratio
-    return {
-        "objective/kl_k3": float(row_sums(k3, data.mask).mean()),
-        "objective/kl_per_token": float(masked_mean(data.logprobs - data.ref_logprobs, data.mask)),
+    """Metrics beyond the classic's: k3 estimate of the KL, own tokens and turns, gradient norm, skipped updates."""
+    reference: dict[str, float] = {}
+    if data.ref_logprobs is not None:
+        log_ratio = (data.ref_logprobs - data.logprobs).masked_fill(~data.mask, 0.0)
+        k3 = torch.expm1(log_ratio) - log_ratio
+        reference = {
+            "objective/kl_k3": float(row_sums(k3, data.mask).mean()),
+            "objective/kl_per_token": float(masked_mean(-log_ratio, data.mask)),
+        }
+    before = torch.nn.functional.pad(data.mask, (1, 0))[:, :-1]
+    return reference | {
+        "tokens/actions_mean": float(data.mask.sum(dim=1).float().mean()),
+        "tokens/turns_mean": float((data.mask & ~before).sum(dim=1).float().mean()),
         "ppo/policy/grad_norm": record.mean().get("policy/grad_norm", float("nan")),
         "ppo/policy/ratio_max": float(record.ratio().max()) if record.ratios else float("nan"),
         "ppo/updates": float(len(record.metrics)),
@@ -160,7 +179,7 @@ def _std(values: Tensor) -> float:
 
 
 _UPDATE_NAMES = frozenset(
-    ("loss/policy", "loss/value", "loss/total", "policy/entropy", "policy/approxkl", "policy/policykl")
-    + ("policy/clipfrac", "policy/advantages_mean", "returns/mean", "returns/var", "val/vpred", "val/error")
-    + ("val/clipfrac", "val/mean", "val/var")
+    ("loss/policy", "loss/total", "policy/entropy", "policy/approxkl", "policy/policykl", "policy/clipfrac")
+    + ("policy/advantages_mean", "returns/mean", "returns/var")
 )
+_CRITIC_NAMES = frozenset(("loss/value", "val/vpred", "val/error", "val/clipfrac", "val/mean", "val/var"))

@@ -136,5 +136,12 @@ def check_settings(learner: PPOLearner, config: TrainConfig) -> None:
             f"batch_size {learner.config.batch_size} must be a multiple of num_return_sequences "
             f"{sampling.num_return_sequences}: all responses to a prompt must be in one batch"
         )
+    wants_kl = config.max_reference_kl is not None or config.guards.kl.limit is not None or config.keep_frontier
+    if wants_kl and not learner.has_reference:
+        raise ValueError(
+            "expected a KL to the reference for max_reference_kl, guards.kl and keep_frontier, got kl_penalty='none': "
+            "none is measured, so the limit would never act. Choose kl_penalty='kl', with init_kl_coef=0 if it shall "
+            "only be watched."
+        )
     if learner.algorithm.needs_groups and sampling.num_return_sequences < 2:
         raise ValueError("this algorithm compares responses to one prompt: set num_return_sequences to 2 or more")

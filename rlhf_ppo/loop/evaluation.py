@@ -1,7 +1,7 @@
 """Held-out evaluation: sample responses, score them, and measure KL to the reference, with standard errors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -98,17 +98,19 @@ def reference_measures(
 
     `kl` is the k1 estimate summed over a response, nats; `kl_k3` the non-negative k3 estimate (Schulman 2020);
     `reference_nll` the mean negative log-likelihood of a token under the reference, nats: its exponential is the
-    perplexity; `length` the number of response tokens.
+    perplexity; `length` the number of response tokens. Without a reference, `length` alone.
     """
     inputs = TokenInputs(prompts=list(prompts), responses=list(responses))
     scored = scorer(inputs)
     lengths = inputs.response_lengths().to(scored.logprobs.device)
     mask = torch.arange(inputs.width(), device=lengths.device)[None, :] < lengths[:, None]
-    log_ratio = (scored.ref_logprobs - scored.logprobs).masked_fill(~mask, 0.0)
-    measures: Mapping[str, Tensor] = {
-        "kl": row_sums(-log_ratio, mask),
-        "kl_k3": row_sums(torch.expm1(log_ratio) - log_ratio, mask),
-        "reference_nll": row_sums(-scored.ref_logprobs, mask) / lengths,
-        "length": lengths.float(),
-    }
+    measures: dict[str, Tensor] = {}
+    if scored.ref_logprobs is not None:
+        log_ratio = (scored.ref_logprobs - scored.logprobs).masked_fill(~mask, 0.0)
+        measures = {
+            "kl": row_sums(-log_ratio, mask),
+            "kl_k3": row_sums(torch.expm1(log_ratio) - log_ratio, mask),
+            "reference_nll": row_sums(-scored.ref_logprobs, mask) / lengths,
+        }
+    measures["length"] = lengths.float()
     return {name: values.tolist() for name, values in measures.items()}

@@ -210,7 +210,7 @@ class TrainingLoop:
             "tokens/finished_share": sum(finished) / len(finished),
             "time/iteration": sum(times.values()) + time.perf_counter() - start,
         }
-        metrics |= self.guard_monitor.measure(sum(repeated) / len(repeated), metrics["tokens/responses_len_mean"])
+        metrics |= self.guard_monitor.measure(sum(repeated) / len(repeated), metrics["tokens/actions_mean"])
         self.state.metrics = metrics
         self.state.history.append(metrics)
         del self.state.history[: -self.config.keep_history]
@@ -297,4 +297,4 @@ class TrainingLoop:
 
 def _postfix(metrics: dict[str, float]) -> dict[str, str]:
     shown = {"reward": "env/reward_mean", "kl": "objective/kl", "length": "tokens/responses_len_mean"}
-    return {name: f"{metrics[key]:.3g}" for name, key in shown.items()}
+    return {name: f"{metrics[key]:.3g}" for name, key in shown.items() if key in metrics}

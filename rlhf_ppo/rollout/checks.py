@@ -22,7 +22,7 @@ class ModelLimits:
     max_positions: int | None
     """Maximum tokens of prompt plus response (of each, with an encoder-decoder); None: no limit."""
     needs_groups: bool = False
-    """Whether the algorithm compares responses to the same prompt, which `step()` cannot group."""
+    """Whether the algorithm compares the responses to one prompt."""
     start_token_id: int | None = None
     """Token that `generate` puts before encoder-decoder responses; it is no action and is removed. None: no token."""
 
@@ -35,6 +35,8 @@ def check_step_inputs(
     *,
     limits: ModelLimits,
     device: torch.device,
+    truncated: Sequence[bool] | Tensor | None = None,
+    group_size: int = 1,
 ) -> Responses:
     """Validate a batch and move it to the device.
 
@@ -45,16 +47,12 @@ def check_step_inputs(
         masks: One 0/1 [T_i] per sample: 0 marks tokens that the policy did not choose. None: all ones.
         limits: Limits of model and algorithm.
         device: The device of the results.
+        truncated: One flag per sample: it was cut off and its future was not seen. None: every response ended.
+        group_size: Number of adjacent responses to one prompt.
 
     Raises:
         ValueError: Names the first invalid sample, what was expected and what it got.
     """
-    if limits.needs_groups:
-        raise ValueError(
-            "expected an algorithm that learns from single responses, got one that compares the responses to a prompt: "
-            "`step()` does not know which responses share a prompt, so every advantage would be 0. Use `train()` with "
-            "num_return_sequences >= 2, or PPOClip, PPOPenalty, TRPO or Reinforce."
-        )
     inputs_by_name: dict[str, Sequence[Tensor]] = {"queries": queries, "responses": responses, "scores": scores}
     if masks is not None:
         inputs_by_name["response_masks"] = masks
@@ -70,6 +68,7 @@ def check_step_inputs(
         responses, scores, masks = _strip_start_token(limits.start_token_id, responses, scores, masks)
         for index, tokens in enumerate(responses):
             _check_tokens("responses", index, tokens, limits.vocab_size)
+    _check_groups(queries, group_size, needs_groups=limits.needs_groups)
     mask_rows = [_check_mask(i, masks[i] if masks else None, response) for i, response in enumerate(responses)]
     checked_scores = [_check_score(i, score, responses[i]) for i, score in enumerate(scores)]
     return Responses(
@@ -79,6 +78,8 @@ def check_step_inputs(
         ),
         mask=pad_rows([row.float() for row in mask_rows]).bool().to(device),
         scores=_stack_scores(checked_scores, mask_rows).to(device),
+        truncated=None if truncated is None else _check_truncated(truncated, len(queries)).to(device),
+        group_size=group_size,
     )
 
 
@@ -214,6 +215,42 @@ def _check_mask(index: int, mask: Tensor | None, response: Tensor) -> Tensor:
             f"response_masks[{index}] masks every token: there is no action to learn from. Drop the sample."
         )
     return values.bool()
+
+
+def _check_groups(queries: list[Tensor], group_size: object, *, needs_groups: bool) -> None:
+    if not isinstance(group_size, int) or group_size < 1 or (needs_groups and group_size < 2):
+        remedy = "Pass group_size=n with the n responses to each prompt side by side"
+        remedy += ", or learn with PPOClip, PPOPenalty, TRPO or Reinforce." if needs_groups else "; 1: no groups."
+        raise ValueError(
+            f"group_size must be a whole number of at least {2 if needs_groups else 1}, got {group_size!r}: it is "
+            f"unknown which responses share a prompt and are compared. {remedy}"
+        )
+    if len(queries) % group_size:
+        raise ValueError(
+            f"expected whole groups of {group_size} responses, got {len(queries)} samples: responses to different "
+            "prompts would be compared. Drop incomplete groups."
+        )
+    for index, query in enumerate(queries):
+        first = index - index % group_size
+        if not torch.equal(query.long(), queries[first].long()):
+            raise ValueError(
+                f"queries[{index}] must be the prompt of its group, queries[{first}] (group_size={group_size}), got "
+                "other tokens: responses to different prompts would be compared. Put the responses to a prompt side "
+                "by side."
+            )
+
+
+def _check_truncated(truncated: Sequence[bool] | Tensor, rows: int) -> Tensor:
+    try:
+        flags = truncated.double().cpu() if isinstance(truncated, Tensor) else torch.tensor(list(truncated)).double()
+    except (TypeError, ValueError, RuntimeError):
+        flags = torch.tensor(float("nan"))
+    if flags.shape != (rows,) or not torch.isin(flags, torch.tensor([0.0, 1.0], dtype=torch.double)).all():
+        raise ValueError(
+            f"truncated must hold True or False for each of the {rows} samples, got {truncated!r:.80}: it is unknown "
+            f"whose future was cut off. Pass e.g. [False] * {rows}."
+        )
+    return flags.bool()
 
 
 def _check_score(index: int, score: Tensor, response: Tensor) -> Tensor:

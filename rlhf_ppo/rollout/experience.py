@@ -41,9 +41,10 @@ class ScoredResponses:
 
     logprobs: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time+1"]
-    ref_logprobs: Float[Tensor, "batch time"]
+    ref_logprobs: Float[Tensor, "batch time"] | None
+    """None without a reference (`kl_penalty="none"`)."""
     kl: Float[Tensor, "batch time"]
-    """The `kl_penalty` estimate of KL(policy || reference) at each token, nats; 0 beyond the end."""
+    """The `kl_penalty` estimate of KL(policy || reference) at each token, nats; 0 beyond the end, and without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,9 @@ class Scorer:
             precomputed: The policy's output, if it is known already; spares the policy's passes.
         """
         policy_output = self.run_passes(self.policy, inputs) if precomputed is None else precomputed
+        logprobs, values = policy_output.logprobs, policy_output.values
+        if self.kl_penalty == "none":
+            return ScoredResponses(logprobs=logprobs, values=values, ref_logprobs=None, kl=torch.zeros_like(logprobs))
         with self.reference_context():
             reference_output = self.run_passes(self.reference or self.policy, inputs)
         if self.kl_penalty == "full":
@@ -84,10 +88,8 @@ class Scorer:
                 kl = self._exact_kl(inputs)
         else:
             kind = _ESTIMATORS[self.kl_penalty]
-            kl = kl_estimate(policy_output.logprobs, reference_output.logprobs, kind)  # type: ignore[arg-type]
-        return ScoredResponses(
-            logprobs=policy_output.logprobs, values=policy_output.values, ref_logprobs=reference_output.logprobs, kl=kl
-        )
+            kl = kl_estimate(logprobs, reference_output.logprobs, kind)  # type: ignore[arg-type]
+        return ScoredResponses(logprobs=logprobs, values=values, ref_logprobs=reference_output.logprobs, kl=kl)
 
     def run_passes(self, module: nn.Module, inputs: TokenInputs) -> PolicyOutput:
         """Run all responses through `module`, split into micro-batches as in an update."""

@@ -1,6 +1,6 @@
 """Placement of the KL to the reference: in the reward, in the loss, or split between the two."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,14 +8,15 @@ from torch import Tensor
 
 from rlhf_ppo.functional import ReferenceKL, next_state_kl
 
-KLPenalty: TypeAlias = Literal["kl", "abs", "mse", "full", "k3"]
-"""KL estimate: "kl", "abs", "mse", "full" are TRL's names for k1, |k1|, k2 and the exact KL; "k3" is k3."""
+KLPenalty: TypeAlias = Literal["kl", "abs", "mse", "full", "k3", "none"]
+"""KL estimate: "kl", "abs", "mse", "full" are TRL's names for k1, |k1|, k2 and the exact KL; "k3" is k3; "none": there
+is no reference, and no pass over one."""
 KLPlacement: TypeAlias = Literal["reward", "loss", "split"]
 
 _LOSS_ESTIMATORS: dict[str, ReferenceKL] = {"mse": "k2", "k3": "k3", "full": "full"}
 
 
-def check_kl_placement(penalty: KLPenalty, placement: KLPlacement) -> None:
+def check_kl_placement(penalty: KLPenalty, placement: KLPlacement, kl_coef: float) -> None:
     """Raise ValueError for an estimate whose gradient in this placement is not that of the KL.
 
     "abs" and "mse" in the reward are biased, too; they are accepted because TRL's classic API has them.
@@ -23,10 +24,15 @@ def check_kl_placement(penalty: KLPenalty, placement: KLPlacement) -> None:
     Raises:
         ValueError: An unknown name, or such a combination.
     """
-    if penalty not in ("kl", "abs", "mse", "full", "k3"):
-        raise ValueError(f"kl_penalty must be one of 'kl', 'abs', 'mse', 'full', 'k3', got {penalty!r}")
+    if penalty not in get_args(KLPenalty):
+        raise ValueError(f"kl_penalty must be one of {', '.join(map(repr, get_args(KLPenalty)))}, got {penalty!r}")
     if placement not in ("reward", "loss", "split"):
         raise ValueError(f"kl_placement must be one of 'reward', 'loss', 'split', got {placement!r}")
+    if penalty == "none" and (kl_coef != 0 or placement != "reward"):
+        raise ValueError(
+            f"kl_penalty='none' measures no KL, got init_kl_coef={kl_coef} and kl_placement={placement!r}: there would "
+            "be nothing to weigh. Set init_kl_coef=0 and leave kl_placement at 'reward', or choose kl_penalty='kl'."
+        )
     if placement == "reward" and penalty == "k3":
         raise ValueError(
             "kl_penalty='k3' in the reward pushes the policy the wrong way (the cosine of its gradient with that of "

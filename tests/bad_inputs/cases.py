@@ -265,9 +265,18 @@ CASES = [
     Case("reward model", "a contract of another version", contract('{"format_version": 99}')),
     Case("replay", "a folder that is no dump", lambda: replay("/nowhere")),
     Case(
-        "step()", "groups for a step without groups",
+        "step()", "no groups for an algorithm that compares them",
         lambda: _grouped().step([T([5])] * 2, [T([8])] * 2, [T(1.0)] * 2),
     ),
+    Case(
+        "step()", "a group of two prompts",
+        lambda: _grouped().step([T([5]), T([6])], [T([8])] * 2, [T(1.0)] * 2, group_size=2),
+    ),
+    Case(
+        "step()", "three flags of truncation for two samples",
+        lambda: _grouped().step([T([5])] * 2, [T([8])] * 2, [T(1.0)] * 2, group_size=2, truncated=[True] * 3),
+    ),
+    Case("PPOConfig", "a weight for a KL that is not measured", lambda: PPOConfig(kl_penalty="none")),
 ]  # fmt: skip
 
 
