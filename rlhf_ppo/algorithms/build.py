@@ -112,23 +112,8 @@ def build_algorithm(
             return Algorithm(gae_advantages(config.gae, factory.reduce_sum), natural)
         case Reinforce():
             return _reinforce(factory, config)
-        case ReinforcePlusPlus():
-            objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
-            estimate = return_advantages(group_baseline(config), factory.reduce_sum, gamma=config.gamma)
-            update = factory.update(objective)
-            return Algorithm(estimate, update, needs_groups=config.group_baseline, has_critic=False)
-        case RLOO():
-            objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
-            update = factory.update(objective)
-            return Algorithm(group_relative_advantages(config), update, needs_groups=True, has_critic=False)
-        case GRPO():
-            objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
-            update = (
-                factory.update(mean_over_sequences(objective), count=count_sequences)
-                if config.sequence_mean
-                else factory.update(objective)
-            )
-            return Algorithm(group_relative_advantages(config), update, needs_groups=True, has_critic=False)
+        case ReinforcePlusPlus() | RLOO() | GRPO():
+            return _without_critic(factory, config)
         case _:
             assert_never(config)
 
@@ -157,6 +142,18 @@ def _with_warmup(
         update, fit, objective, factory.accelerator, critic.warmup_iterations, factory.reference_argument
     )
     return Algorithm(warmup.switch_estimates(estimate, warmup_estimate), warmup)
+
+
+def _without_critic(factory: UpdateFactory, config: ReinforcePlusPlus | RLOO | GRPO) -> Algorithm:
+    objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
+    update = factory.update(objective)
+    match config:
+        case ReinforcePlusPlus():
+            estimate = return_advantages(group_baseline(config), factory.reduce_sum, gamma=config.gamma)
+            return Algorithm(estimate, update, needs_groups=config.group_baseline, has_critic=False)
+        case GRPO(sequence_mean=True):
+            update = factory.update(mean_over_sequences(objective), count=count_sequences)
+    return Algorithm(group_relative_advantages(config), update, needs_groups=True, has_critic=False)
 
 
 def _ppo_penalty(factory: UpdateFactory, config: PPOPenalty) -> Algorithm:

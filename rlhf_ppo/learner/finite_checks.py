@@ -55,7 +55,7 @@ def warn_of_negative_kl(kl: float, penalty: str) -> None:
             f"KL divergence is starting to become negative: {kl:.2f} nats per response. The responses are less "
             "likely under the policy than under the reference, so they were probably not sampled from the "
             "policy as it is scored: check temperature, top_k, top_p, min_length and the padding of generation.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

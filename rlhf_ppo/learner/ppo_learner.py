@@ -37,6 +37,7 @@ from rlhf_ppo.rollout.checks import ModelLimits
 from rlhf_ppo.rollout.experience import Responses, RewardShaping, ScoredResponses, Scorer, shape_rollout
 from rlhf_ppo.rollout.kl_placement import loss_kl_estimator
 from rlhf_ppo.rollout.sampler_reuse import SamplerReuse
+from rlhf_ppo.updates import UpdateRecord
 from rlhf_ppo.utils.seeding import set_seed
 from rlhf_ppo.utils.timing import empty_cache_after, timed
 
@@ -144,26 +145,32 @@ class PPOLearner:
                 record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ
             self.last_batch = batch, scored
             with timed(timing, "calc_stats"):
-                first, *rest = self.processes.gather_objects([StepData.of(responses, scores, scored, penalty).cpu()])
-                data: StepData = first.concatenate(rest)  # rows of all processes: what follows is the same on each
-                rate = float(self.optimizer.param_groups[0]["lr"])
-                statistics = classic_statistics(
-                    data, record, kl_coef=float(self.kl_ctl.value), learning_rate=rate,
-                    has_critic=self.algorithm.has_critic,
-                )  # fmt: skip
-                gathered = self.processes.gather_objects(
-                    [(dict(work_counts), local_importance_ratios(batch, responses))]
-                )
-                self.metrics = extra_metrics(data, record) | work_metrics([counts for counts, _ in gathered])
-                self.metrics |= mismatch_metrics([ratios for _, ratios in gathered], cap) | self.reuse.metrics()
-            if scored.ref_logprobs is not None:
-                kl = float(statistics["objective/kl"])
-                warn_of_negative_kl(kl, self.config.kl_penalty)
-                self.kl_ctl.update(kl, len(data.scores))
+                data = StepData.of(responses, scores, scored, penalty)
+                work = dict(work_counts), local_importance_ratios(batch, responses)
+                statistics = self._measure(data, record, work)
             if self.lr_scheduler is not None:
                 # Accelerate's wrapper would step once per process.
                 getattr(self.lr_scheduler, "scheduler", self.lr_scheduler).step()
         return statistics | {f"time/ppo/{name}": seconds for name, seconds in timing.items()}
+
+    def _measure(
+        self, local_data: StepData, record: UpdateRecord, local_work: tuple[dict[str, int], Tensor | None]
+    ) -> Statistics:
+        """Statistics of a step over all processes; sets `metrics` and adapts the KL coefficient. Collective."""
+        first, *rest = self.processes.gather_objects([local_data.cpu()])
+        data: StepData = first.concatenate(rest)  # rows of all processes: what follows is the same on each
+        statistics = classic_statistics(
+            data, record, kl_coef=float(self.kl_ctl.value), learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            has_critic=self.algorithm.has_critic,
+        )  # fmt: skip
+        work, ratios = zip(*self.processes.gather_objects([local_work]), strict=True)
+        self.metrics = extra_metrics(data, record) | work_metrics(work) | self.reuse.metrics()
+        self.metrics |= mismatch_metrics(ratios, self.config.importance_sampling_cap)
+        if data.ref_logprobs is not None:
+            kl = float(statistics["objective/kl"])
+            warn_of_negative_kl(kl, self.config.kl_penalty)
+            self.kl_ctl.update(kl, len(data.scores))
+        return statistics
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Save model, value head, tokenizer and a model card; the folder also loads as a plain causal LM."""

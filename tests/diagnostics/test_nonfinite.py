@@ -122,6 +122,6 @@ def test_what_is_no_dump_is_said_in_a_line(tmp_path: Path, capsys: pytest.Captur
 def test_group_algorithms_refuse_a_step_without_groups_before_anything_moves() -> None:
     trainer = trainer_of(arguments={"algorithm": GRPO()})
     before = state(trainer)
-    with pytest.raises(ValueError, match="compares the responses to a prompt"):
+    with pytest.raises(ValueError, match="which responses share a prompt"):
         trainer.step(QUERIES, RESPONSES, SCORES)
     assert state(trainer) == before
