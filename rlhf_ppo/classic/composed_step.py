@@ -124,6 +124,7 @@ def _check_supported(trainer: ClassicInnerMethods) -> None:
     unsupported = {
         f"the algorithm {trainer.algorithm_config}": trainer.algorithm_config != config.algorithm(),
         f"kl_placement={config.kl_placement!r}": config.kl_placement != "reward",
+        f"kl_penalty={config.kl_penalty!r}": config.kl_penalty == "none",
         "a separate critic": trainer.model.critic is not None,
         "parameters sharded by FSDP or DeepSpeed": trainer.accelerator.distributed_type in ("FSDP", "DEEPSPEED"),
     }

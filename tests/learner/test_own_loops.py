@@ -194,3 +194,17 @@ def test_groups_of_a_step_are_those_of_the_managed_loop() -> None:
     seen.append((list(inputs.prompts), list(inputs.responses)))
     own.step(*seen[0], [torch.tensor(score) for score in scores[0]], group_size=2)
     assert torch.equal(weights(managed), weights(own))
+
+
+def test_a_trainer_that_overrides_the_classics_methods_refuses_what_they_do_not_know() -> None:
+    class Own(PPOTrainer):
+        def compute_rewards(self, *args: Any) -> Any:
+            return super().compute_rewards(*args)
+
+    config = PPOConfig(batch_size=4, mini_batch_size=4, diagnose=False)
+    own = Own(config, AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2()), None, tiny_tokenizer())
+    with pytest.raises(ValueError, match=r"overrides \['compute_rewards'\] .*they would be ignored"):
+        own.step(QUERIES, RESPONSES, SCORES, truncated=[False] * 4)
+    own.config.kl_penalty = "none"
+    with pytest.raises(ValueError, match="got kl_penalty='none'"):
+        own.step(QUERIES, RESPONSES, SCORES)
