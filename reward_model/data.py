@@ -6,24 +6,27 @@ messages), `completions` with `ranks` or `scores`, and `text` with `label` (see 
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
-from reward_model.text import Text
+from reward_model.prompt_split import split_prompt
+from reward_model.rows import BadRow, Row
+from rlhf_ppo.chat.cells import parse_cell, parse_literal
+from rlhf_ppo.chat.messages import Text, is_empty, read_text, read_tools
+from rlhf_ppo.chat.nested import UnreadableText
 
-Row = Mapping[str, Any]
-PAIR_COLUMNS = ("prompt", "chosen", "rejected", "margin", "weight", "preference", "tie", "source")
-RANKED_COLUMNS = ("prompt", "completions", "ranks", "scores", "weight", "source")
+__all__ = ["BadRow", "Comparison", "Row", "as_comparisons", "parse_row"]
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "margin", "weight", "preference", "tie", "source")
+RANKED_COLUMNS = ("prompt", "completions", "ranks", "scores", "tools", "weight", "source")
 LABELED_COLUMNS = ("text", "label", "source")
 COLUMNS = tuple(dict.fromkeys(PAIR_COLUMNS + RANKED_COLUMNS + LABELED_COLUMNS))
 LONGEST_TEXT = 1_000_000
 """Characters above which a text is taken for a mistake (a whole file in one field)."""
-
-
-class BadRow(ValueError):
-    """A malformed row; the message names its location, the field, what was expected and what was found."""
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": None}
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,10 @@ class Comparison:
     preference: float = 1.0
     """Probability that the first of two completions is the better one."""
     source: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Schemas of the tools that the conversation may call."""
+    group: str = ""
+    """What is held out together, if not the prompt."""
     where: str = ""
     """Location for messages: file and line, or row number."""
 
@@ -66,7 +73,8 @@ class Comparison:
 
     def key(self) -> str:
         """Key for finding duplicates: equal for equal comparisons."""
-        return json.dumps([self.prompt, self.completions, self.ranks, self.preference], sort_keys=True, default=list)
+        said = [self.prompt, self.completions, self.ranks, self.preference, *([self.tools] if self.tools else [])]
+        return json.dumps(said, sort_keys=True, default=list)
 
     def prompt_key(self) -> str:
         """The prompt as one string; "" if there is none."""
@@ -92,20 +100,18 @@ def parse_row(row: Row, where: str) -> Comparison:
     chosen, rejected = _text(row["chosen"], "chosen", where), _text(row["rejected"], "rejected", where)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow(f"{where}: field 'rejected' must be of the same kind as 'chosen': both text or both messages.")
-    prompt, (chosen, rejected) = _split_prompt(row.get("prompt"), (chosen, rejected), where)
+    prompt, (chosen, rejected) = split_prompt(_prompt(row, where), (chosen, rejected), where)
     if chosen == rejected:
         raise BadRow(f"{where}: fields 'chosen' and 'rejected' are identical: the pair says nothing.")
-    tie = row.get("tie")
-    if tie not in (None, True, False):
-        raise BadRow(f"{where}: field 'tie' must be true or false, got {tie!r:.40}.")
     return Comparison(
         prompt=prompt,
         completions=(chosen, rejected),
-        ranks=(0, 0) if tie else (0, 1),
+        ranks=(0, 0) if _tie(row, where) else (0, 1),
         margin=_number(row, "margin", 0.0, where),
         weight=_number(row, "weight", 1.0, where, low=0.0),
         preference=_number(row, "preference", 1.0, where, low=0.0, high=1.0),
         source=_source(row, where),
+        tools=() if isinstance(chosen, str) else _tools(row, where),
         where=where,
     )
 
@@ -121,24 +127,15 @@ def as_comparisons(rows: Iterable[Row | Comparison], name: str) -> list[Comparis
     ]
 
 
-def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """`row` with the fields that `columns` maps (ours -> theirs) under our names."""
-    if not columns:
-        return row
-    theirs = set(columns.values())
-    kept = {name: value for name, value in row.items() if name not in theirs}
-    return kept | {ours: row[name] for ours, name in columns.items() if name in row}
-
-
 def _ranked(row: Row, where: str) -> Comparison:
-    completions = row["completions"]
+    completions = _list(row["completions"])
     if not isinstance(completions, list | tuple) or len(completions) < 2:
         raise BadRow(f"{where}: field 'completions' must be a list of two or more, got {completions!r:.60}.")
     texts = [_text(text, f"completions[{index}]", where) for index, text in enumerate(completions)]
     if len({isinstance(text, str) for text in texts}) > 1:
         raise BadRow(f"{where}: field 'completions' mixes texts and messages.")
     name = "ranks" if row.get("ranks") is not None else "scores"
-    values = row.get(name)
+    values = _list(row.get(name))
     if not isinstance(values, list | tuple) or len(values) != len(texts):
         raise BadRow(
             f"{where}: field 'completions' needs 'ranks' (1 is best) or 'scores' (high is best), one number for each "
@@ -150,7 +147,7 @@ def _ranked(row: Row, where: str) -> Comparison:
     levels = {value: level for level, value in enumerate(sorted(set(signed)))}
     if len(levels) == 1 and len(texts) > 2:
         raise BadRow(f"{where}: field {name!r} ranks all {len(texts)} completions equally: the row says nothing.")
-    prompt, split = _split_prompt(row.get("prompt"), tuple(texts), where)
+    prompt, split = split_prompt(_prompt(row, where), texts, where)
     if len({json.dumps(text, sort_keys=True) for text in split}) < len(split):
         raise BadRow(f"{where}: field 'completions' holds the same completion twice.")
     return Comparison(
@@ -159,57 +156,61 @@ def _ranked(row: Row, where: str) -> Comparison:
         ranks=tuple(levels[signed[index]] for index in order),
         weight=_number(row, "weight", 1.0, where, low=0.0),
         source=_source(row, where),
+        tools=() if isinstance(split[0], str) else _tools(row, where),
         where=where,
     )
 
 
 def _text(value: Any, name: str, where: str) -> Text:
     """A non-empty text or list of messages."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise BadRow(f"{where}: field {name!r} is empty.")
-        if len(value) > LONGEST_TEXT:
-            raise BadRow(f"{where}: field {name!r} has {len(value):,} characters, more than {LONGEST_TEXT:,}.")
-        if "\x00" in value:
+    text = _read(read_text, _read(parse_cell, value, name, where), name, where)
+    for content in [text] if isinstance(text, str) else [message["content"] or "" for message in text]:
+        if len(content) > LONGEST_TEXT:
+            raise BadRow(f"{where}: field {name!r} has {len(content):,} characters, more than {LONGEST_TEXT:,}.")
+        if "\x00" in content:
             raise BadRow(f"{where}: field {name!r} holds a zero byte: it is binary data, not text.")
-        return value
-    if isinstance(value, list | tuple):
-        return _messages(value, name, where)
-    raise BadRow(f"{where}: field {name!r} must be text or a list of chat messages, got {type(value).__name__}.")
+    if is_empty(text):
+        what = "" if isinstance(text, str) else ": its last message has no content"
+        raise BadRow(f"{where}: field {name!r} is empty{what}.")
+    return text
 
 
-def _messages(value: Sequence[Any], name: str, where: str) -> list[dict[str, Any]]:
-    if not value:
-        raise BadRow(f"{where}: field {name!r} is an empty list: at least one message is needed.")
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise BadRow(f"{where}: field {name}[{index}] must have 'role' and 'content', got {message!r:.60}.")
-        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
-            raise BadRow(f"{where}: field {name}[{index}]: 'role' and 'content' must be text, got {message!r:.60}.")
-        messages.append({"role": message["role"], "content": message["content"]})
-    if not messages[-1]["content"].strip():
-        raise BadRow(f"{where}: field {name!r} is empty: its last message has no content.")
-    return messages
+def _prompt(row: Row, where: str) -> Text | None:
+    """The prompt of a row; None if it has none."""
+    value = row.get("prompt")
+    if value is None or (isinstance(value, str | list | tuple) and not len(value)):
+        return None
+    text = _read(parse_cell, value, "prompt", where)
+    if isinstance(text, str) and not text.strip():
+        return _read(read_text, text, "prompt", where)
+    return _text(text, "prompt", where)
 
 
-def _split_prompt(prompt: Any, completions: tuple[Text, ...], where: str) -> tuple[Text, tuple[Text, ...]]:
-    """Prompt and completions; without a prompt, the messages that all completions share at the start are the prompt."""
-    if isinstance(completions[0], str):
-        if prompt is not None and not isinstance(prompt, str):
-            raise BadRow(f"{where}: field 'prompt' must be text like the completions, got {type(prompt).__name__}.")
-        if prompt and len(prompt) > LONGEST_TEXT:
-            raise BadRow(f"{where}: field 'prompt' has {len(prompt):,} characters, more than {LONGEST_TEXT:,}.")
-        return prompt or "", completions
-    if isinstance(prompt, list | tuple) and prompt:
-        return _messages(prompt, "prompt", where), completions
-    if isinstance(prompt, str) and prompt and completions[0][0].get("role") == "assistant":
-        return [{"role": "user", "content": prompt}], completions
-    shared = 0
-    shortest = min(len(completion) for completion in completions)
-    while shared < shortest - 1 and all(text[shared] == completions[0][shared] for text in completions):
-        shared += 1
-    return completions[0][:shared], tuple(completion[shared:] for completion in completions)
+def _tools(row: Row, where: str) -> tuple[Mapping[str, Any], ...]:
+    tools = _read(read_tools, row.get("tools"), "tools", where)
+    return tuple(tools or ())
+
+
+def _read(reader: Callable[[Any, str], Result], value: Any, name: str, where: str) -> Result:
+    """What `reader` reads; what it cannot read is a bad row."""
+    try:
+        return reader(value, name)
+    except UnreadableText as error:
+        raise BadRow(f"{where}: {error}") from error
+
+
+def _list(value: Any) -> Any:
+    """A list, which tables hold as text."""
+    return (parse_literal(value) or value) if isinstance(value, str) else value
+
+
+def _tie(row: Row, where: str) -> bool:
+    tie = row.get("tie")
+    if isinstance(tie, str):
+        tie = _BOOLEANS.get(tie.strip().lower(), tie)
+    if tie is not None and not isinstance(tie, bool) and tie not in (0, 1):
+        raise BadRow(f"{where}: field 'tie' must be true or false, got {tie!r:.40}.")
+    return bool(tie)
 
 
 def _number(
@@ -226,11 +227,17 @@ def _number(
 
 
 def _finite(value: Any, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real | str):
         raise BadRow(f"{where}: field {name!r} must be a number, got {value!r:.40} ({type(value).__name__}).")
-    if not math.isfinite(value):
-        raise BadRow(f"{where}: field {name!r} must be finite, got {value!r}.")
-    return float(value)
+    try:
+        number = float(value)  # tables hold numbers as text
+    except ValueError:
+        raise BadRow(f"{where}: field {name!r} must be a number, got {value!r:.40}.") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadRow(f"{where}: field {name!r} must be finite, got {value!r:.40}.")
+    return number
 
 
 def _source(row: Row, where: str) -> str:

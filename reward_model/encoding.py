@@ -1,8 +1,9 @@
 """Tokenize comparisons, collate them into batches, and order them by length for the trainer's data loader."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from reward_model.contract import TextRule
 from reward_model.data import Comparison
+from reward_model.rows import BadRow, OnBadRow, set_aside
 from reward_model.text import encode
 from rlhf_ppo.batch import pad_rows
+from rlhf_ppo.chat.nested import UnreadableText
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,31 +30,83 @@ class EncodedComparisons:
     """The comparisons of `dataset`, in its order."""
     too_long: int
     """Number of comparisons with a text of more than `max_length` tokens, which are dropped."""
+    bad_rows: list[dict[str, Any]] = field(default_factory=list)
+    """Comparisons that cannot be encoded and were skipped: location, reason, content."""
 
 
-def encode_comparisons(comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule) -> EncodedComparisons:
+def encode_comparisons(
+    comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule, *, on_bad_row: OnBadRow = "stop"
+) -> EncodedComparisons:
     """Tokenize comparisons; drop and count those with a text longer than `rule.max_length`.
 
     The columns are those of trl's preference collator (`chosen_ids`, `rejected_ids`: best and worst) plus the label
     details and, for more than two completions, `middle_ids` and `ranks`.
 
     Raises:
+        BadRow: The chat template refuses a comparison, or makes two of its completions equal, with on_bad_row="stop".
         ValueError: Nothing is left.
     """
-    rows, kept = [], []
+    rows, kept, bad_rows = [], [], []
+    too_long = 0
     for comparison in comparisons:
-        ids = [encode(tokenizer, rule, comparison.prompt, text, truncate=False) for text in comparison.completions]
+        try:
+            ids = encode_comparison(comparison, tokenizer, rule)
+        except BadRow as error:
+            bad_rows.append(set_aside(error, comparison.where, asdict(comparison), on_bad_row))
+            continue
         if max(map(len, ids)) > rule.max_length:
+            too_long += 1
             continue
         kept.append(comparison)
         rows.append(_row(comparison, ids))
     if not rows:
         raise ValueError(
-            f"None of the {len(comparisons)} comparisons can be used: every one has a text above max_length="
-            f"{rule.max_length} tokens, or the data is empty. Raise max_length or check the columns."
+            f"None of the {len(comparisons)} comparisons can be used: {too_long} have a text above max_length="
+            f"{rule.max_length} tokens, {len(bad_rows)} cannot be encoded. Raise max_length or check the columns."
         )
+    if too_long:
+        logger.warning(
+            "%d of %d comparisons are left out: they have a text of more than max_length=%d tokens.",
+            too_long, len(comparisons), rule.max_length,
+        )  # fmt: skip
     dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
-    return EncodedComparisons(dataset=dataset, kept=kept, too_long=len(comparisons) - len(kept))
+    return EncodedComparisons(dataset=dataset, kept=kept, too_long=too_long, bad_rows=bad_rows)
+
+
+def encode_comparison(comparison: Comparison, tokenizer: Any, rule: TextRule) -> list[list[int]]:
+    """Token ids of each completion with its prompt.
+
+    Raises:
+        BadRow: The chat template refuses the conversation, or two completions have the same tokens.
+    """
+    try:
+        ids = [
+            encode(tokenizer, rule, comparison.prompt, text, truncate=False, tools=comparison.tools)
+            for text in comparison.completions
+        ]
+    except UnreadableText as error:
+        raise BadRow(f"{comparison.where}: {error}") from error
+    if len({tuple(row) for row in ids}) < len(ids):
+        raise BadRow(
+            f"{comparison.where}: two completions become the same tokens: what tells them apart (reasoning, a tool "
+            "call, spaces) is not in the text that the chat template and the tokenizer make. The comparison says "
+            "nothing: use a template that shows it, or leave the row out."
+        )
+    return ids
+
+
+def split_encodable(
+    comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule, *, on_bad_row: OnBadRow
+) -> tuple[list[Comparison], list[dict[str, Any]]]:
+    """The comparisons that can be encoded, and the bad rows that were skipped; errors as of `encode_comparisons`."""
+    kept, bad_rows = [], []
+    for comparison in comparisons:
+        try:
+            encode_comparison(comparison, tokenizer, rule)
+            kept.append(comparison)
+        except BadRow as error:
+            bad_rows.append(set_aside(error, comparison.where, asdict(comparison), on_bad_row))
+    return kept, bad_rows
 
 
 def fill_last_step(dataset: Dataset, batch_size: int) -> Dataset:

@@ -36,19 +36,21 @@ class EnsembleRewardModel:
         self.members = list(members)
         self.caution = caution
 
-    def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
+    def __call__(
+        self, prompts: Texts, responses: Texts, tools: Sequence[Any] | None = None, **_columns: Any
+    ) -> list[float]:
         """One score per prompt-response text."""
         if not len(prompts) and not len(responses):
             return []
-        return self.combine(torch.tensor(self.member_scores(prompts, responses), dtype=torch.float64)).tolist()
+        return self.combine(torch.tensor(self.member_scores(prompts, responses, tools), dtype=torch.float64)).tolist()
 
     def combine(self, scores: Float[Tensor, "members samples"]) -> Float[Tensor, " samples"]:
         """Mean over members, minus `caution` standard deviations."""
         return scores.mean(dim=0) - self.caution * scores.std(dim=0)
 
-    def member_scores(self, prompts: Texts, responses: Texts) -> list[list[float]]:
+    def member_scores(self, prompts: Texts, responses: Texts, tools: Sequence[Any] | None = None) -> list[list[float]]:
         """Normalized scores of each member, [members][samples]."""
-        return [member(prompts, responses) for member in self.members]
+        return [member(prompts, responses, tools) for member in self.members]
 
 
 @dataclass(frozen=True, kw_only=True)

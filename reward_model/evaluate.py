@@ -12,9 +12,10 @@ from reward_model.card_page import text_table, write_page
 from reward_model.commands import column_names, parse, run
 from reward_model.contract import CONTRACT_FILE, Contract
 from reward_model.documented import documented
+from reward_model.encoding import split_encodable
 from reward_model.ensemble import load_reward_model
 from reward_model.preparation import load_comparisons
-from reward_model.report_card import Scorer, report_card
+from reward_model.report_card import Scorer, first_member, report_card
 
 
 @documented
@@ -59,8 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         on_bad_row=config.on_bad_row,
         seed=config.seed,
     )
-    card = report_card(model, loaded.comparisons, judge=load_judge(config.judge))
-    card["data"] = loaded.report.as_dict()
+    first = first_member(model)
+    comparisons, bad_rows = split_encodable(
+        loaded.comparisons, first.tokenizer, first.contract.text, on_bad_row=config.on_bad_row
+    )
+    card = report_card(model, comparisons, judge=load_judge(config.judge))
+    card["data"] = {**loaded.report.as_dict(), "not_encodable": len(bad_rows)}
     print(text_table(card))  # noqa: T201  the command's answer
     target = Path(config.json) if config.json else folder / "report_card.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from reward_model.backbone import head_name, layers_of, longest_input
 from reward_model.contract import Contract, ContractError, tokenizer_sha256
 from reward_model.text import Texts, encode, prepare_tokenizer
 from rlhf_ppo.batch import pad_rows, split_into_micro_batches
+from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.kernels.packing import can_be_packed
 from rlhf_ppo.kernels.unpadded import unpadded
 from rlhf_ppo.models.device import default_device
@@ -78,18 +79,21 @@ class RewardModel:
         check_tokenizer(tokenizer, model, contract, folder)
         return cls(model.to(default_device() if device is None else device), tokenizer, contract, max_tokens=max_tokens)
 
-    def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
+    def __call__(
+        self, prompts: Texts, responses: Texts, tools: Sequence[Any] | None = None, **_columns: Any
+    ) -> list[float]:
         """Normalized scores, gain · raw + bias, one per prompt-response text.
 
         Args:
             prompts: Texts, or lists of chat messages; "" for a response without a prompt.
             responses: Texts, or lists of chat messages.
+            tools: For each sample, the schemas of the tools that its conversation may call, or None.
 
         Raises:
             ValueError: Unequal numbers of texts, or a score that is not finite; the message names the sample.
             TypeError: A prompt or response is neither text nor messages; the message names the sample.
         """
-        return [self.contract.normalization.apply(raw) for raw in self.raw_scores(prompts, responses)]
+        return [self.contract.normalization.apply(raw) for raw in self.raw_scores(prompts, responses, tools)]
 
     def check_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[str, str, str]]:
         """Problems of texts unlike those of the training, each as (evidence, cause, remedy), for PPO's doctor."""
@@ -125,12 +129,17 @@ class RewardModel:
         before = text.split("\x00")[0].strip()
         return [*common, before] if len(before) > 3 else common
 
-    def raw_scores(self, prompts: Texts, responses: Texts) -> list[float]:
+    def raw_scores(self, prompts: Texts, responses: Texts, tools: Sequence[Any] | None = None) -> list[float]:
         """The logits, as AutoModelForSequenceClassification returns them for the same folder and token ids."""
-        _check_texts(prompts, responses)
-        rule = self.contract.text
-        pairs = zip(prompts, responses, strict=True)
-        return self.score_ids([encode(self.tokenizer, rule, prompt, answer, truncate=True) for prompt, answer in pairs])
+        tools = [None] * len(responses) if tools is None else tools
+        _check_texts(prompts, responses, tools)
+        rule, rows = self.contract.text, []
+        for index, (prompt, response, schemas) in enumerate(zip(prompts, responses, tools, strict=True)):
+            try:
+                rows.append(encode(self.tokenizer, rule, prompt, response, truncate=True, tools=schemas))
+            except UnreadableText as error:
+                raise UnreadableText(f"sample {index}: {error}") from error
+        return self.score_ids(rows)
 
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Raw scores of token ids, computed in batches of similar length and at most `max_tokens` padded tokens."""
@@ -241,14 +250,16 @@ def check_tokenizer(tokenizer: Any, model: Any, contract: Contract, folder: Path
         )
 
 
-def _check_texts(prompts: Any, responses: Any) -> None:
+def _check_texts(prompts: Any, responses: Any, tools: Any) -> None:
     if isinstance(prompts, str) or isinstance(responses, str):
         raise TypeError("prompts and responses must be lists with one text per sample, got a single string.")
-    if len(prompts) != len(responses):
-        raise ValueError(f"Each sample needs a prompt and a response, got {len(prompts)} and {len(responses)}.")
+    if not len(prompts) == len(responses) == len(tools):
+        raise ValueError(
+            f"Each sample needs a prompt and a response, got {len(prompts)} and {len(responses)}"
+            f"{'' if len(tools) == len(responses) else f', and {len(tools)} lists of tools'}."
+        )
     for name, texts in (("prompts", prompts), ("responses", responses)):
         for index, text in enumerate(texts):
-            messages = isinstance(text, list | tuple) and all(isinstance(message, dict) for message in text)
-            if not isinstance(text, str) and not messages:
+            if not isinstance(text, str | list | tuple | dict):
                 kind = type(text).__name__
                 raise TypeError(f"{name}[{index}] must be a text or a list of chat messages, got {kind}: {text!r:.80}.")

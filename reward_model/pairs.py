@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from reward_model.data import BadRow, Comparison
+from reward_model.data import Comparison
+from reward_model.rows import BadRow
 
 
 def pairs_from_labels(

@@ -5,15 +5,14 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 
-from reward_model.data import COLUMNS, BadRow, Comparison, Row, parse_row, rename_columns
+from reward_model.data import COLUMNS, Comparison, parse_row
 from reward_model.pairs import label_number, pairs_from_labels
+from reward_model.rows import BadRow, OnBadRow, Row, rename_columns, set_aside
 from reward_model.sources import LocatedRow, read_rows
-
-OnBadRow = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +155,7 @@ class _Reader:
             try:
                 self._take(row, where)
             except BadRow as error:
-                if self.on_bad_row == "stop":
-                    raise BadRow(
-                        f"{error} Repair the row, or pass --on-bad-row skip to set such rows aside."
-                    ) from error
-                self.bad_rows.append({"where": where, "error": str(error), "row": None if row is error else row})
+                self.bad_rows.append(set_aside(error, where, None if row is error else row, self.on_bad_row))
 
     def _take(self, row: Row | BadRow, where: str) -> None:
         if isinstance(row, BadRow):

@@ -131,7 +131,7 @@ def stability(model: RewardModel, scored: ScoredPairs, *, samples: int = 64) -> 
     """
     rule = model.contract.text
     pairs = scored.comparisons[:samples]
-    rows = [encode(model.tokenizer, rule, p.prompt, text, truncate=True) for p in pairs for text in p.completions[:1]]
+    rows = [encode(model.tokenizer, rule, p.prompt, p.completions[0], truncate=True, tools=p.tools) for p in pairs]
     batched = torch.tensor(model.score_ids(rows))
     alone = torch.tensor([model.score_ids([row])[0] for row in rows])
     left = model.left_padded_scores(rows)
@@ -159,7 +159,9 @@ def agreement(scored: ScoredPairs) -> dict[str, Any]:
 
 def _token_counts(model: RewardModel, comparisons: Sequence[Comparison], index: int) -> Tensor:
     rule = model.contract.text
-    rows = [encode(model.tokenizer, rule, c.prompt, c.completions[index], truncate=True) for c in comparisons]
+    rows = [
+        encode(model.tokenizer, rule, c.prompt, c.completions[index], truncate=True, tools=c.tools) for c in comparisons
+    ]
     return torch.tensor([float(len(row)) for row in rows])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -41,14 +42,16 @@ def score_completions(model: RewardModel | EnsembleRewardModel, comparisons: Seq
     """Score every completion of `comparisons` once with every member."""
     prompts: list[Text] = []
     texts: list[Text] = []
+    tools: list[Sequence[Any]] = []
     first, last = [], []
     for comparison in comparisons:
         first.append(len(texts))
         texts += comparison.completions
         prompts += [comparison.prompt] * len(comparison.completions)
+        tools += [comparison.tools] * len(comparison.completions)
         last.append(len(texts) - 1)
     members = model.members if isinstance(model, EnsembleRewardModel) else [model]
-    raw = torch.tensor([member.raw_scores(prompts, texts) for member in members], dtype=torch.float64)
+    raw = torch.tensor([member.raw_scores(prompts, texts, tools) for member in members], dtype=torch.float64)
     scales = [member.contract.normalization for member in members]
     normalized = torch.stack([scale.gain * row + scale.bias for scale, row in zip(scales, raw, strict=True)])
     scores = normalized[0]

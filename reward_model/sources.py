@@ -9,13 +9,10 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from reward_model.data import BadRow, Row
+from reward_model.rows import BadRow, Row
 
 LocatedRow = tuple[str, Row | BadRow]
 """(Location, row); a `BadRow` if the row cannot be read."""
-_NUMBERS = ("margin", "weight", "preference")
-_JSON_FIELDS = ("completions", "ranks", "scores")
-_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": None}
 
 
 class DataError(ValueError):
@@ -129,36 +126,14 @@ def _csv_rows(path: Path) -> Iterator[LocatedRow]:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
             for row in reader:
                 where = f"{path.name}:{reader.line_num}"
-                try:
-                    yield where, _typed(row, where)
-                except BadRow as error:
-                    yield where, error
+                if None in row or None in row.values():
+                    yield where, BadRow(f"{where}: the line has more or fewer fields than the header names.")
+                else:
+                    yield where, row
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name}: not UTF-8 text ({error.reason}): is the file binary or compressed?") from error
     except csv.Error as error:
         raise DataError(f"{path.name}: not a table of comma-separated values ({error}).") from error
-
-
-def _typed(row: dict[str, Any], where: str) -> Row:
-    """Convert the texts of a CSV row to numbers, booleans and lists."""
-    if None in row or None in row.values():
-        raise BadRow(f"{where}: the line has more or fewer fields than the header names.")
-    typed: dict[str, Any] = dict(row)
-    for name in _NUMBERS:
-        if row.get(name):
-            try:
-                typed[name] = float(row[name])
-            except ValueError:
-                raise BadRow(f"{where}: field {name!r} must be a number, got {row[name]!r:.40}.") from None
-    if "tie" in row:
-        typed["tie"] = _BOOLEANS.get(row["tie"].strip().lower(), row["tie"])
-    for name in _JSON_FIELDS:
-        if row.get(name):
-            try:
-                typed[name] = json.loads(row[name])
-            except json.JSONDecodeError:
-                raise BadRow(f"{where}: field {name!r} must be a JSON list, got {row[name]!r:.40}.") from None
-    return typed
 
 
 def _parquet_rows(path: Path) -> Iterator[LocatedRow]:

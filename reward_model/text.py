@@ -4,14 +4,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reward_model.contract import ContractError, TextRule
+from rlhf_ppo.chat.messages import Message, Text, as_messages, read_text, read_tools
+from rlhf_ppo.chat.template import render_chat
 
-Message = Mapping[str, Any]
-Text = str | Sequence[Message]
+__all__ = ["Message", "Text", "Texts", "as_messages", "encode", "prepare_tokenizer", "render"]
+
 Texts = Sequence[Any]
-"""One `Text` per sample; `RewardModel` checks them and names a wrong one."""
+"""One `Text` per sample; `encode` reads and checks them."""
 
 
-def encode(tokenizer: Any, rule: TextRule, prompt: Text, response: Text, *, truncate: bool) -> list[int]:
+def encode(
+    tokenizer: Any,
+    rule: TextRule,
+    prompt: Text,
+    response: Text,
+    *,
+    truncate: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
     """Token ids of prompt + response under `rule`.
 
     Prompt and response are joined as text and tokenized once, as in training: tokens that span the boundary are the
@@ -24,14 +34,35 @@ def encode(tokenizer: Any, rule: TextRule, prompt: Text, response: Text, *, trun
         response: Text, or the messages that answer.
         truncate: Cut the start of a text longer than `rule.max_length` (serving); otherwise return it whole, and the
             caller drops and counts it (training).
+        tools: Schemas of the tools that the conversation may call.
+
+    Raises:
+        UnreadableText: A text cannot be read, or the chat template refuses the conversation.
     """
     max_length = rule.max_length - 1 if rule.append_eos else rule.max_length
     limits: dict[str, Any] = {"truncation": True, "max_length": max_length} if truncate else {}
-    text, special = _render(tokenizer, rule, prompt, response)
-    ids = list(tokenizer(text, add_special_tokens=special, **limits)["input_ids"])
+    text = render(tokenizer, rule, prompt, response, tools=tools)
+    # A chat template writes the special tokens itself.
+    ids = list(tokenizer(text, add_special_tokens=rule.template == "plain", **limits)["input_ids"])
     if rule.append_eos and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)
     return ids
+
+
+def render(
+    tokenizer: Any, rule: TextRule, prompt: Text, response: Text, *, tools: Sequence[Mapping[str, Any]] | None = None
+) -> str:
+    """The text of prompt + response under `rule`, before it is tokenized; arguments and errors as of `encode`."""
+    prompt, response = read_text(prompt, "prompt"), read_text(response, "response")
+    if rule.template == "chat":
+        messages = as_messages(prompt, "user") + as_messages(response, "assistant")
+        return render_chat(tokenizer, messages, tools=read_tools(tools, "tools"))
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        raise ContractError(
+            "text.template is 'plain', got a conversation (a list of messages): this reward model was trained on plain "
+            "text. Give strings, or train one with template='chat'."
+        )
+    return prompt + response
 
 
 def prepare_tokenizer(tokenizer: Any, rule: TextRule, *, source: str) -> Any:
@@ -55,23 +86,3 @@ def prepare_tokenizer(tokenizer: Any, rule: TextRule, *, source: str) -> Any:
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "left"  # the response is at the end, and is what is scored
     return tokenizer
-
-
-def as_messages(text: Text, role: str) -> list[dict[str, Any]]:
-    """Convert `text` to chat messages: a string becomes one message of `role`, an empty one none."""
-    if isinstance(text, str):
-        return [{"role": role, "content": text}] if text or role == "assistant" else []
-    return [dict(message) for message in text]
-
-
-def _render(tokenizer: Any, rule: TextRule, prompt: Text, response: Text) -> tuple[str, bool]:
-    """The text to tokenize, and whether the tokenizer adds its own special tokens (a template already did)."""
-    if rule.template == "chat":
-        messages = as_messages(prompt, "user") + as_messages(response, "assistant")
-        return str(tokenizer.apply_chat_template(messages, tokenize=False)), False
-    if not isinstance(prompt, str) or not isinstance(response, str):
-        raise ContractError(
-            "text.template is 'plain', got a conversation (a list of messages): this reward model was trained on plain "
-            "text. Give strings, or train one with template='chat'."
-        )
-    return prompt + response, True

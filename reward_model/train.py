@@ -11,9 +11,11 @@ from reward_model.commands import column_names, parse, run, table
 from reward_model.config import RewardModelConfig
 from reward_model.data import Comparison
 from reward_model.documented import documented
+from reward_model.encoding import split_encodable
 from reward_model.ensemble import EnsembleRewardModel, save_ensemble
 from reward_model.model import RewardModel
 from reward_model.preparation import LoadedComparisons, load_comparisons, split_by_prompt, write_bad_rows
+from reward_model.rows import OnBadRow
 from reward_model.scoring import held_out_metrics, score_completions
 from reward_model.trainer import RewardModelResult, processes, train_reward_model
 
@@ -76,13 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         train = train[: data.max_comparisons]
     facts = loaded.report.as_dict()
     train_models = train_ensemble if ensemble.ensemble > 1 else _train_one
-    result = train_models(config, ensemble.ensemble, train, evaluation, facts)
+    result = train_models(config, ensemble.ensemble, train, evaluation, facts, data.on_bad_row)
     if processes().is_main_process:
-        if loaded.bad_rows:
-            write_bad_rows(loaded.bad_rows, Path(f"{config.output_dir}.bad_rows.jsonl"))
+        bad_rows = [*loaded.bad_rows, *result.bad_rows]
+        if bad_rows:
+            write_bad_rows(bad_rows, Path(f"{config.output_dir}.bad_rows.jsonl"))
+        facts_of_data = {"data": str(loaded.report), **_left_out(result)}
         metrics = {name: f"{value:.4g}" for name, value in result.metrics.items()}
-        print(table({"reward model": str(result.path), "data": str(loaded.report), **metrics}))  # noqa: T201
+        print(table({"reward model": str(result.path), **facts_of_data, **metrics}))  # noqa: T201
     return result.path
+
+
+def _left_out(result: RewardModelResult) -> dict[str, str]:
+    """What was left out when the texts were encoded, for the table at the end."""
+    sides = {"training": "train", "held-out": "evaluation"}
+    long = {side: result.data.get(f"{name}_too_long", 0) for side, name in sides.items()}
+    lines = {}
+    if any(long.values()):
+        counts = ", ".join(f"{count} {side}" for side, count in long.items())
+        lines["too long"] = f"{counts} comparisons left out: they have a text of more than max_length tokens"
+    if result.bad_rows:
+        lines["bad rows"] = f"{len(result.bad_rows)} more could not be encoded and were set aside"
+    return lines
 
 
 def train_ensemble(
@@ -91,6 +108,7 @@ def train_ensemble(
     train: Sequence[Comparison],
     evaluation: Sequence[Comparison],
     facts: dict[str, Any],
+    on_bad_row: OnBadRow = "stop",
 ) -> RewardModelResult:
     """Train `members` models with successive seeds, and save them as one ensemble.
 
@@ -104,19 +122,22 @@ def train_ensemble(
     if output.exists() and not config.overwrite:
         raise FileExistsError(f"The folder {output} exists. Choose another output_dir, or set overwrite=True.")
     parts = output.with_name(output.name + ".members")
-    folders = []
+    results = []
     for index in range(members):
         member = replace(config, seed=config.seed + index, output_dir=str(parts / str(index)), overwrite=True)
-        folders.append(train_reward_model(member, train=train, evaluation=evaluation, data_report=facts).path)
+        results.append(_train_one(member, 1, train, evaluation, facts, on_bad_row))
+    folders = [result.path for result in results]
     state = processes()
     metrics: dict[str, float] = {}
     if state.is_main_process:
         ensemble = EnsembleRewardModel([RewardModel.from_pretrained(folder) for folder in folders])
-        metrics = held_out_metrics(score_completions(ensemble, evaluation))
+        first = ensemble.members[0]
+        held_out, _ = split_encodable(evaluation, first.tokenizer, first.contract.text, on_bad_row=on_bad_row)
+        metrics = held_out_metrics(score_completions(ensemble, held_out))
         save_ensemble(folders, output, metrics)
         shutil.rmtree(parts, ignore_errors=True)
     state.wait_for_everyone()
-    return RewardModelResult(path=output, metrics=metrics)
+    return replace(results[0], path=output, metrics=metrics)
 
 
 def _train_one(
@@ -125,8 +146,9 @@ def _train_one(
     train: Sequence[Comparison],
     evaluation: Sequence[Comparison],
     facts: dict[str, Any],
+    on_bad_row: OnBadRow,
 ) -> RewardModelResult:
-    return train_reward_model(config, train=train, evaluation=evaluation, data_report=facts)
+    return train_reward_model(config, train=train, evaluation=evaluation, data_report=facts, on_bad_row=on_bad_row)
 
 
 def _load(data: DataConfig, source: str, split: str, seed: int) -> LoadedComparisons:

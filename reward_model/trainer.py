@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from reward_model.encoding import (
 from reward_model.model import RewardModel
 from reward_model.preference_trainer import PreferenceTrainer
 from reward_model.progress import ProgressBarCallback
+from reward_model.rows import OnBadRow
 from reward_model.scoring import fit_normalization, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
 from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
@@ -43,6 +44,10 @@ class RewardModelResult:
 
     path: Path
     metrics: dict[str, float]
+    data: dict[str, Any] = field(default_factory=dict)
+    """Counts of the data, as in the contract."""
+    bad_rows: list[dict[str, Any]] = field(default_factory=list)
+    """Comparisons that could not be encoded and were skipped: location, reason, content."""
 
 
 def train_reward_model(
@@ -53,6 +58,7 @@ def train_reward_model(
     reference_samples: Sequence[tuple[Text, Text]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     data_report: dict[str, Any] | None = None,
+    on_bad_row: OnBadRow = "stop",
 ) -> RewardModelResult:
     """Train, evaluate, normalize and save a reward model.
 
@@ -64,6 +70,7 @@ def train_reward_model(
             standard deviation 1; None: the held-out completions.
         callbacks: Callbacks of transformers.Trainer.
         data_report: Counts from loading the data, saved in the contract.
+        on_bad_row: Whether a comparison that the chat template refuses raises or is set aside, in `bad_rows`.
 
     Returns:
         The folder and the held-out metrics.
@@ -82,8 +89,8 @@ def train_reward_model(
     prepare_tokenizer(tokenizer, rule, source=config.model)
     disable_dropout(model)
     head = head_name(model)  # before adapters wrap it
-    encoded = encode_comparisons(train_rows, tokenizer, rule)
-    encoded_held_out = encode_comparisons(held_out, tokenizer, rule)
+    encoded = encode_comparisons(train_rows, tokenizer, rule, on_bad_row=on_bad_row)
+    encoded_held_out = encode_comparisons(held_out, tokenizer, rule, on_bad_row=on_bad_row)
     try:
         trainer = _build_trainer(config, model, tokenizer, encoded, encoded_held_out, callbacks)
         _run(trainer, checkpoint)
@@ -99,7 +106,8 @@ def train_reward_model(
         data=_data_facts(encoded, encoded_held_out, data_report),
         versions={name: version(name) for name in ("torch", "transformers", "trl", "accelerate")},
     )
-    return _finish(trainer, config, contract, encoded_held_out.kept, reference_samples)
+    result = _finish(trainer, config, contract, encoded_held_out.kept, reference_samples)
+    return replace(result, data=contract.data, bad_rows=[*encoded.bad_rows, *encoded_held_out.bad_rows])
 
 
 def _text_rule(config: RewardModelConfig, tokenizer: Any, model: Any, rows: Sequence[Comparison]) -> TextRule:
@@ -241,8 +249,10 @@ def _data_facts(
         "fingerprint": fingerprint(train.kept),
         "train": len(train.kept),
         "train_too_long": train.too_long,
+        "train_not_encodable": len(train.bad_rows),
         "evaluation": len(evaluation.kept),
         "evaluation_too_long": evaluation.too_long,
+        "evaluation_not_encodable": len(evaluation.bad_rows),
         **(report or {}),
     }
 

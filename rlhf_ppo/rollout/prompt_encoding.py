@@ -1,17 +1,68 @@
 """Encode the prompt column of a dataset as token ids: find it, check it, tokenize and truncate."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.chat.cells import parse_cell
+from rlhf_ppo.chat.messages import read_text, read_tools
+from rlhf_ppo.chat.nested import UnreadableText
+from rlhf_ppo.chat.template import render_chat
+
 Truncation = Literal["keep_end", "keep_start", "drop", "error"]
 PromptForm = Literal["tokens", "text", "conversation"]
+OnBadRow = Literal["stop", "skip"]
 
 _DEFAULT_COLUMNS = ("input_ids", "prompt", "query")
 _RESERVED_COLUMNS = frozenset({"prompts", "responses"})
 _CHUNK_SIZE = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptReport:
+    """Counts of the dataset rows that were kept, truncated and dropped as prompts."""
+
+    column: str
+    """The column that the prompts were read from."""
+    form: PromptForm
+    """Whether the column holds token ids, texts or conversations."""
+    rows: int
+    """Rows in the dataset."""
+    kept: int
+    """Prompts in the dataset, truncated ones included."""
+    truncated: int
+    """Kept prompts that were cut to `max_prompt_tokens`."""
+    too_long: int
+    """Prompts dropped because they have more than `max_prompt_tokens` tokens (truncation "drop")."""
+    empty: int
+    """Prompts dropped because they have no tokens: a policy needs one to continue from."""
+    unreadable: int = 0
+    """Rows dropped because they hold no prompt that can be read (on_bad_row "skip")."""
+    ending_in_eos: int
+    """Kept prompts whose last token is the end-of-sequence token, after which a decoder has nothing to continue."""
+    max_prompt_tokens: int | None
+    """Maximum length of a prompt, in tokens; None: no limit."""
+    truncation: Truncation
+    """How longer prompts were handled."""
+
+    def describe(self) -> str:
+        """One sentence for the log, with every nonzero count."""
+        limit = f"{self.max_prompt_tokens} tokens"
+        side = {"keep_end": "keeping the end", "keep_start": "keeping the start"}.get(self.truncation, self.truncation)
+        notes = [
+            f"{self.truncated} cut to {limit}, {side}" if self.truncated else "",
+            f"{self.too_long} left out as longer than {limit}" if self.too_long else "",
+            f"{self.empty} left out as empty" if self.empty else "",
+            f"{self.unreadable} left out as unreadable" if self.unreadable else "",
+            f"{self.ending_in_eos} end in the end-of-sequence token" if self.ending_in_eos else "",
+        ]
+        details = "; ".join(note for note in notes if note)
+        return f"{self.kept} of {self.rows} prompts from column {self.column!r}" + (f" ({details})" if details else "")
 
 
 def check_dataset(dataset: object) -> None:
@@ -49,13 +100,21 @@ def find_prompt_column(dataset: datasets.Dataset, column: str | None) -> str:
     )
 
 
+def first_form(values: Sequence[Any], column: str, on_bad_row: OnBadRow) -> PromptForm:
+    """The form of the first row, or with on_bad_row="skip" of the first that has one."""
+    for value in values if on_bad_row == "skip" else ():
+        with suppress(TypeError, ValueError):
+            return prompt_form(parse_cell(value, column), column)
+    return prompt_form(parse_cell(values[0], column), column)
+
+
 def prompt_form(value: object, column: str) -> PromptForm:
     """Classify a value of the prompt column; TypeError if it cannot be a prompt."""
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and all(isinstance(item, int) for item in value):
         return "tokens"
-    if isinstance(value, list) and all(isinstance(item, Mapping) and "role" in item for item in value):
+    if isinstance(value, Mapping) or (isinstance(value, list) and all(isinstance(item, Mapping) for item in value)):
         return "conversation"
     raise TypeError(
         f"Column {column!r} must hold texts, token ids, or conversations (lists of {{'role', 'content'}}), "
@@ -64,51 +123,85 @@ def prompt_form(value: object, column: str) -> PromptForm:
 
 
 def encode_prompts(
-    values: Sequence[Any],
+    rows: Iterable[tuple[Any, Any]],
     column: str,
     form: PromptForm,
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None,
-) -> Iterator[Sequence[int]]:
-    """Yield the token ids of each row; texts are tokenized in chunks."""
+    on_bad_row: OnBadRow = "stop",
+) -> Iterator[Sequence[int] | None]:
+    """Yield the token ids of each row, a prompt and its tools; None for an unreadable row that is skipped."""
     if form == "conversation" and not tokenizer.chat_template:
         raise ValueError(
             f"Column {column!r} holds conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
             "template. Set `tokenizer.chat_template`, or turn the conversations into plain texts yourself."
         )
-    vocab_size = len(tokenizer)
-    for start in range(0, len(values), _CHUNK_SIZE):
-        chunk = list(values[start : start + _CHUNK_SIZE])
-        for row, value in enumerate(chunk, start):
-            _check_prompt(value, row, column, form, vocab_size)
-        if form == "tokens":
-            yield from chunk
-            continue
-        if form == "conversation":
-            options = dict(chat_template_kwargs or {})
-            chunk = [
-                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
-                for turns in chunk
-            ]
+    read = partial(_read_prompt, column=column, form=form, tokenizer=tokenizer, options=chat_template_kwargs)
+    chunk: list[Any] = []
+    for row, (value, tools) in enumerate(rows):
+        try:
+            chunk.append(read(value, tools, row))
+        except (TypeError, ValueError):
+            if on_bad_row == "stop":
+                raise
+            chunk.append(None)
+        if len(chunk) == _CHUNK_SIZE:
+            yield from _encode_chunk(chunk, form, tokenizer)
+            chunk = []
+    yield from _encode_chunk(chunk, form, tokenizer)
+
+
+def _encode_chunk(
+    chunk: list[Any], form: PromptForm, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Sequence[int] | None]:
+    """Token ids of prompts that are read; texts are tokenized together."""
+    readable = [prompt for prompt in chunk if prompt is not None]
+    if form != "tokens" and readable:
         # A chat template writes the special tokens itself; a second BOS was never in the training data.
-        encoded = tokenizer(chunk, add_special_tokens=form == "text", verbose=False)
-        yield from encoded["input_ids"]
+        readable = tokenizer(readable, add_special_tokens=form == "text", verbose=False)["input_ids"]
+    encoded = iter(readable)
+    yield from (None if prompt is None else next(encoded) for prompt in chunk)
 
 
-def _check_prompt(value: Any, row: int, column: str, form: PromptForm, vocab_size: int) -> None:
-    if value is None or (value != [] and prompt_form(value, column) != form):
-        raise TypeError(f"Row {row} of column {column!r} holds {type(value).__name__}, but row 0 holds {form}.")
-    if form == "tokens" and value and not 0 <= min(value) <= max(value) < vocab_size:
+def _read_prompt(
+    value: Any,
+    tools: Any,
+    row: int,
+    *,
+    column: str,
+    form: PromptForm,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any] | None,
+) -> Any:
+    """Check a row's prompt and return it as token ids or as text, conversations rendered."""
+    try:
+        value = parse_cell(value, column)
+        if value is None or (value != [] and prompt_form(value, column) != form):
+            raise TypeError(f"Row {row} of column {column!r} holds {type(value).__name__}, but row 0 holds {form}.")
+        if form == "conversation":
+            messages = _answerable(read_text(value, column) if value else [], row, column)
+            schemas = read_tools(tools, "tools")
+            return render_chat(tokenizer, messages, tools=schemas, add_generation_prompt=True, options=options)
+        if form == "text":
+            return read_text(value, column)
+    except UnreadableText as error:
+        raise ValueError(f"Row {row} of column {column!r}: {error}") from error
+    if value and not 0 <= min(value) <= max(value) < len(tokenizer):
         raise ValueError(
             f"Row {row} of column {column!r} has token ids from {min(value)} to {max(value)}, but the tokenizer knows "
-            f"0 to {vocab_size - 1}. Was it encoded with another tokenizer?"
+            f"0 to {len(tokenizer) - 1}. Was it encoded with another tokenizer?"
         )
-    if form == "conversation" and (not value or value[-1]["role"] == "assistant"):
-        problem = "no turns" if not value else "an assistant turn at its end"
+    return value
+
+
+def _answerable(messages: Any, row: int, column: str) -> Any:
+    if not messages or messages[-1]["role"] == "assistant":
+        problem = "no turns" if not messages else "an assistant turn at its end"
         raise ValueError(
             f"The conversation in row {row} of column {column!r} has {problem}: there is nothing to answer. "
             "A prompt ends with the user's or the tool's turn; leave the answer out."
         )
+    return messages
 
 
 def fit_prompt(ids: Sequence[int], row: int, limit: int | None, truncation: Truncation) -> Sequence[int] | None:

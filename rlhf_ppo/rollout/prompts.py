@@ -17,55 +17,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.rollout.prompt_encoding import (
+    OnBadRow,
     PromptForm,
+    PromptReport,
     Truncation,
     check_dataset,
     encode_prompts,
     find_prompt_column,
+    first_form,
     fit_prompt,
-    prompt_form,
 )
 
 _TOKEN_COLUMNS = frozenset({"input_ids", "attention_mask"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptReport:
-    """Counts of the dataset rows that were kept, truncated and dropped as prompts."""
-
-    column: str
-    """The column that the prompts were read from."""
-    form: PromptForm
-    """Whether the column holds token ids, texts or conversations."""
-    rows: int
-    """Rows in the dataset."""
-    kept: int
-    """Prompts in the dataset, truncated ones included."""
-    truncated: int
-    """Kept prompts that were cut to `max_prompt_tokens`."""
-    too_long: int
-    """Prompts dropped because they have more than `max_prompt_tokens` tokens (truncation "drop")."""
-    empty: int
-    """Prompts dropped because they have no tokens: a policy needs one to continue from."""
-    ending_in_eos: int
-    """Kept prompts whose last token is the end-of-sequence token, after which a decoder has nothing to continue."""
-    max_prompt_tokens: int | None
-    """Maximum length of a prompt, in tokens; None: no limit."""
-    truncation: Truncation
-    """How longer prompts were handled."""
-
-    def describe(self) -> str:
-        """One sentence for the log, with every nonzero count."""
-        limit = f"{self.max_prompt_tokens} tokens"
-        side = {"keep_end": "keeping the end", "keep_start": "keeping the start"}.get(self.truncation, self.truncation)
-        notes = [
-            f"{self.truncated} cut to {limit}, {side}" if self.truncated else "",
-            f"{self.too_long} left out as longer than {limit}" if self.too_long else "",
-            f"{self.empty} left out as empty" if self.empty else "",
-            f"{self.ending_in_eos} end in the end-of-sequence token" if self.ending_in_eos else "",
-        ]
-        details = "; ".join(note for note in notes if note)
-        return f"{self.kept} of {self.rows} prompts from column {self.column!r}" + (f" ({details})" if details else "")
 
 
 @dataclass(frozen=True)
@@ -86,7 +49,8 @@ class PromptDataset:
     """Prompts as token ids, with their texts and the columns for reward sources.
 
     The prompt column holds token ids (`input_ids`), plain text, or conversations: lists of
-    `{"role": ..., "content": ...}`, rendered by the tokenizer's chat template up to the start of the answer.
+    `{"role": ..., "content": ...}`, rendered by the tokenizer's chat template up to the start of the answer, with the
+    tool schemas of a column `tools`.
 
     Args:
         dataset: one split, a `datasets.Dataset`.
@@ -96,11 +60,12 @@ class PromptDataset:
         truncation: how longer prompts are handled: "keep_end" cuts the start, "keep_start" cuts the end, "drop" drops
             the row, "error" raises ValueError.
         chat_template_kwargs: passed to the chat template of conversations.
+        on_bad_row: "stop" raises at a row whose prompt cannot be read, "skip" drops and counts it.
 
     Raises:
         TypeError: not one split of a map-style dataset, or a row of another type than the first.
-        ValueError: no such column, no prompt left, a token id outside the vocabulary, or a conversation that
-            cannot be answered.
+        ValueError: no such column, no prompt left, a token id outside the vocabulary, or a conversation that is
+            malformed, is refused by the chat template, or cannot be answered.
     """
 
     def __init__(
@@ -112,12 +77,15 @@ class PromptDataset:
         max_prompt_tokens: int | None = None,
         truncation: Truncation = "keep_end",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_bad_row: OnBadRow = "stop",
     ) -> None:
         check_dataset(dataset)
-        _check_limit(truncation, max_prompt_tokens)
+        _check_settings(truncation, max_prompt_tokens, on_bad_row)
         self._tokenizer, self._dataset = tokenizer, dataset.with_format(None)
         column = find_prompt_column(self._dataset, column)
-        self._form: PromptForm = prompt_form(self._dataset[0][column], column)
+        values = self._dataset[column]
+        tools = self._dataset["tools"] if "tools" in self._dataset.column_names else [None] * len(values)
+        self._form: PromptForm = first_form(values, column, on_bad_row)
         if self._form == "conversation" and truncation == "keep_start":
             raise ValueError(
                 "truncation='keep_start' would cut off the end of a conversation, where the answer begins: the policy "
@@ -126,9 +94,13 @@ class PromptDataset:
         counts: Counter[str] = Counter()
         rows: list[int] = []
         encoded: list[NDArray[np.int32]] = []
+        pairs = zip(values, tools, strict=True)
         for row, ids in enumerate(
-            encode_prompts(self._dataset[column], column, self._form, tokenizer, chat_template_kwargs)
+            encode_prompts(pairs, column, self._form, tokenizer, chat_template_kwargs, on_bad_row)
         ):
+            if ids is None:
+                counts["unreadable"] += 1
+                continue
             fit = fit_prompt(ids, row, max_prompt_tokens, truncation)
             outcome = "empty" if not ids else "too_long" if fit is None else "truncated" if len(fit) < len(ids) else ""
             counts[outcome] += 1
@@ -147,6 +119,7 @@ class PromptDataset:
             truncated=counts["truncated"],
             too_long=counts["too_long"],
             empty=counts["empty"],
+            unreadable=counts["unreadable"],
             ending_in_eos=counts["ending_in_eos"],
             max_prompt_tokens=max_prompt_tokens,
             truncation=truncation,
@@ -199,7 +172,9 @@ class PromptDataset:
         return PromptBatch(indices=list(indices), input_ids=input_ids, texts=texts, columns=columns)
 
 
-def _check_limit(truncation: object, max_prompt_tokens: int | None) -> None:
+def _check_settings(truncation: object, max_prompt_tokens: int | None, on_bad_row: object) -> None:
+    if on_bad_row not in get_args(OnBadRow):
+        raise ValueError(f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, got {on_bad_row!r}.")
     if truncation not in get_args(Truncation):
         raise ValueError(f"truncation must be one of {', '.join(get_args(Truncation))}, got {truncation!r}.")
     if max_prompt_tokens is not None and max_prompt_tokens < 1:

@@ -1,0 +1,1 @@
+"""Texts and conversations: one reading for prompts, training, scoring and serving."""
