@@ -1,6 +1,6 @@
 """Encode the prompt column of a dataset as token ids: find it, check it, tokenize and truncate."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -123,14 +123,14 @@ def prompt_form(value: object, column: str) -> PromptForm:
 
 
 def encode_prompts(
-    rows: Iterable[tuple[Any, Any]],
+    dataset: datasets.Dataset,
     column: str,
     form: PromptForm,
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None,
     on_bad_row: OnBadRow = "stop",
 ) -> Iterator[Sequence[int] | None]:
-    """Yield the token ids of each row, a prompt and its tools; None for an unreadable row that is skipped."""
+    """Yield the token ids of each row's prompt, given its `tools`; None for an unreadable row that is skipped."""
     if form == "conversation" and not tokenizer.chat_template:
         raise ValueError(
             f"Column {column!r} holds conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
@@ -138,9 +138,11 @@ def encode_prompts(
         )
     read = partial(_read_prompt, column=column, form=form, tokenizer=tokenizer, options=chat_template_kwargs)
     chunk: list[Any] = []
-    for row, (value, tools) in enumerate(rows):
+    values = dataset[column]
+    tools = dataset["tools"] if "tools" in dataset.column_names else [None] * len(values)
+    for row, (value, schemas) in enumerate(zip(values, tools, strict=True)):
         try:
-            chunk.append(read(value, tools, row))
+            chunk.append(read(value, schemas, row))
         except (TypeError, ValueError):
             if on_bad_row == "stop":
                 raise

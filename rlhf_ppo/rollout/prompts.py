@@ -83,20 +83,13 @@ class PromptDataset:
         _check_settings(truncation, max_prompt_tokens, on_bad_row)
         self._tokenizer, self._dataset = tokenizer, dataset.with_format(None)
         column = find_prompt_column(self._dataset, column)
-        values = self._dataset[column]
-        tools = self._dataset["tools"] if "tools" in self._dataset.column_names else [None] * len(values)
-        self._form: PromptForm = first_form(values, column, on_bad_row)
-        if self._form == "conversation" and truncation == "keep_start":
-            raise ValueError(
-                "truncation='keep_start' would cut off the end of a conversation, where the answer begins: the policy "
-                "would continue the user's turn. Use 'keep_end', 'drop' or 'error'."
-            )
+        self._form: PromptForm = first_form(self._dataset[column], column, on_bad_row)
+        _check_truncation(truncation, self._form)
         counts: Counter[str] = Counter()
         rows: list[int] = []
         encoded: list[NDArray[np.int32]] = []
-        pairs = zip(values, tools, strict=True)
         for row, ids in enumerate(
-            encode_prompts(pairs, column, self._form, tokenizer, chat_template_kwargs, on_bad_row)
+            encode_prompts(self._dataset, column, self._form, tokenizer, chat_template_kwargs, on_bad_row)
         ):
             if ids is None:
                 counts["unreadable"] += 1
@@ -170,6 +163,14 @@ class PromptDataset:
         columns: dict[str, list[Any]] = self._dataset[[self._rows[index] for index in indices]]
         columns = {name: values for name, values in columns.items() if name not in _TOKEN_COLUMNS}
         return PromptBatch(indices=list(indices), input_ids=input_ids, texts=texts, columns=columns)
+
+
+def _check_truncation(truncation: Truncation, form: PromptForm) -> None:
+    if form == "conversation" and truncation == "keep_start":
+        raise ValueError(
+            "truncation='keep_start' would cut off the end of a conversation, where the answer begins: the policy "
+            "would continue the user's turn. Use 'keep_end', 'drop' or 'error'."
+        )
 
 
 def _check_settings(truncation: object, max_prompt_tokens: int | None, on_bad_row: object) -> None:
