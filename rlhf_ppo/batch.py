@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf_ppo.utils.transfer import upload
+
 Rows = Int[Tensor, " rows"]
 
 
@@ -146,8 +148,8 @@ class TrainBatch:
     def select(self, rows: Rows) -> "TrainBatch":
         """The same batch for `rows` alone, its columns cut to the longest of these rows."""
         inputs = self.inputs.select(rows)
-        width = inputs.width()
-        return replace(self, inputs=inputs, **self._map_tensors(lambda value: value[rows][:, :width]))
+        width, index = inputs.width(), upload(rows, self.mask.device)
+        return replace(self, inputs=inputs, **self._map_tensors(lambda value: value[index][:, :width]))
 
     def without_actions(self) -> "TrainBatch":
         """The same rows with an all-False mask: a pass over them adds 0 to every sum and gradient."""

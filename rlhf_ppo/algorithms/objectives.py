@@ -136,7 +136,7 @@ def total_objective(
                 output.logprobs, batch.logprobs, batch.advantages, mask,
                 clip_low=clip_low, clip_high=clip_high, count=count,
             )  # fmt: skip
-            ratio = (output.logprobs - batch.logprobs)[mask].exp()
+            ratio = (output.logprobs - batch.logprobs).exp()
         metrics = {
             "loss/policy": policy_loss,
             "loss/value": value,

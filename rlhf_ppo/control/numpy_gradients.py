@@ -19,6 +19,7 @@ from torch.fx.graph import CodeGen
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.control.policy import ControlInputs
 from rlhf_ppo.updates import Objective
+from rlhf_ppo.updates.objective import Masked, Metrics
 
 Array: TypeAlias = Any
 aten: Any = torch.ops.aten
@@ -39,7 +40,7 @@ class NumpyGradients:
         self._batch: TrainBatch | None = None
         self._columns: list[Array] = []
 
-    def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
+    def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[Metrics, list[Masked]]:
         """Set every parameter's `.grad`; return the objective's metrics and the ratios."""
         if batch is not self._batch:
             self._batch, self._columns = batch, [column.numpy() for column in _batch_columns(batch)]
@@ -54,7 +55,8 @@ class NumpyGradients:
         gradients, metrics, ratio = results[: len(values)], results[len(values) : -1], results[-1]
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = torch.from_numpy(np.ascontiguousarray(gradient))
-        return dict(zip(names, map(float, metrics), strict=True)), [torch.from_numpy(ratio)]
+        found: Metrics = dict(zip(names, map(float, metrics), strict=True))
+        return found, [(torch.from_numpy(ratio), batch.mask[rows])]
 
     def _trace(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[list[str], Callable[..., Any]]:
         names: list[str] = []

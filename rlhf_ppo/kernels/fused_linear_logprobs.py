@@ -77,6 +77,7 @@ class _FusedTokenStatistics(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             output = FusedLinearLogprobs(hidden, weight, bias, tokens, settings).run(loss_gradient)
         ctx.settings, ctx.tied_gradient, ctx.output = settings, tied_gradient, output
+        ctx.differs = None if loss_gradient is None else loss_gradient.differs
         ctx.save_for_backward(hidden, weight, bias, tokens)
         return output.logprobs, output.entropy
 
@@ -89,7 +90,8 @@ class _FusedTokenStatistics(torch.autograd.Function):
                 "not kept. Sum the losses first, or score without `loss_gradient`."
             )
         output, ctx.output = ctx.output, None
-        factor = _common_factor((grad_logprobs, grad_entropy), (output.grad_logprobs, output.grad_entropy))
+        received, foreseen = (grad_logprobs, grad_entropy), (output.grad_logprobs, output.grad_entropy)
+        factor = _common_factor(received, foreseen, ctx.differs)
         if factor is None:
             hidden, weight, bias, tokens = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False):
@@ -97,7 +99,7 @@ class _FusedTokenStatistics(torch.autograd.Function):
                 output = head.run(LossGradient(lambda _, __, rows: (grad_logprobs[rows], grad_entropy[rows])))
             factor = 1.0
         gradients: tuple[Tensor | None, ...] = (output.grad_hidden, output.grad_weight, output.grad_bias)
-        if factor != 1.0:
+        if isinstance(factor, Tensor) or factor != 1.0:
             gradients = tuple(None if gradient is None else gradient.mul_(factor) for gradient in gradients)
         grad_hidden, grad_weight, grad_bias = gradients
         if ctx.tied_gradient is not None:
@@ -105,13 +107,18 @@ class _FusedTokenStatistics(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _common_factor(received: tuple[Tensor, ...], foreseen: tuple[Tensor, ...]) -> float | None:
-    """S with received = s · foreseen, or None where there is no such number."""
+def _common_factor(
+    received: tuple[Tensor, ...], foreseen: tuple[Tensor, ...], differs: list[Tensor] | None = None
+) -> Tensor | float | None:
+    """S with received = s · foreseen, or None where there is no such number; see `LossGradient.differs`."""
     got, expected = torch.cat(received).double(), torch.cat(foreseen).double()
     square = expected.dot(expected)
     factor = torch.where(square > 0, got.dot(expected) / square, torch.zeros_like(square))
     off = (got - factor * expected).abs().amax() if len(got) else square
     size = got.abs().amax() if len(got) else square
+    if differs is not None:
+        differs.append((~(off <= TOLERANCE * size)).float())
+        return factor
     value, difference, largest = torch.stack([factor, off, size]).tolist()
     if not difference <= TOLERANCE * largest:
         return None

@@ -28,6 +28,9 @@ class LossGradient:
     """(log-probs [n], entropy [n] or None, which of the tokens) -> the loss's derivatives, the second one or None."""
     reads_entropy: bool = True
     """Whether they depend on the entropy. Where not, they may get None: it then comes from the gradient's products."""
+    differs: list[Tensor] | None = None
+    """None: the backward pass compares the gradient that arrives with these derivatives, and waits for the device to
+    know. A list: it trusts them, and appends 1 where they differ, else 0, for the caller to read later."""
 
 
 MASKED_LOGIT = -1e30
@@ -143,7 +146,9 @@ class FusedLinearLogprobs:
         entropy = self.output.entropy[rows] if self.entropy_first else None
         grad_logprobs, grad_entropy = loss_gradient.at(self.output.logprobs[rows], entropy, rows)
         self.output.grad_logprobs[rows] = grad_logprobs
-        if grad_entropy is None or not self.entropy_first or not bool((grad_entropy != 0).any()):
+        if grad_entropy is None or not self.entropy_first or not loss_gradient.reads_entropy:
+            return grad_logprobs, None
+        if grad_entropy.device.type == "cpu" and not bool((grad_entropy != 0).any()):  # a GPU's host would wait
             return grad_logprobs, None
         self.output.grad_entropy[rows] = grad_entropy
         return grad_logprobs, grad_entropy

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_ppo.batch import pad_rows
 from rlhf_ppo.kernels.last_layer import last_layer_at, read_positions, tokenwise_modules
+from rlhf_ppo.kernels.mask_reads import masks_unread, trunk_mask
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,8 @@ def padded_hidden(model: Any, rows: Sequence[Tensor], *, first_read: Sequence[in
     """
     ids = pad_rows(rows)
     starts = [ids.shape[1] * row for row in range(len(rows))]
-    with last_layer_at(model, read_positions(starts, rows, first_read)):
-        # A mask of ones keeps the fast causal kernels, and without any, some models warn of padding.
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    with last_layer_at(model, read_positions(starts, rows, first_read)), masks_unread(ids.device):
+        output = model(input_ids=ids, attention_mask=trunk_mask(ids), use_cache=False)
     return HiddenStates(output.last_hidden_state.flatten(0, 1), starts, ids.numel())
 
 

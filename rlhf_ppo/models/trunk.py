@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.kernels.packing import HiddenStates, can_be_packed, can_skip_unread, packed_hidden, padded_hidden
+from rlhf_ppo.utils.transfer import upload
 
 
 class Trunk:
@@ -106,4 +107,4 @@ def _gather(hidden: HiddenStates, inputs: TokenInputs, *, extra: int) -> Float[T
         torch.arange(start + len(prompt) - 1, start + len(prompt) + len(response) - 1 + extra)
         for start, prompt, response in zip(hidden.starts, inputs.prompts, inputs.responses, strict=True)
     ]
-    return hidden.states.index_select(0, torch.cat(spans).to(hidden.states.device))
+    return hidden.states.index_select(0, upload(torch.cat(spans), hidden.states.device))

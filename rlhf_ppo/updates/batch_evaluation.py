@@ -8,7 +8,16 @@ from torch import nn
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import kl_estimate, masked_mean
 from rlhf_ppo.updates.minibatch import MinibatchConfig
-from rlhf_ppo.updates.objective import CompareWith, Objective, UpdateRecord, batch_statistics, no_comparison
+from rlhf_ppo.updates.objective import (
+    CompareWith,
+    Objective,
+    UpdateRecord,
+    batch_statistics,
+    no_comparison,
+    read_scalars,
+    select_actions,
+    sum_metrics,
+)
 from rlhf_ppo.updates.sharding import all_gather_batch, local_micro_batches
 
 
@@ -32,13 +41,11 @@ def record_without_step(
         objective(policy(micro_batch.inputs, with_entropy=True, **compare_with(micro_batch)), micro_batch, count)
         for micro_batch in micro_batches
     ]
-    totals = {name: torch.stack([term.metrics[name].float() for term in terms]).sum() for name in terms[0].metrics}
+    totals = sum_metrics(terms, accelerator)
     record = UpdateRecord()
-    record.metrics.append(
-        {name: float(accelerator.reduce(total, reduction="sum")) for name, total in totals.items()}
-        | batch_statistics(batch, rows)
-    )
-    record.ratios.extend(term.ratio for term in terms)
+    record.metrics.append(read_scalars(totals | batch_statistics(batch, rows)))
+    pairs = zip(terms, micro_batches, strict=True)
+    record.ratios.append(select_actions([(term.ratio, micro_batch.mask) for term, micro_batch in pairs]))
     if accelerator.num_processes > 1:
         record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
     record.advantages.append(batch.advantages[batch.mask])

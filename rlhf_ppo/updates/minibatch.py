@@ -20,16 +20,25 @@ from rlhf_ppo.updates.objective import (
     CompareWith,
     ComputeGradients,
     LossTerms,
+    Masked,
+    Metrics,
     Objective,
     UpdateRecord,
     batch_statistics,
     count_actions,
     no_comparison,
+    read_scalars,
+    select_actions,
+    sum_metrics,
 )
 from rlhf_ppo.updates.optimizer_steps import AccelerateSteps, make_optimizer_steps
 from rlhf_ppo.updates.sharding import all_gather_batch, local_micro_batches
 from rlhf_ppo.updates.shuffle import UpdateState
-from rlhf_ppo.updates.token_loss_gradients import token_loss_gradients
+from rlhf_ppo.updates.token_loss_gradients import reads_entropy, token_loss_gradients
+from rlhf_ppo.utils.transfer import upload
+
+OTHER_GRADIENT = "other gradient"
+"""Counts the backward passes of a step in which another gradient arrived than the LM head had foreseen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,71 +107,97 @@ class MinibatchUpdate(UpdateState):
         self.compute_gradients = compute_gradients or self._autograd_gradients
         self.compare_with = compare_with
         self.count = count
+        self.checks_at_once = False
+        """Whether each backward pass compares the gradient that arrives with the one it foresaw, and waits for that."""
+        self._ratios: list[Masked] = []
+        self._rows: list[Tensor] = []
+        self._differs: list[Tensor] | None = None
+        self._reads_entropy: bool | None = None
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
         """Run the epochs. π_old ← π_θ happens when the caller collects the next rollout."""
         self.config = self._read_config()
         record = UpdateRecord()
         batch = all_gather_batch(batch, self.accelerator)
+        self._ratios, self._rows, self._reads_entropy = [], [], None
         with reuse_memory():
             self._epochs(batch, record)
+        rows = upload(torch.cat(self._rows), batch.mask.device)
+        record.ratios.append(select_actions(self._ratios))
+        record.advantages.append(select_actions([(batch.advantages[rows], batch.mask[rows])]))
+        self._ratios = []
         if self.accelerator.num_processes > 1:
             record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
         return record
 
     def _epochs(self, batch: TrainBatch, record: UpdateRecord) -> None:
         for _ in range(self.config.epochs):
-            for rows in self._minibatches(len(batch), batch.mask.device):
+            for rows in self._minibatches(len(batch)):
                 self._step(batch, rows, record)
             if self._exceeds_target_kl(record):
                 record.stopped_early = True
                 break
 
-    def _minibatches(self, rows: int, device: torch.device) -> list[Tensor]:
-        return list(self.shuffle(rows, device).split(self.config.minibatch_size * self.accelerator.num_processes))
+    def _minibatches(self, rows: int) -> list[Tensor]:
+        order = self.shuffle(rows, torch.device("cpu"))  # on the host, which cuts it
+        return list(order.split(self.config.minibatch_size * self.accelerator.num_processes))
 
     def dry_run(self, batch: TrainBatch, rows: Tensor) -> DryRunStep:
         """Compute the loss and gradients of an optimizer step on `rows`, without taking the step."""
-        metrics, _ = self._gradient(batch, rows)
+        metrics, _ = self._gradient(batch, rows.cpu())
         dry_run = DryRunStep(metrics, nonfinite_gradients(self.policy))
         self.steps.drop()
         return dry_run
 
-    def _gradient(self, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
+    def _gradient(self, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Masked]]:
+        """Gradients of the rows, clipped; the metrics in the only transfer of a step that the host waits for."""
         metrics, ratios = self.compute_gradients(self.objective, batch, rows)
         metrics["policy/grad_norm"] = self.steps.clip(self.config.max_grad_norm)
-        return metrics, ratios
+        metrics |= batch_statistics(batch, upload(rows, batch.mask.device))
+        numbers = read_scalars(metrics)
+        if numbers.pop(OTHER_GRADIENT, 0.0) > 0:  # the loss is no sum over tokens
+            self.steps.drop()
+            self.checks_at_once = True
+            return self._gradient(batch, rows)
+        return numbers, ratios
 
     def _step(self, batch: TrainBatch, rows: Tensor, record: UpdateRecord) -> None:
         if not batch.mask[rows].any():
             return  # no action, so no loss: momentum alone would move the parameters
         metrics, ratios = self._gradient(batch, rows)
         if self._accept(batch, rows, metrics):
-            metrics["policy/grad_norm"] = self.steps.apply()
-            record.skipped += math.isinf(metrics["policy/grad_norm"])
+            norm = self.steps.apply()
+            if not self.steps.norm_is_known:
+                metrics["policy/grad_norm"] = norm
+                record.skipped += math.isinf(norm)
         else:
             self.steps.drop()
             record.skipped += 1
             for name in ("loss/policy", "loss/value", "loss/total"):
                 metrics[name] = 0.0
-        record.metrics.append(metrics | batch_statistics(batch, rows))
-        record.ratios.extend(ratios)
-        record.advantages.append(batch.advantages[rows][batch.mask[rows]])
+        record.metrics.append(metrics)
+        self._ratios.extend(ratios)
+        self._rows.append(rows)
 
     def _autograd_gradients(
         self, objective: Objective, batch: TrainBatch, rows: Tensor
-    ) -> tuple[dict[str, float], list[Tensor]]:
+    ) -> tuple[Metrics, list[Masked]]:
         micro_batches = local_micro_batches(
             batch, rows, size=self.config.micro_batch_size, token_budget=self.config.token_budget,
             process=self.accelerator.process_index, processes=self.accelerator.num_processes,
         )  # fmt: skip
-        count = self.count(batch.mask[rows]).float()
+        count = self.count(batch.mask[upload(rows, batch.mask.device)]).float()
         last = len(micro_batches) - 1
+        self._differs = None if self.checks_at_once or batch.mask.device.type == "cpu" else []
         terms = [
             self._backward(objective, micro_batch, count, last=index == last)
             for index, micro_batch in enumerate(micro_batches)
         ]
-        return self._sum_metrics(terms), [term.ratio for term in terms]
+        metrics = sum_metrics(terms, self.accelerator)
+        if self._differs:
+            metrics[OTHER_GRADIENT] = self.accelerator.reduce(torch.stack(self._differs).sum(), reduction="sum")
+        pairs = zip(terms, micro_batches, strict=True)
+        return metrics, [(term.ratio, micro_batch.mask) for term, micro_batch in pairs]
 
     def _backward(self, objective: Objective, micro_batch: TrainBatch, count: Tensor, *, last: bool) -> LossTerms:
         processes = self.accelerator.num_processes
@@ -185,12 +220,17 @@ class MinibatchUpdate(UpdateState):
         per_token = self.count is count_actions  # another count does not divide single tokens
         unsharded = isinstance(self.steps, AccelerateSteps) and not fsdp
         if unsharded and per_token and isinstance(self.accelerator.unwrap_model(self.policy), TokenPolicy):
-            return {"loss_gradient": token_loss_gradients(objective, micro_batch, count)}
+            if self._reads_entropy is None:
+                self._reads_entropy = reads_entropy(objective, micro_batch, count)
+            read, differs = self._reads_entropy, self._differs
+            return {"loss_gradient": token_loss_gradients(objective, micro_batch, count, read, differs)}
         return {}
 
     def _accept(self, batch: TrainBatch, rows: Tensor, metrics: dict[str, float]) -> bool:
         broken = not math.isfinite(metrics["loss/total"])
         broken |= self.steps.norm_is_known and not math.isfinite(metrics["policy/grad_norm"])
+        if broken and self.steps.can_overflow():
+            return False  # a part of float16's search for its scale, no fault of the batch
         self.skips_in_a_row = self.skips_in_a_row + 1 if broken else 0
         if broken and self.skips_in_a_row >= self.config.most_skips_in_a_row:
             self.steps.drop()
@@ -221,12 +261,3 @@ class MinibatchUpdate(UpdateState):
         if self.config.target_kl is None or not record.metrics:
             return False
         return record.metrics[-1]["policy/policykl"] > 1.5 * self.config.target_kl
-
-    def _sum_metrics(self, terms: list[LossTerms]) -> dict[str, float]:
-        names = list(terms[0].metrics)
-        totals = torch.stack([torch.stack([term.metrics[name].float() for term in terms]).sum() for name in names])
-        return dict(zip(names, self._sum(totals).tolist(), strict=True))
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
-        return reduced

@@ -1,10 +1,11 @@
 """Types shared by updates and objectives: loss terms, records, and the protocols `Objective` and `Update`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf_ppo.batch import PolicyOutput, TrainBatch
@@ -19,8 +20,11 @@ class LossTerms:
     metrics: dict[str, Tensor]
     """Detached scalars, divided by the same count."""
     ratio: Tensor
-    """π_θ / π_old at the micro-batch's actions, 1-D, detached."""
+    """π_θ / π_old, [batch, time], detached; meaningless where the batch's mask is False."""
 
+
+Metrics: TypeAlias = dict[str, Tensor | float]
+"""Numbers of one optimizer step; those on the device are read together, by `read_scalars`."""
 
 Objective: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], LossTerms]
 """(new policy output, batch, count of actions in the whole optimizer step) -> terms to minimize."""
@@ -43,6 +47,32 @@ def count_actions(mask: Tensor) -> Tensor:
 def count_sequences(mask: Tensor) -> Tensor:
     """Number of responses: the argument of `sequence_mean_count`, which weighs every response equally."""
     return mask.any(dim=1).sum()
+
+
+Masked: TypeAlias = tuple[Tensor, Tensor]
+"""Values [batch, time] and a mask of the same shape: True where they count."""
+
+
+def select_actions(parts: Sequence[Masked]) -> Tensor:
+    """The values that count, of all parts, 1-D; once an update, because a GPU's host waits for their number."""
+    values = torch.cat([value.flatten() for value, _ in parts])
+    return values[torch.cat([mask.flatten() for _, mask in parts])]
+
+
+def read_scalars(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """The same metrics as Python numbers: all tensors among them in one transfer."""
+    names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
+    tensors = [metrics[name] for name in names]
+    numbers = torch.stack([tensor.double() for tensor in tensors]).tolist() if tensors else []  # type: ignore[union-attr]
+    read = dict(zip(names, numbers, strict=True))
+    return {name: read[name] if name in read else float(value) for name, value in metrics.items()}
+
+
+def sum_metrics(terms: Sequence[LossTerms], accelerator: Accelerator) -> Metrics:
+    """The metrics of all micro-batches and processes, added up, still on the device. Collective."""
+    names = list(terms[0].metrics)
+    totals = torch.stack([torch.stack([term.metrics[name].float() for term in terms]).sum() for name in names])
+    return dict(zip(names, accelerator.reduce(totals, reduction="sum").unbind(), strict=True))
 
 
 @dataclass(kw_only=True)
@@ -73,7 +103,7 @@ class UpdateRecord:
 class ComputeGradients(Protocol):
     """Computes the gradients of one optimizer step, in place of autograd."""
 
-    def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[dict[str, float], list[Tensor]]:
+    def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[Metrics, list[Masked]]:
         """Set every parameter's `.grad` to that of `objective` over `rows`; return its metrics and the ratios."""
         ...
 
@@ -95,15 +125,15 @@ class Update(Protocol):
         ...
 
 
-def batch_statistics(batch: TrainBatch, rows: Tensor) -> dict[str, float]:
+def batch_statistics(batch: TrainBatch, rows: Tensor) -> dict[str, Tensor]:
     """Mean and variance of advantages, returns and old values over the rows of an optimizer step."""
     mask = batch.mask[rows]
-    columns = torch.stack([column[rows][mask] for column in (batch.advantages, batch.returns, batch.values)])
-    count = max(columns.shape[1], 1)
-    means = columns.sum(1, keepdim=True) / count
-    variances = (columns - means).square().sum(1) / max(count - 1, 1)
-    advantages, returns, values = means.squeeze(1).tolist()  # once: each transfer waits for the device
-    _, returns_var, values_var = variances.tolist()
+    columns = torch.stack([column[rows] for column in (batch.advantages, batch.returns, batch.values)])
+    columns, count = columns.masked_fill(~mask, 0.0), mask.sum()
+    means = columns.sum((1, 2), keepdim=True) / count.clamp(min=1)
+    squares = (columns - means).square().masked_fill(~mask, 0.0).sum((1, 2))
+    advantages, returns, values = means.flatten().unbind()
+    _, returns_var, values_var = (squares / (count - 1).clamp(min=1)).unbind()
     return {
         "policy/advantages_mean": advantages,
         "returns/mean": returns,

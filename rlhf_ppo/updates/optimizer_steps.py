@@ -30,14 +30,17 @@ class OptimizerSteps(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a loss."""
 
-    def clip(self, limit: float | None) -> float:
+    def clip(self, limit: float | None) -> Tensor | float:
         """Clip gradients to this norm; return their norm before clipping, nan if it is not known yet."""
 
     def apply(self) -> float:
-        """Step the optimizer and zero the gradients; return their norm, infinite if the engine skipped the step."""
+        """Step the optimizer and zero the gradients; return their norm where `clip` could not, infinite if skipped."""
 
     def drop(self) -> None:
         """Zero the gradients without a step."""
+
+    def can_overflow(self) -> bool:
+        """Whether a gradient that is not finite may come from the loss scale of float16, which `drop` then lowers."""
 
 
 class AccelerateSteps:
@@ -49,7 +52,6 @@ class AccelerateSteps:
         self.policy, self.optimizer, self.accelerator = policy, optimizer, accelerator
         self.parameters = list(policy.parameters())  # once: a walk through all modules costs as much as a small step
         self._on_cpu = accelerator.device.type == "cpu" and accelerator.distributed_type != DistributedType.FSDP
-        self._norm = math.nan
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         if self._on_cpu and not self.optimizer.state:
@@ -60,7 +62,7 @@ class AccelerateSteps:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def clip(self, limit: float | None) -> float:
+    def clip(self, limit: float | None) -> Tensor | float:
         if limit is None and self.accelerator.distributed_type != DistributedType.FSDP:
             # clip_grad_norm_ would multiply every gradient, by 1 here.
             self.accelerator.unscale_gradients()
@@ -68,16 +70,21 @@ class AccelerateSteps:
             norm: Tensor | None = torch.nn.utils.get_total_norm(gradients)
         else:
             norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
-        self._norm = math.nan if norm is None else float(norm)
-        return self._norm
+        return math.nan if norm is None else norm
 
     def apply(self) -> float:
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self._norm
+        return math.nan
 
     def drop(self) -> None:
         self.optimizer.zero_grad()
+        if self.accelerator.scaler is not None:  # otherwise it refuses to unscale the next gradients
+            self.accelerator.scaler.update()
+
+    def can_overflow(self) -> bool:
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1.0
 
 
 class DeepSpeedSteps:
@@ -103,6 +110,9 @@ class DeepSpeedSteps:
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return math.inf if not self.engine.was_step_applied() else math.nan if norm is None else float(norm)
+
+    def can_overflow(self) -> bool:
+        return False  # the engine skips such steps itself
 
     def drop(self) -> None:
         # Pretend an overflow: only that path of the engine clears the buffers of every partition.

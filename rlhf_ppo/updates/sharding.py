@@ -56,7 +56,8 @@ def local_micro_batches(
         process: Index of this process.
         processes: Number of processes.
     """
-    costs = batch.inputs.costs()[rows.cpu()]
+    rows = rows.cpu()
+    costs = batch.inputs.costs()[rows]
     per_process = [
         [
             positions[micro_batch]
@@ -64,9 +65,9 @@ def local_micro_batches(
         ]
         for positions in assign_rows(costs, processes)
     ]
-    local = [batch.select(rows[positions.to(rows.device)]) for positions in per_process[process]]
+    local = [batch.select(rows[positions]) for positions in per_process[process]]
     missing = max(len(micro_batches) for micro_batches in per_process) - len(local)
     if missing:
-        shortest = costs.argmin().reshape(1).to(rows.device)
+        shortest = costs.argmin().reshape(1)
         local += [batch.select(rows[shortest]).without_actions()] * missing
     return local

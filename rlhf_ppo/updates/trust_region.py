@@ -40,6 +40,9 @@ from rlhf_ppo.updates.objective import (
     UpdateRecord,
     batch_statistics,
     no_comparison,
+    read_scalars,
+    select_actions,
+    sum_metrics,
 )
 from rlhf_ppo.updates.sharding import all_gather_batch, local_micro_batches
 from rlhf_ppo.updates.shuffle import UpdateState
@@ -114,8 +117,9 @@ class TrustRegionUpdate(UpdateState):
             result, terms = self._search(batch, micro_batches, count, gradient, terms)
         record = UpdateRecord(skipped=int(result is None or not result.accepted))
         statistics = batch_statistics(batch, rows) | {"policy/grad_norm": norm}
-        record.metrics.append(self._sum_metrics(terms) | statistics)
-        record.ratios.extend(term.ratio for term in terms)
+        record.metrics.append(read_scalars(sum_metrics(terms, self.accelerator) | statistics))
+        pairs = zip(terms, micro_batches, strict=True)
+        record.ratios.append(select_actions([(term.ratio, micro_batch.mask) for term, micro_batch in pairs]))
         record.advantages.append(batch.advantages[batch.mask])
         record.extras = {
             "policy/accepted": float(result is not None and result.accepted),
@@ -188,7 +192,7 @@ class TrustRegionUpdate(UpdateState):
             return None, before
         step = trust_region_step(direction, fisher_direction, self.region.max_kl)
         kl_functions = self.policy.kl_from_current([micro_batch.inputs for micro_batch in micro_batches])
-        loss_before, after, region = self._sum_metrics(before)["loss/total"], before, self.region
+        loss_before, after, region = self._loss(before), before, self.region
 
         def evaluate(candidate: Tensor) -> tuple[float, float]:
             nonlocal after
@@ -198,7 +202,7 @@ class TrustRegionUpdate(UpdateState):
                 masked_mean(kl(), micro_batch.mask, count)
                 for kl, micro_batch in zip(kl_functions, micro_batches, strict=True)
             ]
-            return loss_before - self._sum_metrics(after)["loss/total"], float(self._sum(torch.stack(kls).sum()))
+            return loss_before - self._loss(after), float(self._sum(torch.stack(kls).sum()))
 
         result = line_search(
             evaluate, start, step,
@@ -206,6 +210,9 @@ class TrustRegionUpdate(UpdateState):
         )  # fmt: skip
         self._write(result.parameters)
         return result, after if result.accepted else before
+
+    def _loss(self, terms: list[LossTerms]) -> float:
+        return float(sum_metrics(terms, self.accelerator)["loss/total"])
 
     def _write(self, vector: Tensor) -> None:
         for parameter, value in zip(self.parameters, unflatten(vector, self.parameters), strict=True):
@@ -218,7 +225,8 @@ class TrustRegionUpdate(UpdateState):
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         gradients = zip(self.parameters, unflatten(gradient, self.parameters), strict=True)
         nonfinite = [names[id(parameter)] for parameter, value in gradients if not value.isfinite().all()]
-        return DryRunStep(self._sum_metrics(terms) | {"policy/grad_norm": float(gradient.norm())}, nonfinite)
+        metrics = read_scalars(sum_metrics(terms, self.accelerator) | {"policy/grad_norm": gradient.norm()})
+        return DryRunStep(metrics, nonfinite)
 
     def _is_usable(self, norm: float, batch: TrainBatch, rows: Tensor) -> bool:
         """Whether the gradient norm is finite and positive; counts non-finite norms in a row."""
@@ -240,11 +248,6 @@ class TrustRegionUpdate(UpdateState):
             batch, rows, size=self.config.micro_batch_size, token_budget=min(budgets, default=None),
             process=self.accelerator.process_index, processes=self.accelerator.num_processes,
         )  # fmt: skip
-
-    def _sum_metrics(self, terms: list[LossTerms]) -> dict[str, float]:
-        names = list(terms[0].metrics)
-        totals = torch.stack([torch.stack([term.metrics[name].float() for term in terms]).sum() for name in names])
-        return dict(zip(names, self._sum(totals).tolist(), strict=True))
 
     def _sum(self, tensor: Tensor) -> Tensor:
         reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")

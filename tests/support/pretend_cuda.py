@@ -15,7 +15,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from torch.autograd.function import BackwardCFunction
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
+
+from rlhf_ppo.kernels import fused_linear_logprobs, linear_layers
 
 DEVICE = torch.device("cuda", 0)
 GIB = 2**30
@@ -318,6 +322,8 @@ class _Functions(TorchFunctionMode):
             return self._factory(func, args, kwargs)
         if func in LIKES and kwargs.get("device") is not None:
             return self._like(func, args, kwargs)
+        if func is torch.Tensor.pin_memory:
+            return first
         if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
             return _to(first, func, args[1:], kwargs)
         if func is torch.Tensor.new_tensor and type(first) is PretendTensor:
@@ -415,8 +421,6 @@ class _Functions(TorchFunctionMode):
             return True, x.__format__(*args[1:])
         if func in (torch.Tensor.untyped_storage, torch.Tensor.data_ptr):
             return True, func(x._inner)
-        if func is torch.Tensor.pin_memory:
-            return True, x
         if func is torch.Tensor.__deepcopy__:
             memo = args[1]
             if id(x) not in memo:
@@ -485,20 +489,26 @@ def pretend_cuda(*, capability: tuple[int, int] = (9, 0), free: int = 70 * GIB) 
 
 @contextlib.contextmanager
 def _product_patches() -> Iterator[None]:
-    """What the product asks of a type: on a GPU a whole weight is a `Tensor`, here it is a `PretendTensor`.
-
-    And autograd makes zeros in C++, where the wrapper is a CPU tensor.
-    """
-    from rlhf_ppo.kernels import fused_linear_logprobs, linear_layers
-
+    """Where the wrapper would show: for C++ it is a CPU tensor, and in the backward pass no mode is active."""
     common_factor = fused_linear_logprobs._common_factor
 
-    def on_device(received, foreseen):
+    def on_device(received, foreseen, differs):
         pairs = zip(received, foreseen, strict=True)
         wrapped = (PretendTensor(g) if type(f) is PretendTensor and type(g) is not type(f) else g for g, f in pairs)
-        return common_factor(tuple(wrapped), foreseen)
+        return common_factor(tuple(wrapped), foreseen, differs)
+
+    group, apply = clip_grad._group_tensors_by_device_and_dtype, BackwardCFunction.apply
+
+    def group_on_device(tensors):
+        return {(tensors[0][0].device, key[1]): value for key, value in group(tensors).items()}
+
+    def apply_in_mode(self, *args):
+        with _Functions():
+            return apply(self, *args)
 
     with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(clip_grad, "_group_tensors_by_device_and_dtype", group_on_device)
+        patches.setattr(BackwardCFunction, "apply", apply_in_mode)
         patches.setattr(linear_layers, "FakeTensor", PretendTensor)
         patches.setattr(fused_linear_logprobs, "_common_factor", on_device)
         yield
