@@ -28,7 +28,7 @@ import torch
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
 from reward_model.card_page import text_table, write_page
 from reward_model.data import as_comparisons
-from reward_model.evaluate import contract_facts
+from reward_model.evaluate import model_facts
 from reward_model.report_card import report_card
 from sentiment.assets import MINILM, fetch
 from sentiment.judges import VaderJudge
@@ -112,7 +112,7 @@ def write_report(folder: Path, held_out: Any) -> None:
     print(text_table(card))
     (folder / "report_card.json").write_text(json.dumps(card), encoding="utf-8")
     page = folder / "report_card.html"
-    write_page(card, page, title="Reward model of film reviews", facts=contract_facts(model.contract))
+    write_page(card, page, title="Reward model of film reviews", facts=model_facts(model))
     print(f"Reward model: {folder}\nReport card: {page}")
 
 

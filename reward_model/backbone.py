@@ -33,7 +33,7 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
         ValueError: The model cannot be loaded as a sequence classifier; the message says what to try.
     """
     try:
-        with _quiet_transformers():  # it would report the missing head, which is read from the loading info below
+        with quiet_transformers():  # it would report the missing head, which is read from the loading info below
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 num_labels=1,
@@ -61,19 +61,21 @@ def layers_of(model: Any) -> Any:
     return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
 
 
-def head_name(model: nn.Module) -> str:
-    """Parameter name of the scalar head's weight, as in the checkpoint.
+def head_name(model: nn.Module, *, labels: int = 1) -> str:
+    """Parameter name of the head's weight, as in the checkpoint.
 
     Raises:
-        ValueError: The model has no linear layer with one output.
+        ValueError: The model has no linear layer with one output for each label.
     """
     names = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.out_features == 1
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == labels
     ]
     if not names:
         raise ValueError(
-            f"{type(model).__name__} has no linear layer with one output, so there is no reward to read. "
-            "Use a model class that AutoModelForSequenceClassification knows, loaded with num_labels=1."
+            f"{type(model).__name__} has no linear layer with {labels} outputs, so there is no reward to read. "
+            "Use a model class that AutoModelForSequenceClassification knows."
         )
     return f"{names[-1]}.weight"
 
@@ -129,7 +131,8 @@ def short_name(name: str) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Context manager: while active, transformers logs errors alone."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""Common parts of the four commands: parse flags and a YAML file, print errors in one line."""
+"""Common parts of the commands: parse flags and a YAML file, print errors in one line."""
 
 import logging
 import sys
@@ -63,6 +63,12 @@ def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str]
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  a command's answer
         sys.exit(2)
+
+
+def named_model(arguments: Sequence[str] | None) -> list[str]:
+    """Rewrite `MODEL --data ...` to `--model MODEL --data ...`."""
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    return ["--model", *line] if line and not line[0].startswith("-") else line
 
 
 def column_names(pairs: Sequence[str] | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ CONTRACT_FILE = "reward_model.json"
 FORMAT_VERSION = 1
 
 Template = Literal["plain", "chat"]
+Layout = Literal["own", "transformers", "openrlhf"]
 
 _PROBES = (
     "Hello world! It's 2024, isn't it?",
@@ -37,12 +38,15 @@ class TextRule:
     """Whether the end-of-text token is appended to every text that does not end with it."""
     max_length: int = 1024
     """Maximum tokens of prompt + response. Training drops and counts longer texts, serving cuts their start."""
+    strip_newlines: bool = False
+    """Whether newlines at the end are cut before the end-of-text token is appended, as OpenRLHF does."""
 
     def __post_init__(self) -> None:
         if self.template not in ("plain", "chat"):
             raise ContractError(f"text.template must be 'plain' or 'chat', got {self.template!r}.")
-        if not isinstance(self.append_eos, bool):
-            raise ContractError(f"text.append_eos must be true or false, got {self.append_eos!r:.40}.")
+        for name in ("append_eos", "strip_newlines"):
+            if not isinstance(getattr(self, name), bool):
+                raise ContractError(f"text.{name} must be true or false, got {getattr(self, name)!r:.40}.")
         if not isinstance(self.max_length, int) or self.max_length < 2:
             raise ContractError(f"text.max_length must be an integer >= 2, got {self.max_length!r}.")
 
@@ -54,7 +58,8 @@ class Normalization:
     gain: float = 1.0
     bias: float = 0.0
     reference: str = "none"
-    """Origin of the reference texts: `none`, `evaluation` (held-out completions) or the name of a reference policy."""
+    """Origin of the reference texts: `none`, `evaluation` (held-out completions), `config` (mean and std of another
+    maker's model) or the name of a reference policy."""
     samples: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +87,11 @@ class Contract:
     base: str = ""
     """The model that training started from: a hub name or the last part of a folder's path."""
     head: str = ""
-    """Parameter name of the scalar head; a checkpoint without it is refused."""
+    """Parameter name of the head; a checkpoint without it is refused."""
+    layout: Layout = "own"
+    """Whose files they are: trained by this package, of `AutoModelForSequenceClassification`, or OpenRLHF's."""
+    label: int = 0
+    """Index of the logit that is the score; above 0 only for classifiers with several labels."""
     text: TextRule = field(default_factory=TextRule)
     tokenizer_sha256: str = ""
     normalization: Normalization = field(default_factory=Normalization)
@@ -113,7 +122,8 @@ class Contract:
         if not path.is_file():
             raise ContractError(
                 f"{path} does not exist: {folder} is not a reward model made by this package, so its template, "
-                "end-of-text rule and normalization are unknown. Train one with `python -m reward_model.train`."
+                "end-of-text rule and normalization are unknown. Train one with `python -m reward_model.train`, or "
+                "write the contract of another maker's model with `python -m reward_model.adopt`."
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -135,6 +145,7 @@ class Contract:
         if "normalisation" in values:  # as versions before 0.2 spelled it
             values = {**values, "normalization": values["normalisation"]}
             del values["normalisation"]
+        values = {"layout": "own", "label": 0} | values  # which earlier versions did not have
         known = {item.name for item in fields(cls)}
         differing = sorted(set(values) ^ known)
         if differing:
@@ -153,8 +164,8 @@ class Contract:
 
 
 _KINDS: dict[str, type] = {
-    "base": str, "head": str, "text": dict, "tokenizer_sha256": str, "normalization": dict, "members": list,
-    "data": dict, "metrics": dict, "versions": dict,
+    "base": str, "head": str, "layout": str, "label": int, "text": dict, "tokenizer_sha256": str, "normalization": dict,
+    "members": list, "data": dict, "metrics": dict, "versions": dict,
 }  # fmt: skip
 
 

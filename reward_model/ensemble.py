@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_model.contract import Contract, ContractError
+from reward_model.contract import CONTRACT_FILE, Contract, ContractError
 from reward_model.model import RewardModel
 from reward_model.text import Texts
 
@@ -84,24 +84,32 @@ def save_ensemble(members: Sequence[Path], output: Path, metrics: dict[str, floa
 
 
 def load_reward_model(
-    path: str | Path, *, device: str | torch.device | None = None, caution: float = 0.0, max_tokens: int = 16_384
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    caution: float = 0.0,
+    max_tokens: int = 16_384,
+    label: str | int | None = None,
 ) -> RewardModel | EnsembleRewardModel:
-    """Load a reward model or an ensemble from a folder.
+    """Load a reward model or an ensemble from a folder, or another maker's reward model.
 
     Args:
-        path: The folder.
+        path: The folder, or a hub name.
         device: Device of the weights; None: the first GPU if there is one.
         caution: Standard deviations over the members that an ensemble's score is lowered by.
         max_tokens: Maximum of padded tokens per forward pass.
+        label: As in `RewardModel.from_pretrained`.
 
     Raises:
         ContractError: As `RewardModel.from_pretrained`; also when caution is asked of a single model.
     """
     folder = Path(path)
-    contract = Contract.read(folder)
-    if contract.kind == "single":
+    contract = Contract.read(folder) if (folder / CONTRACT_FILE).is_file() else None
+    if contract is None or contract.kind == "single":
         if caution:
-            raise ContractError(f"{folder}: field kind is 'single', so caution={caution} has nothing to compare.")
-        return RewardModel.from_pretrained(folder, device=device, max_tokens=max_tokens)
+            raise ContractError(f"{path}: field kind is 'single', so caution={caution} has nothing to compare.")
+        return RewardModel.from_pretrained(path, device=device, max_tokens=max_tokens, label=label)
+    if label is not None:
+        raise ContractError(f"{path} is an ensemble, whose contract names its logits: leave label={label!r} out.")
     members = [RewardModel.from_pretrained(folder / n, device=device, max_tokens=max_tokens) for n in contract.members]
     return EnsembleRewardModel(members, caution=caution)

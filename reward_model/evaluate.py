@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reward_model.card_page import text_table, write_page
-from reward_model.commands import column_names, parse, run
-from reward_model.contract import CONTRACT_FILE, Contract
+from reward_model.commands import column_names, named_model, parse, run
 from reward_model.documented import documented
 from reward_model.encoding import split_encodable
-from reward_model.ensemble import load_reward_model
+from reward_model.ensemble import EnsembleRewardModel, load_reward_model
+from reward_model.model import RewardModel
 from reward_model.preparation import load_comparisons
 from reward_model.report_card import Scorer, first_member, report_card
 
@@ -24,7 +24,9 @@ class EvaluateConfig:
     """Reward model, held-out data and output files."""
 
     model: str
-    """Folder of a reward model or an ensemble (or its first argument)."""
+    """Folder of a reward model or an ensemble, or another maker's reward model (or its first argument)."""
+    label: str | None = None
+    """Which label's logit is the score, by name or index; only for another maker's classifier with several labels."""
     data: str
     """Held-out preferences, in any format that training accepts."""
     split: str = "test"
@@ -34,7 +36,7 @@ class EvaluateConfig:
     on_bad_row: Literal["stop", "skip"] = "stop"
     """At a malformed row: stop with its location, or skip and count it."""
     judge: str | None = None
-    """Independent scorer for the best-of-N curve: another reward model's folder, or module:function."""
+    """Independent scorer for the best-of-N curve: another reward model, or module:function."""
     page: str | None = None
     """HTML page to write, its picture beside it; default: report_card.html in the model's folder; none: no page."""
     json: str | None = None
@@ -47,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Compute the report card, print it, write it as JSON and HTML, and return it."""
     (config,) = parse(
         (EvaluateConfig,),
-        _named_model(arguments),
+        named_model(arguments),
         program="python -m reward_model.evaluate",
         description="Evaluate a reward model on held-out comparisons: accuracy, calibration, biases, stability.",
     )
-    folder = Path(config.model)
-    model = load_reward_model(folder)
+    model = load_reward_model(config.model, label=config.label)
+    folder = Path(config.model) if Path(config.model).is_dir() else Path()  # a hub name has no folder here
     loaded = load_comparisons(
         config.data,
         split=config.split,
@@ -72,24 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     target.write_text(json.dumps(_finite(card), indent=1) + "\n", encoding="utf-8")
     if config.page != "none":
         page = Path(config.page) if config.page else folder / "report_card.html"
-        write_page(card, page, title=folder.name, facts=contract_facts(Contract.read(folder)))
+        write_page(card, page, title=Path(config.model).name, facts=model_facts(model))
         print(f"page: {page}")  # noqa: T201
     return card
 
 
 def load_judge(name: str | None) -> Scorer | None:
-    """Load a scorer: the folder of a reward model, or `module:function`.
+    """Load a scorer: a reward model's folder or hub name, or `module:function`.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It cannot be loaded.
     """
     if name is None:
         return None
-    if (Path(name) / CONTRACT_FILE).is_file():
-        return load_reward_model(name)
     module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ValueError(f"--judge takes the folder of a reward model or module:function, got {name!r}.")
+    if not colon or Path(name).is_dir():
+        return load_reward_model(name)
     try:
         scorer: Scorer = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -97,11 +97,12 @@ def load_judge(name: str | None) -> Scorer | None:
     return scorer
 
 
-def contract_facts(contract: Contract) -> dict[str, str]:
-    """The facts of a contract that the report card shows, by name."""
+def model_facts(model: RewardModel | EnsembleRewardModel) -> dict[str, str]:
+    """The facts of a reward model that the report card shows, by name."""
+    contract = first_member(model).contract
     return {
         "trained from": contract.base,
-        "kind": contract.kind if contract.kind == "single" else f"ensemble of {len(contract.members)}",
+        "kind": f"ensemble of {len(model.members)}" if isinstance(model, EnsembleRewardModel) else "single",
         "template": contract.text.template,
         "end-of-text token": "appended" if contract.text.append_eos else "not appended",
         "longest text": f"{contract.text.max_length} tokens",
@@ -109,14 +110,6 @@ def contract_facts(contract: Contract) -> dict[str, str]:
         "training data": str(contract.data.get("fingerprint", "unknown"))[:16],
         "normalized on": f"{contract.normalization.samples} samples ({contract.normalization.reference})",
     }
-
-
-def _named_model(arguments: Sequence[str] | None) -> list[str] | None:
-    """Rewrite `MODEL --data ...` to `--model MODEL --data ...`."""
-    import sys
-
-    line = list(sys.argv[1:] if arguments is None else arguments)
-    return ["--model", *line] if line and not line[0].startswith("-") else line
 
 
 def _finite(value: Any) -> Any:

@@ -10,8 +10,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from reward_model.backbone import head_name, separate_padding
-from reward_model.contract import Contract, ContractError
+from reward_model.contract import ContractError
 
+ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -45,21 +46,19 @@ def plain_model(trained: Any, *, merge: bool) -> tuple[Any, Any]:
     return trained, trained
 
 
-def load_adapter(folder: Path, contract: Contract, *, dtype: torch.dtype) -> Any:
+def load_adapter(folder: Path, *, head: str | None, dtype: torch.dtype) -> Any:
     """Load the base model with the adapter of `folder`.
+
+    Args:
+        folder: The adapter and its tokenizer.
+        head: Parameter name of the scalar head; a tokenizer without a padding token of its own gets one. None: the
+            model's last layer with one output, and the tokenizer as it is.
+        dtype: Dtype of the weights.
 
     Raises:
         ContractError: The adapter does not hold the head, or its base model cannot be loaded. Without this check
             a missing head would silently be random.
     """
-    head = contract.head.removesuffix(".weight").split(".")[-1]
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        saved = list(file.keys())
-    if not any(f"{head}." in key and "lora_" not in key for key in saved):
-        raise ContractError(
-            f"{folder}: field head names {contract.head!r}, but the adapter holds no such weight: the head would be "
-            "random. Save the adapter with modules_to_save=[head], or merged (merge_adapter=True)."
-        )
     config = PeftConfig.from_pretrained(str(folder))
     try:
         base = AutoModelForSequenceClassification.from_pretrained(
@@ -70,6 +69,15 @@ def load_adapter(folder: Path, contract: Contract, *, dtype: torch.dtype) -> Any
             f"{folder} is a LoRA adapter on {config.base_model_name_or_path!r}, which cannot be loaded: {error} "
             "Restore the base model, or train with merge_adapter=True."
         ) from error
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    separate_padding(base, tokenizer)
+    name = head or head_name(base)
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        saved = list(file.keys())
+    layer = name.removesuffix(".weight").split(".")[-1]
+    if not any(f"{layer}." in key and "lora_" not in key for key in saved):
+        raise ContractError(
+            f"{folder}: field head names {name!r}, but the adapter holds no such weight: the head would be random. "
+            "Save the adapter with modules_to_save=[head], or merged (merge_adapter=True)."
+        )
+    if head is not None:
+        separate_padding(base, AutoTokenizer.from_pretrained(folder))
     return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)

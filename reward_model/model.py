@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from reward_model.backbone import head_name, layers_of, longest_input
-from reward_model.contract import Contract, ContractError, tokenizer_sha256
+from reward_model.adoption import load_parts
+from reward_model.backbone import layers_of
+from reward_model.contract import Contract
 from reward_model.text import Texts, encode, prepare_tokenizer
 from rlhf_ppo.batch import pad_rows, split_into_micro_batches
 from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.kernels.packing import can_be_packed
 from rlhf_ppo.kernels.unpadded import unpadded
 from rlhf_ppo.models.device import default_device
-
-ADAPTER_FILE = "adapter_config.json"
 
 
 class NonFiniteScoreError(ValueError):
@@ -57,27 +55,26 @@ class RewardModel:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         max_tokens: int = 16_384,
+        label: str | int | None = None,
     ) -> "RewardModel":
-        """Load a folder that `train_reward_model` wrote: plain weights, or a LoRA adapter beside its contract.
+        """Load a folder that `train_reward_model` wrote, or another maker's folder or hub name.
+
+        The contract of another maker's model is inferred and logged; see `reward_model.adoption`.
 
         Args:
-            path: The folder.
+            path: The folder, or a hub name.
             device: Device of the weights; None: this process's GPU if there is one, else the CPU.
             dtype: Dtype of the weights; float32 gives the scores that were measured in training.
             max_tokens: Maximum of padded tokens per forward pass.
+            label: Which label's logit is the score, by name or index; only for a classifier with several labels.
 
         Raises:
-            ContractError: The contract is missing or malformed, the head is missing from the checkpoint, the
-                tokenizer is not that of the training, or text.max_length exceeds the model's positions.
+            ContractError: The contract is malformed, the head is missing from the checkpoint, the tokenizer is not that
+                of the training, text.max_length exceeds the model's positions, or no contract can be inferred.
         """
-        folder = Path(path)
-        contract = Contract.read(folder)
-        if contract.kind != "single":
-            raise ContractError(f"{folder}: field kind is {contract.kind!r}: load it with `load_reward_model(path)`.")
-        model = load_classifier(folder, contract, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        check_tokenizer(tokenizer, model, contract, folder)
-        return cls(model.to(default_device() if device is None else device), tokenizer, contract, max_tokens=max_tokens)
+        parts = load_parts(path, dtype=dtype, label=label)
+        model = parts.model.to(default_device() if device is None else device)
+        return cls(model, parts.tokenizer, parts.contract, max_tokens=max_tokens if parts.can_be_padded else 1)
 
     def __call__(
         self, prompts: Texts, responses: Texts, tools: Sequence[Any] | None = None, **_columns: Any
@@ -183,7 +180,7 @@ class RewardModel:
         batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         device = self.model.device
         logits = self.model(**{name: value.to(device) for name, value in batch.items()}).logits
-        return logits.squeeze(-1).float().tolist()  # type: ignore[no-any-return]
+        return logits[:, self.contract.label].float().tolist()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -193,7 +190,7 @@ class RewardModel:
         device = self.model.device
         with self._unpadded(ids):
             logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
-        return logits.squeeze(-1).float().cpu()  # type: ignore[no-any-return]
+        return logits[:, self.contract.label].float().cpu()  # type: ignore[no-any-return]
 
     @contextmanager
     def _unpadded(self, rows: list[torch.Tensor]) -> Iterator[None]:
@@ -203,51 +200,6 @@ class RewardModel:
             self._can_pack = self.model.device.type == "cpu" and can_be_packed(layers, rows)
         with unpadded(layers) if self._can_pack else nullcontext():
             yield
-
-
-def load_classifier(folder: Path, contract: Contract, *, dtype: torch.dtype) -> Any:
-    """Load the classifier of `folder`; raise if its checkpoint lacks the head.
-
-    transformers initializes a missing head at random and only logs it: rewards would silently be noise.
-    """
-    if (folder / ADAPTER_FILE).is_file():
-        from reward_model.lora import load_adapter
-
-        return load_adapter(folder, contract, dtype=dtype)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise ContractError(f"{folder} holds a contract, but no model that can be loaded: {error}") from error
-    missing = {str(key) for key in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
-    if missing:
-        raise ContractError(
-            f"{folder}: field head names {contract.head!r}, but the checkpoint lacks or misshapes {sorted(missing)}: "
-            "they would be random numbers. Save the reward model again with save_pretrained, head included."
-        )
-    if head_name(model) != contract.head:
-        raise ContractError(
-            f"{folder}: field head names {contract.head!r}, but the model's scalar head is {head_name(model)!r}: the "
-            "weights do not belong to this contract. Restore the folder that training wrote."
-        )
-    return model
-
-
-def check_tokenizer(tokenizer: Any, model: Any, contract: Contract, folder: Path) -> None:
-    """Check that the tokenizer is that of the training, and that the model has enough positions."""
-    found = tokenizer_sha256(tokenizer)
-    if found != contract.tokenizer_sha256:
-        raise ContractError(
-            f"{folder}: field tokenizer_sha256 is {contract.tokenizer_sha256[:12]}..., the tokenizer in the folder has "
-            f"{found[:12]}...: it would make other tokens than the training did. Restore the tokenizer files that "
-            "training wrote; the policy's tokenizer does not belong here."
-        )
-    limit = longest_input(model)
-    if limit is not None and contract.text.max_length > limit:
-        raise ContractError(
-            f"{folder}: field text.max_length is {contract.text.max_length}, the model has {limit} positions."
-        )
 
 
 def _check_texts(prompts: Any, responses: Any, tools: Any) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from reward_model.contract import Contract, ContractError
-from reward_model.model import ADAPTER_FILE, RewardModel, check_tokenizer
+from reward_model.loading import check_tokenizer
+from reward_model.lora import ADAPTER_FILE
+from reward_model.model import RewardModel
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 from rlhf_ppo.models.shared_base_adapters import attach_reward_adapter
 

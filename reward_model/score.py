@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from reward_model.commands import parse, run
+from reward_model.commands import named_model, parse, run
 from reward_model.data import BadRow
 from reward_model.documented import documented
 from reward_model.ensemble import load_reward_model
@@ -23,7 +23,9 @@ class ScoreConfig:
     """Reward model, data to score and output file."""
 
     model: str
-    """Folder of a reward model or an ensemble."""
+    """Folder of a reward model or an ensemble, or another maker's reward model (or its first argument)."""
+    label: str | None = None
+    """Which label's logit is the score, by name or index; only for another maker's classifier with several labels."""
     data: str
     """Rows with `response` (and `prompt`): a .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub name."""
     split: str = "train"
@@ -38,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     """Score every row and write it with its score."""
     (config,) = parse(
         (ScoreConfig,),
-        arguments,
+        named_model(arguments),
         program="python -m reward_model.score",
         description="Score prompt-response texts with a trained reward model.",
     )
-    model = load_reward_model(config.model, caution=config.caution)
+    model = load_reward_model(config.model, caution=config.caution, label=config.label)
     rows = []
     for where, row in read_rows(config.data, split=config.split):
         if isinstance(row, BadRow):

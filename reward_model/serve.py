@@ -13,12 +13,11 @@ import hmac
 import ipaddress
 import logging
 import os
-import sys
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reward_model.commands import parse, run
+from reward_model.commands import named_model, parse, run
 from reward_model.documented import documented
 from reward_model.ensemble import EnsembleRewardModel, load_reward_model
 from reward_model.model import NonFiniteScoreError, RewardModel
@@ -35,7 +34,9 @@ class ServeConfig:
     """Reward model to serve, address, token and limits."""
 
     model: str
-    """Folder of a reward model or an ensemble (or its first argument)."""
+    """Folder of a reward model or an ensemble, or another maker's reward model (or its first argument)."""
+    label: str | None = None
+    """Which label's logit is the score, by name or index; only for another maker's classifier with several labels."""
     host: str = "127.0.0.1"
     """Address to listen on; any but loopback needs a token."""
     port: int = 8018
@@ -180,14 +181,13 @@ async def unless_client_leaves(request: Any, answer: Awaitable[list[float]]) -> 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load the model and serve until interrupted."""
-    line = list(sys.argv[1:] if arguments is None else arguments)
     (config,) = parse(
         (ServeConfig,),
-        ["--model", *line] if line and not line[0].startswith("-") else line,
+        named_model(arguments),
         program="python -m reward_model.serve",
         description="Serve a reward model over HTTP (POST /score).",
     )
-    app = application(load_reward_model(config.model, caution=config.caution), config)
+    app = application(load_reward_model(config.model, caution=config.caution, label=config.label), config)
     import uvicorn
 
     logger.info("Serving %s on http://%s:%d/score", config.model, config.host, config.port)

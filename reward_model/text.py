@@ -42,6 +42,7 @@ def encode(
     max_length = rule.max_length - 1 if rule.append_eos else rule.max_length
     limits: dict[str, Any] = {"truncation": True, "max_length": max_length} if truncate else {}
     text = render(tokenizer, rule, prompt, response, tools=tools)
+    text = text.rstrip("\n") if rule.strip_newlines else text
     # A chat template writes the special tokens itself.
     ids = list(tokenizer(text, add_special_tokens=rule.template == "plain", **limits)["input_ids"])
     if rule.append_eos and (not ids or ids[-1] != tokenizer.eos_token_id):

@@ -168,11 +168,6 @@ def test_a_contract_with_the_field_normalisation_of_earlier_versions_is_read(
     assert RewardModel.from_pretrained(folder).contract == RewardModel.from_pretrained(trained_folder).contract
 
 
-def test_a_folder_without_contract_is_refused(tiny_base: Path) -> None:
-    with pytest.raises(ContractError, match=r"reward_model\.json does not exist"):
-        RewardModel.from_pretrained(tiny_base)
-
-
 def test_a_contract_that_is_no_json_is_refused(trained_folder: Path, tmp_path: Path) -> None:
     folder = copied(trained_folder, tmp_path / "copy")
     (folder / "reward_model.json").write_text("{")

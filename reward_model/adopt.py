@@ -1,0 +1,61 @@
+"""Infer the contract of another maker's reward model, print it, write it: `python -m reward_model.adopt MODEL`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from reward_model.adoption import adopt
+from reward_model.commands import named_model, parse, run
+from reward_model.contract import CONTRACT_FILE, Contract
+from reward_model.documented import documented
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class AdoptConfig:
+    """Reward model of another maker, and what of its contract is known better than inferred."""
+
+    model: str
+    """Folder or hub name of a sequence classifier, or of a reward model of OpenRLHF (or its first argument)."""
+    label: str | None = None
+    """Which label's logit is the score, by name or index; only for a classifier with several labels."""
+    template: Literal["auto", "plain", "chat"] = "auto"
+    """How prompt and response become one text; auto is chat if the tokenizer has a chat template."""
+    append_eos: bool | None = None
+    """Whether the end-of-text token is appended; None: inferred."""
+    max_length: int = 0
+    """Maximum tokens of prompt + response; 0: inferred."""
+    write: bool = False
+    """Write the contract into the model's folder, so that it is not inferred again."""
+
+
+def main(arguments: Sequence[str] | None = None) -> Contract:
+    """Infer the contract, print it, and write it if asked."""
+    (config,) = parse(
+        (AdoptConfig,),
+        named_model(arguments),
+        program="python -m reward_model.adopt",
+        description="Infer the contract of another maker's reward model, print it, and write it beside the model.",
+    )
+    parts = adopt(config.model, label=config.label)
+    changes: dict[str, Any] = {"template": config.template} if config.template != "auto" else {}
+    changes |= {"append_eos": config.append_eos} if config.append_eos is not None else {}
+    changes |= {"max_length": config.max_length} if config.max_length else {}
+    contract = replace(parts.contract, text=replace(parts.contract.text, **changes))
+    print(json.dumps(asdict(contract), indent=2))  # noqa: T201  the command's answer
+    if config.write:
+        folder = Path(config.model)
+        if not folder.is_dir():
+            raise ValueError(
+                f"{config.model} is a hub name, so there is no folder for {CONTRACT_FILE}. Download it first: "
+                f"`hf download {config.model} --local-dir FOLDER`, and adopt the folder."
+            )
+        contract.write(folder)
+        print(f"written: {folder / CONTRACT_FILE}")  # noqa: T201
+    return contract
+
+
+if __name__ == "__main__":
+    run(main)
