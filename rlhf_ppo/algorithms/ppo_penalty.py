@@ -9,7 +9,8 @@ import torch
 
 from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
 from rlhf_ppo.batch import TrainBatch, split_into_micro_batches
-from rlhf_ppo.models.scoring import OldPolicyStates, TokenPolicy
+from rlhf_ppo.models.lm_head import OldPolicyStates
+from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates import MinibatchConfig, MinibatchUpdate, Objective, Update, UpdateRecord
 from rlhf_ppo.updates.batch_evaluation import kl_after_update
 

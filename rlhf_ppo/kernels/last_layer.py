@@ -26,7 +26,8 @@ def tokenwise_modules(layers: Any) -> list[nn.Module]:
         layers: The `base_model` of a causal architecture.
     """
     stacks = [module for module in layers.modules() if isinstance(module, nn.ModuleList)]
-    stacks = [stack for stack in stacks if len(stack) == layers.config.num_hidden_layers]
+    depth = getattr(layers.config.get_text_config(), "num_hidden_layers", None)
+    stacks = [stack for stack in stacks if len(stack) == depth]
     if len(stacks) != 1:
         return []
     children = dict(stacks[0][-1].named_children())

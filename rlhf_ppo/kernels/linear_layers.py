@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -96,13 +97,28 @@ def use_fast_layers(model: nn.Module, *, matmul_dtype: torch.dtype | None = None
     count = 0
     for module in list(model.modules()):
         faster = FAST_CLASSES.get(type(module)) or fused_class(module)
-        if faster is None or (type(module) in FAST_LINEAR_CLASSES and not products):
+        if faster is None or module in _declined or (type(module) in FAST_LINEAR_CLASSES and not products):
             continue
         module.__class__ = faster
         count += 1
         if isinstance(module, FastLinear | FastConv1D) and min(module.weight.shape) >= MIN_WIDTH:
             module.matmul_dtype = matmul_dtype
     return count
+
+
+_declined: "WeakSet[nn.Module]" = WeakSet()
+"""Modules that stay plain, because their model computes something else with the fast ones."""
+
+
+def has_fast_layers(model: nn.Module) -> bool:
+    """Whether some layers of `model` are fast ones now."""
+    return bool(_exchanged(model))
+
+
+def decline_fast_layers(model: nn.Module) -> None:
+    """Undo `use_fast_layers`, and keep it from exchanging these layers again."""
+    _declined.update(_exchanged(model))
+    use_plain_layers(model)
 
 
 def use_plain_layers(model: nn.Module) -> None:

@@ -30,8 +30,10 @@ def low_precision_linear(
         low_precision_weight: `weight` in `dtype`, where it is known not to have changed since; None: cast here.
         transposed: Whether the weight is [k, m], as in GPT-2's Conv1D.
     """
-    result: Tensor = _LowPrecisionLinear.apply(x, weight, bias, low_precision_weight, dtype, transposed)  # type: ignore[no-untyped-call]
-    return result
+    # Outside of the function, so that the result is no view made in it: some layers change it in place.
+    given = (x.reshape(-1, x.shape[-1]), weight, bias, low_precision_weight, dtype, transposed)
+    rows: Tensor = _LowPrecisionLinear.apply(*given)  # type: ignore[no-untyped-call]
+    return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 class _LowPrecisionLinear(torch.autograd.Function):
@@ -48,27 +50,22 @@ class _LowPrecisionLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.dtype, ctx.transposed = dtype, transposed
         low = weight.to(dtype) if low_precision_weight is None else low_precision_weight
-        flat = (_rows(x).to(dtype) @ (low if transposed else low.t())).to(x.dtype)
+        rows = (x.to(dtype) @ (low if transposed else low.t())).to(x.dtype)
         if bias is not None:
-            flat += bias
-        return flat.view(*x.shape[:-1], flat.shape[-1])
+            rows += bias
+        return rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        flat = _rows(grad)
         grad_x = grad_weight = None
-        grad_bias = flat.sum(dim=0) if ctx.needs_input_grad[2] else None
-        flat = flat.to(ctx.dtype)
+        grad_bias = grad.sum(dim=0) if ctx.needs_input_grad[2] else None
+        low_grad = grad.to(ctx.dtype)
         if ctx.needs_input_grad[0]:
             low = weight.to(ctx.dtype)
-            grad_x = (flat @ (low.t() if ctx.transposed else low)).to(grad.dtype).view(x.shape)
+            grad_x = (low_grad @ (low.t() if ctx.transposed else low)).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            inputs = _rows(x).to(ctx.dtype)
-            grad_weight = (inputs.t() @ flat if ctx.transposed else flat.t() @ inputs).to(grad.dtype)
+            inputs = x.to(ctx.dtype)
+            grad_weight = (inputs.t() @ low_grad if ctx.transposed else low_grad.t() @ inputs).to(grad.dtype)
         return grad_x, grad_weight, grad_bias, None, None, None
-
-
-def _rows(x: Float[Tensor, "*batch k"]) -> Float[Tensor, "n k"]:
-    return x.reshape(-1, x.shape[-1])

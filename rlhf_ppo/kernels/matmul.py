@@ -184,8 +184,9 @@ def onednn_linear(
 ) -> Float[Tensor, "*batch m"]:
     """X W^T + b, or x W + b where `transposed`: `F.linear` and GPT-2's Conv1D by oneDNN, with gradients."""
     if torch.is_grad_enabled():
-        result: Tensor = _Linear.apply(x, weight, bias, transposed)  # type: ignore[no-untyped-call]
-        return result
+        # Outside of the function, so that the result is no view made in it: some layers change it in place.
+        rows: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, transposed)  # type: ignore[no-untyped-call]
+        return rows.view(*x.shape[:-1], rows.shape[-1])
     flat = _by_onednn(x.reshape(-1, x.shape[-1]), weight if transposed else weight.t(), bias)
     return flat.view(*x.shape[:-1], flat.shape[-1])
 
@@ -195,22 +196,20 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.transposed = transposed
-        flat = _by_onednn(x.reshape(-1, x.shape[-1]), weight if transposed else weight.t(), bias)
-        return flat.view(*x.shape[:-1], flat.shape[-1])
+        return _by_onednn(x, weight if transposed else weight.t(), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         # A second derivative is wanted where grad mode is on: torch's own products have one.
         times: Callable[[Tensor, Tensor], Tensor] = torch.matmul if torch.is_grad_enabled() else _by_onednn
-        flat, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = times(flat, weight.t() if ctx.transposed else weight).view_as(x)
+            grad_x = times(grad, weight.t() if ctx.transposed else weight)
         if ctx.needs_input_grad[1]:
-            grad_weight = times(inputs.t(), flat) if ctx.transposed else times(flat.t(), inputs)
+            grad_weight = times(x.t(), grad) if ctx.transposed else times(grad.t(), x)
         if ctx.needs_input_grad[2]:
-            grad_bias = flat.sum(dim=0)
+            grad_bias = grad.sum(dim=0)
         return grad_x, grad_weight, grad_bias, None
 
 

@@ -4,6 +4,7 @@ Packed rows stand side by side, those of one length together. Only attention kno
 for each length, with torch's fused causal kernel and without a mask. Plain twin: padded rows.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +19,15 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_ppo.batch import pad_rows
-from rlhf_ppo.kernels.last_layer import last_layer_at, read_positions, tokenwise_modules
+from rlhf_ppo.kernels.last_layer import last_layer_at, read_positions
 from rlhf_ppo.kernels.mask_reads import masks_unread, trunk_mask
 
 logger = logging.getLogger(__name__)
 
 ATTENTION_NAME = "rlhf_ppo_packed"
 """Of the attention function, as registered with `transformers`."""
+STRANGE_MASKS = {"create_chunked_causal_mask", "create_recurrent_attention_mask", "create_mask"}
+"""Functions of `transformers` that make masks which packed rows do not know."""
 TOLERANCE = 1e-4
 """How far hidden states may differ from the plain ones, relative to the largest, to count as the same."""
 
@@ -73,9 +76,32 @@ def packed_hidden(
     for row, length in zip(order, lengths, strict=True):
         starts[row] = begin
         begin += length
-    with _attention(model.config, ATTENTION_NAME), last_layer_at(model, read_positions(starts, rows, first_read)):
+    with (
+        _attention(model.config.get_text_config(), ATTENTION_NAME),
+        last_layer_at(model, read_positions(starts, rows, first_read)),
+    ):
         output = (run or model)(input_ids=ids, position_ids=positions, use_cache=False, row_groups=groups)
     return HiddenStates(output.last_hidden_state[0], starts, begin)
+
+
+def may_be_packed(layers: Any) -> str | None:
+    """Why rows of this architecture must not be packed, as a phrase; None if nothing known speaks against it.
+
+    Packed rows know plain causal attention and sliding windows. A short trial would not notice another mask, such as
+    attention in chunks, which begins to matter in long rows.
+    """
+    config = layers.config.get_text_config()
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return f"attention is {getattr(config, '_attn_implementation', None)!r}, not 'sdpa'"
+    if strange := _names_in_forward(layers) & STRANGE_MASKS:
+        return f"its attention has a mask of its own ({', '.join(sorted(strange))})"
+    return None
+
+
+def _names_in_forward(layers: Any) -> set[str]:
+    """Names that the `forward` functions of the modules use; decorated ones are looked through."""
+    functions = [inspect.unwrap(kind.forward) for kind in {type(module) for module in layers.modules()}]
+    return {name for function in functions if hasattr(function, "__code__") for name in function.__code__.co_names}
 
 
 def can_be_packed(model: Any, rows: Sequence[Tensor]) -> bool:
@@ -83,36 +109,20 @@ def can_be_packed(model: Any, rows: Sequence[Tensor]) -> bool:
 
     False for attention other than torch's, and for models that carry other state from one token to the next.
     """
-    if getattr(model.config, "_attn_implementation", None) != "sdpa":
-        return False
-    return _same_on_trial(model, rows, packed_hidden, first_of=lambda row: 0)
-
-
-def can_skip_unread(model: Any, rows: Sequence[Tensor]) -> bool:
-    """Whether this architecture computes the same with its last layer only at the positions that are read: a trial."""
-    if not tokenwise_modules(model):
-        return False
-    return _same_on_trial(model, rows, padded_hidden, first_of=lambda row: len(row) // 2)
-
-
-def _same_on_trial(
-    model: Any, rows: Sequence[Tensor], arrange: Callable[..., HiddenStates], *, first_of: Callable[[Tensor], int]
-) -> bool:
-    """Whether `arrange` gives the hidden states of plain padding, from `first_of` of each row on."""
+    reason = may_be_packed(model)
     sample = [rows[0][:7], rows[-1][:5]]
-    first_read = [first_of(row) for row in sample]
-    name = f"{type(model).__name__}, {arrange.__name__} read from {first_read}"
     try:
+        if reason is not None:
+            raise NotImplementedError(reason)
         with torch.no_grad():
-            plain, other = padded_hidden(model, sample), arrange(model, sample, first_read=first_read)
+            plain, packed = padded_hidden(model, sample), packed_hidden(model, sample)
     except Exception as refusal:  # whatever a foreign architecture makes of an argument that it does not know
-        logger.info("%s: not taken: %s", name, refusal)
+        logger.info("%s: not packed: %s", type(model).__name__, refusal)
         return False
     differences = [
-        float((plain.states[a + first : a + len(row)] - other.states[b + first : b + len(row)]).abs().max())
-        for row, first, a, b in zip(sample, first_read, plain.starts, other.starts, strict=True)
+        float((plain.states[a : a + len(row)] - packed.states[b : b + len(row)]).abs().max())
+        for row, a, b in zip(sample, plain.starts, packed.starts, strict=True)
     ]
-    logger.info("%s: hidden states differ by %.1e from the plain ones", name, max(differences))
     return max(differences) <= TOLERANCE * float(plain.states.abs().max())
 
 

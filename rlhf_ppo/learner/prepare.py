@@ -81,7 +81,19 @@ def prepare_models(
         reference = place_reference(scorer, accelerator, config.reference_placement, policy=list(model.parameters()))
         if not (token_policy.has_plain_head() and scorer.has_plain_head()):
             token_policy.fused_scoring = scorer.fused_scoring = False
+        if not sharded and _are_alike(token_policy, scorer):
+            scorer.proven = token_policy.paths  # equal models by equal paths: otherwise they differ by rounding
+    if not sharded:  # else with the first forward pass, which is collective
+        token_policy.paths  # noqa: B018  # proves them
     return PreparedModels(policy, optimizer, scheduler, reference)
+
+
+def _are_alike(policy: TokenPolicy, reference: TokenPolicy) -> bool:
+    """Whether policy and reference are of one architecture, down to every setting, and in one precision."""
+    models = [policy.language_model, reference.language_model]
+    settings = [{name: value for name, value in model.config.to_dict().items() if name[0] != "_"} for model in models]
+    kinds = [(type(model), model.dtype, {type(module) for module in model.modules()}) for model in models]
+    return settings[0] == settings[1] and kinds[0] == kinds[1]
 
 
 def _scoring_settings(accelerator: Accelerator, config: PPOConfig, *, sharded: bool) -> dict[str, Any]:

@@ -4,11 +4,9 @@ Only what a loss reads is computed: rows are trimmed to the longest of the batch
 only, one chunk of logits at a time. The same module scores rollouts and updates, policy and reference.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,19 +24,11 @@ from rlhf_ppo.kernels.fused_linear_logprobs import fused_token_statistics
 from rlhf_ppo.kernels.linear_layers import is_plain_head, tied_embedding_gradient
 from rlhf_ppo.kernels.linear_logprobs import LossGradient
 from rlhf_ppo.kernels.tied_embedding import TiedGradient
+from rlhf_ppo.models.fast_paths import prove_fast_paths
+from rlhf_ppo.models.lm_head import Head, OldPolicyStates, lm_head
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
-from rlhf_ppo.models.trunk import Trunk
-
-Head = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class OldPolicyStates:
-    """LM head and hidden states of an old policy: enough for its token distributions at some responses."""
-
-    head: Head
-    states: Float[Tensor, "batch time hidden"]
-    """Hidden states at each response token, padded with zeros."""
+from rlhf_ppo.models.second_derivatives import check_twice_differentiable
+from rlhf_ppo.models.trunk import FastPaths, Trunk
 
 
 class TokenPolicy(nn.Module):
@@ -49,8 +39,11 @@ class TokenPolicy(nn.Module):
             its encoder reads the prompt, its decoder the response after a start token.
         temperature: Divides the logits before the softmax, in rollout and update alike (Ziegler et al. 2019).
         chunk_size: Largest number of response tokens whose [chunk, vocabulary] logits are in memory at once.
-        packing: Skip positions whose output is unused, where results are the same: see `Trunk`.
+        packing: Skip positions whose output is unused: pack rows instead of padding them, and run the last layer only
+            from a prompt's last token on.
         fused_head: Let `forward` compute the LM head's gradients while it has the logits, given `loss_gradient`.
+
+    Fast paths are used where they give what the model's own call gives: see `paths`.
     """
 
     def __init__(
@@ -70,11 +63,36 @@ class TokenPolicy(nn.Module):
         self.chunk_size = chunk_size
         self.fused_head = fused_head
         self.fused_scoring = fused_head
-        """Use the fused kernel without gradient, too. Policy and reference need the same kernel: otherwise equal models
-        differ by rounding."""
-        self._trunk = Trunk(packing=packing)
+        """Use the fused kernel without gradient, too: in policy and reference alike, or equal models would differ."""
+        self.packing = packing
+        self.proven: FastPaths | None = None  # see `paths`
+        self._trunk = Trunk()
         self.checkpointing = False
         """Gradient checkpointing. Layers do it in training mode only, so all dropout must be 0."""
+
+    @property
+    def paths(self) -> FastPaths:
+        """The fast paths in force, proved on the model at their first use.
+
+        Raises:
+            ValueError: The model's own call is no policy over tokens.
+        """
+        if self.proven is None:
+            wanted = FastPaths(packing=self.packing, last_layer=self.packing, fused_head=self.fused_head)
+            counts, self._trunk.work = self._trunk.work, Counter()  # the proof's work is not the policy's
+            self.proven = prove_fast_paths(self.language_model, wanted, self._score_by, temperature=self.temperature)
+            self._trunk.work = counts
+        return self.proven
+
+    def _score_by(
+        self, paths: FastPaths, inputs: TokenInputs, loss_gradient: LossGradient | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        before, self.proven = self.proven, paths
+        try:
+            hidden, states, statistics = self._run(inputs, False, loss_gradient)
+            return statistics.logprobs, self._head()(hidden).detach(), states
+        finally:
+            self.proven = before
 
     @property
     def work(self) -> Counter[str]:
@@ -105,13 +123,10 @@ class TokenPolicy(nn.Module):
         """
         # Without dropout the first pass of an update has probability ratio 1 exactly.
         self.model.train(self.checkpointing and torch.is_grad_enabled())
-        if not (torch.is_grad_enabled() and self.fused_head and is_plain_head(self._head())):
+        if not (torch.is_grad_enabled() and self.paths.fused_head and is_plain_head(self._linear_head())):
             loss_gradient = None
-        with nullcontext() if loss_gradient is None else tied_embedding_gradient(self.language_model) as tied:
-            hidden, states = self._hidden(inputs)
-        tokens = torch.cat(list(inputs.responses))
-        statistics = self._statistics(hidden, tokens, with_entropy, loss_gradient, tied)
-        self.work["head_rows"] += len(tokens)
+        hidden, states, statistics = self._run(inputs, with_entropy, loss_gradient)
+        self.work["head_rows"] += len(hidden)
         lengths = inputs.response_lengths().tolist()
         rows = list(self._values(states).split([length + 1 for length in lengths]))
         critic = self.separate_critic
@@ -124,22 +139,33 @@ class TokenPolicy(nn.Module):
             old_kl=None if old is None else self._kl_from(old, inputs, hidden),
         )
 
+    def _run(
+        self, inputs: TokenInputs, with_entropy: bool, loss_gradient: LossGradient | None
+    ) -> tuple[Tensor, Tensor, TokenStatistics]:
+        """The LM head's and the value head's inputs, and the statistics of all response tokens."""
+        with nullcontext() if loss_gradient is None else tied_embedding_gradient(self.language_model) as tied:
+            hidden, states = self._hidden(inputs)
+        tokens = torch.cat(list(inputs.responses))
+        return hidden, states, self._statistics(hidden, tokens, with_entropy, loss_gradient, tied)
+
     def _statistics(
         self, hidden: Tensor, tokens: Tensor, with_entropy: bool, loss_gradient: LossGradient | None,
         tied: TiedGradient | None,
     ) -> TokenStatistics:  # fmt: skip
-        head = self._head()
-        settings: dict[str, Any] = {"temperature": self.temperature, "with_entropy": with_entropy}
-        scores = self.fused_scoring and not torch.is_grad_enabled() and is_plain_head(head)
-        if isinstance(head, nn.Linear) and (loss_gradient is not None or scores):
-            settings |= {"matmul_dtype": getattr(head, "matmul_dtype", None), "tied_gradient": tied}
-            settings["loss_gradient"] = loss_gradient
-            return fused_token_statistics(
-                hidden, head.weight, head.bias, tokens, chunk_size=self.chunk_size, **settings
-            )
-        vocab = getattr(head, "weight", tokens).shape[0]
+        linear = self._linear_head()
+        settings: dict[str, Any] = {"with_entropy": with_entropy}
+        scores = self.fused_scoring and not torch.is_grad_enabled() and is_plain_head(linear)
+        if linear is not None and (loss_gradient is not None or scores):
+            settings |= {"matmul_dtype": getattr(linear, "matmul_dtype", None), "tied_gradient": tied}
+            settings |= {"loss_gradient": loss_gradient, "chunk_size": self.chunk_size}
+            settings["temperature"] = self.temperature / self.paths.transform.scale
+            return fused_token_statistics(hidden, linear.weight, linear.bias, tokens, **settings)
+        vocab = (
+            hidden.shape[-1] if not self.paths.head_rows else self.language_model.config.get_text_config().vocab_size
+        )
         rows = rows_per_chunk(self.chunk_size, vocab, hidden.device)
-        return chunked_token_statistics(head, hidden, tokens, chunk_size=rows, **settings)
+        settings |= {"temperature": self.temperature, "chunk_size": rows}
+        return chunked_token_statistics(self._head(), hidden, tokens, **settings)
 
     @torch.no_grad()
     def snapshot(self, inputs: TokenInputs) -> Float[Tensor, "batch time hidden"]:
@@ -157,22 +183,8 @@ class TokenPolicy(nn.Module):
         return self._kl_to(reference, inputs, self._hidden(inputs)[0])
 
     def check_twice_differentiable(self) -> None:
-        """Raise ValueError if the forward pass cannot be differentiated twice.
-
-        Raises:
-            ValueError: Matrix products are in bfloat16, or the attention kernel has no second derivative.
-        """
-        if any(getattr(module, "matmul_dtype", None) is not None for module in self.model.modules()):
-            raise ValueError(
-                "expected float32 products, got bfloat16 ones: their second derivative, which Fisher products need, "
-                "would be noise. Set bf16=False, or use PPOClip."
-            )
-        kernel = getattr(self.language_model.config, "_attn_implementation", None)
-        if kernel not in (None, "eager", "sdpa"):
-            raise ValueError(
-                f"expected attention 'sdpa' or 'eager', got {kernel!r}: its kernel has no second derivative, which "
-                "Fisher products need. Load the model with attn_implementation='sdpa', or use PPOClip."
-            )
+        """Raise ValueError if the forward pass cannot be differentiated twice."""
+        check_twice_differentiable(self.model, self.language_model)
 
     def outputs_and_metric(
         self, inputs: TokenInputs, weights: Float[Tensor, "batch time"]
@@ -194,23 +206,15 @@ class TokenPolicy(nn.Module):
 
     @torch.no_grad()
     def kl_from_current(self, micro_batches: Sequence[TokenInputs]) -> list[Callable[[], Float[Tensor, "batch time"]]]:
-        """For each micro-batch, a function that returns the exact KL(π at this call || π at its call), nats.
-
-        Stores hidden states, and a copy of the LM head if it is trained, instead of logits.
-        """
+        """For each micro-batch, a function that returns the exact KL(π at this call || π at its call), nats."""
         self.model.eval()
-        head = self._head()
-        if any(parameter.requires_grad for parameter in self.language_model.get_output_embeddings().parameters()):
-            head = self._head(copied=True)
+        trained = (weight.requires_grad for weight in self.language_model.get_output_embeddings().parameters())
+        head = self._head(copied=any(trained))
 
         def kl_function(inputs: TokenInputs, states: Tensor) -> Callable[[], Tensor]:
             def measure() -> Tensor:
                 self.model.eval()
-                hidden, _ = self._hidden(inputs)
-                kl = chunked_categorical_kl(
-                    head, states, self._head(), hidden, temperature=self.temperature, chunk_size=self.chunk_size
-                )
-                return pad_rows(kl.split(inputs.response_lengths().tolist()))
+                return self._kl(head, states, self._head(), self._hidden(inputs)[0], inputs)
 
             return measure
 
@@ -252,18 +256,17 @@ class TokenPolicy(nn.Module):
         with torch.no_grad():
             reference.model.eval()
             ref, _ = reference._hidden(inputs)
-        kl = chunked_categorical_kl(
-            self._head(), hidden, reference._head(), ref, temperature=self.temperature, chunk_size=self.chunk_size
-        )
-        return pad_rows(kl.split(inputs.response_lengths().tolist()))
+        return self._kl(self._head(), hidden, reference._head(), ref, inputs)
 
     def _kl_from(self, old: OldPolicyStates, inputs: TokenInputs, hidden: Tensor) -> Float[Tensor, "batch time"]:
         lengths = inputs.response_lengths().tolist()
         states = torch.cat([row[:length] for row, length in zip(old.states, lengths, strict=True)])
-        kl = chunked_categorical_kl(
-            old.head, states, self._head(), hidden, temperature=self.temperature, chunk_size=self.chunk_size
-        )
-        return pad_rows(kl.split(lengths))
+        return self._kl(old.head, states, self._head(), hidden, inputs)
+
+    def _kl(self, head: Head, states: Tensor, other: Head, other_states: Tensor, inputs: TokenInputs) -> Tensor:
+        settings: Any = {"temperature": self.temperature, "chunk_size": self.chunk_size}
+        kl = chunked_categorical_kl(head, states, other, other_states, **settings)
+        return pad_rows(kl.split(inputs.response_lengths().tolist()))
 
     @property
     def language_model(self) -> Any:
@@ -274,23 +277,21 @@ class TokenPolicy(nn.Module):
         return language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
 
     def _hidden(self, inputs: TokenInputs) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
-        return self._trunk(self.language_model, inputs)
+        return self._trunk(self.language_model, inputs, self.paths)
 
     def has_plain_head(self) -> bool:
         """Whether the fused kernel supports the LM head."""
-        return is_plain_head(self._head())
+        return is_plain_head(self.language_model.get_output_embeddings())
+
+    def _linear_head(self) -> nn.Linear | None:
+        """The LM head as a linear layer; None where it is none, or a soft cap follows it."""
+        head = self.language_model.get_output_embeddings() if self.paths.head_rows else None
+        return head if isinstance(head, nn.Linear) and self.paths.transform.softcap is None else None
 
     def _head(self, *, copied: bool = False) -> Head:
-        language_model: Any = self.language_model
-        if language_model.config.is_encoder_decoder:
+        if not self.paths.head_rows:
             return nn.Identity()
-        head: nn.Module = language_model.get_output_embeddings()
-        if copied:
-            head = copy.deepcopy(head).requires_grad_(False)
-        softcap = getattr(language_model.config, "final_logit_softcapping", None)
-        if softcap is None:
-            return head
-        return lambda hidden: torch.tanh(head(hidden) / softcap) * softcap
+        return lm_head(self.language_model, self.paths.transform, copied=copied)
 
     def _values(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, " rows"]:
         if not isinstance(self.model, PreTrainedModelWrapper):

@@ -1,47 +1,77 @@
-"""Run prompts and responses through a language model's layers below the LM head: packed, padded, or encoder-decoder."""
+"""Run prompts and responses through a language model: through its layers below the LM head, or by its own call."""
 
+import inspect
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
-from rlhf_ppo.kernels.packing import HiddenStates, can_be_packed, can_skip_unread, packed_hidden, padded_hidden
+from rlhf_ppo.kernels.packing import HiddenStates, packed_hidden, padded_hidden
+from rlhf_ppo.models.lm_head import LogitTransform
 from rlhf_ppo.utils.transfer import upload
+
+Features = tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]
+
+
+@dataclass(frozen=True)
+class FastPaths:
+    """Which fast paths score as the model's own call does; `models.fast_paths` proves them on the model at hand."""
+
+    padding: bool = True
+    """Rows of unequal length run side by side, padded on the right; False: each row runs alone."""
+    head_rows: bool = True
+    """The layers run without the LM head, which then runs on response tokens; False: the model's own call."""
+    packing: bool = False
+    """Rows of unequal length run packed, without padding."""
+    last_layer: bool = False
+    """The last layer runs from a prompt's last token on."""
+    fused_head: bool = True
+    """The LM head computes its gradients while it has the logits."""
+    transform: LogitTransform = field(default_factory=LogitTransform)
+    """From the LM head's output to the logits."""
+    declined: dict[str, str] = field(default_factory=dict)
+    """Names of the fast paths that differ from the model's own call -> what was observed."""
 
 
 class Trunk:
-    """Forward pass through the layers below the LM head.
+    """Forward pass of a language model up to what its LM head and a value head read.
 
     The model is an argument of each call, not an attribute: wrappers of a policy may replace its modules.
-
-    Args:
-        packing: Skip positions whose output is unused, where results are the same: pack rows of unequal length instead
-            of padding them, and run the last layer only from a prompt's last token on.
     """
 
-    def __init__(self, *, packing: bool) -> None:
-        self.packs: bool | None = None if packing else False
-        """Whether rows are packed; None: not tested yet."""
-        self.skips_unread: bool | None = None if packing else False
-        """Whether the last layer skips prompts; None: not tested yet."""
+    def __init__(self) -> None:
         self.work: Counter[str] = Counter()
         """Deterministic counters of tokens and rows, summed until the caller clears them."""
 
-    def __call__(
-        self, model: Any, inputs: TokenInputs
-    ) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
-        """The LM head's inputs at each action, and the value head's inputs for V(s_0) ... V(s_T)."""
+    def __call__(self, model: Any, inputs: TokenInputs, paths: FastPaths) -> Features:
+        """The LM head's inputs (without `head_rows`: the logits) at each action; the states for V(s_0) ... V(s_T)."""
+        if not paths.padding and len(inputs) > 1:
+            rows = [self(model, inputs.select(torch.tensor([row])), paths) for row in range(len(inputs))]
+            return torch.cat([features for features, _ in rows]), torch.cat([states for _, states in rows])
         if model.config.is_encoder_decoder:
             return self._decoder_states(model, inputs)
-        hidden = self._hidden(model.base_model, inputs)
+        if not paths.head_rows:
+            return self._own_call(model, inputs)
+        hidden = self._hidden(layers_of(model), inputs, paths)
         return _gather(hidden, inputs, extra=0), _gather(hidden, inputs, extra=1)
 
-    def _decoder_states(
-        self, model: Any, inputs: TokenInputs
-    ) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
+    def _own_call(self, model: Any, inputs: TokenInputs) -> Features:
+        """The same by the model's own call, logits in place of the LM head's inputs."""
+        input_ids = pad_rows([torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)])
+        self._count(inputs, input_ids.numel(), 0)
+        # A mask of ones keeps the fast causal kernels, and without any, some models warn of padding.
+        output = call(model, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        states = output.hidden_states[-1]
+        starts = [input_ids.shape[1] * row for row in range(len(inputs))]
+        logits, hidden = (_flat(features, starts) for features in (output.logits, states))
+        return _gather(logits, inputs, extra=0), _gather(hidden, inputs, extra=1)
+
+    def _decoder_states(self, model: Any, inputs: TokenInputs) -> Features:
         """The same for an encoder-decoder, with logits in place of the LM head's inputs.
 
         The operations before the LM head (a scale, a bias) differ by architecture, so the model computes its logits.
@@ -50,39 +80,60 @@ class Trunk:
         starts = [prompt.new_full((1,), decoder_start_token(model)) for prompt in prompts]
         decoded = pad_rows([torch.cat(pair) for pair in zip(starts, inputs.responses, strict=True)])
         input_ids = pad_rows(prompts)
-        self.work["trunk_tokens"] += input_ids.numel() + decoded.numel()
-        self.work["real_tokens"] += int(inputs.costs().sum()) + len(starts)
-        output = model(
-            input_ids=input_ids, attention_mask=pad_rows([torch.ones_like(prompt) for prompt in prompts]),
-            decoder_input_ids=decoded, use_cache=False, output_hidden_states=True,
-        )  # fmt: skip
+        self._count(inputs, input_ids.numel() + decoded.numel(), len(starts))
+        mask = pad_rows([torch.ones_like(prompt) for prompt in prompts])
+        output = call(model, input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoded)
         decoder_inputs = TokenInputs(prompts=starts, responses=inputs.responses)
         row_starts = [decoded.shape[1] * row for row in range(len(starts))]
+        logits, states = (_flat(features, row_starts) for features in (output.logits, output.decoder_hidden_states[-1]))
+        return _gather(logits, decoder_inputs, extra=0), _gather(states, decoder_inputs, extra=1)
 
-        def flat(features: Tensor) -> HiddenStates:
-            return HiddenStates(features.flatten(0, 1), row_starts, decoded.numel())
-
-        states = flat(output.decoder_hidden_states[-1])
-        logits = _gather(flat(output.logits), decoder_inputs, extra=0)
-        return logits, _gather(states, decoder_inputs, extra=1)
-
-    def _hidden(self, layers: Any, inputs: TokenInputs) -> HiddenStates:
+    def _hidden(self, layers: Any, inputs: TokenInputs, paths: FastPaths) -> HiddenStates:
         rows = [torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)]
         ragged = len({len(row) for row in rows}) > 1
-        if ragged and self.packs is None:
-            self.packs = can_be_packed(layers, rows)
-        if self.skips_unread is None:
-            self.skips_unread = can_skip_unread(layers, rows)
         # A checkpointed layer is recomputed in the backward pass, with the model's own attention and last layer.
         recomputed = layers.training
-        first_read = [len(prompt) - 1 for prompt in inputs.prompts] if self.skips_unread and not recomputed else None
-        compute_hidden = packed_hidden if ragged and self.packs and not recomputed else padded_hidden
+        first_read = [len(prompt) - 1 for prompt in inputs.prompts] if paths.last_layer and not recomputed else None
+        compute_hidden = packed_hidden if ragged and paths.packing and not recomputed else padded_hidden
         hidden = compute_hidden(layers, rows, first_read=first_read)
-        self.work["trunk_tokens"] += hidden.positions
         real = sum(len(row) for row in rows)
-        self.work["real_tokens"] += real
+        self._count(inputs, hidden.positions, 0)
         self.work["last_layer_tokens"] += hidden.positions if first_read is None else real - sum(first_read)
         return hidden
+
+    def _count(self, inputs: TokenInputs, positions: int, extra: int) -> None:
+        self.work["trunk_tokens"] += positions
+        self.work["real_tokens"] += sum(map(len, inputs.prompts)) + sum(map(len, inputs.responses)) + extra
+
+
+def layers_of(model: Any) -> Any:
+    """The module below the LM head of a language model, adapters included.
+
+    Raises:
+        ValueError: It has no such module.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    for layers in (base.base_model, decoder, getattr(base, "model", None)):
+        if isinstance(layers, nn.Module) and layers is not base:
+            return layers
+    raise ValueError(
+        f"expected a model with layers below its LM head, got {type(base).__name__} with none that transformers names "
+        "(`base_model`): nothing there gives hidden states without logits. Use the policy's own value head."
+    )
+
+
+def call(model: Any, **inputs: Tensor) -> Any:
+    """Call a language model for logits and hidden states, without the arguments that its `forward` does not know."""
+    settings: dict[str, Any] = {**inputs, "use_cache": False, "output_hidden_states": True, "return_dict": True}
+    parameters = inspect.signature(model.forward).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        settings = {name: value for name, value in settings.items() if name in parameters}
+    output = model(**settings)
+    expected = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
+    if output.logits.dim() != 3 or output.logits.shape[:2] != expected:
+        raise ValueError(f"its logits are {list(output.logits.shape)} for tokens {list(expected)}, not one row a token")
+    return output
 
 
 def decoder_start_token(model: Any) -> int:
@@ -99,6 +150,10 @@ def decoder_start_token(model: Any) -> int:
         f"{type(model).__name__} has no decoder_start_token_id: its decoder cannot start a response. "
         "Set `model.config.decoder_start_token_id`."
     )
+
+
+def _flat(features: Float[Tensor, "rows width features"], starts: list[int]) -> HiddenStates:
+    return HiddenStates(features.flatten(0, 1), starts, features.shape[0] * features.shape[1])
 
 
 def _gather(hidden: HiddenStates, inputs: TokenInputs, *, extra: int) -> Float[Tensor, "rows hidden"]:

@@ -17,7 +17,8 @@ from rlhf_ppo.algorithms.objectives import (
     with_reference_kl,
 )
 from rlhf_ppo.batch import PolicyOutput, TokenInputs, TrainBatch, pad_rows
-from rlhf_ppo.models.scoring import OldPolicyStates, TokenPolicy
+from rlhf_ppo.models.lm_head import OldPolicyStates
+from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates import Objective
 from rlhf_ppo.updates.objective import LossTerms
 from rlhf_ppo.updates.token_loss_gradients import token_loss_gradients

@@ -1,5 +1,6 @@
 """The last layer on the tokens that are read gives what the whole one gives, and multiplies for nobody else."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.kernels import last_layer
 from rlhf_ppo.kernels.last_layer import last_layer_at, tokenwise_modules
-from rlhf_ppo.kernels.packing import can_skip_unread, padded_hidden
+from rlhf_ppo.kernels.packing import padded_hidden
 from rlhf_ppo.models.scoring import TokenPolicy
 from tests.kernels.test_packing import RAGGED, bloom, inputs
 from tests.samplers.test_decode_loop import ARCHITECTURES
@@ -50,7 +51,7 @@ def test_skipping_what_nobody_reads_leaves_results_and_gradients(architecture: s
     for skips in (False, True):
         torch.manual_seed(0)
         policy = TokenPolicy(AutoModelForCausalLMWithValueHead.from_pretrained(BUILD[architecture]()), packing=True)
-        policy._trunk.skips_unread = None if skips else False
+        policy.proven = policy.paths if skips else replace(policy.paths, last_layer=False)
         results.append((*scored(policy, rows), policy.work["last_layer_tokens"], policy.work["trunk_tokens"]))
     (outputs, gradients, everywhere, positions), (found, loss_gradient, read, _) = results
     for a, b in zip(found, outputs, strict=True):
@@ -66,7 +67,7 @@ def test_skipping_what_nobody_reads_leaves_results_and_gradients(architecture: s
 def test_the_parts_left_out_see_the_tokens_that_are_read_alone() -> None:
     model, seen = tiny_gpt2(), []
     policy = TokenPolicy(model, packing=True)
-    policy._trunk.skips_unread = True
+    assert policy.paths.last_layer
     for layer in model.base_model.h:
         layer.mlp.c_fc.register_forward_hook(lambda module, x, output: seen.append(output[..., 0].numel()))
     policy(inputs(*EQUAL))
@@ -87,20 +88,18 @@ class Neighbourly(nn.Module):
 
 
 def test_a_layer_that_looks_at_its_neighbors_is_found_out() -> None:
-    layers = tiny_gpt2().base_model
-    rows = [torch.arange(2, 9), torch.arange(4, 9)]
-    assert can_skip_unread(layers, rows)
-    layers.h[-1].mlp = Neighbourly(layers.h[-1].mlp)
-    assert not can_skip_unread(layers, rows)
+    model = tiny_gpt2()
+    assert TokenPolicy(model, packing=True).paths.last_layer
+    model.base_model.h[-1].mlp = Neighbourly(model.base_model.h[-1].mlp)
+    assert "last_layer" in TokenPolicy(model, packing=True).paths.declined
 
 
 def test_keys_or_values_by_another_name_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that are read look at those of all others: the trial must leave some out to notice."""
-    layers = ARCHITECTURES["llama"]().base_model
-    rows = [torch.arange(2, 9), torch.arange(4, 9)]
-    assert can_skip_unread(layers, rows)
+    model = ARCHITECTURES["llama"]()
+    assert TokenPolicy(model, packing=True).paths.last_layer
     monkeypatch.setattr(last_layer, "PROJECTION_NAMES", (*last_layer.PROJECTION_NAMES, "v_proj"))
-    assert not can_skip_unread(layers, rows)
+    assert not TokenPolicy(model, packing=True).paths.last_layer
 
 
 def test_layers_in_two_stacks_are_left_alone() -> None:
@@ -114,7 +113,6 @@ def test_an_architecture_with_other_names_is_left_alone() -> None:
     layers = tiny_gpt2().base_model
     layers.h[-1] = nn.Sequential(layers.h[-1])
     assert tokenwise_modules(layers) == []
-    assert not can_skip_unread(layers, [torch.arange(2, 9)] * 2)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on switching checkpointing on
@@ -146,7 +144,7 @@ def test_second_derivatives_go_through_it() -> None:
     model = tiny_gpt2().double()
     policy, products = TokenPolicy(model, packing=True), []
     for skips in (False, True):
-        policy._trunk.skips_unread = skips
+        policy.proven = replace(policy.paths, last_layer=skips)
         rows = inputs(*EQUAL)
         (logits,), _ = policy.outputs_and_metric(rows, torch.ones(4, 9, dtype=torch.float64))
         weight = model.base_model.h[0].mlp.c_fc.weight

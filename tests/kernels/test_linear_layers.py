@@ -251,8 +251,10 @@ def test_scoring_in_chunks_casts_the_head_once(monkeypatch: pytest.MonkeyPatch) 
                 casts.append(str(args[0].dtype))
             return function(*args, **(kwargs or {}))
 
+    policy = TokenPolicy(model, chunk_size=16)
+    assert policy.paths.fused_head  # proved before
     with torch.no_grad(), Watch():
-        TokenPolicy(model, chunk_size=16)(inputs)
+        policy(inputs)
     assert casts == ["torch.bfloat16"]
 
 
@@ -272,8 +274,10 @@ def test_scoring_has_no_work_space_of_the_heads_size() -> None:
             return function(*args, **(kwargs or {}))
 
     inputs = TokenInputs(prompts=[torch.arange(1, 4)], responses=[torch.arange(1, 41)])
+    policy = TokenPolicy(model)
+    assert policy.paths.fused_head  # proved before
     with torch.no_grad(), Watch():
-        fused = TokenPolicy(model)(inputs)
+        fused = policy(inputs)
     assert sum(rows for rows, _ in shapes if rows > 64) == vocab and max(shapes)[0] <= 4096
     with torch.no_grad():
         plain = TokenPolicy(model, fused_head=False)(inputs)
@@ -315,6 +319,7 @@ def test_rows_of_a_tied_embedding_add_up_to_the_dense_gradient(of_values: float,
 
 def test_a_tied_embedding_needs_no_second_gradient_of_its_size() -> None:
     policy = tied_policy(20_000, 128)
+    assert policy.paths.fused_head  # proved before
 
     def one_pass() -> None:
         output = policy(

@@ -1,0 +1,300 @@
+"""Prove on the model at hand that fast paths score as its own call does: one small batch, once, before they are used.
+
+The model's own call on each row alone gives the right log-probabilities, hidden states and gradients. Each fast path
+must give the same, or is declined.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.functional import token_logprobs
+from rlhf_ppo.kernels.linear_layers import decline_fast_layers, has_fast_layers, plain_layers
+from rlhf_ppo.kernels.linear_logprobs import LossGradient
+from rlhf_ppo.kernels.packing import may_be_packed
+from rlhf_ppo.models.lm_head import assumed_transform, find_transform, relative_gap
+from rlhf_ppo.models.trunk import FastPaths, Features, Trunk, layers_of
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 5e-2
+"""How far logits and hidden states may differ, relative to the largest; gradients ten times as far."""
+COSTS = {
+    "padding": "rows are scored one by one",
+    "head_rows": "logits of all tokens are computed, prompts included",
+    "packing": "padding runs through the layers",
+    "last_layer": "the last layer runs on prompts, too",
+    "fused_head": "the LM head's logits are computed again in the backward pass",
+    "fast_layers": "layers run by torch's own products",
+}
+"""What it costs to do without each fast path."""
+
+
+ScoredBy: TypeAlias = Callable[[FastPaths, TokenInputs, LossGradient | None], tuple[Tensor, Tensor, Tensor]]
+"""Scores a batch by given paths: log-probabilities of its response tokens, logits there, states of the value head."""
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The model's own results on the small batch."""
+
+    logits: Tensor
+    states: Tensor
+    gradients: dict[str, Tensor]
+
+
+def prove_fast_paths(language_model: Any, wanted: FastPaths, scored_by: ScoredBy, *, temperature: float) -> FastPaths:
+    """Those of the fast paths `wanted` that give the model's own log-probabilities, hidden states and gradients.
+
+    Logs one line that names the declined ones, with their costs.
+
+    Args:
+        language_model: The causal model or encoder-decoder, adapters included, without its value head.
+        wanted: The fast paths that the settings ask for.
+        scored_by: Scores a batch by given paths.
+        temperature: The policy's.
+
+    Raises:
+        ValueError: The model's own call is no policy over tokens: it fails, sees later tokens, or is random.
+    """
+    weights = list(language_model.parameters())
+    if any(isinstance(weight.data, FakeTensor) or weight.device.type == "meta" for weight in weights):
+        return replace(wanted, transform=assumed_transform(language_model.config))  # a plan's weights: nothing to try
+    devices = [weights[0].device] if weights[0].device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.autocast(weights[0].device.type, enabled=False):
+        proof = _Proof(language_model, wanted, scored_by, temperature)
+        with preserved_modes(language_model):
+            paths = proof.run()
+    if paths.declined:
+        named = [f"{name} ({reason}): {COSTS[name]}" for name, reason in paths.declined.items()]
+        level = logging.INFO if set(paths.declined) <= {"packing", "last_layer"} else logging.WARNING
+        logger.log(level, "%s: declined, as the model's own call gives other numbers: %s",
+                   type(language_model).__name__, "; ".join(named))  # fmt: skip
+    return paths
+
+
+class _Proof:
+    def __init__(self, model: Any, wanted: FastPaths, scored_by: ScoredBy, temperature: float) -> None:
+        self.model, self.wanted, self.scored_by, self.temperature = model, wanted, scored_by, temperature
+        self.inputs = small_batch(model)
+        self.tokens = torch.cat(list(self.inputs.responses))
+        generator = torch.Generator().manual_seed(0)
+        self.slopes = torch.linspace(-1.0, 1.0, len(self.tokens)).to(self.tokens.device)
+        self.slope_of_states = torch.rand(1, generator=generator).item()
+        is_sharded = any(hasattr(weight, "ds_id") or type(weight.data) is not Tensor for weight in model.parameters())
+        self.trained = {} if is_sharded else _some_trained_parameters(model)  # a backward pass there is collective
+        low = any(weight.is_floating_point() and weight.element_size() < 4 for weight in model.parameters())
+        low = low or any(not weight.is_floating_point() for weight in model.parameters())
+        self.tolerance = LOW_PRECISION_TOLERANCE if low else TOLERANCE
+        self.declined: dict[str, str] = {}
+
+    def run(self) -> FastPaths:
+        with plain_layers(self.model):
+            self.expected, paths = self._own_results()
+        if not bool(self.expected.logits.isfinite().any()):
+            return replace(paths, head_rows=False)
+        full = replace(paths, head_rows=self.wanted.head_rows and not self.model.config.is_encoder_decoder)
+        full = self._with_transform(self._within_reach(full))
+        if any(getattr(module, "matmul_dtype", None) is not None for module in self.model.modules()):
+            self.tolerance = LOW_PRECISION_TOLERANCE  # products in bfloat16 differ on purpose
+        reason = self._difference(full)
+        if reason is not None:
+            with plain_layers(self.model):
+                full = self._found_one_by_one(full)
+            reason = self._difference(full)
+            if reason is not None and has_fast_layers(self.model):
+                self.declined["fast_layers"] = reason
+                decline_fast_layers(self.model)
+        return replace(full, declined=self.declined)
+
+    def _own_results(self) -> tuple[_Expected, FastPaths]:
+        """The model's own logits, states and gradients; whether rows of unequal length may run side by side."""
+        plain = replace(self.wanted, padding=True, head_rows=False, packing=False, last_layer=False, fused_head=False)
+        alone = replace(plain, padding=False)
+        trunk = Trunk()
+        with torch.no_grad():
+            logits, states = self._own_call(trunk, alone)
+        self._check_causality(logits)
+        with torch.enable_grad():
+            try:
+                features = trunk(self.model, self.inputs, plain)
+                reason = _describe(relative_gap(features[0], logits), relative_gap(features[1], states), self.tolerance)
+            except Exception as error:
+                reason = _first_line(error)
+        if reason is not None:
+            self.declined["padding"] = reason
+            with torch.enable_grad():
+                features = trunk(self.model, self.inputs, alone)
+            if relative_gap(features[0], logits) > self.tolerance:
+                raise ValueError(
+                    f"expected {type(self.model).__name__} to give the same log-probabilities at every call, got "
+                    f"logits that differ by {relative_gap(features[0], logits):.1e} of the largest: its layers draw "
+                    "random numbers, also in eval mode, so PPO's ratios would be wrong. Switch that off in its "
+                    "configuration, or use another architecture."
+                )
+        own_logits, own_states = features
+        logprobs = token_logprobs(own_logits, self.tokens, temperature=self.temperature)
+        gradients = self._gradients(logprobs, own_states)
+        return _Expected(logits, states, gradients), plain if reason is None else alone
+
+    def _own_call(self, trunk: Trunk, alone: FastPaths) -> Features:
+        name = type(self.model).__name__
+        try:
+            logits, states = trunk(self.model, self.inputs, alone)
+        except Exception as error:
+            raise ValueError(
+                f"expected a model that computes logits and hidden states from token ids, got {name}, whose own call "
+                f"fails: {_first_line(error)}. It cannot be a policy over tokens as it stands: complete its "
+                "configuration, or use another architecture."
+            ) from error
+        return logits, states
+
+    def _check_causality(self, logits: Tensor) -> None:
+        """The second row is the beginning of the first: its logits must be the same, as nothing before them differs."""
+        first, second = (len(self.inputs.responses[row]) for row in (0, 1))
+        gap = relative_gap(logits[first : first + second], logits[:second])
+        if gap > self.tolerance:
+            raise ValueError(
+                f"expected a causal model, got {type(self.model).__name__}, whose logits change by {gap:.1e} of the "
+                "largest with the tokens that follow: a response's log-probabilities would depend on its own end, and "
+                "generation would follow another distribution. Load it as a decoder (`config.is_decoder = True`), or "
+                "use another architecture."
+            )
+
+    def _within_reach(self, paths: FastPaths) -> FastPaths:
+        """`paths` with what the settings ask for and the architecture allows."""
+        if not paths.head_rows:
+            return paths
+        packing = self.wanted.packing and paths.padding
+        if packing and (reason := may_be_packed(layers_of(self.model))) is not None:
+            packing = False
+            self.declined["packing"] = reason
+        return replace(paths, packing=packing, last_layer=self.wanted.last_layer, fused_head=self.wanted.fused_head)
+
+    def _with_transform(self, paths: FastPaths) -> FastPaths:
+        """`paths` with the scale or cap between LM head and logits; without `head_rows` where none is known."""
+        if not paths.head_rows:
+            return paths
+        try:
+            with torch.no_grad(), plain_layers(self.model):
+                features, _ = Trunk()(self.model, self.inputs, replace(paths, packing=False, last_layer=False))
+                output = self.model.get_output_embeddings()(features)
+            transform = find_transform(self.model.config, output, self.expected.logits, tolerance=self.tolerance)
+            reason = None if transform is not None else "its logits are not those of the LM head on the last states"
+        except Exception as error:
+            transform, reason = None, _first_line(error)
+        if transform is not None:
+            return replace(paths, transform=transform)
+        self.declined["head_rows"] = str(reason)
+        return replace(paths, head_rows=False, packing=False, last_layer=False, fused_head=False)
+
+    def _found_one_by_one(self, full: FastPaths) -> FastPaths:
+        """The fast paths of `full` that are right by themselves, and right together."""
+        paths = replace(full, packing=False, last_layer=False, fused_head=False)
+        if full.head_rows and (reason := self._difference(paths)) is not None:
+            self.declined["head_rows"] = reason
+            return replace(paths, head_rows=False)
+        for name in ("last_layer", "packing", "fused_head"):
+            if getattr(full, name):
+                further: FastPaths = replace(paths, **{name: True})  # type: ignore[arg-type]
+                reason = self._difference(further)
+                if reason is None:
+                    paths = further
+                else:
+                    self.declined[name] = reason
+        return paths
+
+    def _difference(self, paths: FastPaths) -> str | None:
+        """What differs between `paths` and the model's own results; None: nothing."""
+        known = LossGradient(lambda _, __, rows: (self.slopes[rows], None), reads_entropy=False)
+        try:
+            with torch.set_grad_enabled(bool(self.trained)):
+                logprobs, logits, states = self.scored_by(paths, self.inputs, known if paths.fused_head else None)
+                gradients = self._gradients(logprobs, states)
+        except Exception as error:
+            return _first_line(error)
+        expected = token_logprobs(self.expected.logits, self.tokens, temperature=self.temperature)
+        gaps = [relative_gap(logits, self.expected.logits), relative_gap(states, self.expected.states)]
+        gaps.append(
+            float((logprobs - expected).detach().abs().max()) / max(1.0, float(self.expected.logits.abs().max()))
+        )
+        reason = _describe(max(gaps), 0.0, self.tolerance)
+        return reason or self._gradient_difference(gradients)
+
+    def _gradients(self, logprobs: Tensor, states: Tensor) -> dict[str, Tensor]:
+        """Gradients of a loss in log-probabilities and states by some trained parameters."""
+        loss = (self.slopes * logprobs).sum() + self.slope_of_states * states.float().sin().sum()
+        if not self.trained or not loss.requires_grad:
+            return {}
+        found = torch.autograd.grad(loss, list(self.trained.values()), allow_unused=True)
+        return {name: grad for name, grad in zip(self.trained, found, strict=True) if grad is not None}
+
+    def _gradient_difference(self, gradients: dict[str, Tensor]) -> str | None:
+        expected = self.expected.gradients
+        scale = max((float(gradient.abs().max()) for gradient in expected.values()), default=0.0)
+        for name, gradient in expected.items():
+            found = gradients.get(name)
+            gap = float(((0.0 if found is None else found.float()) - gradient.float()).abs().max())
+            largest = max(float(gradient.abs().max()), 1e-2 * scale)
+            if not gap <= 10 * self.tolerance * largest:
+                return f"the gradient of {name} differs by {gap / largest:.1e}"
+        return None
+
+
+class preserved_modes:
+    """Context manager: eval mode while active; on exit, each module's own mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module in self.training:
+            module.training = True
+
+
+def small_batch(model: Any) -> TokenInputs:
+    """Three rows of unequal lengths, the second one the beginning of the first, of ids without a special meaning."""
+    device = next(model.parameters()).device
+    vocab = int(model.config.get_text_config(decoder=True).vocab_size)
+    special = {value for name, value in _settings(model.config) if "token" in name and isinstance(value, int)}
+    usable = [token for token in range(min(vocab, 4096)) if token not in special] or [0]
+    ids = torch.tensor([usable[(7 * step + 3) % len(usable)] for step in range(13)], device=device)
+    first, third = ids[:8], ids[8:]
+    return TokenInputs(prompts=[first[:3], first[:3], third[:2]], responses=[first[3:], first[3:5], third[2:]])
+
+
+def _settings(config: Any) -> list[tuple[str, Any]]:
+    parts = [config, config.get_text_config(decoder=True)]
+    return [item for part in parts for item in vars(part).items()]
+
+
+def _some_trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Of each kind of module and parameter that is trained, the first one and the last."""
+    kinds: dict[tuple[type, str], list[tuple[str, nn.Parameter]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter.is_floating_point():
+                kinds.setdefault((type(module), name), []).append((f"{path}.{name}", parameter))
+    return {name: parameter for found in kinds.values() for name, parameter in (found[0], found[-1])}
+
+
+def _describe(logits: float, states: float, tolerance: float) -> str | None:
+    if logits <= tolerance and states <= tolerance:
+        return None
+    what, gap = ("logits", logits) if logits > tolerance else ("hidden states", states)
+    return f"{what} differ by {gap:.1e} of the largest"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0][:160]}"

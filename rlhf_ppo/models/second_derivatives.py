@@ -1,0 +1,28 @@
+"""Whether a language model's forward pass can be differentiated twice, as Fisher products need."""
+
+from typing import Any
+
+from torch import nn
+
+
+def check_twice_differentiable(model: nn.Module, language_model: Any) -> None:
+    """Raise ValueError if the forward pass cannot be differentiated twice.
+
+    Args:
+        model: The policy's model, value head included.
+        language_model: The language model in it.
+
+    Raises:
+        ValueError: Matrix products are in bfloat16, or the attention kernel has no second derivative.
+    """
+    if any(getattr(module, "matmul_dtype", None) is not None for module in model.modules()):
+        raise ValueError(
+            "expected float32 products, got bfloat16 ones: their second derivative, which Fisher products need, "
+            "would be noise. Set bf16=False, or use PPOClip."
+        )
+    kernel = getattr(language_model.config, "_attn_implementation", None)
+    if kernel not in (None, "eager", "sdpa"):
+        raise ValueError(
+            f"expected attention 'sdpa' or 'eager', got {kernel!r}: its kernel has no second derivative, which "
+            "Fisher products need. Load the model with attn_implementation='sdpa', or use PPOClip."
+        )
