@@ -119,6 +119,8 @@ class Rollout:
     """Undiscounted score of each episode, before reward shaping; group baselines compare these."""
     group_size: int = 1
     """Number of consecutive rows that answer the same prompt."""
+    turn_starts: Bool[Tensor, "batch time"] | None = None
+    """True at the first action of each turn; None: a turn is a run of actions without a masked step."""
     reference_kl_coef: float = 0.0
     """Weight of the KL to the reference in the *loss*, in reward per nat; the KL in the rewards is separate."""
 

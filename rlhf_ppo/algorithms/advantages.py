@@ -16,6 +16,7 @@ from rlhf_ppo.functional import (
     grpo_advantages,
     length_adaptive_lam,
     rloo_advantages,
+    turn_gae,
     whitening_statistics,
     zero_where_masked,
 )
@@ -30,10 +31,12 @@ def gae_advantages(config: GAE, reduce_sum: ReduceSum) -> EstimateAdvantages:
     """GAE advantages, whitened; value targets are computed before whitening, with `value_lam` if it is set."""
 
     def estimate(rollout: Rollout) -> TrainBatch:
-        lam = config.lam if config.length_alpha is None else length_adaptive_lam(rollout.mask, config.length_alpha)
-        advantages, returns = _gae(rollout, config.gamma, lam)
+        starts = None if config.unit == "token" else _turn_starts(rollout)
+        actions = rollout.mask if starts is None else starts
+        lam = config.lam if config.length_alpha is None else length_adaptive_lam(actions, config.length_alpha)
+        advantages, returns = _gae(rollout, config.gamma, lam, starts)
         if config.value_lam is not None:
-            _, returns = _gae(rollout, config.gamma, config.value_lam)
+            _, returns = _gae(rollout, config.gamma, config.value_lam, starts)
         return _standardize(rollout, advantages, returns, reduce_sum)
 
     return estimate
@@ -117,10 +120,19 @@ def group_baseline(config: ReinforcePlusPlus) -> BaselineFunction:
     return baseline if config.group_baseline else no_baseline
 
 
-def _gae(rollout: Rollout, gamma: float, lam: float | Tensor) -> tuple[Tensor, Tensor]:
-    return gae(
-        rollout.rewards, rollout.values, rollout.terminated, rollout.truncated, gamma=gamma, lam=lam, mask=rollout.mask
-    )
+def _gae(rollout: Rollout, gamma: float, lam: float | Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """GAE over tokens; over turns where their starts are given."""
+    steps = rollout.rewards, rollout.values, rollout.terminated, rollout.truncated
+    if starts is None:
+        return gae(*steps, gamma=gamma, lam=lam, mask=rollout.mask)
+    return turn_gae(*steps, gamma=gamma, lam=lam, mask=rollout.mask, turn_starts=starts)
+
+
+def _turn_starts(rollout: Rollout) -> Tensor:
+    """True at the first action of each turn: as given, or of each run of actions."""
+    if rollout.turn_starts is not None:
+        return rollout.turn_starts
+    return rollout.mask & ~torch.nn.functional.pad(rollout.mask[:, :-1], (1, 0))
 
 
 def _episode_returns(rollout: Rollout) -> Tensor:

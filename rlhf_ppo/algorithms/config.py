@@ -1,7 +1,7 @@
 """One frozen config per algorithm; `AlgorithmConfig` is their union."""
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from rlhf_ppo.functional import DivergenceKind
 from rlhf_ppo.updates import TrustRegionConfig
@@ -20,6 +20,9 @@ class GAE:
     """λ of the value targets; None: `lam`. At 1, targets do not depend on the critic (VC-PPO, Yuan et al. 2025)."""
     length_alpha: float | None = None
     """α of λ = 1 - 1 / (α · length), clipped to [0.5, 1], instead of `lam` (VAPO, Yue et al. 2025); None: `lam`."""
+    unit: Literal["token", "turn"] = "token"
+    """What one action is: γ, λ and `length_alpha` count tokens, or turns (Turn-PPO, 2025), whose tokens share one
+    advantage. A response without observations is one turn."""
 
     def __post_init__(self) -> None:
         check_fields(self)

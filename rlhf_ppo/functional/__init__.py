@@ -6,6 +6,7 @@ from rlhf_ppo.functional.advantages import (
     grpo_advantages,
     length_adaptive_lam,
     rloo_advantages,
+    turn_gae,
 )
 from rlhf_ppo.functional.divergence import DivergenceKind, binary_divergence, divergence_masked_loss
 from rlhf_ppo.functional.gaussian import gaussian_entropy, gaussian_kl, gaussian_logprobs
@@ -119,6 +120,7 @@ __all__ = [
     "token_logprobs",
     "total_scores",
     "trust_region_step",
+    "turn_gae",
     "truncated_importance_weights",
     "unflatten",
     "value_loss",

@@ -58,6 +58,58 @@ def gae(
         return advantages, zero_where_masked(advantages + values[:, :-1], mask)
 
 
+def turn_gae(
+    rewards: Float[Tensor, "batch time"],
+    values: Float[Tensor, "batch time+1"],
+    terminated: Bool[Tensor, "batch time"],
+    truncated: Bool[Tensor, "batch time"],
+    *,
+    gamma: float,
+    lam: float | Float[Tensor, " batch"],
+    mask: Bool[Tensor, "batch time"],
+    turn_starts: Bool[Tensor, "batch time"],
+) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+    """Generalized advantage estimates over turns (Turn-PPO, 2025): a reply is one action, γ and λ count turns.
+
+        δ_k = Σ_{t in turn k} r_t + γ (1 - terminated_k) V(s_{k+1}) - V(s_k),   s_k: before the first token of turn k
+        Â_k = δ_k + γ λ (1 - done_k) Â_{k+1},   the same for every token of the turn
+        R_t = Â_k + V(s_k) - Σ_{t' < t in turn k} r_{t'}
+
+    Equal to `gae` where every turn has one token.
+
+    Args:
+        rewards: r_t.
+        values: V(s_0) ... V(s_T); those before the first token of a turn are read, and after the last action of a row
+            that is not terminated.
+        terminated: As in `gae`.
+        truncated: As in `gae`.
+        gamma: Discount γ in [0, 1], per turn.
+        lam: λ in [0, 1], per turn.
+        mask: True = an action of the policy.
+        turn_starts: True at the first action of each turn.
+
+    Returns:
+        Advantages and value targets, 0 outside the mask, without gradient.
+    """
+    _check_length(rewards, values)
+    with torch.no_grad():
+        earned = zero_where_masked(rewards, mask)
+        turn = (turn_starts.long().cumsum(1) - 1).clamp(min=0)  # number of the turn of each step
+        totals = torch.zeros_like(earned).scatter_add(1, turn, earned)
+        has_end = [torch.zeros_like(mask).long().scatter_add(1, turn, (end & mask).long()) > 0 for end in (terminated, truncated)]
+        first = torch.where(turn_starts, torch.arange(mask.shape[1], device=mask.device), 0)
+        start = torch.zeros_like(turn).scatter_add(1, turn, first)  # position of the first action of each turn
+        exists = torch.arange(mask.shape[1], device=mask.device) < turn_starts.sum(1, keepdim=True)
+        last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(1, keepdim=True)
+        final = values.gather(1, last + 1)
+        turn_values = torch.nn.functional.pad(values.gather(1, start), (0, 1))
+        turn_values = turn_values.scatter(1, turn_starts.sum(1, keepdim=True), final)
+        advantages, returns = gae(totals, turn_values, *has_end, gamma=gamma, lam=lam, mask=exists)
+        before = earned.cumsum(1) - earned
+        before = before - before.gather(1, start.gather(1, turn))
+        return zero_where_masked(advantages.gather(1, turn), mask), zero_where_masked(returns.gather(1, turn) - before, mask)
+
+
 def discounted_returns(
     rewards: Float[Tensor, "batch time"],
     terminated: Bool[Tensor, "batch time"],

@@ -102,7 +102,7 @@ def call_sources(
                 record_failure(index, error)
                 continue
             if inspect.isawaitable(result):
-                pending[index] = asyncio.run_coroutine_threadsafe(_wait_for(result, timeout), _background_loop())
+                pending[index] = asyncio.run_coroutine_threadsafe(_wait_for(result, timeout), background_loop())
             else:
                 results[index] = result
         for index, exception in _wait_for_coroutines(pending, timeout, keep_going=keep_going).items():
@@ -147,7 +147,7 @@ def _wait_for_coroutines(
             errors[index] = error
     unfinished = [index for index, future in pending.items() if future not in done]
     if timeout is not None and unfinished and (keep_going or not errors):
-        _background_loop.cache_clear()  # the loop is blocked: the next call gets a new one
+        background_loop.cache_clear()  # the loop is blocked: the next call gets a new one
         errors |= {index: _timeout_error(timeout) for index in unfinished}
     return errors
 
@@ -174,7 +174,7 @@ _GRACE_SECONDS = 5.0
 
 
 @functools.cache
-def _background_loop() -> asyncio.AbstractEventLoop:
+def background_loop() -> asyncio.AbstractEventLoop:
     """The process's event loop for async sources; clients that a source keeps between batches stay bound to it.
 
     It runs in its own thread, so that sources also work where a loop is already running, as in a notebook.

@@ -29,6 +29,8 @@ class Responses:
     """True where a response was cut off: its last value is bootstrapped. None: every response ended."""
     group_size: int = 1
     """Number of adjacent responses to one prompt."""
+    turn_starts: Bool[Tensor, "batch time"] | None = None
+    """True at the first token of each turn; None: a turn is a run of tokens that the policy chose."""
     sampler_logprobs: Float[Tensor, "batch time"] | None = None
     """log μ of each token under the sampler, nats; None if the sampler did not return it."""
     sampler_values: Float[Tensor, "batch time"] | None = None
@@ -159,12 +161,25 @@ def shape_rollout(
     is_truncated = torch.zeros_like(last, dtype=torch.bool) if responses.truncated is None else responses.truncated
     totals = rewards.masked_fill(~mask, 0.0).sum(dim=1)
     rollout = Rollout(
-        inputs=responses.inputs, mask=mask, logprobs=scored.logprobs, values=scored.values, rewards=rewards,
+        inputs=responses.inputs, mask=mask, logprobs=scored.logprobs, rewards=rewards, turn_starts=responses.turn_starts,
+        values=_values_after_observations(scored.values, last, responses.inputs.response_lengths()),
         terminated=is_last & ~is_truncated[:, None], truncated=is_last & is_truncated[:, None],
         ref_logprobs=scored.ref_logprobs, scores=totals, group_size=responses.group_size,
         reference_kl_coef=0.0 if shaping.kl_placement == "reward" else shaping.kl_coef,
     )  # fmt: skip
     return rollout, penalty
+
+
+def _values_after_observations(
+    values: Float[Tensor, "batch time+1"], last: Tensor, lengths: Tensor
+) -> Float[Tensor, "batch time+1"]:
+    """V at the end of each row put behind its last action, where GAE looks for the state after it.
+
+    A truncated episode may end in an observation: the policy would act after it, and only states where it acts have a
+    trained value.
+    """
+    end = values.gather(1, lengths.to(values.device)[:, None])
+    return values.scatter(1, last[:, None] + 1, end)
 
 
 def _padding_after_last_action(inputs: TokenInputs, last: Tensor, shaping: RewardShaping) -> Tensor:

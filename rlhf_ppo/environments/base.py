@@ -1,0 +1,95 @@
+"""`Environment`, which speaks text, and `Turn`, its answer to one reply of the policy."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+Messages: TypeAlias = list[dict[str, Any]]
+"""A conversation for the chat template: [{"role": "user", "content": "..."}, ...]."""
+Observation: TypeAlias = str | Messages
+"""Text that is appended as it is, or messages that the chat template renders."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What an environment answers to one reply of the policy."""
+
+    observation: Observation = ""
+    """What the policy reads next; not read after a terminated turn."""
+    reward: float = 0.0
+    """Reward of the reply, credited to its last token."""
+    terminated: bool = False
+    """The episode ended: it has no future."""
+    truncated: bool = False
+    """The episode was cut off: the value of the state after `observation` stands for its future."""
+    info: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers, logged as `env/<name>`; the last turn's value of each name counts."""
+
+    def __post_init__(self) -> None:
+        check_observation(self.observation, "Turn.observation")
+        if isinstance(self.reward, bool) or not isinstance(self.reward, int | float) or not math.isfinite(self.reward):
+            raise ValueError(
+                f"Turn.reward must be a finite number, got {self.reward!r}: it would destroy the weights in one step. "
+                "Return a float; raise an exception to drop the episode."
+            )
+        for name in ("terminated", "truncated"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"Turn.{name} must be True or False, got {getattr(self, name)!r}: it would be unknown whether the "
+                    "episode goes on."
+                )
+
+
+class Environment(Protocol):
+    """One episode. Methods may be `async`; `close()` is called at the end if there is one."""
+
+    def reset(self, **columns: Any) -> Any:
+        """Return the first observation: text, or messages for the chat template.
+
+        Args:
+            columns: Columns of the prompt's row, and `seed`, the same within a group; only those that `reset` names
+                (all, with `**columns`).
+        """
+        ...
+
+    def step(self, reply: str) -> Any:
+        """Return the `Turn` that answers a reply of the policy."""
+        ...
+
+
+EnvironmentFactory: TypeAlias = Callable[[], Environment]
+"""Makes the environment of one episode: a class, or a function without arguments."""
+
+
+def check_observation(observation: object, name: str) -> None:
+    """Raise TypeError unless `observation` is text or messages."""
+    if isinstance(observation, str):
+        return
+    if isinstance(observation, list) and all(isinstance(message, Mapping) and "role" in message for message in observation):
+        return
+    raise TypeError(
+        f"{name} must be text or a list of messages {{'role': ..., 'content': ...}}, got {observation!r:.80}: the "
+        "policy could not read it."
+    )
+
+
+def accepted_columns(reset: Callable[..., Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that `reset` names as arguments; all of them if it takes `**columns`.
+
+    Raises:
+        TypeError: `reset` has a required argument that is no column.
+    """
+    parameters = inspect.signature(reset).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(columns)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for parameter in named:
+        if parameter.name not in columns and parameter.default is parameter.empty:
+            raise TypeError(
+                f"reset() wants {parameter.name!r}, which is no column of the prompts (it is given "
+                f"{', '.join(columns)}): no episode could begin. Rename the argument, give it a default, or add the "
+                "column."
+            )
+    return {p.name: columns[p.name] for p in named if p.name in columns}

@@ -1,0 +1,39 @@
+"""`EpisodeConfig`: limits of an episode, concurrency, and what happens when an environment fails."""
+
+from dataclasses import dataclass
+
+from rlhf_ppo.utils.field_types import check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeConfig:
+    """Settings of episodes with an environment. `SamplingConfig.max_new_tokens` is the limit of one reply."""
+
+    max_turns: int = 16
+    """Maximum number of replies; an episode that reaches it is truncated."""
+    max_tokens: int | None = None
+    """Maximum number of tokens after the prompt, observations included; None: as many as the model has positions. A
+    turn begins only if a whole reply fits; otherwise the episode is truncated."""
+    max_concurrency: int = 32
+    """Maximum number of environments that run at the same time. With 1, and no timeout, they run in the main thread."""
+    timeout: float | None = 120.0
+    """Seconds per call of an environment; one that takes longer counts as failed. None: no limit."""
+    retries: int = 1
+    """How often a failed call is repeated: in a new environment, with the same seed and the same replies before. An
+    episode whose retries fail is dropped, with its group, and counted as `env/failed`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, minimum in {"max_turns": 1, "max_concurrency": 1, "retries": 0}.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(
+                    f"EpisodeConfig.{name} must be at least {minimum}, got {getattr(self, name)}: no episode could be "
+                    "played. Raise it."
+                )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"EpisodeConfig.max_tokens must be at least 1 or None, got {self.max_tokens}.")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(
+                f"EpisodeConfig.timeout must be > 0 seconds, got {self.timeout}: every call would time out. Use None "
+                "for no limit."
+            )

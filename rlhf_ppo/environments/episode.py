@@ -1,0 +1,109 @@
+"""`Episode`: the tokens of one finished episode, with rewards and turns, as they enter the loss."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """A finished episode: all tokens after the prompt, the policy's own and the environment's."""
+
+    prompt_ids: Int[Tensor, " prompt"]
+    """Token ids before the first reply."""
+    response_ids: Int[Tensor, " time"]
+    """Token ids of all replies and of the observations between them, as they were sampled and appended."""
+    mask: Bool[Tensor, " time"]
+    """True at tokens that the policy sampled."""
+    rewards: Float[Tensor, " time"]
+    """Reward of each token: that of a turn at the last token of its reply."""
+    logprobs: Float[Tensor, " time"] | None = None
+    """Log-probability of each token under the sampler, nats, 0 outside the mask; None: unknown."""
+    truncated: bool = False
+    """The episode was cut off: V after its last token stands for its future."""
+    turn_ends: tuple[int, ...] | None = None
+    """Position after the last sampled token of each turn; None: every run of sampled tokens is a turn."""
+    info: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers of the episode."""
+
+    def __post_init__(self) -> None:
+        length = len(self.response_ids)
+        lengths = {"mask": self.mask, "rewards": self.rewards, "logprobs": self.logprobs}
+        for name, values in lengths.items():
+            if values is not None and values.shape != self.response_ids.shape:
+                raise ValueError(
+                    f"Episode.{name} must have one entry for each of the {length} response tokens, got shape "
+                    f"{tuple(values.shape)}: it is unknown which token each belongs to. Omit the prompt's entries."
+                )
+        if self.mask.dtype != torch.bool or not bool(self.mask.any()):
+            raise ValueError(
+                f"Episode.mask must be a boolean tensor with a True, got {self.mask.dtype} with {int(self.mask.sum())} "
+                "non-zero entries: there is no action to learn from. Mark the tokens that the policy sampled."
+            )
+        masked = self.rewards.masked_fill(self.mask, 0)
+        if bool((masked != 0).any()):
+            position = int((masked != 0).nonzero()[0])
+            raise ValueError(
+                f"Episode.rewards must be 0 at tokens that the policy did not sample, got {float(masked[position])} at "
+                f"token {position}: such a reward reaches no action and is lost. Put the reward of a turn at the last "
+                "token of its reply."
+            )
+        self._check_turns(length)
+
+    def _check_turns(self, length: int) -> None:
+        if self.turn_ends is None:
+            return
+        starts = (0, *self.turn_ends[:-1])
+        in_order = all(0 <= start < end <= length for start, end in zip(starts, self.turn_ends, strict=True))
+        if not (in_order and all(bool(self.mask[end - 1]) for end in self.turn_ends)):
+            raise ValueError(
+                f"Episode.turn_ends must be rising positions, each after a sampled token, got {self.turn_ends} for "
+                f"{length} tokens: turn-level advantages would mix turns. Pass None to take every run of sampled "
+                "tokens as a turn."
+            )
+
+    def turn_starts(self) -> Bool[Tensor, " time"]:
+        """True at the first sampled token of each turn."""
+        previous = torch.nn.functional.pad(self.mask[:-1], (1, 0))
+        starts = self.mask & ~previous
+        if self.turn_ends is not None:
+            starts = torch.zeros_like(self.mask)
+            for begin, end in zip((0, *self.turn_ends[:-1]), self.turn_ends, strict=True):
+                starts[begin + int(self.mask[begin:end].float().argmax())] = True
+        return starts
+
+    def replies(self) -> list[Int[Tensor, " reply"]]:
+        """The sampled tokens of each turn."""
+        starts = self.turn_starts().nonzero().flatten().tolist()
+        spans = zip(starts, [*starts[1:], len(self.mask)], strict=True)
+        return [self.response_ids[start:end][self.mask[start:end]] for start, end in spans]
+
+    @property
+    def turns(self) -> int:
+        """Number of turns."""
+        return int(self.turn_starts().sum())
+
+    @property
+    def total_reward(self) -> float:
+        """Sum of the rewards."""
+        return float(self.rewards.double().sum())
+
+
+def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Means over episodes, as `env/...`: turns, share truncated, own and observed tokens, and each number in `info`."""
+    if not episodes:
+        return {}
+    count = len(episodes)
+    metrics = {
+        "env/turns": sum(episode.turns for episode in episodes) / count,
+        "env/truncated": sum(episode.truncated for episode in episodes) / count,
+        "env/sampled_tokens": sum(int(episode.mask.sum()) for episode in episodes) / count,
+        "env/observed_tokens": sum(int((~episode.mask).sum()) for episode in episodes) / count,
+    }
+    for name in sorted({name for episode in episodes for name in episode.info}):
+        values = [float(episode.info[name]) for episode in episodes if name in episode.info]
+        metrics[f"env/{name}"] = sum(values) / len(values)
+    return metrics

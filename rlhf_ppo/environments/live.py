@@ -1,0 +1,192 @@
+"""`LiveEpisode`: an environment and the tokens of its episode so far."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlhf_ppo.environments.base import (
+    Environment,
+    EnvironmentFactory,
+    Observation,
+    Turn,
+    accepted_columns,
+    check_observation,
+)
+from rlhf_ppo.environments.concurrency import finish
+from rlhf_ppo.environments.config import EpisodeConfig
+from rlhf_ppo.environments.episode import Episode
+from rlhf_ppo.environments.rendering import Renderer
+
+
+class ReplayError(RuntimeError):
+    """An environment that was started again answered the same replies differently."""
+
+
+@dataclass
+class ReplayableEnvironment:
+    """An environment that can be started again: with the same columns and the same replies.
+
+    Args:
+        factory: Makes the environment.
+        columns: Columns of the prompt's row, and the seed.
+    """
+
+    factory: EnvironmentFactory
+    columns: Mapping[str, Any]
+    environment: Environment | None = None
+    first: Observation = ""
+    """The first observation."""
+    turns: list[tuple[str, Turn]] = field(default_factory=list)
+    """Replies, each with its answer."""
+
+    def start(self) -> None:
+        """Make the environment and reset it; repeat the replies of a run that failed later.
+
+        Raises:
+            ReplayError: It answers differently than before.
+        """
+        with self._closed_on_error():
+            self.environment = environment = self.factory()
+            first = finish(environment.reset(**accepted_columns(environment.reset, self.columns)))
+            check_observation(first, "the result of reset()")
+            if self.turns and first != self.first:
+                raise ReplayError("reset() returned another first observation for the same columns and seed")
+            self.first = first
+            for number, (reply, turn) in enumerate(self.turns):
+                if self._answer(reply) != turn:
+                    raise ReplayError(f"turn {number} had another answer for the same columns, seed and replies")
+
+    def step(self, reply: str) -> Turn:
+        """Send a reply; start again first where the environment is gone."""
+        if self.environment is None:
+            self.start()
+        with self._closed_on_error():
+            return self._answer(reply)
+
+    @property
+    def has_close(self) -> bool:
+        """Whether an environment is there that wants to be closed."""
+        return hasattr(self.environment, "close")
+
+    def close(self) -> None:
+        """Call the environment's `close`, if it has one."""
+        environment, self.environment = self.environment, None
+        close: Callable[[], Any] | None = getattr(environment, "close", None)
+        if close is not None:
+            finish(close())
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                self.close()
+            raise
+
+    def _answer(self, reply: str) -> Turn:
+        assert self.environment is not None
+        turn = finish(self.environment.step(reply))
+        if not isinstance(turn, Turn):
+            raise TypeError(
+                f"step() must return a Turn, got {type(turn).__name__}: it would be unknown what was observed and "
+                "rewarded. Return rlhf_ppo.environments.Turn(observation, reward, terminated, truncated)."
+            )
+        return turn
+
+
+@dataclass
+class LiveEpisode:
+    """One episode in progress: the environment, and the tokens that the policy has seen and sampled.
+
+    Args:
+        environment: The environment, which can be started again.
+        renderer: Turns observations into tokens.
+        config: Limits.
+        reply_tokens: Maximum length of a reply.
+        max_positions: Positions of the model; None: no limit.
+    """
+
+    environment: ReplayableEnvironment
+    renderer: Renderer
+    config: EpisodeConfig
+    reply_tokens: int
+    max_positions: int | None
+    prompt: list[int] = field(default_factory=list)
+    response: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    logprobs: list[float] | None = field(default_factory=list)
+    turn_ends: list[int] = field(default_factory=list)
+    info: dict[str, float] = field(default_factory=dict)
+    error: BaseException | None = None
+    """Why the episode failed."""
+    ended: bool = False
+    truncated: bool = False
+    _finished_reply: bool = False
+
+    def begin(self) -> None:
+        """Encode the first observation.
+
+        Raises:
+            ValueError: No reply fits behind it.
+        """
+        self.prompt = self.renderer.prompt(self.environment.first)
+        if self._room() < self.reply_tokens:
+            raise ValueError(
+                f"the first observation has {len(self.prompt)} tokens, which leaves no room for a reply of "
+                f"{self.reply_tokens}: shorten it, or lower max_new_tokens (the model has {self.max_positions} "
+                f"positions, EpisodeConfig.max_tokens is {self.config.max_tokens})"
+            )
+
+    def add_reply(self, tokens: list[int], logprobs: list[float] | None, *, finished: bool) -> str:
+        """Append the tokens of a reply; return its text."""
+        self._append(tokens, is_own=True)
+        self.logprobs = None if self.logprobs is None or logprobs is None else self.logprobs + logprobs
+        self.turn_ends.append(len(self.response))
+        self._finished_reply = finished
+        return str(self.renderer.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def add_turn(self, reply: str, turn: Turn) -> None:
+        """Credit the reward to the last token of the reply, append the observation, and decide whether that was all."""
+        self.environment.turns.append((reply, turn))
+        self.rewards[-1] = float(turn.reward)
+        self.info |= turn.info
+        if turn.terminated:
+            self.ended = True
+            return
+        tokens = self.renderer.continuation(
+            self.environment.first, turn.observation, self.response[-1], finished=self._finished_reply
+        )
+        self._append(tokens[: int(max(0, min(self._room(), len(tokens))))], is_own=False)
+        if self.logprobs is not None:
+            self.logprobs += [0.0] * (len(self.response) - len(self.logprobs))
+        is_last = turn.truncated or len(self.turn_ends) >= self.config.max_turns
+        self.ended = self.truncated = is_last or self._room() < self.reply_tokens
+
+    def episode(self) -> Episode:
+        """The finished episode."""
+        logprobs = self.logprobs
+        return Episode(
+            prompt_ids=torch.tensor(self.prompt), response_ids=torch.tensor(self.response),
+            mask=torch.tensor(self.mask), rewards=torch.tensor(self.rewards), truncated=self.truncated,
+            logprobs=None if logprobs is None else torch.tensor(logprobs), turn_ends=tuple(self.turn_ends),
+            info=self.info,
+        )  # fmt: skip
+
+    def _append(self, tokens: list[int], *, is_own: bool) -> None:
+        self.response += tokens
+        self.mask += [is_own] * len(tokens)
+        self.rewards += [0.0] * len(tokens)
+
+    def _room(self) -> float:
+        """Tokens that still fit."""
+        limits = [
+            math.inf if self.max_positions is None else self.max_positions - len(self.prompt) - len(self.response),
+            math.inf if self.config.max_tokens is None else self.config.max_tokens - len(self.response),
+        ]
+        return min(*limits)
