@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import datasets
 import torch
@@ -19,6 +19,7 @@ from rlhf_ppo.diagnostics.doctor import diagnose, diagnose_first_batch
 from rlhf_ppo.diagnostics.dump import dump_on_failure
 from rlhf_ppo.diagnostics.findings import Diagnosis
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
+from rlhf_ppo.environments import EnvironmentFactory, Episode, EpisodeConfig
 from rlhf_ppo.functional import total_scores
 from rlhf_ppo.learner.arguments import check_arguments
 from rlhf_ppo.learner.config import PPOConfig
@@ -27,7 +28,7 @@ from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.loop.training import Callback, TrainConfig, TrainingLoop, TrainState
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.rewards.sources import RewardSources
-from rlhf_ppo.rollout.checks import check_step_inputs
+from rlhf_ppo.rollout.episodes import check_step_arguments, prompt_set
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
@@ -88,9 +89,9 @@ class PPOTrainer(ClassicSurface):
 
     def step(
         self,
-        queries: list[Tensor],
-        responses: list[Tensor],
-        scores: list[Tensor],
+        queries: list[Tensor] | list[Episode],
+        responses: list[Tensor] | None = None,
+        scores: list[Tensor] | None = None,
         response_masks: list[Tensor] | None = None,
         *,
         truncated: Sequence[bool] | Tensor | None = None,
@@ -100,7 +101,7 @@ class PPOTrainer(ClassicSurface):
         """Learn from responses that you sampled and scored: one PPO iteration.
 
         Args:
-            queries: Prompt tokens, one Long [P_i] per sample.
+            queries: Prompt tokens, one Long [P_i] per sample; or finished `Episode`s, and nothing else.
             responses: Response tokens, stop token included, without the prompt, one Long [T_i] per sample.
             scores: One number per sample, credited to the last action, or one per response token, [T_i].
             response_masks: One 0/1 [T_i] per sample; 0 marks tokens that the policy did not choose (tool output).
@@ -116,15 +117,19 @@ class PPOTrainer(ClassicSurface):
             ValueError: The batch is malformed; nothing has changed then.
         """
         if overridden_methods(self):
-            if truncated is not None or group_size != 1 or any_batch_size:
+            if truncated is not None or group_size != 1 or any_batch_size or responses is None or scores is None:
                 raise ValueError(
                     f"step() of a trainer that overrides {overridden_methods(self)} runs the classic's methods, which "
-                    "know neither truncated, group_size nor any_batch_size: they would be ignored. Leave them out."
+                    "know neither episodes, truncated, group_size nor any_batch_size: they would be ignored. Leave "
+                    "them out, and pass queries, responses and scores."
                 )
-            return composed_step(self, queries, responses, scores, response_masks, before_update=self._before_update)
+            return composed_step(
+                self, cast("list[Tensor]", queries), responses, scores, response_masks,
+                before_update=self._before_update,
+            )  # fmt: skip
         limits = replace(self.limits, batch_size=None) if any_batch_size else self.limits
         batch = self.processes.run_or_fail_together(
-            lambda: check_step_inputs(
+            lambda: check_step_arguments(
                 queries, responses, scores, response_masks, limits=limits, device=self.current_device,
                 truncated=truncated, group_size=group_size,
             )
@@ -146,25 +151,29 @@ class PPOTrainer(ClassicSurface):
 
     def train(
         self,
-        rewards: RewardSources,
+        rewards: RewardSources | None,
         config: TrainConfig,
         *,
-        prompts: PromptDataset | None = None,
-        eval_prompts: PromptDataset | None = None,
+        prompts: PromptDataset | int | None = None,
+        eval_prompts: PromptDataset | int | None = None,
         judges: RewardSources | None = None,
         callbacks: Sequence[Callback] = (),
         sampler: Sampler | None = None,
+        environment: EnvironmentFactory | None = None,
     ) -> TrainState:
         """Run the managed loop: prompts -> responses -> scores -> `learn`, for `config.iterations`.
 
         Args:
             rewards: One text callable, or several by name with weights; `(prompts=, responses=, **columns) -> scores`.
+                With an environment they are added at the end of an episode; None: its rewards alone.
             config: Settings of the loop: iterations, sampling, evaluation, run folder.
-            prompts: Training prompts; None: the `PromptDataset` that the trainer was built with.
-            eval_prompts: Held-out prompts for the periodic evaluation.
+            prompts: Training prompts, whose columns an environment's `reset` gets, or a number of episodes; None: the
+                `PromptDataset` that the trainer was built with.
+            eval_prompts: Held-out prompts, or a number of episodes, for the periodic evaluation.
             judges: Reward sources called in the evaluation only; the policy is not trained on them.
             callbacks: Called after every iteration with the trainer and the state; True stops.
             sampler: Samples the responses; None: `DecodeLoop`.
+            environment: Class of an environment, or a function that makes one: called for each episode. None: one turn.
         """
         if overridden := overridden_methods(self):
             raise ValueError(
@@ -175,20 +184,30 @@ class PPOTrainer(ClassicSurface):
             if not isinstance(self.dataset, PromptDataset):
                 raise ValueError("train() needs prompts: pass `prompts`, or build the trainer with a PromptDataset")
             prompts = self.dataset
-        return TrainingLoop(self, prompts, rewards, config, eval_prompts, judges, callbacks, sampler).run()
+        sets = prompt_set(prompts), None if eval_prompts is None else prompt_set(eval_prompts)
+        return TrainingLoop(self, sets[0], rewards, config, sets[1], judges, callbacks, sampler, environment).run()
 
     def evaluate(
         self,
-        prompts: PromptDataset,
-        rewards: RewardSources,
+        prompts: PromptDataset | int,
+        rewards: RewardSources | None,
         sampling: SamplingConfig,
         *,
         judges: RewardSources | None = None,
         sampler: Sampler | None = None,
         seed: int = 0,
         reward_calls: Literal["each", "once"] = "each",
+        environment: EnvironmentFactory | None = None,
+        episodes: EpisodeConfig | None = None,
     ) -> Evaluation:
-        """Sample responses to held-out prompts; measure scores, judges, KL to the reference and perplexity under it."""
-        config = TrainConfig(sampling=sampling, reward_calls=reward_calls)
-        loop = TrainingLoop(self, prompts, rewards, config, eval_prompts=prompts, judges=judges, sampler=sampler)
+        """Sample responses to held-out prompts, or play episodes in an environment.
+
+        Measures scores, judges, KL to the reference, perplexity under it, and the numbers of episodes.
+        """
+        config = TrainConfig(sampling=sampling, reward_calls=reward_calls, episodes=episodes or EpisodeConfig())
+        held_out = prompt_set(prompts)
+        loop = TrainingLoop(
+            self, held_out, rewards, config, eval_prompts=held_out, judges=judges, sampler=sampler,
+            environment=environment,
+        )  # fmt: skip
         return loop.evaluate(seed=seed)

@@ -21,7 +21,7 @@ class GAE:
     length_alpha: float | None = None
     """α of λ = 1 - 1 / (α · length), clipped to [0.5, 1], instead of `lam` (VAPO, Yue et al. 2025); None: `lam`."""
     unit: Literal["token", "turn"] = "token"
-    """What one action is: γ, λ and `length_alpha` count tokens, or turns (Turn-PPO, 2025), whose tokens share one
+    """What γ, λ and `length_alpha` count: tokens, or turns (Turn-PPO, arXiv 2512.17008), whose tokens share one
     advantage. A response without observations is one turn."""
 
     def __post_init__(self) -> None:

@@ -50,12 +50,17 @@ class DiagnosedBatch:
 
     @classmethod
     def of_rollout(
-        cls, collected: CollectedResponses, scores: RewardScores, sampling: SamplingConfig, sources: RewardSources
+        cls,
+        collected: CollectedResponses,
+        scores: RewardScores,
+        sampling: SamplingConfig,
+        sources: RewardSources | None,
     ) -> "DiagnosedBatch":
         """The batch of a rollout of `train()`."""
-        samples = collected.samples
+        samples, episodes = collected.samples, collected.episodes
         return cls(
             prompts=samples.prompts, responses=samples.responses, logprobs=samples.logprobs, sampling=sampling,
+            masks=None if episodes is None else [episode.mask for episode in episodes],
             prompt_texts=collected.prompts, response_texts=collected.responses, scores=scores.total[~scores.skipped],
             sources=sources,
         )  # fmt: skip
@@ -117,10 +122,12 @@ def pad_is_eos(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> lis
 def retokenization(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
     """Check whether responses change when decoded and encoded again, and whether texts match the tokens."""
     special = set(tokenizer.all_special_ids)
-    rows = [[token for token in response.tolist() if token not in special] for response in batch.responses]
+    masks = batch.masks or [torch.ones(len(response), dtype=torch.bool) for response in batch.responses]
+    own = [response[mask.to(response.device)] for response, mask in zip(batch.responses, masks, strict=True)]
+    rows = [[token for token in response.tolist() if token not in special] for response in own]
     texts = [str(tokenizer.decode(row)) for row in rows]
     findings: list[Finding] = []
-    if batch.response_texts is not None:
+    if batch.response_texts is not None and batch.masks is None:
         differing = [row for row, text in enumerate(texts) if text.strip() != batch.response_texts[row].strip()]
         if differing:
             shown = f"{batch.response_texts[differing[0]][:40]!r} for {texts[differing[0]][:40]!r}"

@@ -3,7 +3,7 @@
 from rlhf_ppo.environments.base import Environment, EnvironmentFactory, Messages, Observation, Turn
 from rlhf_ppo.environments.config import EpisodeConfig
 from rlhf_ppo.environments.episode import Episode
-from rlhf_ppo.environments.sampler import EnvironmentSampler
+from rlhf_ppo.environments.sampler import EnvironmentSampler, PlayedEpisodes
 
 __all__ = [
     "Environment",
@@ -13,5 +13,6 @@ __all__ = [
     "EpisodeConfig",
     "Messages",
     "Observation",
+    "PlayedEpisodes",
     "Turn",
 ]

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 Messages: TypeAlias = list[dict[str, Any]]
 """A conversation for the chat template: [{"role": "user", "content": "..."}, ...]."""
@@ -42,10 +42,11 @@ class Turn:
                 )
 
 
+@runtime_checkable
 class Environment(Protocol):
     """One episode. Methods may be `async`; `close()` is called at the end if there is one."""
 
-    def reset(self, **columns: Any) -> Any:
+    def reset(self, *_: Any, **columns: Any) -> Any:
         """Return the first observation: text, or messages for the chat template.
 
         Args:
@@ -67,7 +68,9 @@ def check_observation(observation: object, name: str) -> None:
     """Raise TypeError unless `observation` is text or messages."""
     if isinstance(observation, str):
         return
-    if isinstance(observation, list) and all(isinstance(message, Mapping) and "role" in message for message in observation):
+    if isinstance(observation, list) and all(
+        isinstance(message, Mapping) and "role" in message for message in observation
+    ):
         return
     raise TypeError(
         f"{name} must be text or a list of messages {{'role': ..., 'content': ...}}, got {observation!r:.80}: the "

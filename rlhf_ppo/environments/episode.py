@@ -1,10 +1,10 @@
 """`Episode`: the tokens of one finished episode, with rewards and turns, as they enter the loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -12,16 +12,16 @@ from torch import Tensor
 class Episode:
     """A finished episode: all tokens after the prompt, the policy's own and the environment's."""
 
-    prompt_ids: Int[Tensor, " prompt"]
-    """Token ids before the first reply."""
-    response_ids: Int[Tensor, " time"]
-    """Token ids of all replies and of the observations between them, as they were sampled and appended."""
-    mask: Bool[Tensor, " time"]
-    """True at tokens that the policy sampled."""
-    rewards: Float[Tensor, " time"]
-    """Reward of each token: that of a turn at the last token of its reply."""
-    logprobs: Float[Tensor, " time"] | None = None
-    """Log-probability of each token under the sampler, nats, 0 outside the mask; None: unknown."""
+    prompt_ids: Tensor
+    """Token ids before the first reply, [P]."""
+    response_ids: Tensor
+    """Token ids of all replies and of the observations between them, as they were sampled and appended, [T]."""
+    mask: Tensor
+    """Bool [T]: True at tokens that the policy sampled."""
+    rewards: Tensor
+    """Reward of each token, [T]: that of a turn at the last token of its reply."""
+    logprobs: Tensor | None = None
+    """Log-probability of each token under the sampler, [T], nats, 0 outside the mask; None: unknown."""
     truncated: bool = False
     """The episode was cut off: V after its last token stands for its future."""
     turn_ends: tuple[int, ...] | None = None
@@ -91,19 +91,10 @@ class Episode:
         """Sum of the rewards."""
         return float(self.rewards.double().sum())
 
-
-def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Means over episodes, as `env/...`: turns, share truncated, own and observed tokens, and each number in `info`."""
-    if not episodes:
-        return {}
-    count = len(episodes)
-    metrics = {
-        "env/turns": sum(episode.turns for episode in episodes) / count,
-        "env/truncated": sum(episode.truncated for episode in episodes) / count,
-        "env/sampled_tokens": sum(int(episode.mask.sum()) for episode in episodes) / count,
-        "env/observed_tokens": sum(int((~episode.mask).sum()) for episode in episodes) / count,
-    }
-    for name in sorted({name for episode in episodes for name in episode.info}):
-        values = [float(episode.info[name]) for episode in episodes if name in episode.info]
-        metrics[f"env/{name}"] = sum(values) / len(values)
-    return metrics
+    def numbers(self) -> dict[str, float]:
+        """What is averaged over episodes: turns, whether truncated, sampled and observed tokens, and `info`."""
+        sampled = int(self.mask.sum())
+        return {
+            "turns": float(self.turns), "truncated": float(self.truncated), "sampled_tokens": float(sampled),
+            "observed_tokens": float(len(self.mask) - sampled), **self.info,
+        }  # fmt: skip

@@ -22,6 +22,10 @@ from rlhf_ppo.environments.episode import Episode
 from rlhf_ppo.environments.rendering import Renderer
 
 
+class NoRoomError(ValueError):
+    """No reply fits behind the first observation."""
+
+
 class ReplayError(RuntimeError):
     """An environment that was started again answered the same replies differently."""
 
@@ -133,11 +137,11 @@ class LiveEpisode:
         """Encode the first observation.
 
         Raises:
-            ValueError: No reply fits behind it.
+            NoRoomError: No reply fits behind it.
         """
         self.prompt = self.renderer.prompt(self.environment.first)
         if self._room() < self.reply_tokens:
-            raise ValueError(
+            raise NoRoomError(
                 f"the first observation has {len(self.prompt)} tokens, which leaves no room for a reply of "
                 f"{self.reply_tokens}: shorten it, or lower max_new_tokens (the model has {self.max_positions} "
                 f"positions, EpisodeConfig.max_tokens is {self.config.max_tokens})"

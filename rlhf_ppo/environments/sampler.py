@@ -14,7 +14,7 @@ from rlhf_ppo.environments.base import EnvironmentFactory
 from rlhf_ppo.environments.concurrency import run_concurrently
 from rlhf_ppo.environments.config import EpisodeConfig
 from rlhf_ppo.environments.episode import Episode
-from rlhf_ppo.environments.live import LiveEpisode, ReplayableEnvironment
+from rlhf_ppo.environments.live import LiveEpisode, NoRoomError, ReplayableEnvironment
 from rlhf_ppo.environments.rendering import Renderer
 from rlhf_ppo.samplers.base import Sampler, SamplingConfig, WeightSyncedSampler
 
@@ -31,6 +31,10 @@ class PlayedEpisodes:
     """Number of calls of environments that were repeated."""
     drifted_turns: int
     """Number of turns for which the sampler continued other tokens than those it was given; 0 unless it is broken."""
+
+    def counts(self) -> dict[str, int]:
+        """Failed episodes, repeated calls, drifted turns, under the names of their metrics."""
+        return {"env/failed": len(self.errors), "env/retried": self.retried, "env/token_drift": self.drifted_turns}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,7 @@ class EnvironmentSampler:
             if episode.error is None:
                 try:
                     episode.begin()
-                except ValueError as error:
+                except NoRoomError as error:
                     episode.error = error
         self._close([episode for episode in live if episode.error is not None])
 
@@ -129,9 +133,7 @@ class EnvironmentSampler:
         given = _to_lists(samples.prompts)
         counts.drifted += sum(ids != context for ids, context in zip(given, contexts, strict=True)) if playing else 0
         replies = [
-            episode.add_reply(
-                sampled[row], None if logprobs is None else logprobs[row], finished=samples.finished[row]
-            )
+            episode.add_reply(sampled[row], None if logprobs is None else logprobs[row], finished=samples.finished[row])
             for row, episode in enumerate(playing)
         ]
         calls = [partial(_send, reply) for reply in replies]
@@ -200,8 +202,4 @@ def _send(reply: str, environment: ReplayableEnvironment) -> Any:
 
 def _to_lists(rows: Sequence[Tensor]) -> list[list[Any]]:
     """The rows as lists, with one copy from the device."""
-    flat = torch.cat(list(rows)).tolist()
-    ends = [0]
-    for row in rows:
-        ends.append(ends[-1] + len(row))
-    return [flat[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [row.tolist() for row in torch.cat(list(rows)).cpu().split([len(row) for row in rows])]

@@ -69,7 +69,7 @@ def turn_gae(
     mask: Bool[Tensor, "batch time"],
     turn_starts: Bool[Tensor, "batch time"],
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-    """Generalized advantage estimates over turns (Turn-PPO, 2025): a reply is one action, γ and λ count turns.
+    """Generalized advantage estimates (Turn-PPO, arXiv 2512.17008) in which a reply is one action: γ and λ count turns.
 
         δ_k = Σ_{t in turn k} r_t + γ (1 - terminated_k) V(s_{k+1}) - V(s_k),   s_k: before the first token of turn k
         Â_k = δ_k + γ λ (1 - done_k) Â_{k+1},   the same for every token of the turn
@@ -93,21 +93,25 @@ def turn_gae(
     """
     _check_length(rewards, values)
     with torch.no_grad():
-        earned = zero_where_masked(rewards, mask)
-        turn = (turn_starts.long().cumsum(1) - 1).clamp(min=0)  # number of the turn of each step
-        totals = torch.zeros_like(earned).scatter_add(1, turn, earned)
-        has_end = [torch.zeros_like(mask).long().scatter_add(1, turn, (end & mask).long()) > 0 for end in (terminated, truncated)]
-        first = torch.where(turn_starts, torch.arange(mask.shape[1], device=mask.device), 0)
-        start = torch.zeros_like(turn).scatter_add(1, turn, first)  # position of the first action of each turn
-        exists = torch.arange(mask.shape[1], device=mask.device) < turn_starts.sum(1, keepdim=True)
-        last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(1, keepdim=True)
-        final = values.gather(1, last + 1)
-        turn_values = torch.nn.functional.pad(values.gather(1, start), (0, 1))
-        turn_values = turn_values.scatter(1, turn_starts.sum(1, keepdim=True), final)
-        advantages, returns = gae(totals, turn_values, *has_end, gamma=gamma, lam=lam, mask=exists)
+        earned, ended = zero_where_masked(rewards, mask), terminated & mask
+        steps = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        turn = (turn_starts.long().cumsum(1) - 1).clamp(min=0)  # number of each step's turn
+        start = torch.zeros_like(turn).scatter_add(1, turn, steps.masked_fill(~turn_starts, 0))  # of each turn
+        count = turn_starts.sum(1, keepdim=True)
+
+        def by_turn(flags: Tensor) -> Tensor:
+            return torch.zeros_like(turn).scatter_add(1, turn, flags.long()) > 0
+
+        end = torch.where(mask, steps, -1).amax(1, keepdim=True) + 1
+        turn_values = torch.nn.functional.pad(values.gather(1, start), (0, 1)).scatter(1, count, values.gather(1, end))
+        advantages, returns = gae(
+            torch.zeros_like(earned).scatter_add(1, turn, earned), turn_values, by_turn(ended),
+            by_turn(truncated & mask), gamma=gamma, lam=lam, mask=steps < count,
+        )  # fmt: skip
         before = earned.cumsum(1) - earned
-        before = before - before.gather(1, start.gather(1, turn))
-        return zero_where_masked(advantages.gather(1, turn), mask), zero_where_masked(returns.gather(1, turn) - before, mask)
+        earlier_in_turn = before - before.gather(1, start.gather(1, turn))
+        targets = zero_where_masked(returns.gather(1, turn) - earlier_in_turn, mask)
+        return zero_where_masked(advantages.gather(1, turn), mask), targets
 
 
 def discounted_returns(

@@ -1,15 +1,18 @@
 """Checks of the managed loop: arguments before the first rollout, and rollouts without a usable sample."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from rlhf_ppo.distributed.collectives import Processes
+from rlhf_ppo.environments import EnvironmentFactory, EpisodeConfig
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.config import TrainConfig
 from rlhf_ppo.rewards.failures import RewardFailures
 from rlhf_ppo.rewards.sources import RewardSourceError, RewardSources, named_sources
+from rlhf_ppo.rollout.episodes import NumberedEpisodes
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.decode_support import check_positions
 
@@ -21,17 +24,20 @@ def check_inputs(
     learner: PPOLearner,
     config: TrainConfig,
     *,
-    prompts: PromptDataset,
-    eval_prompts: PromptDataset | None,
-    rewards: RewardSources,
+    prompts: PromptDataset | NumberedEpisodes,
+    eval_prompts: PromptDataset | NumberedEpisodes | None,
+    rewards: RewardSources | None,
     judges: RewardSources | None,
+    environment: EnvironmentFactory | None,
 ) -> None:
     """Check arguments of `train` that would otherwise fail in the middle of a run, or be ignored.
 
     Raises:
         ValueError, TypeError: An argument is unusable; nothing has been sampled then.
     """
-    named_sources(rewards)
+    check_environment(learner, config, environment, [prompts, eval_prompts], rewards)
+    if rewards is not None:
+        named_sources(rewards)
     if judges is not None:
         named_sources(judges)
     if config.eval_every and eval_prompts is None:
@@ -51,10 +57,52 @@ def check_inputs(
             f"expected stop_token_ids below the model's vocabulary of {vocab_size}, got "
             f"{config.sampling.stop_token_ids}: no response would ever stop. Take them from the model's own tokenizer."
         )
-    if not learner.is_encoder_decoder:
+    if not learner.is_encoder_decoder and environment is None:
         sets = [prompts] if eval_prompts is None else [prompts, eval_prompts]
         longest = max(dataset.longest for dataset in sets)
         check_positions(learner.model.pretrained_model.config, longest + config.sampling.max_new_tokens)
+
+
+def check_environment(
+    learner: PPOLearner,
+    config: TrainConfig,
+    environment: EnvironmentFactory | None,
+    prompts: Sequence[PromptDataset | NumberedEpisodes | None],
+    rewards: RewardSources | None,
+) -> None:
+    """Check that the arguments about environments agree.
+
+    Raises:
+        ValueError, TypeError: They do not; nothing has been sampled then.
+    """
+    if environment is None:
+        if rewards is None:
+            raise ValueError(
+                "expected reward sources, got rewards=None without an environment: nothing would be learned. Pass a "
+                "callable (prompts=, responses=, **columns) -> list of scores, or `environment=`."
+            )
+        if any(isinstance(part, NumberedEpisodes) for part in prompts) or config.episodes != EpisodeConfig():
+            raise ValueError(
+                "expected an environment for a number of episodes, or for TrainConfig.episodes, got none: they would "
+                "mean nothing. Pass `environment=`, or a PromptDataset and no episodes."
+            )
+        return
+    if rewards is None and config.offload_rewards:
+        raise ValueError(
+            "expected reward sources whose models offload_rewards moves, got rewards=None: there is nothing to move. "
+            "Set offload_rewards=False."
+        )
+    if not callable(environment) or (hasattr(environment, "step") and not isinstance(environment, type)):
+        raise TypeError(
+            f"environment must be a class, or a function that makes one environment for each episode, got "
+            f"{environment!r:.80}: episodes at the same time would share their state. Pass the class itself."
+        )
+    if learner.is_encoder_decoder or config.missing_eos is not None:
+        what = "missing_eos" if config.missing_eos is not None else "an encoder-decoder"
+        raise ValueError(
+            f"expected a causal model without missing_eos for an environment, got {what}: a reply is not the end of an "
+            "episode. Let the environment's rewards say what a reply without an end costs; use a causal model."
+        )
 
 
 @dataclass
@@ -84,8 +132,9 @@ class LostRollouts:
             return False
         if self.failures.on_failure == "raise":
             raise ValueError(
-                "every sample of the batch was skipped by a reward source: there is nothing to learn from. Let it "
-                "return numbers, or set `TrainConfig.reward_failures` to on_failure='drop' to sample another batch."
+                "every sample of the batch was skipped by a reward source, or its environment failed: there is nothing "
+                "to learn from. Let them return numbers (a warning names the environment's error), or set "
+                "`TrainConfig.reward_failures` to on_failure='drop' to sample another batch."
             )
         self.total += 1
         self.in_a_row += 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from rlhf_ppo.diagnostics.guards import Guards
+from rlhf_ppo.environments import EpisodeConfig
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures
@@ -35,6 +36,8 @@ class TrainConfig:
     """Number of Pareto-optimal models (high `keep_best`, low KL to the reference) kept in `frontier/`."""
     max_reference_kl: float | None = None
     """KL budget, nats per response: stop when a rollout exceeds it, and keep no "best" model beyond it."""
+    episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
+    """Limits of episodes with an environment, concurrency, retries; without an environment it must not be set."""
     missing_eos: MissingEOS | None = None
     """Penalty of a response that reached `max_new_tokens` without a stop token; None: no penalty."""
     guards: Guards = field(default_factory=Guards)

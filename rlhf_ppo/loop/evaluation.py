@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.learner.statistics import row_sums
-from rlhf_ppo.rewards.sources import RewardSources
+from rlhf_ppo.rewards.sources import RewardSources, named_sources
 from rlhf_ppo.rollout.collect import Collector
+from rlhf_ppo.rollout.episodes import NumberedEpisodes
 from rlhf_ppo.rollout.experience import Scorer
 from rlhf_ppo.rollout.prompts import PromptDataset
 
@@ -34,8 +35,8 @@ class Evaluation:
 def evaluate(
     collector: Collector,
     scorer: Scorer,
-    prompts: PromptDataset,
-    rewards: RewardSources,
+    prompts: PromptDataset | NumberedEpisodes,
+    rewards: RewardSources | None,
     *,
     judges: RewardSources | None = None,
     rows: Sequence[int] | None = None,
@@ -56,12 +57,21 @@ def evaluate(
     batch = prompts.batch(list(range(len(prompts))) if rows is None else list(rows))
     collected = single_response.sample(batch, torch.Generator().manual_seed(seed))
     scores = single_response.score(collected, rewards)
+    if not collected.prompts:  # the environments of this process failed
+        return Evaluation(prompts=[], responses=[])
     measures = {"score": scores.total.masked_fill(scores.skipped, math.nan).tolist()}
     if judges is not None:
-        for name, values in single_response.score(collected, judges).per_source.items():
-            measures[name] = values.tolist()
-    measures |= reference_measures(scorer, collected.samples.prompts, collected.samples.responses)
-    return Evaluation(prompts=collected.prompts, responses=collected.responses, measures=measures)
+        judged = single_response.score(collected, judges).per_source
+        measures |= {item.name: judged[item.name].tolist() for item in named_sources(judges)}
+    masks = None if collected.episodes is None else [episode.mask for episode in collected.episodes]
+    measures |= reference_measures(scorer, collected.samples.prompts, collected.samples.responses, masks)
+    if collected.episodes is None:
+        return Evaluation(prompts=collected.prompts, responses=collected.responses, measures=measures)
+    numbers = [episode.numbers() for episode in collected.episodes]
+    names = dict.fromkeys(name for row in numbers for name in row)
+    measures = {name: [row.get(name, math.nan) for row in numbers] for name in names} | measures
+    transcripts = [str(text) for text in collected.columns["transcripts"]]
+    return Evaluation(prompts=collected.prompts, responses=transcripts, measures=measures)
 
 
 def merge_evaluations(parts: Sequence[Evaluation]) -> Evaluation:
@@ -71,10 +81,14 @@ def merge_evaluations(parts: Sequence[Evaluation]) -> Evaluation:
     def interleave(columns: list[list[Any]]) -> list[Any]:
         return [item for row in zip_longest(*columns, fillvalue=missing) for item in row if item is not missing]
 
+    def values(part: Evaluation, name: str) -> list[float]:
+        return part.measures.get(name, [math.nan] * len(part.prompts))  # a number that no episode there has
+
+    names = dict.fromkeys(name for part in parts for name in part.measures)
     return Evaluation(
         prompts=interleave([part.prompts for part in parts]),
         responses=interleave([part.responses for part in parts]),
-        measures={name: interleave([part.measures[name] for part in parts]) for name in parts[0].measures},
+        measures={name: interleave([values(part, name) for part in parts]) for name in names},
     )
 
 
@@ -92,18 +106,20 @@ def mean_and_stderr(values: Sequence[float]) -> dict[str, float]:
 
 @torch.no_grad()
 def reference_measures(
-    scorer: Scorer, prompts: Sequence[Tensor], responses: Sequence[Tensor]
+    scorer: Scorer, prompts: Sequence[Tensor], responses: Sequence[Tensor], masks: Sequence[Tensor] | None = None
 ) -> dict[str, list[float]]:
     """KL to the reference and likelihood under it, one number per response.
 
     `kl` is the k1 estimate summed over a response, nats; `kl_k3` the non-negative k3 estimate (Schulman 2020);
     `reference_nll` the mean negative log-likelihood of a token under the reference, nats: its exponential is the
-    perplexity; `length` the number of response tokens. Without a reference, `length` alone.
+    perplexity; `length` the number of response tokens. With masks (True = sampled by the policy), all of them count the
+    policy's own tokens alone. Without a reference, `length` alone.
     """
     inputs = TokenInputs(prompts=list(prompts), responses=list(responses))
     scored = scorer(inputs)
-    lengths = inputs.response_lengths().to(scored.logprobs.device)
-    mask = torch.arange(inputs.width(), device=lengths.device)[None, :] < lengths[:, None]
+    own = [torch.ones(len(response)) for response in responses] if masks is None else [mask.float() for mask in masks]
+    mask = pad_rows(own).bool().to(scored.logprobs.device)
+    lengths = mask.sum(dim=1)
     measures: dict[str, Tensor] = {}
     if scored.ref_logprobs is not None:
         log_ratio = (scored.ref_logprobs - scored.logprobs).masked_fill(~mask, 0.0)

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+
+from rlhf_ppo.environments import EnvironmentFactory, EnvironmentSampler
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.config import TrainConfig
 from rlhf_ppo.rewards.gather import make_scoring
@@ -12,12 +15,28 @@ from rlhf_ppo.samplers.base import Sampler, WeightSyncedSampler
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 
 
-def make_collector(learner: PPOLearner, config: TrainConfig, sampler: Sampler | None) -> Collector:
-    """Build the `Collector`, which samples and scores responses for `learner`; `sampler` None: `DecodeLoop`."""
+def make_collector(
+    learner: PPOLearner, config: TrainConfig, sampler: Sampler | None, environment: EnvironmentFactory | None = None
+) -> Collector:
+    """Build the `Collector`, which samples and scores responses for `learner`, or plays episodes.
+
+    Args:
+        learner: Has the policy.
+        config: Settings of sampling, episodes and reward sources.
+        sampler: None: `DecodeLoop`.
+        environment: Makes the environment of an episode; None: responses of one turn.
+    """
     sampler = sampler or DecodeLoop(learner.tokenizer)
+    device, reduce_sum = learner.current_device, learner.processes.reduce_sum
+    episodes = environment and EnvironmentSampler(
+        factory=environment, sampler=sampler, tokenizer=learner.tokenizer, device=device, config=config.episodes,
+        max_positions=learner.limits.max_positions,
+        any_process=lambda here: float(reduce_sum(torch.tensor(float(here), device=device))) > 0,
+    )  # fmt: skip
     return Collector(
         model=learner.model, tokenizer=learner.tokenizer, sampling=config.sampling, device=learner.current_device,
         sampler=sampler, failures=config.reward_failures, synced_weights=partial(synced_weights, learner, sampler),
+        environment=episodes or None, episode_seeds=(learner.config.seed, 0),
         limits=learner.limits, scoring=make_scoring(learner.processes, on_main=config.reward_calls == "once"),
     )  # fmt: skip
 

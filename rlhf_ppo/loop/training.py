@@ -11,13 +11,15 @@ from rlhf_ppo.checkpoints.best import BestModels
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
 from rlhf_ppo.checkpoints.resume import Stateful
 from rlhf_ppo.diagnostics.doctor import diagnose_first_batch
-from rlhf_ppo.diagnostics.guards import GuardMonitor, GuardVerdict, repetition, with_kl_budget
+from rlhf_ppo.diagnostics.guards import GuardMonitor, GuardVerdict, with_kl_budget
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
+from rlhf_ppo.environments import EnvironmentFactory
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import scalar_statistics
 from rlhf_ppo.loop.checks import LostRollouts, check_inputs
 from rlhf_ppo.loop.config import Callback, TrainConfig, TrainState, check_settings
 from rlhf_ppo.loop.evaluation import Evaluation, evaluate, merge_evaluations
+from rlhf_ppo.loop.rollout_metrics import progress_postfix, rollout_metrics
 from rlhf_ppo.loop.run_keeper import RunKeeper
 from rlhf_ppo.loop.sampling import make_collector
 from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
@@ -25,6 +27,7 @@ from rlhf_ppo.loop.token_traces import token_traces
 from rlhf_ppo.rewards.offload import offload_sources
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
 from rlhf_ppo.rollout.collect import CollectedResponses
+from rlhf_ppo.rollout.episodes import NumberedEpisodes
 from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
 from rlhf_ppo.rollout.rebalance import rebalance_empty_ranks
 from rlhf_ppo.samplers.base import Sampler
@@ -40,32 +43,34 @@ class TrainingLoop:
     Args:
         learner: Its `learn` is the optimization step.
         prompts: Training prompts.
-        rewards: Reward sources that score the responses.
+        rewards: Reward sources that score the responses; None: the environment's rewards alone.
         config: Settings of the loop.
         eval_prompts: Held-out prompts.
         judges: Further reward sources, called in the held-out evaluation only.
         callbacks: Called after every iteration.
         sampler: Samples the responses; None: `DecodeLoop`.
+        environment: Makes the environment of an episode; None: responses of one turn.
     """
 
     learner: PPOLearner
-    prompts: PromptDataset
-    rewards: RewardSources
+    prompts: PromptDataset | NumberedEpisodes
+    rewards: RewardSources | None
     config: TrainConfig
-    eval_prompts: PromptDataset | None = None
+    eval_prompts: PromptDataset | NumberedEpisodes | None = None
     judges: RewardSources | None = None
     callbacks: Sequence[Callback] = ()
     sampler: Sampler | None = None
+    environment: EnvironmentFactory | None = None
 
     def __post_init__(self) -> None:
         learner, sampling, config = self.learner, self.config.sampling, self.config
         check_settings(learner, config)
         check_inputs(
             learner, config, prompts=self.prompts, eval_prompts=self.eval_prompts, rewards=self.rewards,
-            judges=self.judges,
+            judges=self.judges, environment=self.environment,
         )  # fmt: skip
         accelerator, seed = learner.accelerator, learner.config.seed
-        self.collector = make_collector(learner, config, self.sampler)
+        self.collector = make_collector(learner, config, self.sampler, self.environment)
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.prompt_sampler = PromptSampler(
             len(self.prompts), batch_size=learner.config.batch_size // sampling.num_return_sequences, seed=seed,
@@ -97,7 +102,8 @@ class TrainingLoop:
         Raises:
             FolderInUseError: Another run uses the run folder.
         """
-        offloaded = offload_sources(self.rewards) if self.config.offload_rewards else nullcontext(nullcontext)
+        offloads = self.config.offload_rewards and self.rewards is not None
+        offloaded = offload_sources(self.rewards or ()) if offloads else nullcontext(nullcontext)
         with self.keeper.locked(), offloaded as sources_context:
             self.collector = replace(self.collector, sources_context=sources_context)
             return self._run()
@@ -120,15 +126,16 @@ class TrainingLoop:
                     continue
                 self._learn(*rollout)
                 bar.update()
-                bar.set_postfix(_postfix(self.state.metrics))
+                bar.set_postfix(progress_postfix(self.state.metrics))
                 self._after_iteration(limit)
         return self.state
 
     def per_process_state(self) -> dict[str, Stateful]:
-        """State of each process: random streams; reward sources, callbacks and sampler if they have a state."""
-        candidates: dict[str, object] = {f"rewards/{item.name}": item.source for item in named_sources(self.rewards)}
+        """State of each process: random streams, and what the user passed that has a state."""
+        sources = () if self.rewards is None else named_sources(self.rewards)
+        candidates: dict[str, object] = {f"rewards/{item.name}": item.source for item in sources}
         candidates |= {f"callbacks/{index}": callback for index, callback in enumerate(self.callbacks)}
-        candidates["sampler"] = self.sampler
+        candidates |= {"sampler": self.sampler, "environment": self.environment}
         return {
             "random": RandomStreams(self.generator),
             **{name: part for name, part in candidates.items() if isinstance(part, Stateful)},
@@ -190,8 +197,10 @@ class TrainingLoop:
     def _learn(self, collected: CollectedResponses, scores: RewardScores, times: dict[str, float]) -> None:
         learner = self.learner
         start = time.perf_counter()
-        diagnose_first_batch(learner, DiagnosedBatch.of_rollout(collected, scores, self.config.sampling, self.rewards))
-        local = self.collector.responses(collected.samples, scores)
+        if collected.prompts:
+            batch = DiagnosedBatch.of_rollout(collected, scores, self.config.sampling, self.rewards)
+            diagnose_first_batch(learner, batch)
+        local = self.collector.responses(collected, scores)
         process, device = learner.accelerator.process_index, learner.current_device
         responses = rebalance_empty_ranks(local, learner.processes.gather_objects, process, device)
         statistics = learner.learn(responses)
@@ -199,18 +208,13 @@ class TrainingLoop:
             (collected, scores) if responses is local else None
         )  # else: rows of another process, without texts
         self.state.iteration += 1
-        first, *rest = learner.processes.gather_objects([scores])
-        all_scores: RewardScores = first.joined(rest)
-        finished = learner.processes.gather_objects(collected.samples.finished)
-        repeated = learner.processes.gather_objects([repetition(row.tolist()) for row in collected.samples.responses])
-        metrics = scalar_statistics(statistics) | learner.metrics | all_scores.metrics() | times
+        of_rollout, repeated = rollout_metrics(learner.processes, collected, scores)
+        metrics = scalar_statistics(statistics) | learner.metrics | of_rollout | times
         metrics |= {
-            "env/reward_mean": float(all_scores.total[~all_scores.skipped].mean()),
             "env/rollouts_lost": float(self.lost_rollouts.total),
-            "tokens/finished_share": sum(finished) / len(finished),
             "time/iteration": sum(times.values()) + time.perf_counter() - start,
         }
-        metrics |= self.guard_monitor.measure(sum(repeated) / len(repeated), metrics["tokens/actions_mean"])
+        metrics |= self.guard_monitor.measure(repeated, metrics["tokens/actions_mean"])
         self.state.metrics = metrics
         self.state.history.append(metrics)
         del self.state.history[: -self.config.keep_history]
@@ -232,8 +236,9 @@ class TrainingLoop:
                 "one at least. Give more prompts, or evaluate on fewer processes."
             )
         rows = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
+        collector = replace(self.collector, episode_seeds=(seed, 1))
         evaluation = evaluate(
-            self.collector, self.learner.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
+            collector, self.learner.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
             seed=seed + 100003 * accelerator.process_index,
         )  # fmt: skip
         return merge_evaluations(self.learner.processes.gather_objects([evaluation]))
@@ -293,8 +298,3 @@ class TrainingLoop:
             prompts=[collected.prompts[row] for row in rows], scores=scores.total[rows].tolist(),
         )  # fmt: skip
         self.keeper.write(self.state.iteration, lambda folder: folder.append_tokens(traces))
-
-
-def _postfix(metrics: dict[str, float]) -> dict[str, str]:
-    shown = {"reward": "env/reward_mean", "kl": "objective/kl", "length": "tokens/responses_len_mean"}
-    return {name: f"{metrics[key]:.3g}" for name, key in shown.items() if key in metrics}

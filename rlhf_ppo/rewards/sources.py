@@ -117,6 +117,15 @@ def named_sources(sources: RewardSources) -> tuple[WeightedSource, ...]:
     return weighted_sources
 
 
+def unscored(count: int, sources: RewardSources | None) -> RewardScores:
+    """Scores of 0 for `count` samples, without a call of the sources."""
+    names = [] if sources is None else [item.name for item in named_sources(sources)]
+    return RewardScores(
+        total=torch.zeros(count), per_token=None, per_source={name: torch.zeros(count) for name in names},
+        skipped=torch.zeros(count, dtype=torch.bool), dropped=torch.zeros(count, dtype=torch.bool),
+    )  # fmt: skip
+
+
 def score_batch(
     sources: RewardSources, request: RewardRequest, failures: RewardFailures = RAISE_ON_FAILURE
 ) -> RewardScores:

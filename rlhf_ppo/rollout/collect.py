@@ -2,19 +2,23 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
+from rlhf_ppo.environments.episode import Episode
+from rlhf_ppo.environments.sampler import EnvironmentSampler
 from rlhf_ppo.functional import missing_eos_penalty
 from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures
 from rlhf_ppo.rewards.gather import Postprocess, Prepare, Score, Scoring
-from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSources, score_batch
+from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSources, score_batch, unscored
 from rlhf_ppo.rollout.checks import ModelLimits, check_count, check_samples
+from rlhf_ppo.rollout.episodes import add_environment_rewards, episode_tasks, responses_of_episodes
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptBatch
 from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
@@ -41,8 +45,20 @@ class CollectedResponses:
     prompts: list[str]
     """Prompt of each response, as text."""
     responses: list[str]
-    """Decoded responses, for people and reward sources; training uses the sampled tokens."""
+    """Decoded responses, for people and reward sources; training uses the sampled tokens. Of an episode: the policy's
+    own replies, a line each, so that no reward mistakes an environment's text for an answer."""
     columns: dict[str, list[object]]
+    """Columns of the dataset; of episodes also `transcripts`, the text with all observations."""
+    episodes: list[Episode] | None = None
+    """The episodes, where an environment answered."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Failed episodes and the like on this process."""
+
+    def own_tokens(self) -> list[Int[Tensor, " own"]]:
+        """The tokens of each response that the policy sampled."""
+        if self.episodes is None:
+            return self.samples.responses
+        return [episode.response_ids[episode.mask] for episode in self.episodes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +76,8 @@ class Collector:
         limits: Limits of the model, which sampled responses are checked against. None: no check.
         scoring: How processes share the scoring; see `make_scoring`.
         sources_context: Context for calling reward sources: while active, their models are on their devices.
+        environment: Plays episodes instead of sampling one response each. None: no environment.
+        episode_seeds: Seed of the run, and 0 in training, 1 in evaluation; see `episode_tasks`.
     """
 
     model: nn.Module
@@ -72,9 +90,13 @@ class Collector:
     limits: ModelLimits | None = None
     scoring: Scoring = _score_in_one_process
     sources_context: Callable[[], AbstractContextManager[object]] = nullcontext
+    environment: EnvironmentSampler | None = None
+    episode_seeds: tuple[int, int] = (0, 0)
 
     def sample(self, batch: PromptBatch, generator: torch.Generator) -> CollectedResponses:
-        """Sample `num_return_sequences` adjacent responses to each prompt."""
+        """Sample `num_return_sequences` adjacent responses to each prompt, or play as many episodes."""
+        if self.environment is not None:
+            return self._play(self.environment, batch, generator)
         prompts = [prompt.to(self.device) for prompt in batch.input_ids]
         with self.synced_weights():
             samples = self.sampler(self.model, prompts, self.sampling, generator=generator)
@@ -91,22 +113,59 @@ class Collector:
             },
         )
 
+    def _play(
+        self, environment: EnvironmentSampler, batch: PromptBatch, generator: torch.Generator
+    ) -> CollectedResponses:
+        """Play `num_return_sequences` adjacent episodes for each row; groups with a failed one are left out."""
+        copies = self.sampling.num_return_sequences
+        tasks = list(episode_tasks(batch, copies, self.episode_seeds))
+        with self.synced_weights():
+            played = environment(self.model, tasks, self.sampling, generator=generator)
+        groups = [played.episodes[start : start + copies] for start in range(0, len(tasks), copies)]
+        kept = [row for row in range(len(tasks)) if None not in groups[row // copies]]
+        episodes = [episode for row in kept if (episode := played.episodes[row]) is not None]
+        logprobs = [episode.logprobs for episode in episodes]
+        samples = Samples(
+            prompts=[episode.prompt_ids.to(self.device) for episode in episodes],
+            responses=[episode.response_ids.to(self.device) for episode in episodes],
+            logprobs=[row for row in logprobs if row is not None] if None not in logprobs else None,
+            finished=[not episode.truncated for episode in episodes],
+        )  # fmt: skip
+
+        def decode(tokens: Tensor) -> str:  # `batch_decode` makes one text of no row
+            return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+        columns: dict[str, list[object]] = {
+            name: [column[row // copies] for row in kept] for name, column in batch.columns.items()
+        }
+        columns["transcripts"] = [decode(episode.response_ids) for episode in episodes]
+        return CollectedResponses(
+            samples=samples, prompts=[decode(episode.prompt_ids) for episode in episodes],
+            responses=["\n".join(map(decode, episode.replies())) for episode in episodes],
+            columns=columns, episodes=episodes, counts=played.counts(),
+        )  # fmt: skip
+
     def score(
-        self, collected: CollectedResponses, sources: RewardSources, missing_eos: MissingEOS | None = None
+        self, collected: CollectedResponses, sources: RewardSources | None, missing_eos: MissingEOS | None = None
     ) -> RewardScores:
-        """Check the responses, score their texts, and apply `missing_eos` to those without a stop token."""
+        """Check the responses, score their texts, and apply `missing_eos` to those without a stop token.
+
+        The rewards of environments are added; with `sources` None they are all there is.
+        """
         return self.scoring(
             lambda: self._make_request(collected),
             lambda request: self._call_sources(sources, request),
-            lambda scores: self._penalize_missing_eos(scores, collected, missing_eos),
+            lambda scores: self._complete_scores(scores, collected, missing_eos),
         )
 
-    def _call_sources(self, sources: RewardSources, request: RewardRequest) -> RewardScores:
+    def _call_sources(self, sources: RewardSources | None, request: RewardRequest) -> RewardScores:
+        if sources is None or not request.prompts:
+            return unscored(len(request.prompts), sources)
         with self.sources_context():
             return score_batch(sources, request, self.failures)
 
     def _make_request(self, collected: CollectedResponses) -> RewardRequest:
-        if self.limits is not None:
+        if self.limits is not None and collected.prompts:
             check_samples(collected.samples, self.limits, device=self.device)
         return RewardRequest(
             prompts=collected.prompts,
@@ -115,9 +174,11 @@ class Collector:
             response_lengths=[len(response) for response in collected.samples.responses],
         )
 
-    def _penalize_missing_eos(
+    def _complete_scores(
         self, scores: RewardScores, collected: CollectedResponses, missing_eos: MissingEOS | None
     ) -> RewardScores:
+        if collected.episodes is not None:
+            return add_environment_rewards(scores, collected.episodes)
         if missing_eos is None:
             return scores
         if scores.per_token is not None:
@@ -139,11 +200,17 @@ class Collector:
             row for row, skipped in enumerate(groups.any(1).repeat_interleave(groups.shape[1]).tolist()) if not skipped
         ]
 
-    def responses(self, samples: Samples, scores: RewardScores) -> Responses | None:
+    def responses(self, collected: CollectedResponses, scores: RewardScores) -> Responses | None:
         """Select the samples to learn from, in the form that `learn` takes; None if all were skipped."""
         rows = self.kept_rows(scores)
         if not rows:
             return None
+        if collected.episodes is not None:
+            return responses_of_episodes(
+                [collected.episodes[row] for row in rows], self.device,
+                scores=scores.scores[rows], group_size=self.sampling.num_return_sequences,
+            )  # fmt: skip
+        samples = collected.samples
         responses: list[Tensor] = [samples.responses[row].to(self.device) for row in rows]
         logprobs = samples.logprobs
         values = samples.values if self.sampling.samples_from_policy else None

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_ppo.batch import PolicyOutput, Rollout, TokenInputs, pad_rows, split_into_micro_batches
@@ -161,7 +161,8 @@ def shape_rollout(
     is_truncated = torch.zeros_like(last, dtype=torch.bool) if responses.truncated is None else responses.truncated
     totals = rewards.masked_fill(~mask, 0.0).sum(dim=1)
     rollout = Rollout(
-        inputs=responses.inputs, mask=mask, logprobs=scored.logprobs, rewards=rewards, turn_starts=responses.turn_starts,
+        inputs=responses.inputs, mask=mask, logprobs=scored.logprobs, rewards=rewards,
+        turn_starts=responses.turn_starts,
         values=_values_after_observations(scored.values, last, responses.inputs.response_lengths()),
         terminated=is_last & ~is_truncated[:, None], truncated=is_last & is_truncated[:, None],
         ref_logprobs=scored.ref_logprobs, scores=totals, group_size=responses.group_size,
@@ -171,8 +172,8 @@ def shape_rollout(
 
 
 def _values_after_observations(
-    values: Float[Tensor, "batch time+1"], last: Tensor, lengths: Tensor
-) -> Float[Tensor, "batch time+1"]:
+    values: Float[Tensor, "batch states"], last: Int[Tensor, " batch"], lengths: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch states"]:
     """V at the end of each row put behind its last action, where GAE looks for the state after it.
 
     A truncated episode may end in an observation: the policy would act after it, and only states where it acts have a
