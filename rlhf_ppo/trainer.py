@@ -86,6 +86,7 @@ class PPOTrainer(ClassicSurface):
         if not isinstance(dataset, PromptDataset):  # a loop of the user's own
             self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
             self.trackers.begin()
+        self.follow_assignments(default_optimizer=optimizer is None, default_algorithm=algorithm is None)
 
     def step(
         self,

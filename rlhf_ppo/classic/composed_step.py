@@ -64,6 +64,7 @@ def composed_step(
         ValueError: The batch is malformed, or the trainer does what the classic did not know.
     """
     _check_supported(trainer)
+    trainer.check_assignments()
     timing: dict[str, float] = {}
     with _right_padding(trainer), timed(timing, "total"):
         rows = trainer._step_safety_checker(trainer.config.batch_size, queries, responses, scores, response_masks)
@@ -157,9 +158,8 @@ def _score(trainer: ClassicInnerMethods, checked: Responses, timing: dict[str, f
             trainer.model, prompts, responses, inputs, response_masks=masks, **arguments
         )
         with trainer.reference_context():
-            reference = trainer.ref_model or trainer.model
             ref_logprobs, ref_logits, _, _ = trainer.batched_forward_pass(
-                reference, prompts, responses, inputs, **arguments
+                trainer.reference_model, prompts, responses, inputs, **arguments
             )
     scores = normalize_scores(
         checked.scores, checked.mask, trainer.running, scale=config.use_score_scaling, shift=config.use_score_norm,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling
 
+from rlhf_ppo.classic.assignments import Assignable
 from rlhf_ppo.functional import (
     classic_whiten_rewards,
     entropy_from_logits,
@@ -28,13 +29,12 @@ from rlhf_ppo.functional import (
     whiten,
 )
 from rlhf_ppo.learner.finite_checks import warn_of_negative_kl
-from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.rollout.checks import ModelLimits, check_step_inputs
 
 _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "k3": "k3"}
 
 
-class ClassicInnerMethods(PPOLearner):
+class ClassicInnerMethods(Assignable):
     """The methods that the classic's `step` consists of."""
 
     data_collator: Any

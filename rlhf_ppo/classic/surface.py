@@ -57,7 +57,7 @@ class ClassicSurface(ClassicInnerMethods):
         if not generate_ref_response:
             return responses
         with self.gathered_parameters(of_reference=True), self.reference_context():
-            ref_responses = generate_responses(self.ref_model or self.model, self.tokenizer, query_tensor, **settings)
+            ref_responses = generate_responses(self.reference_model, self.tokenizer, query_tensor, **settings)
         return responses, ref_responses
 
     def prepare_dataloader(

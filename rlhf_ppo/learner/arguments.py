@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.distributed.deepspeed import accelerator_arguments, keep_torch_optimizer
@@ -40,6 +40,18 @@ def check_arguments(
             "tokenizer must be a PreTrainedTokenizerBase like a PreTrainedTokenizer or a PreTrainedTokenizerFast, "
             f"got {type(tokenizer)}"
         )
+    check_models(config, model, ref_model)
+    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | datasets.Dataset | PromptDataset):
+        raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
+    check_scheduler(lr_scheduler)
+
+
+def check_models(config: PPOConfig, model: object, ref_model: object) -> None:
+    """Check the types of policy and reference.
+
+    Raises:
+        ValueError: One of them is no wrapper, or both are one object.
+    """
     if not isinstance(model, PreTrainedModelWrapper):
         raise ValueError(
             f"model must be a PreTrainedModelWrapper, got {type(model)} - wrap it: "
@@ -57,10 +69,17 @@ def check_arguments(
             "model and ref_model are the same object: the reference would move with the policy and the KL penalty "
             "would always be 0. Pass `ref_model=None` for a frozen copy."
         )
-    if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | datasets.Dataset | PromptDataset):
-        raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
+
+
+def check_scheduler(lr_scheduler: object) -> None:
+    """Raise ValueError if it is neither None nor a scheduler that is stepped without a metric."""
     if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
         raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(lr_scheduler)}")
+    if isinstance(lr_scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "lr_scheduler must be one that needs no metric, got ReduceLROnPlateau: it is stepped once per step(), and "
+            "would raise after the weights have moved. Step it yourself with a metric of your choice."
+        )
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:
@@ -89,11 +108,13 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
 
 def fill_runtime_fields(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft_model: bool) -> None:
     """Set the fields of `config` that depend on the number of processes and the type of the model."""
-    config.world_size = processes
-    config.global_batch_size = config.batch_size * processes
-    config.global_backward_batch_size = (config.backward_batch_size or config.mini_batch_size) * processes
-    config.is_encoder_decoder = is_encoder_decoder
-    config.is_peft_model = is_peft_model
+    vars(config).update(  # not by assignment: those are a script's
+        world_size=processes,
+        global_batch_size=config.batch_size * processes,
+        global_backward_batch_size=(config.backward_batch_size or config.mini_batch_size) * processes,
+        is_encoder_decoder=is_encoder_decoder,
+        is_peft_model=is_peft_model,
+    )
 
 
 def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Optimizer:

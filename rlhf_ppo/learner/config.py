@@ -1,18 +1,19 @@
 """`PPOConfig`, the settings of `PPOTrainer`: the fields of TRL's classic, then those of this package."""
 
-import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakMethod
 
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
 from rlhf_ppo.distributed.placement import ReferencePlacement
+from rlhf_ppo.learner.config_checks import check_settings, parse_json_object
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController, KLController
-from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, check_kl_placement
+from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement
 from rlhf_ppo.updates import MinibatchConfig
-from rlhf_ppo.utils.field_types import check_fields
 
 
 @dataclass
@@ -177,28 +178,54 @@ class PPOConfig:
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs"):
             value = getattr(self, name)
-            setattr(self, name, _parse_json_object(name, value) if isinstance(value, str) else value or {})
-        check_fields(self)
+            setattr(self, name, parse_json_object(name, value) if isinstance(value, str) else value or {})
+        check_settings(self)
         if self.forward_batch_size is not None:
             self.mini_batch_size = self.forward_batch_size
         if self.optimize_cuda_cache is not None:
             self.optimize_device_cache = self.optimize_cuda_cache
-        self._validate()
-        self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
-        if self.batch_size % self.backward_batch_size:
+        self.derive_sizes()
+        size = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.batch_size % size:
             raise ValueError(
                 "`batch_size` must be a multiple of `mini_batch_size * gradient_accumulation_steps`, inexact division: "
-                f"{self.batch_size} / {self.backward_batch_size} = {self.batch_size / self.backward_batch_size}. "
+                f"{self.batch_size} / {self.backward_batch_size} = {self.batch_size / size}. "
                 "A remainder would be dropped or weigh more than the others; choose sizes that divide."
             )
-        self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
+
+    def derive_sizes(self) -> None:
+        """Set the derived fields: `backward_batch_size` and `total_ppo_epochs`."""
+        vars(self)["backward_batch_size"] = self.mini_batch_size * self.gradient_accumulation_steps
+        vars(self)["total_ppo_epochs"] = math.ceil(self.steps / self.batch_size)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name not in _FIELD_NAMES:
+        if name not in self.__dataclass_fields__:
             raise AttributeError(
-                f"PPOConfig has no setting {name!r}; its settings are {', '.join(sorted(_FIELD_NAMES))}"
+                f"PPOConfig has no setting {name!r}; its settings are {', '.join(sorted(self.__dataclass_fields__))}"
             )
+        listeners, old = self.__dict__.get("_listeners", ()), self.__dict__.get(name)
         super().__setattr__(name, value)
+        if not listeners or value == old:
+            return
+        try:
+            check_settings(self)
+            for listener in listeners:
+                if (changed := listener()) is not None:
+                    changed(name)
+        except BaseException:
+            vars(self)[name] = old
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_listeners"}
+
+    def notify(self, changed: Callable[[str], None]) -> None:
+        """Call a method with the name of every field that is set from now on; if it raises, the field is put back.
+
+        Args:
+            changed: A bound method; its object may be freed.
+        """
+        vars(self)["_listeners"] = (*vars(self).get("_listeners", ()), WeakMethod(changed))
 
     def algorithm(self) -> PPOClip:
         """The algorithm that the classic fields describe: PPO with the clipped surrogate."""
@@ -238,62 +265,3 @@ class PPOConfig:
             else:
                 flat[name] = value
         return flat
-
-    def _validate(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(
-                f"seed must be in [0, 2^32), got {self.seed}: NumPy's generator takes no other. Use e.g. seed=0."
-            )
-        positive: tuple[str, ...] = (
-            "batch_size",
-            "mini_batch_size",
-            "gradient_accumulation_steps",
-            "ppo_epochs",
-            "logits_chunk_size",
-        )
-        positive += ("most_skips_in_a_row",)
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: nothing would be done. Use 1.")
-        for name in ("temperature", "cliprange", "horizon", "ratio_threshold", "adam_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"{name} must be positive, got {getattr(self, name)}: it is a divisor or a bound. Use 1.0."
-                )
-        if self.importance_sampling_cap is not None and not self.importance_sampling_cap >= 1:
-            raise ValueError(
-                f"importance_sampling_cap must be at least 1 (or None), got {self.importance_sampling_cap}: where "
-                "sampler and trainer agree the ratio is 1, and a lower cap would shrink each such token. Usual: 2."
-            )
-        check_kl_placement(self.kl_penalty, self.kl_placement, self.init_kl_coef)
-        if self.reference_placement == "offloaded" and (self.kl_penalty, self.kl_placement) == ("full", "loss"):
-            raise ValueError(
-                "reference_placement='offloaded' keeps the reference off the device during the update, where "
-                "kl_penalty='full' in the loss reads it in every pass. Use reference_placement='whole', or "
-                "kl_penalty='mse'."
-            )
-        if self.learning_rate < 0 or not math.isfinite(self.learning_rate):
-            raise ValueError(
-                f"learning_rate must be finite and not negative, got {self.learning_rate}: steps would go "
-                "uphill. Use 1e-5."
-            )
-
-
-def _parse_json_object(name: str, text: str) -> dict[str, Any]:
-    """Parse a JSON object given on the command line."""
-    try:
-        content = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"PPOConfig.{name} must be a dict or its JSON, got {text!r:.80} ({error}): nothing could be passed on. "
-            'Write e.g. {"key": "value"}.'
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"PPOConfig.{name} must be a dict or its JSON, got JSON of a {type(content).__name__}: it names no "
-            'settings. Write e.g. {"key": "value"}.'
-        )
-    return content
-
-
-_FIELD_NAMES = frozenset(item.name for item in fields(PPOConfig))

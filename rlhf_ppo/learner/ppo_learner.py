@@ -98,23 +98,35 @@ class PPOLearner:
         self.processes = Processes(self.accelerator)
         self.reuse = SamplerReuse(config.reuse_logprobs, self.processes.reduce_max)
         self.optimizer: Optimizer = optimizer or default_optimizer(model, config)
-        prepared = prepare_models(self.accelerator, config, model, self.ref_model, self.optimizer, lr_scheduler)
+        self.algorithm_config = algorithm or config.algorithm()
+        self._prepare(self.ref_model, self.optimizer, lr_scheduler)
+        self.metrics, self.last_batch, self.diagnosis, self.current_step = {}, None, None, 0
+        self.dump_dir = None if config.dump_dir is None else Path(config.dump_dir)
+        self.update_context = nullcontext
+        self.trackers = Trackers(self.accelerator, config)
+
+    def _prepare(
+        self, reference: PreTrainedModelWrapper | None, optimizer: Optimizer, lr_scheduler: LRScheduler | None
+    ) -> None:
+        """Move the models to their device, wrap them for the processes, and build the algorithm on them."""
+        prepared = prepare_models(self.accelerator, self.config, self.model, reference, optimizer, lr_scheduler)
         self.policy, self.optimizer, self.lr_scheduler = prepared.policy, prepared.optimizer, prepared.lr_scheduler
         found = prepared.reference
         self._reference = None if found is None else found.module
         self._reference_is_whole = found is not None and not found.sharded
-        self.reference_context = partial(reference_adapter, model) if found is None else found.context
-        self.start_kl_check = StartKLCheck(model, self.processes, is_own_reference=self.has_reference and found is None)
-        self.algorithm_config = algorithm or config.algorithm()
+        self.reference_context = partial(reference_adapter, self.model) if found is None else found.context
+        is_own_reference = self.has_reference and found is None
+        self.start_kl_check = StartKLCheck(self.model, self.processes, is_own_reference=is_own_reference)
+        self.build_algorithm()
+
+    def build_algorithm(self) -> None:
+        """Build `algorithm` from `algorithm_config` on the present policy, optimizer and reference."""
+        config = self.config
         self.algorithm = build_algorithm(
             self.algorithm_config, policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator,
             minibatch_config=config.minibatch, seed=config.seed, reference=self._reference,
             reference_kl=loss_kl_estimator(config.kl_penalty, config.kl_placement),
         )  # fmt: skip
-        self.metrics, self.last_batch, self.diagnosis, self.current_step = {}, None, None, 0
-        self.dump_dir = None if config.dump_dir is None else Path(config.dump_dir)
-        self.update_context = nullcontext
-        self.trackers = Trackers(self.accelerator, config)
 
     def learn(self, responses: Responses) -> Statistics:
         """One iteration of Algorithm 1 (Schulman et al. 2017): score, shape rewards, estimate advantages, update.
@@ -217,11 +229,6 @@ class PPOLearner:
     @property
     def scorer(self) -> Scorer:
         """A `Scorer` of policy and reference with the present settings."""
-        if self.config.kl_penalty != "none" and not self.has_reference:
-            raise ValueError(
-                f"kl_penalty was 'none' when the trainer was built and is {self.config.kl_penalty!r} now: no reference "
-                "was kept, so there is no KL to measure. Build the trainer with this kl_penalty."
-            )
         return Scorer(
             policy=self.policy, reference=self._reference, kl_penalty=self.config.kl_penalty,
             reference_context=self.reference_context, rows=self.config.mini_batch_size,

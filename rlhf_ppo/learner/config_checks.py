@@ -1,0 +1,72 @@
+"""Checks of the settings of `PPOConfig`, one by one; what they are together is checked where they are read."""
+
+import json
+import math
+from typing import Any
+
+from rlhf_ppo.rollout.kl_placement import check_kl_placement
+from rlhf_ppo.utils.field_types import check_fields
+
+
+def check_settings(config: Any) -> None:
+    """Check every field of a `PPOConfig`.
+
+    Raises:
+        ValueError: A value is out of its range.
+        TypeError: A value is of another type.
+    """
+    check_fields(config)
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(
+            f"seed must be in [0, 2^32), got {config.seed}: NumPy's generator takes no other. Use e.g. seed=0."
+        )
+    positive: tuple[str, ...] = (
+        "batch_size",
+        "mini_batch_size",
+        "gradient_accumulation_steps",
+        "ppo_epochs",
+        "logits_chunk_size",
+    )
+    positive += ("most_skips_in_a_row",)
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}: nothing would be done. Use 1.")
+    for name in ("temperature", "cliprange", "horizon", "ratio_threshold", "adam_eps"):
+        if not getattr(config, name) > 0:
+            raise ValueError(
+                f"{name} must be positive, got {getattr(config, name)}: it is a divisor or a bound. Use 1.0."
+            )
+    if config.importance_sampling_cap is not None and not config.importance_sampling_cap >= 1:
+        raise ValueError(
+            f"importance_sampling_cap must be at least 1 (or None), got {config.importance_sampling_cap}: where "
+            "sampler and trainer agree the ratio is 1, and a lower cap would shrink each such token. Usual: 2."
+        )
+    check_kl_placement(config.kl_penalty, config.kl_placement, config.init_kl_coef)
+    if config.reference_placement == "offloaded" and (config.kl_penalty, config.kl_placement) == ("full", "loss"):
+        raise ValueError(
+            "reference_placement='offloaded' keeps the reference off the device during the update, where "
+            "kl_penalty='full' in the loss reads it in every pass. Use reference_placement='whole', or "
+            "kl_penalty='mse'."
+        )
+    if config.learning_rate < 0 or not math.isfinite(config.learning_rate):
+        raise ValueError(
+            f"learning_rate must be finite and not negative, got {config.learning_rate}: steps would go "
+            "uphill. Use 1e-5."
+        )
+
+
+def parse_json_object(name: str, text: str) -> dict[str, Any]:
+    """Parse a JSON object given on the command line."""
+    try:
+        content = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"PPOConfig.{name} must be a dict or its JSON, got {text!r:.80} ({error}): nothing could be passed on. "
+            'Write e.g. {"key": "value"}.'
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"PPOConfig.{name} must be a dict or its JSON, got JSON of a {type(content).__name__}: it names no "
+            'settings. Write e.g. {"key": "value"}.'
+        )
+    return content
