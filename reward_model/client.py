@@ -11,6 +11,7 @@ from urllib3.exceptions import ReadTimeoutError
 from urllib3.util import Retry
 
 from reward_model.text import Texts
+from rlhf_ppo.chat.prompt import ChatPrompt
 from rlhf_ppo.utils.redaction import redacted
 
 _TRANSIENT = (429, 500, 502, 503, 504)
@@ -82,8 +83,10 @@ class RemoteRewardModel:
         self._session.mount(self.url, HTTPAdapter(max_retries=retry, pool_maxsize=concurrency))
         self._session.headers.update({"Authorization": f"Bearer {token}"} if token else {})
 
-    def __call__(self, prompts: Texts, responses: Texts, **_columns: Any) -> list[float]:
-        """Request one score per prompt-response text, in order.
+    def __call__(
+        self, prompts: Texts, responses: Texts, tools: Sequence[Any] | None = None, **_columns: Any
+    ) -> list[float]:
+        """Request one score per prompt-response text, in order; arguments as of `RewardModel`.
 
         Raises:
             ConnectionError: No usable answer after the last attempt; the message names server and reason.
@@ -92,20 +95,25 @@ class RemoteRewardModel:
         """
         if len(prompts) != len(responses):
             raise ValueError(f"Each sample needs a prompt and a response, got {len(prompts)} and {len(responses)}.")
+        columns: dict[str, Sequence[Any]] = {"prompts": prompts, "responses": responses}
+        messages = [prompt.messages if isinstance(prompt, ChatPrompt) else None for prompt in prompts]
+        columns |= {"messages": messages} if any(messages) else {}
+        columns |= {"tools": tools} if tools is not None and any(tools) else {}
         starts = range(0, len(responses), self.batch_size)
         batches = [
-            (prompts[start : start + self.batch_size], responses[start : start + self.batch_size]) for start in starts
+            {name: list(column[start : start + self.batch_size]) for name, column in columns.items()}
+            for start in starts
         ]
         with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-            answers = [pool.submit(self._request, *batch) for batch in batches]
+            answers = [pool.submit(self._request, batch) for batch in batches]
             try:
                 return [score for answer in answers for score in answer.result()]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # the other batches would be asked in vain
                 raise
 
-    def _request(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-        body = {"prompts": list(prompts), "responses": list(responses)}
+    def _request(self, body: dict[str, list[Any]]) -> list[float]:
+        count = len(body["responses"])
         try:
             # A redirect would send texts, and perhaps the token, to another server.
             answer = self._session.post(self.url, json=body, timeout=self.timeout, allow_redirects=False)
@@ -113,7 +121,7 @@ class RemoteRewardModel:
             if any(isinstance(reason, ReadTimeoutError) for reason in error.args):
                 raise RewardServerTimeout(
                     f"The reward server {self.name} did not answer within {self.timeout:g} s (a time-out): it is "
-                    f"there, but {len(responses)} samples, or the requests before them, took longer. Raise timeout, or "
+                    f"there, but {count} samples, or the requests before them, took longer. Raise timeout, or "
                     "lower batch_size or concurrency. The request was not repeated."
                 ) from None
             raise ConnectionError(
@@ -126,7 +134,7 @@ class RemoteRewardModel:
             )
         if answer.status_code != 200:
             raise ValueError(f"The reward server {self.name} refused ({answer.status_code}): {answer.text:.200}")
-        return read_scores(answer.text, len(responses), self.name)
+        return read_scores(answer.text, count, self.name)
 
 
 def read_scores(body: str, count: int, url: str) -> list[float]:

@@ -11,6 +11,7 @@ import torch
 
 from reward_model.adoption import load_parts
 from reward_model.backbone import layers_of
+from reward_model.chat_markup import COMMON_MARKUP, chat_markup
 from reward_model.contract import Contract
 from reward_model.text import Texts, encode, prepare_tokenizer
 from rlhf_ppo.batch import pad_rows, split_into_micro_batches
@@ -95,16 +96,13 @@ class RewardModel:
     def check_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[str, str, str]]:
         """Problems of texts unlike those of the training, each as (evidence, cause, remedy), for PPO's doctor."""
         rule, problems = self.contract.text, []
-        with_markup = [index for index, prompt in enumerate(prompts) if any(mark in prompt for mark in self._markup())]
-        if with_markup:
-            is_chat = rule.template == "chat"
+        marks = COMMON_MARKUP + (chat_markup(self.tokenizer).openings if self.tokenizer.chat_template else ())
+        with_markup = [index for index, prompt in enumerate(prompts) if any(mark in prompt for mark in marks)]
+        if with_markup and rule.template == "plain":  # a chat reward model reads the messages, or refuses the text
             problems.append((
                 f"{len(with_markup)} of {len(prompts)} prompts hold chat markup, e.g. sample {with_markup[0]}",
-                "it was trained on "
-                + ("conversations: their template is applied here once more" if is_chat else "plain text"),
-                "give it the messages themselves (a reward source of your own that passes the dataset's column)"
-                if is_chat
-                else "train a reward model with template='chat', or prompts without markup",
+                "it was trained on plain text",
+                "train a reward model with template='chat', or prompts without markup",
             ))  # fmt: skip
         pairs = zip(prompts, responses, strict=True)
         lengths = [len(encode(self.tokenizer, rule, prompt, answer, truncate=False)) for prompt, answer in pairs]
@@ -116,15 +114,6 @@ class RewardModel:
                 "shorten prompts or responses, or train a reward model with a larger max_length",
             ))  # fmt: skip
         return problems
-
-    def _markup(self) -> list[str]:
-        """Markup of common chat templates, and the text that the tokenizer's template puts before a message."""
-        common = ["<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|user|>"]
-        if not self.tokenizer.chat_template:
-            return common
-        text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": "\x00"}], tokenize=False))
-        before = text.split("\x00")[0].strip()
-        return [*common, before] if len(before) > 3 else common
 
     def raw_scores(self, prompts: Texts, responses: Texts, tools: Sequence[Any] | None = None) -> list[float]:
         """The logits, as AutoModelForSequenceClassification returns them for the same folder and token ids."""

@@ -1,7 +1,8 @@
 """Serve a reward model over HTTP: `python -m reward_model.serve MODEL`; see `--help`.
 
-POST /score   {"prompts": [...], "responses": [...]}  ->  {"scores": [...]}
-GET  /health                                          ->  {"status": "ok", "kind": ..., "base": ...}
+POST /score       {"prompts": [...], "responses": [...]}  ->  {"scores": [...]}
+POST /get_reward  {"query": [...], "prompts": [...]}      ->  {"rewards": [...], "scores": [...]}, as OpenRLHF asks
+GET  /health                                              ->  {"status": "ok", "kind": ..., "base": ...}
 
 Bad input is answered with 400, a missing token with 401, too large a body with 413, too many requests with 429, each
 with its reason under "error".
@@ -22,7 +23,7 @@ from reward_model.documented import documented
 from reward_model.ensemble import EnsembleRewardModel, load_reward_model
 from reward_model.model import NonFiniteScoreError, RewardModel
 from reward_model.report_card import first_member
-from reward_model.request_body import parse_samples
+from reward_model.request_body import ParseBody, parse_queries, parse_samples
 from reward_model.request_queue import QueueFullError, RequestQueue
 
 logger = logging.getLogger(__name__)
@@ -97,17 +98,17 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
     def refuse(status: int, message: str, **headers: str) -> Any:
         return JSONResponse({"error": message}, status_code=status, headers=headers)
 
-    async def score(request: Any) -> Any:
+    async def answer(request: Any, parse: ParseBody) -> list[float] | Any:
+        """Scores of the samples in the body, or the response that refuses them."""
         if not authorized(request.headers.get("authorization"), secret):
             return refuse(401, "Send the server's token as `Authorization: Bearer TOKEN`.")
         try:
             body = await read_body(request, config.max_bytes)
             if body is None:
                 return refuse(413, f"The body is larger than {config.max_bytes} bytes. Send smaller batches.")
-            prompts, responses = parse_samples(body, config.max_samples)
-            key = hashlib.sha256(body).hexdigest()
-            answer = queue.answer(key, lambda: model(prompts, responses))
-            return JSONResponse({"scores": await unless_client_leaves(request, answer)})
+            arguments = parse(body, config.max_samples)
+            key = hashlib.sha256(request.url.path.encode() + b" " + body).hexdigest()
+            return await unless_client_leaves(request, queue.answer(key, lambda: model(**arguments)))
         except ClientDisconnect:
             return refuse(499, "The client has left.")  # for the log: nobody reads it
         except QueueFullError as error:
@@ -117,10 +118,21 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
         except (ValueError, TypeError) as error:
             return refuse(400, str(error))
 
+    async def score(request: Any) -> Any:
+        scores = await answer(request, parse_samples)
+        return JSONResponse({"scores": scores}) if isinstance(scores, list) else scores
+
+    async def get_reward(request: Any) -> Any:
+        scores = await answer(request, parse_queries)
+        if not isinstance(scores, list):
+            return scores
+        return JSONResponse({"rewards": scores, "scores": scores, "extra_logs": {}})
+
     async def health(_request: Any) -> Any:
         return JSONResponse(health_of(model))
 
-    return Starlette(routes=[Route("/score", score, methods=["POST"]), Route("/health", health)])
+    posts = [Route("/score", score, methods=["POST"]), Route("/get_reward", get_reward, methods=["POST"])]
+    return Starlette(routes=[*posts, Route("/health", health)])
 
 
 def health_of(model: RewardModel | EnsembleRewardModel) -> dict[str, str]:
@@ -185,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (ServeConfig,),
         named_model(arguments),
         program="python -m reward_model.serve",
-        description="Serve a reward model over HTTP (POST /score).",
+        description="Serve a reward model over HTTP (POST /score, or /get_reward as OpenRLHF asks).",
     )
     app = application(load_reward_model(config.model, caution=config.caution, label=config.label), config)
     import uvicorn

@@ -1,11 +1,18 @@
 """Encode prompt and response to token ids, in training and serving alike."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reward_model.chat_markup import WholeText, bare_text, rendered_text, whole_chat
 from reward_model.contract import ContractError, TextRule
 from rlhf_ppo.chat.messages import Message, Text, as_messages, read_text, read_tools
+from rlhf_ppo.chat.prompt import ChatPrompt
 from rlhf_ppo.chat.template import render_chat
+
+_CHARACTERS_PER_TOKEN = 8
+_SPARE_TOKENS = 64
+_WORD_END = re.compile(r"\w(?=\W)")
 
 __all__ = ["Message", "Text", "Texts", "as_messages", "encode", "prepare_tokenizer", "render"]
 
@@ -40,11 +47,14 @@ def encode(
         UnreadableText: A text cannot be read, or the chat template refuses the conversation.
     """
     max_length = rule.max_length - 1 if rule.append_eos else rule.max_length
-    limits: dict[str, Any] = {"truncation": True, "max_length": max_length} if truncate else {}
     text = render(tokenizer, rule, prompt, response, tools=tools)
     text = text.rstrip("\n") if rule.strip_newlines else text
     # A chat template writes the special tokens itself.
-    ids = list(tokenizer(text, add_special_tokens=rule.template == "plain", **limits)["input_ids"])
+    options: dict[str, Any] = {"add_special_tokens": rule.template == "plain", "verbose": False}
+    if truncate:
+        options |= {"truncation": True, "max_length": max_length}
+        text = end_of_text(tokenizer, text, tokens=max_length)
+    ids = list(tokenizer(text, **options)["input_ids"])
     if rule.append_eos and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)
     return ids
@@ -54,8 +64,18 @@ def render(
     tokenizer: Any, rule: TextRule, prompt: Text, response: Text, *, tools: Sequence[Mapping[str, Any]] | None = None
 ) -> str:
     """The text of prompt + response under `rule`, before it is tokenized; arguments and errors as of `encode`."""
+    whole = prompt if isinstance(prompt, WholeText) else None
+    prompt = prompt.messages if rule.template == "chat" and isinstance(prompt, ChatPrompt) else prompt
     prompt, response = read_text(prompt, "prompt"), read_text(response, "response")
+    if whole is not None:
+        text = whole_chat(tokenizer, whole) if rule.template == "chat" else bare_text(tokenizer, whole)
+        if isinstance(text, str):
+            return text
+        prompt, response = text
     if rule.template == "chat":
+        rendered = rendered_text(tokenizer, prompt, response) if isinstance(prompt, str) else None
+        if rendered is not None:
+            return rendered
         messages = as_messages(prompt, "user") + as_messages(response, "assistant")
         return render_chat(tokenizer, messages, tools=read_tools(tools, "tools"))
     if not isinstance(prompt, str) or not isinstance(response, str):
@@ -64,6 +84,23 @@ def render(
             "text. Give strings, or train one with template='chat'."
         )
     return prompt + response
+
+
+def end_of_text(tokenizer: Any, text: str, *, tokens: int) -> str:
+    """An end of `text` that has its last `tokens` tokens; a text of megabytes need not be tokenized whole.
+
+    It begins where a word ends, at which every tokenizer cuts, and has more tokens than needed, because the first ones
+    may differ.
+    """
+    size = _CHARACTERS_PER_TOKEN * (tokens + _SPARE_TOKENS)
+    while size < len(text):
+        word_end = _WORD_END.search(text, len(text) - size, len(text) - size // 2)
+        if word_end is not None:
+            end = text[word_end.start() + 1 :]
+            if len(tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"]) >= tokens + _SPARE_TOKENS:
+                return end
+        size *= 4
+    return text
 
 
 def prepare_tokenizer(tokenizer: Any, rule: TextRule, *, source: str) -> Any:

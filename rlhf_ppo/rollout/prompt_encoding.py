@@ -10,7 +10,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.chat.cells import parse_cell
-from rlhf_ppo.chat.messages import read_text, read_tools
+from rlhf_ppo.chat.messages import as_messages, read_text, read_tools
 from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.chat.template import render_chat
 
@@ -194,6 +194,11 @@ def _read_prompt(
             f"0 to {len(tokenizer) - 1}. Was it encoded with another tokenizer?"
         )
     return value
+
+
+def read_conversation(value: object, column: str) -> list[dict[str, Any]]:
+    """The messages of a prompt that `encode_prompts` has taken."""
+    return as_messages(read_text(parse_cell(value, column), column), "user")
 
 
 def _answerable(messages: Any, row: int, column: str) -> Any:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.chat.prompt import ChatPrompt
 from rlhf_ppo.rollout.prompt_encoding import (
     OnBadRow,
     PromptForm,
@@ -26,6 +27,7 @@ from rlhf_ppo.rollout.prompt_encoding import (
     find_prompt_column,
     first_form,
     fit_prompt,
+    read_conversation,
 )
 
 _TOKEN_COLUMNS = frozenset({"input_ids", "attention_mask"})
@@ -40,7 +42,7 @@ class PromptBatch:
     input_ids: list[Int[Tensor, " _"]]
     """Token ids, 1-D int64, unpadded."""
     texts: list[str]
-    """Texts decoded from `input_ids`; conversations keep their role markers."""
+    """Texts decoded from `input_ids`; those of conversations are `ChatPrompt`s: with role markers, and messages."""
     columns: dict[str, list[Any]]
     """The dataset's columns for reward sources, the original prompt column included."""
 
@@ -161,6 +163,10 @@ class PromptDataset:
             str(self._tokenizer.decode(ids, skip_special_tokens=self._form != "conversation")) for ids in input_ids
         ]
         columns: dict[str, list[Any]] = self._dataset[[self._rows[index] for index in indices]]
+        if self._form == "conversation":
+            column = self.report.column
+            conversations = [read_conversation(value, column) for value in columns[column]]
+            texts = [ChatPrompt(text, messages) for text, messages in zip(texts, conversations, strict=True)]
         columns = {name: values for name, values in columns.items() if name not in _TOKEN_COLUMNS}
         return PromptBatch(indices=list(indices), input_ids=input_ids, texts=texts, columns=columns)
 

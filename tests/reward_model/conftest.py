@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
 from reward_model.serve import ServeConfig, application
 from tests.support.patience import PATIENCE
-from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import EOS_TOKEN_ID, PAD_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 
 GOOD = ["good", "great", "lovely", "wonderful"]
 BAD = ["bad", "boring", "terrible", "awful"]
@@ -74,3 +77,23 @@ def serving(model: Any, **settings: Any) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join(timeout=PATIENCE)
+
+
+def classifier(config: PreTrainedConfig, *, labels: int = 1, pad: int | None = PAD_TOKEN_ID) -> Any:
+    """A random classifier with weights large enough for scores that differ."""
+    config = type(config)(
+        **(config.to_dict() | {"num_labels": labels, "pad_token_id": pad, "eos_token_id": EOS_TOKEN_ID})
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def saved(model: Any, folder: Path, *, chat: bool = False) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer(chat=chat).save_pretrained(folder)
+    return folder

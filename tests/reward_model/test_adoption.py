@@ -19,7 +19,6 @@ from transformers import (
     DebertaV2Config,
     GPT2Config,
     LlamaConfig,
-    PreTrainedConfig,
     Qwen3Config,
 )
 
@@ -31,7 +30,7 @@ from reward_model.score import main as score
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
-from tests.reward_model.conftest import preference_rows, serving
+from tests.reward_model.conftest import classifier, preference_rows, saved, serving
 from tests.support.patience import PATIENCE
 from tests.support.tiny_models import EOS_TOKEN_ID, PAD_TOKEN_ID, VOCAB_SIZE, tiny_gpt2, tiny_tokenizer
 
@@ -48,26 +47,6 @@ CONFIGS = {
     "bert": BertConfig(**SIZES),
     "deberta": DebertaV2Config(**SIZES),
 }
-
-
-def classifier(config: PreTrainedConfig, *, labels: int = 1, pad: int | None = PAD_TOKEN_ID) -> Any:
-    """A random classifier with weights large enough for scores that differ."""
-    config = type(config)(
-        **(config.to_dict() | {"num_labels": labels, "pad_token_id": pad, "eos_token_id": EOS_TOKEN_ID})
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_config(config).eval()
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                nn.init.normal_(weight, std=0.2)
-    return model
-
-
-def saved(model: Any, folder: Path, *, chat: bool = False) -> Path:
-    model.save_pretrained(folder)
-    tiny_tokenizer(chat=chat).save_pretrained(folder)
-    return folder
 
 
 @torch.inference_mode()
