@@ -104,8 +104,15 @@ class RewardModel:
                 "it was trained on plain text",
                 "train a reward model with template='chat', or prompts without markup",
             ))  # fmt: skip
-        pairs = zip(prompts, responses, strict=True)
-        lengths = [len(encode(self.tokenizer, rule, prompt, answer, truncate=False)) for prompt, answer in pairs]
+        lengths = []
+        for index, (prompt, answer) in enumerate(zip(prompts, responses, strict=True)):
+            try:
+                lengths.append(len(encode(self.tokenizer, rule, prompt, answer, truncate=False)))
+            except UnreadableText as error:
+                problems.append(
+                    (f"sample {index} cannot be scored", str(error), "give it texts or messages that it reads")
+                )
+                break
         cut_short = sum(length > rule.max_length for length in lengths)
         if cut_short:
             problems.append((

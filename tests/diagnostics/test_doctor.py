@@ -195,7 +195,8 @@ def test_a_reward_model_says_when_its_texts_are_not_like_those_of_its_training()
         return run_text_checks(specimen([[5]], [TOKENIZER("good")["input_ids"]], **known), TOKENIZER)
 
     marked = "user: How was it?\nassistant: "
-    assert "trained on conversations: their template is applied here once more" in str(look(judge("chat"), marked))
+    assert look(judge("chat"), marked).is_healthy, "its own template has rendered the prompt: it is completed"
+    assert "template applied twice" in str(look(judge("chat"), "<|im_start|>user\nHow was it?<|im_end|>\n"))
     assert "trained on plain text" in str(look(judge("plain"), marked))
     assert look(judge("plain"), "The movie was").is_healthy
     assert look(judge("chat"), "How was it?").is_healthy
