@@ -48,7 +48,7 @@ class RequestQueue:
         job = self._jobs.get(key)
         if job is None:
             if sum(not job.task.done() for job in self._jobs.values()) >= self.max_waiting:
-                raise QueueFullError(f"{self.max_waiting} requests wait already.")
+                raise QueueFullError(f"{self.max_waiting} requests wait already. Ask again later.")
             job = _Job(task=asyncio.create_task(self._run(key, run)))
             self._jobs[key] = job
         job.clients += 1

@@ -14,7 +14,7 @@ import hmac
 import ipaddress
 import logging
 import os
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class UnauthorizedError(Exception):
+    """A request without the server's token."""
+
+
+class BodyTooLargeError(Exception):
+    """A request with a larger body than the server takes."""
+
+
 def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -> Any:
     """Build the ASGI application; requests are scored one at a time, and dropped when their client leaves.
 
@@ -88,51 +96,51 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
     """
     try:
         from starlette.applications import Starlette
-        from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse
         from starlette.routing import Route
     except ImportError as error:
         raise ImportError("Serving needs starlette and uvicorn: pip install 'rlhf_ppo[serve]'.") from error
     queue, secret = RequestQueue(max_waiting=config.max_waiting), config.secret
 
-    def refuse(status: int, message: str, **headers: str) -> Any:
-        return JSONResponse({"error": message}, status_code=status, headers=headers)
-
-    async def answer(request: Any, parse: ParseBody) -> list[float] | Any:
-        """Scores of the samples in the body, or the response that refuses them."""
+    async def scores_of(request: Any, parse: ParseBody) -> list[float]:
         if not authorized(request.headers.get("authorization"), secret):
-            return refuse(401, "Send the server's token as `Authorization: Bearer TOKEN`.")
-        try:
-            body = await read_body(request, config.max_bytes)
-            if body is None:
-                return refuse(413, f"The body is larger than {config.max_bytes} bytes. Send smaller batches.")
-            arguments = parse(body, config.max_samples)
-            key = hashlib.sha256(request.url.path.encode() + b" " + body).hexdigest()
-            return await unless_client_leaves(request, queue.answer(key, lambda: model(**arguments)))
-        except ClientDisconnect:
-            return refuse(499, "The client has left.")  # for the log: nobody reads it
-        except QueueFullError as error:
-            return refuse(429, f"{error} Ask again later.", **{"Retry-After": "1"})
-        except NonFiniteScoreError as error:
-            return refuse(500, str(error))
-        except (ValueError, TypeError) as error:
-            return refuse(400, str(error))
+            raise UnauthorizedError("Send the server's token as `Authorization: Bearer TOKEN`.")
+        body = await read_body(request, config.max_bytes)
+        arguments = parse(body, config.max_samples)
+        key = hashlib.sha256(request.url.path.encode() + b" " + body).hexdigest()
+        return await unless_client_leaves(request, queue.answer(key, lambda: model(**arguments)))
 
     async def score(request: Any) -> Any:
-        scores = await answer(request, parse_samples)
-        return JSONResponse({"scores": scores}) if isinstance(scores, list) else scores
+        return JSONResponse({"scores": await scores_of(request, parse_samples)})
 
     async def get_reward(request: Any) -> Any:
-        scores = await answer(request, parse_queries)
-        if not isinstance(scores, list):
-            return scores
+        scores = await scores_of(request, parse_queries)
         return JSONResponse({"rewards": scores, "scores": scores, "extra_logs": {}})
 
     async def health(_request: Any) -> Any:
         return JSONResponse(health_of(model))
 
     posts = [Route("/score", score, methods=["POST"]), Route("/get_reward", get_reward, methods=["POST"])]
-    return Starlette(routes=[*posts, Route("/health", health)])
+    return Starlette(routes=[*posts, Route("/health", health)], exception_handlers=refusals())
+
+
+def refusals() -> dict[Any, Any]:
+    """How each error is answered: its status, and its text as the reason."""
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import JSONResponse
+
+    def refusal(status: int, **headers: str) -> Callable[[Any, Exception], Any]:
+        return lambda _, error: JSONResponse({"error": str(error)}, status_code=status, headers=headers)
+
+    return {
+        UnauthorizedError: refusal(401),
+        BodyTooLargeError: refusal(413),
+        QueueFullError: refusal(429, **{"Retry-After": "1"}),
+        NonFiniteScoreError: refusal(500),
+        ValueError: refusal(400),
+        TypeError: refusal(400),
+        ClientDisconnect: refusal(499),  # for the log: nobody reads it
+    }
 
 
 def health_of(model: RewardModel | EnsembleRewardModel) -> dict[str, str]:
@@ -152,11 +160,14 @@ def authorized(header: str | None, token: str | None) -> bool:
     return token is None or hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode())
 
 
-async def read_body(request: Any, max_bytes: int) -> bytes | None:
-    """The body of a request; None if it is larger than `max_bytes`.
+async def read_body(request: Any, max_bytes: int) -> bytes:
+    """The body of a request.
 
     The rest of a body that is too large is read and thrown away, up to ten times the limit: a client that still sends
     would see a broken connection instead of the reason.
+
+    Raises:
+        BodyTooLargeError: It is larger than `max_bytes`.
     """
     body, size = bytearray(), 0
     async for chunk in request.stream():
@@ -165,7 +176,9 @@ async def read_body(request: Any, max_bytes: int) -> bytes | None:
             body += chunk
         elif size > 10 * max_bytes:
             break
-    return bytes(body) if size <= max_bytes else None
+    if size > max_bytes:
+        raise BodyTooLargeError(f"The body is larger than {max_bytes} bytes. Send smaller batches.")
+    return bytes(body)
 
 
 async def unless_client_leaves(request: Any, answer: Awaitable[list[float]]) -> list[float]:
