@@ -2,9 +2,10 @@
 
 import logging
 
+from rlhf_ppo.diagnostics.environment_checks import ENVIRONMENT_CHECKS
 from rlhf_ppo.diagnostics.findings import Diagnosis
 from rlhf_ppo.diagnostics.model_checks import run_model_checks
-from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch, run_text_checks
+from rlhf_ppo.diagnostics.text_checks import TEXT_CHECKS, DiagnosedBatch, run_text_checks
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 
 logger = logging.getLogger(__name__)
@@ -12,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 def diagnose(learner: PPOLearner, batch: DiagnosedBatch) -> Diagnosis:
     """Run all checks; those that run the model are left out if it is sharded."""
-    text = run_text_checks(batch, learner.tokenizer)
+    text = run_text_checks(batch, learner.tokenizer, TEXT_CHECKS | ENVIRONMENT_CHECKS)
     if learner.processes.sharded:
         return text
     # After a checkpoint was loaded, the optimizer has a state.

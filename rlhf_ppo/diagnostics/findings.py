@@ -114,6 +114,22 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
         "a reward was given for tokens of an environment or a tool, which take no gradient: their scores are dropped",
         "credit the reward of a turn to the last token that the policy wrote in it",
     ),
+    "reward_without_reply": KnownFinding(
+        "the environment's reward reads the text of a tool as the answer, or does not depend on what the policy writes",
+        "compute the reward of a turn from the argument of `step`, not from the transcript",
+    ),
+    "source_reads_observations": KnownFinding(
+        "it takes text of the environment (the output of a tool, an example in the task) for the policy's answer",
+        "read the policy's own replies, the argument `responses`, or the part of the transcript that it wrote",
+    ),
+    "dead_environment": KnownFinding(
+        "the environment does not react to the replies: it does not parse them, or always returns the same turn",
+        "step it by hand with a right reply and read the answer and the reward; check that the policy can write one",
+    ),
+    "groups_without_variance": KnownFinding(
+        "all episodes of a task succeed, or all fail: their advantages within the group are 0",
+        "choose easier or harder tasks, larger groups, or an algorithm with a critic",
+    ),
     "equal_scores": KnownFinding(
         "the reward does not tell these responses apart",
         "look at the samples; a reward must differ between responses for anything to be learned",

@@ -3,15 +3,16 @@
 `trainer.diagnose(batch)` runs them on any batch; by default the trainer runs them once, on its first batch.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.diagnostics.findings import Diagnosis, Finding, finding
+from rlhf_ppo.environments import EnvironmentFactory, Episode
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
 from rlhf_ppo.rollout.collect import CollectedResponses
 from rlhf_ppo.rollout.experience import Responses
@@ -40,6 +41,16 @@ class DiagnosedBatch:
     """Scores per response, [B], or per token, [B, T]."""
     sources: RewardSources | None = None
     """The reward sources."""
+    group_size: int = 1
+    """Number of adjacent responses to one prompt."""
+    episodes: Sequence[Episode] | None = None
+    """The episodes, where an environment answered."""
+    tasks: Sequence[Mapping[str, Any]] = ()
+    """Arguments of `reset` of each episode."""
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    """Columns as passed to the reward sources."""
+    environment: EnvironmentFactory | None = None
+    """Makes the environment of an episode."""
 
     @classmethod
     def of(cls, batch: "DiagnosedBatch | Samples") -> "DiagnosedBatch":
@@ -55,14 +66,16 @@ class DiagnosedBatch:
         scores: RewardScores,
         sampling: SamplingConfig,
         sources: RewardSources | None,
+        environment: EnvironmentFactory | None = None,
     ) -> "DiagnosedBatch":
         """The batch of a rollout of `train()`."""
-        samples, episodes = collected.samples, collected.episodes
+        samples, episodes, all_scored = collected.samples, collected.episodes, not bool(scores.skipped.any())
         return cls(
             prompts=samples.prompts, responses=samples.responses, logprobs=samples.logprobs, sampling=sampling,
             masks=None if episodes is None else [episode.mask for episode in episodes],
             prompt_texts=collected.prompts, response_texts=collected.responses, scores=scores.total[~scores.skipped],
-            sources=sources,
+            sources=sources, group_size=sampling.num_return_sequences if all_scored else 1, episodes=episodes,
+            tasks=collected.tasks, columns=collected.columns, environment=environment,
         )  # fmt: skip
 
     @classmethod
@@ -204,9 +217,11 @@ TEXT_CHECKS: dict[str, Check] = {
 }  # fmt: skip
 
 
-def run_text_checks(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> Diagnosis:
-    """Run all checks that need no model."""
-    results = {name: check(batch, tokenizer) for name, check in TEXT_CHECKS.items()}
+def run_text_checks(
+    batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase, checks: Mapping[str, Check] = TEXT_CHECKS
+) -> Diagnosis:
+    """Run checks that need no model."""
+    results = {name: check(batch, tokenizer) for name, check in checks.items()}
     made = {name: findings for name, findings in results.items() if findings is not None}
     return Diagnosis(findings=[finding for findings in made.values() for finding in findings], checked=list(made))
 

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 Messages: TypeAlias = list[dict[str, Any]]
@@ -84,7 +85,7 @@ def accepted_columns(reset: Callable[..., Any], columns: Mapping[str, Any]) -> d
     Raises:
         TypeError: `reset` has a required argument that is no column.
     """
-    parameters = inspect.signature(reset).parameters.values()
+    parameters = _parameters(getattr(reset, "__func__", reset), is_bound=hasattr(reset, "__func__"))
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(columns)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -96,3 +97,9 @@ def accepted_columns(reset: Callable[..., Any], columns: Mapping[str, Any]) -> d
                 "column."
             )
     return {p.name: columns[p.name] for p in named if p.name in columns}
+
+
+@lru_cache(maxsize=64)
+def _parameters(function: Callable[..., Any], *, is_bound: bool) -> tuple[inspect.Parameter, ...]:
+    """Parameters of a function, without `self`; cached, as every episode asks."""
+    return tuple(inspect.signature(function).parameters.values())[int(is_bound) :]

@@ -25,17 +25,15 @@ def run_concurrently(
         workers: Maximum number of calls at the same time.
         timeout: Seconds per call, from its start; None: no limit.
     """
-    tasks = [_Task(call) for call in calls]
     if workers == 1 and timeout is None:
-        for task in tasks:
-            task.run()
-    else:
-        queue = deque(tasks)
-        for _ in range(min(workers, len(tasks))):
+        return [_result_or_error(call) for call in calls]
+    tasks = [_Task(call) for call in calls]
+    queue = deque(tasks)
+    for _ in range(min(workers, len(tasks))):
+        _start_worker(queue)
+    for task in tasks:
+        if not task.wait(timeout):
             _start_worker(queue)
-        for task in tasks:
-            if not task.wait(timeout):
-                _start_worker(queue)
     return [task.outcome(timeout) for task in tasks]
 
 
@@ -48,6 +46,15 @@ def finish(result: Any) -> Any:
         return await result
 
     return asyncio.run_coroutine_threadsafe(wait(), background_loop()).result()
+
+
+def _result_or_error(call: Callable[[], Any]) -> Any | BaseException:
+    try:
+        return call()
+    except KeyboardInterrupt:  # the user's, where calls run in the main thread
+        raise
+    except BaseException as error:
+        return error
 
 
 class _Task:
@@ -63,16 +70,13 @@ class _Task:
     def run(self) -> None:
         self.start = time.monotonic()
         self.started.set()
-        try:
-            self.future.set_result(self.call())
-        except BaseException as error:
-            self.future.set_exception(error)
+        self.future.set_result(_result_or_error(self.call))
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until the call is done; False if it exceeded its time limit and was abandoned."""
         self.started.wait()
         try:
-            self.future.exception(None if timeout is None else max(0.0, self.start + timeout - time.monotonic()))
+            self.future.result(None if timeout is None else max(0.0, self.start + timeout - time.monotonic()))
         except FutureTimeoutError:
             self.is_abandoned = True
         return not self.is_abandoned
@@ -80,8 +84,7 @@ class _Task:
     def outcome(self, timeout: float | None) -> Any | BaseException:
         if self.is_abandoned:
             return TimeoutError(f"no answer within {timeout:g} s")
-        error = self.future.exception()
-        return self.future.result() if error is None else error
+        return self.future.result()
 
 
 def _start_worker(queue: deque[_Task]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -65,26 +66,30 @@ class Episode:
                 "tokens as a turn."
             )
 
+    @cached_property
     def turn_starts(self) -> Bool[Tensor, " time"]:
         """True at the first sampled token of each turn."""
-        previous = torch.nn.functional.pad(self.mask[:-1], (1, 0))
-        starts = self.mask & ~previous
-        if self.turn_ends is not None:
-            starts = torch.zeros_like(self.mask)
-            for begin, end in zip((0, *self.turn_ends[:-1]), self.turn_ends, strict=True):
-                starts[begin + int(self.mask[begin:end].float().argmax())] = True
-        return starts
+        own = self.mask.tolist()
+        if self.turn_ends is None:
+            starts = [
+                position for position in range(len(own)) if own[position] and not (position and own[position - 1])
+            ]
+        else:
+            starts = [own.index(True, begin) for begin in (0, *self.turn_ends[:-1])]
+        result = torch.zeros_like(self.mask)
+        result[starts] = True
+        return result
 
     def replies(self) -> list[Int[Tensor, " reply"]]:
         """The sampled tokens of each turn."""
-        starts = self.turn_starts().nonzero().flatten().tolist()
+        starts = self.turn_starts.nonzero().flatten().tolist()
         spans = zip(starts, [*starts[1:], len(self.mask)], strict=True)
         return [self.response_ids[start:end][self.mask[start:end]] for start, end in spans]
 
     @property
     def turns(self) -> int:
         """Number of turns."""
-        return int(self.turn_starts().sum())
+        return int(self.turn_starts.sum())
 
     @property
     def total_reward(self) -> float:

@@ -32,6 +32,8 @@ class Renderer:
     tokenizer: PreTrainedTokenizerBase
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     _checked: bool = False
+    _encoded: dict[str, list[int]] = field(default_factory=dict)
+    """Observations repeat: a batch of episodes hears the same few words."""
 
     def prompt(self, observation: Observation) -> list[int]:
         """Token ids of the first observation, up to the start of the first reply; never empty."""
@@ -70,8 +72,9 @@ class Renderer:
         return str(self.tokenizer.apply_chat_template(messages, **settings))
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        if text not in self._encoded:
+            self._encoded[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._encoded[text]
 
     def _first_token(self) -> int:
         token = self.tokenizer.bos_token_id

@@ -63,6 +63,8 @@ class TokenTrace:
     """V at each token: the return that the value head predicts."""
     advantages: list[float]
     """Advantage of each token, as used in the loss."""
+    own: list[bool] = field(default_factory=list)
+    """Whether the policy sampled each token; []: it sampled all."""
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("tokens", "logprobs", "kl", "values", "advantages")}

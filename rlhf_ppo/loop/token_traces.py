@@ -45,6 +45,7 @@ def token_traces(
                 prompt=prompts[row],
                 score=scores[row],
                 tokens=token_texts(tokenizer, response),
+                own=[] if bool(batch.mask[row, : len(response)].all()) else batch.mask[row, : len(response)].tolist(),
                 **{name: values[row, : len(response)].tolist() for name, values in numbers.items()},
             )
         )

@@ -198,7 +198,7 @@ class TrainingLoop:
         learner = self.learner
         start = time.perf_counter()
         if collected.prompts:
-            batch = DiagnosedBatch.of_rollout(collected, scores, self.config.sampling, self.rewards)
+            batch = DiagnosedBatch.of_rollout(collected, scores, self.config.sampling, self.rewards, self.environment)
             diagnose_first_batch(learner, batch)
         local = self.collector.responses(collected, scores)
         process, device = learner.accelerator.process_index, learner.current_device

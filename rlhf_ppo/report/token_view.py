@@ -35,11 +35,15 @@ QUANTITIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token's text, tooltip, and color of each quantity, from -1 to 1."""
+    """A token's text, tooltip, and color of each quantity, from -1 to 1; an environment's token has no color."""
 
     text: str
     tooltip: str
     heat: dict[str, float]
+    is_own: bool = True
+    """Whether the policy sampled it."""
+    begins_line: bool = False
+    """Whether it begins a reply, or an observation: turns are shown one below the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +65,14 @@ def token_view(traces: Sequence[TokenTrace]) -> tuple[list[Response], dict[str, 
     """
     latest = sorted(traces, key=lambda trace: -trace.iteration)[:MAX_RESPONSES]
     scales = {
-        quantity.key: _scale([x for trace in latest for x in getattr(trace, quantity.key)]) for quantity in QUANTITIES
+        quantity.key: _scale([x for trace in latest for x in _own(trace, getattr(trace, quantity.key))])
+        for quantity in QUANTITIES
     }
     return [_response(trace, scales) for trace in latest], {key: format_number(scale) for key, scale in scales.items()}
+
+
+def _own(trace: TokenTrace, values: Sequence[float]) -> list[float]:
+    return [value for value, is_own in zip(values, trace.own or [True] * len(values), strict=True) if is_own]
 
 
 def _scale(values: Sequence[float]) -> float:
@@ -72,12 +81,18 @@ def _scale(values: Sequence[float]) -> float:
 
 
 def _response(trace: TokenTrace, scales: dict[str, float]) -> Response:
-    tokens = []
+    tokens: list[Token] = []
+    own = trace.own or [True] * len(trace.tokens)
     for index, text in enumerate(trace.tokens[:MAX_TOKENS]):
+        text, begins_line = text.replace("\n", "⏎\n"), index > 0 and own[index] != own[index - 1]
+        if not own[index]:
+            heat = dict.fromkeys(scales, 0.0)
+            tokens.append(Token(text=text, tooltip="environment", heat=heat, is_own=False, begins_line=begins_line))
+            continue
         numbers = {quantity.key: getattr(trace, quantity.key)[index] for quantity in QUANTITIES}
         heat = {key: _heat(value, scales[key]) for key, value in numbers.items()}
         lines = [f"{quantity.label} {format_number(numbers[quantity.key])}" for quantity in QUANTITIES]
-        tokens.append(Token(text=text.replace("\n", "⏎\n"), tooltip=" · ".join(lines), heat=heat))
+        tokens.append(Token(text=text, tooltip=" · ".join(lines), heat=heat, begins_line=begins_line))
     cut = max(0, len(trace.tokens) - MAX_TOKENS)
     return Response(
         iteration=trace.iteration, prompt=trace.prompt, score=format_number(trace.score), tokens=tokens, cut=cut

@@ -85,7 +85,7 @@ def call_sources(
         RewardSourceError: A source failed; coroutines that still run are cancelled.
         TypeError: A source has a required argument that is not a column.
     """
-    keywords = [_accepted_keywords(source, request) for source in sources]
+    keywords = [accepted_keywords(source, request) for source in sources]
     results: dict[int, object] = {}
     pending: dict[int, Future[object]] = {}
 
@@ -188,7 +188,7 @@ def _is_async(source: RewardSource) -> bool:
     return inspect.iscoroutinefunction(source) or inspect.iscoroutinefunction(getattr(source, "__call__", None))  # noqa: B004
 
 
-def _accepted_keywords(source: WeightedSource, request: RewardRequest) -> dict[str, Any]:
+def accepted_keywords(source: WeightedSource, request: RewardRequest) -> dict[str, Any]:
     """Keyword arguments that the source accepts: prompts, responses and columns; all of them if it has `**columns`."""
     available: dict[str, Any] = {"prompts": request.prompts, "responses": request.responses, **request.columns}
     try:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -51,6 +51,8 @@ class CollectedResponses:
     """Columns of the dataset; of episodes also `transcripts`, the text with all observations."""
     episodes: list[Episode] | None = None
     """The episodes, where an environment answered."""
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    """Arguments of `reset` of each episode."""
     counts: dict[str, int] = field(default_factory=dict)
     """Failed episodes and the like on this process."""
 
@@ -142,7 +144,7 @@ class Collector:
         return CollectedResponses(
             samples=samples, prompts=[decode(episode.prompt_ids) for episode in episodes],
             responses=["\n".join(map(decode, episode.replies())) for episode in episodes],
-            columns=columns, episodes=episodes, counts=played.counts(),
+            columns=columns, episodes=episodes, counts=played.counts(), tasks=[tasks[row] for row in kept],
         )  # fmt: skip
 
     def score(

@@ -117,12 +117,14 @@ def add_environment_rewards(scores: RewardScores, episodes: Sequence[Episode]) -
     if not episodes:  # all of this process failed
         return replace(scores, per_source=per_source)
     rewards, mask = pad_rows([episode.rewards for episode in episodes]), _masks(episodes)
+    last = last_action_index(mask)[:, None]
     if scores.per_token is None:
         at_the_end = scores.total
-    else:
-        rewards = rewards + scores.per_token.masked_fill(~mask, 0.0)
-        at_the_end = scores.per_token.masked_fill(mask, 0.0).sum(dim=1)  # behind the last action, in an observation
-    per_token = rewards.scatter_add(1, last_action_index(mask)[:, None], at_the_end[:, None])
+    else:  # a score per response is at the last token, which may be an observation's
+        is_behind = torch.arange(mask.shape[1]) > last
+        rewards = rewards + scores.per_token.masked_fill(is_behind, 0.0)
+        at_the_end = scores.per_token.masked_fill(~is_behind, 0.0).sum(dim=1)
+    per_token = rewards.scatter_add(1, last, at_the_end[:, None])
     return replace(scores, total=scores.total + totals, per_token=per_token, per_source=per_source)
 
 
@@ -152,7 +154,7 @@ def responses_of_episodes(
         scores=(pad_rows([episode.rewards for episode in episodes]) if scores is None else scores).to(device),
         truncated=torch.tensor([episode.truncated for episode in episodes], device=device),
         group_size=group_size,
-        turn_starts=pad_rows([episode.turn_starts().float() for episode in episodes]).bool().to(device),
+        turn_starts=pad_rows([episode.turn_starts.float() for episode in episodes]).bool().to(device),
         sampler_logprobs=pad_rows(logprobs).to(device) if len(logprobs) == len(episodes) else None,
     )
 

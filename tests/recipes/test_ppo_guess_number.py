@@ -1,0 +1,48 @@
+"""The guessing recipe: a tiny run, its game, and the optimum that its page compares with."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from ppo_guess_number import Config, main
+
+from games.guess_number import GuessNumber, make_tokenizer, random_game
+
+
+def test_the_best_strategy_needs_as_many_guesses_as_the_recipe_says() -> None:
+    """c(n) = n + min over guesses of c(below) + c(above): the total guesses over n secrets."""
+    total = [0]
+    for n in range(1, 21):
+        total.append(n + min(total[guess] + total[n - 1 - guess] for guess in range(n)))
+    assert total[20] / 20 == 3.7
+    assert "3.7 guesses" in Path(main.__code__.co_filename).read_text(encoding="utf-8")
+
+
+def test_the_game_answers_higher_lower_and_nonsense_and_ends_with_the_secret() -> None:
+    game = GuessNumber()
+    assert game.reset(secret=7) == "guess"
+    turns = [game.step(reply) for reply in ("5", "9", "guess", "", "7")]
+    assert [turn.observation for turn in turns] == ["higher", "lower", "nonsense", "nonsense", ""]
+    assert [turn.reward for turn in turns] == [-0.1] * 4 + [0.9]
+    assert [turn.terminated for turn in turns] == [False] * 4 + [True]
+
+
+def test_transcripts_of_random_play_are_words_of_the_tokenizer() -> None:
+    tokenizer = make_tokenizer()
+    for seed in range(20):
+        text = random_game(random.Random(seed))
+        assert tokenizer.decode(tokenizer(text)["input_ids"]).split() == text.split()
+
+
+@pytest.mark.parametrize("algorithm", ["ppo-turn", "rloo"])
+def test_a_tiny_run_writes_its_metrics_and_results(tmp_path: Path, algorithm: str) -> None:
+    config = Config(
+        algorithm=algorithm, iterations=1, batch_size=8, group_size=2, random_games=64, eval_games=1,  # type: ignore[arg-type]
+        output_dir=str(tmp_path),
+    )  # fmt: skip
+    result = main(config)
+    assert 1 <= result["after/greedy"] <= 10
+    assert json.loads((tmp_path / "result.json").read_text())["after/sampled"] == result["after/sampled"]
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["env/failed"] == row["env/token_drift"] == 0
