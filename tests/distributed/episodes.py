@@ -57,6 +57,7 @@ class Collective(DecodeLoop):
 def run(*, processes: int, environment: type[Unequal] = Unequal, sampler: Sampler | None = None) -> dict[str, object]:
     """Two iterations on the same eight episodes, whatever the number of processes; weights and metrics."""
     size = EPISODES // processes
+    torch.manual_seed(0)  # of the value head
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=0))
     settings = PPOConfig(batch_size=size, mini_batch_size=size, learning_rate=1e-3, ppo_epochs=2)
     own = PPOTrainer(settings, model, tokenizer=tiny_tokenizer())
