@@ -28,7 +28,8 @@ from rlhf_ppo.control import (
     control_algorithm,
 )
 from rlhf_ppo.loop.run_folder import Estimates, RunFolder
-from sentiment.stages import Phases, at_least, open_run_folder, run
+from sentiment.command_line import Phases, open_run_folder, run
+from sentiment.settings import at_least
 
 RateByAlgorithm: TypeAlias = Annotated[
     float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: 3e-4, of TRPO's critic 1e-3)")

@@ -13,7 +13,7 @@ docs/reward-models.md. Then PPO: recipes/ppo_gpt2_sentiment.py --reward-model ru
 """
 
 if __name__ == "__main__":  # before torch is loaded, which reads it once
-    from sentiment.openmp import spin_shortly
+    from sentiment import spin_shortly
 
     spin_shortly()
 
@@ -31,11 +31,10 @@ from reward_model.data import as_comparisons
 from reward_model.evaluate import model_facts
 from reward_model.report_card import report_card
 from sentiment.assets import MINILM, fetch
-from sentiment.judges import VaderJudge
+from sentiment.command_line import run, use_threads
+from sentiment.evaluation import VaderJudge
 from sentiment.language_models import model_location
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, preference_pairs, split_reviews
-from sentiment.stages import run
-from sentiment.training import use_threads
 
 EMBEDDED_ENCODER = "minilm"
 

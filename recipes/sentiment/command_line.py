@@ -19,26 +19,43 @@ from types import FrameType
 from typing import Annotated, Any, TypeAlias
 
 import datasets
+import torch
 import transformers
 import tyro
 
 from rlhf_ppo import TrainState
 from rlhf_ppo.checkpoints import lock_run_folder
+from rlhf_ppo.checkpoints.folders import list_checkpoints
+from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.loop.signals import EXIT_ABORTED, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
 from rlhf_ppo.utils.progress import ProgressBar
+from rlhf_ppo.utils.redaction import redacted
 
 from .assets import AssetError
 
 _HINT = "(default: what suits the model)"
+
+
 IntByModel: TypeAlias = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_HINT)]
+
+
 FloatByModel: TypeAlias = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_HINT)]
+
+
 SwitchByModel: TypeAlias = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint=_HINT)]
+
+
 IntByCores: TypeAlias = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the cores)")]
+
+
 IntByLength: TypeAlias = Annotated[
     int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: a 25th of the iterations)")
 ]
 
+
 _RULE = re.compile(r"[\u2500-]{4,}")
+
+
 _FRAME = re.compile(r"[\u2500-\u257f]")
 
 
@@ -187,3 +204,69 @@ def fitted(text: str) -> str:
         textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         for line in text.splitlines()
     )
+
+
+MOST_THREADS = 8
+"""The products of a small model are too small for more."""
+
+
+def use_threads(requested: int | None = None) -> None:
+    """Compute with so many threads; by default with this process's share of the cores.
+
+    `OMP_NUM_THREADS` is not asked: `accelerate launch` sets it to 1 by itself.
+
+    Raises:
+        ValueError: When fewer than one thread is requested.
+    """
+    if requested is not None and requested < 1:
+        raise ValueError(f"At least one thread is needed, got {requested}. Leave the number out to use all cores.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    torch.set_num_threads(requested or max(1, min(cores // processes, MOST_THREADS)))
+
+
+CHUNKS_FOLDER = "evaluations.partial"
+
+
+IRRELEVANT_SETTINGS = {"output_dir", "fresh", "threads", "log_with", "save_every", "max_time", "vllm_url"}
+"""Settings of a run that change nothing of what is learned."""
+
+
+def open_run_folder(path: str, settings: dict[str, Any], *, fresh: bool) -> RunFolder:
+    """The run folder with its `config.json`.
+
+    Raises:
+        ValueError: If it cannot be made, or holds a run of other settings, which a resumed run would be mixed with.
+    """
+    try:
+        folder = RunFolder.create(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be a run folder ({error.strerror}): choose another --output-dir") from error
+    if not fresh:
+        _refuse_other_settings(folder, settings)
+    if is_main_process():
+        if fresh:
+            for old in folder.path.glob("checkpoint-*"):
+                shutil.rmtree(old)
+            shutil.rmtree(folder.path / CHUNKS_FOLDER, ignore_errors=True)
+            folder.resume_from(0)
+        folder.write_config(settings)
+    return folder
+
+
+def _refuse_other_settings(folder: RunFolder, settings: dict[str, Any]) -> None:
+    relevant = settings.keys() - IRRELEVANT_SETTINGS
+    known = {name: value for name, value in folder.config().items() if name in relevant}
+    changed = {name: value for name, value in known.items() if value != redacted(settings[name], name)}
+    if changed and list_checkpoints(folder.path):
+        was = ", ".join(f"{name}={value!r} (now {settings[name]!r})" for name, value in changed.items())
+        raise ValueError(
+            f"{folder.path} holds a run with {was}: choose another --output-dir, or --fresh to begin again"
+        )
+
+
+def model_line(folder: str, lora_rank: int) -> str:
+    """Where the policy was saved, and how an adapter becomes a plain model."""
+    if not lora_rank:
+        return f"model: {folder}"
+    return f"adapter: {folder}; as a plain model: python -m rlhf_ppo.merge {folder} {folder}-merged"

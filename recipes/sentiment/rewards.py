@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.state import AcceleratorState
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -26,13 +28,16 @@ from reward_model import RewardModel, RewardModelConfig, train_reward_model
 from reward_model.client import RemoteRewardModel
 from reward_model.contract import CONTRACT_FILE
 from reward_model.ensemble import load_reward_model
+from reward_model.on_policy import reward_on_policy
 from reward_model.trainer import newest_checkpoint
+from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.loop.signals import EXIT_RESUMABLE, StopRequest, stop_on_signals
+from rlhf_ppo.models.adapters import describe_trainable_parameters
 from rlhf_ppo.models.device import default_device
+from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter
 
-from .assets import MINILM, fetch
-from .cache import build_once, cache_root, fingerprint, kept_beside
-from .command_line import leave, reason
+from .assets import MINILM, build_once, cache_root, fetch, fingerprint, kept_beside
+from .command_line import is_main_process, leave, reason
 from .reviews import Review, ReviewParts, preference_pairs
 
 TRAIN_REWARD_MODEL = "train"
@@ -93,8 +98,72 @@ def _unknown(choice: str, error: Exception) -> ValueError:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """One base for several roles (docs/lora.md), and who calls the reward model."""
+
+    critic: Literal["head", "adapter"] = "head"
+    """Who gives the values: a head on the policy's trunk, or an adapter of its own on the policy's base (with LoRA)."""
+    reward_on_base: bool = False
+    """--reward-model is an adapter on the policy's base: score with it there, without a second base (with LoRA)."""
+    load_in_4bit: bool = False
+    """QLoRA: hold the frozen base in 4 bits (NF4); needs bitsandbytes, and --lora-rank."""
+    reward_calls: Literal["each", "once"] = "each"
+    """Of several processes: each asks for the rewards of its own responses, or process 0 for all in one request."""
+
+    def check_reward(self, choice: str, lora_rank: int) -> None:
+        """Refuse a reward source that is not there, and what needs adapters where there are none.
+
+        Raises:
+            ValueError: Naming the flag, before anything is loaded.
+        """
+        check_reward_source(choice)
+        asked = {
+            "--critic adapter": self.critic == "adapter",
+            "--reward-on-base": self.reward_on_base,
+            "--load-in-4bit": self.load_in_4bit,
+        }
+        wanted = [flag for flag, is_on in asked.items() if is_on]
+        if wanted and not lora_rank:
+            raise ValueError(f"{wanted[0]} needs a frozen base under adapters, got --lora-rank 0: give e.g. 16")
+        if self.reward_on_base and _is_url(choice):
+            raise ValueError("--reward-on-base and --reward-url name two reward models: leave one of them out")
+        if self.load_in_4bit and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "--load-in-4bit needs bitsandbytes, which is not installed: `pip install 'rlhf_ppo[quantization]'`"
+            )
+
+    @property
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """How the base is loaded (Dettmers et al. 2023): NF4, its constants quantized too."""
+        if not self.load_in_4bit:
+            return None
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        )  # fmt: skip
+
+
+def build_reward(
+    settings: AdapterSettings, policy: AutoModelForCausalLMWithValueHead, choice: str, parts: ReviewParts
+) -> tuple[Callable[..., list[float]], str]:
+    """The reward source and a line about it; also puts the critic on the policy's base where that was asked for."""
+    if settings.critic == "adapter":
+        attach_critic_adapter(policy)
+    if settings.reward_calls == "once" and not is_main_process():
+        return _never_called, ""
+    reward: Callable[..., list[float]]
+    if settings.reward_on_base:
+        reward, line = reward_on_policy(policy, choice), f"adapter of {choice} on the policy's base"
+    else:
+        reward, line = reward_source(choice, parts)
+    return reward, f"{line}\n{describe_trainable_parameters(policy)}"
+
+
 PAIRS = 2200
 """Pairs that the reward model learns from: what two cores do in a minute and a half."""
+
+
 CHECKPOINTS = 20
 """Of the reward model's training, so that a killed one repeats at most 5 % of it."""
 
@@ -200,3 +269,7 @@ class SentimentClassifier:
             batch = self.tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
             scores += self.model(**batch.to(self.model.device)).logits[:, self.positive].tolist()
         return scores
+
+
+def _never_called(**_: Any) -> list[float]:
+    raise RuntimeError("only process 0 asks the reward model (--reward-calls once)")

@@ -8,22 +8,25 @@ AdamW, which keeps the embeddings, norms and biases.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from torch.nn import functional as nnf
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from .cache import build_once, cache_root, fingerprint, kept_beside
-from .reviews import Review
-from .training import batches, mixed_precision, train_steps
+from rlhf_ppo.loop.signals import EXIT_RESUMABLE, stop_on_signals
+from rlhf_ppo.utils.progress import ProgressBar
 
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
-_SENTENCE_ENDS = (".", "!", "?")
+from .assets import build_once, cache_root, fingerprint, kept_beside
+from .command_line import leave
+from .reviews import Review, train_tokenizer, training_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,54 +111,6 @@ def train_language_model(reviews: Sequence[Review], config: SFTConfig, folder: P
     tokenizer.save_pretrained(folder)
 
 
-def train_tokenizer(texts: Sequence[str], *, vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like GPT-2's (Radford et al. 2019), with a padding token of its own; it pads on the left."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def training_rows(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of token ids, all of the same length.
-
-    Returns:
-        The openings [n, length] of all texts that are long enough, and [m, length] stretches of them that begin with a
-        sentence and overlap by half at most; the openings are among these.
-    """
-    ends = {tokenizer.backend_tokenizer.token_to_id(end) for end in _SENTENCE_ENDS}
-    openings, stretches = [], []
-    for encoding in tokenizer.backend_tokenizer.encode_batch(list(texts)):
-        ids = encoding.ids
-        last = -length
-        starts = [0, *(i + 1 for i, token in enumerate(ids) if token in ends)]
-        for start in starts:
-            if start + length > len(ids):
-                break
-            if start - last >= length // 2:
-                stretches.append(ids[start : start + length])
-                last = start
-        if len(ids) >= length:
-            openings.append(ids[:length])
-    return torch.tensor(openings).reshape(-1, length), torch.tensor(stretches).reshape(-1, length)
-
-
 def new_model(config: SFTConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
     """An untrained GPT-2 without dropout: no row is seen often enough to be learned by heart."""
     return GPT2LMHeadModel(
@@ -234,3 +189,88 @@ def learning_rate(step: int, config: SFTConfig) -> float:
     done = (step + 1) / config.steps
     rise = min(1.0, done / config.warmup_fraction) if config.warmup_fraction else 1.0
     return rise * (1.0 - done * (1.0 - config.final_learning_rate))
+
+
+SHARES = 25
+"""Parts of a training after each of which it is saved: a killed one repeats at most 4 %."""
+
+
+def batches(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches of rows without end, each pass in a new order; what is left of a pass is dropped."""
+    while True:
+        order = torch.randperm(len(rows), generator=generator)
+        for begin in range(0, len(rows) - size + 1, size):
+            yield rows[order[begin : begin + size]]
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 if the device computes with it; a CPU that only imitates it would be slower."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = bool(torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
+
+
+def train_steps(
+    name: str,
+    step: Callable[[int, Tensor], Tensor],
+    data: Iterator[Tensor],
+    *,
+    steps: int,
+    parts: Mapping[str, Any],
+    kept: Path,
+) -> None:
+    """Take the steps that are left of a training, and keep its state every few of them.
+
+    A signal ends the process after the step that runs; one more does so at once. Killed or stopped, the training goes
+    on from its last state and ends with the same weights.
+
+    Args:
+        name: Before the bar and in the line about a signal.
+        step: Learns from a batch as step number so and so; returns the loss.
+        data: The batches of all steps from the first on; those of finished steps are passed over.
+        steps: How many there are in all.
+        parts: Everything that a step changes, by name: each with `state_dict` and `load_state_dict`.
+        kept: Folder of the state.
+    """
+    file = kept / "state.pt"
+    first = _restore(file, parts)
+    every = max(1, steps // SHARES)
+    smoothed = math.nan
+    bar = ProgressBar(total=steps, initial=first, desc=name, unit="step", mininterval=1.0)
+    with bar, stop_on_signals() as request:
+        for index, rows in zip(range(first, steps), islice(data, first, None)):  # noqa: B905  the data may have no end
+            loss = step(index, rows)
+            bar.update()
+            if index % 10 == 0:
+                value = loss.item()
+                smoothed = value if math.isnan(smoothed) else 0.9 * smoothed + 0.1 * value
+                bar.set_postfix(perplexity=f"{math.exp(min(smoothed, 20.0)):.0f}", refresh=False)
+            if request.is_set or (index + 1) % every == 0 or index + 1 == steps:
+                _keep(file, index + 1, parts)
+            if request.is_set:
+                break
+    if request.is_set:
+        line = (
+            f"Stopped by {request.signal_name} after step {index + 1} of {steps} of the {name.lower()}, which is kept"
+        )
+        leave(f"{line}; the same command goes on.", EXIT_RESUMABLE, None)
+
+
+def _keep(file: Path, done: int, parts: Mapping[str, Any]) -> None:
+    """Replace the state on disk: a reader sees the one before or this one."""
+    file.parent.mkdir(exist_ok=True)
+    aside = file.with_suffix(".aside")
+    torch.save({"done": done, "parts": {name: part.state_dict() for name, part in parts.items()}}, aside)
+    aside.replace(file)
+
+
+def _restore(file: Path, parts: Mapping[str, Any]) -> int:
+    """Put the kept state back; the number of finished steps."""
+    if not file.is_file():
+        return 0
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state["parts"][name])
+    return int(state["done"])

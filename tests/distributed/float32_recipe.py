@@ -2,8 +2,8 @@
 
 import ppo_gpt2_sentiment as recipe
 
-from sentiment import stages
+from sentiment import command_line, settings
 
 if __name__ == "__main__":
-    stages.precision = lambda algorithm="ppo-clip": {}
-    stages.run(recipe.main, recipe.Config, recipe.__doc__)
+    settings.AlgorithmSettings.precision = {}  # type: ignore[assignment]
+    command_line.run(recipe.main, recipe.Config, recipe.__doc__)

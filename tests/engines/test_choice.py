@@ -8,7 +8,7 @@ from rlhf_ppo.samplers.base import Sampler, WeightSyncedSampler
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
 from rlhf_ppo.samplers.vllm import VLLMSampler
-from sentiment.engines import EngineSettings
+from sentiment.settings import EngineSettings
 from tests.support.tiny_models import tiny_tokenizer
 
 

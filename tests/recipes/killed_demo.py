@@ -22,7 +22,7 @@ import ppo_gpt2_sentiment as recipe
 from reward_model import RewardModelConfig
 from reward_model.preference_trainer import PreferenceTrainer
 from rlhf_ppo import PPOTrainer
-from sentiment import command_line, language_models, rewards, sft, stages
+from sentiment import command_line, language_models, rewards, sft
 from sentiment.reviews import load_reviews
 from tests.recipes.tiny_world import save_gpt2, write_reviews
 
@@ -56,7 +56,7 @@ class Killer:
 
         return counted
 
-    def enter(self, phases: stages.Phases, name: str, *, begin: Any = stages.Phases.__call__) -> None:
+    def enter(self, phases: command_line.Phases, name: str, *, begin: Any = command_line.Phases.__call__) -> None:
         """A phase begins."""
         begin(phases, name)
         self.phase = str(phases.number)
@@ -64,7 +64,7 @@ class Killer:
 
 def make_tiny(folder: Path, killer: Killer) -> None:
     """The recipe's models and trainings of a size for tests, counted."""
-    models: Any = {"sft": sft, "rewards": rewards, "stages": stages, "language_models": language_models}
+    models: Any = {"sft": sft, "rewards": rewards, "command_line": command_line, "language_models": language_models}
     models["language_models"].load_reviews = lambda: load_reviews(str(folder / "reviews.csv"))
     models["sft"].SFTConfig = partial(
         sft.SFTConfig, vocabulary_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, row_length=24, batch_size=4,
@@ -78,7 +78,7 @@ def make_tiny(folder: Path, killer: Killer) -> None:
     trainer.training_step = killer.before(trainer.training_step)
     policy: Any = PPOTrainer
     policy.learn, policy.evaluate = killer.before(policy.learn), killer.before(policy.evaluate)
-    models["stages"].Phases.__call__ = lambda phases, name: killer.enter(phases, name)
+    models["command_line"].Phases.__call__ = lambda phases, name: killer.enter(phases, name)
 
 
 def run(folder: Path, name: str, kill: tuple[str, int, int] | None = None) -> int:

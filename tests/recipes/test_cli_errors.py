@@ -13,7 +13,7 @@ import pytest
 import transformers
 from accelerate.state import AcceleratorState
 
-from sentiment import stages
+from sentiment import command_line
 from tests.recipes.tiny_world import save_classic_classifier, save_gpt2, write_reviews
 from tests.support.patience import PATIENCE
 from tests.support.tiny_models import tiny_gpt2, tiny_t5, tiny_tokenizer
@@ -118,7 +118,7 @@ def test_a_mistake_is_one_line_naming_the_remedy(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["recipes/ppo_gpt2_sentiment.py", *arguments(world, tmp_path / "run", *changes)])
     with pytest.raises(SystemExit) as stop:
-        stages.run(recipe.main, recipe.Config, recipe.__doc__)
+        command_line.run(recipe.main, recipe.Config, recipe.__doc__)
     said = capsys.readouterr()
     assert stop.value.code == status
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
@@ -150,9 +150,9 @@ def test_a_signal_outside_of_training_is_one_line_too(
 
     before = signal.getsignal(number)
     monkeypatch.setattr(sys, "argv", ["recipe", *arguments(world, tmp_path / "run")])
-    monkeypatch.setattr(stages, "judges", interrupted)
+    monkeypatch.setattr(recipe, "load_judges", interrupted)
     with pytest.raises(SystemExit) as stop:
-        stages.run(recipe.main, recipe.Config, None)
+        command_line.run(recipe.main, recipe.Config, None)
     assert stop.value.code == 75 and signal.getsignal(number) is before
     said = "Finished phases and what this one has saved are kept; the same command goes on."
     assert capsys.readouterr().err == f"Stopped by {signal.Signals(number).name}. {said}\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_ppo.utils.openmp
-import sentiment.openmp
+import sentiment
 from rlhf_ppo.utils.openmp import SHORT_SPIN, is_command
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def test_the_users_choice_stands(command: list[str], chosen: str) -> None:
     assert seen_by_torch(command, **{chosen: "7"}) == [f"{chosen}=7"]
 
 
-@pytest.mark.parametrize("spin_shortly", [sentiment.openmp.spin_shortly, rlhf_ppo.utils.openmp.spin_shortly])
+@pytest.mark.parametrize("spin_shortly", [sentiment.spin_shortly, rlhf_ppo.utils.openmp.spin_shortly])
 @pytest.mark.parametrize("chosen", CHOICES)
 def test_one_choice_of_the_user_is_enough_to_set_nothing(
     spin_shortly: Callable[[], None], chosen: str, monkeypatch: pytest.MonkeyPatch
@@ -69,4 +69,4 @@ def test_only_a_module_of_ours_is_a_command() -> None:
 
 
 def test_recipes_and_commands_agree() -> None:
-    assert sentiment.openmp.SHORT_SPIN == rlhf_ppo.utils.openmp.SHORT_SPIN
+    assert sentiment.SHORT_SPIN == rlhf_ppo.utils.openmp.SHORT_SPIN

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.loop.signals import EXIT_RESUMABLE
 from rlhf_ppo.report import RunFolder
-from sentiment import command_line, rewards, stages
+from sentiment import command_line, evaluation, rewards
 from sentiment.reviews import load_reviews, split_reviews
 from tests.recipes.tiny_world import (
     save_classic_classifier,
@@ -69,7 +69,7 @@ def means(measures: Measures) -> dict[str, float]:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds; one test looks at it."""
-    monkeypatch.setattr(stages, "write_report", lambda path, title: path / "report.html")
+    monkeypatch.setattr(evaluation, "write_report", lambda path, title: path / "report.html")
 
 
 def untimed(folder: Path) -> list[dict[str, float]]:
@@ -136,7 +136,7 @@ def test_the_last_responses_are_written_token_by_token(world: Path, finished: tu
     traces = run.tokens()
     assert len(traces) == 6 and {trace.iteration for trace in traces} == {3}
     assert all(1 <= len(trace.tokens) <= 6 and max(trace.logprobs) <= 0.0 for trace in traces)
-    reward, _ = stages.reward_source(
+    reward, _ = rewards.reward_source(
         str(world / "reward_model"), split_reviews(load_reviews(str(world / "reviews.csv")))
     )
     complete = [trace for trace in traces if "<eos>" not in trace.tokens and "�" not in "".join(trace.tokens)]
@@ -182,7 +182,7 @@ def test_an_interrupted_run_goes_on_to_the_very_end_it_would_have_had(
 ) -> None:
     """Ctrl-C in the second rollout drops it: a checkpoint, a sentence; the same command ends like the whole run."""
     folder, measures = finished
-    known = stages.reward_source
+    known = rewards.reward_source
 
     def interrupting(choice: str, parts: Any) -> tuple[Callable[..., list[float]], str]:
         reward, line = known(choice, parts)
@@ -196,7 +196,7 @@ def test_an_interrupted_run_goes_on_to_the_very_end_it_would_have_had(
         return source, line
 
     with monkeypatch.context() as patch:
-        patch.setattr("sentiment.adapters.reward_source", interrupting)
+        patch.setattr("sentiment.rewards.reward_source", interrupting)
         with pytest.raises(SystemExit) as stop:
             recipe.main(settings(world, tmp_path / "run"))
     assert stop.value.code == EXIT_RESUMABLE
@@ -270,6 +270,6 @@ def test_the_reward_model_is_trained_once_and_then_taken_from_the_cache(
     (folder,) = (tmp_path / "cache" / "models").glob("sentiment-reward-model-*")
     weights = (folder / "model.safetensors").stat().st_mtime_ns
     parts = split_reviews(load_reviews(str(world / "reviews.csv")))
-    _, line = stages.reward_source("train", parts)
+    _, line = rewards.reward_source("train", parts)
     assert line.startswith("held-out pair accuracy ")
     assert (folder / "model.safetensors").stat().st_mtime_ns == weights

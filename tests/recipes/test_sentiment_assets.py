@@ -10,8 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from sentiment.assets import GPT2_TOKENIZER, MINILM, MOVIE_REVIEWS, SMOLLM2, Asset, AssetError, fetch
-from sentiment.cache import build_once, cache_root, fingerprint, kept_beside
+from sentiment.assets import (
+    GPT2_TOKENIZER,
+    MINILM,
+    MOVIE_REVIEWS,
+    SMOLLM2,
+    Asset,
+    AssetError,
+    build_once,
+    cache_root,
+    fetch,
+    fingerprint,
+    kept_beside,
+)
 from tests.support.patience import PATIENCE
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -142,7 +153,7 @@ def test_of_two_processes_that_race_one_builds_and_both_get_the_result(tmp_path:
     script = """
 import sys, time
 from pathlib import Path
-from sentiment.cache import build_once
+from sentiment.assets import build_once
 folder = Path(sys.argv[1])
 def build(target):
     with (folder.parent / "builds.txt").open("a") as log:

@@ -7,20 +7,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from sentiment.adaptation import AdaptationConfig, adapted_model
-from sentiment.cache import cache_root
-from sentiment.language_models import fit_tokenizer, load_language_model, model_location
-from sentiment.reviews import Review
+from sentiment.assets import cache_root
+from sentiment.command_line import MOST_THREADS, use_threads
+from sentiment.language_models import (
+    AdaptationConfig,
+    adapted_model,
+    fit_tokenizer,
+    load_language_model,
+    model_location,
+)
+from sentiment.reviews import Review, train_tokenizer, training_rows
 from sentiment.sft import (
     SFTConfig,
+    batches,
     learning_rate,
     make_optimizers,
     new_model,
     small_language_model,
-    train_tokenizer,
-    training_rows,
 )
-from sentiment.training import MOST_THREADS, batches, use_threads
 from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 TINY = SFTConfig(

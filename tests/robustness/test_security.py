@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from recipes.sentiment.stages import open_run_folder
+from recipes.sentiment.command_line import open_run_folder
 from reward_model.client import RemoteRewardModel
 from reward_model.serve import ServeConfig, authorized
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer

@@ -1,9 +1,8 @@
-"""The recipe's pieces around PPO: presets, run folder, reward sources, prompt sets, command line."""
+"""The recipe's pieces around PPO: settings, run folder, reward sources, prompt sets, command line."""
 
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -11,57 +10,52 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.report import RunFolder
-from sentiment import rewards, stages
-from sentiment.command_line import Phases, fitted, one_line, reason, unboxed
+from sentiment import evaluation, rewards
+from sentiment.command_line import Phases, fitted, one_line, open_run_folder, reason, unboxed
 from sentiment.language_models import EMBEDDED_MODELS
 from sentiment.reviews import Review, load_reviews, split_reviews
+from sentiment.settings import RecipeSettings, model_settings, resolve_settings
 from tests.recipes.tiny_world import save_classic_classifier, save_gpt2, save_reward_model, write_reviews
 from tests.support.tiny_models import tiny_tokenizer
 
 
-def wishes(**given: Any) -> SimpleNamespace:
-    """A command line on which only these were given."""
-    names = stages.Preset.__dataclass_fields__
-    return SimpleNamespace(**(dict.fromkeys(names) | given))
-
-
 @pytest.mark.parametrize("model", [*EMBEDDED_MODELS, "any/other"])
 def test_the_command_line_overrides_a_preset_field_by_field(model: str) -> None:
-    known = stages.preset(model)
-    assert stages.chosen(model, wishes()) == known
-    mine = stages.chosen(model, wishes(kl_coef=0.0, lora_rank=0, bfloat16=False))
+    known = model_settings(model)
+    assert resolve_settings(model, RecipeSettings()) == known
+    mine = resolve_settings(model, RecipeSettings(kl_coef=0.0, lora_rank=0, bfloat16=False))
     assert (mine.kl_coef, mine.lora_rank, mine.bfloat16) == (0.0, 0, False)
     assert mine.learning_rate == known.learning_rate and mine.iterations == known.iterations
 
 
 def test_settings_that_cannot_work_are_refused_before_anything_is_loaded() -> None:
     with pytest.raises(ValueError, match="ppo_epochs must be at least 1, got 0"):
-        stages.chosen("any", wishes(ppo_epochs=0))
+        resolve_settings("any", RecipeSettings(ppo_epochs=0))
     with pytest.raises(ValueError, match="score_clip must be positive and finite, got inf"):
-        stages.chosen("any", wishes(score_clip=math.inf))
+        resolve_settings("any", RecipeSettings(score_clip=math.inf))
     with pytest.raises(ValueError, match="vf_coef must be at least 0, got nan"):
-        stages.chosen("any", wishes(vf_coef=math.nan))
+        resolve_settings("any", RecipeSettings(vf_coef=math.nan))
     with pytest.raises(ValueError, match="batch_size 100 is no multiple of mini_batch_size 128"):
-        stages.chosen("any", wishes(batch_size=100))
+        resolve_settings("any", RecipeSettings(batch_size=100))
 
 
 def test_a_run_folder_takes_new_settings_until_it_holds_a_checkpoint(tmp_path: Path) -> None:
-    stages.open_run_folder(str(tmp_path / "run"), {"seed": 0}, fresh=False)
-    stages.open_run_folder(str(tmp_path / "run"), {"seed": 1}, fresh=False)
+    open_run_folder(str(tmp_path / "run"), {"seed": 0}, fresh=False)
+    open_run_folder(str(tmp_path / "run"), {"seed": 1}, fresh=False)
     checkpoint = tmp_path / "run" / "checkpoint-1"
     checkpoint.mkdir()
     (checkpoint / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds a run with seed=1 \(now 2\)"):
-        stages.open_run_folder(str(tmp_path / "run"), {"seed": 2, "threads": 4}, fresh=False)
-    stages.open_run_folder(str(tmp_path / "run"), {"seed": 1, "threads": 4, "output_dir": "moved"}, fresh=False)
-    folder = stages.open_run_folder(str(tmp_path / "run"), {"seed": 2}, fresh=True)
+        open_run_folder(str(tmp_path / "run"), {"seed": 2, "threads": 4}, fresh=False)
+    open_run_folder(str(tmp_path / "run"), {"seed": 1, "threads": 4, "output_dir": "moved"}, fresh=False)
+    folder = open_run_folder(str(tmp_path / "run"), {"seed": 2}, fresh=True)
     assert not checkpoint.exists() and folder.config() == {"seed": 2}
 
 
 def test_the_classifiers_reward_is_the_logit_of_its_positive_class(tmp_path: Path) -> None:
     """Whatever stands beside a text in the batch; the class is found by its name."""
     folder = save_classic_classifier(tmp_path / "classifier")
-    reward = stages.reward_source(str(folder), split_reviews(load_reviews(str(write_reviews(tmp_path / "r.csv")))))[0]
+    reward = rewards.reward_source(str(folder), split_reviews(load_reviews(str(write_reviews(tmp_path / "r.csv")))))[0]
     prompts, responses = ["The movie", "I"], [" was good.", " did not like this film, the plot was boring."]
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     expected = []
@@ -92,11 +86,11 @@ def test_held_out_pairs_exist_however_the_labels_are_dealt() -> None:
 
 def test_held_out_prompts_are_not_trained_on_and_too_few_are_an_error(tmp_path: Path) -> None:
     parts = split_reviews(load_reviews(str(write_reviews(tmp_path / "reviews.csv"))))
-    training, held_out = stages.prompt_sets(parts, tiny_tokenizer(), held_out=8)
+    training, held_out = evaluation.prompt_datasets(parts, tiny_tokenizer(), held_out=8)
     assert len(held_out) == 8
     assert not set(training.batch(range(len(training))).texts) & set(held_out.batch(range(8)).texts)
     with pytest.raises(ValueError, match="lower --eval-prompts or give more reviews"):
-        stages.prompt_sets(parts, tiny_tokenizer(), held_out=500)
+        evaluation.prompt_datasets(parts, tiny_tokenizer(), held_out=500)
 
 
 def test_the_estimates_add_variety_and_perplexity_with_their_errors(tmp_path: Path) -> None:
@@ -105,13 +99,13 @@ def test_the_estimates_add_variety_and_perplexity_with_their_errors(tmp_path: Pa
     found = Evaluation(
         prompts=["a", "b"], responses=["one two", "one two"], measures={name: [1.0, 3.0] for name in names}
     )
-    table = stages.estimates(found)
+    table = evaluation.estimates(found)
     assert table["score"] == (2.0, 1.0)
     assert table["perplexity"] == pytest.approx((math.exp(2.0), math.exp(2.0)))
     assert table["distinct_2"][0] == 0.5 and table["repetition"][0] == 0.0
-    assert "perplexity 7.389 ± 7.389" in stages.describe(found)
+    assert "perplexity 7.389 ± 7.389" in evaluation.describe(found)
     folder = RunFolder.create(tmp_path)
-    stages.write_run(folder, found, found, title="A run")
+    evaluation.write_run(folder, found, found, title="A run")
     assert [sample.after_scores["kl"] for sample in folder.samples()] == [1.0, 3.0]
 
 

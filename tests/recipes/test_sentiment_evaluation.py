@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sentiment.judges import Measurement, ReviewClassifier, VaderJudge, distinct_ngrams, evaluate_texts, repetition
+from sentiment.evaluation import Measurement, ReviewClassifier, VaderJudge, distinct_ngrams, repetition
 from sentiment.reviews import Review
 
 GOOD = [Review(f"A lovely, great and moving film, number {i}.", 1) for i in range(20)]
@@ -53,20 +53,3 @@ def test_distinct_ngrams_do_not_fall_with_the_number_of_texts() -> None:
 def test_repetition_is_the_share_of_bigrams_a_text_has_used_before() -> None:
     """`great film great film great`: gf, fg, gf, fg, two different of four."""
     assert repetition(["great film great film great", "a b c"]).mean == pytest.approx(0.25)
-
-
-def test_texts_are_judged_with_their_prompts_and_counted_without() -> None:
-    seen: list[str] = []
-
-    def judge(texts: list[str]) -> list[float]:
-        seen.extend(texts)
-        return [1.0] * len(texts)
-
-    measured = evaluate_texts(["This film", "It"], [" is good", " is bad, too"], {"toy": judge})
-    assert seen == ["This film is good", "It is bad, too"]
-    assert measured["judge/toy"].mean == 1.0 and measured["text/words"].mean == 2.5
-
-
-def test_a_response_without_its_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match="got 1 prompts and 2 responses"):
-        evaluate_texts(["a"], ["b", "c"], {})
