@@ -124,6 +124,10 @@ def _sections(card: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
         ),
         ("Stability of raw scores", [(name, _change(stable[key])) for key, name in _STABILITY.items()]),
     ]
+    if "top_1" in card:
+        sections[1:1] = _top_1_sections(card["top_1"])
+    if "agreement" in card:
+        sections.append(("Agreement with other scorers", _agreement_rows(card["agreement"])))
     if "ensemble" in card:
         sections.append(("Ensemble", _ensemble_rows(card["ensemble"])))
     if "best_of_n" in card:
@@ -145,6 +149,35 @@ def _ensemble_rows(ensemble: Mapping[str, Any]) -> list[tuple[str, str]]:
         *rows,
         ("two members agree on a pair", f"{ensemble['pairwise_agreement']:.1%}"),
         ("spread of a score over members", f"{ensemble['score_std']:.3f} std"),
+    ]
+
+
+def _top_1_sections(top_1: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    rows = [(name, f"{share(row)} (chance: {row['chance']:.1%})") for name, row in top_1["subsets"].items()]
+    ties = top_1.get("ties")
+    if ties:
+        rows.append(("Ties score", f"{ties['score']:.1%}, n = {ties['count']}"))
+    rows += [("mean of subsets", f"{top_1['mean']:.1%}"), ("weighted by prompts", f"{top_1['weighted_mean']:.1%}")]
+    sections = [("Top-1 of K (as RewardBench 2)", rows)]
+    if ties:
+        sections.append(("Parts of the Ties score", [(name, f"{ties[part]:.1%}") for part, name in _TIES.items()]))
+    return sections
+
+
+_TIES = {
+    "tied_accuracy": "tied prompts: all correct above all incorrect",
+    "ref_accuracy": "reference prompts: the correct one above all",
+    "correctness_preferred": "margin to incorrect above spread among correct",
+    "correctness_preferred_hard": "the same with the reference prompt's margin",
+    "correctness_margin": "saturated ratio of margin to spread",
+}
+
+
+def _agreement_rows(agreement: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [(f"accuracy of {name}", share(row)) for name, row in agreement["accuracy"].items()]
+    return rows + [
+        (" and ".join(row["models"]), f"{row['pairwise']:.1%} of pairs alike, Kendall's tau {row['kendall_tau']:+.3f}")
+        for row in agreement["pairs"]
     ]
 
 

@@ -73,11 +73,13 @@ def encode_comparisons(
     return EncodedComparisons(dataset=dataset, kept=kept, too_long=too_long, bad_rows=bad_rows)
 
 
-def encode_comparison(comparison: Comparison, tokenizer: Any, rule: TextRule) -> list[list[int]]:
+def encode_comparison(
+    comparison: Comparison, tokenizer: Any, rule: TextRule, *, may_be_equal: bool = False
+) -> list[list[int]]:
     """Token ids of each completion with its prompt.
 
     Raises:
-        BadRow: The chat template refuses the conversation, or two completions have the same tokens.
+        BadRow: The chat template refuses the conversation, or two completions have the same tokens and may not.
     """
     try:
         ids = [
@@ -86,7 +88,7 @@ def encode_comparison(comparison: Comparison, tokenizer: Any, rule: TextRule) ->
         ]
     except UnreadableText as error:
         raise BadRow(f"{comparison.where}: {error}") from error
-    if len({tuple(row) for row in ids}) < len(ids):
+    if not may_be_equal and len({tuple(row) for row in ids}) < len(ids):
         raise BadRow(
             f"{comparison.where}: two completions become the same tokens: what tells them apart (reasoning, a tool "
             "call, spaces) is not in the text that the chat template and the tokenizer make. The comparison says "
@@ -96,13 +98,18 @@ def encode_comparison(comparison: Comparison, tokenizer: Any, rule: TextRule) ->
 
 
 def split_encodable(
-    comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule, *, on_bad_row: OnBadRow
+    comparisons: Sequence[Comparison],
+    tokenizer: Any,
+    rule: TextRule,
+    *,
+    on_bad_row: OnBadRow,
+    may_be_equal: bool = False,
 ) -> tuple[list[Comparison], list[dict[str, Any]]]:
     """The comparisons that can be encoded, and the bad rows that were skipped; errors as of `encode_comparisons`."""
     kept, bad_rows = [], []
     for comparison in comparisons:
         try:
-            encode_comparison(comparison, tokenizer, rule)
+            encode_comparison(comparison, tokenizer, rule, may_be_equal=may_be_equal)
             kept.append(comparison)
         except BadRow as error:
             bad_rows.append(set_aside(error, comparison.where, asdict(comparison), on_bad_row))

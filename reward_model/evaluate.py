@@ -3,13 +3,16 @@
 import importlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from reward_model.benchmark import read_benchmark
 from reward_model.card_page import text_table, write_page
 from reward_model.commands import column_names, named_model, parse, run
+from reward_model.data import Comparison
 from reward_model.documented import documented
 from reward_model.encoding import split_encodable
 from reward_model.ensemble import EnsembleRewardModel, load_reward_model
@@ -28,7 +31,7 @@ class EvaluateConfig:
     label: str | None = None
     """Which label's logit is the score, by name or index; only for another maker's classifier with several labels."""
     data: str
-    """Held-out preferences, in any format that training accepts."""
+    """Held-out preferences, in any format that training accepts, or a benchmark in the shape of RewardBench 2."""
     split: str = "test"
     """Which split of a folder or hub dataset."""
     columns: list[str] = field(default_factory=list)
@@ -36,7 +39,9 @@ class EvaluateConfig:
     on_bad_row: Literal["stop", "skip"] = "stop"
     """At a malformed row: stop with its location, or skip and count it."""
     judge: str | None = None
-    """Independent scorer for the best-of-N curve: another reward model, or module:function."""
+    """Independent scorer for the best-of-N curve: another reward model, its server's URL, or module:function."""
+    others: list[str] = field(default_factory=list)
+    """Further scorers to be compared with the model: reward models, URLs of servers, or module:function."""
     page: str | None = None
     """HTML page to write, its picture beside it; default: report_card.html in the model's folder; none: no page."""
     json: str | None = None
@@ -55,19 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     model = load_reward_model(config.model, label=config.label)
     folder = Path(config.model) if Path(config.model).is_dir() else Path()  # a hub name has no folder here
-    loaded = load_comparisons(
-        config.data,
-        split=config.split,
-        columns=column_names(config.columns),
-        on_bad_row=config.on_bad_row,
-        seed=config.seed,
-    )
-    first = first_member(model)
-    comparisons, bad_rows = split_encodable(
-        loaded.comparisons, first.tokenizer, first.contract.text, on_bad_row=config.on_bad_row
-    )
-    card = report_card(model, comparisons, judge=load_judge(config.judge))
-    card["data"] = {**loaded.report.as_dict(), "not_encodable": len(bad_rows)}
+    comparisons, data = _held_out(config, model)
+    others = {name: load_scorer(name) for name in config.others}
+    card = report_card(model, comparisons, judge=load_scorer(config.judge) if config.judge else None, others=others)
+    card["data"] = data
     print(text_table(card))  # noqa: T201  the command's answer
     target = Path(config.json) if config.json else folder / "report_card.json"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,21 +75,50 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return card
 
 
-def load_judge(name: str | None) -> Scorer | None:
-    """Load a scorer: a reward model's folder or hub name, or `module:function`.
+def _held_out(
+    config: EvaluateConfig, model: RewardModel | EnsembleRewardModel
+) -> tuple[list[Comparison], dict[str, int]]:
+    """The comparisons to evaluate on, and the counts of their source."""
+    columns = column_names(config.columns)
+    benchmark = read_benchmark(config.data, split=config.split, columns=columns, on_bad_row=config.on_bad_row)
+    if benchmark is not None:
+        comparisons, bad_rows = benchmark
+        counts = {"rows": len(comparisons) + len(bad_rows), "bad": len(bad_rows)}
+    else:
+        loaded = load_comparisons(
+            config.data, split=config.split, columns=columns, on_bad_row=config.on_bad_row, seed=config.seed
+        )
+        comparisons, counts = loaded.comparisons, loaded.report.as_dict()
+    first = first_member(model)
+    kept, refused = split_encodable(
+        comparisons,
+        first.tokenizer,
+        first.contract.text,
+        on_bad_row=config.on_bad_row,
+        may_be_equal=benchmark is not None,
+    )
+    return kept, counts | {"not_encodable": len(refused)}
+
+
+def load_scorer(name: str) -> Scorer:
+    """Load a scorer: a reward model's folder or hub name, the URL of its server, or `module:function`.
 
     Raises:
         ValueError: It cannot be loaded.
     """
-    if name is None:
-        return None
+    if name.startswith(("http://", "https://")):
+        from reward_model.client import RemoteRewardModel
+
+        return RemoteRewardModel(name, token=os.environ.get("REWARD_MODEL_TOKEN"))
     module, colon, attribute = name.partition(":")
     if not colon or Path(name).is_dir():
         return load_reward_model(name)
     try:
         scorer: Scorer = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--judge {name}: {error}.") from error
+        raise ValueError(
+            f"{name} is no scorer: {error}. Give a reward model, the URL of its server, or module:function."
+        ) from error
     return scorer
 
 

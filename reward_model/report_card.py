@@ -1,8 +1,9 @@
 """Report card of a reward model on held-out comparisons: accuracy by group, calibration, biases, stability."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from reward_model.metrics import (
     wilson,
 )
 from reward_model.model import RewardModel
+from reward_model.ranking_metrics import agreement, top_1_table
 from reward_model.scoring import CompletionScores, preferences, score_completions
 from reward_model.text import Text, Texts, encode
 
@@ -53,7 +55,11 @@ class ScoredPairs:
 
 
 def report_card(
-    model: RewardModel | EnsembleRewardModel, comparisons: Sequence[Comparison], *, judge: Scorer | None = None
+    model: RewardModel | EnsembleRewardModel,
+    comparisons: Sequence[Comparison],
+    *,
+    judge: Scorer | None = None,
+    others: Mapping[str, Scorer] | None = None,
 ) -> dict[str, Any]:
     """Compute the report card: a dictionary of numbers, lists and dictionaries (JSON).
 
@@ -61,6 +67,7 @@ def report_card(
         model: The reward model or ensemble.
         comparisons: Held-out comparisons; ties and preferences of 0.5 are left out.
         judge: Independent scorer for the best-of-N curve; None: no curve.
+        others: Further scorers by name, to be compared with the model and with each other.
 
     Raises:
         ValueError: No comparison is decided.
@@ -86,7 +93,11 @@ def report_card(
         "stability": stability(first_member(model), scored),
     }
     if isinstance(model, EnsembleRewardModel):
-        card["ensemble"] = agreement(scored)
+        card["ensemble"] = member_agreement(scored)
+    if (top_1 := top_1_table(completions.comparisons, completions.by_comparison())) is not None:
+        card["top_1"] = top_1
+    if others:
+        card["agreement"] = _compare(completions, others)
     if judge is not None:
         card["best_of_n"] = _best_of_n(completions, judge)
     return card
@@ -144,7 +155,7 @@ def stability(model: RewardModel, scored: ScoredPairs, *, samples: int = 64) -> 
     }
 
 
-def agreement(scored: ScoredPairs) -> dict[str, Any]:
+def member_agreement(scored: ScoredPairs) -> dict[str, Any]:
     """Accuracy of each member, and how often two members agree on a pair."""
     votes = scored.member_votes.double()
     share, count = votes.mean(dim=0), len(votes)
@@ -154,6 +165,29 @@ def agreement(scored: ScoredPairs) -> dict[str, Any]:
         "members": [asdict(wilson(float(row.sum()), len(row))) for row in votes],
         "pairwise_agreement": float(alike.mean()),
         "score_std": scored.spread,
+    }
+
+
+def _compare(scored: CompletionScores, others: Mapping[str, Scorer]) -> dict[str, Any]:
+    """Accuracy of the model and of each of `others`, and the agreement of every two of them."""
+    scores = {"this model": scored.by_comparison()}
+    for name, scorer in others.items():
+        if isinstance(scorer, RewardModel | EnsembleRewardModel):
+            scores[name] = score_completions(scorer, scored.comparisons).by_comparison()
+        else:
+            prompts = [comparison.prompt for comparison in scored.comparisons for _ in comparison.completions]
+            texts = [text for comparison in scored.comparisons for text in comparison.completions]
+            sizes = [len(comparison.completions) for comparison in scored.comparisons]
+            scores[name] = list(torch.split(torch.tensor(scorer(prompts, texts), dtype=torch.float64), sizes))
+    decided = [index for index, comparison in enumerate(scored.comparisons) if comparison.is_decided]
+    return {
+        "accuracy": {
+            name: asdict(pair_accuracy([float(rows[index][0] - rows[index][-1]) for index in decided]))
+            for name, rows in scores.items()
+        },
+        "pairs": [
+            {"models": [one, other], **agreement(scores[one], scores[other])} for one, other in combinations(scores, 2)
+        ],
     }
 
 

@@ -32,6 +32,10 @@ class CompletionScores:
     last: list[int]
     """Index of each comparison's worst completion."""
 
+    def by_comparison(self) -> list[Tensor]:
+        """Final scores of the completions of each comparison."""
+        return list(torch.split(self.scores, [len(comparison.completions) for comparison in self.comparisons]))
+
     def raw_differences(self) -> Float[Tensor, " comparisons"]:
         """Raw score of best minus worst, mean over members: the log-odds of the preference in the loss."""
         raw = self.raw.mean(dim=0)
