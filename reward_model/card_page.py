@@ -124,8 +124,12 @@ def _sections(card: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
         ),
         ("Stability of raw scores", [(name, _change(stable[key])) for key, name in _STABILITY.items()]),
     ]
-    if "top_1" in card:
-        sections[1:1] = _top_1_sections(card["top_1"])
+    sections[1:1] = _top_1_sections(card["top_1"]) if "top_1" in card else []
+    return sections + _optional_sections(card)
+
+
+def _optional_sections(card: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    sections = []
     if "agreement" in card:
         sections.append(("Agreement with other scorers", _agreement_rows(card["agreement"])))
     if "ensemble" in card:
