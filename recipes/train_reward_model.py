@@ -30,6 +30,7 @@ from reward_model.card_page import text_table, write_page
 from reward_model.data import as_comparisons
 from reward_model.evaluate import model_facts
 from reward_model.report_card import report_card
+from reward_model.tracking import training_curves
 from sentiment.assets import MINILM, fetch
 from sentiment.command_line import run, use_threads
 from sentiment.evaluation import VaderJudge
@@ -108,6 +109,7 @@ def write_report(folder: Path, held_out: Any) -> None:
 
     model = RewardModel.from_pretrained(folder)
     card = report_card(model, as_comparisons(held_out, "held-out"), judge=judge)
+    card["training"] = training_curves(folder)
     print(text_table(card))
     (folder / "report_card.json").write_text(json.dumps(card), encoding="utf-8")
     page = folder / "report_card.html"

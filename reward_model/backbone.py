@@ -26,14 +26,17 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
 
     Args:
         name: Hub name or folder.
-        seed: Seed of the fresh head; the global random state is not used.
+        seed: Seed of the fresh head and of all weights that the files lack; the global random state stays.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         ValueError: The model cannot be loaded as a sequence classifier; the message says what to try.
     """
     try:
-        with quiet_transformers():  # it would report the missing head, which is read from the loading info below
+        # Transformers would report the missing head, which is read from the loading info below. It draws weights that
+        # the files lack, such as a pooler's, from the global generator.
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 num_labels=1,

@@ -54,13 +54,13 @@ def html_page(card: Mapping[str, Any], *, title: str, facts: Mapping[str, str]) 
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
         f"<h1>{html.escape(title)}</h1><p class=note>Reward model report card: held-out comparisons, ties left out of "
         f"accuracies, intervals at 95 %.</p><div class=tiles>{boxes}</div>"
-        f'<img alt="Reliability, scores and accuracy by length" src="data:image/png;base64,{_encoded(card)}">'
+        f'<img alt="Reliability, scores, accuracy by length, training" src="data:image/png;base64,{_encoded(card)}">'
         f"{sections}{origin}</html>\n"
     )
 
 
 def picture(card: Mapping[str, Any]) -> bytes:
-    """Reliability diagram, score histogram, accuracy by length and, with a judge, the best-of-N curve, as PNG.
+    """Reliability, scores, accuracy by length and, where they are known, best-of-N and training curves, as PNG.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -69,14 +69,17 @@ def picture(card: Mapping[str, Any]) -> bytes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The report card's page needs matplotlib: pip install matplotlib, or --page none.") from error
-    curve = card.get("best_of_n")
-    figure = Figure(figsize=(15 if curve else 12, 3.6), layout="constrained", dpi=110)
-    axes = figure.subplots(1, 4 if curve else 3)
+    curve, training = card.get("best_of_n"), card.get("training")
+    count = 3 + bool(curve) + bool(training)
+    figure = Figure(figsize=(3 * count + 3, 3.6), layout="constrained", dpi=110)
+    axes = figure.subplots(1, count)
     _draw_reliability(axes[0], card["calibration"]["reliability"])
     _draw_histogram(axes[1], card["scores"])
     _draw_lengths(axes[2], card["by_length"])
     if curve:
         _draw_best_of_n(axes[3], curve)
+    if training:
+        _draw_training(axes[-1], training)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
@@ -137,6 +140,8 @@ def _optional_sections(card: Mapping[str, Any]) -> list[tuple[str, list[tuple[st
     if "best_of_n" in card:
         rows = [(f"best of {row['n']}", f"judge {row['judge']:+.4f} (KL {row['kl']:.2f})") for row in card["best_of_n"]]
         sections.append(("Best of N by the judge", rows))
+    if card.get("training"):
+        sections.append(("Training", _training_rows(card["training"])))
     return sections
 
 
@@ -183,6 +188,17 @@ def _agreement_rows(agreement: Mapping[str, Any]) -> list[tuple[str, str]]:
         (" and ".join(row["models"]), f"{row['pairwise']:.1%} of pairs alike, Kendall's tau {row['kendall_tau']:+.3f}")
         for row in agreement["pairs"]
     ]
+
+
+def _training_rows(training: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    rows = []
+    for index, run in enumerate(training):
+        member = f"member {index}: " if len(training) > 1 else ""
+        for name, label in (("loss", "loss"), ("accuracy", "held-out accuracy")):
+            if values := run[name]["value"]:
+                text = f"{values[0]:.4f} → {values[-1]:.4f} at step {run[name]['step'][-1]:.0f}"
+                rows.append((f"{member}{label}, first → last", text))
+    return rows
 
 
 def _confidence(temperature: float) -> str:
@@ -234,3 +250,13 @@ def _draw_best_of_n(axis: Any, curve: Sequence[Mapping[str, float]]) -> None:
     axis.plot([row["n"] for row in curve], [row["judge"] for row in curve], "o-", color="#8250df")
     axis.set_xscale("log", base=2)
     axis.set(title="Best of N", xlabel="N", ylabel="judge's mean score")
+
+
+def _draw_training(axis: Any, training: Sequence[Mapping[str, Any]]) -> None:
+    for index, run in enumerate(training):
+        axis.plot(run["loss"]["step"], run["loss"]["value"], color="#1f6feb", label="loss" if index == 0 else None)
+        if run["accuracy"]["value"]:
+            label = "held-out accuracy" if index == 0 else None
+            axis.plot(run["accuracy"]["step"], run["accuracy"]["value"], "o-", color="#2da44e", label=label)
+    axis.set(title="Training", xlabel="step")
+    axis.legend(frameon=False)

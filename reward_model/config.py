@@ -1,6 +1,6 @@
 """The settings of one reward-model training run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from reward_model.documented import documented
@@ -32,9 +32,11 @@ class RewardModelConfig:
     learning_rate: float = 1e-5
     """Peak of the schedule. 3e-6 to 1e-5 suits models of a billion parameters, 1e-4 to 1e-3 those of a few million."""
     schedule: str = "linear"
-    """Name of a transformers learning-rate schedule; it ends at 0."""
+    """Name of a transformers learning-rate schedule: linear, cosine, constant, warmup_stable_decay, ..."""
+    schedule_arguments: list[str] = field(default_factory=list)
+    """Arguments of the schedule: name=value, such as num_cycles=2 for cosine_with_restarts."""
     warmup: float = 0.05
-    """Share of all steps over which the learning rate rises from 0."""
+    """Share of all steps over which the learning rate rises to its peak; constant and plateau schedules have none."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     batch_size: int = 64
@@ -75,11 +77,12 @@ class RewardModelConfig:
     early_stop_patience: int = 0
     """Stop after this many evaluations without a better held-out accuracy, and keep the best; 0: never stop."""
     resume: bool = False
-    """Continue from the last checkpoint of an interrupted run with the same output folder."""
+    """Continue from the last intact checkpoint of an interrupted run with the same output folder, data and model."""
     checkpoints: int = 0
     """Checkpoints during training, evenly spaced, for --resume."""
     trackers: str = "none"
-    """Comma-separated names of trackers that transformers knows (tensorboard, wandb, ...), or none."""
+    """Comma-separated: tensorboard (into the output folder), wandb, mlflow, trackio and others that transformers knows;
+    metrics.jsonl is written in any case."""
     progress: bool = True
     """Whether to show progress bars."""
     log_every: int = 10

@@ -19,6 +19,7 @@ from reward_model.ensemble import EnsembleRewardModel, load_reward_model
 from reward_model.model import RewardModel
 from reward_model.preparation import load_comparisons
 from reward_model.report_card import Scorer, first_member, report_card
+from reward_model.tracking import training_curves
 
 
 @documented
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     comparisons, data = _held_out(config, model)
     others = {name: load_scorer(name) for name in config.others}
     card = report_card(model, comparisons, judge=load_scorer(config.judge) if config.judge else None, others=others)
-    card["data"] = data
+    card["data"], card["training"] = data, training_curves(Path(config.model))
     print(text_table(card))  # noqa: T201  the command's answer
     target = Path(config.json) if config.json else folder / "report_card.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
 """`PreferenceTrainer`: trl's RewardTrainer with further losses, exact metrics, and batches of similar length."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import EvalPrediction
 from trl.trainer.reward_trainer import RewardTrainer
 
@@ -58,6 +60,16 @@ class PreferenceTrainer(RewardTrainer):
             return super().train(*arguments, **options)
         finally:
             use_plain_layers(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Transformers' schedule; one with a warm-up is a step ahead, since the rate of its first step is 0."""
+        if not self.args.warmup_steps or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        schedule = super().create_scheduler(num_training_steps + 1, optimizer)
+        if isinstance(schedule, LambdaLR):
+            rates: list[Callable[[int], float]] = [partial(_one_step_ahead, rate) for rate in schedule.lr_lambdas]
+            self.lr_scheduler = LambdaLR(schedule.optimizer, rates)
+        return self.lr_scheduler
 
     def _on_cpu(self) -> bool:
         """Whether this is training on a CPU without DeepSpeed or FSDP, where packing and fast layers apply."""
@@ -132,13 +144,17 @@ class PreferenceTrainer(RewardTrainer):
         if "loss" in logs and self._train_sums is not None:
             sums = self.accelerator.reduce(self._train_sums, reduction="sum")
             self._train_sums = None
-            self._total_train_tokens += int(sums[STATISTICS.index("tokens")])
-            logs |= metrics_of_sums(sums.tolist()) | {"num_tokens": float(self._total_train_tokens)}
+            self.state.num_input_tokens_seen += int(sums[STATISTICS.index("tokens")])  # a part of checkpoints
+            logs |= metrics_of_sums(sums.tolist()) | {"num_tokens": float(self.state.num_input_tokens_seen)}
         super().log(logs, start_time)
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> Any:
         with unpadded(self._layers) if self._is_packed else nullcontext():
             return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+
+
+def _one_step_ahead(rate: Callable[[int], float], step: int) -> float:
+    return rate(step + 1)
 
 
 STATISTICS = ("loss", "weight", "right", "margin", "decided", "score", "completions", "tokens")

@@ -15,9 +15,10 @@ from reward_model.encoding import split_encodable
 from reward_model.ensemble import EnsembleRewardModel, save_ensemble
 from reward_model.model import RewardModel
 from reward_model.preparation import LoadedComparisons, load_comparisons, split_by_prompt, write_bad_rows
+from reward_model.resume import is_resumable, processes
 from reward_model.rows import OnBadRow
 from reward_model.scoring import held_out_metrics, score_completions
-from reward_model.trainer import RewardModelResult, processes, train_reward_model
+from reward_model.trainer import RewardModelResult, train_reward_model
 
 logger = logging.getLogger(__name__)
 
@@ -114,20 +115,27 @@ def train_ensemble(
 
     Raises:
         ValueError: Fewer than two members.
-        FileExistsError: The output folder exists and `overwrite` is off.
+        FileExistsError: The output folder or that of the members exists, and `overwrite` and `resume` are off.
     """
     if members < 2:
         raise ValueError(f"An ensemble needs two or more members, got {members}.")
-    output = Path(config.output_dir)
-    if output.exists() and not config.overwrite:
-        raise FileExistsError(f"The folder {output} exists. Choose another output_dir, or set overwrite=True.")
+    output, state = Path(config.output_dir), processes()
     parts = output.with_name(output.name + ".members")
+    if output.exists() and not (config.overwrite or (config.resume and parts.exists())):
+        raise FileExistsError(f"The folder {output} exists. Choose another output_dir, or set overwrite=True.")
+    if parts.exists() and not (config.overwrite or config.resume):
+        raise FileExistsError(
+            f"{parts} holds members of an interrupted run: starting again would delete them. Set resume=True to "
+            "continue, overwrite=True to start again, or choose another output_dir."
+        )
+    state.wait_for_everyone()  # before the first process makes a folder
     results = []
     for index in range(members):
-        member = replace(config, seed=config.seed + index, output_dir=str(parts / str(index)), overwrite=True)
+        member = replace(config, seed=config.seed + index, output_dir=str(parts / str(index)))
+        if config.resume and not is_resumable(member):  # it has not begun
+            member = replace(member, resume=False, overwrite=True)
         results.append(_train_one(member, 1, train, evaluation, facts, on_bad_row))
     folders = [result.path for result in results]
-    state = processes()
     metrics: dict[str, float] = {}
     if state.is_main_process:
         ensemble = EnsembleRewardModel([RewardModel.from_pretrained(folder) for folder in folders])

@@ -1,20 +1,16 @@
 """Train a reward model: load, encode, run trl's trainer, evaluate on held-out comparisons, normalize, save."""
 
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.state import PartialState
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
-from trl.trainer.reward_config import RewardConfig
 
+from reward_model.arguments import check_schedule, trainer_arguments
 from reward_model.backbone import disable_dropout, head_name, load_backbone, longest_input, short_name
 from reward_model.config import RewardModelConfig
 from reward_model.contract import Contract, TextRule, tokenizer_sha256
@@ -29,11 +25,22 @@ from reward_model.encoding import (
 from reward_model.model import RewardModel
 from reward_model.preference_trainer import PreferenceTrainer
 from reward_model.progress import ProgressBarCallback
+from reward_model.resume import (
+    TRAINING,
+    SealCheckpoints,
+    check_output,
+    check_resumable,
+    find_checkpoint,
+    locked_training_folder,
+    processes,
+    run_identity,
+    training_folder,
+)
 from reward_model.rows import OnBadRow
 from reward_model.scoring import fit_normalization, held_out_metrics, score_completions
 from reward_model.text import Text, prepare_tokenizer
-from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
-from rlhf_ppo.utils.installed import parameter_name
+from reward_model.tracking import RECORDS, MetricsFileCallback, tracker_callbacks, tracker_names
+from rlhf_ppo.checkpoints import folders
 
 logger = logging.getLogger(__name__)
 
@@ -76,38 +83,46 @@ def train_reward_model(
         The folder and the held-out metrics.
 
     Raises:
-        ValueError: Settings, model or data are unusable; nothing has been written then.
-        FileExistsError: The output folder exists and `overwrite` is off.
+        ValueError: Settings, model or data are unusable, or a checkpoint is not of this run; nothing has been written.
+        ImportError: A tracker is not installed.
+        FileExistsError: The output folder exists, or checkpoints of an interrupted run, and `overwrite` is off.
+        FileNotFoundError: There is nothing to resume.
     """
-    output = Path(config.output_dir)
-    if output.exists() and any(output.iterdir()) and not (config.overwrite or config.resume):
-        raise FileExistsError(f"The folder {output} exists. Choose another output_dir, or set overwrite=True.")
-    checkpoint = _checkpoint(config)
+    check_output(config)
+    check_schedule(config)
+    trackers = tracker_names(config.trackers)
+    checkpoint = find_checkpoint(config) if config.resume else None
     train_rows, held_out = as_comparisons(train, "train"), as_comparisons(evaluation, "evaluation")
     model, tokenizer = load_backbone(config.model, seed=config.seed, trust_remote_code=config.trust_remote_code)
     rule = _text_rule(config, tokenizer, model, train_rows)
     prepare_tokenizer(tokenizer, rule, source=config.model)
     disable_dropout(model)
-    head = head_name(model)  # before adapters wrap it
     encoded = encode_comparisons(train_rows, tokenizer, rule, on_bad_row=on_bad_row)
     encoded_held_out = encode_comparisons(held_out, tokenizer, rule, on_bad_row=on_bad_row)
-    try:
-        trainer = _build_trainer(config, model, tokenizer, encoded, encoded_held_out, callbacks)
-        _run(trainer, checkpoint)
-    except BaseException:
-        with suppress(OSError):
-            training_folder(config).rmdir()  # stays if it holds checkpoints
-        raise
+    bad_rows = [*encoded.bad_rows, *encoded_held_out.bad_rows]
+    _check_early_stop(config, encoded_held_out)
+    identity = run_identity(config, model, tokenizer, rule, encoded, encoded_held_out)
+    if checkpoint is not None:
+        check_resumable(checkpoint, identity)
+        if checkpoint == Path(config.output_dir):  # it has finished
+            saved = Contract.read(checkpoint)
+            return RewardModelResult(path=checkpoint, metrics=saved.metrics, data=saved.data, bad_rows=bad_rows)
     contract = Contract(
         base=short_name(config.model),
-        head=head,
+        head=head_name(model),  # before adapters wrap it
         text=rule,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         data=_data_facts(encoded, encoded_held_out, data_report),
         versions={name: version(name) for name in ("torch", "transformers", "trl", "accelerate")},
     )
-    result = _finish(trainer, config, contract, encoded_held_out.kept, reference_samples)
-    return replace(result, data=contract.data, bad_rows=[*encoded.bad_rows, *encoded_held_out.bad_rows])
+    with locked_training_folder(config, checkpoint) as folder:
+        records = [MetricsFileCallback(folder), SealCheckpoints(identity)]
+        if processes().is_main_process:
+            records += tracker_callbacks(trackers, folder, checkpoint)
+        trainer = _build_trainer(config, model, tokenizer, encoded, encoded_held_out, [*records, *callbacks])
+        _run(trainer, checkpoint)
+        result = _finish(trainer, config, contract, identity, encoded_held_out.kept, reference_samples)
+    return replace(result, data=contract.data, bad_rows=bad_rows)
 
 
 def _text_rule(config: RewardModelConfig, tokenizer: Any, model: Any, rows: Sequence[Comparison]) -> TextRule:
@@ -138,7 +153,7 @@ def _build_trainer(
         settings=config,
         has_ties=any(row.is_tie for row in train.kept),
         model=model,
-        args=_arguments(config, len(train.kept)),
+        args=trainer_arguments(config, len(train.kept)),
         train_dataset=fill_last_step(train.dataset, config.batch_size),
         eval_dataset=evaluation.dataset,
         processing_class=tokenizer,
@@ -153,92 +168,21 @@ def _build_trainer(
     return trainer
 
 
-def _arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
-    """Convert the settings to trl's `RewardConfig`."""
-    micro, accumulation = config.accumulation(processes().num_processes)
-    steps = max(1, int(-(-rows // config.batch_size) * config.epochs))
-    evaluate = max(1, steps // config.evaluations) if config.evaluations > 1 else None
-    save = max(1, steps // config.checkpoints) if config.checkpoints else None
-    if config.early_stop_patience:
-        save = evaluate
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    recompute = parameter_name(RewardConfig, "activation_checkpointing", "gradient_checkpointing")  # transformers 5.23
-    versioned: dict[str, Any] = {recompute: config.gradient_checkpointing}
-    return RewardConfig(
-        output_dir=str(training_folder(config)),
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=int(config.warmup * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=bf16 if config.precision == "auto" else config.precision == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        seed=config.seed,
-        max_length=None,  # encode_comparisons has filtered and counted
-        remove_unused_columns=False,
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=evaluate,
-        save_strategy="steps" if save else "no",
-        save_steps=save or 500,
-        save_total_limit=2,
-        load_best_model_at_end=config.early_stop_patience > 0,
-        metric_for_best_model="accuracy",
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
-        disable_tqdm=not config.progress,
-        report_to=[name.strip() for name in config.trackers.split(",")],
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **versioned,
-    )
-
-
-def processes() -> PartialState:
-    """The processes of this run; without `cpu=True`, accelerate would count only one under torchrun without GPUs."""
-    state = PartialState(cpu=not torch.cuda.is_available())
-    if state.num_processes > 1:
-        wait_for_gloo_threads()
-    return state
-
-
-def training_folder(config: RewardModelConfig) -> Path:
-    """Folder of the checkpoints during training; removed when it has succeeded."""
-    output = Path(config.output_dir)
-    return output.with_name(output.name + ".training")
-
-
-def newest_checkpoint(config: RewardModelConfig) -> Path | None:
-    """The newest whole checkpoint of an interrupted run; the trainer writes its state last."""
-    found = {int(path.name.rpartition("-")[2]): path for path in training_folder(config).glob("checkpoint-*[0-9]")}
-    return next((found[step] for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return False
-
-
-def _checkpoint(config: RewardModelConfig) -> str | None:
-    if not config.resume:
-        return None
-    checkpoint = newest_checkpoint(config)
-    if checkpoint is None:
-        folder = training_folder(config)
-        raise FileNotFoundError(f"resume=True, but {folder} holds no checkpoint. Start without resume.")
-    return str(checkpoint)
-
-
-def _run(trainer: PreferenceTrainer, checkpoint: str | None) -> None:
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+def _run(trainer: PreferenceTrainer, checkpoint: Path | None) -> None:
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not result.training_loss < float("inf"):
         raise ValueError(
             f"The training loss is {result.training_loss}: the weights are unusable and nothing was saved. Lower "
             "learning_rate or use precision='float32'."
+        )
+
+
+def _check_early_stop(config: RewardModelConfig, evaluation: EncodedComparisons) -> None:
+    if config.early_stop_patience and not any(comparison.is_decided for comparison in evaluation.kept):
+        raise ValueError(
+            f"early_stop_patience={config.early_stop_patience} watches the held-out accuracy, but none of the "
+            f"{len(evaluation.kept)} held-out comparisons is decided: all are ties or have a preference of 0.5. Hold "
+            "out others, or set early_stop_patience=0."
         )
 
 
@@ -261,6 +205,7 @@ def _finish(
     trainer: PreferenceTrainer,
     config: RewardModelConfig,
     contract: Contract,
+    identity: dict[str, Any],
     held_out: Sequence[Comparison],
     reference_samples: Sequence[tuple[Text, Text]] | None,
 ) -> RewardModelResult:
@@ -280,19 +225,22 @@ def _finish(
             prompts, responses = zip(*reference_samples, strict=True)
             raw, reference = reward_model.raw_scores(prompts, responses), "reference policy"
         contract = replace(contract, metrics=metrics, normalization=fit_normalization(raw, reference))
-        _save(saved, trainer.processing_class, contract, output)
+        _save(saved, trainer.processing_class, contract, identity, config)
         shutil.rmtree(training_folder(config), ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return RewardModelResult(path=output, metrics=metrics or Contract.read(output).metrics)
 
 
-def _save(model: Any, tokenizer: Any, contract: Contract, output: Path) -> None:
+def _save(model: Any, tokenizer: Any, contract: Contract, identity: dict[str, Any], config: RewardModelConfig) -> None:
+    output = Path(config.output_dir)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     contract.write(partial)
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
+    folders.write_json(partial / TRAINING, identity)
+    for name in RECORDS:
+        if (record := training_folder(config) / name).exists():
+            shutil.move(record, partial / name)
+    folders.replace_folder(partial, output)

@@ -29,7 +29,7 @@ from reward_model.client import RemoteRewardModel
 from reward_model.contract import CONTRACT_FILE
 from reward_model.ensemble import load_reward_model
 from reward_model.on_policy import reward_on_policy
-from reward_model.trainer import newest_checkpoint
+from reward_model.resume import is_resumable
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.loop.signals import EXIT_RESUMABLE, StopRequest, stop_on_signals
 from rlhf_ppo.models.adapters import describe_trainable_parameters
@@ -199,7 +199,7 @@ def _trained_reward_model(parts: ReviewParts, seed: int) -> Path:
 
 def _train_or_go_on(config: RewardModelConfig, **data: Any) -> None:
     """Train, from the newest checkpoint of an interrupted training if there is one; a signal leaves one behind."""
-    config = replace(config, resume=newest_checkpoint(config) is not None)
+    config = replace(config, resume=is_resumable(config))
     with stop_on_signals() as request:
         train_reward_model(config, **data, callbacks=[SaveAndLeave(request)])
     AcceleratorState._reset_state()  # PPO has a precision of its own, whether or not this was cached

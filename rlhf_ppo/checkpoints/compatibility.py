@@ -1,6 +1,5 @@
 """Check that a checkpoint belongs to this run: same parameters, same frozen weights, same settings."""
 
-import hashlib
 import warnings
 from typing import Any
 
@@ -10,6 +9,7 @@ from rlhf_ppo.checkpoints.folders import CheckpointError
 from rlhf_ppo.checkpoints.reader import SavedCheckpoint
 from rlhf_ppo.distributed.fsdp import reshard
 from rlhf_ppo.learner.ppo_learner import PPOLearner
+from rlhf_ppo.models.fingerprint import weights_fingerprint
 from rlhf_ppo.models.value_head import VALUE_HEAD_PREFIX
 from rlhf_ppo.utils.redaction import redacted
 
@@ -17,8 +17,6 @@ _IGNORED_SETTINGS = (
     "exp_name", "log_with", "world_size", "global_backward_batch_size", "global_batch_size", "total_ppo_epochs",
     "dataset_num_proc", "output_dir",
 )  # fmt: skip
-_FINGERPRINT_ENTRIES = 64
-"""Number of entries of each frozen parameter in the fingerprint."""
 
 
 def trained_parameters(learner: PPOLearner) -> dict[str, torch.Tensor]:
@@ -46,15 +44,13 @@ def frozen_fingerprint(learner: PPOLearner) -> str | None:
     """
     if learner.processes.sharded:
         return None
-    digest = hashlib.sha256()
-    for module in (learner.model, learner.ref_model):
-        for name, parameter in [] if module is None else module.named_parameters():
-            frozen = not parameter.requires_grad or module is learner.ref_model
-            if frozen and not name.startswith(VALUE_HEAD_PREFIX):
-                flat = parameter.detach().flatten()
-                entries = flat[:: max(1, flat.numel() // _FINGERPRINT_ENTRIES)][:_FINGERPRINT_ENTRIES]
-                digest.update(f"{name} {tuple(parameter.shape)} {entries.float().tolist()}".encode())
-    return digest.hexdigest()
+    modules = [module for module in (learner.model, learner.ref_model) if module is not None]
+    return weights_fingerprint(
+        (name, parameter)
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if not name.startswith(VALUE_HEAD_PREFIX) and (not parameter.requires_grad or module is learner.ref_model)
+    )
 
 
 def check_compatibility(learner: PPOLearner, saved: SavedCheckpoint) -> None:

@@ -55,11 +55,7 @@ def commit_checkpoint(partial: Path, *, keep_last: int) -> Path:
     The latest `keep_last` up to this one are kept. Those of later iterations are removed: they are damaged or of a run
     that was resumed from an earlier checkpoint.
     """
-    content = {"format": FORMAT, "files": _files_sha256(partial)}
-    for path in (*partial.rglob("*"), partial):
-        flush(path)
-    write_json(partial / MANIFEST, content | {"sha256": _json_sha256(content)})
-    flush(partial)
+    write_manifest(partial)
     final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
     replace_folder(partial, final)
     number = _iteration(final)
@@ -68,6 +64,16 @@ def commit_checkpoint(partial: Path, *, keep_last: int) -> Path:
         if path not in earlier[-keep_last:]:
             remove_folder(path)
     return final
+
+
+def write_manifest(folder: Path) -> None:
+    """Flush all files of `folder`, and write the manifest that makes it an intact checkpoint."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    content = {"format": FORMAT, "files": _files_sha256(folder)}
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+    write_json(folder / MANIFEST, content | {"sha256": _json_sha256(content)})
+    flush(folder)
 
 
 def replace_folder(partial: Path, final: Path) -> None:

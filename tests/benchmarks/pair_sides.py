@@ -43,10 +43,10 @@ class Ours(PairSide):
     def build(self) -> Any:
         import datasets
 
+        from reward_model.arguments import trainer_arguments
         from reward_model.config import RewardModelConfig
         from reward_model.encoding import ComparisonCollator
         from reward_model.preference_trainer import PreferenceTrainer
-        from reward_model.trainer import _arguments
 
         rows = [
             {
@@ -61,7 +61,7 @@ class Ours(PairSide):
             packing=self.fast, fast_products=self.fast,
         )  # fmt: skip
         return PreferenceTrainer(
-            settings=settings, has_ties=False, model=self.model, args=_arguments(settings, len(rows)),
+            settings=settings, has_ties=False, model=self.model, args=trainer_arguments(settings, len(rows)),
             train_dataset=datasets.Dataset.from_list(rows), processing_class=self.tokenizer,
             data_collator=ComparisonCollator(pad_token_id=0),
         )  # fmt: skip
