@@ -71,12 +71,6 @@ def check_schedule(config: RewardModelConfig) -> None:
 def trainer_arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
     """Convert the settings to trl's `RewardConfig`."""
     micro, accumulation = config.accumulation(processes().num_processes)
-    steps = max(1, math.ceil(-(-rows // config.batch_size) * config.epochs))
-    warmup = int(config.warmup * steps)
-    evaluate = max(1, steps // config.evaluations) if config.evaluations > 1 else None
-    save = max(1, steps // config.checkpoints) if config.checkpoints else None
-    if config.early_stop_patience:
-        save = evaluate
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     recompute = parameter_name(RewardConfig, "activation_checkpointing", "gradient_checkpointing")  # transformers 5.23
     versioned: dict[str, Any] = {recompute: config.gradient_checkpointing}
@@ -90,7 +84,6 @@ def trainer_arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
         lr_scheduler_kwargs=schedule_arguments(config),
-        warmup_steps=warmup and warmup + 1,  # PreferenceTrainer's schedule is one step ahead
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=bf16 if config.precision == "auto" else config.precision == "bfloat16",
@@ -98,17 +91,31 @@ def trainer_arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
         seed=config.seed,
         max_length=None,  # encode_comparisons has filtered and counted
         remove_unused_columns=False,
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=evaluate,
-        save_strategy="steps" if save else "no",
-        save_steps=save or 500,
-        save_total_limit=3 if config.early_stop_patience else 2,  # the newest two, and the best
-        load_best_model_at_end=config.early_stop_patience > 0,
-        metric_for_best_model="accuracy",
-        logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         disable_tqdm=not config.progress,
         report_to="none",  # reward_model.tracking has made the callbacks
         dataloader_pin_memory=torch.cuda.is_available(),
+        **_step_counts(config, rows),
         **versioned,
     )
+
+
+def _step_counts(config: RewardModelConfig, rows: int) -> dict[str, Any]:
+    """Steps of the warm-up, and between two evaluations, checkpoints and logs."""
+    steps = max(1, math.ceil(-(-rows // config.batch_size) * config.epochs))
+    warmup = int(config.warmup * steps)
+    evaluate = max(1, steps // config.evaluations) if config.evaluations > 1 else None
+    save = max(1, steps // config.checkpoints) if config.checkpoints else None
+    if config.early_stop_patience:
+        save = evaluate
+    return {
+        "warmup_steps": warmup and warmup + 1,  # PreferenceTrainer's schedule is one step ahead
+        "eval_strategy": "steps" if evaluate else "no",
+        "eval_steps": evaluate,
+        "save_strategy": "steps" if save else "no",
+        "save_steps": save or 500,
+        "save_total_limit": 3 if config.early_stop_patience else 2,  # the newest two, and the best
+        "load_best_model_at_end": config.early_stop_patience > 0,
+        "metric_for_best_model": "accuracy",
+        "logging_steps": config.log_every,
+    }
