@@ -1,30 +1,34 @@
 """Read rows from files, folders, the hub or memory, each with its location: file and line, or row number."""
 
-import csv
 import json
-import sys
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.table import pa as pyarrow
 
+from reward_model.files import DataError, data_suffix, encoding_problem, open_text
 from reward_model.rows import BadRow, Row
+from reward_model.tables import table_rows
+
+__all__ = ["DataError", "LocatedRow", "read_rows"]
 
 LocatedRow = tuple[str, Row | BadRow]
 """(Location, row); a `BadRow` if the row cannot be read."""
+_SPLITS = {
+    "train": "train|training", "test": "test|testing|eval|evaluation", "validation": "validation|valid|val|dev",
+}  # fmt: skip
 
 
-class DataError(ValueError):
-    """A source that cannot be read; the message has reason and remedy."""
-
-
-def read_rows(source: str | Dataset, *, split: str = "train") -> Iterator[LocatedRow]:
+def read_rows(source: str | Dataset | Sequence[str], *, split: str = "train") -> Iterator[LocatedRow]:
     """Read the rows of `source`, in order.
 
     Args:
-        source: A .jsonl, .json, .csv, .tsv or .parquet file, a folder (saved by `save_to_disk` or holding such files),
-            a hub name, or a `datasets.Dataset`.
+        source: A .jsonl, .json, .csv, .tsv or .parquet file (also compressed: .gz, .zst, .bz2, .xz), a folder (saved by
+            `save_to_disk` or holding such files), a hub name, a `datasets.Dataset`, or several names.
         split: Split of a folder or hub dataset.
 
     Raises:
@@ -33,22 +37,69 @@ def read_rows(source: str | Dataset, *, split: str = "train") -> Iterator[Locate
     if isinstance(source, Dataset):
         yield from _dataset_rows(source, "row")
         return
+    if not isinstance(source, str | Path):
+        if not isinstance(source, Sequence) or not all(isinstance(name, str | Path) for name in source):
+            raise DataError(
+                f"Expected a file, a folder, a hub name or a datasets.Dataset, got {type(source).__name__}. Choose one "
+                "split of a DatasetDict; make a list of rows a dataset by Dataset.from_list."
+            )
+        yield from chain.from_iterable(read_rows(name, split=split) for name in source)
+        return
     path = Path(source)
-    readers = {
-        ".jsonl": _jsonl_rows,
-        ".json": _json_rows,
-        ".csv": _csv_rows,
-        ".tsv": _csv_rows,
-        ".parquet": _parquet_rows,
-    }
-    if path.suffix in readers:
-        if not path.is_file():
-            raise DataError(f"There is no file {source}. Check the path; relative ones start at {Path.cwd().name}/.")
-        yield from _not_empty(readers[path.suffix](path), source)
+    if path.is_dir():
+        rows = _folder_rows(path, split)
     elif path.is_file():
-        raise DataError(f"{source}: unknown kind of file {path.suffix!r}. Expected one of {sorted(readers)}.")
+        rows = _file_rows(path, path.name)
+    elif data_suffix(path) in _READERS:
+        raise DataError(f"There is no file {source}. Check the path; relative ones start at {Path.cwd().name}/.")
     else:
-        yield from _not_empty(_dataset_rows(_load(source, split), f"{source} [{split}] row"), source)
+        rows = _dataset_rows(_load(str(source), split), f"{source} [{split}] row")
+    yield from _not_empty(rows, str(source))
+
+
+def _file_rows(path: Path, name: str) -> Iterator[LocatedRow]:
+    reader = _READERS.get(data_suffix(path))
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}. Expected one of {sorted(_READERS)}.")
+    yield from reader(path, name)
+
+
+def _folder_rows(folder: Path, split: str) -> Iterator[LocatedRow]:
+    """Rows of a folder's data files, each read by itself: their columns may differ."""
+    readme = folder / "README.md"
+    has_configs = readme.is_file() and re.search(r"^configs:", readme.read_text("utf-8", "replace"), re.MULTILINE)
+    if has_configs or any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        yield from _dataset_rows(_load(str(folder), split), f"{folder} [{split}] row")
+        return
+    names = sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and data_suffix(path) in _READERS and not _is_metadata(path.relative_to(folder))
+    )
+    by_split: dict[str, list[Path]] = {}
+    for name in names:
+        by_split.setdefault(_split_of(name), []).append(name)
+    if split not in by_split:
+        raise DataError(
+            f"The data {str(folder)!r} (split {split!r}) could not be loaded: the folder has "
+            + (f"no such split, only {sorted(by_split)}. Choose one." if names else "no data files. Check the path.")
+        )
+    for name in by_split[split]:
+        yield from _file_rows(folder / name, str(name))
+
+
+def _split_of(name: Path) -> str:
+    """The split that a file's path names, as the hub reads it; train if it names none."""
+    if shard := re.search(r"([\w.]+)-\d+-of-\d+", name.name):
+        return shard[1]
+    for split, words in _SPLITS.items():
+        if re.search(rf"(?:^|[^a-z])(?:{words})(?:$|[^a-z])", str(name).lower()):
+            return split
+    return "train"
+
+
+def _is_metadata(name: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in name.parts) or name.name.startswith("dataset_info")
 
 
 def _load(source: str, split: str) -> Dataset:
@@ -58,10 +109,9 @@ def _load(source: str, split: str) -> Dataset:
         else:
             data = load_dataset(source, split=split)
     except Exception as error:  # datasets raises many types, from pyarrow's to the hub's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"The data {source!r} (split {split!r}) could not be loaded: {reason} Expected a file, a folder, or a hub "
-            "name within reach."
+            f"The data {source!r} (split {split!r}) could not be loaded: {_reason(error)} Expected a file, a folder, "
+            "or a hub name within reach."
         ) from error
     if isinstance(data, DatasetDict):
         if split not in data:
@@ -71,8 +121,16 @@ def _load(source: str, split: str) -> Dataset:
 
 
 def _dataset_rows(data: Iterable[Any], location: str) -> Iterator[LocatedRow]:
-    for number, row in enumerate(data):
+    rows, number = iter(data), 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # a value that pyarrow cannot turn into Python's, such as bytes that are no UTF-8
+            raise DataError(f"{location} {number} cannot be read: {_reason(error)} Write the data again.") from error
         yield f"{location} {number}", row
+        number += 1
 
 
 def _not_empty(rows: Iterator[LocatedRow], source: str) -> Iterator[LocatedRow]:
@@ -84,61 +142,59 @@ def _not_empty(rows: Iterator[LocatedRow], source: str) -> Iterator[LocatedRow]:
         raise DataError(f"{source} holds no rows.")
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str | BadRow]]:
-    with path.open("rb") as file:
+def _jsonl_rows(path: Path, name: str) -> Iterator[LocatedRow]:
+    with open_text(path, name, newline=None) as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path.name}:{number}"
-            try:
-                yield where, line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield where, BadRow(f"{where}: not UTF-8 text ({error.reason}): is the file binary or compressed?")
+            where = f"{name}:{number}"
+            if problem := encoding_problem(line):
+                yield where, BadRow(f"{where}: {problem}")
+            elif line.strip():
+                yield where, _parse_json_line(line, where)
 
 
-def _jsonl_rows(path: Path) -> Iterator[LocatedRow]:
-    for where, line in _lines(path):
-        if isinstance(line, BadRow):
-            yield where, line
-        elif line.strip():
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield where, BadRow(f"{where}: not a JSON object ({error}): the line is cut off or malformed.")
-
-
-def _json_rows(path: Path) -> Iterator[LocatedRow]:
+def _parse_json_line(line: str, where: str) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 text ({error.reason}): is the file binary or compressed?") from error
+        return json.loads(line)
     except json.JSONDecodeError as error:
+        return BadRow(f"{where}: not a JSON object ({error}): the line is cut off or malformed.")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets by the thousand
+        return BadRow(f"{where}: not a JSON object ({_reason(error)}): the line is no row of preference data.")
+
+
+def _json_rows(path: Path, name: str) -> Iterator[LocatedRow]:
+    with open_text(path, name, newline=None) as file:
+        text = file.read()
+    if problem := encoding_problem(text):
+        raise DataError(f"{name}: {problem}")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{") and "Extra data" in str(error):  # one object a line, as in .jsonl
+            yield from _jsonl_rows(path, name)
+            return
         raise DataError(
-            f"{path.name}: not valid JSON ({error}). One object per line belongs in a file that ends in .jsonl."
+            f"{name}: not valid JSON ({error}). One object per line belongs in a file that ends in .jsonl."
         ) from error
     if not isinstance(content, list):
-        raise DataError(f"{path.name} must hold a JSON list of objects, got {type(content).__name__}.")
-    yield from _dataset_rows(content, f"{path.name} item")
+        raise DataError(f"{name} must hold a JSON list of objects, got {type(content).__name__}.")
+    yield from _dataset_rows(content, f"{name} item")
 
 
-def _csv_rows(path: Path) -> Iterator[LocatedRow]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+def _arrow_rows(path: Path, name: str) -> Iterator[LocatedRow]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            for row in reader:
-                where = f"{path.name}:{reader.line_num}"
-                if None in row or None in row.values():
-                    yield where, BadRow(f"{where}: the line has more or fewer fields than the header names.")
-                else:
-                    yield where, row
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 text ({error.reason}): is the file binary or compressed?") from error
-    except csv.Error as error:
-        raise DataError(f"{path.name}: not a table of comma-separated values ({error}).") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[LocatedRow]:
-    try:
-        data = Dataset.from_parquet(str(path))
+        is_parquet = data_suffix(path) == ".parquet"
+        data = Dataset(pyarrow.parquet.read_table(path)) if is_parquet else Dataset.from_file(str(path))
     except Exception as error:  # pyarrow's errors have no common base that datasets keeps
-        raise DataError(f"{path.name} cannot be read as Parquet: {str(error).strip().splitlines()[0]}") from error
-    yield from _dataset_rows(data, f"{path.name} row")
+        raise DataError(f"{name} cannot be read as {data_suffix(path)[1:].title()}: {_reason(error)}") from error
+    yield from _dataset_rows(data, f"{name} row")
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else f"{type(error).__name__}."
+
+
+_READERS = {
+    ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": table_rows, ".tsv": table_rows,
+    ".parquet": _arrow_rows, ".arrow": _arrow_rows,
+}  # fmt: skip

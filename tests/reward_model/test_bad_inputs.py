@@ -1,6 +1,5 @@
 """Malformed inputs: each ends in one clear line naming the place, and nothing is half-written."""
 
-import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +78,7 @@ BAD_DATA: list[tuple[str, Callable[[Path], str], str]] = [
     ("same completion twice", jsonl(RANKED | {"completions": ["a", "a"], "ranks": [1, 2]}), "same completion twice"),
     ("label in words", jsonl({"text": "x", "label": "splendid"}), "data.jsonl:3: field 'label' must be a number"),
     ("label without text", jsonl({"text": "", "label": 1}), "data.jsonl:3: field 'text' must be text"),
-    ("binary file", raw("data.jsonl", gzip.compress(b"{}" * 100)), "data.jsonl:1: not UTF-8 text"),
+    ("binary file", raw("data.jsonl", b"\x89PNG\r\n" * 100), "data.jsonl:1: not UTF-8 text"),
     ("empty file", raw("data.jsonl", b""), "holds no rows"),
     ("JSON object", raw("data.json", b'{"chosen": "a"}'), "must hold a JSON list"),
     ("broken JSON", raw("data.json", b'[{"chosen": '), "data.json: not valid JSON"),
