@@ -1,6 +1,6 @@
 """Read benchmarks in the shape of RewardBench 2: one prompt, a list of correct and a list of incorrect completions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,7 +16,11 @@ COLUMNS = ("id", "prompt", "chosen", "rejected", "num_correct", "subset")
 
 
 def read_benchmark(
-    source: str | Dataset, *, split: str, columns: Mapping[str, str] | None = None, on_bad_row: OnBadRow = "stop"
+    source: str | Dataset | Sequence[str],
+    *,
+    split: str,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: OnBadRow = "stop",
 ) -> tuple[list[Comparison], list[dict[str, Any]]] | None:
     """The comparisons of a benchmark, and the rows that were skipped; None if the source has another shape.
 

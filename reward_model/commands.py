@@ -1,5 +1,6 @@
 """Common parts of the commands: parse flags and a YAML file, print errors in one line."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,13 +38,29 @@ def parse(types: Sequence[Any], arguments: Sequence[str] | None, *, program: str
     for action in parser._actions:
         if action.dest in settings:
             action.required = False
+            if isinstance(action, _Repeatable) and not isinstance(settings[action.dest], list):
+                settings[action.dest] = [settings[action.dest]]
     parser.set_defaults(**settings)
     *parsed, _ = parser.parse_args_into_dataclasses(line, look_for_args_file=False)
     return tuple(parsed)
 
 
+class _Repeatable(argparse.Action):
+    """Values of a flag that takes several: `--data a b` and `--data a --data b` are the same."""
+
+    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: str | None = None) -> None:
+        self.given = [*getattr(self, "given", []), *values]
+        setattr(namespace, self.dest, self.given)
+
+
 class _Parser(HfArgumentParser):
     """Argument parser with errors in one line, without the usage of forty flags."""
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """Add an argument; one that takes several values may also be repeated."""
+        if options.get("nargs") in ("+", "*"):
+            options.setdefault("action", _Repeatable)
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}. {self.prog} --help lists the flags.\n")
@@ -72,12 +89,14 @@ def named_model(arguments: Sequence[str] | None) -> list[str]:
 
 
 def column_names(pairs: Sequence[str] | None) -> dict[str, str]:
-    """Parse `["chosen=better", ...]` into a mapping from our column names to those of the source."""
+    """Parse `["chosen=better", "tie="]` into a mapping from our column names to the source's; "" leaves one out."""
     mapping = {}
     for pair in pairs or []:
         ours, equals, theirs = pair.partition("=")
-        if not (ours and equals and theirs):
-            raise ValueError(f"--columns takes ours=theirs, such as chosen=better, got {pair!r}.")
+        if not (ours and equals):
+            raise ValueError(
+                f"--columns takes ours=theirs, such as chosen=better, or a column and = to leave it out, got {pair!r}."
+            )
         mapping[ours] = theirs
     return mapping
 

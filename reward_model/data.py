@@ -1,7 +1,7 @@
-"""Parse rows of preference data in any accepted format into `Comparison`s; malformed rows raise `BadRow`.
+"""Parse rows of preference data into `Comparison`s; malformed rows raise `BadRow`.
 
-Formats are told apart by their columns: `chosen` and `rejected` (with or without `prompt`, plain text or chat
-messages), `completions` with `ranks` or `scores`, and `text` with `label` (see `pairs.py`).
+`layouts` converts the columns of public datasets to ours: `chosen` and `rejected` (with or without `prompt`, plain text
+or chat messages), or `completions` with `ranks` or `scores`.
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypeVar
 
+from reward_model.layouts import Recognized, recognize
 from reward_model.prompt_split import split_prompt
 from reward_model.rows import BadRow, Row
 from rlhf_ppo.chat.cells import parse_cell, parse_literal
@@ -19,10 +20,6 @@ from rlhf_ppo.chat.nested import UnreadableText
 
 __all__ = ["BadRow", "Comparison", "Row", "as_comparisons", "parse_row"]
 
-PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "margin", "weight", "preference", "tie", "source")
-RANKED_COLUMNS = ("prompt", "completions", "ranks", "scores", "tools", "weight", "source")
-LABELED_COLUMNS = ("text", "label", "source")
-COLUMNS = tuple(dict.fromkeys(PAIR_COLUMNS + RANKED_COLUMNS + LABELED_COLUMNS))
 LONGEST_TEXT = 1_000_000
 """Characters above which a text is taken for a mistake (a whole file in one field)."""
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": None}
@@ -87,9 +84,20 @@ def parse_row(row: Row, where: str) -> Comparison:
     Raises:
         BadRow: A field is missing or malformed.
     """
-    if not isinstance(row, Mapping):
-        raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.")
-    if row.get("completions") is not None:
+    return parse_recognized(_recognized(row, where), where)
+
+
+def parse_recognized(recognized: Recognized, where: str) -> Comparison:
+    """Parse a row that `recognize` has converted; errors as of `parse_row`."""
+    row = recognized.row
+    if recognized.kind == "undecided":
+        raise BadRow(f"{where}: the row prefers none of its completions: it says nothing.")
+    if recognized.kind != "comparison":
+        raise BadRow(
+            f"{where}: the row holds a single completion, which is compared with others of its prompt: load all rows "
+            "together by load_comparisons."
+        )
+    if row.get("completions") not in (None, ""):
         return _ranked(row, where)
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
@@ -114,6 +122,12 @@ def parse_row(row: Row, where: str) -> Comparison:
         tools=() if isinstance(chosen, str) else _tools(row, where),
         where=where,
     )
+
+
+def _recognized(row: Any, where: str) -> Recognized:
+    if not isinstance(row, Mapping):
+        raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.")
+    return recognize(row, where)
 
 
 def as_comparisons(rows: Iterable[Row | Comparison], name: str) -> list[Comparison]:

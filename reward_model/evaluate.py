@@ -31,8 +31,9 @@ class EvaluateConfig:
     """Folder of a reward model or an ensemble, or another maker's reward model (or its first argument)."""
     label: str | None = None
     """Which label's logit is the score, by name or index; only for another maker's classifier with several labels."""
-    data: str
-    """Held-out preferences, in any format that training accepts, or a benchmark in the shape of RewardBench 2."""
+    data: list[str]
+    """Held-out preferences, one or several sources in any format that training accepts, or a benchmark in the shape of
+    RewardBench 2."""
     split: str = "test"
     """Which split of a folder or hub dataset."""
     columns: list[str] = field(default_factory=list)
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _held_out(
     config: EvaluateConfig, model: RewardModel | EnsembleRewardModel
-) -> tuple[list[Comparison], dict[str, int]]:
+) -> tuple[list[Comparison], dict[str, Any]]:
     """The comparisons to evaluate on, and the counts of their source."""
     columns = column_names(config.columns)
     benchmark = read_benchmark(config.data, split=config.split, columns=columns, on_bad_row=config.on_bad_row)

@@ -9,13 +9,14 @@ from reward_model.rows import BadRow
 from rlhf_ppo.chat.messages import Text
 
 _ANSWER_STARTS = re.compile(
-    r"(?:^|\n)[ \t]*(?:#+ ?)?(?:assistant|ai|bot|gpt|model|a|answer|response):"
+    r"(?:^|\s)(?:#+ ?)?(?:assistant|bot|gpt|chatbot):|(?:^|\n)[ \t]*(?:#+ ?)?(?:ai|model|a|answer|response):"
     r"|<\|assistant\|>\n?|<\|im_start\|>assistant\n|\[/INST\]|<start_of_turn>model\n"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|\bTL;DR:",
     re.IGNORECASE,
 )
 """Where an answer starts in a transcript or in a rendered conversation."""
 _SENTENCE_ENDS = re.compile(r"\n|[.?!:;](?=\s)")
+_SYSTEM = ("system", "developer")
 _FEWEST_WORDS = 3
 """Words that a shared beginning needs to count as a prompt."""
 
@@ -84,7 +85,7 @@ def _split_messages(prompt: Text, completions: list[list[Any]], where: str) -> t
     if not prompt:
         return beginning, rest
     if isinstance(prompt, str):
-        if first_role not in ("system", "developer", "user"):
+        if first_role not in (*_SYSTEM, "user"):
             return [{"role": "user", "content": prompt}], tuple(completions)
         if not any(message["role"] == "user" for completion in completions for message in completion):
             return [*beginning, {"role": "user", "content": prompt}], rest
@@ -92,12 +93,14 @@ def _split_messages(prompt: Text, completions: list[list[Any]], where: str) -> t
         if any(_squeezed(prompt) in _squeezed(text) for text in said):
             return beginning, rest
     else:
-        turns = list(prompt)
-        if all(completion[: len(turns)] == turns and len(completion) > len(turns) for completion in completions):
-            return turns, tuple(completion[len(turns) :] for completion in completions)
+        turns: list[Any] = list(prompt)
+        asked = [turn for turn in turns if turn["role"] not in _SYSTEM]
+        for said in (turns, asked):  # completions may repeat the prompt with its system message or without
+            if said and all(text[: len(said)] == said and len(text) > len(said) for text in completions):
+                return turns, tuple(completion[len(said) :] for completion in completions)
         if any(beginning[start : start + len(turns)] == turns for start in range(shared)):
             return beginning, rest
-        if turns[-1]["role"] != "user" or first_role not in ("system", "developer", "user"):
+        if turns[-1]["role"] != "user" or first_role not in (*_SYSTEM, "user"):
             return turns, tuple(completions)
     raise BadRow(
         f"{where}: field 'prompt' is not part of the conversations that the completions hold: it is unknown what was "

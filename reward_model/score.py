@@ -3,16 +3,24 @@
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from reward_model.commands import named_model, parse, run
-from reward_model.data import BadRow
+from reward_model.commands import column_names, named_model, parse, run
 from reward_model.documented import documented
 from reward_model.ensemble import load_reward_model
+from reward_model.layouts.base import CONVERSATION_NAMES, is_unanswered, prompt_columns
+from reward_model.layouts.rated import ANSWER_NAMES
+from reward_model.preparation import write_bad_rows
+from reward_model.report_card import first_member
+from reward_model.rows import BadRow, rename_columns, set_aside
 from reward_model.sources import read_rows
+from reward_model.text import render
+from rlhf_ppo.chat.cells import parse_cell
+from rlhf_ppo.chat.messages import read_text, read_tools
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +34,29 @@ class ScoreConfig:
     """Folder of a reward model or an ensemble, or another maker's reward model (or its first argument)."""
     label: str | None = None
     """Which label's logit is the score, by name or index; only for another maker's classifier with several labels."""
-    data: str
-    """Rows with `response` (and `prompt`): a .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub name."""
+    data: list[str]
+    """Rows with `response` (and `prompt`, `tools`), or whole conversations in `messages`: one or several files, folders
+    or hub names, as for training."""
     split: str = "train"
     """Split of a folder or hub dataset."""
+    columns: list[str] = field(default_factory=list)
+    """Names of the source's columns: ours=theirs, such as response=answer."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """At a row that cannot be read: stop with its location, or leave it out and write it to OUTPUT.bad_rows.jsonl."""
     output: str = "-"
     """JSONL file for the rows with their `score`; - is standard output."""
     caution: float = 0.0
     """Standard deviations over the members that an ensemble's score is lowered by."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A row, and what is scored of it."""
+
+    row: dict[str, Any]
+    prompt: Any
+    response: Any
+    tools: Any
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
@@ -45,21 +68,70 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         description="Score prompt-response texts with a trained reward model.",
     )
     model = load_reward_model(config.model, caution=config.caution, label=config.label)
-    rows = []
-    for where, row in read_rows(config.data, split=config.split):
-        if isinstance(row, BadRow):
-            raise row
-        if row.get("response") is None:
-            raise BadRow(f"{where}: field 'response' is missing; the row has {sorted(map(str, row))}.")
-        rows.append(dict(row))
-    scores = model([row.get("prompt") or "" for row in rows], [row["response"] for row in rows])
+    samples, bad_rows = _read(config, first_member(model))
+    scores = model(
+        [sample.prompt for sample in samples],
+        [sample.response for sample in samples],
+        tools=[sample.tools for sample in samples],
+    )
     with ExitStack() as stack:
         file = (
             sys.stdout if config.output == "-" else stack.enter_context(Path(config.output).open("w", encoding="utf-8"))
         )
-        for row, score in zip(rows, scores, strict=True):
-            file.write(json.dumps(row | {"score": score}, ensure_ascii=False) + "\n")
+        for sample, score in zip(samples, scores, strict=True):
+            file.write(json.dumps(sample.row | {"score": score}, ensure_ascii=False, default=str) + "\n")
+    if bad_rows:
+        aside = Path("scores" if config.output == "-" else config.output)
+        write_bad_rows(bad_rows, aside.with_name(f"{aside.name}.bad_rows.jsonl"))
+        logger.warning("%d of %d rows could not be read and have no score.", len(bad_rows), len(bad_rows) + len(scores))
     return scores
+
+
+def _read(config: ScoreConfig, model: Any) -> tuple[list[_Sample], list[dict[str, Any]]]:
+    """The samples, and the rows that were set aside.
+
+    Raises:
+        BadRow: A row cannot be read, with on_bad_row="stop".
+        ValueError: A mapped column is in no row.
+    """
+    columns = column_names(config.columns)
+    samples, bad_rows, seen = [], [], set()
+    for where, row in read_rows(config.data, split=config.split):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            if not isinstance(row, Mapping):
+                raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.")
+            seen |= set(row)
+            samples.append(_sample(row, rename_columns(row, columns), model, where))
+        except BadRow as error:
+            bad_rows.append(set_aside(error, where, None if row is error else row, config.on_bad_row))
+    missing = sorted({theirs for theirs in columns.values() if theirs} - seen)
+    if missing and seen:
+        raise ValueError(f"columns names {missing}, which no row has; the rows have {sorted(map(str, seen))}.")
+    return samples, bad_rows
+
+
+def _sample(original: Mapping[str, Any], row: Mapping[str, Any], model: Any, where: str) -> _Sample:
+    """What is scored of a row: prompt and response, or a whole conversation."""
+    name = next((name for name in ANSWER_NAMES if row.get(name) is not None), None)
+    prompt, _ = prompt_columns(row)
+    if name is None:
+        name = next((name for name in CONVERSATION_NAMES if row.get(name) and not is_unanswered(row[name])), None)
+        prompt = None
+    if name is None:
+        raise BadRow(
+            f"{where}: field 'response' is missing; the row has {sorted(map(str, row))}. Map another name with "
+            "--columns response=NAME."
+        )
+    try:
+        prompt = "" if prompt is None else read_text(parse_cell(prompt, "prompt"), "prompt")
+        response = read_text(parse_cell(row[name], name), name)
+        tools = read_tools(row.get("tools"), "tools")
+        render(model.tokenizer, model.contract.text, prompt, response, tools=tools)
+    except ValueError as error:
+        raise BadRow(f"{where}: {error}") from error
+    return _Sample(dict(original), prompt, response, tools)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train a reward model from a preference dataset: `python -m reward_model.train --help`."""
 
 import logging
+import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,13 @@ from reward_model.documented import documented
 from reward_model.encoding import split_encodable
 from reward_model.ensemble import EnsembleRewardModel, save_ensemble
 from reward_model.model import RewardModel
-from reward_model.preparation import LoadedComparisons, load_comparisons, split_by_prompt, write_bad_rows
+from reward_model.preparation import (
+    LoadedComparisons,
+    describe_split,
+    load_comparisons,
+    split_by_prompt,
+    write_bad_rows,
+)
 from reward_model.resume import is_resumable, processes
 from reward_model.rows import OnBadRow
 from reward_model.scoring import held_out_metrics, score_completions
@@ -28,24 +35,31 @@ logger = logging.getLogger(__name__)
 class DataConfig:
     """Training and held-out data."""
 
-    data: str
-    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub name."""
+    data: list[str]
+    """One or several .jsonl, .json, .csv, .tsv or .parquet files (also .gz, .zst, .bz2, .xz), folders, or hub names."""
     split: str = "train"
     """Which split of a folder or hub dataset to train on."""
-    evaluation_data: str | None = None
-    """Held-out source; None: a part of the data is held out by prompt."""
+    evaluation_data: list[str] = field(default_factory=list)
+    """Held-out sources; none: a part of the data is held out by prompt, or by --group."""
     evaluation_split: str = "test"
     """Which split of the held-out folder or hub dataset."""
     held_out: float = 0.1
     """Share of the comparisons that is held out if there is no evaluation_data."""
     columns: list[str] = field(default_factory=list)
-    """Names of the source's columns: ours=theirs, such as chosen=better rejected=worse."""
+    """Names of the source's columns: ours=theirs, such as chosen=better rejected=worse; preference= leaves one out."""
+    group: str | None = None
+    """Column whose equal values are held out together; None: the prompt, or the beginning that both texts share."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """At a malformed row: stop with its location, or write it to a side file beside the output."""
     pair_rounds: int = 1
     """Maximum of pairs per labeled text (only for text, label data)."""
     max_comparisons: int = 0
-    """Use only this many training comparisons, the first ones; 0: all."""
+    """Use only this many training comparisons, drawn at random within the seed; 0: all."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_comparisons", 0), ("pair_rounds", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}.")
 
 
 @documented
@@ -69,32 +83,39 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         program="python -m reward_model.train",
         description="Train a reward model from preferences: pairs, rankings or labeled texts.",
     )
-    loaded = _load(data, data.data, data.split, config.seed)
-    train, evaluation = loaded.comparisons, None
+    loaded = _load(data, data.data, data.split, config.seed, group=data.group)
+    train, bad_rows = loaded.comparisons, list(loaded.bad_rows)
     if data.evaluation_data:
-        evaluation = _load(data, data.evaluation_data, data.evaluation_split, config.seed).comparisons
+        loaded_evaluation = _load(data, data.evaluation_data, data.evaluation_split, config.seed)
+        evaluation = loaded_evaluation.comparisons
+        bad_rows += loaded_evaluation.bad_rows
     else:
         train, evaluation = split_by_prompt(train, fraction=data.held_out, seed=config.seed)
-    if data.max_comparisons:
-        train = train[: data.max_comparisons]
+    if 0 < data.max_comparisons < len(train):
+        drawn = random.Random(config.seed).sample(range(len(train)), data.max_comparisons)
+        train = [train[index] for index in sorted(drawn)]
+    split = describe_split(train, evaluation)
+    logger.info("%s. %s.", loaded.report, split)
     facts = loaded.report.as_dict()
     train_models = train_ensemble if ensemble.ensemble > 1 else _train_one
     result = train_models(config, ensemble.ensemble, train, evaluation, facts, data.on_bad_row)
     if processes().is_main_process:
-        bad_rows = [*loaded.bad_rows, *result.bad_rows]
+        bad_rows += result.bad_rows
         if bad_rows:
             write_bad_rows(bad_rows, Path(f"{config.output_dir}.bad_rows.jsonl"))
-        facts_of_data = {"data": str(loaded.report), **_left_out(result)}
+        facts_of_data = {"data": str(loaded.report), "held out": split, **_left_out(loaded, result)}
         metrics = {name: f"{value:.4g}" for name, value in result.metrics.items()}
         print(table({"reward model": str(result.path), **facts_of_data, **metrics}))  # noqa: T201
     return result.path
 
 
-def _left_out(result: RewardModelResult) -> dict[str, str]:
-    """What was left out when the texts were encoded, for the table at the end."""
+def _left_out(loaded: LoadedComparisons, result: RewardModelResult) -> dict[str, str]:
+    """What was left out of the data, for the table at the end."""
     sides = {"training": "train", "held-out": "evaluation"}
     long = {side: result.data.get(f"{name}_too_long", 0) for side, name in sides.items()}
     lines = {}
+    if loaded.report.unused_columns:
+        lines["not used"] = "columns " + ", ".join(loaded.report.unused_columns)
     if any(long.values()):
         counts = ", ".join(f"{count} {side}" for side, count in long.items())
         lines["too long"] = f"{counts} comparisons left out: they have a text of more than max_length tokens"
@@ -159,7 +180,7 @@ def _train_one(
     return train_reward_model(config, train=train, evaluation=evaluation, data_report=facts, on_bad_row=on_bad_row)
 
 
-def _load(data: DataConfig, source: str, split: str, seed: int) -> LoadedComparisons:
+def _load(data: DataConfig, source: list[str], split: str, seed: int, *, group: str | None = None) -> LoadedComparisons:
     return load_comparisons(
         source,
         split=split,
@@ -167,6 +188,7 @@ def _load(data: DataConfig, source: str, split: str, seed: int) -> LoadedCompari
         on_bad_row=data.on_bad_row,
         seed=seed,
         pair_rounds=data.pair_rounds,
+        group=group,
     )
 
 
