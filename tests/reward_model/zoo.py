@@ -286,7 +286,8 @@ ZOO.append(
         rows=[
             {
                 "id": "1", "status": "completed", "_server_id": "s", "instruction": "Name a fruit.",
-                "response_a": "Ham.", "response_b": "Fig.", "preference.responses": ["response_b", "response_b", "response_a"],
+                "response_a": "Ham.", "response_b": "Fig.",
+                "preference.responses": ["response_b", "response_b", "response_a"],
                 "preference.responses.users": ["u1", "u2", "u3"], "preference.responses.status": ["submitted"] * 3,
                 "preference.suggestion": None, "preference.suggestion.score": None, "preference.suggestion.agent": None,
             }
