@@ -139,7 +139,7 @@ def _not_empty(rows: Iterator[LocatedRow], source: str) -> Iterator[LocatedRow]:
         empty = False
         yield row
     if empty:
-        raise DataError(f"{source} holds no rows.")
+        raise DataError(f"{source} holds no rows. Check the file, and the split of a folder.")
 
 
 def _jsonl_rows(path: Path, name: str) -> Iterator[LocatedRow]:

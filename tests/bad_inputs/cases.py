@@ -258,7 +258,7 @@ CASES = [
         "preference data", "a probability of two",
         lambda: parse_row({"chosen": "a", "rejected": "b", "preference": 2.0}, "row 3"),
     ),
-    Case("preference data", "a binary file", file("data.jsonl", b"\xff\xfe")),
+    Case("preference data", "a binary file", file("data.jsonl", b"\x89PNG\r\n\x1a\n")),
     Case("preference data", "a line cut off", file("data.jsonl", b'{"chosen": "a", ')),
     Case("preference data", "an unknown kind of file", file("data.xml", b"<a/>")),
     Case("reward model", "a contract that is no JSON", contract("{")),
