@@ -1,4 +1,4 @@
-"""Tables of docs/performance.md from docs/results/performance*.json: `python -m tests.benchmarks.table`."""
+"""Tables of docs/performance.md and docs/results/performance.md: `python -m tests.benchmarks.table`."""
 
 import json
 import re
@@ -10,7 +10,11 @@ from typing import Any
 from tests.benchmarks.switches import SWITCHES, USUAL
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "performance.md"
+PAGES = (DOCS / "performance.md", DOCS / "results" / "performance.md")
+PROCESSORS = {
+    "performance": "AMD EPYC (AVX-512, bfloat16)", "performance-zen4": "AMD EPYC (Zen 4)",
+    "performance-avx2": "AMD EPYC (Zen 3)", "performance-intel": "Intel Xeon",
+}  # fmt: skip
 SIDES = {"ours": "rlhf_ppo", "bf16": "rlhf_ppo, bfloat16", "plain": "plain path", "classic": "TRL 0.11.4"}
 PHASES: dict[str, Callable[[dict[str, Any]], float]] = {
     "generate": lambda costs: costs["generate"]["cpu"],
@@ -33,6 +37,25 @@ def iterations(found: dict[str, Any]) -> str:
             pairs_of = (("classic", "ours"), ("classic", "bf16"), ("plain", "ours"))
             ratios = [_ratio(of[other], of[own]) for other, own in pairs_of]
             rows.append([name, phase, *cells, *ratios])
+    return _table(head, rows)
+
+
+def summary(_: dict[str, Any]) -> str:
+    """TRL's CPU time of an iteration over ours: a row for each processor."""
+    cost = PHASES["**iteration**"]
+    head, rows = ["processor"], []
+    for file, processor in PROCESSORS.items():
+        found = json.loads((DOCS / "results" / f"{file}.json").read_text(encoding="utf-8"))
+        cells = {}
+        for name, entry in found.items():
+            for side, suffix in (("ours", ""), ("bf16", ", bfloat16")):
+                of = {
+                    kind: [cost(costs[kind]) for costs in entry["rounds"] if kind in costs]
+                    for kind in (side, "classic")
+                }
+                cells[f"{name}{suffix}"] = _ratio(of["classic"], of[side])
+        head = ["processor", *(head[1:] or cells)]
+        rows.append([processor, *(cells.get(column, "") for column in head[1:])])
     return _table(head, rows)
 
 
@@ -223,4 +246,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), DOCS / "results"), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(written(page.read_text(encoding="utf-8"), DOCS / "results"), encoding="utf-8")

@@ -23,9 +23,10 @@ pytestmark = [pytest.mark.filterwarnings("ignore:No dataset is provided")]
 TINY = WORKLOADS["tiny"]
 
 
-def test_the_page_shows_what_the_files_hold() -> None:
+@pytest.mark.parametrize("path", table.PAGES, ids=lambda path: str(path.parent.name))
+def test_the_pages_show_what_the_files_hold(path: Path) -> None:
     """A figure that nobody measured cannot stand there: run `python -m tests.benchmarks.table`."""
-    page = table.PAGE.read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
     assert page == table.written(page, table.DOCS / "results")
 
 
