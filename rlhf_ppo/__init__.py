@@ -2,20 +2,26 @@
 
 import rlhf_ppo.utils.openmp  # noqa: F401  # isort: skip  it must come before torch
 from rlhf_ppo.algorithms import (
+    CISPO,
     GAE,
     GRPO,
+    GSPO,
     RLOO,
     TRPO,
+    AdaptiveEntropy,
     AlgorithmConfig,
     BatchMean,
+    ClipCovariance,
     Critic,
     DivergenceMask,
     LearnedValue,
     MovingMean,
+    PositiveNLL,
     PPOClip,
     PPOPenalty,
     Reinforce,
     ReinforcePlusPlus,
+    TopEntropyTokens,
 )
 from rlhf_ppo.classic.best_of_n import BestOfNSampler
 from rlhf_ppo.classic.helpers import LengthSampler, respond_to_batch
@@ -69,6 +75,12 @@ __all__ = [
     "create_reference_model",
     "respond_to_batch",
     "set_seed",
+    "CISPO",
+    "GSPO",
+    "AdaptiveEntropy",
+    "ClipCovariance",
+    "PositiveNLL",
+    "TopEntropyTokens",
 ]
 
 forward_old_names(__name__)

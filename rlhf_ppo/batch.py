@@ -141,6 +141,8 @@ class TrainBatch:
     ref_logprobs: Float[Tensor, "batch time"] | None = None
     reference_kl_coef: float = 0.0
     """Weight of the KL to the reference in the loss, in the units of the scaled `advantages`."""
+    nll_weights: Float[Tensor, "batch time"] | None = None
+    """Weight of each action's negative log-likelihood in the loss; None: no such loss."""
     old_states: Float[Tensor, "batch time hidden"] | None = None
     """Hidden states of the rollout policy, for the exact KL to it; None where no loss uses that KL."""
 

@@ -4,12 +4,12 @@ from rlhf_ppo.algorithms.build import Algorithm, build_algorithm
 from rlhf_ppo.algorithms.config import (
     GAE,
     GRPO,
+    GSPO,
     RLOO,
     TRPO,
     AlgorithmConfig,
     BatchMean,
     Critic,
-    DivergenceMask,
     LearnedValue,
     MovingMean,
     PPOClip,
@@ -17,8 +17,17 @@ from rlhf_ppo.algorithms.config import (
     Reinforce,
     ReinforcePlusPlus,
 )
+from rlhf_ppo.algorithms.surrogate_config import (
+    CISPO,
+    AdaptiveEntropy,
+    ClipCovariance,
+    DivergenceMask,
+    PositiveNLL,
+    TopEntropyTokens,
+)
 
 __all__ = [
-    "GAE", "GRPO", "RLOO", "TRPO", "Algorithm", "AlgorithmConfig", "BatchMean", "Critic", "DivergenceMask",
-    "LearnedValue", "MovingMean", "PPOClip", "PPOPenalty", "Reinforce", "ReinforcePlusPlus", "build_algorithm",
+    "CISPO", "GAE", "GRPO", "GSPO", "RLOO", "TRPO", "AdaptiveEntropy", "Algorithm", "AlgorithmConfig", "BatchMean",
+    "ClipCovariance", "Critic", "DivergenceMask", "LearnedValue", "MovingMean", "PPOClip", "PPOPenalty", "PositiveNLL",
+    "Reinforce", "ReinforcePlusPlus", "TopEntropyTokens", "build_algorithm",
 ]  # fmt: skip

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.algorithms.baselines import MovingBaseline
-from rlhf_ppo.algorithms.config import GAE, GRPO, RLOO, ReinforcePlusPlus
+from rlhf_ppo.algorithms.config import GAE, GRPO, GSPO, RLOO, ReinforcePlusPlus
+from rlhf_ppo.algorithms.surrogate_config import PositiveNLL
 from rlhf_ppo.batch import Rollout, TrainBatch
 from rlhf_ppo.functional import (
     discounted_returns,
     gae,
     grpo_advantages,
     length_adaptive_lam,
+    positive_example_weights,
     rloo_advantages,
     turn_gae,
     whitening_statistics,
@@ -72,14 +74,14 @@ def return_advantages(
     return estimate
 
 
-def group_relative_advantages(config: RLOO | GRPO) -> EstimateAdvantages:
-    """RLOO or GRPO: one advantage per response, relative to the other responses to its prompt. KL is in the score."""
+def group_relative_advantages(config: RLOO | GRPO | GSPO) -> EstimateAdvantages:
+    """One advantage per response, relative to the other responses to its prompt. The KL is in the score."""
 
     def estimate(rollout: Rollout) -> TrainBatch:
         match config:
             case RLOO():
                 advantages = rloo_advantages(_episode_returns(rollout), rollout.group_size)
-            case GRPO():
+            case GRPO() | GSPO():
                 advantages = grpo_advantages(
                     _episode_returns(rollout), rollout.group_size, normalize_std=config.normalize_std, eps=1e-4
                 )
@@ -87,6 +89,27 @@ def group_relative_advantages(config: RLOO | GRPO) -> EstimateAdvantages:
         return _train_batch(rollout, per_token, torch.zeros_like(per_token))
 
     return estimate
+
+
+def with_positive_examples(
+    estimate: EstimateAdvantages, config: PositiveNLL | None, reduce_sum: ReduceSum
+) -> EstimateAdvantages:
+    """The same estimate, on batches with the weights of good responses' likelihood; None: unchanged."""
+    if config is None:
+        return estimate
+
+    def estimate_with_weights(rollout: Rollout) -> TrainBatch:
+        if rollout.scores is None:
+            raise ValueError("expected scores in the rollout, got None: positive_nll does not know which are good")
+        good = (rollout.scores > config.threshold)[:, None] & rollout.mask
+        tokens, all_tokens = reduce_sum(torch.stack([good.sum(), rollout.mask.sum()]).double()).tolist()
+        weights = positive_example_weights(
+            rollout.scores, rollout.mask, coef=config.coef, threshold=config.threshold,
+            share=tokens / max(all_tokens, 1.0),
+        )  # fmt: skip
+        return replace(estimate(rollout), nll_weights=weights)
+
+    return estimate_with_weights
 
 
 def no_baseline(rollout: Rollout, returns: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import assert_never
 
+from rlhf_ppo.algorithms.adaptive_entropy import AdaptiveEntropyUpdate
 from rlhf_ppo.algorithms.advantages import (
     EstimateAdvantages,
     gae_advantages,
@@ -18,11 +19,13 @@ from rlhf_ppo.algorithms.advantages import (
     moving_baseline,
     no_baseline,
     return_advantages,
+    with_positive_examples,
 )
 from rlhf_ppo.algorithms.baselines import MovingBaseline, UpdateWithBaseline
 from rlhf_ppo.algorithms.config import (
     GAE,
     GRPO,
+    GSPO,
     RLOO,
     TRPO,
     AlgorithmConfig,
@@ -41,13 +44,16 @@ from rlhf_ppo.algorithms.objectives import (
     kl_penalized_surrogate,
     mean_over_sequences,
     policy_gradient,
+    sequence_surrogate,
     surrogate,
 )
 from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
 from rlhf_ppo.algorithms.ppo_penalty import AdaptiveBetaUpdate, OldPolicySnapshot
+from rlhf_ppo.algorithms.surrogate_config import ClippedSurrogate, PositiveNLL
 from rlhf_ppo.algorithms.update_factory import UpdateFactory
 from rlhf_ppo.functional import ReferenceKL
 from rlhf_ppo.updates import ComputeGradients, MinibatchConfig, Objective, TrustRegionUpdate, Update, count_sequences
+from rlhf_ppo.updates.objective import count_actions
 
 
 @dataclass(frozen=True)
@@ -95,11 +101,8 @@ def build_algorithm(
     )  # fmt: skip
     match config:
         case PPOClip():
-            objective = factory.total_objective(
-                clipped_surrogate(config), critic=config.critic, ent_coef=config.ent_coef, clip_low=config.clip_low,
-                clip_high=config.clip_high,
-            )  # fmt: skip
-            return _with_gae(factory, config.gae, config.critic, objective, factory.update(objective))
+            objective, update = _clipped_update(factory, config, config.critic)
+            return _with_gae(factory, config.gae, config.critic, objective, update, config.positive_nll)
         case PPOPenalty():
             return _ppo_penalty(factory, config)
         case TRPO():
@@ -114,16 +117,50 @@ def build_algorithm(
             return _reinforce(factory, config)
         case ReinforcePlusPlus() | RLOO() | GRPO():
             return _without_critic(factory, config)
+        case GSPO():
+            objective = factory.total_objective(
+                sequence_surrogate(config), critic=None, ent_coef=config.ent_coef, clip_low=config.clip_low,
+                clip_high=config.clip_high,
+            )  # fmt: skip
+            update = factory.update(mean_over_sequences(objective), count=count_sequences)
+            return Algorithm(group_relative_advantages(config), update, needs_groups=True, has_critic=False)
         case _:
             assert_never(config)
 
 
-def _with_gae(factory: UpdateFactory, config: GAE, critic: Critic, objective: Objective, update: Update) -> Algorithm:
+def _with_gae(
+    factory: UpdateFactory,
+    config: GAE,
+    critic: Critic,
+    objective: Objective,
+    update: Update,
+    positive_nll: PositiveNLL | None = None,
+) -> Algorithm:
     """An algorithm with GAE advantages, and the critic's warm-up if configured."""
-    estimate = gae_advantages(config, factory.reduce_sum)
+    estimate = with_positive_examples(gae_advantages(config, factory.reduce_sum), positive_nll, factory.reduce_sum)
     return _with_warmup(
         factory, critic, objective, update, estimate, monte_carlo_advantages(config, factory.reduce_sum)
     )
+
+
+def _clipped_update(
+    factory: UpdateFactory, config: ClippedSurrogate, critic: Critic | None, *, sequence_mean: bool = False
+) -> tuple[Objective, Update]:
+    """Objective and update of the clipped surrogate, with the parts that `config` adds to it."""
+    term = clipped_surrogate(config)
+
+    def objective_of(ent_coef: float) -> Objective:
+        objective = factory.total_objective(
+            term, critic=critic, ent_coef=ent_coef, clip_low=config.clip_low, clip_high=config.clip_high
+        )
+        return mean_over_sequences(objective) if sequence_mean else objective
+
+    objective = objective_of(config.ent_coef)
+    minibatch_update = factory.update(objective, count=count_sequences if sequence_mean else count_actions)
+    update: Update = minibatch_update
+    if config.adaptive_entropy is not None:
+        update = AdaptiveEntropyUpdate(minibatch_update, config.adaptive_entropy, objective_of)
+    return objective, update if config.tokens is None else factory.select_tokens(update, config.tokens)
 
 
 def _with_warmup(
@@ -145,15 +182,16 @@ def _with_warmup(
 
 
 def _without_critic(factory: UpdateFactory, config: ReinforcePlusPlus | RLOO | GRPO) -> Algorithm:
-    objective = factory.total_objective(clipped_surrogate(config), critic=None, ent_coef=config.ent_coef)
-    update = factory.update(objective)
+    sequence_mean = isinstance(config, GRPO) and config.sequence_mean
+    _, update = _clipped_update(factory, config, None, sequence_mean=sequence_mean)
     match config:
         case ReinforcePlusPlus():
             estimate = return_advantages(group_baseline(config), factory.reduce_sum, gamma=config.gamma)
-            return Algorithm(estimate, update, needs_groups=config.group_baseline, has_critic=False)
-        case GRPO(sequence_mean=True):
-            update = factory.update(mean_over_sequences(objective), count=count_sequences)
-    return Algorithm(group_relative_advantages(config), update, needs_groups=True, has_critic=False)
+            needs_groups = config.group_baseline
+        case RLOO() | GRPO():
+            estimate, needs_groups = group_relative_advantages(config), True
+    estimate = with_positive_examples(estimate, config.positive_nll, factory.reduce_sum)
+    return Algorithm(estimate, update, needs_groups=needs_groups, has_critic=False)
 
 
 def _ppo_penalty(factory: UpdateFactory, config: PPOPenalty) -> Algorithm:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from rlhf_ppo.functional import DivergenceKind
+from rlhf_ppo.algorithms.surrogate_config import ClippedSurrogate
+from rlhf_ppo.functional.losses import check_clip
 from rlhf_ppo.updates import TrustRegionConfig
 from rlhf_ppo.utils.field_types import check_fields
 
@@ -58,34 +59,11 @@ class Critic:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivergenceMask:
-    """Mask tokens with a large divergence from the old policy instead of clipping ratios (DPPO, Qi et al. 2026)."""
-
-    kind: DivergenceKind = "tv"
-    """"tv": |p_old - p| of the sampled token; "kl": KL of "this token" against "any other", nats."""
-    threshold: float
-    """Tokens above this divergence are dropped if their gradient increases it."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if not self.threshold > 0:
-            raise ValueError(f"threshold must be > 0, got {self.threshold}: nothing would be learned after one step.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOClip:
+class PPOClip(ClippedSurrogate):
     """PPO with the clipped surrogate (Schulman et al. 2017, eq. 7)."""
 
-    clip_low: float = 0.2
-    """ε below 1: ratios under 1 - ε get no gradient where it would lower them further."""
-    clip_high: float = 0.2
-    """ε above 1; larger than `clip_low` leaves room for exploration (DAPO, Yu et al. 2025)."""
     dual_clip: float | None = None
-    """c > 1: bound of the objective for negative advantages (Ye et al. 2020); None: no bound."""
-    divergence: DivergenceMask | None = None
-    """Replaces the three settings above; None: ratio clipping."""
-    ent_coef: float = 0.0
-    """c_2: weight of the exact full-vocabulary entropy."""
+    """c > 1: bound of the objective for negative advantages (Ye et al. 2020), with ratio clipping; None: no bound."""
     gae: GAE = field(default_factory=GAE)
     critic: Critic = field(default_factory=Critic)
 
@@ -166,56 +144,52 @@ class Reinforce:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReinforcePlusPlus:
+class ReinforcePlusPlus(ClippedSurrogate):
     """REINFORCE++ (Hu et al. 2025): returns-to-go without a critic, standardized over the batch, clipped ratios."""
 
     gamma: float = 1.0
     """Discount γ in [0, 1]."""
     group_baseline: bool = False
     """First subtract the mean return of the responses to the same prompt ("w/ baseline"); needs groups."""
-    clip_low: float = 0.2
-    """ε below 1."""
-    clip_high: float = 0.2
-    """ε above 1."""
-    divergence: DivergenceMask | None = None
-    """Replaces ratio clipping; None: ratio clipping."""
-    ent_coef: float = 0.0
-    """c_2: weight of the exact full-vocabulary entropy."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLOO:
-    """REINFORCE leave-one-out (Ahmadian et al. 2024): the other responses to a prompt are its baseline."""
+class RLOO(ClippedSurrogate):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024): the other responses to a prompt are its baseline.
 
-    clip_low: float = 0.2
-    """ε below 1, for more than one epoch."""
-    clip_high: float = 0.2
-    """ε above 1."""
-    divergence: DivergenceMask | None = None
-    """Replaces ratio clipping; None: ratio clipping."""
-    ent_coef: float = 0.0
-    """c_2: weight of the exact full-vocabulary entropy."""
+    Ratio clipping is for more than one epoch.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO:
+class GRPO(ClippedSurrogate):
     """Group-relative PPO (Shao et al. 2024): scores are standardized within the responses to a prompt.
 
     The article's KL to the reference, k3 in the loss, is `PPOConfig(kl_placement="loss", kl_penalty="k3")`.
     """
 
-    clip_low: float = 0.2
-    """ε below 1."""
-    clip_high: float = 0.2
-    """ε above 1."""
     normalize_std: bool = True
     """Divide by the group's standard deviation; False: Dr. GRPO (Liu et al. 2025)."""
     sequence_mean: bool = False
     """Mean over responses of each response's mean (the article); False: mean over all tokens (DAPO, Yu et al. 2025)."""
-    divergence: DivergenceMask | None = None
-    """Replaces ratio clipping; None: ratio clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPO:
+    """Group sequence policy optimization (Zheng et al. 2025): GRPO with one probability ratio per response."""
+
+    clip_low: float = 3e-4
+    """ε below 1, of the ratio per response, a geometric mean over its tokens."""
+    clip_high: float = 4e-4
+    """ε above 1."""
+    normalize_std: bool = True
+    """Divide by the group's standard deviation."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_clip(self.clip_low, self.clip_high)
 
-AlgorithmConfig: TypeAlias = PPOClip | PPOPenalty | TRPO | Reinforce | ReinforcePlusPlus | RLOO | GRPO
+
+AlgorithmConfig: TypeAlias = PPOClip | PPOPenalty | TRPO | Reinforce | ReinforcePlusPlus | RLOO | GRPO | GSPO

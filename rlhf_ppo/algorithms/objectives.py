@@ -6,12 +6,15 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from rlhf_ppo.algorithms.config import GRPO, RLOO, Critic, PPOClip, ReinforcePlusPlus
+from rlhf_ppo.algorithms.config import GSPO, Critic, PPOClip
+from rlhf_ppo.algorithms.surrogate_config import ClippedSurrogate
 from rlhf_ppo.batch import PolicyOutput, TrainBatch
 from rlhf_ppo.functional import (
     ReferenceKL,
+    cispo_loss,
     divergence_masked_loss,
     entropy_bonus,
+    gspo_loss,
     kl_estimate,
     kl_penalty_loss,
     masked_mean,
@@ -20,6 +23,7 @@ from rlhf_ppo.functional import (
     sequence_mean_count,
     surrogate_loss,
     value_loss,
+    weighted_nll_loss,
 )
 from rlhf_ppo.updates import LossTerms, Objective
 
@@ -27,29 +31,41 @@ PolicyTerm: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], Tensor]
 """(new policy output, batch, count) -> scalar policy loss."""
 
 
-def clipped_surrogate(config: PPOClip | ReinforcePlusPlus | RLOO | GRPO) -> PolicyTerm:
-    """The surrogate with ratio clipping, or with the divergence mask if `config.divergence` is set."""
+def clipped_surrogate(config: ClippedSurrogate) -> PolicyTerm:
+    """The surrogate with ratio clipping, or what replaces it, plus the likelihood of good responses."""
     dual_clip = config.dual_clip if isinstance(config, PPOClip) else None
-    divergence = config.divergence
+    divergence, cispo = config.divergence, config.cispo
 
-    def clipped(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
-        loss, _ = ppo_clip_loss(
+    def term(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
+        arguments = output.logprobs, batch.logprobs, batch.advantages, batch.mask
+        if divergence is not None:
+            loss, _ = divergence_masked_loss(
+                *arguments, kind=divergence.kind, threshold=divergence.threshold, count=count
+            )
+        elif cispo is not None:
+            loss, _ = cispo_loss(*arguments, min_weight=cispo.min_weight, max_weight=cispo.max_weight, count=count)
+        else:
+            loss, _ = ppo_clip_loss(
+                *arguments, clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=dual_clip, count=count
+            )
+        if batch.nll_weights is None:
+            return loss
+        return loss + weighted_nll_loss(output.logprobs, batch.nll_weights, batch.mask, count=count)
+
+    return term
+
+
+def sequence_surrogate(config: GSPO) -> PolicyTerm:
+    """GSPO: the clipped surrogate with one ratio per response."""
+
+    def term(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
+        loss, _ = gspo_loss(
             output.logprobs, batch.logprobs, batch.advantages, batch.mask,
-            clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=dual_clip, count=count,
+            clip_low=config.clip_low, clip_high=config.clip_high, count=count,
         )  # fmt: skip
         return loss
 
-    if divergence is None:
-        return clipped
-
-    def masked(output: PolicyOutput, batch: TrainBatch, count: Tensor) -> Tensor:
-        loss, _ = divergence_masked_loss(
-            output.logprobs, batch.logprobs, batch.advantages, batch.mask,
-            kind=divergence.kind, threshold=divergence.threshold, count=count,
-        )  # fmt: skip
-        return loss
-
-    return masked
+    return term
 
 
 def kl_penalized_surrogate(beta: float) -> PolicyTerm:

@@ -11,9 +11,19 @@ from torch.optim import Optimizer
 
 from rlhf_ppo.algorithms.config import Critic
 from rlhf_ppo.algorithms.objectives import PolicyTerm, total_objective, with_reference_kl
+from rlhf_ppo.algorithms.surrogate_config import ClipCovariance, TopEntropyTokens
+from rlhf_ppo.algorithms.token_selection import TokenSelectionUpdate
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import ReferenceKL
-from rlhf_ppo.updates import CompareWith, ComputeGradients, CriticFit, MinibatchConfig, MinibatchUpdate, Objective
+from rlhf_ppo.updates import (
+    CompareWith,
+    ComputeGradients,
+    CriticFit,
+    MinibatchConfig,
+    MinibatchUpdate,
+    Objective,
+    Update,
+)
 from rlhf_ppo.updates.objective import count_actions
 from rlhf_ppo.updates.shuffle import Shuffle
 
@@ -107,4 +117,16 @@ class UpdateFactory:
         return CriticFit(
             policy=self.module, optimizer=self.optimizer, accelerator=self.accelerator, config=self.minibatch_config,
             shuffle=Shuffle(self.seed), clip_range_value=clip_range_value, compute_gradients=self.compute_gradients,
+        )  # fmt: skip
+
+    def select_tokens(self, update: Update, config: TopEntropyTokens | ClipCovariance) -> TokenSelectionUpdate:
+        """The same update on a selection of tokens."""
+        if self.sharded and isinstance(config, TopEntropyTokens):
+            raise ValueError(
+                f"TopEntropyTokens does not run under {self.accelerator.distributed_type}: its pass over a process's "
+                "own rows would wait for parameters of the others. Use DDP or one process, or ClipCovariance."
+            )
+        return TokenSelectionUpdate(
+            update, config, policy=self.module, accelerator=self.accelerator, minibatch_config=self.minibatch_config,
+            seed=self.seed,
         )  # fmt: skip

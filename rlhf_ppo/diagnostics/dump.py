@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_ppo import algorithms as algorithm_settings
 from rlhf_ppo.algorithms import AlgorithmConfig
-from rlhf_ppo.algorithms import config as algorithm_settings
 from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.learner.finite_checks import nonfinite_parameters
 from rlhf_ppo.learner.ppo_learner import PPOLearner

@@ -48,8 +48,8 @@ def ppo_clip_loss(
     Raises:
         ValueError: A clip range or `dual_clip` is out of bounds.
     """
-    _check_clip(clip_low, clip_high, dual_clip)
-    log_ratio, advantages = _log_ratio(logprobs, old_logprobs, mask), zero_where_masked(advantages, mask)
+    check_clip(clip_low, clip_high, dual_clip)
+    log_ratio, advantages = log_ratios(logprobs, old_logprobs, mask), zero_where_masked(advantages, mask)
     ratio = log_ratio.exp()
     surrogate = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
@@ -60,7 +60,7 @@ def ppo_clip_loss(
         is_bounded = (advantages < 0) & (pessimistic < bound)
         pessimistic, is_cut = torch.where(is_bounded, bound, pessimistic), is_cut | is_bounded
     metrics = {"clip_fraction": masked_mean(is_cut.to(ratio.dtype), mask, count)}
-    return -masked_mean(pessimistic, mask, count), metrics | _ratio_metrics(log_ratio, mask, count)
+    return -masked_mean(pessimistic, mask, count), metrics | ratio_metrics(log_ratio, mask, count)
 
 
 def kl_penalty_loss(
@@ -98,7 +98,7 @@ def kl_penalty_loss(
             f"beta must be >= 0, got {beta}: a negative penalty pushes the policy away from the old one. "
             "Pass beta=0.0 for the surrogate alone."
         )
-    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+    log_ratio = log_ratios(logprobs, old_logprobs, mask)
     divergence = torch.expm1(log_ratio) - log_ratio if old_kl is None else old_kl
     loss, metrics = surrogate_loss(logprobs, old_logprobs, advantages, mask, count=count)
     penalty = masked_mean(divergence, mask, count)
@@ -120,9 +120,9 @@ def surrogate_loss(
     Returns:
         The loss; and metrics `approx_kl`, `policy_kl`, `k3`, `ratio_mean` as in `ppo_clip_loss`.
     """
-    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+    log_ratio = log_ratios(logprobs, old_logprobs, mask)
     loss = -masked_mean(log_ratio.exp() * zero_where_masked(advantages, mask), mask, count)
-    return loss, _ratio_metrics(log_ratio, mask, count)
+    return loss, ratio_metrics(log_ratio, mask, count)
 
 
 def reinforce_loss(
@@ -229,12 +229,14 @@ def compute_ppo_total_loss(
     return policy + c1 * 2 * half_squares - c2 * entropy_bonus(entropy, mask)
 
 
-def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+def log_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Log ρ_t = log π_θ - log π_old, 0 outside the mask."""
     # Masked before `exp`: 0 times the inf of a junk step is nan, also in the gradient.
     return zero_where_masked(logprobs, mask) - zero_where_masked(old_logprobs, mask)
 
 
-def _ratio_metrics(log_ratio: Tensor, mask: Tensor, count: Count) -> Metrics:
+def ratio_metrics(log_ratio: Tensor, mask: Tensor, count: Count) -> Metrics:
+    """The metrics `approx_kl`, `policy_kl`, `k3` and `ratio_mean` of `ppo_clip_loss`."""
     log_ratio = log_ratio.detach()
     return {
         "approx_kl": masked_mean(0.5 * log_ratio.square(), mask, count),
@@ -244,7 +246,8 @@ def _ratio_metrics(log_ratio: Tensor, mask: Tensor, count: Count) -> Metrics:
     }
 
 
-def _check_clip(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
+    """Raise ValueError for clip ranges that do not contain 1, and for a dual clip that does not exceed it."""
     if not (0 <= clip_low < 1 and clip_high >= 0):
         raise ValueError(
             f"expected 0 <= clip_low < 1 and clip_high >= 0, got clip_low={clip_low}, clip_high={clip_high}: ratios "

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_ppo.batch import PolicyOutput, Rollout, TokenInputs, pad_rows, split_into_micro_batches
-from rlhf_ppo.functional import classic_whiten_rewards, kl_estimate, kl_shaped_rewards, last_action_index
+from rlhf_ppo.functional import classic_whiten_rewards, kl_estimate, kl_shaped_rewards, last_action_index, total_scores
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, reward_kl
 
@@ -159,13 +159,12 @@ def shape_rollout(
     is_last = torch.zeros_like(mask)
     is_last[torch.arange(len(last), device=last.device), last] = True
     is_truncated = torch.zeros_like(last, dtype=torch.bool) if responses.truncated is None else responses.truncated
-    totals = rewards.masked_fill(~mask, 0.0).sum(dim=1)
     rollout = Rollout(
         inputs=responses.inputs, mask=mask, logprobs=scored.logprobs, rewards=rewards,
         turn_starts=responses.turn_starts,
         values=_values_after_observations(scored.values, last, responses.inputs.response_lengths()),
         terminated=is_last & ~is_truncated[:, None], truncated=is_last & is_truncated[:, None],
-        ref_logprobs=scored.ref_logprobs, scores=totals, group_size=responses.group_size,
+        ref_logprobs=scored.ref_logprobs, scores=total_scores(responses.scores, mask), group_size=responses.group_size,
         reference_kl_coef=0.0 if shaping.kl_placement == "reward" else shaping.kl_coef,
     )  # fmt: skip
     return rollout, penalty

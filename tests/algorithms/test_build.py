@@ -8,20 +8,26 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from rlhf_ppo import (
+    CISPO,
     GAE,
     GRPO,
+    GSPO,
     RLOO,
     TRPO,
+    AdaptiveEntropy,
     AlgorithmConfig,
+    ClipCovariance,
     Critic,
     DivergenceMask,
     LearnedValue,
     MovingMean,
+    PositiveNLL,
     PPOClip,
     PPOConfig,
     PPOPenalty,
     Reinforce,
     ReinforcePlusPlus,
+    TopEntropyTokens,
     TrainConfig,
 )
 from rlhf_ppo.algorithms.baselines import MovingBaseline
@@ -43,6 +49,10 @@ EVERY: dict[str, AlgorithmConfig] = {
     "reinforce++, groups": ReinforcePlusPlus(group_baseline=True),
     "rloo": RLOO(),
     "grpo": GRPO(sequence_mean=True),
+    "gspo": GSPO(),
+    "cispo": PPOClip(cispo=CISPO(max_weight=2.0), positive_nll=PositiveNLL()),
+    "top entropy": GRPO(tokens=TopEntropyTokens(share=0.3), adaptive_entropy=AdaptiveEntropy(target=9.0)),
+    "clip covariance": RLOO(tokens=ClipCovariance(share=0.3, low=-1.0)),
 }
 SIX = ("ppo-clip", "ppo-penalty", "trpo", "reinforce", "rloo", "grpo")
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_ppo import GRPO, DivergenceMask, PPOClip
+from rlhf_ppo import GRPO, GSPO, DivergenceMask, PPOClip
 from rlhf_ppo.algorithms.objectives import (
     clipped_surrogate,
     kl_penalized_surrogate,
     mean_over_sequences,
+    sequence_surrogate,
     total_objective,
     with_reference_kl,
 )
@@ -59,6 +60,10 @@ TERMS: dict[str, Objective] = {
     "divergence mask": total_objective(
         clipped_surrogate(GRPO(divergence=DivergenceMask(threshold=0.02))), critic=None, ent_coef=0.0
     ),
+    "sequence ratio": mean_over_sequences(
+        total_objective(sequence_surrogate(GSPO(clip_low=0.1, clip_high=0.1)), critic=None, ent_coef=0.0)
+    ),
+    "good examples": total_objective(clipped_surrogate(CLIP), critic=None, ent_coef=0.0),
     "sequence mean": mean_over_sequences(total_objective(clipped_surrogate(CLIP), critic=None, ent_coef=0.2)),
     "k2 in the loss": total_objective(with_reference_kl(clipped_surrogate(CLIP), "k2"), critic=None, ent_coef=0.0),
     "k3 in the loss": total_objective(with_reference_kl(clipped_surrogate(CLIP), "k3"), critic=None, ent_coef=0.0),
@@ -80,6 +85,10 @@ def test_the_gradient_of_an_objective_is_its_slope(name: str) -> None:
     arguments: dict[str, Any] = {"old": OldPolicyStates(old.copy_head(), data.old_states)} if "old" in name else {}
     arguments |= {"reference": reference} if "full" in name else {}
     count = data.mask.any(1).sum() if "sequence" in name else data.mask.sum()
+    if name == "sequence ratio":  # its value reads one advantage per response
+        data = replace(data, advantages=data.advantages.sum(1, keepdim=True) * data.mask)
+    if name == "good examples":
+        data = replace(data, nll_weights=data.advantages.abs())
 
     def loss() -> Tensor:
         return TERMS[name](new(data.inputs, with_entropy=True, **arguments), data, count).loss

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from rlhf_ppo import (
+    CISPO,
     GRPO,
+    GSPO,
     RLOO,
     TRPO,
     AlgorithmConfig,
@@ -46,6 +48,8 @@ VARIANTS: dict[str, tuple[AlgorithmConfig, float, dict[str, Any]]] = {
     "exact penalty": (PPOPenalty(exact=True), 0.5, {}),
     "divergence mask": (PPOClip(divergence=DivergenceMask(threshold=0.1)), 0.5, {}),
     "sequence mean": (GRPO(sequence_mean=True), 0.0, {}),
+    "gspo": (GSPO(), 0.0, {"iterations": 60}),
+    "cispo": (PPOClip(cispo=CISPO(max_weight=5.0)), 0.5, {}),
     "warm critic": (PPOClip(critic=Critic(warmup_iterations=5)), 0.5, {}),
     "split KL": (PPOClip(), 0.5, {"kl_placement": "split", "kl_penalty": "full", "iterations": 160}),
     "full KL in the loss": (PPOClip(), 0.5, {"kl_placement": "loss", "kl_penalty": "full", "iterations": 160}),
@@ -66,7 +70,7 @@ def distance(
 
 def group_of(algorithm: AlgorithmConfig) -> int:
     """Eight responses side by side for those that compare them."""
-    compares = isinstance(algorithm, RLOO | GRPO) or getattr(algorithm, "group_baseline", False)
+    compares = isinstance(algorithm, RLOO | GRPO | GSPO) or getattr(algorithm, "group_baseline", False)
     return 8 if compares else 1
 
 
