@@ -42,7 +42,7 @@ class CISPO:
 
 @dataclass(frozen=True, kw_only=True)
 class PositiveNLL:
-    """Negative log-likelihood of good responses, added to the policy loss (VAPO, Yue et al. 2025, eq. 9)."""
+    """Negative log-likelihood of good responses, added to the policy loss (VAPO, Yue et al. 2025)."""
 
     coef: float = 0.1
     """μ: weight against the policy loss."""

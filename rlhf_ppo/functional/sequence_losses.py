@@ -18,7 +18,7 @@ def gspo_loss(
     clip_high: float,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """GSPO's clipped surrogate with one ratio per sequence (Zheng et al. 2025, eq. 5 to 7 and 13), to minimize.
+    """GSPO's clipped surrogate with one ratio per sequence (Zheng et al. 2025, eq. 5), to minimize.
 
         s_i = (π_θ(y_i|x) / π_old(y_i|x))^(1/|y_i|) = exp(1/|y_i| Σ_t log ρ_it)
         L = -E_i[1/|y_i| Σ_t min(s_it Â_it, clip(s_it, 1 - ε_low, 1 + ε_high) Â_it)],   s_it = s_i as a value
@@ -60,7 +60,7 @@ def cispo_loss(
     max_weight: float,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """CISPO's loss: REINFORCE with clipped importance weights (MiniMax-M1, Chen et al. 2025, eq. 4 and 5).
+    """CISPO's loss: REINFORCE with clipped importance weights (MiniMax-M1, Chen et al. 2025).
 
         L = -E[sg(clip(ρ_t, w_min, w_max)) Â_t log π_θ(a_t|s_t)]
 
@@ -104,7 +104,7 @@ def weighted_nll_loss(
 ) -> Float[Tensor, ""]:
     """Weighted negative log-likelihood, to minimize: L = -E[w_t log π_θ(a_t|s_t)].
 
-    With `positive_example_weights` it is VAPO's loss on good responses (Yue et al. 2025, eq. 9 and 10).
+    With `positive_example_weights` it is VAPO's loss on good responses (Yue et al. 2025).
 
     Args:
         logprobs: log π_θ, nats; receives the gradient.
@@ -121,7 +121,7 @@ def positive_example_weights(
     """Weights of `weighted_nll_loss` on good responses: μ / share at tokens of responses above the threshold, else 0.
 
     Divided by all tokens of the batch the loss is then μ times the mean over the tokens of good responses (Yue et al.
-    2025, eq. 10), whichever way the batch is cut into minibatches.
+    2025), whichever way the batch is cut into minibatches.
 
     Args:
         scores: One per response.

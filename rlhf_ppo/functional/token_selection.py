@@ -16,7 +16,7 @@ def token_covariances(
     *,
     reduce_sum: ReduceSum = identity,
 ) -> Float[Tensor, "*shape"]:
-    """Each token's part of the covariance of log-probability and advantage (Cui et al. 2025, eq. 10). Collective.
+    """Each token's part of the covariance of log-probability and advantage (Cui et al. 2025). Collective.
 
         c_t = (log π(a_t|s_t) - mean log π) (Â_t - mean Â)
 
@@ -35,7 +35,7 @@ def token_covariances(
 
 
 def top_share_threshold(values: Float[Tensor, " values"], share: float) -> float:
-    """The smallest of the ⌈share · n⌉ largest values: tokens at or above it are kept (Wang et al. 2025, eq. 5).
+    """The smallest of the ⌈share · n⌉ largest values: tokens at or above it are kept (Wang et al. 2025).
 
     Args:
         values: Entropies of all tokens, at least one.
