@@ -12,7 +12,8 @@ _READ_AT_EACH_STEP = {
     "remove_unused_columns", "push_to_hub_if_best_kwargs", "batch_size", "mini_batch_size", "ppo_epochs",
     "gradient_accumulation_steps", "max_grad_norm", "optimize_device_cache", "early_stopping", "target_kl",
     "compare_steps", "ratio_threshold", "use_score_scaling", "use_score_norm", "most_skips_in_a_row", "diagnose",
-    "score_clip", "whiten_rewards", "output_dir", "importance_sampling_cap", "token_budget",
+    "score_clip", "whiten_rewards", "output_dir", "importance_sampling_cap",
+    "importance_sampling", "importance_sampling_level", "importance_sampling_floor", "token_budget",
 }  # fmt: skip
 _OF_THE_ALGORITHM = {"cliprange", "cliprange_value", "vf_coef", "gamma", "lam", "ent_coef"}
 _OF_THE_KL = {"kl_penalty", "kl_placement"}

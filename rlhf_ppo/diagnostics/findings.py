@@ -72,7 +72,7 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
         "temperature, top_k, top_p, a penalty or a minimum length in sampling; other weights or another precision in "
         "the sampler; or responses that were encoded again from text",
         "sample with the trainer's temperature and nothing else, from the present weights; for an engine of another "
-        "precision set `importance_sampling_cap`",
+        "precision set `importance_sampling`",
     ),
     "sampling": KnownFinding(
         "tokens come from a distribution that is not the policy's: ratios and KL compare the wrong ones",

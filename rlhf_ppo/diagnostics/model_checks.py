@@ -58,7 +58,7 @@ def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bo
     tolerance = 1e-3 if alone.logprobs.dtype == torch.float32 and _is_full_precision(learner) else 0.1
     findings = [*_padding(batched, alone.logprobs, tolerance), *_ratio(batched, update, tolerance)]
     findings += (
-        _sampler(subset, alone.logprobs, tolerance, learner.config.importance_sampling_cap)
+        _sampler(subset, alone.logprobs, tolerance, learner.importance_correction is not None)
         if subset.logprobs is not None
         else []
     )
@@ -86,11 +86,10 @@ def _ratio(batched: Tensor, update: Tensor, tolerance: float) -> list[Finding]:
     return [finding("ratio", evidence)] if gap > tolerance else []
 
 
-def _sampler(subset: DiagnosedBatch, alone: Tensor, tolerance: float, cap: float | None) -> list[Finding]:
+def _sampler(subset: DiagnosedBatch, alone: Tensor, tolerance: float, is_corrected: bool) -> list[Finding]:
     reported = select_actions(subset, [row.float().to(alone.device) for row in subset.logprobs or []])
     gap = float((reported - alone).abs().mean())
     evidence = f"the sampler's log-probabilities differ from the trainer's by {gap:.3g} nats a token on average"
-    is_corrected = cap is not None
     return [finding("sampler", evidence, severity="note" if is_corrected else "warning")] if gap > tolerance else []
 
 

@@ -10,7 +10,12 @@ from rlhf_ppo.functional.advantages import (
 )
 from rlhf_ppo.functional.divergence import DivergenceKind, binary_divergence, divergence_masked_loss
 from rlhf_ppo.functional.gaussian import gaussian_entropy, gaussian_kl, gaussian_logprobs
-from rlhf_ppo.functional.importance import importance_ratio, truncated_importance_weights
+from rlhf_ppo.functional.importance import (
+    ImportanceLevel,
+    importance_ratio,
+    importance_weights,
+    truncated_importance_weights,
+)
 from rlhf_ppo.functional.kl import KLKind, ReferenceKL, categorical_kl, kl_estimate, next_state_kl
 from rlhf_ppo.functional.logprobs import (
     Head,
@@ -71,6 +76,7 @@ __all__ = [
     "Count",
     "DivergenceKind",
     "Head",
+    "ImportanceLevel",
     "KLKind",
     "LineSearchResult",
     "Metrics",
@@ -103,6 +109,7 @@ __all__ = [
     "gspo_loss",
     "identity",
     "importance_ratio",
+    "importance_weights",
     "kl_estimate",
     "kl_penalty_loss",
     "kl_shaped_rewards",

@@ -1,9 +1,13 @@
 """Importance weights for tokens that an inference engine sampled with other log-probabilities than the trainer's."""
 
+from typing import Literal, TypeAlias
+
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_ppo.functional.masked import at_least_float32, zero_where_masked
+
+ImportanceLevel: TypeAlias = Literal["token", "sequence", "geometric"]
 
 
 def importance_ratio(
@@ -51,3 +55,56 @@ def truncated_importance_weights(
             "shrink every such token alike. Usual: 2.0."
         )
     return importance_ratio(logprobs, sampler_logprobs, mask).clamp(max=cap).detach()
+
+
+def importance_weights(
+    logprobs: Float[Tensor, "batch time"],
+    sampler_logprobs: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    level: ImportanceLevel,
+    mode: Literal["truncate", "mask", "keep"],
+    low: float,
+    high: float,
+) -> Float[Tensor, "batch time"]:
+    """Weights of tokens that were sampled from μ instead of π_old, without gradient; 1 outside the mask.
+
+        ρ_t = π_old(a_t|s_t) / μ(a_t|s_t)
+        token: w_t = ρ_t       sequence: w_t = Π_s ρ_s       geometric: w_t = (Π_s ρ_s)^(1/n)
+
+    "truncate" is min(w, high) (truncated importance sampling; Ionides 2008), "mask" is w within [low, high] and 0
+    outside (IcePop, Ling Team 2025), "keep" is 1 within and 0 outside (rejection).
+
+    Args:
+        logprobs: log π_old under the trainer, nats.
+        sampler_logprobs: log μ under the sampler, temperature and filters included, nats.
+        mask: True = an action of the policy; n of them in a row.
+        level: "token" bounds the variance best and is biased for later tokens; "sequence" is the exact weight of a
+            response and varies with its length; "geometric" does not.
+        mode: What happens to weights outside the bounds.
+        low: Smallest weight that is kept, in [0, 1].
+        high: Largest weight, >= 1.
+
+    Raises:
+        ValueError: The bounds do not contain 1.
+    """
+    if not 0 <= low <= 1 <= high:
+        raise ValueError(
+            f"expected 0 <= low <= 1 <= high, got {low} and {high}: where sampler and trainer agree the weight is 1, "
+            "and such tokens would be shrunk or dropped. Usual: 0 and 2 to truncate, 0.5 and 5 to mask."
+        )
+    log_ratio = importance_ratio(logprobs, sampler_logprobs, mask).log()
+    if level != "token":
+        total = log_ratio.sum(dim=1, keepdim=True)
+        total = total / mask.sum(dim=1, keepdim=True).clamp(min=1) if level == "geometric" else total
+        log_ratio = total.expand_as(log_ratio).masked_fill(~mask, 0.0)
+    weights = log_ratio.exp()
+    kept = (weights >= low) & (weights <= high)
+    match mode:
+        case "truncate":
+            weights = weights.clamp(max=high)
+        case "mask":
+            weights = weights.masked_fill(~kept, 0.0)
+        case "keep":
+            weights = kept.to(weights.dtype)
+    return weights.detach()

@@ -10,7 +10,9 @@ from weakref import WeakMethod
 
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
 from rlhf_ppo.distributed.placement import ReferencePlacement
+from rlhf_ppo.functional import ImportanceLevel
 from rlhf_ppo.learner.config_checks import check_settings, parse_json_object
+from rlhf_ppo.learner.importance_correction import ImportanceMode
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController, KLController
 from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement
 from rlhf_ppo.updates import MinibatchConfig
@@ -145,9 +147,16 @@ class PPOConfig:
     "offloaded" to the CPU; "auto": sharded if the policy is, else whole."""
     temperature: float = 1.0
     """Divisor of the logits in rollout, reference and update."""
+    importance_sampling: ImportanceMode = "auto"
+    """Correction for tokens that another distribution sampled, by w, the learner's over the sampler's probability:
+    "truncate" weighs the policy loss by min(w, cap), "mask" by w or, outside [floor, cap], by 0 (IcePop); "bypass" makes
+    the sampler the old policy of the ratio; "auto" truncates where a cap is set or the sampler is known to differ."""
+    importance_sampling_level: ImportanceLevel = "token"
+    """w of a token, of the whole response ("sequence"), or the geometric mean over it ("geometric")."""
+    importance_sampling_floor: float | None = None
+    """Smallest w that "mask" and "bypass" keep; None: 0.5 for "mask", none for "bypass"."""
     importance_sampling_cap: float | None = None
-    """C >= 1: weight each token's policy loss by min(learner's / sampler's probability, C), for tokens sampled by
-    another engine; None: no weights."""
+    """Largest w, >= 1; None: 2 to truncate, 5 for "mask", none for "bypass"."""
     token_budget: int | None = None
     """Maximum of padded tokens per forward and backward pass; divides minibatches by tokens instead of by rows."""
     logits_chunk_size: int = 1024

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from rlhf_ppo.learner.importance_correction import resolve_correction
 from rlhf_ppo.rollout.kl_placement import check_kl_placement
 from rlhf_ppo.utils.field_types import check_fields
 
@@ -36,11 +37,10 @@ def check_settings(config: Any) -> None:
             raise ValueError(
                 f"{name} must be positive, got {getattr(config, name)}: it is a divisor or a bound. Use 1.0."
             )
-    if config.importance_sampling_cap is not None and not config.importance_sampling_cap >= 1:
-        raise ValueError(
-            f"importance_sampling_cap must be at least 1 (or None), got {config.importance_sampling_cap}: where "
-            "sampler and trainer agree the ratio is 1, and a lower cap would shrink each such token. Usual: 2."
-        )
+    resolve_correction(
+        config.importance_sampling, config.importance_sampling_level, config.importance_sampling_floor,
+        config.importance_sampling_cap,
+    )  # fmt: skip
     check_kl_placement(config.kl_penalty, config.kl_placement, config.init_kl_coef)
     if config.reference_placement == "offloaded" and (config.kl_penalty, config.kl_placement) == ("full", "loss"):
         raise ValueError(

@@ -19,10 +19,13 @@ from rlhf_ppo.learner.arguments import default_optimizer, fill_runtime_fields, m
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.finite_checks import check_finite_scores, warn_of_negative_kl
 from rlhf_ppo.learner.importance_correction import (
-    apply_importance_weights,
+    ImportanceCorrection,
+    announce,
     check_sampler_logprobs,
-    local_importance_ratios,
+    correct_for_sampler,
+    local_mismatch,
     mismatch_metrics,
+    resolve_correction,
 )
 from rlhf_ppo.learner.model_card import write_model_card
 from rlhf_ppo.learner.prepare import prepare_models
@@ -100,6 +103,7 @@ class PPOLearner:
         self.optimizer: Optimizer = optimizer or default_optimizer(model, config)
         self.algorithm_config = algorithm or config.algorithm()
         self._prepare(self.ref_model, self.optimizer, lr_scheduler)
+        self._differing_sampler: str | None = None
         self.metrics, self.last_batch, self.diagnosis, self.current_step = {}, None, None, 0
         self.dump_dir = None if config.dump_dir is None else Path(config.dump_dir)
         self.update_context = nullcontext
@@ -135,8 +139,8 @@ class PPOLearner:
             The classic's 40 statistics; `self.metrics` holds further ones.
         """
         timing: dict[str, float] = {}
-        cap = self.config.importance_sampling_cap
-        check_sampler_logprobs(responses, cap)
+        correction = self.importance_correction
+        check_sampler_logprobs(responses, correction)
         work_counts = self.accelerator.unwrap_model(self.policy).work
         work_counts.clear()  # an evaluation may have counted in between
         with timed(timing, "total"), empty_cache_after(self.config.optimize_device_cache):
@@ -152,13 +156,13 @@ class PPOLearner:
                 rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())
             with timed(timing, "compute_advantages"):
                 batch = self.algorithm.estimate_advantages(rollout)  # Â_t and value targets R_t
-                batch = apply_importance_weights(batch, responses, cap)  # if another engine sampled
+                batch, weights = correct_for_sampler(batch, responses, correction)  # if another engine sampled
             with timed(timing, "optimize_step"), self.update_context():
                 record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ
             self.last_batch = batch, scored
             with timed(timing, "calc_stats"):
                 data = StepData.of(responses, scores, scored, penalty)
-                work = dict(work_counts), local_importance_ratios(batch, responses)
+                work = dict(work_counts), local_mismatch(scored.logprobs, responses, weights)
                 statistics = self._measure(data, record, work)
             if self.lr_scheduler is not None:
                 # Accelerate's wrapper would step once per process.
@@ -166,7 +170,7 @@ class PPOLearner:
         return statistics | {f"time/ppo/{name}": seconds for name, seconds in timing.items()}
 
     def _measure(
-        self, local_data: StepData, record: UpdateRecord, local_work: tuple[dict[str, int], Tensor | None]
+        self, local_data: StepData, record: UpdateRecord, local_work: tuple[dict[str, int], Any]
     ) -> Statistics:
         """Statistics of a step over all processes; sets `metrics` and adapts the KL coefficient. Collective."""
         first, *rest = self.processes.gather_objects([local_data.cpu()])
@@ -175,9 +179,9 @@ class PPOLearner:
             data, record, kl_coef=float(self.kl_ctl.value), learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             has_critic=self.algorithm.has_critic,
         )  # fmt: skip
-        work, ratios = zip(*self.processes.gather_objects([local_work]), strict=True)
+        work, mismatches = zip(*self.processes.gather_objects([local_work]), strict=True)
         self.metrics = extra_metrics(data, record) | work_metrics(work) | self.reuse.metrics()
-        self.metrics |= mismatch_metrics(ratios, self.config.importance_sampling_cap)
+        self.metrics |= mismatch_metrics(mismatches, self.importance_correction)
         if data.ref_logprobs is not None:
             kl = float(statistics["objective/kl"])
             warn_of_negative_kl(kl, self.config.kl_penalty)
@@ -213,6 +217,21 @@ class PPOLearner:
         All processes enter.
         """
         return self.processes.gathered_state_dict(self.model, self.policy)
+
+    @property
+    def importance_correction(self) -> ImportanceCorrection | None:
+        """The present correction for tokens that another distribution sampled; None: none."""
+        config = self.config
+        return resolve_correction(
+            config.importance_sampling, config.importance_sampling_level, config.importance_sampling_floor,
+            config.importance_sampling_cap, self._differing_sampler,
+        )  # fmt: skip
+
+    def expect_sampler(self, differs: str | None) -> None:
+        """Note why the distribution of the sampler is known to differ from the policy's; None: it does not."""
+        self._differing_sampler = differs
+        if self.accelerator.is_main_process:
+            announce(self.importance_correction, differs)
 
     @property
     def limits(self) -> ModelLimits:

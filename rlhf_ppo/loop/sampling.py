@@ -7,12 +7,14 @@ from functools import partial
 import torch
 
 from rlhf_ppo.environments import EnvironmentFactory, EnvironmentSampler
+from rlhf_ppo.functional.masked import HALF_PRECISION
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.config import TrainConfig
 from rlhf_ppo.rewards.gather import make_scoring
 from rlhf_ppo.rollout.collect import Collector
 from rlhf_ppo.samplers.base import Sampler, WeightSyncedSampler
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
+from rlhf_ppo.samplers.make_sampler import why_it_differs
 
 
 def make_collector(
@@ -27,6 +29,7 @@ def make_collector(
         environment: Makes the environment of an episode; None: responses of one turn.
     """
     sampler = sampler or DecodeLoop(learner.tokenizer)
+    learner.expect_sampler(why_it_differs(sampler) or _low_precision(learner))
     device, reduce_sum = learner.current_device, learner.processes.reduce_sum
     episodes = environment and EnvironmentSampler(
         factory=environment, sampler=sampler, tokenizer=learner.tokenizer, device=device, config=config.episodes,
@@ -54,3 +57,13 @@ def synced_weights(learner: PPOLearner, sampler: Sampler) -> Iterator[None]:
     else:
         with learner.gathered_parameters():
             yield
+
+
+def _low_precision(learner: PPOLearner) -> str | None:
+    """Why a sampler rounds otherwise than the learner's pass over whole responses; None: in float32 it does not."""
+    mixed = learner.accelerator.mixed_precision
+    dtypes = {parameter.dtype for parameter in learner.model.parameters() if parameter.is_floating_point()}
+    low = next((str(dtype) for dtype in sorted(dtypes, key=str) if dtype in HALF_PRECISION), None)
+    if low is None and mixed == "no" and not learner.config.bf16:
+        return None
+    return f"{low or (mixed if mixed != 'no' else 'bf16')} rounds otherwise token by token than in one pass"

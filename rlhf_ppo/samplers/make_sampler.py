@@ -48,3 +48,14 @@ def default_importance_cap(name: SamplerName) -> float | None:
     None for "loop", which agrees with the trainer, and for `generate`, which returns no log-probabilities.
     """
     return 2.0 if name in ("continuous", "vllm-server", "vllm-colocate") else None
+
+
+def why_it_differs(sampler: object) -> str | None:
+    """Why a sampler's distribution differs from the policy's though it has its weights; None: it is not known to."""
+    match sampler:
+        case VLLMSampler():
+            return "vLLM computes with its own kernels and precision"
+        case ContinuousBatching():
+            return "continuous batching computes with a paged cache"
+        case _:
+            return None

@@ -50,3 +50,31 @@ def test_weights_carry_no_gradient() -> None:
 def test_a_cap_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cap must be >= 1, got 0\.5: .* Usual: 2\.0"):
         F.truncated_importance_weights(torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool), cap=0.5)
+
+
+@given(shape=shapes, seed=seeds)
+def test_every_kind_of_weight_equals_a_loop(shape: tuple[int, int], seed: int) -> None:
+    mask, trainer, sampler = random_mask(seed, *shape), numbers(seed, *shape), numbers(seed + 9, *shape)
+    low, high = 0.5, 1.5
+    for level in ("token", "sequence", "geometric"):
+        for mode in ("truncate", "mask", "keep"):
+            expected = torch.ones_like(trainer)
+            for row, line in enumerate(mask):
+                own = line.nonzero().flatten().tolist()
+                ratios = {t: math.exp(float(trainer[row, t] - sampler[row, t])) for t in own}
+                product = math.prod(ratios.values())
+                for t in own:
+                    w = {"token": ratios[t], "sequence": product, "geometric": product ** (1 / len(own))}[level]
+                    kept = low <= w <= high
+                    expected[row, t] = {"truncate": min(w, high), "mask": w * kept, "keep": float(kept)}[mode]
+            found = F.importance_weights(
+                spoil(trainer, mask), spoil(sampler, mask), mask, level=level, mode=mode, low=low, high=high
+            )
+            assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bounds_without_one_are_refused() -> None:
+    ones, mask = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"low <= 1 <= high, got 0\.0 and 0\.9"):
+        F.importance_weights(ones, ones, mask, level="token", mode="truncate", low=0.0, high=0.9)

@@ -1,5 +1,6 @@
 """Tokens that another engine drew, in the trainer: what is weighed, what is measured, what is refused."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,12 @@ from torch.testing import assert_close
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.functional import ppo_clip_loss
-from rlhf_ppo.learner.importance_correction import apply_importance_weights, mismatch_metrics
+from rlhf_ppo.learner.importance_correction import (
+    ImportanceCorrection,
+    correct_for_sampler,
+    mismatch_metrics,
+    resolve_correction,
+)
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
@@ -67,7 +73,8 @@ def test_a_weighed_advantage_weighs_the_clipped_surrogate() -> None:
         returns=numbers(5, 2, 3),
     )  # fmt: skip
     responses = Responses(inputs=inputs, mask=mask, scores=torch.zeros(2), sampler_logprobs=sampler)
-    weighed = apply_importance_weights(batch, responses, 1.5)
+    correction = resolve_correction("truncate", "token", None, 1.5)
+    weighed, _ = correct_for_sampler(batch, responses, correction)
     weights = (old - sampler).exp().clamp(max=1.5)
     expected = 0.0
     for position in mask.nonzero():
@@ -108,11 +115,16 @@ def test_the_weights_reach_the_update() -> None:
 
 
 def test_the_metrics_are_those_of_all_processes() -> None:
-    metrics = mismatch_metrics([torch.tensor([1.0, 1.0, 1.0]), torch.tensor([5.0])], cap=4.0)
+    """Weights 1, 1, 1, 4 of ratios 1, 1, 1, 5: an effective sample of (1 + 1 + 1 + 4)² / (3 + 16) of 4."""
+    ones, cut = torch.ones(3), ImportanceCorrection(mode="truncate", level="token", low=0.0, high=4.0)
+    metrics = mismatch_metrics([(ones, ones), (torch.tensor([5.0]), torch.tensor([4.0]))], cut)
     assert metrics["sampler/ratio_mean"] == pytest.approx(2.0)
     assert metrics["sampler/ratio_max"] == 5.0
     assert metrics["sampler/truncated_share"] == 0.25
-    assert mismatch_metrics([None, None], cap=None) == {}
+    assert metrics["sampler/weight_mean"] == 7 / 4
+    assert metrics["sampler/effective_share"] == pytest.approx(49 / 19 / 4)
+    assert metrics["sampler/kl"] == pytest.approx((4 - math.log(5)) / 4)
+    assert mismatch_metrics([None, None], None) == {}
 
 
 def test_a_sampler_without_log_probabilities_cannot_be_corrected() -> None:
@@ -124,3 +136,79 @@ def test_a_sampler_without_log_probabilities_cannot_be_corrected() -> None:
 def test_a_cap_that_would_shrink_agreed_tokens_is_refused(cap: float) -> None:
     with pytest.raises(ValueError, match=r"importance_sampling_cap must be (at least 1 \(or None\)|a number)"):
         PPOConfig(importance_sampling_cap=cap)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, None),
+        ({"importance_sampling_cap": 3.0}, ("truncate", 0.0, 3.0)),
+        ({"importance_sampling": "truncate"}, ("truncate", 0.0, 2.0)),
+        ({"importance_sampling": "mask"}, ("mask", 0.5, 5.0)),
+        ({"importance_sampling": "mask", "importance_sampling_floor": 0.8}, ("mask", 0.8, 5.0)),
+        ({"importance_sampling": "bypass"}, ("bypass", 0.0, math.inf)),
+        ({"importance_sampling": "off"}, None),
+    ],
+)
+def test_settings_name_a_correction(settings: dict[str, Any], expected: tuple[str, float, float] | None) -> None:
+    config = PPOConfig(**settings)
+    found = resolve_correction(
+        config.importance_sampling, config.importance_sampling_level, config.importance_sampling_floor,
+        config.importance_sampling_cap,
+    )  # fmt: skip
+    assert (found and (found.mode, found.low, found.high)) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"importance_sampling_floor": 0.5},
+        {"importance_sampling": "off", "importance_sampling_cap": 2.0},
+        {"importance_sampling": "mask", "importance_sampling_floor": 1.5},
+    ],
+)
+def test_bounds_that_would_be_ignored_or_drop_agreed_tokens_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"would be ignored|where sampler and trainer agree"):
+        PPOConfig(**settings)
+
+
+def test_every_correction_takes_another_step() -> None:
+    """Every ratio is e^0.3 = 1.35 at its token, e^(0.3 n) for n tokens; a band below 1.2 drops all of them."""
+    settings: dict[str, dict[str, Any]] = {
+        "off": {},
+        "truncate": {"importance_sampling": "truncate"},
+        "mask": {"importance_sampling": "mask", "importance_sampling_cap": 1.2},
+        "sequence": {"importance_sampling": "truncate", "importance_sampling_level": "sequence"},
+        "bypass": {"importance_sampling": "bypass"},
+    }
+    found = {name: trained(Shifted(0.3), **setting) for name, setting in settings.items()}
+    steps = [weights for weights, _ in found.values()]
+    assert all(not torch.equal(a, b) for index, a in enumerate(steps) for b in steps[:index])
+    assert found["mask"][1]["sampler/truncated_share"] == 1.0
+    assert found["mask"][1]["ppo/loss/policy"] == 0.0
+    assert found["sequence"][1]["sampler/weight_mean"] == pytest.approx(2.0), "e^1.5 beyond the cap"
+    assert found["bypass"][1]["ppo/policy/ratio_max"] == pytest.approx(math.exp(0.3), rel=0.2)
+    geometric, _ = trained(Shifted(0.3), importance_sampling="truncate", importance_sampling_level="geometric")
+    assert_close(geometric, found["truncate"][0], msg="equal ratios have their own mean")
+
+
+def test_an_engine_that_is_known_to_differ_is_corrected_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """In bfloat16 the sampler rounds otherwise; in float32, or switched off, nothing is weighed and nothing said."""
+    trained(DecodeLoop(), bf16=False)
+    trained(DecodeLoop(), importance_sampling="off")
+    assert not caplog.records
+    tokenizer = tiny_tokenizer()
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=0)).to(torch.bfloat16)
+    trainer = PPOTrainer(
+        PPOConfig(batch_size=4, mini_batch_size=4, diagnose=False), model, tokenizer=tokenizer,
+        dataset=PromptDataset.from_texts(["The movie", "I liked"], tokenizer),
+    )  # fmt: skip
+    state = trainer.train(
+        lambda *, responses, **_: [float(len(text)) for text in responses],
+        TrainConfig(iterations=1, sampling=SAMPLING, progress=False),
+    )
+    assert 0.9 < state.metrics["sampler/weight_mean"] < 1.1
+    (said,) = [record.getMessage() for record in caplog.records if "weighed" in record.getMessage()]
+    assert said.startswith(
+        "torch.bfloat16 rounds otherwise token by token than in one pass: tokens are weighed by min("
+    )
