@@ -149,7 +149,7 @@ class PPOConfig:
     """Divisor of the logits in rollout, reference and update."""
     importance_sampling: ImportanceMode = "auto"
     """Correction for tokens that another distribution sampled, by w, the learner's over the sampler's probability:
-    "truncate" weighs the policy loss by min(w, cap), "mask" by w or, outside [floor, cap], by 0 (IcePop); "bypass" makes
+    "truncate" weighs the policy loss by min(w, cap), "mask" by w or, outside [floor, cap], 0 (IcePop); "bypass" makes
     the sampler the old policy of the ratio; "auto" truncates where a cap is set or the sampler is known to differ."""
     importance_sampling_level: ImportanceLevel = "token"
     """w of a token, of the whole response ("sequence"), or the geometric mean over it ("geometric")."""

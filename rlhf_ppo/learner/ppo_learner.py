@@ -229,8 +229,8 @@ class PPOLearner:
 
     def expect_sampler(self, differs: str | None) -> None:
         """Note why the distribution of the sampler is known to differ from the policy's; None: it does not."""
-        self._differing_sampler = differs
-        if self.accelerator.is_main_process:
+        is_new, self._differing_sampler = differs != self._differing_sampler, differs
+        if is_new and self.accelerator.is_main_process:
             announce(self.importance_correction, differs)
 
     @property
