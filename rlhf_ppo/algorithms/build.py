@@ -38,6 +38,7 @@ from rlhf_ppo.algorithms.config import (
     Reinforce,
     ReinforcePlusPlus,
 )
+from rlhf_ppo.algorithms.critic_fits import ExtraCriticFits
 from rlhf_ppo.algorithms.critic_warmup import CriticWarmup
 from rlhf_ppo.algorithms.objectives import (
     clipped_surrogate,
@@ -171,13 +172,16 @@ def _with_warmup(
     estimate: EstimateAdvantages,
     warmup_estimate: EstimateAdvantages,
 ) -> Algorithm:
-    """An algorithm that fits the critic alone for `critic.warmup_iterations`, with `warmup_estimate`'s targets."""
+    """An algorithm with further fits of the critic: alone in the first iterations, and after each update."""
+    if critic.extra_fits:
+        fit = factory.critic_fit(critic.clip_range_value)
+        update = ExtraCriticFits(update, fit, factory.accelerator, critic.extra_fits)
     if not critic.warmup_iterations:
         return Algorithm(estimate, update)
-    fit = factory.critic_fit(critic.clip_range_value)
     warmup = CriticWarmup(
-        update, fit, objective, factory.accelerator, critic.warmup_iterations, factory.reference_argument
-    )
+        update, factory.critic_fit(critic.clip_range_value), objective, factory.accelerator, critic.warmup_iterations,
+        factory.reference_argument,
+    )  # fmt: skip
     return Algorithm(warmup.switch_estimates(estimate, warmup_estimate), warmup)
 
 

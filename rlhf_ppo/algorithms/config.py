@@ -48,9 +48,20 @@ class Critic:
     """Largest change from the old value before the loss is clipped, in units of reward; None: not clipped."""
     warmup_iterations: int = 0
     """Initial iterations that fit the critic alone, to Monte Carlo returns of the frozen policy (VC-PPO)."""
+    learning_rate: float | None = None
+    """Learning rate of value head or separate critic in the default optimizer; None: the policy's."""
+    extra_fits: int = 0
+    """Further fits of the critic alone after each update, each of `ppo_epochs` passes over the batch."""
+    freeze: Literal["nothing", "attention", "trunk"] = "nothing"
+    """Which weights of a separate critic (`attach_critic`) stay as they are."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.extra_fits < 0 or (self.learning_rate is not None and not self.learning_rate > 0):
+            raise ValueError(
+                f"expected extra_fits >= 0 and a positive learning_rate or None, got {self.extra_fits} and "
+                f"{self.learning_rate}: the critic would not learn. To train it no further, set vf_coef=0."
+            )
         if self.vf_coef < 0 or self.warmup_iterations < 0:
             raise ValueError(
                 f"vf_coef and warmup_iterations must be >= 0, got {self.vf_coef} and {self.warmup_iterations}: a "
@@ -193,3 +204,12 @@ class GSPO:
 
 
 AlgorithmConfig: TypeAlias = PPOClip | PPOPenalty | TRPO | Reinforce | ReinforcePlusPlus | RLOO | GRPO | GSPO
+
+
+def critic_settings(config: AlgorithmConfig) -> Critic | None:
+    """The settings of the critic that an algorithm learns; None if it has none of its own."""
+    match config:
+        case PPOClip(critic=critic) | PPOPenalty(critic=critic) | Reinforce(baseline=LearnedValue(critic=critic)):
+            return critic
+        case _:
+            return None

@@ -111,8 +111,8 @@ class UpdateFactory:
         """A `CriticFit` of the policy's critic."""
         if self.sharded:
             raise ValueError(
-                f"warmup_iterations does not run under {self.accelerator.distributed_type}: the critic is fitted "
-                "outside of the engine that holds its parameters. Warm it up on one process or with DDP, or set 0."
+                f"warmup_iterations and extra_fits do not run under {self.accelerator.distributed_type}: the critic is "
+                "fitted outside of the engine that holds its parameters. Use one process or DDP, or set both to 0."
             )
         return CriticFit(
             policy=self.module, optimizer=self.optimizer, accelerator=self.accelerator, config=self.minibatch_config,

@@ -8,6 +8,7 @@ from rlhf_ppo.functional.advantages import (
     rloo_advantages,
     turn_gae,
 )
+from rlhf_ppo.functional.calibration import value_bias_by_position
 from rlhf_ppo.functional.divergence import DivergenceKind, binary_divergence, divergence_masked_loss
 from rlhf_ppo.functional.gaussian import gaussian_entropy, gaussian_kl, gaussian_logprobs
 from rlhf_ppo.functional.importance import (
@@ -137,6 +138,7 @@ __all__ = [
     "trust_region_step",
     "turn_gae",
     "unflatten",
+    "value_bias_by_position",
     "value_loss",
     "weighted_nll_loss",
     "whiten",

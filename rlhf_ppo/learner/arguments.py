@@ -11,11 +11,13 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.algorithms import Critic
 from rlhf_ppo.distributed.deepspeed import accelerator_arguments, keep_torch_optimizer
 from rlhf_ppo.distributed.fsdp import enable_fsdp2_on_cpu
 from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
+from rlhf_ppo.models.critic import freeze_critic
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.updates.optimizers import adam
 
@@ -117,24 +119,55 @@ def fill_runtime_fields(config: PPOConfig, processes: int, is_encoder_decoder: b
     )
 
 
-def default_optimizer(model: torch.nn.Module, config: PPOConfig) -> Optimizer:
+def default_optimizer(model: torch.nn.Module, config: PPOConfig, critic_rate: float | None = None) -> Optimizer:
     """Build the optimizer that `config.optimizer` names over the trainable parameters; fused if their dtypes allow it.
+
+    With `critic_rate` the critic's parameters are a second group, with that rate.
 
     Raises:
         ValueError: `adamw_8bit` without a CUDA device or without bitsandbytes.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optimizer == "adamw_8bit":
-        return _adamw_8bit(parameters, config.learning_rate, config.adam_eps)
+    groups: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = config.fused_adam and all(parameter.is_floating_point() for parameter in groups)
+    if critic_rate is not None:
+        critic: Any = model.critic if model.critic is not None else model.v_head
+        ids = {id(parameter) for parameter in critic.parameters()}
+        groups = [
+            {"params": [parameter for parameter in groups if id(parameter) not in ids]},
+            {"params": [parameter for parameter in groups if id(parameter) in ids], "lr": critic_rate},
+        ]
     rate, eps = config.learning_rate, config.adam_eps
-    if config.optimizer == "adamw":
-        fused = config.fused_adam and all(parameter.is_floating_point() for parameter in parameters)
-        return AdamW(parameters, lr=rate, eps=eps, fused=fused or None)
-    tensorflow = config.optimizer == "adam_tensorflow"
-    return adam(parameters, lr=rate, eps=eps, tensorflow=tensorflow, fused=config.fused_adam)
+    match config.optimizer:
+        case "adamw_8bit":
+            return _adamw_8bit(groups, rate, eps)
+        case "adamw":
+            return AdamW(groups, lr=rate, eps=eps, fused=fused or None)
+        case _:
+            return adam(groups, lr=rate, eps=eps, tensorflow=config.optimizer == "adam_tensorflow", fused=fused)
 
 
-def _adamw_8bit(parameters: list[torch.nn.Parameter], learning_rate: float, eps: float) -> Optimizer:
+def make_optimizer(
+    model: PreTrainedModelWrapper, config: PPOConfig, given: Optimizer | None, critic: Critic | None
+) -> Optimizer:
+    """The given optimizer, or the default one; freezes what `critic.freeze` names first.
+
+    Raises:
+        ValueError: The critic has settings that would be ignored.
+    """
+    if critic is not None and critic.freeze != "nothing":
+        freeze_critic(model, critic.freeze)
+    rate = None if critic is None else critic.learning_rate
+    if given is None:
+        return default_optimizer(model, config, rate)
+    if rate is not None:
+        raise ValueError(
+            f"expected no optimizer beside Critic(learning_rate={rate}), got one: the rate would be ignored. Give your "
+            "optimizer a group of the critic's parameters with that rate, or leave the optimizer out."
+        )
+    return given
+
+
+def _adamw_8bit(parameters: list[Any], learning_rate: float, eps: float) -> Optimizer:
     """AdamW with 8-bit moments: one byte per entry instead of four (Dettmers et al. 2022)."""
     missing = "a CUDA device" if not torch.cuda.is_available() else None
     if missing is None and importlib.util.find_spec("bitsandbytes") is None:

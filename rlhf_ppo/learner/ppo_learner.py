@@ -7,15 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.algorithms import AlgorithmConfig, build_algorithm
+from rlhf_ppo.algorithms.config import critic_settings
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.distributed.collectives import Processes
-from rlhf_ppo.learner.arguments import default_optimizer, fill_runtime_fields, make_accelerator
+from rlhf_ppo.functional import value_bias_by_position
+from rlhf_ppo.learner.arguments import fill_runtime_fields, make_accelerator, make_optimizer
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.finite_checks import check_finite_scores, warn_of_negative_kl
 from rlhf_ppo.learner.importance_correction import (
@@ -31,9 +34,18 @@ from rlhf_ppo.learner.model_card import write_model_card
 from rlhf_ppo.learner.prepare import prepare_models
 from rlhf_ppo.learner.running_moments import RunningMoments, normalize_scores
 from rlhf_ppo.learner.start_kl import StartKLCheck
-from rlhf_ppo.learner.statistics import Statistics, StepData, classic_statistics, extra_metrics, work_metrics
+from rlhf_ppo.learner.statistics import (
+    BIAS_BINS,
+    Statistics,
+    StepData,
+    bias_metrics,
+    classic_statistics,
+    extra_metrics,
+    work_metrics,
+)
 from rlhf_ppo.learner.trackers import Trackers
 from rlhf_ppo.models import PreTrainedModelWrapper, reference_adapter
+from rlhf_ppo.models.critic import save_critic
 from rlhf_ppo.models.reference import resolve_reference
 from rlhf_ppo.models.trunk import decoder_start_token
 from rlhf_ppo.rollout.checks import ModelLimits
@@ -100,8 +112,8 @@ class PPOLearner:
         self.running = RunningMoments()
         self.processes = Processes(self.accelerator)
         self.reuse = SamplerReuse(config.reuse_logprobs, self.processes.reduce_max)
-        self.optimizer: Optimizer = optimizer or default_optimizer(model, config)
         self.algorithm_config = algorithm or config.algorithm()
+        self.optimizer = make_optimizer(model, config, optimizer, critic_settings(self.algorithm_config))
         self._prepare(self.ref_model, self.optimizer, lr_scheduler)
         self._differing_sampler: str | None = None
         self.metrics, self.last_batch, self.diagnosis, self.current_step = {}, None, None, 0
@@ -162,7 +174,8 @@ class PPOLearner:
             self.last_batch = batch, scored
             with timed(timing, "calc_stats"):
                 data = StepData.of(responses, scores, scored, penalty)
-                work = dict(work_counts), local_mismatch(scored.logprobs, responses, weights)
+                bias = value_bias_by_position(batch.values, batch.returns, batch.mask, bins=BIAS_BINS)
+                work = dict(work_counts), local_mismatch(scored.logprobs, responses, weights), torch.stack(bias).cpu()
                 statistics = self._measure(data, record, work)
             if self.lr_scheduler is not None:
                 # Accelerate's wrapper would step once per process.
@@ -170,7 +183,7 @@ class PPOLearner:
         return statistics | {f"time/ppo/{name}": seconds for name, seconds in timing.items()}
 
     def _measure(
-        self, local_data: StepData, record: UpdateRecord, local_work: tuple[dict[str, int], Any]
+        self, local_data: StepData, record: UpdateRecord, local_work: tuple[dict[str, int], Any, Tensor]
     ) -> Statistics:
         """Statistics of a step over all processes; sets `metrics` and adapts the KL coefficient. Collective."""
         first, *rest = self.processes.gather_objects([local_data.cpu()])
@@ -179,9 +192,11 @@ class PPOLearner:
             data, record, kl_coef=float(self.kl_ctl.value), learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             has_critic=self.algorithm.has_critic,
         )  # fmt: skip
-        work, mismatches = zip(*self.processes.gather_objects([local_work]), strict=True)
+        work, mismatches, biases = zip(*self.processes.gather_objects([local_work]), strict=True)
         self.metrics = extra_metrics(data, record) | work_metrics(work) | self.reuse.metrics()
         self.metrics |= mismatch_metrics(mismatches, self.importance_correction)
+        if self.algorithm.has_critic:
+            self.metrics |= bias_metrics(torch.stack(biases).sum(dim=0))
         if data.ref_logprobs is not None:
             kl = float(statistics["objective/kl"])
             warn_of_negative_kl(kl, self.config.kl_penalty)
@@ -195,6 +210,11 @@ class PPOLearner:
                 self.model.save_pretrained(save_directory, state_dict=state)
         if self.accelerator.is_main_process:
             self.tokenizer.save_pretrained(save_directory)
+        if self.model.critic is not None:
+            with self.gathered_parameters():
+                if self.accelerator.is_main_process:
+                    save_critic(self.model, Path(save_directory))
+        if self.accelerator.is_main_process:
             write_model_card(Path(save_directory))
 
     @contextmanager

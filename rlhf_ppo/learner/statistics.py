@@ -19,6 +19,9 @@ from rlhf_ppo.updates import UpdateRecord
 
 TIMINGS = ("forward_pass", "compute_rewards", "compute_advantages", "optimize_step", "calc_stats", "total")
 
+BIAS_BINS = 5
+"""Parts of a response in which the bias of the critic is measured."""
+
 Statistics = dict[str, float | np.ndarray]
 
 
@@ -151,6 +154,13 @@ def extra_metrics(data: StepData, record: UpdateRecord) -> dict[str, float]:
         "ppo/stopped_early": float(record.stopped_early),
         **{f"ppo/{name}": value for name, value in record.extras.items()},
     }
+
+
+def bias_metrics(sums: Float[Tensor, "two bins"]) -> dict[str, float]:
+    """Mean of V - R in each part of the responses, from the sums of `value_bias_by_position` over processes."""
+    errors, counts = sums.double().unbind()
+    means = (errors / counts.clamp(min=1)).tolist()
+    return {f"ppo/val/bias_{part}": mean for part, mean in enumerate(means, start=1)}
 
 
 def work_metrics(work_counts: Sequence[Mapping[str, int]]) -> dict[str, float]:

@@ -1,15 +1,20 @@
 """A separate critic with its own transformer, initialized from the policy or from a reward model."""
 
 import copy
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModel
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
-from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 from rlhf_ppo.models.value_head import last_hidden_size
+
+CRITIC_FOLDER, CRITIC_HEAD = "critic", "head.safetensors"
+"""Where a separate critic is saved beside the policy."""
 
 
 class SeparateCritic(nn.Module):
@@ -53,7 +58,7 @@ class SeparateCritic(nn.Module):
         return cls(copy.deepcopy(classifier.base_model), head)
 
     @classmethod
-    def from_policy(cls, model: PreTrainedModelWrapper) -> "SeparateCritic":
+    def from_policy(cls, model: Any) -> "SeparateCritic":
         """Initialize from a copy of the policy's trunk and a zero head: V = 0 everywhere."""
         head = nn.Linear(last_hidden_size(model.config), 1)
         nn.init.zeros_(head.weight)
@@ -76,11 +81,11 @@ def state_values(backbone: nn.Module, head: nn.Linear, inputs: TokenInputs) -> l
     return [row[len(prompt) - 1 : len(tokens)] for row, prompt, tokens in triples]
 
 
-def attach_critic(model: PreTrainedModelWrapper, critic: SeparateCritic) -> None:
+def attach_critic(model: Any, critic: SeparateCritic) -> None:
     """Use `critic` for the values of `model`, and freeze its value head.
 
-    Call it before the trainer or an optimizer is built. Checkpoints of `train()` contain the critic; `save_pretrained`
-    saves the policy alone.
+    Call it before the trainer or an optimizer is built. Checkpoints of `train()` contain the critic; the trainer's
+    `save_pretrained` saves it beside the policy, and `from_pretrained` attaches it again.
 
     Raises:
         ValueError: The model is an encoder-decoder, or the critic has fewer token embeddings than the policy.
@@ -102,3 +107,44 @@ def attach_critic(model: PreTrainedModelWrapper, critic: SeparateCritic) -> None
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.critic = critic.to(model.pretrained_model.get_input_embeddings().weight.device)
+
+
+def freeze_critic(model: Any, part: Literal["attention", "trunk"]) -> None:
+    """Keep a separate critic's attention, or all of it but its head, as it is.
+
+    Raises:
+        ValueError: The model has no separate critic, or it has no attention under a known name.
+    """
+    if not isinstance(model.critic, SeparateCritic):
+        raise ValueError(
+            f"Critic(freeze={part!r}) is for a separate critic, got {type(model.critic).__name__}: the value head "
+            "shares the policy's trunk, which must learn. Use attach_critic before the trainer is built."
+        )
+    frozen = [
+        parameter
+        for name, parameter in model.critic.backbone.named_parameters()
+        if part == "trunk" or "attn" in name or "attention" in name
+    ]
+    if not frozen:
+        raise ValueError("expected parameters with 'attn' or 'attention' in their names, got none: nothing is frozen")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def save_critic(model: Any, folder: Path) -> None:
+    """Save a separate critic in `folder/critic`, where `from_pretrained` finds it; without one do nothing."""
+    if isinstance(model.critic, SeparateCritic):
+        backbone: Any = model.critic.backbone
+        backbone.save_pretrained(folder / CRITIC_FOLDER)
+        save_file(dict(model.critic.head.state_dict()), folder / CRITIC_FOLDER / CRITIC_HEAD)
+
+
+def attach_saved_critic(model: Any, source: object) -> None:
+    """Attach the critic that `save_critic` wrote beside a policy, if `source` is a folder with one."""
+    folder = Path(source) / CRITIC_FOLDER if isinstance(source, str | Path) else Path()
+    if not (folder / CRITIC_HEAD).is_file():
+        return
+    state = load_file(folder / CRITIC_HEAD)
+    head = nn.Linear(state["weight"].shape[1], 1, dtype=state["weight"].dtype)
+    head.load_state_dict(state)
+    attach_critic(model, SeparateCritic(AutoModel.from_pretrained(folder, dtype=head.weight.dtype), head))

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from rlhf_ppo.models import adapters, loading
+from rlhf_ppo.models import adapters, critic, loading
 from rlhf_ppo.models.value_head import (
     HUB_ARGUMENTS,
     VALUE_HEAD_PREFIX,
@@ -151,6 +151,7 @@ class PreTrainedModelWrapper(nn.Module):
         saved = find_file(source, "adapter_config.json", **{**hub, "subfolder": subfolder})
         if self.is_peft_model and is_trainable and saved is not None:
             adapters.load_reference_adapter(self.pretrained_model, os.fspath(saved.parent))
+        critic.attach_saved_critic(self, source)
 
     def __getattr__(self, name: str) -> Any:
         """Read public attributes (and FSDP's `_no_split_modules`) that the wrapper lacks from the language model."""

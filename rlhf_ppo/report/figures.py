@@ -77,6 +77,16 @@ FIGURES = (
         ),
     ),
     Figure(
+        "calibration",
+        "Calibration of the critic",
+        "Mean of the value minus its target, at the first and at the last fifth of the responses. Both should come to "
+        "0; a critic that is low at the start of responses has not had enough warm-up.",
+        (
+            Panel(("ppo/val/bias_1",), "bias, first fifth", zero=True),
+            Panel(("ppo/val/bias_5",), "bias, last fifth", zero=True),
+        ),
+    ),
+    Figure(
         "update",
         "Size of the updates",
         "How far one iteration moves the policy, and how often the clip acts. Usual are an approximate KL below "

@@ -73,12 +73,11 @@ def linear_to_zero(optimizer: Optimizer, iterations: int) -> LambdaLR:
 
 
 def adam(
-    parameters: list[torch.nn.Parameter], *, lr: float, eps: float = 1e-8, tensorflow: bool = False, fused: bool = True
+    parameters: list[Any], *, lr: float, eps: float = 1e-8, tensorflow: bool = False, fused: bool = True
 ) -> Optimizer:
-    """Adam over `parameters`: PyTorch's, fused if all are floating point, or TensorFlow's."""
+    """Adam over parameters or groups of them: PyTorch's, fused on request, or TensorFlow's."""
     if tensorflow:
         return TensorFlowAdam(parameters, lr, eps=eps)
-    fused = fused and all(parameter.is_floating_point() for parameter in parameters)
     return Adam(parameters, lr=lr, eps=eps, fused=fused or None)
 
 
