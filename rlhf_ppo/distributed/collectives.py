@@ -46,6 +46,10 @@ class Processes:
         gathered: Tensor = self.accelerator.gather(tensor.to(self.accelerator.device))
         return gathered.cpu()
 
+    def any_process(self, holds: bool) -> bool:
+        """Whether a condition holds on any process."""
+        return float(self.reduce_sum(torch.tensor(float(holds), device=self.accelerator.device))) > 0
+
     def gather_objects(self, values: list[Any]) -> list[Any]:
         """Concatenate the lists of all processes, in rank order."""
         gathered: list[Any] = gather_object(values) if self.accelerator.num_processes > 1 else values

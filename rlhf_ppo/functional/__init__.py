@@ -56,6 +56,7 @@ from rlhf_ppo.functional.rewards import (
     kl_shaped_rewards,
     missing_eos_penalty,
     normalize_episode_scores,
+    soft_overlong_penalty,
     total_scores,
 )
 from rlhf_ppo.functional.sequence_losses import cispo_loss, gspo_loss, positive_example_weights, weighted_nll_loss
@@ -128,6 +129,7 @@ __all__ = [
     "reinforce_loss",
     "rloo_advantages",
     "sequence_mean_count",
+    "soft_overlong_penalty",
     "step_weights",
     "surrogate_loss",
     "token_covariances",

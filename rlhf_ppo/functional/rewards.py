@@ -127,6 +127,19 @@ def missing_eos_penalty(
     return torch.where(finished, scores, penalized)
 
 
+def soft_overlong_penalty(lengths: Int[Tensor, " batch"], *, max_length: int, buffer: int) -> Float[Tensor, " batch"]:
+    """Penalty, in [-1, 0], of responses that come near the maximum length (DAPO, Yu et al. 2025).
+
+        0 for |y| <= L - B,        (L - B - |y|) / B in between,        -1 for |y| >= L
+
+    Args:
+        lengths: |y|, tokens of each response.
+        max_length: L.
+        buffer: B >= 1, tokens before L over which the penalty grows.
+    """
+    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
+
+
 def clip_scores(scores: Float[Tensor, "*shape"], limit: float) -> Float[Tensor, "*shape"]:
     """Clip scores to [-limit, limit].
 

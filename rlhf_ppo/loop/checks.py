@@ -97,11 +97,15 @@ def check_environment(
             f"environment must be a class, or a function that makes one environment for each episode, got "
             f"{environment!r:.80}: episodes at the same time would share their state. Pass the class itself."
         )
-    if learner.is_encoder_decoder or config.missing_eos is not None:
-        what = "missing_eos" if config.missing_eos is not None else "an encoder-decoder"
+    unsupported = {
+        "missing_eos": config.missing_eos is not None, "overlong": config.overlong is not None,
+        "an encoder-decoder": learner.is_encoder_decoder,
+    }  # fmt: skip
+    if what := next((name for name, is_used in unsupported.items() if is_used), None):
         raise ValueError(
             f"expected a causal model without missing_eos for an environment, got {what}: a reply is not the end of an "
-            "episode. Let the environment's rewards say what a reply without an end costs; use a causal model."
+            "episode. Let the environment's rewards say what a long reply, or one without an end, costs; use a causal "
+            "model."
         )
 
 

@@ -7,9 +7,10 @@ from typing import Literal, TypeAlias
 from rlhf_ppo.diagnostics.guards import Guards
 from rlhf_ppo.environments import EpisodeConfig
 from rlhf_ppo.learner.ppo_learner import PPOLearner
+from rlhf_ppo.loop.dynamic_sampling import DynamicSampling
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures
-from rlhf_ppo.rollout.collect import MissingEOS
+from rlhf_ppo.rollout.collect import MissingEOS, SoftOverlong
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.utils.field_types import check_fields
 
@@ -40,6 +41,14 @@ class TrainConfig:
     """Limits of episodes with an environment, concurrency, retries; without an environment it must not be set."""
     missing_eos: MissingEOS | None = None
     """Penalty of a response that reached `max_new_tokens` without a stop token; None: no penalty."""
+    overlong: SoftOverlong | None = None
+    """Penalty that grows over the last tokens before `max_new_tokens`; None: no penalty."""
+    mask_truncated: bool = False
+    """Keep responses without a stop token out of the loss; in their group's baseline and the statistics they count."""
+    best_of: int | None = None
+    """Learn from this many responses to each prompt alone, those that score highest (best-of-n); None: from all."""
+    dynamic_sampling: DynamicSampling | None = None
+    """Sample groups anew whose responses all score the same; None: learn from them, too."""
     guards: Guards = field(default_factory=Guards)
     """Guards against reward hacking, each with a limit, an action and a patience."""
     offload_rewards: bool = False
@@ -146,5 +155,26 @@ def check_settings(learner: PPOLearner, config: TrainConfig) -> None:
             "none is measured, so the limit would never act. Choose kl_penalty='kl', with init_kl_coef=0 if it shall "
             "only be watched."
         )
+    _check_selection(learner, config)
     if learner.algorithm.needs_groups and sampling.num_return_sequences < 2:
         raise ValueError("this algorithm compares responses to one prompt: set num_return_sequences to 2 or more")
+
+
+def _check_selection(learner: PPOLearner, config: TrainConfig) -> None:
+    copies, best_of, overlong = config.sampling.num_return_sequences, config.best_of, config.overlong
+    if config.dynamic_sampling is not None and copies < 2:
+        raise ValueError(
+            f"dynamic_sampling compares responses to one prompt, got num_return_sequences={copies}: a single response "
+            "has no spread, and every prompt would be sampled anew. Set num_return_sequences to 2 or more."
+        )
+    least = 2 if learner.algorithm.needs_groups else 1
+    if best_of is not None and not least <= best_of < copies:
+        raise ValueError(
+            f"best_of must be at least {least} and below num_return_sequences={copies}, got {best_of}: there would be "
+            "nothing to choose or to compare. Sample more responses per prompt, or set it to None."
+        )
+    if overlong is not None and overlong.buffer > config.sampling.max_new_tokens:
+        raise ValueError(
+            f"overlong.buffer must be at most max_new_tokens={config.sampling.max_new_tokens}, got {overlong.buffer}: "
+            "every response would be penalized. DAPO uses a fifth of the length."
+        )

@@ -53,7 +53,9 @@ def evaluate(
         rows: Rows of `prompts` for this process; None: all.
         seed: Seed of the sampling.
     """
-    single_response = replace(collector, sampling=replace(collector.sampling, num_return_sequences=1))
+    single_response = replace(
+        collector, sampling=replace(collector.sampling, num_return_sequences=1), overlong=None, best_of=None
+    )
     batch = prompts.batch(list(range(len(prompts))) if rows is None else list(rows))
     collected = single_response.sample(batch, torch.Generator().manual_seed(seed))
     scores = single_response.score(collected, rewards)

@@ -25,8 +25,10 @@ def rollout_metrics(
         "env/reward_mean": float(all_scores.total[~all_scores.skipped].mean()),
         "tokens/finished_share": sum(finished) / len(finished),
     }
+    numbers = []
     if collected.episodes is not None:
         numbers = processes.gather_objects([episode.numbers() for episode in collected.episodes])
+    if collected.episodes is not None or collected.counts:
         metrics |= episode_metrics(numbers, processes.gather_objects([collected.counts]))
     return metrics, sum(repeated) / len(repeated)
 

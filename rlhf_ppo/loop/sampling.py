@@ -39,6 +39,7 @@ def make_collector(
     return Collector(
         model=learner.model, tokenizer=learner.tokenizer, sampling=config.sampling, device=learner.current_device,
         sampler=sampler, failures=config.reward_failures, synced_weights=partial(synced_weights, learner, sampler),
+        overlong=config.overlong, mask_truncated=config.mask_truncated, best_of=config.best_of,
         environment=episodes or None, episode_seeds=(learner.config.seed, 0),
         limits=learner.limits, scoring=make_scoring(learner.processes, on_main=config.reward_calls == "once"),
     )  # fmt: skip

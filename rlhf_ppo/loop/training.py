@@ -18,6 +18,7 @@ from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import scalar_statistics
 from rlhf_ppo.loop.checks import LostRollouts, check_inputs
 from rlhf_ppo.loop.config import Callback, TrainConfig, TrainState, check_settings
+from rlhf_ppo.loop.dynamic_sampling import roll_out
 from rlhf_ppo.loop.evaluation import Evaluation, evaluate, merge_evaluations
 from rlhf_ppo.loop.rollout_metrics import progress_postfix, rollout_metrics
 from rlhf_ppo.loop.run_keeper import RunKeeper
@@ -158,27 +159,25 @@ class TrainingLoop:
         """Sample and score responses: (responses, scores, seconds). None after a stop: the rollout is discarded."""
         parts: dict[str, Stateful] = {**self.per_process_state(), "prompts": self.prompt_sampler}
         before = {name: part.state_dict() for name, part in parts.items()}
-        start = time.perf_counter()
+        group_size = self.config.sampling.num_return_sequences
         try:
-            collected = self.collector.sample(self.prompts.batch(next(self.prompt_sampler)), self.generator)
-            generated = time.perf_counter()
-            if self._is_stop_requested():
-                self._discard_and_stop(parts, before)
-                return None
-            scores = self.collector.score(collected, self.rewards, self.config.missing_eos)
+            rollout = roll_out(
+                lambda: self.collector.sample(self.prompts.batch(next(self.prompt_sampler)), self.generator),
+                lambda collected: self.collector.score(collected, self.rewards, self.config.missing_eos),
+                self._is_stop_requested, dynamic=self.config.dynamic_sampling, group_size=group_size,
+                groups=self.learner.config.batch_size // group_size, any_process=self.learner.processes.any_process,
+            )  # fmt: skip
         except Exception:
             self._save_before_error(parts, before)
             raise
-        times = {"time/generate": generated - start, "time/reward": time.perf_counter() - generated}
-        if self._is_stop_requested():
+        if rollout is None or self._is_stop_requested():
             self._discard_and_stop(parts, before)
             return None
-        return collected, scores, times
+        return rollout
 
     def _is_stop_requested(self) -> bool:
         """Whether any process has received a signal."""
-        requested = torch.tensor(float(self._stop_request.is_set), device=self.learner.current_device)
-        return float(self.learner.processes.reduce_sum(requested)) > 0
+        return self.learner.processes.any_process(self._stop_request.is_set)
 
     def _discard_and_stop(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
         """Restore the state before the rollout, save a checkpoint, and stop."""

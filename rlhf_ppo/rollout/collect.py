@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.environments.episode import Episode
 from rlhf_ppo.environments.sampler import EnvironmentSampler
-from rlhf_ppo.functional import missing_eos_penalty
+from rlhf_ppo.functional import missing_eos_penalty, soft_overlong_penalty
 from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures
 from rlhf_ppo.rewards.gather import Postprocess, Prepare, Score, Scoring
 from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSources, score_batch, unscored
@@ -35,6 +35,23 @@ class MissingEOS:
     penalty: float
     mode: Literal["replace", "subtract"] = "replace"
     """Whether the negative penalty replaces the score (Ziegler et al. 2019) or is subtracted from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftOverlong:
+    """Penalty of long responses (DAPO, Yu et al. 2025): 0 up to the buffer, then linear to `penalty` at the limit."""
+
+    buffer: int
+    """Tokens before `max_new_tokens` over which the penalty grows."""
+    penalty: float = 1.0
+    """Penalty at `max_new_tokens`, in units of the score."""
+
+    def __post_init__(self) -> None:
+        if self.buffer < 1 or self.penalty < 0:
+            raise ValueError(
+                f"expected buffer >= 1 and penalty >= 0, got {self}: long responses would not be penalized, or "
+                "rewarded. DAPO uses buffer=4096 of 20480 tokens and penalty=1.0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +95,9 @@ class Collector:
         limits: Limits of the model, which sampled responses are checked against. None: no check.
         scoring: How processes share the scoring; see `make_scoring`.
         sources_context: Context for calling reward sources: while active, their models are on their devices.
+        overlong: Penalty of responses near the maximum length. None: no penalty.
+        mask_truncated: Whether responses without a stop token are kept out of the loss.
+        best_of: Number of responses per prompt to learn from, the highest scores; None: all.
         environment: Plays episodes instead of sampling one response each. None: no environment.
         episode_seeds: Seed of the run, and 0 in training, 1 in evaluation; see `episode_tasks`.
     """
@@ -92,6 +112,9 @@ class Collector:
     limits: ModelLimits | None = None
     scoring: Scoring = _score_in_one_process
     sources_context: Callable[[], AbstractContextManager[object]] = nullcontext
+    overlong: SoftOverlong | None = None
+    mask_truncated: bool = False
+    best_of: int | None = None
     environment: EnvironmentSampler | None = None
     episode_seeds: tuple[int, int] = (0, 0)
 
@@ -181,6 +204,8 @@ class Collector:
     ) -> RewardScores:
         if collected.episodes is not None:
             return add_environment_rewards(scores, collected.episodes)
+        if self.overlong is not None:
+            scores = self._penalize_length(scores, collected, self.overlong)
         if missing_eos is None:
             return scores
         if scores.per_token is not None:
@@ -192,26 +217,41 @@ class Collector:
         total = missing_eos_penalty(scores.total, finished, penalty=missing_eos.penalty, mode=missing_eos.mode)
         return replace(scores, total=total)
 
+    def _penalize_length(
+        self, scores: RewardScores, collected: CollectedResponses, overlong: SoftOverlong
+    ) -> RewardScores:
+        lengths = torch.tensor([len(response) for response in collected.samples.responses])
+        penalty = overlong.penalty * soft_overlong_penalty(
+            lengths, max_length=self.sampling.max_new_tokens, buffer=overlong.buffer
+        )
+        per_token = scores.per_token
+        if per_token is not None:
+            per_token = per_token.scatter_add(1, lengths[:, None] - 1, penalty[:, None])
+        return replace(scores, total=scores.total + penalty, per_token=per_token)
+
     def kept_rows(self, scores: RewardScores) -> list[int]:
         """Indices of the rows to learn from: those of groups (responses to one prompt) in which no row was skipped.
 
-        An incomplete group would be compared with responses to another prompt.
+        An incomplete group would be compared with responses to another prompt. With `best_of`, the best of each group.
         """
-        groups = scores.skipped.view(-1, self.sampling.num_return_sequences)
-        return [
-            row for row, skipped in enumerate(groups.any(1).repeat_interleave(groups.shape[1]).tolist()) if not skipped
-        ]
+        copies = self.sampling.num_return_sequences
+        complete = ~scores.skipped.view(-1, copies).any(dim=1)
+        order = scores.total.view(-1, copies).argsort(dim=1, descending=True, stable=True)
+        chosen = order[:, : self.best_of].sort(dim=1).values + torch.arange(len(order))[:, None] * copies
+        return [int(row) for row in chosen[complete].flatten()]
 
     def responses(self, collected: CollectedResponses, scores: RewardScores) -> Responses | None:
         """Select the samples to learn from, in the form that `learn` takes; None if all were skipped."""
         rows = self.kept_rows(scores)
         if not rows:
             return None
+        group_size = self.best_of or self.sampling.num_return_sequences
         if collected.episodes is not None:
-            return responses_of_episodes(
+            played = responses_of_episodes(
                 [collected.episodes[row] for row in rows], self.device,
-                scores=scores.scores[rows], group_size=self.sampling.num_return_sequences,
+                scores=scores.scores[rows], group_size=group_size,
             )  # fmt: skip
+            return replace(played, excluded=played.truncated if self.mask_truncated else None)
         samples = collected.samples
         responses: list[Tensor] = [samples.responses[row].to(self.device) for row in rows]
         logprobs = samples.logprobs
@@ -220,7 +260,10 @@ class Collector:
             inputs=TokenInputs(prompts=[samples.prompts[row].to(self.device) for row in rows], responses=responses),
             mask=pad_rows([torch.ones(len(response)) for response in responses]).bool().to(self.device),
             scores=scores.scores[rows].to(self.device),
-            group_size=self.sampling.num_return_sequences,
+            group_size=group_size,
+            excluded=torch.tensor([not samples.finished[row] for row in rows], device=self.device)
+            if self.mask_truncated
+            else None,
             sampler_logprobs=None if logprobs is None else pad_rows([logprobs[row].to(self.device) for row in rows]),
             sampler_values=None if values is None else pad_rows([values[row].to(self.device) for row in rows]),
         )

@@ -31,6 +31,8 @@ class Responses:
     """Number of adjacent responses to one prompt."""
     turn_starts: Bool[Tensor, "batch time"] | None = None
     """True at the first token of each turn; None: a turn is a run of tokens that the policy chose."""
+    excluded: Bool[Tensor, " batch"] | None = None
+    """True where a response is kept out of the loss, but not out of baselines and statistics. None: nowhere."""
     sampler_logprobs: Float[Tensor, "batch time"] | None = None
     """log μ of each token under the sampler, nats; None if the sampler did not return it."""
     sampler_values: Float[Tensor, "batch time"] | None = None

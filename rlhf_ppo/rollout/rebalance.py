@@ -80,4 +80,4 @@ def _to_device(responses: Responses, device: torch.device | str) -> Responses:
     return replace(responses, inputs=responses.inputs.to(target), **tensors)
 
 
-_TENSOR_FIELDS = ("mask", "scores", "truncated", "turn_starts", "sampler_logprobs", "sampler_values")
+_TENSOR_FIELDS = ("mask", "scores", "truncated", "excluded", "turn_starts", "sampler_logprobs", "sampler_values")

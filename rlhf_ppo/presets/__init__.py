@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
+from rlhf_ppo.algorithms import AlgorithmConfig
 from rlhf_ppo.learner.config import PPOConfig
+from rlhf_ppo.presets.verifiable_rewards import RECENT, Values
 from rlhf_ppo.rollout.collect import MissingEOS
 from rlhf_ppo.utils.moved_names import forward_old_names
 
-PresetName: TypeAlias = Literal["ziegler2019", "stiennon2020", "nplus2024", "trl-classic"]
+ClassicPresetName: TypeAlias = Literal["ziegler2019", "stiennon2020", "nplus2024", "trl-classic"]
+"""Presets of PPO from the classic fields of `PPOConfig`."""
+PresetName: TypeAlias = ClassicPresetName | Literal["orz", "vapo", "turn-ppo", "sao", "dapo", "dr-grpo", "gspo"]
+PRESET_NAMES: tuple[str, ...] = (*get_args(ClassicPresetName), *get_args(get_args(PresetName)[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,15 @@ class PublishedRun:
     anneal: bool = False
     """Whether the learning rate decays linearly to 0."""
     separate_critic: bool = False
-    """Whether the value function was a separate network, initialized from the reward model (`attach_critic`)."""
+    """Whether the value function was a separate network (`attach_critic`)."""
+    algorithm: AlgorithmConfig | None = None
+    """What was optimized, for `PPOTrainer(algorithm=)`; None: PPO from the classic fields of `settings`."""
+    group_size: int | None = None
+    """Responses per prompt (`SamplingConfig.num_return_sequences`); None: 1, or not named."""
+    overlong_share: float | None = None
+    """Share of the maximum length over which `SoftOverlong` penalized; None: it did not."""
+    dynamic_sampling: bool = False
+    """Whether groups of equal scores were sampled anew (`TrainConfig.dynamic_sampling`)."""
     remarks: str = ""
     """What the settings do not reproduce."""
 
@@ -109,6 +122,13 @@ def _make_run(
     )
 
 
+def _recent_run(title: str, values: Values, fields: Values, remarks: str) -> PublishedRun:
+    return _make_run(
+        title, values, {name: source for name, (_, source) in fields.items()}, remarks=remarks,
+        **{name: value for name, (value, _) in fields.items()},
+    )  # fmt: skip
+
+
 PRESETS: Mapping[str, PublishedRun] = MappingProxyType(
     {
         "ziegler2019": _make_run(
@@ -144,6 +164,7 @@ PRESETS: Mapping[str, PublishedRun] = MappingProxyType(
         "trl-classic": _make_run(
             "Defaults of TRL's classic PPOConfig", {name: (value, _TRL) for name, value in _CLASSIC.items()}
         ),
+        **{name: _recent_run(**run) for name, run in RECENT.items()},
     }
 )  # fmt: skip
 
@@ -155,7 +176,7 @@ def published_run(name: str) -> PublishedRun:
         ValueError: There is no such preset.
     """
     if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}, there are {', '.join(get_args(PresetName))}")
+        raise ValueError(f"there is no preset {name!r}, there are {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

@@ -1,0 +1,158 @@
+"""Roll out a batch; with `DynamicSampling`, sample again until every group has a spread of scores."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeAlias
+
+import torch
+
+from rlhf_ppo.batch import concatenate_rows
+from rlhf_ppo.rewards.sources import RewardScores
+from rlhf_ppo.rollout.collect import CollectedResponses
+from rlhf_ppo.samplers.base import Samples
+from rlhf_ppo.utils.field_types import check_fields
+
+RolloutResult: TypeAlias = tuple[CollectedResponses, RewardScores, dict[str, float]]
+"""Responses, scores, seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicSampling:
+    """Replace groups of responses that all score the same, which teach nothing (DAPO, Yu et al. 2025).
+
+    Groups that a reward source skipped are replaced, too.
+    """
+
+    max_rounds: int = 10
+    """Bound of the rounds of sampling per iteration; what is missing then is filled with groups of equal scores."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_rounds < 1:
+            raise ValueError(f"max_rounds must be at least 1, got {self.max_rounds}: nothing would be sampled. Use 10.")
+
+
+def roll_out(
+    sample: Callable[[], CollectedResponses],
+    score: Callable[[CollectedResponses], RewardScores],
+    is_stopped: Callable[[], bool],
+    *,
+    dynamic: DynamicSampling | None,
+    groups: int,
+    group_size: int,
+    any_process: Callable[[bool], bool],
+) -> RolloutResult | None:
+    """Sample and score a batch; None after a stop. Collective.
+
+    Args:
+        sample: Samples responses to the next prompts.
+        score: Scores them.
+        is_stopped: Whether a signal arrived on any process.
+        dynamic: Settings of dynamic sampling; None: one round.
+        groups: Number of groups of a batch on this process.
+        group_size: Number of adjacent responses to one prompt.
+        any_process: Whether a condition holds on any process.
+    """
+    rounds: list[tuple[CollectedResponses, RewardScores]] = []
+    times = {"time/generate": 0.0, "time/reward": 0.0}
+    while True:
+        start = time.perf_counter()
+        collected = sample()
+        times["time/generate"] += time.perf_counter() - start
+        if is_stopped():
+            return None
+        start = time.perf_counter()
+        rounds.append((collected, score(collected)))
+        times["time/reward"] += time.perf_counter() - start
+        if dynamic is None or is_stopped():
+            return *rounds[0], times
+        spread = sum(len(groups_with_spread(scores, group_size)) for _, scores in rounds)
+        if len(rounds) == dynamic.max_rounds or not any_process(spread < groups):
+            return *fill_batch(rounds, groups, group_size), times
+
+
+def groups_with_spread(scores: RewardScores, group_size: int) -> list[int]:
+    """Indices of the groups whose total scores differ, and of which no response was skipped."""
+    totals, skipped = scores.total.view(-1, group_size), scores.skipped.view(-1, group_size)
+    differs = (totals != totals[:, :1]).any(dim=1) & ~skipped.any(dim=1)
+    return [int(group) for group in differs.nonzero().flatten()]
+
+
+def fill_batch(
+    rounds: Sequence[tuple[CollectedResponses, RewardScores]], groups: int, group_size: int
+) -> tuple[CollectedResponses, RewardScores]:
+    """A batch of `groups` groups: those with a spread, and others where they are too few, in the order of sampling."""
+    collected = _concatenate_responses([part for part, _ in rounds])
+    scores = _concatenate_scores([part for _, part in rounds])
+    sampled = len(scores.total) // group_size
+    spread = groups_with_spread(scores, group_size)
+    skipped = scores.skipped.view(-1, group_size).any(dim=1).tolist()
+    others = sorted(set(range(sampled)) - set(spread), key=lambda group: (skipped[group], group))
+    chosen = sorted([*spread, *others][:groups])
+    rows = [group * group_size + copy for group in chosen for copy in range(group_size)]
+    counts = collected.counts | {"env/groups_sampled": sampled, "env/groups_equal": sampled - len(spread)}
+    return replace(_select_responses(collected, rows), counts=counts), _select_scores(scores, rows)
+
+
+def _concatenate_responses(parts: Sequence[CollectedResponses]) -> CollectedResponses:
+    names = parts[0].columns
+    samples = [part.samples for part in parts]
+    return CollectedResponses(
+        samples=Samples(
+            prompts=list(chain.from_iterable(part.prompts for part in samples)),
+            responses=list(chain.from_iterable(part.responses for part in samples)),
+            finished=list(chain.from_iterable(part.finished for part in samples)),
+            logprobs=None if any(part.logprobs is None for part in samples)
+            else list(chain.from_iterable(part.logprobs or () for part in samples)),
+            values=None if any(part.values is None for part in samples)
+            else list(chain.from_iterable(part.values or () for part in samples)),
+        ),
+        prompts=list(chain.from_iterable(part.prompts for part in parts)),
+        responses=list(chain.from_iterable(part.responses for part in parts)),
+        columns={name: list(chain.from_iterable(part.columns[name] for part in parts)) for name in names},
+        episodes=None if parts[0].episodes is None
+        else list(chain.from_iterable(part.episodes or () for part in parts)),
+        counts={name: sum(part.counts.get(name, 0) for part in parts) for name in parts[0].counts},
+    )  # fmt: skip
+
+
+def _select_responses(collected: CollectedResponses, rows: Sequence[int]) -> CollectedResponses:
+    samples, episodes = collected.samples, collected.episodes
+    return replace(
+        collected,
+        samples=replace(
+            samples,
+            prompts=[samples.prompts[row] for row in rows], responses=[samples.responses[row] for row in rows],
+            finished=[samples.finished[row] for row in rows],
+            logprobs=None if samples.logprobs is None else [samples.logprobs[row] for row in rows],
+            values=None if samples.values is None else [samples.values[row] for row in rows],
+        ),
+        prompts=[collected.prompts[row] for row in rows], responses=[collected.responses[row] for row in rows],
+        columns={name: [column[row] for row in rows] for name, column in collected.columns.items()},
+        episodes=None if episodes is None else [episodes[row] for row in rows],
+    )  # fmt: skip
+
+
+def _concatenate_scores(parts: Sequence[RewardScores]) -> RewardScores:
+    per_token = [part.per_token for part in parts if part.per_token is not None]
+    if per_token and len(per_token) < len(parts):
+        raise ValueError(
+            "expected scores per token in every round of an iteration, or in none, got both: they cannot be joined. "
+            "Let the reward source return one kind."
+        )
+    joined = parts[0].joined(parts[1:])
+    return replace(joined, per_token=concatenate_rows(per_token) if per_token else None)
+
+
+def _select_scores(scores: RewardScores, rows: Sequence[int]) -> RewardScores:
+    index = torch.tensor(rows, dtype=torch.long)
+    return replace(
+        scores,
+        total=scores.total[index],
+        per_token=None if scores.per_token is None else scores.per_token[index],
+        per_source={name: values[index] for name, values in scores.per_source.items()},
+        skipped=scores.skipped[index],
+        dropped=scores.dropped[index],
+    )
