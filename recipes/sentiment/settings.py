@@ -23,7 +23,7 @@ from rlhf_ppo import (
 )
 from rlhf_ppo.algorithms import Critic
 from rlhf_ppo.diagnostics.guards import Guards
-from rlhf_ppo.presets import PresetName, published_run
+from rlhf_ppo.presets import ClassicPresetName, published_run
 from rlhf_ppo.samplers.base import Sampler
 from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
 
@@ -236,7 +236,7 @@ class AlgorithmSettings:
 
     algorithm: AlgorithmName = "ppo-clip"
     """What is optimized."""
-    preset: PresetName | None = None
+    preset: ClassicPresetName | None = None
     """Numbers of a published run (rlhf_ppo.presets) instead of those that suit the model."""
 
     def algorithm_config(self, vf_coef: float) -> AlgorithmConfig:

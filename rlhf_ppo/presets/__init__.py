@@ -18,7 +18,6 @@ from rlhf_ppo.utils.moved_names import forward_old_names
 ClassicPresetName: TypeAlias = Literal["ziegler2019", "stiennon2020", "nplus2024", "trl-classic"]
 """Presets of PPO from the classic fields of `PPOConfig`."""
 PresetName: TypeAlias = ClassicPresetName | Literal["orz", "vapo", "turn-ppo", "sao", "dapo", "dr-grpo", "gspo"]
-PRESET_NAMES: tuple[str, ...] = (*get_args(ClassicPresetName), *get_args(get_args(PresetName)[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
