@@ -28,6 +28,7 @@ from rlhf_ppo.classic.helpers import LengthSampler, respond_to_batch
 from rlhf_ppo.functional import compute_ppo_total_loss
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController
+from rlhf_ppo.loop.dynamic_sampling import DynamicSampling
 from rlhf_ppo.loop.training import TrainConfig, TrainState
 from rlhf_ppo.models import (
     AutoModelForCausalLMWithValueHead,
@@ -37,26 +38,31 @@ from rlhf_ppo.models import (
     attach_critic,
     create_reference_model,
 )
+from rlhf_ppo.rollout.collect import SoftOverlong
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.updates.pretraining import PretrainingMix
 from rlhf_ppo.utils.moved_names import forward_old_names
 from rlhf_ppo.utils.seeding import set_seed
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "GAE",
-    "GRPO",
-    "RLOO",
-    "TRPO",
+    "AdaptiveEntropy",
     "AdaptiveKLController",
     "AlgorithmConfig",
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "BatchMean",
     "BestOfNSampler",
+    "CISPO",
+    "ClipCovariance",
     "Critic",
     "DivergenceMask",
+    "DynamicSampling",
     "FixedKLController",
+    "GAE",
+    "GRPO",
+    "GSPO",
     "LearnedValue",
     "LengthSampler",
     "MovingMean",
@@ -64,10 +70,16 @@ __all__ = [
     "PPOConfig",
     "PPOPenalty",
     "PPOTrainer",
+    "PositiveNLL",
     "PreTrainedModelWrapper",
+    "PretrainingMix",
+    "RLOO",
     "Reinforce",
     "ReinforcePlusPlus",
     "SeparateCritic",
+    "SoftOverlong",
+    "TRPO",
+    "TopEntropyTokens",
     "TrainConfig",
     "TrainState",
     "attach_critic",
@@ -75,12 +87,6 @@ __all__ = [
     "create_reference_model",
     "respond_to_batch",
     "set_seed",
-    "CISPO",
-    "GSPO",
-    "AdaptiveEntropy",
-    "ClipCovariance",
-    "PositiveNLL",
-    "TopEntropyTokens",
 ]
 
 forward_old_names(__name__)

@@ -32,6 +32,7 @@ from rlhf_ppo.rollout.episodes import check_step_arguments, prompt_set
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
+from rlhf_ppo.updates.pretraining import PretrainingMix
 
 
 class PPOTrainer(ClassicSurface):
@@ -52,6 +53,7 @@ class PPOTrainer(ClassicSurface):
         lr_scheduler: Stepped once per `step()`.
         training_data_collator: Pads the rows that `step` scores; None: `step` scores response tokens without padding.
         algorithm: What is optimized; None: PPO with the clipped surrogate, from the classic fields of `config`.
+        pretraining: Texts that every optimizer step also learns (PPO-ptx); None: none.
 
     Raises:
         ValueError: An argument is of the wrong type; nothing has been moved or changed then.
@@ -74,12 +76,14 @@ class PPOTrainer(ClassicSurface):
         training_data_collator: Callable[..., Any] | None = None,
         *,
         algorithm: AlgorithmConfig | None = None,
+        pretraining: PretrainingMix | None = None,
     ) -> None:
         check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler)
         assert tokenizer is not None  # narrowed by the check above
         super().__init__(
-            config, model, ref_model, tokenizer, optimizer, num_shared_layers, lr_scheduler, algorithm=algorithm
-        )
+            config, model, ref_model, tokenizer, optimizer, num_shared_layers, lr_scheduler, algorithm=algorithm,
+            pretraining=pretraining,
+        )  # fmt: skip
         self.update_context = partial(dump_on_failure, self)
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.dataset, self.dataloader = dataset, None

@@ -46,15 +46,15 @@ from rlhf_ppo.algorithms.objectives import (
     mean_over_sequences,
     policy_gradient,
     sequence_surrogate,
-    surrogate,
 )
 from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
 from rlhf_ppo.algorithms.ppo_penalty import AdaptiveBetaUpdate, OldPolicySnapshot
 from rlhf_ppo.algorithms.surrogate_config import ClippedSurrogate, PositiveNLL
 from rlhf_ppo.algorithms.update_factory import UpdateFactory
 from rlhf_ppo.functional import ReferenceKL
-from rlhf_ppo.updates import ComputeGradients, MinibatchConfig, Objective, TrustRegionUpdate, Update, count_sequences
+from rlhf_ppo.updates import ComputeGradients, MinibatchConfig, Objective, Update, count_sequences
 from rlhf_ppo.updates.objective import count_actions
+from rlhf_ppo.updates.pretraining import PretrainingMix, PretrainingRows, UpdateWithPretraining
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def build_algorithm(
     compute_gradients: ComputeGradients | None = None,
     reference_kl: ReferenceKL | None = None,
     reference: nn.Module | None = None,
+    pretraining: PretrainingMix | None = None,
 ) -> Algorithm:
     """Build the algorithm of `config` for one policy, optimizer and accelerator.
 
@@ -95,11 +96,18 @@ def build_algorithm(
         reference_kl: Kind of KL to the reference in the loss, weighed by `Rollout.reference_kl_coef`; None: no KL.
         reference: The prepared reference, used by `reference_kl="full"` alone.
         compute_gradients: Replaces autograd in minibatch updates and critic fits; None: autograd.
+        pretraining: Texts that every optimizer step also learns; None: none.
     """
+    rows = None if pretraining is None else PretrainingRows(pretraining, seed)
     factory = UpdateFactory(
-        policy=policy, optimizer=optimizer, accelerator=accelerator, minibatch_config=minibatch_config,
-        seed=seed, reference_kl=reference_kl, reference=reference, compute_gradients=compute_gradients,
+        policy=policy, optimizer=optimizer, accelerator=accelerator, minibatch_config=minibatch_config, seed=seed,
+        reference_kl=reference_kl, reference=reference, compute_gradients=compute_gradients, pretraining=rows,
     )  # fmt: skip
+    algorithm = _build(factory, config)
+    return algorithm if rows is None else replace(algorithm, update=UpdateWithPretraining(algorithm.update, rows))
+
+
+def _build(factory: UpdateFactory, config: AlgorithmConfig) -> Algorithm:
     match config:
         case PPOClip():
             objective, update = _clipped_update(factory, config, config.critic)
@@ -107,12 +115,7 @@ def build_algorithm(
         case PPOPenalty():
             return _ppo_penalty(factory, config)
         case TRPO():
-            natural = TrustRegionUpdate(
-                policy=policy, optimizer=optimizer, accelerator=accelerator, config=minibatch_config,
-                seed=seed, clip_range_value=config.clip_range_value, compare_with=factory.reference_argument,
-                objective=factory.total_objective(surrogate, critic=None, ent_coef=config.ent_coef), region=config,
-                compute_gradients=compute_gradients,
-            )  # fmt: skip
+            natural = factory.trust_region_update(config)
             return Algorithm(gae_advantages(config.gae, factory.reduce_sum), natural)
         case Reinforce():
             return _reinforce(factory, config)

@@ -9,8 +9,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlhf_ppo.algorithms.config import Critic
-from rlhf_ppo.algorithms.objectives import PolicyTerm, total_objective, with_reference_kl
+from rlhf_ppo.algorithms.config import TRPO, Critic
+from rlhf_ppo.algorithms.objectives import PolicyTerm, surrogate, total_objective, with_reference_kl
 from rlhf_ppo.algorithms.surrogate_config import ClipCovariance, TopEntropyTokens
 from rlhf_ppo.algorithms.token_selection import TokenSelectionUpdate
 from rlhf_ppo.batch import TrainBatch
@@ -22,9 +22,11 @@ from rlhf_ppo.updates import (
     MinibatchConfig,
     MinibatchUpdate,
     Objective,
+    TrustRegionUpdate,
     Update,
 )
 from rlhf_ppo.updates.objective import count_actions
+from rlhf_ppo.updates.pretraining import PretrainingGradients, PretrainingRows
 from rlhf_ppo.updates.shuffle import Shuffle
 
 
@@ -43,6 +45,8 @@ class UpdateFactory:
     """Kind of KL to the reference in the loss; None: no KL."""
     reference: nn.Module | None = None
     """The frozen reference, used by `reference_kl="full"`."""
+    pretraining: PretrainingRows | None = None
+    """Draws the texts that every optimizer step also learns; None: none."""
     compute_gradients: ComputeGradients | None = None
     """Replaces autograd in minibatch updates and critic fits; None: autograd."""
 
@@ -95,11 +99,14 @@ class UpdateFactory:
             extra = {} if compare_with is None else compare_with(batch)
             return extra | self.reference_argument(batch)
 
-        return MinibatchUpdate(
+        update = MinibatchUpdate(
             policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator, objective=objective,
             config=config or self.minibatch_config, seed=self.seed, compare_with=compare, count=count,
             compute_gradients=self.compute_gradients,
         )  # fmt: skip
+        if self.pretraining is not None:
+            update.compute_gradients = PretrainingGradients(update, self.pretraining)
+        return update
 
     def reference_argument(self, batch: TrainBatch) -> dict[str, Any]:
         """The policy's argument `reference` if the loss needs the full reference distribution, else {}."""
@@ -129,4 +136,18 @@ class UpdateFactory:
         return TokenSelectionUpdate(
             update, config, policy=self.module, accelerator=self.accelerator, minibatch_config=self.minibatch_config,
             seed=self.seed,
+        )  # fmt: skip
+
+    def trust_region_update(self, config: TRPO) -> TrustRegionUpdate:
+        """The update of TRPO."""
+        if self.pretraining is not None:
+            raise ValueError(
+                "pretraining texts are mixed into minibatch steps, which TRPO does not take: its natural gradient "
+                "would not contain them. Use another algorithm, or leave them out."
+            )
+        return TrustRegionUpdate(
+            policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator, config=self.minibatch_config,
+            seed=self.seed, clip_range_value=config.clip_range_value, compare_with=self.reference_argument,
+            objective=self.total_objective(surrogate, critic=None, ent_coef=config.ent_coef), region=config,
+            compute_gradients=self.compute_gradients,
         )  # fmt: skip

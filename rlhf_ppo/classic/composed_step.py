@@ -126,6 +126,7 @@ def _check_supported(trainer: ClassicInnerMethods) -> None:
         f"the algorithm {trainer.algorithm_config}": trainer.algorithm_config != config.algorithm(),
         f"kl_placement={config.kl_placement!r}": config.kl_placement != "reward",
         f"kl_penalty={config.kl_penalty!r}": config.kl_penalty == "none",
+        "pretraining texts": trainer.pretraining is not None,
         "a separate critic": trainer.model.critic is not None,
         "parameters sharded by FSDP or DeepSpeed": trainer.accelerator.distributed_type in ("FSDP", "DEEPSPEED"),
     }

@@ -53,6 +53,7 @@ from rlhf_ppo.rollout.experience import Responses, RewardShaping, ScoredResponse
 from rlhf_ppo.rollout.kl_placement import loss_kl_estimator
 from rlhf_ppo.rollout.sampler_reuse import SamplerReuse
 from rlhf_ppo.updates import UpdateRecord
+from rlhf_ppo.updates.pretraining import PretrainingMix
 from rlhf_ppo.utils.seeding import set_seed
 from rlhf_ppo.utils.timing import empty_cache_after, timed
 
@@ -70,6 +71,7 @@ class PPOLearner:
         num_shared_layers: Lower layers that policy and copied reference share in memory, frozen.
         lr_scheduler: Stepped once per `learn`.
         algorithm: What is optimized; None: PPO with the clipped surrogate, from the classic fields of `config`.
+        pretraining: Texts that every optimizer step also learns (PPO-ptx); None: none.
     """
 
     metrics: dict[str, float]
@@ -96,9 +98,10 @@ class PPOLearner:
         lr_scheduler: LRScheduler | None = None,
         *,
         algorithm: AlgorithmConfig | None = None,
+        pretraining: PretrainingMix | None = None,
     ) -> None:
         set_seed(config.seed)
-        self.config = config
+        self.config, self.pretraining = config, pretraining
         self.tokenizer = tokenizer
         self.accelerator = make_accelerator(config)
         self.is_distributed, self.current_device = self.accelerator.num_processes > 1, self.accelerator.device
@@ -141,7 +144,7 @@ class PPOLearner:
         self.algorithm = build_algorithm(
             self.algorithm_config, policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator,
             minibatch_config=config.minibatch, seed=config.seed, reference=self._reference,
-            reference_kl=loss_kl_estimator(config.kl_penalty, config.kl_placement),
+            reference_kl=loss_kl_estimator(config.kl_penalty, config.kl_placement), pretraining=self.pretraining,
         )  # fmt: skip
 
     def learn(self, responses: Responses) -> Statistics:

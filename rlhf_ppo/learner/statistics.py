@@ -147,6 +147,7 @@ def extra_metrics(data: StepData, record: UpdateRecord) -> dict[str, float]:
     return reference | {
         "tokens/actions_mean": float(data.mask.sum(dim=1).float().mean()),
         "tokens/turns_mean": float((data.mask & ~before).sum(dim=1).float().mean()),
+        **{f"ppo/{name}": value for name, value in record.mean().items() if name == "loss/pretraining"},
         "ppo/policy/grad_norm": record.mean().get("policy/grad_norm", float("nan")),
         "ppo/policy/ratio_max": float(record.ratio().max()) if record.ratios else float("nan"),
         "ppo/updates": float(len(record.metrics)),

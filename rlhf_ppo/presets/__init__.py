@@ -7,7 +7,7 @@ weights. `remarks` names what settings do not reproduce (data, reward model, imp
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from rlhf_ppo.algorithms import AlgorithmConfig
 from rlhf_ppo.learner.config import PPOConfig

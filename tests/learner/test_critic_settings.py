@@ -25,7 +25,8 @@ def own(*, separate: bool = False, **critic: Any) -> PPOTrainer:
     model = policy()
     if separate:
         attach_critic(model, SeparateCritic.from_policy(model))
-    return trainer_of(model, arguments={"algorithm": PPOClip(critic=Critic(**critic))})
+    no_kl = {"kl_penalty": "none", "init_kl_coef": 0.0}
+    return trainer_of(model, **no_kl, arguments={"algorithm": PPOClip(critic=Critic(**critic))})
 
 
 def parts(trainer: PPOTrainer) -> tuple[Tensor, Tensor]:

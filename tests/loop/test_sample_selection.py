@@ -19,7 +19,7 @@ PAIRS = SamplingConfig(max_new_tokens=6, num_return_sequences=2, stop_token_ids=
 
 
 def scores_of(totals: list[float], skipped: tuple[int, ...] = ()) -> RewardScores:
-    total = torch.tensor(totals)
+    total = torch.tensor(totals, dtype=torch.float32)
     is_skipped = torch.tensor([row in skipped for row in range(len(totals))])
     return RewardScores(
         total=total, per_token=None, per_source={"r": total}, skipped=is_skipped,

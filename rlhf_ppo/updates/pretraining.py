@@ -1,0 +1,130 @@
+"""Mix gradients of the language-modeling loss into every optimizer step (PPO-ptx)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_ppo.batch import TokenInputs, TrainBatch
+from rlhf_ppo.updates.minibatch import MinibatchUpdate
+from rlhf_ppo.updates.objective import Masked, Metrics, Objective, Update, UpdateRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingMix:
+    """Texts whose likelihood is learned beside the reward (PPO-ptx; Ouyang et al. 2022, eq. 2).
+
+        objective + γ E_{x ~ D}[log π_θ(x)]
+
+    Raises:
+        ValueError: There is no text, or a setting without meaning.
+    """
+
+    texts: Sequence[Tensor]
+    """D: token ids of each text, Long [n >= 2]; the first token is given, the others are learned."""
+    coef: float = 27.8
+    """γ, the weight of the mean log-likelihood of a token; 27.8 in InstructGPT."""
+    rows: int = 8
+    """Texts per optimizer step, over all processes."""
+
+    def __post_init__(self) -> None:
+        short = [index for index, text in enumerate(self.texts) if text.dim() != 1 or len(text) < 2]
+        if not len(self.texts) or short or self.rows < 1 or self.coef < 0:
+            raise ValueError(
+                f"expected texts of at least two tokens each, rows >= 1 and coef >= 0, got {len(self.texts)} texts "
+                f"(shorter: {short[:3]}), rows={self.rows}, coef={self.coef}: there would be nothing to learn. Pass "
+                "one 1-D tensor of token ids per text."
+            )
+
+
+class PretrainingRows:
+    """Draws the texts of each optimizer step, in a new seeded order each pass, equal on all processes.
+
+    Args:
+        mix: Texts and their weight.
+        seed: Seeds the order.
+    """
+
+    def __init__(self, mix: PretrainingMix, seed: int) -> None:
+        self.mix, self.seed = mix, seed
+        self.position = 0
+        """Number of texts drawn so far; the only state."""
+
+    def __call__(self, process: int, processes: int) -> tuple[list[Tensor], int]:
+        """The next texts of this process, and the number of learned tokens of all processes."""
+        count = len(self.mix.texts)
+        drawn = []
+        for position in range(self.position, self.position + self.mix.rows):
+            epoch, index = divmod(position, count)
+            drawn.append(int(np.random.default_rng([self.seed, epoch]).permutation(count)[index]))
+        self.position += self.mix.rows
+        texts = [self.mix.texts[index] for index in drawn]
+        return texts[process::processes], sum(len(text) - 1 for text in texts)
+
+
+class PretrainingGradients:
+    """Computes the gradients of an optimizer step after those of γ times the loss on pretraining texts, which add up.
+
+    Args:
+        update: The update whose gradients are mixed; its own are computed as before.
+        rows: Draws the texts.
+    """
+
+    def __init__(self, update: MinibatchUpdate, rows: PretrainingRows) -> None:
+        self.update, self.rows, self.inner = update, rows, update.compute_gradients
+
+    def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[Metrics, list[Masked]]:
+        """Accumulate both gradients; the metrics are those of the update and `loss/pretraining`."""
+        loss = self._accumulate(batch.mask.device)
+        metrics, ratios = self.inner(objective, batch, rows)
+        return metrics | {"loss/pretraining": loss}, ratios
+
+    def _accumulate(self, device: torch.device) -> Tensor:
+        update, accelerator = self.update, self.update.accelerator
+        texts, tokens = self.rows(accelerator.process_index, accelerator.num_processes)
+        total = torch.zeros((), device=device)
+        for start in range(0, len(texts), update.config.micro_batch_size or len(texts)):
+            part = texts[start : start + (update.config.micro_batch_size or len(texts))]
+            with update.steps.micro_batch(last=False):
+                output = update.policy(_as_inputs(part, device))
+                loss = -output.logprobs.sum() / tokens  # 0 beyond the end of a text
+                # Gradients are averaged over processes; DDP waits for one of the value head.
+                scale = self.rows.mix.coef * accelerator.num_processes
+                update.steps.backward(scale * loss + 0.0 * output.values.sum())
+            total += loss.detach()
+        reduced: Tensor = accelerator.reduce(total, reduction="sum")
+        return reduced
+
+
+class UpdateWithPretraining:
+    """Wraps an update whose optimizer steps mix in pretraining texts, and saves which texts come next.
+
+    Args:
+        update: The wrapped update.
+        rows: Draws the texts.
+    """
+
+    def __init__(self, update: Update, rows: PretrainingRows) -> None:
+        self.inner, self.rows = update, rows
+
+    def __call__(self, batch: TrainBatch) -> UpdateRecord:
+        """Run the update."""
+        return self.inner(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the update, and the number of texts drawn."""
+        return {"update": self.inner.state_dict(), "texts": self.rows.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.inner.load_state_dict(state["update"])
+        self.rows.position = int(state["texts"])
+
+
+def _as_inputs(texts: Sequence[Tensor], device: torch.device) -> TokenInputs:
+    """Texts as inputs of the policy: the first token as prompt, the others as response."""
+    moved = [text.long().to(device) for text in texts]
+    return TokenInputs(prompts=[text[:1] for text in moved], responses=[text[1:] for text in moved])
