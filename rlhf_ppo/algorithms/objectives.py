@@ -43,7 +43,9 @@ def clipped_surrogate(config: ClippedSurrogate) -> PolicyTerm:
                 *arguments, kind=divergence.kind, threshold=divergence.threshold, count=count
             )
         elif cispo is not None:
-            loss, _ = cispo_loss(*arguments, min_weight=cispo.min_weight, max_weight=cispo.max_weight, count=count)
+            loss, _ = cispo_loss(
+                *arguments, min_weight=cispo.min_weight, max_weight=cispo.max_weight, drop=cispo.drop, count=count
+            )
         else:
             loss, _ = ppo_clip_loss(
                 *arguments, clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=dual_clip, count=count

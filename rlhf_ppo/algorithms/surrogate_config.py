@@ -30,6 +30,8 @@ class CISPO:
     """Largest weight of a token, >= 1; the article's 1 + ε_high, which it leaves open."""
     min_weight: float = 0.0
     """Smallest weight, in [0, 1]; 0: no lower bound, as in the article."""
+    drop: bool = False
+    """Drop tokens beyond the bounds instead: double-sided importance sampling, with `importance_sampling="bypass"`."""
 
     def __post_init__(self) -> None:
         check_fields(self)

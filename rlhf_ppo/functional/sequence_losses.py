@@ -58,6 +58,7 @@ def cispo_loss(
     *,
     min_weight: float,
     max_weight: float,
+    drop: bool = False,
     count: Count = None,
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """CISPO's loss: REINFORCE with clipped importance weights (MiniMax-M1, Chen et al. 2025).
@@ -65,7 +66,8 @@ def cispo_loss(
         L = -E[sg(clip(ρ_t, w_min, w_max)) Â_t log π_θ(a_t|s_t)]
 
     PPO's clip drops the gradient of a token whose ratio has left the range; here the token keeps it, with a bounded
-    weight. The weight carries no gradient.
+    weight, which carries no gradient. With `drop` a token beyond the bounds has weight 0, whichever the sign of its
+    advantage (double-sided importance sampling).
 
     Args:
         logprobs: log π_θ, nats; receives the gradient.
@@ -74,6 +76,7 @@ def cispo_loss(
         mask: True = an action of the policy.
         min_weight: w_min, the article's 1 - ε_low; 0, its choice, is no lower bound.
         max_weight: w_max, the article's 1 + ε_high, >= 1.
+        drop: Whether tokens beyond the bounds are dropped instead of bounded.
         count: Divisor of the sums, see `Count`.
 
     Returns:
@@ -90,8 +93,10 @@ def cispo_loss(
     log_ratio = log_ratios(logprobs, old_logprobs, mask)
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(min_weight, max_weight)
+    is_cut = weight != ratio
+    weight = weight.masked_fill(is_cut, 0.0) if drop else weight
     loss = -masked_mean(weight * zero_where_masked(advantages, mask) * zero_where_masked(logprobs, mask), mask, count)
-    metrics = {"clip_fraction": masked_mean((weight != ratio).to(ratio.dtype), mask, count)}
+    metrics = {"clip_fraction": masked_mean(is_cut.to(ratio.dtype), mask, count)}
     return loss, metrics | ratio_metrics(log_ratio, mask, count)
 
 

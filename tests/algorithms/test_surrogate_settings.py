@@ -57,6 +57,7 @@ WEIGHTS = CISPO(max_weight=9.0)
         (GRPO(clip_low=0.9, clip_high=9.0), GRPO(cispo=WEIGHTS)),
         (GRPO(cispo=WEIGHTS), GRPO(cispo=replace(WEIGHTS, max_weight=1.05))),
         (GRPO(cispo=WEIGHTS), GRPO(cispo=replace(WEIGHTS, min_weight=0.95))),
+        (GRPO(cispo=CISPO(max_weight=1.05)), GRPO(cispo=CISPO(max_weight=1.05, drop=True))),
         (RLOO(), RLOO(positive_nll=GOOD)),
         (RLOO(positive_nll=GOOD), RLOO(positive_nll=replace(GOOD, coef=0.5))),
         (RLOO(positive_nll=GOOD), RLOO(positive_nll=replace(GOOD, threshold=0.5))),

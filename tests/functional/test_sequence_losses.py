@@ -68,18 +68,22 @@ def test_a_long_response_counts_as_much_as_a_short_one_and_is_cut_as_a_whole() -
     assert torch.autograd.grad(loss, new)[0].tolist() == [[0.0, 0.0], [-0.5, 0.0]]
 
 
+@pytest.mark.parametrize("drop", [False, True])
 @given(seed=seeds, shape=shapes)
-def test_cispo_equals_a_loop_and_keeps_the_gradient_of_every_token(seed: int, shape: tuple[int, int]) -> None:
+def test_cispo_equals_a_loop_and_bounds_or_drops_what_is_beyond(drop: bool, seed: int, shape: tuple[int, int]) -> None:
     new, old, advantages, mask = batch(seed, shape)
     total, cut, gradient, count = 0.0, 0, torch.zeros_like(new), len(steps(mask))
     for row, step in steps(mask):
         n, o, a = (float(x[row, step]) for x in (new, old, advantages))
-        weight = min(max(math.exp(n - o), 0.9), 1.3)
-        cut += weight != math.exp(n - o)
+        weight, is_cut = min(max(math.exp(n - o), 0.9), 1.3), not 0.9 <= math.exp(n - o) <= 1.3
+        weight = 0.0 if drop and is_cut else weight
+        cut += is_cut
         total -= weight * a * n / count
         gradient[row, step] = -weight * a / count
     junk = spoil(new, mask).requires_grad_()
-    loss, metrics = F.cispo_loss(junk, spoil(old, mask), spoil(advantages, mask), mask, min_weight=0.9, max_weight=1.3)
+    loss, metrics = F.cispo_loss(
+        junk, spoil(old, mask), spoil(advantages, mask), mask, min_weight=0.9, max_weight=1.3, drop=drop
+    )
     assert loss.item() == pytest.approx(total, abs=1e-9)
     assert metrics["clip_fraction"].item() == pytest.approx(cut / count)
     assert_close(torch.autograd.grad(loss, junk)[0], gradient)
