@@ -10,6 +10,7 @@ from trl.trainer.reward_config import RewardConfig
 
 from reward_model.config import RewardModelConfig
 from reward_model.resume import processes, training_folder
+from rlhf_ppo.models.precision import has_bfloat16
 from rlhf_ppo.utils.installed import parameter_name, takes
 
 _FOLLOW_ACCURACY = ("reduce_lr_on_plateau", "greedy")
@@ -71,7 +72,7 @@ def check_schedule(config: RewardModelConfig) -> None:
 def trainer_arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
     """Convert the settings to trl's `RewardConfig`."""
     micro, accumulation = config.accumulation(processes().num_processes)
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    bf16 = has_bfloat16()
     recompute = parameter_name(RewardConfig, "activation_checkpointing", "gradient_checkpointing")  # transformers 5.23
     versioned: dict[str, Any] = {recompute: config.gradient_checkpointing}
     return RewardConfig(

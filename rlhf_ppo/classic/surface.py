@@ -52,11 +52,12 @@ class ClassicSurface(ClassicInnerMethods):
             "length_sampler": length_sampler, "batch_size": batch_size, "return_prompt": return_prompt,
             "device": self.current_device, **generation_kwargs,
         }  # fmt: skip
-        with self.gathered_parameters():
+        with self.precision.sampling(self.current_device), self.gathered_parameters():
             responses = generate_responses(self.model, self.tokenizer, query_tensor, **settings)
         if not generate_ref_response:
             return responses
-        with self.gathered_parameters(of_reference=True), self.reference_context():
+        sampling = self.precision.sampling(self.current_device)
+        with sampling, self.gathered_parameters(of_reference=True), self.reference_context():
             ref_responses = generate_responses(self.reference_model, self.tokenizer, query_tensor, **settings)
         return responses, ref_responses
 

@@ -215,7 +215,9 @@ class FusedLinearLogprobs:
         shape, dtype = (len(inputs), head.shape[1]), torch.promote_types(inputs.dtype, torch.float32)
         if place.shape != shape or place.dtype != dtype or place.device.type != "cpu":
             place = self.scratch.empty(shape, dtype)
-        if dtype != inputs.dtype or can_write_into(inputs, head, place):
+        if place.device.type != "cpu":
+            z = matmul(inputs, head, offset).to(dtype)
+        elif dtype != inputs.dtype or can_write_into(inputs, head, place):
             z = write_matmul(inputs, head, offset, to=place, scratch=self.scratch)
         else:
             z = matmul(inputs, head, offset)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_ppo.functional.masked import HALF_PRECISION
 from rlhf_ppo.kernels.allocator import limit_kernel_caches
 from rlhf_ppo.kernels.scratch_buffer import ScratchBuffer
 
@@ -72,7 +73,7 @@ def onednn_is_faster() -> bool:
     a, b = (torch.randn(256, 512, generator=generator), torch.randn(512, 768, generator=generator))
     try:
         error = float((_by_onednn(a, b) - a @ b).abs().max() / (a @ b).abs().max())
-        ours, theirs = _seconds(lambda: _by_onednn(a, b), lambda: a @ b)
+        ours, theirs = measure_seconds(lambda: _by_onednn(a, b), lambda: a @ b)
     except RuntimeError as refusal:
         logger.warning("float32 products: torch's own, since oneDNN refused one: %s", refusal)
         return False
@@ -97,7 +98,7 @@ def bfloat16_is_faster() -> bool:
         return forced
     a, b = torch.randn(256, 512), torch.randn(512, 768)
     low = a.bfloat16(), b.bfloat16()
-    ours, theirs = _seconds(lambda: low[0] @ low[1], lambda: matmul(a, b))
+    ours, theirs = measure_seconds(lambda: low[0] @ low[1], lambda: matmul(a, b))
     logger.info("bfloat16 products take 1/%.2f of the time of float32 ones", theirs / ours)
     return theirs / ours > MIN_SPEEDUP
 
@@ -120,10 +121,14 @@ def matmul(
 ) -> Float[Tensor, "n m"]:
     """A B + bias without a gradient of its own: either operand may be a transposed view.
 
+    On a GPU the result of half-precision operands is float32: added up in it, and not rounded at the end.
     It lies in `scratch`, where that is given and the product is torch's own.
     """
     if is_eager_float32_on_cpu(a, b, bias) and onednn_is_faster():
         return _by_onednn(a, b, bias)
+    if a.device.type == "cuda" and a.dtype in HALF_PRECISION and "dtype" in torch.ops.aten.mm.overloads():
+        product = torch.mm(a, b, out_dtype=torch.float32)  # since torch 2.8; before, results are rounded
+        return product if bias is None else product.add_(bias)
     out = None if scratch is None else scratch.empty((a.shape[0], b.shape[1]), a.dtype)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
@@ -218,7 +223,7 @@ def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return result
 
 
-def _seconds(*functions: Callable[[], object], repeats: int = 7) -> list[float]:
+def measure_seconds(*functions: Callable[[], object], repeats: int = 7) -> list[float]:
     """CPU time of this thread for each, the least of some calls: other jobs on the machine then count little.
 
     They take turns, because such a machine changes its pace for longer than all calls of one function take.

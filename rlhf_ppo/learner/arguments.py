@@ -1,11 +1,13 @@
 """Check the arguments of `PPOTrainer`, and build the accelerator and the default optimizer from its configuration."""
 
 import importlib.util
+import os
 from typing import Any, cast
 
 import datasets
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -18,6 +20,7 @@ from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.critic import freeze_critic
+from rlhf_ppo.models.precision import MIXED, Precision, accelerate_device, choose_precision, requested_precision
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.updates.optimizers import adam
 
@@ -84,17 +87,42 @@ def check_scheduler(lr_scheduler: object) -> None:
         )
 
 
-def make_accelerator(config: PPOConfig) -> Accelerator:
-    """Build the `Accelerator` of a configuration: processes, precision and trackers.
+def make_accelerator(config: PPOConfig, *, float32_only: bool = False) -> tuple[Accelerator, Precision]:
+    """Build the `Accelerator` of a configuration (processes, precision, trackers), and its precision policy.
+
+    Args:
+        config: The settings.
+        float32_only: Whether the algorithm works in float32 alone.
 
     Raises:
-        ValueError: Accelerate would divide gradients a second time, or FSDP or DeepSpeed have unsupported settings.
+        ValueError: Accelerate would divide gradients a second time, FSDP or DeepSpeed have unsupported settings, or
+            settings of the precision contradict each other.
     """
+    arguments = accelerator_arguments(cast("dict[str, Any]", config.accelerator_kwargs))
+    device = accelerate_device(cpu=bool(arguments.get("cpu")))
+    mixed = _mixed_precision(arguments)
+    float32_only |= _has_engine(arguments)  # which casts as its launch file says
+    name = requested_precision(
+        config.precision, bf16=config.bf16, mixed_precision=mixed, device=device, float32_only=float32_only
+    )
+    precision = choose_precision(name, device, autocast_on_cpu=mixed not in (None, "no"))
+    if precision.autocast is not None and not AcceleratorState._shared_state:
+        arguments = {**arguments, "mixed_precision": MIXED[precision.autocast]}
     accelerator = Accelerator(
         log_with=config.log_with,
         project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
-        **accelerator_arguments(cast("dict[str, Any]", config.accelerator_kwargs)),
+        **arguments,
     )
+    if precision.autocast == torch.float16 and accelerator.device.type == "cuda" and accelerator.scaler is None:
+        raise ValueError(
+            "expected an Accelerate without a precision for float16, got one set up before in this process with "
+            f"mixed_precision={accelerator.mixed_precision!r}: gradients would not be scaled, and the small ones lost. "
+            "Call AcceleratorState._reset_state() first, or use precision='float32'."
+        )
+    if precision.tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if accelerator.device.type == "cuda" or precision.compute != torch.float32:
+        accelerator.print(precision)
     keep_torch_optimizer(accelerator)
     if accelerator.num_processes > 1:
         wait_for_gloo_threads()
@@ -105,7 +133,27 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
             f"Accelerate's gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: gradients would "
             "be divided by it once more. Set it to 1 there, and `PPOConfig.gradient_accumulation_steps` to your number."
         )
-    return accelerator
+    return accelerator, precision
+
+
+def _has_engine(arguments: dict[str, Any]) -> bool:
+    """Whether DeepSpeed or FSDP will hold the weights."""
+    named = any(arguments.get(name) for name in ("deepspeed_plugin", "fsdp_plugin"))
+    return named or any(
+        os.environ.get(name, "").lower() == "true" for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    )
+
+
+def _mixed_precision(arguments: dict[str, Any]) -> str | None:
+    """Accelerate's precision, where a script or a launch file sets it; None where not, or where it only says "no".
+
+    `accelerate launch` says "no" whenever its file does not mention a precision.
+    """
+    if arguments.get("mixed_precision") is not None:
+        return str(arguments["mixed_precision"])
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    set_before = AcceleratorState().mixed_precision if AcceleratorState._shared_state else launched
+    return None if set_before == "no" else set_before
 
 
 def fill_runtime_fields(config: PPOConfig, processes: int, is_encoder_decoder: bool, is_peft_model: bool) -> None:

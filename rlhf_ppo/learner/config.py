@@ -14,6 +14,7 @@ from rlhf_ppo.functional import ImportanceLevel
 from rlhf_ppo.learner.config_checks import check_settings, parse_json_object
 from rlhf_ppo.learner.importance_correction import ImportanceMode
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController, KLController
+from rlhf_ppo.models.precision import PrecisionName
 from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement
 from rlhf_ppo.updates import MinibatchConfig
 
@@ -174,8 +175,11 @@ class PPOConfig:
     only from the last prompt token on."""
     fused_head: bool = True
     """Compute the LM head's gradients chunk by chunk in the forward pass, while the logits are in memory."""
+    precision: PrecisionName = "auto"
+    """Of matrix products: "float32", "bf16" or "fp16"; trained weights, norms, softmaxes and losses stay float32.
+    "auto": bf16 on a GPU that has it, fp16 on an older one, float32 on a CPU."""
     bf16: bool = False
-    """On CPUs with AVX-512-BF16 or AMX: linear layers compute in bfloat16; weights and all else in float32."""
+    """The same as `precision="bf16"`; on CPUs without AVX-512-BF16 or AMX products stay in float32."""
     reuse_logprobs: bool = True
     """In `train()`: use the sampler's log-probabilities and values instead of a scoring pass, once proved equal."""
     keep_freed_memory: bool = True

@@ -52,7 +52,7 @@ from rlhf_ppo.rollout.checks import ModelLimits
 from rlhf_ppo.rollout.experience import Responses, RewardShaping, ScoredResponses, Scorer, shape_rollout
 from rlhf_ppo.rollout.kl_placement import loss_kl_estimator
 from rlhf_ppo.rollout.sampler_reuse import SamplerReuse
-from rlhf_ppo.updates import UpdateRecord
+from rlhf_ppo.updates import TrustRegionConfig, UpdateRecord
 from rlhf_ppo.updates.pretraining import PretrainingMix
 from rlhf_ppo.utils.seeding import set_seed
 from rlhf_ppo.utils.timing import empty_cache_after, timed
@@ -103,7 +103,9 @@ class PPOLearner:
         set_seed(config.seed)
         self.config, self.pretraining = config, pretraining
         self.tokenizer = tokenizer
-        self.accelerator = make_accelerator(config)
+        self.algorithm_config = algorithm or config.algorithm()
+        float32_only = isinstance(self.algorithm_config, TrustRegionConfig)
+        self.accelerator, self.precision = make_accelerator(config, float32_only=float32_only)
         self.is_distributed, self.current_device = self.accelerator.num_processes > 1, self.accelerator.device
         self.is_encoder_decoder = bool(getattr(model, "is_encoder_decoder", False))
         self.is_peft_model = bool(model.is_peft_model)
@@ -115,7 +117,6 @@ class PPOLearner:
         self.running = RunningMoments()
         self.processes = Processes(self.accelerator)
         self.reuse = SamplerReuse(config.reuse_logprobs, self.processes.reduce_max)
-        self.algorithm_config = algorithm or config.algorithm()
         self.optimizer = make_optimizer(model, config, optimizer, critic_settings(self.algorithm_config))
         self._prepare(self.ref_model, self.optimizer, lr_scheduler)
         self._differing_sampler: str | None = None
@@ -128,7 +129,10 @@ class PPOLearner:
         self, reference: PreTrainedModelWrapper | None, optimizer: Optimizer, lr_scheduler: LRScheduler | None
     ) -> None:
         """Move the models to their device, wrap them for the processes, and build the algorithm on them."""
-        prepared = prepare_models(self.accelerator, self.config, self.model, reference, optimizer, lr_scheduler)
+        models = (self.model, reference)
+        prepared = prepare_models(
+            self.accelerator, self.config, *models, optimizer, lr_scheduler, precision=self.precision
+        )
         self.policy, self.optimizer, self.lr_scheduler = prepared.policy, prepared.optimizer, prepared.lr_scheduler
         found = prepared.reference
         self._reference = None if found is None else found.module

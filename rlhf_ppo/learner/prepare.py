@@ -18,6 +18,7 @@ from rlhf_ppo.kernels.linear_layers import use_fast_layers
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.dropout import disable_dropout
+from rlhf_ppo.models.precision import Precision, cast_linear_layers, use_float32_masters
 from rlhf_ppo.models.scoring import TokenPolicy
 
 
@@ -41,6 +42,7 @@ def prepare_models(
     ref_model: PreTrainedModelWrapper | None,
     optimizer: Optimizer,
     lr_scheduler: LRScheduler | None,
+    precision: Precision,
 ) -> PreparedModels:
     """Move models and optimizer to their device and wrap them for the processes.
 
@@ -50,24 +52,21 @@ def prepare_models(
     deepspeed_plugin = accelerator.state.deepspeed_plugin
     has_fsdp = accelerator.distributed_type == DistributedType.FSDP
     sharded = has_fsdp or (deepspeed_plugin is not None and deepspeed_plugin.zero_stage == 3)
-    if sharded and config.kl_penalty == "full":
-        raise ValueError(
-            "kl_penalty='full' reads the LM heads of policy and reference at once, which ZeRO-3 and FSDP keep "
-            "sharded between passes. Use kl_penalty='kl', or launch with DDP or ZeRO-2."
-        )
+    if sharded:
+        _check_sharded(config)
+    by_engine = deepspeed_plugin is not None or has_fsdp  # they replace layers and cast weights themselves
+    if not by_engine:
+        _use_float32_masters(model, ref_model)
     settings = _scoring_settings(accelerator, config, sharded=sharded)
     token_policy = TokenPolicy(model, **settings)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        disable_dropout(model)
-        token_policy.checkpointing = True
+        _enable_checkpointing(model, token_policy)
     if deepspeed_plugin is not None:
         # Sizes that the engine checks against each other and otherwise only reports.
         sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes}
         deepspeed_plugin.deepspeed_config.update(sizes)
     if accelerator.device.type == "cpu":
-        # DeepSpeed and FSDP replace layers themselves.
-        _apply_cpu_settings(config, [model, ref_model], may_replace_layers=deepspeed_plugin is None and not has_fsdp)
+        _apply_cpu_settings(config, precision, [model, ref_model], may_replace_layers=not by_engine)
     with fsdp_sharding(accelerator) if has_fsdp else nullcontext():
         policy, optimizer = accelerator.prepare(token_policy, optimizer)
     if has_fsdp:
@@ -78,12 +77,16 @@ def prepare_models(
     reference = None
     if ref_model is not None:
         scorer = TokenPolicy(ref_model, **settings).requires_grad_(False)
+        if not sharded and _are_alike(token_policy, scorer):
+            scorer.proven = token_policy.paths  # equal models by equal paths: otherwise they differ by rounding
+        if not by_engine:
+            _cast_reference(precision, scorer)
         reference = place_reference(scorer, accelerator, config.reference_placement, policy=list(model.parameters()))
         if not (token_policy.has_plain_head() and scorer.has_plain_head()):
             token_policy.fused_scoring = scorer.fused_scoring = False
-        if not sharded and _are_alike(token_policy, scorer):
-            scorer.proven = token_policy.paths  # equal models by equal paths: otherwise they differ by rounding
-    if not sharded:  # else with the first forward pass, which is collective
+    if not by_engine:
+        _apply_precision(precision, token_policy)
+    elif not sharded:  # else with the first forward pass, which is collective
         token_policy.paths  # noqa: B018  # proves them
     return PreparedModels(policy, optimizer, scheduler, reference)
 
@@ -107,13 +110,47 @@ def _scoring_settings(accelerator: Accelerator, config: PPOConfig, *, sharded: b
     }
 
 
+def _check_sharded(config: PPOConfig) -> None:
+    if config.kl_penalty == "full":
+        raise ValueError(
+            "kl_penalty='full' reads the LM heads of policy and reference at once, which ZeRO-3 and FSDP keep "
+            "sharded between passes. Use kl_penalty='kl', or launch with DDP or ZeRO-2."
+        )
+
+
+def _enable_checkpointing(model: PreTrainedModelWrapper, policy: TokenPolicy) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    disable_dropout(model)
+    policy.checkpointing = True
+
+
+def _use_float32_masters(model: PreTrainedModelWrapper, ref_model: PreTrainedModelWrapper | None) -> None:
+    """Give weights that are trained in half precision float32 masters; the reference then starts equal."""
+    if use_float32_masters(model) and ref_model is not None:
+        ref_model.float()
+
+
+def _cast_reference(precision: Precision, reference: TokenPolicy) -> None:
+    _apply_precision(precision, reference)
+    if precision.reference is not None:
+        cast_linear_layers(reference.language_model, precision.reference)
+
+
+def _apply_precision(precision: Precision, policy: TokenPolicy) -> None:
+    """Let passes compute in the dtypes of `precision`, once the fast paths have been proved in float32."""
+    policy.paths  # noqa: B018  # proves them
+    policy.trunk.autocast = precision.autocast
+    policy.trunk.head_dtype = None if precision.autocast is None else precision.head
+
+
 def _apply_cpu_settings(
-    config: PPOConfig, models: list[PreTrainedModelWrapper | None], *, may_replace_layers: bool
+    config: PPOConfig, precision: Precision, models: list[PreTrainedModelWrapper | None], *, may_replace_layers: bool
 ) -> None:
     """Apply the settings that speed up training on a CPU: kept memory, fast linear layers."""
     if config.keep_freed_memory:
         keep_freed_memory()
-    if may_replace_layers and (config.fast_products or config.bf16):
+    matmul_dtype = precision.compute if precision.autocast is None and precision.compute != torch.float32 else None
+    if may_replace_layers and (config.fast_products or matmul_dtype is not None):
         for model in models:
             if model is not None:
-                use_fast_layers(model, matmul_dtype=torch.bfloat16 if config.bf16 else None)
+                use_fast_layers(model, matmul_dtype=matmul_dtype)

@@ -52,12 +52,13 @@ def synced_weights(learner: PPOLearner, sampler: Sampler) -> Iterator[None]:
     A sampler with its own copy (vLLM) is sent the weights before every rollout and evaluation, whether or not they have
     changed. Other samplers use the live module, whose sharded parameters are gathered.
     """
-    if isinstance(sampler, WeightSyncedSampler):
-        sampler.sync_weights(learner.model, learner.accelerator)
-        yield
-    else:
-        with learner.gathered_parameters():
+    with learner.precision.sampling(learner.current_device):
+        if isinstance(sampler, WeightSyncedSampler):
+            sampler.sync_weights(learner.model, learner.accelerator)
             yield
+        else:
+            with learner.gathered_parameters():
+                yield
 
 
 def _low_precision(learner: PPOLearner) -> str | None:

@@ -66,7 +66,7 @@ class TokenPolicy(nn.Module):
         """Use the fused kernel without gradient, too: in policy and reference alike, or equal models would differ."""
         self.packing = packing
         self.proven: FastPaths | None = None  # see `paths`
-        self._trunk = Trunk()
+        self.trunk = Trunk()
         self.checkpointing = False
         """Gradient checkpointing. Layers do it in training mode only, so all dropout must be 0."""
 
@@ -79,9 +79,9 @@ class TokenPolicy(nn.Module):
         """
         if self.proven is None:
             wanted = FastPaths(packing=self.packing, last_layer=self.packing, fused_head=self.fused_head)
-            counts, self._trunk.work = self._trunk.work, Counter()  # the proof's work is not the policy's
+            counts, self.trunk.work = self.trunk.work, Counter()  # the proof's work is not the policy's
             self.proven = prove_fast_paths(self.language_model, wanted, self._score_by, temperature=self.temperature)
-            self._trunk.work = counts
+            self.trunk.work = counts
         return self.proven
 
     def _score_by(
@@ -97,7 +97,7 @@ class TokenPolicy(nn.Module):
     @property
     def work(self) -> Counter[str]:
         """Deterministic counters of tokens and rows, summed until the caller clears them."""
-        return self._trunk.work
+        return self.trunk.work
 
     def forward(
         self,
@@ -156,8 +156,8 @@ class TokenPolicy(nn.Module):
         settings: dict[str, Any] = {"with_entropy": with_entropy}
         scores = self.fused_scoring and not torch.is_grad_enabled() and is_plain_head(linear)
         if linear is not None and (loss_gradient is not None or scores):
-            settings |= {"matmul_dtype": getattr(linear, "matmul_dtype", None), "tied_gradient": tied}
-            settings |= {"loss_gradient": loss_gradient, "chunk_size": self.chunk_size}
+            settings |= {"matmul_dtype": getattr(linear, "matmul_dtype", None) or self.trunk.head_dtype}
+            settings |= {"loss_gradient": loss_gradient, "chunk_size": self.chunk_size, "tied_gradient": tied}
             settings["temperature"] = self.temperature / self.paths.transform.scale
             return fused_token_statistics(hidden, linear.weight, linear.bias, tokens, **settings)
         vocab = (
@@ -184,7 +184,7 @@ class TokenPolicy(nn.Module):
 
     def check_twice_differentiable(self) -> None:
         """Raise ValueError if the forward pass cannot be differentiated twice."""
-        check_twice_differentiable(self.model, self.language_model)
+        check_twice_differentiable(self.model, self.language_model, autocast=self.trunk.autocast)
 
     def outputs_and_metric(
         self, inputs: TokenInputs, weights: Float[Tensor, "batch time"]
@@ -277,7 +277,7 @@ class TokenPolicy(nn.Module):
         return language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
 
     def _hidden(self, inputs: TokenInputs) -> tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]:
-        return self._trunk(self.language_model, inputs, self.paths)
+        return self.trunk(self.language_model, inputs, self.paths)
 
     def has_plain_head(self) -> bool:
         """Whether the fused kernel supports the LM head."""
@@ -291,7 +291,7 @@ class TokenPolicy(nn.Module):
     def _head(self, *, copied: bool = False) -> Head:
         if not self.paths.head_rows:
             return nn.Identity()
-        return lm_head(self.language_model, self.paths.transform, copied=copied)
+        return self.trunk.in_compute_dtype(lm_head(self.language_model, self.paths.transform, copied=copied))
 
     def _values(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, " rows"]:
         if not isinstance(self.model, PreTrainedModelWrapper):

@@ -2,23 +2,25 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
-def check_twice_differentiable(model: nn.Module, language_model: Any) -> None:
+def check_twice_differentiable(model: nn.Module, language_model: Any, *, autocast: torch.dtype | None = None) -> None:
     """Raise ValueError if the forward pass cannot be differentiated twice.
 
     Args:
         model: The policy's model, value head included.
         language_model: The language model in it.
+        autocast: Dtype of its matrix products under autocast.
 
     Raises:
         ValueError: Matrix products are in bfloat16, or the attention kernel has no second derivative.
     """
-    if any(getattr(module, "matmul_dtype", None) is not None for module in model.modules()):
+    if autocast is not None or any(getattr(module, "matmul_dtype", None) is not None for module in model.modules()):
         raise ValueError(
-            "expected float32 products, got bfloat16 ones: their second derivative, which Fisher products need, "
-            "would be noise. Set bf16=False, or use PPOClip."
+            "expected float32 products, got half-precision ones: their second derivative, which Fisher products need, "
+            "would be noise. Set precision='float32' and bf16=False, or use PPOClip."
         )
     kernel = getattr(language_model.config, "_attn_implementation", None)
     if kernel not in (None, "eager", "sdpa"):

@@ -2,6 +2,7 @@
 
 import inspect
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,9 +48,31 @@ class Trunk:
     def __init__(self) -> None:
         self.work: Counter[str] = Counter()
         """Deterministic counters of tokens and rows, summed until the caller clears them."""
+        self.autocast: torch.dtype | None = None
+        """Dtype of the layers' matrix products under autocast; None: that of the caller."""
+        self.head_dtype: torch.dtype | None = None
+        """Dtype of the LM head's matrix products where the fused kernel computes them; None: that of its inputs."""
+
+    def in_compute_dtype(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function under autocast, where that is set."""
+        if self.autocast is None:
+            return function
+
+        def run(*args: Any) -> Any:
+            device = next(arg.device for arg in args if isinstance(arg, Tensor))
+            with torch.autocast(device.type, dtype=self.autocast):
+                return function(*args)
+
+        return run
 
     def __call__(self, model: Any, inputs: TokenInputs, paths: FastPaths) -> Features:
         """The LM head's inputs (without `head_rows`: the logits) at each action; the states for V(s_0) ... V(s_T)."""
+        if self.autocast is None:
+            return self._features(model, inputs, paths)
+        with torch.autocast(inputs.prompts[0].device.type, dtype=self.autocast):
+            return self._features(model, inputs, paths)
+
+    def _features(self, model: Any, inputs: TokenInputs, paths: FastPaths) -> Features:
         if not paths.padding and len(inputs) > 1:
             rows = [self(model, inputs.select(torch.tensor([row])), paths) for row in range(len(inputs))]
             return torch.cat([features for features, _ in rows]), torch.cat([states for _, states in rows])

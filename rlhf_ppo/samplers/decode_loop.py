@@ -13,6 +13,8 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessorList
 
 from rlhf_ppo.kernels.linear_layers import fast_layers
+from rlhf_ppo.kernels.mask_reads import masks_unread
+from rlhf_ppo.kernels.packed_weights import PackedWeights, packed_weights
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.samplers.base import (
     EvalMode,
@@ -31,10 +33,20 @@ from rlhf_ppo.samplers.decode_support import (
     supports_logits_to_keep,
     unsupported_reason,
 )
-from rlhf_ppo.samplers.kv_cache import bytes_per_token, drop_rows, new_cache, select_rows
+from rlhf_ppo.samplers.kv_cache import (
+    bytes_per_token,
+    computed_dtype,
+    default_budget,
+    drop_rows,
+    new_cache,
+    select_rows,
+)
 from rlhf_ppo.samplers.logits_processing import DecodingRules
 from rlhf_ppo.samplers.token_sampling import greedy_tokens, sample_tokens
 from rlhf_ppo.samplers.transformers_generate import TransformersGenerate
+
+PACK_AFTER = 8
+"""Steps after which weights are packed, because all responses may be short."""
 
 
 @dataclass
@@ -54,12 +66,17 @@ class DecodeLoop:
     _: KW_ONLY
     max_rows: int = 512
     """Maximum number of rows decoded at once; bounds logits (rows x vocabulary) and cache, not the result."""
-    kv_budget_bytes: int = 4 * 2**30
-    """Maximum size of the KV cache in bytes; one row is decoded even if it needs more."""
+    kv_budget_bytes: int | None = None
+    """Maximum size of the KV cache in bytes; one row is decoded even if it needs more. None: half of a GPU's free
+    memory, 4 GiB on a CPU."""
+    stop_check_interval: int | None = None
+    """Steps between two looks of the host at which rows have finished. None: 1 on a CPU; 16 on a GPU, where it has to
+    wait for each look. Finished rows are decoded on until the next one; results are the same."""
     compact: bool = True
     """Whether finished rows leave the batch; False only for comparison."""
     fast_products: bool = True
-    """Whether float32 matrix products on a CPU use oneDNN where that is faster."""
+    """Whether matrix products on a CPU use oneDNN where that is faster; after some steps with packed weights, which
+    take the memory of another copy of the linear layers' weights until the call ends."""
     fallback: Sampler | None = None
     """Sampler for models that the loop does not support; None: `TransformersGenerate`."""
     on_progress: Callable[[int, int], None] | None = None
@@ -67,8 +84,9 @@ class DecodeLoop:
     _warned: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
-        for name, value in (("max_rows", self.max_rows), ("kv_budget_bytes", self.kv_budget_bytes)):
-            if value < 1:
+        for name in ("max_rows", "kv_budget_bytes", "stop_check_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(
                     f"DecodeLoop.{name} must be >= 1, got {value}: no row could be decoded. Set it to 1 or more."
                 )
@@ -108,10 +126,15 @@ class DecodeLoop:
         rules = DecodingRules.build(config, self.tokenizer, causal_lm.device)
         results = DecodedTokens.empty(len(prompts), config, generator, causal_lm.device, limits)
         finished = 0
-        with EvalMode(model), torch.no_grad(), fast_layers(causal_lm) if self.fast_products else nullcontext():
+        fast = fast_layers(causal_lm) if self.fast_products else nullcontext()
+        with EvalMode(model), torch.no_grad(), fast, packed_weights(causal_lm) as packed:
             for batch in self._batches(lengths, config, causal_lm):
                 value_head = model.v_head if isinstance(model, PreTrainedModelWrapper) else None
-                decode = _BatchDecoder(causal_lm, config, rules, results, compact=self.compact, value_head=value_head)
+                decode = _BatchDecoder(
+                    causal_lm, config, rules, results, compact=self.compact, value_head=value_head,
+                    interval=self.stop_check_interval or (16 if causal_lm.device.type == "cuda" else 1),
+                    packed=packed if self.fast_products else None,
+                )  # fmt: skip
                 decode.run([prompts[row // config.num_return_sequences] for row in batch], batch)
                 finished += len(batch)
                 if self.on_progress is not None:
@@ -132,13 +155,14 @@ class DecodeLoop:
     def _batches(self, lengths: list[int], config: SamplingConfig, model: Any) -> Iterator[list[int]]:
         """Yield the row indices of each batch: longest prompts first, as many rows as the limits allow."""
         num_copies = config.num_return_sequences
-        per_token = bytes_per_token(model.config, model.dtype)
+        per_token = bytes_per_token(model.config, computed_dtype(model))
+        budget = self.kv_budget_bytes or default_budget(model.device)
         order = sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt))
         rows = [prompt * num_copies + copy for prompt in order for copy in range(num_copies)]
         start = 0
         while start < len(rows):
             width = lengths[rows[start] // num_copies] + config.max_new_tokens
-            count = max(1, min(self.max_rows, self.kv_budget_bytes // (per_token * width)))
+            count = max(1, min(self.max_rows, budget // (per_token * width)))
             yield rows[start : start + count]
             start += count
 
@@ -155,8 +179,11 @@ class _BatchDecoder:
         *,
         compact: bool,
         value_head: nn.Module | None,
+        interval: int,
+        packed: PackedWeights | None,
     ) -> None:
         self.model, self.config, self.rules, self.results, self.compact = model, config, rules, results, compact
+        self.interval, self.packed = interval, packed
         self.value_head = value_head
         results.has_values = value_head is not None
         self.last_logits_only = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
@@ -169,16 +196,15 @@ class _BatchDecoder:
     def _run(self, prompts: list[Tensor], rows: list[int]) -> None:
         logits = self._prefill(prompts, rows)
         processors = self.rules.processors(self.width)
-        step = 0
-        while True:
+        longest = max(self.results.host_limits[row] for row in rows)
+        for step in range(longest):
             self._sample(processors, logits, step)
-            unfinished = self._mark_ended(step)
-            if unfinished == 0:
+            self._mark_ended(step)
+            if step + 1 == longest or ((step + 1) % self.interval == 0 and not self._any_unfinished()):
                 return
-            if self.compact and unfinished < len(self.alive):
-                self._drop_finished_rows()
+            if self.packed is not None and step == PACK_AFTER:
+                self.packed.pack(steps=longest - step)
             logits = self._advance(step)
-            step += 1
 
     def _prefill(self, prompts: list[Tensor], rows: list[int]) -> Float[Tensor, "rows vocab"]:
         """Run the distinct prompts, left-padded, through the model once, then repeat cache and logits per response."""
@@ -223,17 +249,23 @@ class _BatchDecoder:
             self.results.values[self.rows, step] = self.value_head(self.head_inputs[0][:, -1]).squeeze(-1).float()
         self.ids[:, self.width + step] = tokens
 
-    def _mark_ended(self, step: int) -> int:
-        """Mark the rows that end at this step; return the number of unfinished rows."""
+    def _mark_ended(self, step: int) -> None:
+        """Mark the rows that end at this step."""
         stopped = self.rules.stopped(self.ids[:, self.width : self.width + step + 1]) & self.alive
         ended = stopped | ((self.results.limits[self.rows] == step + 1) & self.alive)
-        self.results.finished[self.rows[stopped]] = True
-        self.results.lengths[self.rows[ended]] = step + 1
+        self.results.finished[self.rows] |= stopped
+        self.results.lengths[self.rows] += ended * (step + 1)
         self.alive = self.alive & ~ended
-        return int(self.alive.sum())
 
-    def _drop_finished_rows(self) -> None:
-        kept_rows = drop_rows(self.cache, self.alive)
+    def _any_unfinished(self) -> bool:
+        """Whether any row goes on; those that do not leave the batch."""
+        alive = self.alive.tolist()
+        if self.compact and 0 < sum(alive) < len(alive):
+            self._drop_finished_rows(alive)
+        return any(alive)
+
+    def _drop_finished_rows(self, alive: list[bool]) -> None:
+        kept_rows = drop_rows(self.cache, alive, self.rows.device)
         for name in ("rows", "ids", "mask", "positions", "alive"):
             setattr(self, name, getattr(self, name)[kept_rows])
 
@@ -245,10 +277,11 @@ class _BatchDecoder:
         return self._forward(self.ids[:, end - 1 : end], self.mask[:, :end], self.positions)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "rows vocab"]:
-        output = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
-            use_cache=True, return_dict=True, **self.last_logits_only,
-        )  # fmt: skip
+        with masks_unread(ids.device):
+            output = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
+                use_cache=True, return_dict=True, **self.last_logits_only,
+            )  # fmt: skip
         logits: Tensor = output.logits[:, -1]
         return logits
 

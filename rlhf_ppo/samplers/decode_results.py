@@ -19,6 +19,8 @@ class DecodedTokens:
     lengths: Int[Tensor, "rows"]
     finished: Bool[Tensor, "rows"]
     limits: Int[Tensor, "rows"]
+    host_limits: list[int]
+    """The same numbers, for the host."""
     values: Float[Tensor, "rows steps"]
     uniforms: Float[Tensor, "rows draws"]
     """`draws` is the number of steps, 0 for greedy decoding."""
@@ -42,6 +44,7 @@ class DecodedTokens:
                 f"limits must be one number >= 1 for each of the {prompts} prompts, got {limits}: a response "
                 "has at least one token."
             )
+        row_limits = max_lengths.repeat_interleave(config.num_return_sequences)
         generator_device = "cpu" if generator is None else generator.device
         shape = (rows, steps) if config.do_sample else (rows, 0)
         return cls(
@@ -50,7 +53,8 @@ class DecodedTokens:
             values=torch.zeros(rows, steps, dtype=torch.float32, device=device),
             lengths=torch.zeros(rows, dtype=torch.long, device=device),
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
-            limits=max_lengths.repeat_interleave(config.num_return_sequences).to(device),
+            limits=row_limits.to(device),
+            host_limits=row_limits.tolist(),
             uniforms=torch.rand(shape, dtype=torch.float64, generator=generator, device=generator_device).to(device),
         )
 

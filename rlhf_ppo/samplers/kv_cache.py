@@ -1,12 +1,15 @@
 """KV cache that is written in place and can drop rows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from rlhf_ppo.utils.transfer import upload
 
 GROWTH = 128  # minimum number of positions added when the buffers are full
 
@@ -83,22 +86,41 @@ def select_rows(cache: DynamicCache, indices: Int[Tensor, "rows"]) -> None:
         layer.batch_select_indices(indices)
 
 
-def drop_rows(cache: DynamicCache, alive: Bool[Tensor, "rows"]) -> Int[Tensor, "alive"]:
-    """Keep the rows in `alive`, packed to the front; return their old indices.
+def drop_rows(cache: DynamicCache, alive: Sequence[bool], device: torch.device) -> Int[Tensor, "alive"]:
+    """Keep the rows that are alive, packed to the front; return their old indices.
 
     The last alive rows move into the slots of dropped ones, so the cost is proportional to the dropped rows.
     """
-    count = int(alive.sum())
-    holes = (~alive[:count]).nonzero().squeeze(1)
-    movers = alive[count:].nonzero().squeeze(1) + count
-    old_rows = torch.arange(count, device=alive.device)
-    old_rows[holes] = movers
+    count = sum(alive)
+    into = [row for row in range(count) if not alive[row]]
+    kept = list(range(count))
+    for hole, mover in zip(into, (row for row in range(count, len(alive)) if alive[row]), strict=True):
+        kept[hole] = mover
+    old_rows = upload(torch.tensor(kept, dtype=torch.long), device)
+    holes = upload(torch.tensor(into, dtype=torch.long), device)
+    movers = old_rows[holes]
     for layer in _attention_layers(cache):
         if isinstance(layer, InPlaceCacheLayer):
             layer.compact_rows(count, holes, movers)
         else:
             layer.batch_select_indices(old_rows)
     return old_rows
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes for the KV cache: half of the free memory of a GPU, where logits and activations need some; else 4 GiB."""
+    if device.type != "cuda":
+        return 4 * 2**30
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 2
+
+
+def computed_dtype(model: Any) -> torch.dtype:
+    """Dtype of a model's keys and values: that of autocast, where it is on."""
+    kind = model.device.type
+    autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    dtype: torch.dtype = torch.get_autocast_dtype(kind) if autocast else model.dtype
+    return dtype
 
 
 def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -111,6 +111,7 @@ class MinibatchUpdate(UpdateState):
         """Whether each backward pass compares the gradient that arrives with the one it foresaw, and waits for that."""
         self._ratios: list[Masked] = []
         self._rows: list[Tensor] = []
+        self._acts = torch.empty(0, dtype=torch.bool)  # of each row, whether it has an action
         self._differs: list[Tensor] | None = None
         self._reads_entropy: bool | None = None
 
@@ -120,11 +121,13 @@ class MinibatchUpdate(UpdateState):
         record = UpdateRecord()
         batch = all_gather_batch(batch, self.accelerator)
         self._ratios, self._rows, self._reads_entropy = [], [], None
+        self._acts = batch.mask.any(dim=1).cpu()
         with reuse_memory():
             self._epochs(batch, record)
-        rows = upload(torch.cat(self._rows), batch.mask.device)
-        record.ratios.append(select_actions(self._ratios))
-        record.advantages.append(select_actions([(batch.advantages[rows], batch.mask[rows])]))
+        if self._rows:
+            rows = upload(torch.cat(self._rows), batch.mask.device)
+            record.ratios.append(select_actions(self._ratios))
+            record.advantages.append(select_actions([(batch.advantages[rows], batch.mask[rows])]))
         self._ratios = []
         if self.accelerator.num_processes > 1:
             record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
@@ -162,7 +165,7 @@ class MinibatchUpdate(UpdateState):
         return numbers, ratios
 
     def _step(self, batch: TrainBatch, rows: Tensor, record: UpdateRecord) -> None:
-        if not batch.mask[rows].any():
+        if not self._acts[rows].any():
             return  # no action, so no loss: momentum alone would move the parameters
         metrics, ratios = self._gradient(batch, rows)
         if self._accept(batch, rows, metrics):

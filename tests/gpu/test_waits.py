@@ -37,7 +37,7 @@ def test_a_loss_that_is_no_sum_over_tokens_is_found_without_waiting_and_computed
     """The square of the loss: its gradient is twice the loss times the one that was foreseen, per micro-batch."""
     found = []
     for fused in (True, False):
-        made = trainer(fused_head=fused, diagnose=False, token_budget=24)
+        made = trainer(fused_head=fused, diagnose=False, token_budget=24, precision="float32")
         update = made.algorithm.update
         assert isinstance(update, MinibatchUpdate)
         inner = update.objective

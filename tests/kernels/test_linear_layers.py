@@ -170,7 +170,7 @@ def test_a_product_is_written_a_piece_of_its_longer_side_at_a_time(monkeypatch: 
 def test_libraries_are_timed_in_turns() -> None:
     """A shared processor changes its pace for longer than all calls of one library take."""
     calls: list[str] = []
-    matmul._seconds(lambda: calls.append("ours"), lambda: calls.append("theirs"), repeats=3)
+    matmul.measure_seconds(lambda: calls.append("ours"), lambda: calls.append("theirs"), repeats=3)
     assert calls == ["ours", "theirs"] * 4
 
 
