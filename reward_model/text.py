@@ -90,15 +90,17 @@ def end_of_text(tokenizer: Any, text: str, *, tokens: int) -> str:
     """An end of `text` that has its last `tokens` tokens; a text of megabytes need not be tokenized whole.
 
     It begins where a word ends, at which every tokenizer cuts, and has more tokens than needed, because the first ones
-    may differ.
+    may differ. Where no word ends, it is trusted if two cuts beside it give the same last tokens; a long run of one
+    character, which is cut by counting from its start, does not.
     """
     size = _CHARACTERS_PER_TOKEN * (tokens + _SPARE_TOKENS)
     while size < len(text):
-        word_end = _WORD_END.search(text, len(text) - size, len(text) - size // 2)
-        if word_end is not None:
-            end = text[word_end.start() + 1 :]
-            if len(tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"]) >= tokens + _SPARE_TOKENS:
-                return end
+        cut = len(text) - size
+        word_end = _WORD_END.search(text, cut, len(text) - size // 2)
+        ends = [text[start:] for start in ((cut, cut + 1, cut + 2) if word_end is None else (word_end.end(),))]
+        rows = tokenizer(ends, add_special_tokens=False, verbose=False)["input_ids"]
+        if min(map(len, rows)) >= tokens + _SPARE_TOKENS:
+            return ends[0] if all(row[-tokens:] == rows[0][-tokens:] for row in rows) else text
         size *= 4
     return text
 
