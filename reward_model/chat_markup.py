@@ -32,8 +32,8 @@ class ChatMarkup:
 
     openings: tuple[str, ...]
     """Before the content of a first message of the user or the system, without BOS."""
-    answer: str
-    """Between the last message and the answer (the generation prompt); "" if the template has none."""
+    before_answer: tuple[str, ...]
+    """Between the last message and the answer: the generation prompt, and what stands there in a conversation."""
     closing: str
     """After the answer."""
     bos: str
@@ -45,11 +45,11 @@ class ChatMarkup:
 
     def ends(self, text: str) -> bool:
         """Whether `text` ends like a rendered prompt."""
-        return bool(self.answer) and text.rstrip().endswith(self.answer)
+        return text.rstrip().endswith(self.before_answer)
 
     def holds_answer(self, text: str) -> bool:
         """Whether an answer begins somewhere in `text`."""
-        return bool(self.answer) and self.answer in text
+        return any(markup in text for markup in self.before_answer)
 
 
 def chat_markup(tokenizer: Any) -> ChatMarkup:
@@ -68,11 +68,12 @@ def _markup(tokenizer: Any, _template: str) -> ChatMarkup:
 
     user, bos = render("user"), tokenizer.bos_token or ""
     openings = [text.removeprefix(bos).split("\x00")[0].strip() for text in (user, render("system", "user"))]
-    answer = render("user", ask=True).removeprefix(user).strip()
+    parts = render("user", "assistant").split("\x00")
+    before_answer = (render("user", ask=True).removeprefix(user).strip(), parts[-2].strip() if len(parts) > 2 else "")
     return ChatMarkup(
         openings=tuple(opening for opening in openings if len(opening) >= _SHORTEST),
-        answer=answer if len(answer) >= _SHORTEST else "",
-        closing=render("user", "assistant").split("\x00")[-1],
+        before_answer=tuple(text for text in before_answer if len(text) >= _SHORTEST),
+        closing=parts[-1],
         bos=bos if bos and user.startswith(bos) else "",
     )
 
@@ -89,9 +90,10 @@ def rendered_text(tokenizer: Any, prompt: str, response: Text) -> str | None:
         whole_response = not prompt and markup.begins(response) and markup.holds_answer(response)
         if whole_response or (begins and ends):
             return complete(tokenizer, prompt + response)
-    if begins or ends or prompt.lstrip().startswith(COMMON_MARKUP):
+    marked = response if not prompt and isinstance(response, str) and markup.begins(response) else prompt
+    if begins or ends or marked.lstrip().startswith((*COMMON_MARKUP, *markup.openings)):
         raise UnreadableText(
-            f"the prompt is a text with chat markup already ({prompt.strip()[:40]!r}...), but this reward model "
+            f"the prompt is a text with chat markup already ({marked.strip()[:40]!r}...), but this reward model "
             "renders conversations by a chat template of its own: the score would be that of a template applied twice. "
             "Give it the messages: in PPO, a PromptDataset on a column of messages does."
         )

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from reward_model import ContractError, RewardModel, TextRule
 from reward_model.client import RemoteRewardModel
 from reward_model.ensemble import EnsembleRewardModel
-from reward_model.text import encode, end_of_text
+from reward_model.text import encode, end_of_text, render
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.chat.prompt import ChatPrompt
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -87,6 +87,27 @@ def test_a_rendered_prompt_is_completed_and_never_rendered_again(chat_model: Rew
 def test_markup_that_cannot_be_completed_is_refused_with_the_remedy(chat_model: RewardModel, prompt: str) -> None:
     with pytest.raises(ValueError, match=r"sample 1.*template applied twice.*Give it the messages"):
         chat_model(["Hello", prompt], ["a", "b"])
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, MISTRAL], ids=["generation-prompt", "none"])
+def test_other_templates_are_not_applied_twice_either(chat_model: RewardModel, template: str) -> None:
+    """The markup is read off the template, which may write BOS, or no generation prompt."""
+    tokenizer = copy.deepcopy(chat_model.tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = template
+    rule = TextRule(template="chat", append_eos=False, max_length=64)
+    prompt = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    expected = render(tokenizer, rule, MESSAGES, "Lovely.")
+    assert expected.count("film") == 1 and expected.startswith(prompt)
+    for ready in (prompt, prompt.removeprefix("<s>")):
+        assert render(tokenizer, rule, ready, "Lovely.") == expected
+    assert render(tokenizer, rule, "", expected) == expected
 
 
 def test_chat_prompts_are_texts_that_survive_copies(chat_model: RewardModel) -> None:
