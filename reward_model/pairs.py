@@ -68,7 +68,8 @@ def excerpt(text: str, *, max_words: int, min_words: int | None = None, generato
 
 def label_number(label: Any, where: str) -> float:
     """Convert a label to a number; booleans and words such as positive/negative become 1 and 0."""
-    words = {"positive": 1.0, "pos": 1.0, "good": 1.0, "negative": 0.0, "neg": 0.0, "bad": 0.0}
+    words = dict.fromkeys(("positive", "pos", "good", "true", "yes", "desirable"), 1.0)
+    words |= dict.fromkeys(("negative", "neg", "bad", "false", "no", "undesirable"), 0.0)
     if isinstance(label, str) and label.strip().lower() in words:
         return words[label.strip().lower()]
     try:

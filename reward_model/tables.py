@@ -76,11 +76,12 @@ class _Records:
             if isinstance(fields, str):  # the lines after the first are read again, on their own
                 self.ahead.extendleft(reversed(taken[1:]))
                 self.number += 1
-            else:
-                self.number += len(taken)
-                self.columns = self.columns or len(fields)
-            if fields:
                 yield start, fields
+                continue
+            self.number += len(taken)
+            self.columns = self.columns or len(fields)
+            if fields:
+                yield start, encoding_problem("".join(fields)) or fields
 
     def _record(self, taken: list[str]) -> list[str] | str:
         """The fields of the next record, whose lines are put into `taken`."""
@@ -96,8 +97,6 @@ class _Records:
                 f"a quoted field goes on after its closing quote ({error}), {len(taken)} lines from here. Double the "
                 'quotes inside a field ("" for "), or give the data as .jsonl.'
             )
-        if problem := encoding_problem("".join(fields)):
-            return problem
         return self._swallowed(fields, taken) or fields
 
     def _swallowed(self, fields: list[str], taken: list[str]) -> str:

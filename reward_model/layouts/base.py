@@ -107,13 +107,18 @@ def is_unanswered(value: Any) -> bool:
     return isinstance(speaker, str) and speaker.lower() not in ("assistant", "gpt", "chatgpt", "model", "bot")
 
 
+def _is_said(value: Any) -> bool:
+    """Whether `value` is text or messages, and no number or record of something else."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, Mapping) for item in value))
+
+
 def prompt_columns(row: Row) -> tuple[Any, tuple[str, ...]]:
     """The prompt of a row and the columns that it was read from.
 
     It stands in `prompt` or in one of its other names, with Alpaca's `input` after an `instruction`; a text in `system`
     goes before it as a message.
     """
-    name = next((name for name in PROMPT_NAMES if row.get(name)), None)
+    name = next((name for name in PROMPT_NAMES if row.get(name) and (name == "prompt" or _is_said(row[name]))), None)
     name = name or next((name for name in CONVERSATION_NAMES if is_unanswered(row.get(name))), None)
     if name is None:
         return None, ()

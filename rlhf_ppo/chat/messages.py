@@ -14,7 +14,7 @@ from rlhf_ppo.chat.nested import UnreadableText, check_characters, without_nulls
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "bot": "assistant", "function_call": "assistant",
@@ -161,7 +161,7 @@ def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
             f"{place}: 'from' is {speaker!r:.40}, which is no known speaker. Use 'role' and 'content', or one of "
             f"{sorted(_SHAREGPT_ROLES)}."
         )
-    if speaker != "function_call":
+    if speaker.strip().lower() != "function_call":
         return {"role": role, "content": value, **message}
     call = _parse_json(value) if isinstance(value, str) else value
     return {"role": role, "content": None, "tool_calls": call if isinstance(call, list) else [call], **message}

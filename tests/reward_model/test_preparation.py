@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from reward_model import BadRow, RewardModel
+from reward_model import BadRow, RewardModel, preview
 from reward_model import score as score_command
 from reward_model.data import parse_row
 from reward_model.preparation import describe_split, load_comparisons, split_by_prompt
@@ -155,6 +155,24 @@ def test_a_column_can_be_left_out_and_a_list_in_preference_is_none_of_ours() -> 
     loaded = load(row, columns={"weight": ""})
     assert (loaded.comparisons[0].weight, loaded.comparisons[0].preference) == (1.0, 1.0)
     assert loaded.report.unused_columns == ("preference",)
+
+
+def test_a_record_named_question_is_no_prompt_and_labels_may_be_words_of_a_table(tmp_path: Path) -> None:
+    loaded = load({"question": {"id": 1}, "chosen": "good film", "rejected": "bad film"})
+    assert loaded.comparisons[0].prompt == ""
+    assert loaded.report.unused_columns == ("question",)
+    path = tmp_path / "kto.csv"
+    path.write_text("prompt,completion,label\na?,yes,True\na?,no,False\n")
+    (comparison,) = load_comparisons(str(path)).comparisons
+    assert (comparison.prompt, comparison.completions) == ("a?", ("yes", "no"))
+
+
+def test_a_settings_file_may_name_one_source_or_several(tmp_path: Path) -> None:
+    rows = preference_rows(2)
+    first, second = write_rows(tmp_path / "a.jsonl", rows[:1]), write_rows(tmp_path / "b.jsonl", rows[1:])
+    for said, count in ((first, 1), (f"[{first}, {second}]", 2)):
+        (tmp_path / "settings.yaml").write_text(f"data: {said}\n")
+        assert len(preview.main(["--config", str(tmp_path / "settings.yaml")]).comparisons) == count
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
