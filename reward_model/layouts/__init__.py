@@ -82,7 +82,9 @@ def _own(row: Row, columns: tuple[str, ...]) -> Recognized:
     if not prompt_used and isinstance(system, str) and isinstance(chosen, list | tuple):
         used.add("system")
         said = [{"role": "system", "content": system}] if system.strip() else []
-        changed |= {name: [*said, *row[name]] for name in ("chosen", "rejected") if isinstance(row[name], list | tuple)}
+        changed |= {
+            name: [*said, *row[name]] for name in ("chosen", "rejected") if isinstance(row.get(name), list | tuple)
+        }
     if isinstance(row.get("preference"), list | tuple | Mapping):
         changed["preference"] = None
         used.discard("preference")
