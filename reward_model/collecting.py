@@ -74,6 +74,11 @@ class Collector:
             with self._guard(where, row):
                 found.append(self._parse(recognized, where))
         self.undecided += self._threads.alone
+        if self._texts and self.group:
+            raise ValueError(
+                f"group={self.group!r} cannot hold out labeled texts: they are paired across groups. Give them a "
+                "`prompt`, or leave group out."
+            )
         if self._texts:
             found += pairs_from_labels(self._texts, self._labels, seed=seed, rounds=pair_rounds)
         return found

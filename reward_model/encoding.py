@@ -69,8 +69,27 @@ def encode_comparisons(
             "%d of %d comparisons are left out: they have a text of more than max_length=%d tokens.",
             too_long, len(comparisons), rule.max_length,
         )  # fmt: skip
+    _warn_of_hidden_fields(kept, tokenizer, rule)
     dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
     return EncodedComparisons(dataset=dataset, kept=kept, too_long=too_long, bad_rows=bad_rows)
+
+
+def _warn_of_hidden_fields(comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule) -> None:
+    """Log how many comparisons have tools or tool calls that the chat template never reads."""
+    if rule.template != "chat":
+        return
+    counts = {"tools": 0, "tool_calls": 0}
+    for comparison in comparisons:
+        texts = [text for text in (comparison.prompt, *comparison.completions) if not isinstance(text, str)]
+        counts["tools"] += bool(comparison.tools)
+        counts["tool_calls"] += any("tool_calls" in message for text in texts for message in text)
+    for name, count in counts.items():
+        if count and name not in str(tokenizer.chat_template):
+            logger.warning(
+                "%d of %d comparisons have %s, which the chat template does not show: the reward model will not see "
+                "them. Use a model whose template does, or set tokenizer.chat_template.",
+                count, len(comparisons), name,
+            )  # fmt: skip
 
 
 def encode_comparison(

@@ -103,6 +103,14 @@ def test_other_forms_of_a_conversation_read_alike_in_training_scoring_and_prompt
     assert text == "user: Weather?\nassistant: "
 
 
+def test_tools_that_the_template_does_not_show_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    row = {"prompt": [QUESTION, call("Rome")], "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]}
+    encode_comparisons([parse_row(row, "row 0")], chat_tokenizer(), RULE)
+    assert not caplog.messages
+    encode_comparisons([parse_row(row, "row 0")], tiny_tokenizer(chat=True), RULE)
+    assert [message.split(" have ")[1].split(",")[0] for message in caplog.messages] == ["tools", "tool_calls"]
+
+
 WRONG = [
     ([{"role": "user", "content": [{"type": "image", "url": "a.png"}]}], "part of type 'image'"),
     ([{"role": "user"}], "must have 'content'"),

@@ -60,6 +60,12 @@ def test_a_group_is_held_out_together_and_the_share_of_known_prompts_is_said() -
         load(*rows, group="filme")
 
 
+def test_labeled_texts_have_no_group() -> None:
+    rows = [{"text": f"film {number}", "label": number, "film": number} for number in range(4)]
+    with pytest.raises(ValueError, match="group='film' cannot hold out labeled texts"):
+        load(*rows, group="film")
+
+
 QUESTION, GOOD, BAD = (
     {"role": role, "content": content}
     for role, content in (("user", "How was it?"), ("assistant", "a"), ("assistant", "b"))
