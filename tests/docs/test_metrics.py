@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo.rollout.collect import MissingEOS
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from tests.docs.pages import ROOT
@@ -47,3 +48,21 @@ def test_the_forty_statistics_of_the_classic_are_all_described() -> None:
     assert is_documented("objective/kl_dist")
     assert is_documented("env/reward/my-judge_mean")
     assert not is_documented("ppo/no_such_metric")
+
+
+def test_the_reward_mean_is_after_the_penalty_for_a_missing_stop_token_as_its_line_says() -> None:
+    """Nothing stops, so that every score of 1 is replaced by -5; the source's own mean stays 1."""
+    tokenizer = tiny_tokenizer()
+    config = PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1)
+    trainer = PPOTrainer(config, AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2()), None, tokenizer)
+    settings = TrainConfig(
+        iterations=1,
+        sampling=SamplingConfig(max_new_tokens=2, stop_token_ids=()),
+        missing_eos=MissingEOS(penalty=5.0),
+        progress=False,
+    )
+    prompts = PromptDataset.from_texts(["The movie", "This film"], tokenizer)
+    metrics = trainer.train({"judge": lambda responses: [1.0] * 2}, settings, prompts=prompts).metrics
+    assert metrics["env/reward_mean"] == -5.0 and metrics["env/reward/judge_mean"] == 1.0
+    (line,) = [line for line in PAGE.splitlines() if line.startswith("| `env/reward_mean`")]
+    assert "after `missing_eos`" in line and "without the penalty" in line
