@@ -1,92 +1,31 @@
 """RLHF fine-tuning of language models: token-level PPO with a value head, a frozen reference and a reward model."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import rlhf_ppo.utils.openmp  # noqa: F401  # isort: skip  it must come before torch
-from rlhf_ppo.algorithms import (
-    CISPO,
-    GAE,
-    GRPO,
-    GSPO,
-    RLOO,
-    TRPO,
-    AdaptiveEntropy,
-    AlgorithmConfig,
-    BatchMean,
-    ClipCovariance,
-    Critic,
-    DivergenceMask,
-    LearnedValue,
-    MovingMean,
-    PositiveNLL,
-    PPOClip,
-    PPOPenalty,
-    Reinforce,
-    ReinforcePlusPlus,
-    TopEntropyTokens,
-)
-from rlhf_ppo.classic.best_of_n import BestOfNSampler
-from rlhf_ppo.classic.helpers import LengthSampler, respond_to_batch
-from rlhf_ppo.functional import compute_ppo_total_loss
-from rlhf_ppo.learner.config import PPOConfig
-from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController
-from rlhf_ppo.loop.dynamic_sampling import DynamicSampling
-from rlhf_ppo.loop.training import TrainConfig, TrainState
-from rlhf_ppo.models import (
-    AutoModelForCausalLMWithValueHead,
-    AutoModelForSeq2SeqLMWithValueHead,
-    PreTrainedModelWrapper,
-    SeparateCritic,
-    attach_critic,
-    create_reference_model,
-)
-from rlhf_ppo.rollout.collect import SoftOverlong
-from rlhf_ppo.trainer import PPOTrainer
-from rlhf_ppo.updates.pretraining import PretrainingMix
+from rlhf_ppo.utils.classic_paths import classic_name, classic_names, forward_classic_paths
 from rlhf_ppo.utils.moved_names import forward_old_names
-from rlhf_ppo.utils.seeding import set_seed
+
+if TYPE_CHECKING:
+    from rlhf_ppo.api import *  # noqa: F403
+    from rlhf_ppo.api import __all__ as __all__
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AdaptiveEntropy",
-    "AdaptiveKLController",
-    "AlgorithmConfig",
-    "AutoModelForCausalLMWithValueHead",
-    "AutoModelForSeq2SeqLMWithValueHead",
-    "BatchMean",
-    "BestOfNSampler",
-    "CISPO",
-    "ClipCovariance",
-    "Critic",
-    "DivergenceMask",
-    "DynamicSampling",
-    "FixedKLController",
-    "GAE",
-    "GRPO",
-    "GSPO",
-    "LearnedValue",
-    "LengthSampler",
-    "MovingMean",
-    "PPOClip",
-    "PPOConfig",
-    "PPOPenalty",
-    "PPOTrainer",
-    "PositiveNLL",
-    "PreTrainedModelWrapper",
-    "PretrainingMix",
-    "RLOO",
-    "Reinforce",
-    "ReinforcePlusPlus",
-    "SeparateCritic",
-    "SoftOverlong",
-    "TRPO",
-    "TopEntropyTokens",
-    "TrainConfig",
-    "TrainState",
-    "attach_critic",
-    "compute_ppo_total_loss",
-    "create_reference_model",
-    "respond_to_batch",
-    "set_seed",
-]
 
+def __getattr__(name: str) -> Any:
+    """Import `rlhf_ppo.api` when one of its names is asked for: it needs torch, and a command's help does not."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    api = import_module("rlhf_ppo.api")
+    if name in globals():  # a subpackage that came with it
+        return globals()[name]
+    if not hasattr(api, name) and name not in classic_names(""):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(api, name) if hasattr(api, name) else classic_name("", name)
+    return value
+
+
+forward_classic_paths()
 forward_old_names(__name__)

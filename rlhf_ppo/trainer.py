@@ -1,11 +1,13 @@
 """`PPOTrainer`, the main class: `generate`, `step`, `train`. One iteration is `PPOLearner.learn`."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,6 +16,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 
 from rlhf_ppo.algorithms import AlgorithmConfig
 from rlhf_ppo.classic.composed_step import composed_step, overridden_methods
+from rlhf_ppo.classic.running_moments import RunningMoments
 from rlhf_ppo.classic.surface import ClassicSurface
 from rlhf_ppo.diagnostics.doctor import diagnose, diagnose_first_batch
 from rlhf_ppo.diagnostics.dump import dump_on_failure
@@ -33,6 +36,7 @@ from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
 from rlhf_ppo.updates.pretraining import PretrainingMix
+from rlhf_ppo.utils.classic_paths import CLASSIC_PATHS, lend_names
 
 
 class PPOTrainer(ClassicSurface):
@@ -85,6 +89,7 @@ class PPOTrainer(ClassicSurface):
             pretraining=pretraining,
         )  # fmt: skip
         self.update_context = partial(dump_on_failure, self)
+        self.running = RunningMoments(self.accelerator)
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.dataset, self.dataloader = dataset, None
         if not isinstance(dataset, PromptDataset):  # a loop of the user's own
@@ -128,10 +133,11 @@ class PPOTrainer(ClassicSurface):
                     "know neither episodes, truncated, group_size nor any_batch_size: they would be ignored. Leave "
                     "them out, and pass queries, responses and scores."
                 )
-            return composed_step(
+            statistics = composed_step(
                 self, cast("list[Tensor]", queries), responses, scores, response_masks,
                 before_update=self._before_update,
             )  # fmt: skip
+            return self._as_logged(statistics)
         limits = replace(self.limits, batch_size=None) if any_batch_size else self.limits
         batch = self.processes.run_or_fail_together(
             lambda: check_step_arguments(
@@ -140,7 +146,13 @@ class PPOTrainer(ClassicSurface):
             )
         )  # fmt: skip
         self._before_update(batch)
-        return self.learn(batch)
+        return self._as_logged(self.learn(batch))
+
+    def _as_logged(self, statistics: Statistics) -> Statistics:
+        """With Weights & Biases the classic's numbers were NumPy's, whose `.item()` its scripts call."""
+        if self.config.log_with != "wandb":
+            return statistics
+        return {name: np.float64(value) if isinstance(value, float) else value for name, value in statistics.items()}
 
     def _before_update(self, batch: Responses) -> None:
         diagnose_first_batch(self, DiagnosedBatch.of_batch(batch))
@@ -216,3 +228,7 @@ class PPOTrainer(ClassicSurface):
             environment=environment,
         )  # fmt: skip
         return loop.evaluate(seed=seed)
+
+
+__path__: list[str] = []  # TRL's classic had modules below this one, such as rlhf_ppo.trainer.ppo_trainer
+lend_names(sys.modules[__name__], "trainer", CLASSIC_PATHS["trainer"])

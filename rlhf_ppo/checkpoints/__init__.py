@@ -14,6 +14,7 @@ from rlhf_ppo.checkpoints.resume import (
     restore_checkpoint,
     save_checkpoint,
 )
+from rlhf_ppo.utils.moved_names import forward_old_names
 
 __all__ = [
     "CheckpointError",
@@ -29,3 +30,5 @@ __all__ = [
     "restore_checkpoint",
     "save_checkpoint",
 ]
+
+forward_old_names(__name__)

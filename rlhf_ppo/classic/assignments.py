@@ -31,7 +31,7 @@ class Assignable(PPOLearner):
     def __setattr__(self, name: str, value: object) -> None:
         if not self._is_built or name not in _ASSIGNMENTS:
             super().__setattr__(name, value)
-        elif value is not getattr(self, name):
+        elif value is not getattr(self, name) or name == "is_peft_model":  # true of a policy with a reference, too
             _ASSIGNMENTS[name](self, value)
 
     def follow_assignments(self, *, default_optimizer: bool, default_algorithm: bool) -> None:

@@ -67,10 +67,12 @@ def composed_step(
     trainer.check_assignments()
     timing: dict[str, float] = {}
     with _right_padding(trainer), timed(timing, "total"):
-        rows = trainer._step_safety_checker(trainer.config.batch_size, queries, responses, scores, response_masks)
-        checked = check_step_inputs(
-            *rows, limits=replace(trainer.limits, batch_size=None), device=trainer.current_device
-        )
+        checked = trainer.processes.run_or_fail_together(
+            lambda: check_step_inputs(
+                *trainer._step_safety_checker(trainer.config.batch_size, queries, responses, scores, response_masks),
+                limits=replace(trainer.limits, batch_size=None), device=trainer.current_device,
+            )
+        )  # fmt: skip
         before_update(checked)
         with torch.no_grad():
             batch = _score(trainer, checked, timing)

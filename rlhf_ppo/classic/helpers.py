@@ -1,12 +1,19 @@
-"""Helpers of classic scripts: random lengths and plain sampling."""
+"""Helpers of classic scripts: random lengths, plain sampling, a model as `generate` needs it."""
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from rlhf_ppo.classic.core_functions import top_k_top_p_filtering
+from rlhf_ppo.distributed.collectives import Processes
+
+Rewards: TypeAlias = Sequence[Any] | Tensor | np.ndarray
+"""Scores of several samples, in any form of numbers."""
 
 
 class LengthSampler:
@@ -32,6 +39,32 @@ class LengthSampler:
         return int(np.random.choice(self.values))
 
 
+def exact_div(a: int, b: int, custom_error_message: str = "") -> int:
+    """A / b.
+
+    Raises:
+        ValueError: b does not divide a.
+    """
+    if a % b:
+        raise ValueError(f"{custom_error_message}, inexact division: {a} / {b} = {a / b}")
+    return a // b
+
+
+@contextmanager
+def unwrap_model_for_generation(model: Any, accelerator: Any, is_peft_model: bool = False) -> Iterator[Any]:
+    """Context manager: yields the model without wrappers; under ZeRO-3 every process holds all of it while active.
+
+    Args:
+        model: A policy, wrapped or not.
+        accelerator: The accelerator that wrapped it.
+        is_peft_model: Whether to switch its adapters off.
+    """
+    unwrapped = accelerator.unwrap_model(model)
+    without_adapters = unwrapped.pretrained_model.disable_adapter() if is_peft_model else nullcontext()
+    with without_adapters, Processes(accelerator).gathered_parameters(unwrapped, model):
+        yield unwrapped
+
+
 @torch.no_grad()
 def respond_to_batch(
     model: Any, queries: Int[Tensor, "batch prompt"], txt_len: int = 20, top_k: int = 0, top_p: float = 1.0
@@ -47,18 +80,29 @@ def respond_to_batch(
     """
     input_ids = queries
     for _ in range(txt_len):
-        logits = _filter_logits(model(input_ids)[0][:, -1, :], top_k=top_k, top_p=top_p)
+        logits = top_k_top_p_filtering(model(input_ids)[0][:, -1, :], top_k=top_k, top_p=top_p)
         token = torch.multinomial(logits.softmax(dim=-1), num_samples=1)
         input_ids = torch.cat([input_ids, token], dim=-1)
     return input_ids[:, queries.shape[1] :]
 
 
-def _filter_logits(
-    logits: Float[Tensor, "batch vocabulary"], *, top_k: int, top_p: float
-) -> Float[Tensor, "batch vocabulary"]:
-    unused = torch.empty(0, dtype=torch.long)
-    if top_k > 0:
-        logits = TopKLogitsWarper(top_k)(unused, logits)
-    if top_p < 1.0:
-        logits = TopPLogitsWarper(top_p)(unused, logits)
-    return logits
+def reward_totals(rewards: Rewards) -> list[float]:
+    """The total of each sample's scores.
+
+    Args:
+        rewards: Samples along the first dimension; of one sample: a number, a 0-dim tensor, or one score per token.
+
+    Raises:
+        ValueError: Something that is not made of numbers.
+    """
+    totals = []
+    for index, reward in enumerate(rewards):
+        try:
+            scores = reward.detach() if isinstance(reward, Tensor) else torch.as_tensor(np.asarray(reward, np.float64))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"rewards[{index}] must be a number or one number per response token, got {reward!r:.80}: it has no "
+                "sum to log. Pass what step() was given."
+            ) from error
+        totals.append(float(scores.double().sum()))
+    return totals

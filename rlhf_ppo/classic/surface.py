@@ -8,13 +8,13 @@ from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rlhf_ppo.classic.generate import generate_responses
+from rlhf_ppo.classic.helpers import Rewards, reward_totals
 from rlhf_ppo.classic.inner_methods import ClassicInnerMethods
 from rlhf_ppo.learner.model_card import write_model_card
-from rlhf_ppo.learner.ppo_learner import PPOLearner
 
 _EXTRA_COLUMNS = ("label", "query", "response")
 
@@ -50,16 +50,21 @@ class ClassicSurface(ClassicInnerMethods):
         """
         settings = {
             "length_sampler": length_sampler, "batch_size": batch_size, "return_prompt": return_prompt,
-            "device": self.current_device, **generation_kwargs,
+            **generation_kwargs,
         }  # fmt: skip
-        with self.precision.sampling(self.current_device), self.gathered_parameters():
-            responses = generate_responses(self.model, self.tokenizer, query_tensor, **settings)
+        sampling = self.precision.sampling(self.current_device)
+        with sampling, self.gathered_parameters():
+            responses = self._generate_batched(self.model, query_tensor, **settings)
         if not generate_ref_response:
             return responses
         sampling = self.precision.sampling(self.current_device)
         with sampling, self.gathered_parameters(of_reference=True), self.reference_context():
-            ref_responses = generate_responses(self.reference_model, self.tokenizer, query_tensor, **settings)
+            ref_responses = self._generate_batched(self.reference_model, query_tensor, **settings)
         return responses, ref_responses
+
+    def _generate_batched(self, model: nn.Module, query_tensors: Tensor | list[Tensor], **settings: Any) -> Any:
+        """`generate` with a given model; the settings are those of `generate_responses`."""
+        return generate_responses(model, self.tokenizer, query_tensors, device=self.current_device, **settings)
 
     def prepare_dataloader(
         self, dataset: torch.utils.data.Dataset[Any] | datasets.Dataset, data_collator: Callable[..., Any] | None = None
@@ -81,7 +86,7 @@ class ClassicSurface(ClassicInnerMethods):
         self,
         stats: Mapping[str, Any],
         batch: Mapping[str, Any],
-        rewards: list[Tensor] | Tensor,
+        rewards: Rewards,
         columns_to_log: Iterable[str] = ("query", "response"),
     ) -> None:
         """Log the statistics of a step to the tracker, from the main process; adds `env/reward_*`.
@@ -89,13 +94,11 @@ class ClassicSurface(ClassicInnerMethods):
         Args:
             stats: The result of `step`.
             batch: Columns of the batch, texts among them.
-            rewards: One score per sample.
+            rewards: One score per sample, or one per response token, whose sum is logged: what `step` takes, and
+                numbers, lists, NumPy arrays.
             columns_to_log: Columns of the table `game_log` (Weights & Biases only).
         """
-        local = (
-            rewards if isinstance(rewards, Tensor) else torch.stack([reward.float().reshape(()) for reward in rewards])
-        )
-        scores: Tensor = self.accelerator.gather(local.to(self.current_device)).flatten().float().cpu()
+        scores = torch.tensor(self.processes.gather_objects(reward_totals(rewards)))
         columns = list(columns_to_log)
         table: list[list[Any]] = []
         if self.config.log_with == "wandb":
@@ -119,9 +122,41 @@ class ClassicSurface(ClassicInnerMethods):
         if table:
             logs["game_log"] = _wandb_table([*columns, "reward"], [*table, scores.tolist()])
         self.current_step += 1
-        self.trackers.log(logs, self.current_step)
+        self.trackers.log(logs, self.current_step, own_rows=False)
 
-    _save_pretrained = PPOLearner.save_pretrained
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: Any = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **hub_arguments: Any,
+    ) -> None:
+        """Save model, value head, tokenizer and a model card; the folder also loads as a plain causal LM.
+
+        Args:
+            save_directory: The folder.
+            config: Must be None: the model's own is saved.
+            repo_id: Where to push; None: the name of the folder.
+            push_to_hub: Whether to push, too.
+            hub_arguments: For `push_to_hub`.
+
+        Raises:
+            ValueError: Arguments that nothing would read.
+        """
+        if config is not None or (hub_arguments and not push_to_hub):
+            unread = ["config"] * (config is not None) + list(hub_arguments)
+            raise ValueError(
+                f"save_pretrained would not read {', '.join(unread)}: the model's own config is saved, and the others "
+                "are for an upload. Leave them out, or pass push_to_hub=True."
+            )
+        self._save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **hub_arguments)
+
+    def _save_pretrained(self, save_directory: str | Path) -> None:
+        super().save_pretrained(save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
         """Push model and tokenizer to the hub."""

@@ -13,7 +13,10 @@ logger = logging.getLogger(__name__)
 
 def diagnose(learner: PPOLearner, batch: DiagnosedBatch) -> Diagnosis:
     """Run all checks; those that run the model are left out if it is sharded."""
-    text = run_text_checks(batch, learner.tokenizer, TEXT_CHECKS | ENVIRONMENT_CHECKS)
+    checks = TEXT_CHECKS | ENVIRONMENT_CHECKS
+    if learner.is_encoder_decoder:  # prompts of T5 and its like end in the end-of-sequence token
+        checks = {name: check for name, check in checks.items() if name != "eos_in_prompt"}
+    text = run_text_checks(batch, learner.tokenizer, checks)
     if learner.processes.sharded:
         return text
     # After a checkpoint was loaded, the optimizer has a state.

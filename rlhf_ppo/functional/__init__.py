@@ -73,6 +73,7 @@ from rlhf_ppo.functional.trust_region import (
     trust_region_step,
     unflatten,
 )
+from rlhf_ppo.utils.moved_names import forward_old_names
 
 __all__ = [
     "Count",
@@ -147,3 +148,5 @@ __all__ = [
     "whitening_statistics",
     "zero_where_masked",
 ]
+
+forward_old_names(__name__)

@@ -11,6 +11,7 @@ from weakref import WeakMethod
 from rlhf_ppo.algorithms import GAE, Critic, PPOClip
 from rlhf_ppo.distributed.placement import ReferencePlacement
 from rlhf_ppo.functional import ImportanceLevel
+from rlhf_ppo.learner.argument_names import keep_argument_names_apart
 from rlhf_ppo.learner.config_checks import check_settings, parse_json_object
 from rlhf_ppo.learner.importance_correction import ImportanceMode
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController, KLController
@@ -43,15 +44,16 @@ class PPOConfig:
     """Only for trackers and scripts."""
     remove_unused_columns: bool = True
     """Drop dataset columns that are neither arguments of the model's forward nor `label`, `query`, `response`."""
-    tracker_kwargs: dict[str, Any] | str | None = field(default_factory=dict)
+    # Bare `dict`: tyro then takes JSON for it, as HfArgumentParser does.
+    tracker_kwargs: dict | str | None = field(default_factory=dict)  # type: ignore[type-arg]
     """Passed to the tracker as `init_kwargs`; JSON on a command line."""
-    accelerator_kwargs: dict[str, Any] | str | None = field(default_factory=dict)
+    accelerator_kwargs: dict | str | None = field(default_factory=dict)  # type: ignore[type-arg]
     """Passed to `Accelerator`; JSON on a command line."""
-    project_kwargs: dict[str, Any] | str | None = field(default_factory=dict)
+    project_kwargs: dict | str | None = field(default_factory=dict)  # type: ignore[type-arg]
     """Passed to `ProjectConfiguration`, e.g. `logging_dir`; JSON on a command line."""
     tracker_project_name: str = "rlhf_ppo"
     """Project name given to the tracker."""
-    push_to_hub_if_best_kwargs: dict[str, Any] | str | None = field(default_factory=dict)
+    push_to_hub_if_best_kwargs: dict | str | None = field(default_factory=dict)  # type: ignore[type-arg]
     """If given (with `repo_id`): push the model whenever the mean score is the best so far; JSON on a command line."""
     steps: int = 20000
     """Total number of episodes; `total_ppo_epochs` = ceil(steps / batch_size) calls of `step()`."""
@@ -108,12 +110,6 @@ class PPOConfig:
     """Divide scores by the running standard deviation of a response's total."""
     use_score_norm: bool = False
     """With `use_score_scaling`: also subtract the running mean, once per response."""
-    most_skips_in_a_row: int = 5
-    """Stop the run after this many successive minibatches whose loss or gradient is not finite; all are skipped."""
-    dump_dir: str | None = None
-    """Folder for the dump that such a stop writes for `python -m rlhf_ppo.replay`; None: the run folder, if any."""
-    diagnose: bool = True
-    """Run the doctor on the first batch and log its warnings (`PPOTrainer.diagnose`)."""
     score_clip: float | None = None
     """Clip the total score of a response to [-score_clip, score_clip]."""
     whiten_rewards: bool = False
@@ -135,6 +131,12 @@ class PPOConfig:
     total_ppo_epochs: int | None = None
     """Derived: ceil(steps / batch_size)."""
 
+    most_skips_in_a_row: int = 5
+    """Stop the run after this many successive minibatches whose loss or gradient is not finite; all are skipped."""
+    dump_dir: str | None = None
+    """Folder for the dump that such a stop writes for `python -m rlhf_ppo.replay`; None: the run folder, if any."""
+    diagnose: bool = True
+    """Run the doctor on the first batch and log its warnings (`PPOTrainer.diagnose`)."""
     output_dir: str | None = None
     """Default run folder of `train()`."""
     ent_coef: float = 0.0
@@ -278,3 +280,6 @@ class PPOConfig:
             else:
                 flat[name] = value
         return flat
+
+
+keep_argument_names_apart(PPOConfig)

@@ -44,8 +44,15 @@ class Trackers:
             arguments["tensorboard"] = purge | arguments.get("tensorboard", {})
         self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=arguments)
 
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Log the values of one step; TensorBoard shows NumPy arrays as histograms."""
+    def log(self, values: Mapping[str, Any], step: int, *, own_rows: bool = True) -> None:
+        """Log the values of one step; TensorBoard shows NumPy arrays as histograms.
+
+        Args:
+            values: Numbers, texts, arrays.
+            step: Their place on the axis.
+            own_rows: Whether nobody else logs to the tracker. False leaves the step to it (TensorBoard excepted):
+                Weights & Biases drops a row whose step lies behind one that the script has logged.
+        """
         self.begin()
         self.step = step
         values = dict(values)
@@ -57,7 +64,8 @@ class Trackers:
                 if value.size:
                     writer.add_histogram(name, value, step)
             values = {name: value for name, value in values.items() if name not in arrays}
-        self.accelerator.log(values, step=step)
+        has_step = own_rows or self.config.log_with == "tensorboard"
+        self.accelerator.log(values, step=step if has_step else None)
 
     def state_dict(self) -> dict[str, Any]:
         """The id of the Weights & Biases run, or None, and the last step."""

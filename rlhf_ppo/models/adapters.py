@@ -15,6 +15,8 @@ from peft import (
 )
 from torch import Tensor, nn
 
+from rlhf_ppo.utils.moved_names import forward_old_names
+
 _Context: TypeAlias = AbstractContextManager[None]
 
 REFERENCE_ADAPTER = "reference"
@@ -208,3 +210,6 @@ def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments
 
 def _is_score_head(key: str) -> bool:
     return any(part in SCORE_HEADS for part in key.split("."))
+
+
+forward_old_names(__name__)

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from peft import PeftModel
 from torch import nn
@@ -11,6 +12,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlhf_ppo.models import adapters
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+
+Model = TypeVar("Model", bound=nn.Module)
 
 LAYER_PATTERNS = (
     "transformer.h.{layer}",
@@ -23,16 +26,14 @@ LAYER_PATTERNS = (
 """Parameter-name patterns of layer number `layer` in common architectures."""
 
 
-def create_reference_model(
-    model: PreTrainedModelWrapper, num_shared_layers: int | None = None, pattern: str | None = None
-) -> PreTrainedModelWrapper:
+def create_reference_model(model: Model, num_shared_layers: int | None = None, pattern: str | None = None) -> Model:
     """A frozen copy of `model` in eval mode, the π_ref of the KL penalty.
 
     With `num_shared_layers`, everything below layer n, embeddings included, is shared and frozen in `model` as well;
     only the layers above are copied. Output embeddings tied to the input embeddings are then frozen, too.
 
     Args:
-        model: The policy before training.
+        model: The policy before training, with its value head, or a plain language model.
         num_shared_layers: n, the number of lowest layers to share; None: copy all.
         pattern: Name pattern of layers, for an architecture not in `LAYER_PATTERNS`, such as
             "transformer.h.{layer}".
@@ -50,7 +51,8 @@ def create_reference_model(
     for parameter in shared:
         parameter.requires_grad_(False)
     memory: dict[int, object] = {id(parameter): parameter for parameter in shared}
-    memory[id(model.critic)] = None  # a reference has no values
+    if isinstance(model, PreTrainedModelWrapper):
+        memory[id(model.critic)] = None  # a reference has no values
     reference = copy.deepcopy(model, memory)
     return reference.requires_grad_(False).eval()
 
