@@ -105,6 +105,11 @@ class UpdateFactory:
             compute_gradients=self.compute_gradients,
         )  # fmt: skip
         if self.pretraining is not None:
+            if self.pretraining.mix.rows % self.accelerator.num_processes:
+                raise ValueError(
+                    f"PretrainingMix.rows must be a multiple of the {self.accelerator.num_processes} processes, got "
+                    f"{self.pretraining.mix.rows}: they would make different numbers of passes. Use a multiple."
+                )
             update.compute_gradients = PretrainingGradients(update, self.pretraining)
         return update
 

@@ -7,7 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from rlhf_ppo.distributed.collectives import Processes
-from rlhf_ppo.rollout.experience import ScoredResponses
+from rlhf_ppo.rollout.experience import Responses, ScoredResponses
 
 
 def check_finite_scores(
@@ -35,6 +35,19 @@ def check_finite_scores(
         f"expected finite log-probabilities and values, got {problem} ({len(problems)} of {len(mask)} samples of this "
         f"process): nothing has changed. Cause: {cause}."
     )
+
+
+def check_included(responses: Responses, processes: Processes) -> None:
+    """Raise if every response of a batch is excluded from the loss, on all processes.
+
+    Raises:
+        ValueError: There is nothing to learn from; nothing has changed.
+    """
+    if responses.excluded is not None and not processes.any_process(not bool(responses.excluded.all())):
+        raise ValueError(
+            "expected a response that takes part in the loss, got none: with mask_truncated, each of the batch was cut "
+            "before a stop token. Raise max_new_tokens, check the stop tokens, or set mask_truncated=False."
+        )
 
 
 def nonfinite_parameters(model: nn.Module) -> list[str]:

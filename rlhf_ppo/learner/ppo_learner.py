@@ -20,7 +20,7 @@ from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.functional import value_bias_by_position
 from rlhf_ppo.learner.arguments import fill_runtime_fields, make_accelerator, make_optimizer
 from rlhf_ppo.learner.config import PPOConfig
-from rlhf_ppo.learner.finite_checks import check_finite_scores, warn_of_negative_kl
+from rlhf_ppo.learner.finite_checks import check_finite_scores, check_included, warn_of_negative_kl
 from rlhf_ppo.learner.importance_correction import (
     ImportanceCorrection,
     announce,
@@ -160,6 +160,7 @@ class PPOLearner:
         timing: dict[str, float] = {}
         correction = self.importance_correction
         check_sampler_logprobs(responses, correction)
+        check_included(responses, self.processes)
         work_counts = self.accelerator.unwrap_model(self.policy).work
         work_counts.clear()  # an evaluation may have counted in between
         with timed(timing, "total"), empty_cache_after(self.config.optimize_device_cache):

@@ -63,10 +63,12 @@ class CriticFit:
             return
         local_rows = assign_rows(batch.inputs.costs(), self.accelerator.num_processes)[self.accelerator.process_index]
         values = self._value_function(batch.inputs, local_rows, config)
-        local_row_set = set(local_rows.tolist())
+        local_row_set, has_actions = set(local_rows.tolist()), batch.mask.any(dim=1).cpu()
         for _ in range(config.epochs):
             order = self.shuffle(len(batch), torch.device("cpu"))
             for rows in order.split(config.minibatch_size * self.accelerator.num_processes):
+                if not has_actions[rows].any():
+                    continue  # no action, so no loss: momentum alone would move the critic
                 count = batch.mask[rows.to(batch.mask.device)].sum().float()
                 local_minibatch = torch.tensor([row for row in rows.tolist() if row in local_row_set], dtype=torch.long)
                 self._step(batch, local_minibatch, count, values, config)

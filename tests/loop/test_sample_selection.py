@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ppo import GRPO, RLOO, PPOClip, TrainConfig
+from rlhf_ppo import GRPO, RLOO, Critic, PPOClip, TrainConfig
 from rlhf_ppo import functional as F
+from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.loop.dynamic_sampling import DynamicSampling, fill_batch, groups_with_spread, roll_out
 from rlhf_ppo.rewards.sources import RewardScores
 from rlhf_ppo.rollout.collect import CollectedResponses, SoftOverlong
+from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.support.tiny_run import parameters, trainer
@@ -171,3 +173,25 @@ def test_bounds_without_meaning_are_refused() -> None:
         DynamicSampling(max_rounds=0)
     with pytest.raises(ValueError, match="long responses would not be penalized"):
         SoftOverlong(buffer=0)
+
+
+def test_a_batch_of_nothing_but_truncated_responses_is_refused() -> None:
+    own = trainer(algorithm=RLOO(), kl_penalty="none", init_kl_coef=0.0)
+    before = parameters(own)
+    run = TrainConfig(iterations=1, sampling=PAIRS, progress=False, mask_truncated=True)
+    with pytest.raises(ValueError, match="each of the batch was cut before a stop token"):
+        own.train(lambda *, responses, **_: [0.0] * len(responses), run)
+    assert torch.equal(parameters(own), before)
+
+
+def test_a_minibatch_without_an_action_moves_no_critic() -> None:
+    """Of two responses one is excluded: minibatches of one row, and a fit of the critic behind."""
+    algorithm = PPOClip(critic=Critic(extra_fits=1, warmup_iterations=1))
+    own = trainer(algorithm=algorithm, kl_penalty="none", init_kl_coef=0.0, batch_size=2, mini_batch_size=1)
+    inputs = TokenInputs(prompts=[torch.tensor([3, 4])] * 2, responses=[torch.tensor([5, 6]), torch.tensor([7])])
+    mask = torch.tensor([[True, True], [True, False]])
+    for _ in range(2):
+        own.learn(
+            Responses(inputs=inputs, mask=mask, scores=torch.tensor([1.0, 2.0]), excluded=torch.tensor([False, True]))
+        )
+        assert torch.isfinite(parameters(own)).all()
