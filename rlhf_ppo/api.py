@@ -27,6 +27,7 @@ from rlhf_ppo.classic.helpers import LengthSampler, respond_to_batch
 from rlhf_ppo.functional import compute_ppo_total_loss
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController
+from rlhf_ppo.loop.curriculum import Curriculum
 from rlhf_ppo.loop.dynamic_sampling import DynamicSampling
 from rlhf_ppo.loop.training import TrainConfig, TrainState
 from rlhf_ppo.models import (
@@ -53,6 +54,7 @@ __all__ = [
     "CISPO",
     "ClipCovariance",
     "Critic",
+    "Curriculum",
     "DivergenceMask",
     "DynamicSampling",
     "FixedKLController",

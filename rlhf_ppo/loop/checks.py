@@ -99,6 +99,7 @@ def check_environment(
         )
     unsupported = {
         "missing_eos": config.missing_eos is not None, "overlong": config.overlong is not None,
+        "curriculum": config.curriculum is not None,
         "an encoder-decoder": learner.is_encoder_decoder,
     }  # fmt: skip
     if what := next((name for name, is_used in unsupported.items() if is_used), None):

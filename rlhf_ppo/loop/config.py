@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 from rlhf_ppo.diagnostics.guards import Guards
 from rlhf_ppo.environments import EpisodeConfig
 from rlhf_ppo.learner.ppo_learner import PPOLearner
+from rlhf_ppo.loop.curriculum import Curriculum
 from rlhf_ppo.loop.dynamic_sampling import DynamicSampling
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures
@@ -49,6 +50,8 @@ class TrainConfig:
     """Learn from this many responses to each prompt alone, those that score highest (best-of-n); None: from all."""
     dynamic_sampling: DynamicSampling | None = None
     """Sample groups anew whose responses all score the same; None: learn from them, too."""
+    curriculum: Curriculum | None = None
+    """Prefer prompts that the policy solves sometimes; None: all prompts alike."""
     guards: Guards = field(default_factory=Guards)
     """Guards against reward hacking, each with a limit, an action and a patience."""
     offload_rewards: bool = False

@@ -10,8 +10,11 @@ from rlhf_ppo.environments import EnvironmentFactory, EnvironmentSampler
 from rlhf_ppo.functional.masked import HALF_PRECISION
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.config import TrainConfig
+from rlhf_ppo.loop.curriculum import CurriculumSampler
 from rlhf_ppo.rewards.gather import make_scoring
 from rlhf_ppo.rollout.collect import Collector
+from rlhf_ppo.rollout.episodes import NumberedEpisodes
+from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
 from rlhf_ppo.samplers.base import Sampler, WeightSyncedSampler
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.make_sampler import why_it_differs
@@ -43,6 +46,21 @@ def make_collector(
         environment=episodes or None, episode_seeds=(learner.config.seed, 0),
         limits=learner.limits, scoring=make_scoring(learner.processes, on_main=config.reward_calls == "once"),
     )  # fmt: skip
+
+
+def make_prompt_sampler(
+    learner: PPOLearner, config: TrainConfig, prompts: PromptDataset | NumberedEpisodes
+) -> PromptSampler | CurriculumSampler:
+    """Build the sampler of this process's batches of prompts, with the curriculum if there is one."""
+    accelerator, seed = learner.accelerator, learner.config.seed
+    batch_size = learner.config.batch_size // config.sampling.num_return_sequences
+    sampler = PromptSampler(
+        len(prompts), batch_size=batch_size, seed=seed, rank=accelerator.process_index,
+        world_size=accelerator.num_processes, lengths=prompts.lengths,
+    )  # fmt: skip
+    if config.curriculum is None:
+        return sampler
+    return CurriculumSampler(sampler, config.curriculum, batch_size, seed, learner.processes)
 
 
 @contextmanager

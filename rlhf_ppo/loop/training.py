@@ -18,18 +18,19 @@ from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import scalar_statistics
 from rlhf_ppo.loop.checks import LostRollouts, check_inputs
 from rlhf_ppo.loop.config import Callback, TrainConfig, TrainState, check_settings
+from rlhf_ppo.loop.curriculum import note_success
 from rlhf_ppo.loop.dynamic_sampling import roll_out
 from rlhf_ppo.loop.evaluation import Evaluation, evaluate, merge_evaluations
 from rlhf_ppo.loop.rollout_metrics import progress_postfix, rollout_metrics
 from rlhf_ppo.loop.run_keeper import RunKeeper
-from rlhf_ppo.loop.sampling import make_collector
+from rlhf_ppo.loop.sampling import make_collector, make_prompt_sampler
 from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
 from rlhf_ppo.loop.token_traces import token_traces
 from rlhf_ppo.rewards.offload import offload_sources
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
 from rlhf_ppo.rollout.collect import CollectedResponses
 from rlhf_ppo.rollout.episodes import NumberedEpisodes
-from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
+from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.rebalance import rebalance_empty_ranks
 from rlhf_ppo.samplers.base import Sampler
 from rlhf_ppo.utils.progress import ProgressBar
@@ -64,7 +65,7 @@ class TrainingLoop:
     environment: EnvironmentFactory | None = None
 
     def __post_init__(self) -> None:
-        learner, sampling, config = self.learner, self.config.sampling, self.config
+        learner, config = self.learner, self.config
         check_settings(learner, config)
         check_inputs(
             learner, config, prompts=self.prompts, eval_prompts=self.eval_prompts, rewards=self.rewards,
@@ -73,10 +74,7 @@ class TrainingLoop:
         accelerator, seed = learner.accelerator, learner.config.seed
         self.collector = make_collector(learner, config, self.sampler, self.environment)
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
-        self.prompt_sampler = PromptSampler(
-            len(self.prompts), batch_size=learner.config.batch_size // sampling.num_return_sequences, seed=seed,
-            rank=accelerator.process_index, world_size=accelerator.num_processes, lengths=self.prompts.lengths,
-        )  # fmt: skip
+        self.prompt_sampler = make_prompt_sampler(learner, config, self.prompts)
         self.keeper = RunKeeper(
             learner,
             config.output_dir,
@@ -163,7 +161,9 @@ class TrainingLoop:
         try:
             rollout = roll_out(
                 lambda: self.collector.sample(self.prompts.batch(next(self.prompt_sampler)), self.generator),
-                lambda collected: self.collector.score(collected, self.rewards, self.config.missing_eos),
+                lambda collected: note_success(
+                    self.prompt_sampler, self.collector.score(collected, self.rewards, self.config.missing_eos)
+                ),
                 self._is_stop_requested, dynamic=self.config.dynamic_sampling, group_size=group_size,
                 groups=self.learner.config.batch_size // group_size, any_process=self.learner.processes.any_process,
             )  # fmt: skip
