@@ -24,13 +24,19 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_ppo import (
     GRPO,
+    GSPO,
     RLOO,
+    AdaptiveEntropy,
     AlgorithmConfig,
     AutoModelForCausalLMWithValueHead,
+    Critic,
+    PositiveNLL,
+    PPOClip,
     PPOConfig,
     PPOPenalty,
     PPOTrainer,
     Reinforce,
+    TopEntropyTokens,
 )
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.rollout.experience import Responses
@@ -39,6 +45,11 @@ from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_to
 ITERATIONS = 3
 ALGORITHMS: dict[str, AlgorithmConfig | None] = {
     "ppo": None, "penalty": PPOPenalty(target_kl=1e-4), "reinforce": Reinforce(), "rloo": RLOO(), "grpo": GRPO(),
+    "gspo": GSPO(),
+    "further parts": PPOClip(
+        positive_nll=PositiveNLL(threshold=4.0), tokens=TopEntropyTokens(share=0.5),
+        adaptive_entropy=AdaptiveEntropy(target=9.0, start=0.01), critic=Critic(warmup_iterations=1, extra_fits=1),
+    ),
 }  # fmt: skip
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])

@@ -30,6 +30,10 @@ CASES = {
     "a score that overflows the loss": Scenario(shares=(5, 4), broken_row=True),
     "KL penalty whose weight adapts": Scenario(shares=(5, 4), algorithm="penalty"),
     "no critic": Scenario(shares=(6, 2), algorithm="rloo", group_size=2),
+    "a ratio per response": Scenario(shares=(6, 2), algorithm="gspo", group_size=2),
+    "good responses, tokens of high entropy, further fits of the critic": Scenario(
+        shares=(5, 4), algorithm="further parts"
+    ),
     "GPT-2": Scenario(shares=(5, 4), model="gpt2", learning_rate=0.01),
     "LoRA": Scenario(shares=(5, 4), lora=True),
     "gradient checkpointing": Scenario(shares=(5, 4), settings={"gradient_checkpointing": True}),

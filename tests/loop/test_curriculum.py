@@ -5,26 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from rlhf_ppo import Curriculum, TrainConfig
+from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.loop.curriculum import CurriculumSampler
 from rlhf_ppo.rewards.sources import RewardScores
 from rlhf_ppo.rollout.prompts import PromptSampler
 from tests.support.tiny_run import SAMPLING, trainer
 
 
-class OneProcess:
-    """The collectives of a single process."""
-
-    def any_process(self, holds: bool) -> bool:
-        return holds
-
-    def gather_objects(self, values: list[Any]) -> list[Any]:
-        return values
-
-
 def sampler(config: Curriculum, *, length: int = 8, batch_size: int = 4) -> CurriculumSampler:
-    processes: Any = OneProcess()
+    processes = Processes(Accelerator(cpu=True))
     return CurriculumSampler(PromptSampler(length, batch_size=batch_size, seed=3), config, batch_size, 3, processes)
 
 
