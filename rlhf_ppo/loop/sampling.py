@@ -81,9 +81,6 @@ def synced_weights(learner: PPOLearner, sampler: Sampler) -> Iterator[None]:
 
 def _low_precision(learner: PPOLearner) -> str | None:
     """Why a sampler rounds otherwise than the learner's pass over whole responses; None: in float32 it does not."""
-    mixed = learner.accelerator.mixed_precision
     dtypes = {parameter.dtype for parameter in learner.model.parameters() if parameter.is_floating_point()}
-    low = next((str(dtype) for dtype in sorted(dtypes, key=str) if dtype in HALF_PRECISION), None)
-    if low is None and mixed == "no" and not learner.config.bf16:
-        return None
-    return f"{low or (mixed if mixed != 'no' else 'bf16')} rounds otherwise token by token than in one pass"
+    low = sorted({str(dtype) for dtype in dtypes | {learner.precision.compute} if dtype in HALF_PRECISION})
+    return f"{low[0]} rounds otherwise token by token than in one pass" if low else None
