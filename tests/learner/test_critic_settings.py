@@ -6,18 +6,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ppo import (
     AutoModelForCausalLMWithValueHead,
     Critic,
     LearnedValue,
     PPOClip,
+    PPOConfig,
     PPOTrainer,
     Reinforce,
     SeparateCritic,
     attach_critic,
 )
 from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.learner.arguments import default_optimizer
 from tests.classic.test_classic import QUERIES, RESPONSES, SCORES, policy, trainer_of
 
 
@@ -51,10 +54,14 @@ def test_the_critic_learns_at_its_own_rate() -> None:
 
 
 def test_a_schedule_has_a_part_for_the_critic() -> None:
-    trainer = own(learning_rate=0.1)
-    policy_group, critic_group = trainer.optimizer.param_groups
-    assert (policy_group["lr"], critic_group["lr"]) == (1e-3, 0.1)
-    assert {id(p) for p in critic_group["params"]} == {id(p) for p in trainer.model.v_head.parameters()}
+    """The critic's rate halves after the first step, the policy's stays."""
+    model = policy()
+    optimizer = default_optimizer(model, PPOConfig(learning_rate=1e-3), critic_rate=0.1)
+    assert {id(p) for p in optimizer.param_groups[1]["params"]} == {id(p) for p in model.v_head.parameters()}
+    scheduler = LambdaLR(optimizer, [lambda step: 1.0, lambda step: 0.5**step])
+    trainer = trainer_of(model, arguments={"optimizer": optimizer, "lr_scheduler": scheduler})
+    trainer.step(QUERIES, RESPONSES, SCORES)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-3, 0.05]
 
 
 def test_a_rate_beside_an_optimizer_of_the_callers_is_refused() -> None:
