@@ -209,7 +209,8 @@ def _parameters(trainer: PPOTrainer) -> list[Tensor]:
 def _counted_passes(trainer: PPOTrainer) -> list[int]:
     """Of each optimizer step, kept up to date while the trainer runs."""
     update: Any = trainer.algorithm.update
-    update = getattr(update, "inner", update)
+    while hasattr(update, "inner") and not hasattr(update, "_backward"):
+        update = update.inner
     passes: list[int] = []
     backward, step = update._backward, update._step
 
