@@ -258,4 +258,4 @@ def _source(row: Row, where: str) -> str:
     source = row.get("source")
     if source is not None and not isinstance(source, str):
         raise BadRow(f"{where}: field 'source' must be text, got {type(source).__name__}.")
-    return source or ""
+    return str(_read(read_text, source or "", "source", where))

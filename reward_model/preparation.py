@@ -11,7 +11,7 @@ from datasets import Dataset
 from reward_model.collecting import Collector
 from reward_model.data import Comparison
 from reward_model.layouts import COLUMNS, OWN_COLUMNS
-from reward_model.rows import OnBadRow
+from reward_model.rows import OnBadRow, json_line
 from reward_model.sources import read_rows
 from reward_model.splitting import describe_split, split_by_prompt
 
@@ -128,7 +128,7 @@ def drop_duplicates(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 def write_bad_rows(bad_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write skipped rows to a side file, one JSON object per line."""
-    lines = [json.dumps(row, default=str, ensure_ascii=False)[:20_000] + "\n" for row in bad_rows]
+    lines = [json_line(row) for row in bad_rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -58,9 +58,11 @@ def _split_texts(prompt: str, completions: list[str]) -> tuple[str, tuple[str, .
     starts = [match.end() for match in _ANSWER_STARTS.finditer(shared)]
     if starts and (not prompt or prompt.strip() in shared[: starts[-1]]):
         prompt = shared[: starts[-1]]
-    elif not prompt or not _repeats(prompt, completions):
-        return prompt, tuple(completions)
-    return prompt, tuple(completion[len(prompt) :] for completion in completions)
+        return prompt, tuple(completion[len(prompt) :] for completion in completions)
+    for said, texts in ((prompt, completions), (prompt.strip(), [completion.lstrip() for completion in completions])):
+        if _repeats(said, texts):
+            return said, tuple(text[len(said) :] for text in texts)
+    return prompt, tuple(completions)
 
 
 def _repeats(prompt: str, completions: list[str]) -> bool:

@@ -1,5 +1,6 @@
 """Rows of preference data, and the error of a malformed one."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,8 +19,17 @@ def set_aside(error: BadRow, where: str, row: Any, on_bad_row: OnBadRow) -> dict
         BadRow: `on_bad_row` is "stop".
     """
     if on_bad_row == "stop":
-        raise BadRow(f"{error} Repair the row, or pass --on_bad_row skip to set such rows aside.") from error
+        raise BadRow(
+            f"{error} Repair the row, leave a column out by --columns NAME=, or pass --on_bad_row skip to set such "
+            "rows aside."
+        ) from error
     return {"where": where, "error": str(error), "row": row}
+
+
+def json_line(value: Any) -> str:
+    """`value` as one line of JSON that any UTF-8 file takes: half a character stays escaped."""
+    line = json.dumps(value, default=str, ensure_ascii=False, skipkeys=True)
+    return line.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:

@@ -1,6 +1,5 @@
 """Score prompt-response texts with a trained reward model: `python -m reward_model.score --help`."""
 
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from reward_model.layouts.base import CONVERSATION_NAMES, is_unanswered, prompt_
 from reward_model.layouts.rated import ANSWER_NAMES
 from reward_model.preparation import write_bad_rows
 from reward_model.report_card import first_member
-from reward_model.rows import BadRow, rename_columns, set_aside
+from reward_model.rows import BadRow, json_line, rename_columns, set_aside
 from reward_model.sources import read_rows
 from reward_model.text import render
 from rlhf_ppo.chat.cells import parse_cell
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
             sys.stdout if config.output == "-" else stack.enter_context(Path(config.output).open("w", encoding="utf-8"))
         )
         for sample, score in zip(samples, scores, strict=True):
-            file.write(json.dumps(sample.row | {"score": score}, ensure_ascii=False, default=str) + "\n")
+            file.write(json_line(sample.row | {"score": score}))
     if bad_rows:
         aside = Path("scores" if config.output == "-" else config.output)
         write_bad_rows(bad_rows, aside.with_name(f"{aside.name}.bad_rows.jsonl"))

@@ -68,6 +68,8 @@ def _kind(comparisons: Sequence[Comparison]) -> str:
 
 def _prompts(comparison: Comparison) -> list[str]:
     """What stands for the prompt of a comparison: the prompt, the shared beginning, or each completion."""
+    if isinstance(comparison.prompt, str) and comparison.prompt.strip():
+        return [" ".join(comparison.prompt.split())]
     if comparison.prompt:
         return [comparison.prompt_key()]
     beginning = shared_beginning(comparison.completions)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from reward_model.files import DataError, encoding_problem, open_text
+from reward_model.files import DataError, data_suffix, encoding_problem, open_text
 from reward_model.rows import BadRow, Row
 
 _LONGEST_RECORD = 2_000_000
@@ -23,7 +23,7 @@ def table_rows(path: Path, name: str) -> Iterator[tuple[str, Row | BadRow]]:
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with open_text(path, name, newline="") as file:
-        records = _Records(file, "\t" if ".tsv" in path.suffixes else ",")
+        records = _Records(file, "\t" if data_suffix(path) == ".tsv" else ",")
         header = next(iter(records), None)
         if header is None:
             return

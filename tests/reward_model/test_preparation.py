@@ -82,6 +82,10 @@ ONCE = {"prompt": [QUESTION], "chosen": [GOOD], "rejected": [BAD]}
             {"prompt": "How was the film? ", "chosen": "Good", "rejected": "Bad"},
         ),
         (
+            {"prompt": "How was it? ", "chosen": "\nHow was it?\nGood", "rejected": "How was it? Bad"},
+            {"prompt": "How was it?", "chosen": "\nGood", "rejected": " Bad"},
+        ),
+        (
             {
                 "prompt": "How?",
                 "chosen": "\n\nHuman: How?\n\nAssistant: a",
@@ -219,6 +223,24 @@ def test_a_known_prompt_in_a_held_out_source_is_said(
     arguments = ["--data", data, "--evaluation_data", held_out, "--model", str(tiny_base)]
     main([*arguments, "--output_dir", str(tmp_path / "out"), "--max_length", "40", "--no_progress"])
     assert "5 of their 15 prompts (33.3%) are in training, too" in capsys.readouterr().out
+
+
+def test_half_a_character_in_a_row_that_is_set_aside_can_be_written(
+    tiny_base: Path, trained_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{**row, "prompt": f"Film {number}: "} for number, row in enumerate(preference_rows(20))]
+    data = write_rows(
+        tmp_path / "a.jsonl", [*rows, {**rows[0], "chosen": "cut \ud83d"}, {**rows[1], "source": "\ud83d"}]
+    )
+    arguments = ["--model", str(tiny_base), "--output_dir", str(tmp_path / "out"), "--max_length", "40"]
+    main(["--data", data, *arguments, "--no_progress", "--on_bad_row", "skip"])
+    aside = [json.loads(line) for line in (tmp_path / "out.bad_rows.jsonl").read_text().splitlines()]
+    assert [row["where"] for row in aside] == ["a.jsonl:21", "a.jsonl:22"]
+    assert aside[0]["row"]["chosen"] == "cut \ud83d"
+    data = write_rows(tmp_path / "b.jsonl", [{"response": "good", "note": "\ud83d"}])
+    output = tmp_path / "scores.jsonl"
+    score_command.main(["--model", str(trained_folder), "--data", data, "--output", str(output)])
+    assert json.loads(output.read_text())["note"] == "\ud83d"
 
 
 def test_scoring_maps_columns_skips_bad_rows_and_reads_tables(
