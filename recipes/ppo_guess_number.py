@@ -1,9 +1,10 @@
 r"""Learn to search: a tiny language model plays "guess a number", told higher or lower, from nothing.
 
-    python recipes/ppo_guess_number.py                         # two CPU minutes, one thread
+    python recipes/ppo_guess_number.py                         # less than five CPU minutes, one thread
     python recipes/ppo_guess_number.py --algorithm ppo-turn    # credit a whole guess instead of its tokens
+    python recipes/ppo_guess_number.py --game mastermind --iterations 400
 
-(1) A Llama of 110,000 parameters with a vocabulary of 25 words learns the form of the game from random play, (2) PPO
+(1) A Llama of 110,000 parameters with a vocabulary of 26 words learns the form of the game from random play, (2) PPO
 plays against the environment. The best strategy, halving, needs 3.7 guesses on average over the 20 secrets.
 Left out: a pretrained model, a reference (no KL: nothing is worth staying close to), several processes.
 Results: docs/results/environments.md.
@@ -19,9 +20,10 @@ import datasets
 import torch
 import tyro
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from games.guess_number import GUESSES, HIGHEST, GuessNumber, imitate_random_play, make_tokenizer
+from games.guess_number import GUESS_NUMBER
+from games.mastermind import MASTERMIND
+from games.play import Game, imitate_random_play, tiny_llama
 from rlhf_ppo import (
     GAE,
     GRPO,
@@ -40,13 +42,15 @@ from rlhf_ppo.environments import EpisodeConfig
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 
-EPISODES = EpisodeConfig(max_turns=GUESSES, max_concurrency=1, timeout=None)
+GAMES: dict[str, Game] = {"guess-number": GUESS_NUMBER, "mastermind": MASTERMIND}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Settings of the game, of the imitation of random play, and of PPO."""
 
+    game: Literal["guess-number", "mastermind"] = "guess-number"
+    """A number from 1 to 20, or a code of three pegs in four colors."""
     algorithm: Literal["ppo", "ppo-turn", "reinforce++", "rloo", "grpo"] = "ppo"
     """What is optimized; "ppo-turn" estimates advantages over guesses instead of tokens."""
     output_dir: str = "runs/ppo_guess_number"
@@ -82,14 +86,10 @@ def main(config: Config) -> dict[str, float]:
     """Train and evaluate; returns mean guesses, greedy and sampled, before and after."""
     torch.set_num_threads(1)
     set_seed(config.seed)
-    start, tokenizer = time.process_time(), make_tokenizer()
-    language_model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), max_position_embeddings=64, hidden_size=64, intermediate_size=192,
-            num_hidden_layers=2, num_attention_heads=4,
-        )
-    )  # fmt: skip
-    imitate_random_play(language_model, tokenizer, games=config.random_games, seed=config.seed)
+    start, game = time.process_time(), GAMES[config.game]
+    tokenizer = game.make_tokenizer()
+    language_model = tiny_llama(len(tokenizer))
+    imitate_random_play(language_model, tokenizer, game, games=config.random_games, seed=config.seed)
 
     model = AutoModelForCausalLMWithValueHead.from_pretrained(language_model)
     settings = PPOConfig(
@@ -101,25 +101,30 @@ def main(config: Config) -> dict[str, float]:
     trainer = PPOTrainer(
         settings, model, None, tokenizer, optimizer=optimizer, lr_scheduler=schedule, algorithm=algorithm(config)
     )
-    rows = [{"prompt": "guess", "secret": secret} for secret in range(1, HIGHEST + 1)]
+    rows = [{"prompt": "guess", "secret": secret} for secret in game.secrets]
     prompts = PromptDataset(datasets.Dataset.from_list(rows), tokenizer)
     many = PromptDataset(datasets.Dataset.from_list(rows * config.eval_games), tokenizer)
     group = config.group_size if config.algorithm in ("rloo", "grpo") else 1
-    sampling = SamplingConfig(max_new_tokens=2, stop_token_ids=(tokenizer.eos_token_id,), num_return_sequences=group)
+    sampling = SamplingConfig(
+        max_new_tokens=len(game.secrets[0].split()) + 1, stop_token_ids=(tokenizer.eos_token_id,),
+        num_return_sequences=group,
+    )  # fmt: skip
+    episodes = EpisodeConfig(max_turns=game.guesses, max_concurrency=1, timeout=None)
 
     def guesses(name: str) -> dict[str, float]:
         results = {}
         for kind, games in (("greedy", prompts), ("sampled", many)):
             how = replace(sampling, do_sample=kind == "sampled")
-            turns = trainer.evaluate(games, None, how, environment=GuessNumber, episodes=EPISODES).measures["turns"]
+            played = trainer.evaluate(games, None, how, episodes=episodes, environment=game.environment)
+            turns = played.measures["turns"]
             results[f"{name}/{kind}"] = sum(turns) / len(turns)
         return results
 
     result = guesses("before")
     loop = TrainConfig(
-        iterations=config.iterations, sampling=sampling, episodes=EPISODES, output_dir=config.output_dir, resume=False
+        iterations=config.iterations, sampling=sampling, episodes=episodes, output_dir=config.output_dir, resume=False
     )
-    trainer.train(None, loop, prompts=prompts, environment=GuessNumber)
+    trainer.train(None, loop, prompts=prompts, environment=game.environment)
     result |= guesses("after") | {"cpu_seconds": time.process_time() - start}
     Path(config.output_dir, "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     return result

@@ -5,7 +5,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
 
 Messages: TypeAlias = list[dict[str, Any]]
 """A conversation for the chat template: [{"role": "user", "content": "..."}, ...]."""
@@ -30,22 +33,28 @@ class Turn:
 
     def __post_init__(self) -> None:
         check_observation(self.observation, "Turn.observation")
-        if isinstance(self.reward, bool) or not isinstance(self.reward, int | float) or not math.isfinite(self.reward):
+        if isinstance(self.reward, bool) or not isinstance(self.reward, Real) or not math.isfinite(self.reward):
             raise ValueError(
                 f"Turn.reward must be a finite number, got {self.reward!r}: it would destroy the weights in one step. "
                 "Return a float; raise an exception to drop the episode."
             )
         for name in ("terminated", "truncated"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool | np.bool_):
                 raise TypeError(
                     f"Turn.{name} must be True or False, got {getattr(self, name)!r}: it would be unknown whether the "
                     "episode goes on."
                 )
+        if wrong := {name: value for name, value in self.info.items() if not isinstance(value, Real)}:
+            raise TypeError(f"Turn.info must hold numbers, got {wrong!r:.80}: they are averaged over episodes.")
 
 
 @runtime_checkable
 class Environment(Protocol):
-    """One episode. Methods may be `async`; `close()` is called at the end if there is one."""
+    """One episode. Methods may be `async`.
+
+    Two further attributes are read if they are there: `close()` is called at the end; `chat_template_kwargs`, a mapping
+    such as `{"tools": [...]}`, is passed to the chat template.
+    """
 
     def reset(self, *_: Any, **columns: Any) -> Any:
         """Return the first observation: text, or messages for the chat template.

@@ -51,9 +51,7 @@ def finish(result: Any) -> Any:
 def _result_or_error(call: Callable[[], Any]) -> Any | BaseException:
     try:
         return call()
-    except KeyboardInterrupt:  # the user's, where calls run in the main thread
-        raise
-    except BaseException as error:
+    except (Exception, SystemExit) as error:  # but not KeyboardInterrupt, which is the user's
         return error
 
 
@@ -70,7 +68,10 @@ class _Task:
     def run(self) -> None:
         self.start = time.monotonic()
         self.started.set()
-        self.future.set_result(_result_or_error(self.call))
+        try:
+            self.future.set_result(_result_or_error(self.call))
+        except BaseException as error:  # nobody else would hear of it: this is a thread
+            self.future.set_result(error)
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until the call is done; False if it exceeded its time limit and was abandoned."""

@@ -44,6 +44,8 @@ class ReplayableEnvironment:
     environment: Environment | None = None
     first: Observation = ""
     """The first observation."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What the environment wants to be passed to the chat template."""
     turns: list[tuple[str, Turn]] = field(default_factory=list)
     """Replies, each with its answer."""
 
@@ -59,7 +61,7 @@ class ReplayableEnvironment:
             check_observation(first, "the result of reset()")
             if self.turns and first != self.first:
                 raise ReplayError("reset() returned another first observation for the same columns and seed")
-            self.first = first
+            self.first, self.template_kwargs = first, getattr(environment, "chat_template_kwargs", {})
             for number, (reply, turn) in enumerate(self.turns):
                 if self._answer(reply) != turn:
                     raise ReplayError(f"turn {number} had another answer for the same columns, seed and replies")
@@ -139,7 +141,7 @@ class LiveEpisode:
         Raises:
             NoRoomError: No reply fits behind it.
         """
-        self.prompt = self.renderer.prompt(self.environment.first)
+        self.prompt = self.renderer.prompt(self.environment.first, self.environment.template_kwargs)
         if self._room() < self.reply_tokens:
             raise NoRoomError(
                 f"the first observation has {len(self.prompt)} tokens, which leaves no room for a reply of "
@@ -164,8 +166,9 @@ class LiveEpisode:
             self.ended = True
             return
         tokens = self.renderer.continuation(
-            self.environment.first, turn.observation, self.response[-1], finished=self._finished_reply
-        )
+            self.environment.first, turn.observation, self.response[-1], finished=self._finished_reply,
+            template_kwargs=self.environment.template_kwargs,
+        )  # fmt: skip
         self._append(tokens[: int(max(0, min(self._room(), len(tokens))))], is_own=False)
         if self.logprobs is not None:
             self.logprobs += [0.0] * (len(self.response) - len(self.logprobs))

@@ -7,16 +7,19 @@ are, which `check_prefix_stability` tries at the start.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.chat.template import render_chat
 from rlhf_ppo.environments.base import Messages, Observation
 
 _REPLY = "REPLY0PLACEHOLDER"
 """Stands for the reply in a rendered conversation; one word without spaces, which no template changes."""
-_ANSWER = {"role": "user", "content": "next"}
+_TEXT = "TEXT0PLACEHOLDER"
+"""Stands for the text of a message."""
+_ANSWER = {"role": "user", "content": _TEXT}
 _THOUGHT = "<think>\nplan\n</think>\n\n" + _REPLY
 
 
@@ -26,26 +29,38 @@ class Renderer:
 
     Args:
         tokenizer: The policy's tokenizer.
-        template_kwargs: Passed to the chat template.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     _checked: bool = False
     _encoded: dict[str, list[int]] = field(default_factory=dict)
     """Observations repeat: a batch of episodes hears the same few words."""
 
-    def prompt(self, observation: Observation) -> list[int]:
-        """Token ids of the first observation, up to the start of the first reply; never empty."""
+    def prompt(self, observation: Observation, template_kwargs: Mapping[str, Any]) -> list[int]:
+        """Token ids of the first observation, up to the start of the first reply; never empty.
+
+        Args:
+            observation: Text, or messages.
+            template_kwargs: Passed to the chat template.
+        """
         if isinstance(observation, str):
             ids: list[int] = self.tokenizer(observation)["input_ids"]
         else:
-            self._check_once(observation)
-            ids = self._encode(self._render(observation))
+            conversation = _Conversation(self.tokenizer, observation, template_kwargs)
+            if not self._checked:
+                check_prefix_stability(conversation)
+                self._checked = True
+            ids = self._encode(conversation.render())
         return ids or [self._first_token()]
 
     def continuation(
-        self, first: Observation, observation: Observation, last_token: int, *, finished: bool
+        self,
+        first: Observation,
+        observation: Observation,
+        last_token: int,
+        *,
+        finished: bool,
+        template_kwargs: Mapping[str, Any],
     ) -> list[int]:
         """Token ids between the last sampled token and the start of the next reply.
 
@@ -54,22 +69,14 @@ class Renderer:
             observation: The new observation.
             last_token: Last token of the reply.
             finished: Whether the reply ended with a stop token or string.
+            template_kwargs: Passed to the chat template.
         """
         if isinstance(observation, str):
             return self._encode(observation)
         messages = first if isinstance(first, list) else [{"role": "user", "content": first}]
-        ids = self._encode(self._after_reply(messages, observation))
+        ids = self._encode(_Conversation(self.tokenizer, messages, template_kwargs).after_reply(observation))
         # The template ends the reply with the token that the policy has sampled itself.
         return ids[1:] if finished and ids[:1] == [last_token] else ids
-
-    def _after_reply(self, messages: Messages, observation: Messages, reply: str = _REPLY) -> str:
-        """The text from the end of a reply to the start of the next one."""
-        rendered = self._render([*messages, {"role": "assistant", "content": reply}, *observation])
-        return rendered.rpartition(_REPLY)[2]
-
-    def _render(self, messages: Messages) -> str:
-        settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **self.template_kwargs}
-        return str(self.tokenizer.apply_chat_template(messages, **settings))
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._encoded:
@@ -86,32 +93,58 @@ class Renderer:
             )
         return int(token)
 
-    def _check_once(self, messages: Messages) -> None:
-        """Check the chat template at the first conversation.
 
-        Raises:
-            ValueError: It renders earlier turns differently once a later one is there.
-        """
-        if self._checked:
-            return
-        self._checked = True
-        if not self._is_prefix_stable(messages, _REPLY):
-            raise ValueError(
-                "expected a chat template that renders earlier turns as it did before, got one that rewrites them: the "
-                "policy would be trained on other tokens than those that a chat with it holds. Use a template whose "
-                "rendering of a longer conversation begins with that of the shorter one, or let the environment return "
-                "text instead of messages."
-            )
-        if not self._is_prefix_stable(messages, _THOUGHT):
-            warnings.warn(
-                "The chat template removes the thinking of earlier turns; training keeps it, as it was sampled. A chat "
-                "that renders its history anew shows the policy another context than in training: serve it with a "
-                "template that keeps the thinking, or ask for replies without thinking.",
-                stacklevel=2,
-            )
+@dataclass(frozen=True)
+class _Conversation:
+    """First messages of a conversation, and how the chat template continues it."""
 
-    def _is_prefix_stable(self, messages: Messages, reply: str) -> bool:
+    tokenizer: PreTrainedTokenizerBase
+    messages: Messages
+    template_kwargs: Mapping[str, Any]
+
+    def render(self, *later: dict[str, Any]) -> str:
+        """The text up to the start of the next reply."""
+        messages = [*self.messages, *later]
+        return render_chat(self.tokenizer, messages, add_generation_prompt=True, options=self.template_kwargs)
+
+    def after_reply(self, answer: Messages, reply: str = _REPLY) -> str:
+        """The text from the end of a reply to the start of the next one."""
+        return self.render({"role": "assistant", "content": reply}, *answer).rpartition(_REPLY)[2]
+
+    def is_prefix_stable(self, reply: str) -> bool:
         """Whether two turns, rendered at once, are the turns rendered one by one."""
-        turn: Messages = [{"role": "assistant", "content": reply}, _ANSWER]
-        appended = self._render(messages) + 2 * (reply + self._after_reply(messages, [_ANSWER], reply))
-        return self._render([*messages, *turn, *turn]) == appended
+        turn = ({"role": "assistant", "content": reply}, _ANSWER)
+        return self.render(*turn, *turn) == self.render() + 2 * (reply + self.after_reply([_ANSWER], reply))
+
+    def keeps_turns(self) -> bool:
+        """The same up to the header of each reply: thinking and its marks may come and go with later turns."""
+        turn = ({"role": "assistant", "content": _REPLY}, _ANSWER)
+        parts, after = self.render(*turn, *turn).split(_REPLY), self.after_reply([_ANSWER])
+        if len(parts) != 3 or parts[2] != after:
+            return False
+        pairs = (parts[0], self.render()), (parts[1], after)
+        return all(_TEXT in one and other.startswith(one.partition(_TEXT)[0] + _TEXT) for one, other in pairs)
+
+
+def check_prefix_stability(conversation: _Conversation) -> None:
+    """Check a chat template at its first conversation.
+
+    Raises:
+        ValueError: It renders earlier turns differently once a later one is there.
+    """
+    last = {**conversation.messages[-1], "content": _TEXT}
+    conversation = replace(conversation, messages=[*conversation.messages[:-1], last])
+    if not conversation.keeps_turns():
+        raise ValueError(
+            "expected a chat template that renders earlier turns as it did before, got one that rewrites them: the "
+            "policy would be trained on other tokens than those that a chat with it holds. Use a template whose "
+            "rendering of a longer conversation begins with that of the shorter one, or let the environment return "
+            "text instead of messages."
+        )
+    if not (conversation.is_prefix_stable(_REPLY) and conversation.is_prefix_stable(_THOUGHT)):
+        warnings.warn(
+            "The chat template renders the thinking of earlier replies, or its marks, otherwise than when they were "
+            "sampled; training keeps what was sampled. A chat that renders its history anew shows the policy another "
+            "context than in training: serve it with a template that keeps the thinking.",
+            stacklevel=2,
+        )

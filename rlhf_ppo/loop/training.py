@@ -134,7 +134,8 @@ class TrainingLoop:
         sources = () if self.rewards is None else named_sources(self.rewards)
         candidates: dict[str, object] = {f"rewards/{item.name}": item.source for item in sources}
         candidates |= {f"callbacks/{index}": callback for index, callback in enumerate(self.callbacks)}
-        candidates |= {"sampler": self.sampler, "environment": self.environment}
+        factory = None if isinstance(self.environment, type) else self.environment
+        candidates |= {"sampler": self.sampler, "environment": factory}
         return {
             "random": RandomStreams(self.generator),
             **{name: part for name, part in candidates.items() if isinstance(part, Stateful)},

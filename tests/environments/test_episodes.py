@@ -1,9 +1,12 @@
 """Episodes: the tokens that are trained are those that were sampled, each reward is where its reply ended."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trl
 
 from rlhf_ppo.environments import EnvironmentSampler, Episode, EpisodeConfig
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
@@ -117,3 +120,54 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="rewrites them"):
         runner(torch.nn.Identity(), [{}], SAMPLING)
+
+
+TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+SPEAK_PICTURES = ("idefics3", "llava_next", "smolvlm")
+KEEP_ALL = ("cohere", "gemma3", "lfm2_v2", "llama3", "llama3_1", "llama3_2", "phi3", "qwen2_5", "qwen3_instruct_2507")
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_of_published_models_are_continued_as_they_continue_themselves(path: Path) -> None:
+    """All that differs between turns appended and rendered at once is the header of a reply, with its thinking."""
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    runner = EnvironmentSampler(
+        factory=Chat, sampler=Script("hi", "there", stop=False), tokenizer=tokenizer, device=torch.device("cpu"),
+        config=EpisodeConfig(),
+    )  # fmt: skip
+    if path.stem.removesuffix("_training") in SPEAK_PICTURES:
+        with pytest.raises(ValueError, match=r"rewrites them|refuses the conversation"):
+            runner(torch.nn.Identity(), [{}], SAMPLING)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (episode,) = runner(torch.nn.Identity(), [{}], SAMPLING).episodes
+    assert all("thinking" in str(warning.message) for warning in caught)
+    assert not (caught and path.stem in KEEP_ALL)
+    assert episode is not None
+    seen = str(tokenizer.decode(torch.cat([episode.prompt_ids, episode.response_ids])))
+    messages = [{"role": "user", "content": "hello"}]
+    for number, reply in enumerate(("hi", "there"), start=1):
+        messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": f"turn {number}"}]
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    if not caught:
+        assert seen == whole
+    assert seen.endswith(whole.rpartition("there")[2])
+
+
+def test_what_an_environment_wants_to_tell_the_template_is_passed_to_it() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = "tools: {{ tools | length }}\n" + str(tokenizer.chat_template)
+
+    class WithTools(Chat):
+        chat_template_kwargs = {"tools": [{"type": "function", "function": {"name": "add"}}]}  # noqa: RUF012
+
+    runner = EnvironmentSampler(
+        factory=WithTools, sampler=Script("hi", "there"), tokenizer=tokenizer, device=torch.device("cpu"),
+        config=EpisodeConfig(),
+    )  # fmt: skip
+    (episode,) = runner(torch.nn.Identity(), [{}], SAMPLING).episodes
+    assert episode is not None
+    assert str(tokenizer.decode(episode.prompt_ids)) == "tools: 1\nuser: hello\nassistant: "

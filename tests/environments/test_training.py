@@ -25,6 +25,8 @@ from rlhf_ppo import (
 )
 from rlhf_ppo.environments import Episode, EpisodeConfig, Turn
 from rlhf_ppo.loop.config import TrainState
+from rlhf_ppo.loop.run_folder import RunFolder
+from rlhf_ppo.report.token_view import token_view
 from rlhf_ppo.samplers.base import SamplingConfig
 from tests.support.games import CountE
 from tests.support.tiny_models import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
@@ -227,3 +229,57 @@ def test_arguments_that_would_be_ignored_are_refused(
 ) -> None:
     with pytest.raises(kind, match=message):
         call(trainer())
+
+
+def test_a_run_on_episodes_evaluates_keeps_the_best_model_and_is_reported(tmp_path: Path) -> None:
+    """Samples of the report are transcripts, its token view has the observations."""
+    own = trainer()
+    settings = config(tmp_path, iterations=2, eval_every=1, keep_best="score", save_every=1)
+    state = own.train(None, settings, eval_prompts=4, environment=CountE)
+    assert state.evaluation is not None
+    assert state.metrics["eval/turns"] == 3
+    assert (tmp_path / "best").is_dir()
+    (trace, *_) = RunFolder.open(tmp_path).tokens()
+    assert len(trace.own) == len(trace.tokens)
+    assert "".join(text for text, is_own in zip(trace.tokens, trace.own, strict=True) if not is_own) == 2 * " and"
+    (response, *_), _ = token_view([trace])
+    assert "".join(token.text for token in response.tokens if not token.is_own) == 2 * " and"
+    assert sum(token.begins_line for token in response.tokens) == 4  # three replies and two observations
+    assert all(set(token.heat.values()) == {0.0} for token in response.tokens if not token.is_own)
+
+
+def test_the_state_of_a_factory_is_saved_and_restored(tmp_path: Path) -> None:
+    """A curriculum, for example; a class whose instances have a state is no such factory."""
+
+    class Curriculum:
+        level = 0
+
+        def __call__(self) -> CountE:
+            self.level += 1
+            return CountE(turns=1)
+
+        def state_dict(self) -> dict[str, int]:
+            return {"level": self.level}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.level = state["level"]
+
+    class WithState(CountE):
+        def state_dict(self) -> dict[str, int]:
+            return {"played": self.played}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.played = state["played"]
+
+    first, second = Curriculum(), Curriculum()
+    trainer().train(None, config(tmp_path, iterations=1, save_every=1), environment=first)
+    trainer().train(None, config(tmp_path, iterations=2, save_every=1), environment=second)
+    assert (first.level, second.level) == (8, 16)
+    trainer().train(None, config(iterations=1), environment=WithState)
+
+
+def test_episodes_carry_the_samplers_log_probabilities_to_the_importance_correction() -> None:
+    own = trainer(importance_sampling_cap=2.0)
+    metrics = own.train(None, config(iterations=1), environment=CountE).metrics
+    assert metrics["sampler/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["sampler/logprob_difference"] < 1e-4

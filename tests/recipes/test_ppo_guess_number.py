@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ppo_guess_number import Config, main
 
-from games.guess_number import GuessNumber, make_tokenizer, random_game
+from games.guess_number import GuessNumber
 
 
 def test_the_best_strategy_needs_as_many_guesses_as_the_recipe_says() -> None:
@@ -21,24 +21,44 @@ def test_the_best_strategy_needs_as_many_guesses_as_the_recipe_says() -> None:
 
 def test_the_game_answers_higher_lower_and_nonsense_and_ends_with_the_secret() -> None:
     game = GuessNumber()
-    assert game.reset(secret=7) == "guess"
+    assert game.reset(secret="7") == "guess"
     turns = [game.step(reply) for reply in ("5", "9", "guess", "", "7")]
     assert [turn.observation for turn in turns] == ["higher", "lower", "nonsense", "nonsense", ""]
     assert [turn.reward for turn in turns] == [-0.1] * 4 + [0.9]
     assert [turn.terminated for turn in turns] == [False] * 4 + [True]
 
 
-def test_transcripts_of_random_play_are_words_of_the_tokenizer() -> None:
-    tokenizer = make_tokenizer()
+def test_mastermind_counts_right_and_misplaced_pegs() -> None:
+    """A color that the secret has once is found once."""
+    assert answer(tuple("aab"), tuple("abb")) == (2, 0)
+    assert answer(tuple("aab"), tuple("baa")) == (1, 2)
+    assert answer(tuple("abc"), tuple("cab")) == (0, 3)
+    assert answer(tuple("aaa"), tuple("bcd")) == (0, 0)
+    game = Mastermind()
+    game.reset(secret="a b b")
+    turns = [game.step(reply) for reply in ("a a b", "a b", "x y z", "a b b")]
+    assert [turn.observation for turn in turns] == ["2 0", "nonsense", "nonsense", ""]
+    assert [turn.terminated for turn in turns] == [False, False, False, True]
+
+
+@pytest.mark.slow
+def test_the_best_strategy_of_mastermind_needs_as_many_guesses_as_the_page_says() -> None:
+    page = Path(__file__).parents[2] / "docs" / "results" / "environments.md"
+    assert f"{fewest_guesses():.3f}" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("game", [GUESS_NUMBER, MASTERMIND], ids=["numbers", "codes"])
+def test_transcripts_of_random_play_are_words_of_the_tokenizer(game: Game) -> None:
+    tokenizer = game.make_tokenizer()
     for seed in range(20):
-        text = random_game(random.Random(seed))
+        text = game.random_transcript(random.Random(seed))
         assert tokenizer.decode(tokenizer(text)["input_ids"]).split() == text.split()
 
 
-@pytest.mark.parametrize("algorithm", ["ppo-turn", "rloo"])
-def test_a_tiny_run_writes_its_metrics_and_results(tmp_path: Path, algorithm: str) -> None:
+@pytest.mark.parametrize(("game", "algorithm"), [("guess-number", "ppo-turn"), ("mastermind", "rloo")])
+def test_a_tiny_run_writes_its_metrics_and_results(tmp_path: Path, game: str, algorithm: str) -> None:
     config = Config(
-        algorithm=algorithm, iterations=1, batch_size=8, group_size=2, random_games=64, eval_games=1,  # type: ignore[arg-type]
+        game=game, algorithm=algorithm, iterations=1, batch_size=8, group_size=2, random_games=64, eval_games=1,  # type: ignore[arg-type]
         output_dir=str(tmp_path),
     )  # fmt: skip
     result = main(config)
