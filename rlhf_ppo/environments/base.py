@@ -16,19 +16,25 @@ Observation: TypeAlias = str | Messages
 """Text that is appended as it is, or messages that the chat template renders."""
 
 
+RESERVED = frozenset(
+    ("turns", "truncated", "sampled_tokens", "observed_tokens", "failed", "retried", "token_drift", "rollouts_lost")
+)
+"""Names of `env/...` metrics that are no environment's."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """What an environment answers to one reply of the policy."""
 
     observation: Observation = ""
     """What the policy reads next; not read after a terminated turn."""
-    reward: float = 0.0
+    reward: float | np.floating[Any] = 0.0
     """Reward of the reply, credited to its last token."""
-    terminated: bool = False
+    terminated: bool | np.bool_ = False
     """The episode ended: it has no future."""
-    truncated: bool = False
+    truncated: bool | np.bool_ = False
     """The episode was cut off: the value of the state after `observation` stands for its future."""
-    info: Mapping[str, float] = field(default_factory=dict)
+    info: Mapping[str, float | np.number[Any]] = field(default_factory=dict)
     """Further numbers, logged as `env/<name>`; the last turn's value of each name counts."""
 
     def __post_init__(self) -> None:
@@ -46,6 +52,10 @@ class Turn:
                 )
         if wrong := {name: value for name, value in self.info.items() if not isinstance(value, Real)}:
             raise TypeError(f"Turn.info must hold numbers, got {wrong!r:.80}: they are averaged over episodes.")
+        if taken := RESERVED & set(self.info):
+            raise ValueError(
+                f"Turn.info must not hold {', '.join(sorted(taken))}: the trainer counts these itself. Rename it."
+            )
 
 
 @runtime_checkable

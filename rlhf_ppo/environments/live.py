@@ -161,7 +161,7 @@ class LiveEpisode:
         """Credit the reward to the last token of the reply, append the observation, and decide whether that was all."""
         self.environment.turns.append((reply, turn))
         self.rewards[-1] = float(turn.reward)
-        self.info |= turn.info
+        self.info |= {name: float(value) for name, value in turn.info.items()}
         if turn.terminated:
             self.ended = True
             return
@@ -172,7 +172,7 @@ class LiveEpisode:
         self._append(tokens[: int(max(0, min(self._room(), len(tokens))))], is_own=False)
         if self.logprobs is not None:
             self.logprobs += [0.0] * (len(self.response) - len(self.logprobs))
-        is_last = turn.truncated or len(self.turn_ends) >= self.config.max_turns
+        is_last = bool(turn.truncated) or len(self.turn_ends) >= self.config.max_turns
         self.ended = self.truncated = is_last or self._room() < self.reply_tokens
 
     def episode(self) -> Episode:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.chat.template import render_chat
 from rlhf_ppo.environments.base import Messages, Observation
 
@@ -48,7 +49,10 @@ class Renderer:
         else:
             conversation = _Conversation(self.tokenizer, observation, template_kwargs)
             if not self._checked:
-                check_prefix_stability(conversation)
+                try:
+                    check_prefix_stability(conversation)
+                except UnreadableText as error:  # of the template itself, not of this conversation alone
+                    raise ValueError(str(error)) from error
                 self._checked = True
             ids = self._encode(conversation.render())
         return ids or [self._first_token()]

@@ -1,7 +1,8 @@
 """`EnvironmentSampler`: plays a batch of episodes, all replies of a turn in one call of the sampler."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.environments.base import EnvironmentFactory
 from rlhf_ppo.environments.concurrency import run_concurrently
 from rlhf_ppo.environments.config import EpisodeConfig
@@ -110,10 +112,8 @@ class EnvironmentSampler:
         self._call(live, [lambda env: env.start()] * len(live), counts)
         for episode in live:
             if episode.error is None:
-                try:
+                with _dropped_if_unusable(episode):
                     episode.begin()
-                except NoRoomError as error:
-                    episode.error = error
         self._close([episode for episode in live if episode.error is not None])
 
     def _play_turn(
@@ -139,7 +139,8 @@ class EnvironmentSampler:
         calls = [partial(_send, reply) for reply in replies]
         for episode, reply, turn in zip(playing, replies, self._call(playing, calls, counts), strict=True):
             if episode.error is None:
-                episode.add_turn(reply, turn)
+                with _dropped_if_unusable(episode):
+                    episode.add_turn(reply, turn)
         self._close([episode for episode in playing if not _is_playing(episode)])
 
     def _call(
@@ -190,6 +191,15 @@ class EnvironmentSampler:
 class _Counts:
     retried: int = 0
     drifted: int = 0
+
+
+@contextmanager
+def _dropped_if_unusable(episode: LiveEpisode) -> Iterator[None]:
+    """Context manager: an observation that is too long, or that the chat template refuses, drops its episode alone."""
+    try:
+        yield
+    except (NoRoomError, UnreadableText) as error:
+        episode.error = error
 
 
 def _is_playing(episode: LiveEpisode) -> bool:

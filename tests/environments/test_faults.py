@@ -6,12 +6,15 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from rlhf_ppo.environments import EpisodeConfig, Turn
+from rlhf_ppo.environments import EnvironmentSampler, EpisodeConfig, Turn
 from rlhf_ppo.environments.concurrency import run_concurrently
-from tests.environments.test_episodes import Script, play
-from tests.support.games import CountE
+from tests.environments.test_episodes import SAMPLING, Script, play
+from tests.support.games import Chat, CountE
+from tests.support.tiny_models import tiny_tokenizer
 from tests.support.tiny_run import config, trainer
 
 
@@ -43,6 +46,25 @@ def hang() -> Turn:
 
 def nonsense() -> Any:
     return "observation", 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": float("nan")}, "finite number"),
+        ({"observation": [{"content": "no role"}]}, "text or a list of messages"),
+        ({"info": {"turns": 1.0}}, "must not hold turns"),
+    ],
+)
+def test_a_malformed_turn_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Turn(**changes)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    turn = Turn("", np.float32(1.5), terminated=np.bool_(True), info={"x": np.int64(3)})
+    assert turn.reward == 1.5
+    assert turn.terminated
 
 
 FAULTS = {"raises": raise_error, "hangs": hang, "talks nonsense": nonsense, "gives nan": lambda: Turn("", float("nan"))}
@@ -161,3 +183,28 @@ def test_async_environments_are_awaited_and_closed() -> None:
     (episode,) = play(Async, Script("e", "ee"))
     assert episode.total_reward == 3.0
     assert closed == [1]
+
+
+def test_an_observation_that_the_chat_template_refuses_drops_its_episode_alone() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
+    )
+
+    class Odd(Chat):
+        def reset(self, number: int) -> list[dict[str, str]]:  # type: ignore[override]
+            self.number = number
+            return super().reset()
+
+        def step(self, reply: str) -> Turn:
+            turn = super().step(reply)
+            return Turn([{"role": "tool", "content": "4"}]) if self.number == 1 else turn
+
+    runner = EnvironmentSampler(
+        factory=Odd, sampler=Script("hi", "there"), tokenizer=tokenizer, device=torch.device("cpu"),
+        config=EpisodeConfig(),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="no tools"):
+        played = runner(torch.nn.Identity(), [{"number": number} for number in range(3)], SAMPLING)
+    assert [episode is None for episode in played.episodes] == [False, True, False]
