@@ -150,7 +150,16 @@ class LiveEpisode:
             )
 
     def add_reply(self, tokens: list[int], logprobs: list[float] | None, *, finished: bool) -> str:
-        """Append the tokens of a reply; return its text."""
+        """Append the tokens of a reply; return its text.
+
+        Raises:
+            ValueError: The reply has no token.
+        """
+        if not tokens:
+            raise ValueError(
+                "expected at least one token in a reply, got none from the sampler: its reward would have no action to "
+                "go to. Let the sampler return the stop token, or set min_new_tokens=1."
+            )
         self._append(tokens, is_own=True)
         self.logprobs = None if self.logprobs is None or logprobs is None else self.logprobs + logprobs
         self.turn_ends.append(len(self.response))

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from ppo_guess_number import Config, main
 
-from games.guess_number import GuessNumber
+from games.guess_number import GUESS_NUMBER, GuessNumber
+from games.mastermind import MASTERMIND, Mastermind, answer, fewest_guesses
+from games.play import Game
 
 
 def test_the_best_strategy_needs_as_many_guesses_as_the_recipe_says() -> None:
