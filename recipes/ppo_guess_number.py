@@ -82,15 +82,11 @@ def algorithm(config: Config) -> AlgorithmConfig:
     return others[config.algorithm](ent_coef=0.003)
 
 
-def main(config: Config) -> dict[str, float]:
-    """Train and evaluate; returns mean guesses, greedy and sampled, before and after."""
-    torch.set_num_threads(1)
-    set_seed(config.seed)
-    start, game = time.process_time(), GAMES[config.game]
+def make_trainer(config: Config, game: Game) -> PPOTrainer:
+    """A trainer of a tiny model that has learned the form of the game."""
     tokenizer = game.make_tokenizer()
     language_model = tiny_llama(len(tokenizer))
     imitate_random_play(language_model, tokenizer, game, games=config.random_games, seed=config.seed)
-
     model = AutoModelForCausalLMWithValueHead.from_pretrained(language_model)
     settings = PPOConfig(
         batch_size=config.batch_size, mini_batch_size=max(config.batch_size // 4, 1), ppo_epochs=3, init_kl_coef=0.0,
@@ -98,15 +94,23 @@ def main(config: Config) -> dict[str, float]:
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 10, 1.0) * (1 - step / config.iterations))
-    trainer = PPOTrainer(
+    return PPOTrainer(
         settings, model, None, tokenizer, optimizer=optimizer, lr_scheduler=schedule, algorithm=algorithm(config)
     )
+
+
+def main(config: Config) -> dict[str, float]:
+    """Train and evaluate; returns mean guesses, greedy and sampled, before and after."""
+    torch.set_num_threads(1)
+    set_seed(config.seed)
+    start, game = time.process_time(), GAMES[config.game]
+    trainer = make_trainer(config, game)
     rows = [{"prompt": "guess", "secret": secret} for secret in game.secrets]
-    prompts = PromptDataset(datasets.Dataset.from_list(rows), tokenizer)
-    many = PromptDataset(datasets.Dataset.from_list(rows * config.eval_games), tokenizer)
+    prompts = PromptDataset(datasets.Dataset.from_list(rows), trainer.tokenizer)
+    many = PromptDataset(datasets.Dataset.from_list(rows * config.eval_games), trainer.tokenizer)
     group = config.group_size if config.algorithm in ("rloo", "grpo") else 1
     sampling = SamplingConfig(
-        max_new_tokens=len(game.secrets[0].split()) + 1, stop_token_ids=(tokenizer.eos_token_id,),
+        max_new_tokens=len(game.secrets[0].split()) + 1, stop_token_ids=(trainer.tokenizer.eos_token_id,),
         num_return_sequences=group,
     )  # fmt: skip
     episodes = EpisodeConfig(max_turns=game.guesses, max_concurrency=1, timeout=None)

@@ -134,12 +134,10 @@ class TrainingLoop:
         sources = () if self.rewards is None else named_sources(self.rewards)
         candidates: dict[str, object] = {f"rewards/{item.name}": item.source for item in sources}
         candidates |= {f"callbacks/{index}": callback for index, callback in enumerate(self.callbacks)}
-        factory = None if isinstance(self.environment, type) else self.environment
-        candidates |= {"sampler": self.sampler, "environment": factory}
-        return {
-            "random": RandomStreams(self.generator),
-            **{name: part for name, part in candidates.items() if isinstance(part, Stateful)},
-        }
+        candidates |= {"sampler": self.sampler, "environment": self.environment}
+        states = {name: part for name, part in candidates.items() if isinstance(part, Stateful)}
+        states = {name: part for name, part in states.items() if not isinstance(part, type)}  # a class has no state
+        return {"random": RandomStreams(self.generator), **states}
 
     def shared_state(self) -> dict[str, Stateful]:
         """State that is the same on every process, besides the learner's."""
