@@ -128,8 +128,8 @@ def main(config: Config) -> dict[str, float]:
     loop = TrainConfig(
         iterations=config.iterations, sampling=sampling, episodes=episodes, output_dir=config.output_dir, resume=False
     )
-    trainer.train(None, loop, prompts=prompts, environment=game.environment)
-    result |= guesses("after") | {"cpu_seconds": time.process_time() - start}
+    state = trainer.train(None, loop, prompts=prompts, environment=game.environment)
+    result |= guesses("after") | {"iterations": state.iteration, "cpu_seconds": time.process_time() - start}
     Path(config.output_dir, "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     return result
 

@@ -114,6 +114,7 @@ def _concatenate_responses(parts: Sequence[CollectedResponses]) -> CollectedResp
         columns={name: list(chain.from_iterable(part.columns[name] for part in parts)) for name in names},
         episodes=None if parts[0].episodes is None
         else list(chain.from_iterable(part.episodes or () for part in parts)),
+        tasks=list(chain.from_iterable(part.tasks for part in parts)),
         counts={name: sum(part.counts.get(name, 0) for part in parts) for name in parts[0].counts},
     )  # fmt: skip
 
@@ -132,6 +133,7 @@ def _select_responses(collected: CollectedResponses, rows: Sequence[int]) -> Col
         prompts=[collected.prompts[row] for row in rows], responses=[collected.responses[row] for row in rows],
         columns={name: [column[row] for row in rows] for name, column in collected.columns.items()},
         episodes=None if episodes is None else [episodes[row] for row in rows],
+        tasks=[collected.tasks[row] for row in rows] if collected.tasks else [],
     )  # fmt: skip
 
 

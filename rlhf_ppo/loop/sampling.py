@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
-
 from rlhf_ppo.environments import EnvironmentFactory, EnvironmentSampler
 from rlhf_ppo.functional.masked import HALF_PRECISION
 from rlhf_ppo.learner.ppo_learner import PPOLearner
@@ -33,11 +31,10 @@ def make_collector(
     """
     sampler = sampler or DecodeLoop(learner.tokenizer)
     learner.expect_sampler(why_it_differs(sampler) or _low_precision(learner))
-    device, reduce_sum = learner.current_device, learner.processes.reduce_sum
     episodes = environment and EnvironmentSampler(
-        factory=environment, sampler=sampler, tokenizer=learner.tokenizer, device=device, config=config.episodes,
-        max_positions=learner.limits.max_positions,
-        any_process=lambda here: float(reduce_sum(torch.tensor(float(here), device=device))) > 0,
+        factory=environment, sampler=sampler, tokenizer=learner.tokenizer, device=learner.current_device,
+        config=config.episodes, max_positions=learner.limits.max_positions,
+        any_process=learner.processes.any_process,
     )  # fmt: skip
     return Collector(
         model=learner.model, tokenizer=learner.tokenizer, sampling=config.sampling, device=learner.current_device,

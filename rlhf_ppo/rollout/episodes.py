@@ -115,7 +115,7 @@ def add_environment_rewards(scores: RewardScores, episodes: Sequence[Episode]) -
     totals = torch.tensor([episode.total_reward for episode in episodes])
     per_source = {SOURCE: totals} | scores.per_source
     if not episodes:  # all of this process failed
-        return replace(scores, per_source=per_source)
+        return replace(scores, per_token=torch.zeros(0, 0), per_source=per_source)
     rewards, mask = pad_rows([episode.rewards for episode in episodes]), _masks(episodes)
     last = last_action_index(mask)[:, None]
     if scores.per_token is None:

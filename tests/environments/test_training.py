@@ -25,6 +25,7 @@ from rlhf_ppo import (
 )
 from rlhf_ppo.environments import Episode, EpisodeConfig, Turn
 from rlhf_ppo.loop.config import TrainState
+from rlhf_ppo.loop.dynamic_sampling import DynamicSampling
 from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.report.token_view import token_view
 from rlhf_ppo.samplers.base import SamplingConfig
@@ -283,3 +284,14 @@ def test_episodes_carry_the_samplers_log_probabilities_to_the_importance_correct
     metrics = own.train(None, config(iterations=1), environment=CountE).metrics
     assert metrics["sampler/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
     assert metrics["sampler/logprob_difference"] < 1e-4
+
+
+def test_dynamic_sampling_replaces_groups_of_episodes_that_earn_the_same() -> None:
+    """The doctor plays episodes of the batch again: each with its own task."""
+    own = trainer(algorithm=GRPO(), batch_size=8, mini_batch_size=4)
+    sampling = SamplingConfig(max_new_tokens=6, stop_token_ids=(EOS_TOKEN_ID,), num_return_sequences=2)
+    settings = TrainConfig(iterations=1, sampling=sampling, progress=False, dynamic_sampling=DynamicSampling())
+    state = own.train(None, settings, environment=lambda: CountE(turns=2))
+    assert state.metrics["env/groups_sampled"] >= 4
+    assert own.diagnosis is not None
+    assert "reward_without_reply" in own.diagnosis.checked
