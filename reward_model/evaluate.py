@@ -45,9 +45,10 @@ class EvaluateConfig:
     others: list[str] = field(default_factory=list)
     """Further scorers to be compared with the model: reward models, URLs of servers, or module:function."""
     page: str | None = None
-    """HTML page to write, its picture beside it; default: report_card.html in the model's folder; none: no page."""
+    """HTML page to write, its picture beside it; default: report_card.html in the model's folder, for a hub name in
+    the current one; none: no page."""
     json: str | None = None
-    """File for the numbers; default: report_card.json in the model's folder."""
+    """File for the numbers; default: report_card.json in the model's folder, for a hub name in the current one."""
     seed: int = 0
     """Seed of the pairs drawn from labeled texts."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 KEPT_ANSWERS = 64
 """Answers that are kept after their clients left: one that timed out and asks again gets its answer at once."""
 
-GRACE = 0.005
+GRACE = 0.01
 """Seconds before a request may run, in which the departure of a client that closed after sending is noticed."""
 
 

@@ -11,7 +11,8 @@ import requests
 
 from reward_model import RewardModel
 from reward_model.client import RemoteRewardModel, read_scores
-from reward_model.serve import ServeConfig, is_loopback
+from reward_model.ensemble import EnsembleRewardModel
+from reward_model.serve import ServeConfig, health_of, is_loopback
 from tests.reward_model.conftest import serving
 from tests.support.patience import PATIENCE
 
@@ -53,9 +54,10 @@ def test_requests_that_must_not_pass_are_refused_with_a_reason(server: str) -> N
     assert post(too_deep).status_code == 400 and "too deeply" in post(too_deep).json()["error"]
 
 
-def test_health_names_the_kind_of_model(server: str) -> None:
+def test_health_names_the_kind_of_model(server: str, reward_model: RewardModel) -> None:
     health = requests.get(f"{server}/health", timeout=PATIENCE).json()
     assert health["status"] == "ok" and health["kind"] == "single" and health["template"] == "plain"
+    assert health_of(EnsembleRewardModel([reward_model, reward_model]))["kind"] == "ensemble"
 
 
 def test_a_body_that_is_too_large_reaches_the_client_as_a_refusal(server: str) -> None:
