@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -38,6 +39,12 @@ torch.set_num_threads(1)
 # No clock turns a test red: another job on the machine may make any example slow.
 settings.register_profile("rlhf_ppo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("rlhf_ppo")
+
+WHOLE_RUNS = {
+    "bad_inputs", "benchmarks", "classic", "docs", "fuzz", "learning", "loop", "plan", "recipes", "report",
+    "reward_model", "robustness",
+}  # fmt: skip
+"""Folders whose tests take many steps: checks of shapes and types, which the others make, took 37 % of their time."""
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
@@ -87,6 +94,13 @@ def _no_network() -> Iterator[None]:
 def _own_precision() -> None:
     """Accelerate keeps one precision for a whole process; a module's bfloat16 must not reach the next module."""
     AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shape_checks(request: pytest.FixtureRequest) -> None:
+    """Check shapes and types at run time, except in whole runs."""
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    jaxtyping.config.update("jaxtyping_disable", folder in WHOLE_RUNS)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """The five phases of the sentiment recipe, tiny, undisturbed and with a kill in each of them: `FOLDER/found.json`.
 
-    python -m tests.recipes.killed_demo FOLDER
+    python -m tests.recipes.killed_demo FOLDER [SIGTERM] [SIGKILL]
 
 Every run is a fork of one process that has its imports behind it; autograd must not have run in it. A run counts the
 steps of each phase in a file and sends itself a signal when one of them begins.
@@ -122,12 +122,12 @@ def result(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
-    """All runs."""
+def main(folder: Path, *names: str) -> None:
+    """An undisturbed run, and for each signal a chain of runs that it ends, one in each phase."""
     write_reviews(folder / "reviews.csv", count=800)
     save_gpt2(folder / "gpt2")
     found: dict[str, Any] = {"undisturbed": {"statuses": [run(folder, "undisturbed")]}}
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.Signals[name] for name in names):
         kills = [(phase, step, int(number)) for phase, step in KILLED_AT.items()]
         found[number.name] = {"statuses": [run(folder, number.name, kill) for kill in [*kills, None]]}
     for name, one in found.items():
@@ -136,4 +136,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

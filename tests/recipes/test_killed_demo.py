@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 
 from tests.recipes.killed_demo import KILLED_AT
+from tests.support.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'recipes'}", "NO_COLOR": "1"}
 
 
+def run_demos(folder: Path, *kills: str) -> Path:
+    """`folder`, where an undisturbed run and one for each of these signals has been."""
+    command = [sys.executable, "-m", "tests.recipes.killed_demo", str(folder), *kills]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=PATIENCE)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where an undisturbed run and two that were killed have been."""
-    folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "tests.recipes.killed_demo", str(folder)]
-    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=280)
-    return folder
+    return run_demos(tmp_path_factory.mktemp("killed"), "SIGTERM", "SIGKILL")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,7 @@ def found(world: Path) -> dict[str, Any]:
     return dict(json.loads((world / "found.json").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGKILL", -9)])
 def test_a_run_killed_in_each_phase_ends_like_an_undisturbed_one(found: dict[str, Any], name: str, status: int) -> None:
     whole, killed = found["undisturbed"], found[name]
@@ -39,6 +44,7 @@ def test_a_run_killed_in_each_phase_ends_like_an_undisturbed_one(found: dict[str
         assert killed[what] == whole[what], what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_at_most_five_percent_of_a_phase_are_repeated(found: dict[str, Any], name: str) -> None:
     """Counted in steps that were begun; the step that was killed is among those."""
@@ -49,6 +55,7 @@ def test_at_most_five_percent_of_a_phase_are_repeated(found: dict[str, Any], nam
         assert killed[phase] - steps <= max(1, 0.05 * steps), phase
 
 
+@pytest.mark.slow
 def test_a_signal_says_in_a_line_what_is_kept(world: Path, found: dict[str, Any]) -> None:
     """Numbers of steps from when the signals were sent: the step that begins is finished."""
     steps = found["undisturbed"]["counts"]
@@ -64,7 +71,8 @@ def test_a_signal_says_in_a_line_what_is_kept(world: Path, found: dict[str, Any]
     ]
 
 
-def test_nothing_is_printed_that_is_not_ours_and_bars_are_lines(world: Path) -> None:
+def test_nothing_is_printed_that_is_not_ours_and_bars_are_lines(tmp_path: Path) -> None:
+    world = run_demos(tmp_path)
     said = (world / "undisturbed.out").read_text().splitlines()
     ours = (
         r"\[[1-5]/5\] [a-zA-Z ,-]+ \(\d+ s\)", r"held-out pair accuracy 0\.\d+", r"[\d,]+ of [\d,]+ parameters are .*",

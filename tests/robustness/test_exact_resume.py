@@ -84,10 +84,13 @@ def untimed(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "algorithm",
     [
-        *(kind() for kind in get_args(AlgorithmConfig)),
-        Reinforce(baseline=LearnedValue()),
-        Reinforce(baseline=MovingMean()),
-        PPOClip(critic=Critic(warmup_iterations=3)),
+        pytest.param(algorithm, marks=() if isinstance(algorithm, PPOClip | PPOPenalty | GRPO) else pytest.mark.slow)
+        for algorithm in (
+            *(kind() for kind in get_args(AlgorithmConfig)),
+            Reinforce(baseline=LearnedValue()),
+            Reinforce(baseline=MovingMean()),
+            PPOClip(critic=Critic(warmup_iterations=3)),
+        )
     ],
     ids=lambda algorithm: type(algorithm).__name__,
 )
