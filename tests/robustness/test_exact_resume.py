@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch.optim.lr_scheduler import LinearLR
 
 from rlhf_ppo import (
+    GRPO,
     AlgorithmConfig,
     AutoModelForCausalLMWithValueHead,
     Critic,
@@ -20,6 +21,7 @@ from rlhf_ppo import (
     MovingMean,
     PPOClip,
     PPOConfig,
+    PPOPenalty,
     PPOTrainer,
     Reinforce,
     TrainConfig,
