@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.samplers.base import EvalMode, SamplingConfig, check_prompts, pad_prompts, unwrap_causal_lm
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
-from rlhf_ppo.samplers.decode_support import unsupported_reason
+from rlhf_ppo.samplers.decode_proof import GenerationPlan, generation_plan, position_settings
+from rlhf_ppo.samplers.decode_support import check_ids
 
 # Settings of `generate` that the decode loop supports, and those that do not change its samples.
 SUPPORTED_SETTINGS = (
@@ -22,7 +23,14 @@ SUPPORTED_SETTINGS = (
     "top_p",
     "repetition_penalty",
 )
-IGNORED_SETTINGS = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "use_cache", "transformers_version")
+IGNORED_SETTINGS = (
+    "pad_token_id",
+    "tokenizer",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "use_cache",
+    "transformers_version",
+)
 NEUTRAL_VALUES = {
     "num_beams": 1, "num_beam_groups": 1, "typical_p": 1.0, "length_penalty": 1.0, "encoder_repetition_penalty": 1.0,
     "num_return_sequences": 1, "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant",
@@ -35,6 +43,7 @@ def generate_responses(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     query_tensor: Tensor | Sequence[Tensor],
+    /,
     *,
     length_sampler: Callable[[], int] | None = None,
     batch_size: int = 4,
@@ -57,8 +66,9 @@ def generate_responses(
         batch_size: Queries that share one value of `length_sampler`, and one call of `model.generate`. The decode loop
             batches rows by its own limits.
         return_prompt: Whether a response begins with its query (decoder-only models).
-        remove_padding: Whether responses of a list are cut after the first end-of-sequence token. Only the response is
-            searched: a query may hold that token too, and begins with it where BOS and EOS are one.
+        remove_padding: Whether responses of a list are cut after the first token or string that stops generation, or
+            the tokenizer's end-of-sequence token. Only the response is searched: a query may hold that token too, and
+            begins with it where BOS and EOS are one.
         pad_to_multiple_of: Accepted for compatibility; padding never changes a response.
         device: Device of the results; None: that of the model.
         generation_kwargs: Settings of `model.generate`.
@@ -90,7 +100,7 @@ def generate_responses(
     for index, row in enumerate(rows):
         response = row
         if remove_padding and not single:
-            response = _until_eos(row, tokenizer.eos_token_id, start=1 if encoder_decoder else 0)
+            response = call.until_stop(row, start=1 if encoder_decoder else 0)
         if return_prompt and not encoder_decoder:
             response = torch.cat([queries[index // copies].to(row.device), response])
         outputs.append(response.to(device))
@@ -117,11 +127,12 @@ class _GenerateCall:
         lengths = None if self.length_sampler is None else [int(self.length_sampler()) for _ in starts]
         settings = self.kwargs if lengths is None else {**self.kwargs, "max_new_tokens": max(lengths, default=1)}
         config = as_sampling_config(self.model, settings)
-        if config is not None and unsupported_reason(self.model) is None:
+        loop = DecodeLoop(self.kwargs.get("tokenizer") or self.tokenizer)
+        if config is not None and loop.unsupported_reason(self.model) is None:
             limits = None
             if lengths is not None:
                 limits = [lengths[index // self.batch_size] for index in range(len(self.queries))]
-            return DecodeLoop(self.tokenizer)(self.model, self.queries, config, limits=limits).responses
+            return loop(self.model, self.queries, config, limits=limits).responses
         rows: list[Tensor] = []
         with EvalMode(self.model), torch.no_grad():
             for chunk, start in enumerate(starts):
@@ -129,10 +140,45 @@ class _GenerateCall:
                 rows += self._generate(self.queries[start : start + self.batch_size], {**self.kwargs, **length})
         return rows
 
+    def until_stop(self, row: Tensor, *, start: int) -> Tensor:
+        """The row up to the first token or string that stops generation, that one included."""
+        settings = self.kwargs.get("generation_config") or self.model.generation_config
+        stops = self.kwargs.get("eos_token_id", settings.eos_token_id)
+        ids = [] if stops is None else torch.as_tensor(stops).flatten().tolist()
+        ids += [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        positions = torch.isin(row[start:], row.new_tensor(ids)).nonzero()
+        row = row if len(positions) == 0 else row[: start + int(positions[0]) + 1]
+        strings = self.kwargs.get("stop_strings", settings.stop_strings)
+        strings = [strings] if isinstance(strings, str) else list(strings or ())
+        for end in range(start + 1, len(row) if strings else 0):
+            text = self.tokenizer.decode(row[start:end])
+            if any(string in text for string in strings):
+                return row[:end]
+        return row
+
     def _generate(self, queries: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
+        """One call of `model.generate`, or one for each length of query where padding would change the result."""
+        plan = generation_plan(self.model)
+        check_ids(self.model, queries)
+        settings = settings if plan.use_cache else {**settings, "use_cache": False}
+        if settings.get("stop_strings"):
+            settings.setdefault("tokenizer", self.tokenizer)
+        lengths = {len(query) for query in queries}
+        if plan.pads or len(lengths) == 1:
+            return self._generate_together(queries, settings, plan)
+        rows: dict[int, list[Tensor]] = {}
+        for length in sorted(lengths):
+            indices = [index for index, query in enumerate(queries) if len(query) == length]
+            found = self._generate_together([queries[index] for index in indices], settings, plan)
+            copies = len(found) // len(indices)
+            rows |= {index: found[place * copies : (place + 1) * copies] for place, index in enumerate(indices)}
+        return [row for index in range(len(queries)) for row in rows[index]]
+
+    def _generate_together(self, queries: list[Tensor], settings: dict[str, Any], plan: GenerationPlan) -> list[Tensor]:
         encoder_decoder = self.model.config.is_encoder_decoder
         ids, mask = pad_prompts(queries, self.model.device, side="right" if encoder_decoder else "left")
         settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        settings = {**settings, **position_settings(plan, ids)}
         output = self.model.generate(input_ids=ids, attention_mask=mask, **settings)
         sequences = output if isinstance(output, Tensor) else output.sequences
         return list(sequences if encoder_decoder else sequences[:, ids.shape[1] :])
@@ -165,11 +211,3 @@ def _is_neutral(name: str, value: Any) -> bool:
     if name in NEUTRAL_VALUES:
         return bool(value == NEUTRAL_VALUES[name])
     return isinstance(value, (bool, int, float)) and not value
-
-
-def _until_eos(response: Tensor, eos_token_id: int | None, *, start: int) -> Tensor:
-    """The response up to its first end-of-sequence token, that token included."""
-    if eos_token_id is None:
-        return response
-    positions = (response[start:] == eos_token_id).nonzero()
-    return response if len(positions) == 0 else response[: start + int(positions[0]) + 1]

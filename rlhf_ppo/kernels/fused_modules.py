@@ -56,7 +56,10 @@ def fused_class(module: nn.Module) -> type[nn.Module] | None:
             _FUSED[kind] = _before(kind, FusedModule, forward=rotating)
         elif mixin is not None and _computes_the_same(module, _before(kind, mixin)):
             _FUSED[kind] = _before(kind, mixin)
-    return _FUSED.get(kind)
+    fused = _FUSED.get(kind)
+    # One class may have modules of several forms, such as norms with and without a weight.
+    is_another = fused is not None and issubclass(fused, _FusedNorm | _FusedGatedMLP) and _candidate(module) is None
+    return None if is_another else fused
 
 
 def _before(kind: type[nn.Module], mixin: type, **members: Any) -> Any:

@@ -93,12 +93,12 @@ def may_be_packed(layers: Any) -> str | None:
     config = layers.config.get_text_config()
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return f"attention is {getattr(config, '_attn_implementation', None)!r}, not 'sdpa'"
-    if strange := _names_in_forward(layers) & STRANGE_MASKS:
+    if strange := names_in_forward(layers) & STRANGE_MASKS:
         return f"its attention has a mask of its own ({', '.join(sorted(strange))})"
     return None
 
 
-def _names_in_forward(layers: Any) -> set[str]:
+def names_in_forward(layers: Any) -> set[str]:
     """Names that the `forward` functions of the modules use; decorated ones are looked through."""
     functions = [inspect.unwrap(kind.forward) for kind in {type(module) for module in layers.modules()}]
     return {name for function in functions if hasattr(function, "__code__") for name in function.__code__.co_names}

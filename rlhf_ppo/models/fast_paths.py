@@ -10,15 +10,22 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.functional import token_logprobs
+from rlhf_ppo.functional import TokenStatistics, token_logprobs
 from rlhf_ppo.kernels.linear_layers import decline_fast_layers, has_fast_layers, plain_layers
 from rlhf_ppo.kernels.linear_logprobs import LossGradient
 from rlhf_ppo.kernels.packing import may_be_packed
-from rlhf_ppo.models.lm_head import assumed_transform, find_transform, relative_gap
+from rlhf_ppo.models.lm_head import assumed_transform, find_transform, lm_head, relative_gap
+from rlhf_ppo.models.small_batch import (
+    PreservedModes,
+    is_low_precision,
+    is_sharded,
+    small_batch,
+    some_trained_parameters,
+)
 from rlhf_ppo.models.trunk import FastPaths, Features, Trunk, layers_of
 
 logger = logging.getLogger(__name__)
@@ -36,8 +43,8 @@ COSTS = {
 """What it costs to do without each fast path."""
 
 
-ScoredBy: TypeAlias = Callable[[FastPaths, TokenInputs, LossGradient | None], tuple[Tensor, Tensor, Tensor]]
-"""Scores a batch by given paths: log-probabilities of its response tokens, logits there, states of the value head."""
+ScoredBy: TypeAlias = Callable[[FastPaths, TokenInputs, LossGradient | None], tuple[Tensor, Tensor, TokenStatistics]]
+"""Scores a batch by given paths: the LM head's inputs, the value head's, the statistics of response tokens."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def prove_fast_paths(language_model: Any, wanted: FastPaths, scored_by: ScoredBy
     devices = [weights[0].device] if weights[0].device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.autocast(weights[0].device.type, enabled=False):
         proof = _Proof(language_model, wanted, scored_by, temperature)
-        with preserved_modes(language_model):
+        with PreservedModes(language_model):
             paths = proof.run()
     if paths.declined:
         named = [f"{name} ({reason}): {COSTS[name]}" for name, reason in paths.declined.items()]
@@ -87,11 +94,8 @@ class _Proof:
         generator = torch.Generator().manual_seed(0)
         self.slopes = torch.linspace(-1.0, 1.0, len(self.tokens)).to(self.tokens.device)
         self.slope_of_states = torch.rand(1, generator=generator).item()
-        is_sharded = any(hasattr(weight, "ds_id") or type(weight.data) is not Tensor for weight in model.parameters())
-        self.trained = {} if is_sharded else _some_trained_parameters(model)  # a backward pass there is collective
-        low = any(weight.is_floating_point() and weight.element_size() < 4 for weight in model.parameters())
-        low = low or any(not weight.is_floating_point() for weight in model.parameters())
-        self.tolerance = LOW_PRECISION_TOLERANCE if low else TOLERANCE
+        self.trained = {} if is_sharded(model) else some_trained_parameters(model)  # a backward pass is collective
+        self.tolerance = LOW_PRECISION_TOLERANCE if is_low_precision(model) else TOLERANCE
         self.declined: dict[str, str] = {}
 
     def run(self) -> FastPaths:
@@ -101,8 +105,6 @@ class _Proof:
             return replace(paths, head_rows=False)
         full = replace(paths, head_rows=self.wanted.head_rows and not self.model.config.is_encoder_decoder)
         full = self._with_transform(self._within_reach(full))
-        if any(getattr(module, "matmul_dtype", None) is not None for module in self.model.modules()):
-            self.tolerance = LOW_PRECISION_TOLERANCE  # products in bfloat16 differ on purpose
         reason = self._difference(full)
         if reason is not None:
             with plain_layers(self.model):
@@ -138,9 +140,14 @@ class _Proof:
                     "random numbers, also in eval mode, so PPO's ratios would be wrong. Switch that off in its "
                     "configuration, or use another architecture."
                 )
-        own_logits, own_states = features
-        logprobs = token_logprobs(own_logits, self.tokens, temperature=self.temperature)
-        gradients = self._gradients(logprobs, own_states)
+        logprobs = token_logprobs(features[0], self.tokens, temperature=self.temperature)
+        try:
+            gradients = self._gradients(logprobs, features[1])
+        except Exception as error:
+            raise ValueError(
+                f"expected {type(self.model).__name__} to have gradients in eval mode, in which PPO trains, got "
+                f"{_first_line(error)}. Its log-probabilities cannot be trained: use another architecture."
+            ) from error
         return _Expected(logits, states, gradients), plain if reason is None else alone
 
     def _own_call(self, trunk: Trunk, alone: FastPaths) -> Features:
@@ -215,8 +222,10 @@ class _Proof:
         known = LossGradient(lambda _, __, rows: (self.slopes[rows], None), reads_entropy=False)
         try:
             with torch.set_grad_enabled(bool(self.trained)):
-                logprobs, logits, states = self.scored_by(paths, self.inputs, known if paths.fused_head else None)
-                gradients = self._gradients(logprobs, states)
+                hidden, states, statistics = self.scored_by(paths, self.inputs, known if paths.fused_head else None)
+                gradients = self._gradients(logprobs := statistics.logprobs, states)
+                with torch.no_grad():
+                    logits = lm_head(self.model, paths.transform)(hidden) if paths.head_rows else hidden
         except Exception as error:
             return _first_line(error)
         expected = token_logprobs(self.expected.logits, self.tokens, temperature=self.temperature)
@@ -245,47 +254,6 @@ class _Proof:
             if not gap <= 10 * self.tolerance * largest:
                 return f"the gradient of {name} differs by {gap / largest:.1e}"
         return None
-
-
-class preserved_modes:
-    """Context manager: eval mode while active; on exit, each module's own mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self.training:
-            module.training = True
-
-
-def small_batch(model: Any) -> TokenInputs:
-    """Three rows of unequal lengths, the second one the beginning of the first, of ids without a special meaning."""
-    device = next(model.parameters()).device
-    vocab = int(model.config.get_text_config(decoder=True).vocab_size)
-    special = {value for name, value in _settings(model.config) if "token" in name and isinstance(value, int)}
-    usable = [token for token in range(min(vocab, 4096)) if token not in special] or [0]
-    ids = torch.tensor([usable[(7 * step + 3) % len(usable)] for step in range(13)], device=device)
-    first, third = ids[:8], ids[8:]
-    return TokenInputs(prompts=[first[:3], first[:3], third[:2]], responses=[first[3:], first[3:5], third[2:]])
-
-
-def _settings(config: Any) -> list[tuple[str, Any]]:
-    parts = [config, config.get_text_config(decoder=True)]
-    return [item for part in parts for item in vars(part).items()]
-
-
-def _some_trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Of each kind of module and parameter that is trained, the first one and the last."""
-    kinds: dict[tuple[type, str], list[tuple[str, nn.Parameter]]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and parameter.is_floating_point():
-                kinds.setdefault((type(module), name), []).append((f"{path}.{name}", parameter))
-    return {name: parameter for found in kinds.values() for name, parameter in (found[0], found[-1])}
 
 
 def _describe(logits: float, states: float, tolerance: float) -> str | None:

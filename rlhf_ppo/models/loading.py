@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_ppo.models.adapters import checkpoint_context_fn
 from rlhf_ppo.models.value_head import HUB_ARGUMENTS, VALUE_HEAD_PREFIX, find_file
@@ -61,7 +62,7 @@ def load_language_model(
                 )
             return _load_adapter(parent_class, source, *model_args, is_trainable=is_trainable, hub=hub, **arguments)
         with _suppress_value_head_report():
-            model = parent_class.from_pretrained(source, *model_args, **arguments)
+            model = _class_for(parent_class, source, arguments).from_pretrained(source, *model_args, **arguments)
     elif isinstance(source, PreTrainedModel):
         model = source
         if arguments:
@@ -76,6 +77,19 @@ def load_language_model(
     if any(quantized_bits(model)):
         model = prepare_model_for_kbit_training(model, **kbit)  # type: ignore[no-untyped-call]
     return get_peft_model(model, peft_config)
+
+
+def _class_for(parent_class: Any, source: str | os.PathLike[str], arguments: dict[str, Any]) -> Any:
+    """`parent_class`, or the class that the model's config names where an auto class does not know its type.
+
+    Language models of several modalities, and their text models, are trained on text alone and load again so.
+    """
+    known = {name: arguments[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in arguments}
+    config = arguments.get("config") or AutoConfig.from_pretrained(source, **known)
+    names = getattr(config, "architectures", None) or [""]
+    named = getattr(transformers, names[0], None)
+    is_known = type(config) in parent_class._model_mapping or hasattr(config, "auto_map")
+    return parent_class if is_known or named is None else named
 
 
 def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from rlhf_ppo.kernels.tied_embedding import TiedGradient
 from rlhf_ppo.models.fast_paths import prove_fast_paths
 from rlhf_ppo.models.lm_head import Head, OldPolicyStates, lm_head
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+from rlhf_ppo.models.row_check import RowCheck
 from rlhf_ppo.models.second_derivatives import check_twice_differentiable
 from rlhf_ppo.models.trunk import FastPaths, Trunk
 
@@ -66,17 +67,14 @@ class TokenPolicy(nn.Module):
         """Use the fused kernel without gradient, too: in policy and reference alike, or equal models would differ."""
         self.packing = packing
         self.proven: FastPaths | None = None  # see `paths`
+        self._row_check = RowCheck()
         self.trunk = Trunk()
         self.checkpointing = False
         """Gradient checkpointing. Layers do it in training mode only, so all dropout must be 0."""
 
     @property
     def paths(self) -> FastPaths:
-        """The fast paths in force, proved on the model at their first use.
-
-        Raises:
-            ValueError: The model's own call is no policy over tokens.
-        """
+        """The fast paths in force, proved on the model at their first use; ValueError if it is no policy of tokens."""
         if self.proven is None:
             wanted = FastPaths(packing=self.packing, last_layer=self.packing, fused_head=self.fused_head)
             counts, self.trunk.work = self.trunk.work, Counter()  # the proof's work is not the policy's
@@ -85,12 +83,11 @@ class TokenPolicy(nn.Module):
         return self.proven
 
     def _score_by(
-        self, paths: FastPaths, inputs: TokenInputs, loss_gradient: LossGradient | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, paths: FastPaths, inputs: TokenInputs, loss_gradient: LossGradient | None = None
+    ) -> tuple[Tensor, Tensor, TokenStatistics]:
         before, self.proven = self.proven, paths
         try:
-            hidden, states, statistics = self._run(inputs, False, loss_gradient)
-            return statistics.logprobs, self._head()(hidden).detach(), states
+            return self._run(inputs, False, loss_gradient)
         finally:
             self.proven = before
 
@@ -125,6 +122,8 @@ class TokenPolicy(nn.Module):
         self.model.train(self.checkpointing and torch.is_grad_enabled())
         if not (torch.is_grad_enabled() and self.paths.fused_head and is_plain_head(self._linear_head())):
             loss_gradient = None
+        if self._row_check.is_due(self.model, inputs):
+            self.proven = self._row_check(self.model, self.paths, inputs, self._score_by)
         hidden, states, statistics = self._run(inputs, with_entropy, loss_gradient)
         self.work["head_rows"] += len(hidden)
         lengths = inputs.response_lengths().tolist()

@@ -146,14 +146,15 @@ def layers_of(model: Any) -> Any:
     )
 
 
-def call(model: Any, **inputs: Tensor) -> Any:
+def call(model: Any, **inputs: Tensor | None) -> Any:
     """Call a language model for logits and hidden states, without the arguments that its `forward` does not know."""
-    settings: dict[str, Any] = {**inputs, "use_cache": False, "output_hidden_states": True, "return_dict": True}
+    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    settings: dict[str, Any] = {**given, "use_cache": False, "output_hidden_states": True, "return_dict": True}
     parameters = inspect.signature(model.forward).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         settings = {name: value for name, value in settings.items() if name in parameters}
     output = model(**settings)
-    expected = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
+    expected = given.get("decoder_input_ids", given["input_ids"]).shape
     if output.logits.dim() != 3 or output.logits.shape[:2] != expected:
         raise ValueError(f"its logits are {list(output.logits.shape)} for tokens {list(expected)}, not one row a token")
     return output

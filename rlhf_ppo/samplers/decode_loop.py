@@ -26,8 +26,10 @@ from rlhf_ppo.samplers.base import (
     pad_prompts,
     unwrap_causal_lm,
 )
+from rlhf_ppo.samplers.decode_proof import differing_reason, values_are_right
 from rlhf_ppo.samplers.decode_results import DecodedTokens
 from rlhf_ppo.samplers.decode_support import (
+    check_ids,
     check_positions,
     contiguous_head_inputs,
     supports_logits_to_keep,
@@ -114,25 +116,45 @@ class DecodeLoop:
         """
         check_prompts(prompts)
         causal_lm = unwrap_causal_lm(model)
-        reason = unsupported_reason(causal_lm)
+        reason = self.unsupported_reason(causal_lm)
         if reason is not None and limits is None:
             return self._fall_back(reason)(model, prompts, config, generator=generator)
         if reason is not None:
             raise ValueError(
                 f"Limits per prompt need a model that DecodeLoop supports, but {reason}. Pass limits=None."
             )
+        value_head = model.v_head if isinstance(model, PreTrainedModelWrapper) and values_are_right(causal_lm) else None
+        check_positions(causal_lm.config, max(map(len, prompts), default=0) + config.max_new_tokens)
+        check_ids(causal_lm, prompts)
+        with EvalMode(model):
+            return self._decode(causal_lm, prompts, config, value_head, generator=generator, limits=limits)
+
+    def unsupported_reason(self, model: nn.Module) -> str | None:
+        """Why the loop does not support `model`, as a sentence; None if it does, proved once on a small batch."""
+        causal_lm = unwrap_causal_lm(model)
+        return unsupported_reason(causal_lm) or differing_reason(causal_lm, self._decode)
+
+    @torch.no_grad()
+    def _decode(
+        self,
+        model: Any,
+        prompts: Sequence[Tensor],
+        config: SamplingConfig,
+        value_head: Callable[[Tensor], Tensor] | None,
+        *,
+        generator: torch.Generator | None = None,
+        limits: Sequence[int] | None = None,
+    ) -> Samples:
         lengths = [len(prompt) for prompt in prompts]
-        check_positions(causal_lm.config, max(lengths, default=0) + config.max_new_tokens)
-        rules = DecodingRules.build(config, self.tokenizer, causal_lm.device)
-        results = DecodedTokens.empty(len(prompts), config, generator, causal_lm.device, limits)
+        rules = DecodingRules.build(config, self.tokenizer, model.device)
+        results = DecodedTokens.empty(len(prompts), config, generator, model.device, limits)
         finished = 0
-        fast = fast_layers(causal_lm) if self.fast_products else nullcontext()
-        with EvalMode(model), torch.no_grad(), fast, packed_weights(causal_lm) as packed:
-            for batch in self._batches(lengths, config, causal_lm):
-                value_head = model.v_head if isinstance(model, PreTrainedModelWrapper) else None
+        fast = fast_layers(model) if self.fast_products else nullcontext()
+        with fast, packed_weights(model) as packed:
+            for batch in self._batches(lengths, config, model):
                 decode = _BatchDecoder(
-                    causal_lm, config, rules, results, compact=self.compact, value_head=value_head,
-                    interval=self.stop_check_interval or (16 if causal_lm.device.type == "cuda" else 1),
+                    model, config, rules, results, compact=self.compact, value_head=value_head,
+                    interval=self.stop_check_interval or (16 if model.device.type == "cuda" else 1),
                     packed=packed if self.fast_products else None,
                 )  # fmt: skip
                 decode.run([prompts[row // config.num_return_sequences] for row in batch], batch)
@@ -178,9 +200,14 @@ class _BatchDecoder:
         results: DecodedTokens,
         *,
         compact: bool,
-        value_head: nn.Module | None,
-        interval: int,
-        packed: PackedWeights | None,
+        fast = fast_layers(model) if self.fast_products else nullcontext()
+        with fast, packed_weights(model) as packed:
+            for batch in self._batches(lengths, config, model):
+                decode = _BatchDecoder(
+                    model, config, rules, results, compact=self.compact, value_head=value_head,
+                    interval=self.stop_check_interval or (16 if model.device.type == "cuda" else 1),
+                    packed=packed if self.fast_products else None,
+                )  # fmt: skip
     ) -> None:
         self.model, self.config, self.rules, self.results, self.compact = model, config, rules, results, compact
         self.interval, self.packed = interval, packed

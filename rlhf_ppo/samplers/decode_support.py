@@ -1,13 +1,17 @@
 """Which models the decode loop supports, and a contiguous input for their LM head."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from rlhf_ppo.kernels.packing import names_in_forward
 from rlhf_ppo.samplers.kv_cache import supports_row_selection
 
 REQUIRED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
@@ -30,7 +34,19 @@ def unsupported_reason(model: Any) -> str | None:
         return f"{name}.forward does not take {', '.join(missing)}"
     if not supports_row_selection(config):
         return f"{name} keeps a state other than full or sliding-window attention's keys and values"
+    if forgets_silently(base):
+        return f"{name} attends to all tokens, but its cache keeps a window of them"
     return None
+
+
+def forgets_silently(model: Any) -> bool:
+    """Whether the cache for the model's config keeps a window of tokens that the model's attention does not have."""
+    config = model.config
+    if config.is_encoder_decoder or getattr(config.get_text_config(), "sliding_window", None) is None:
+        return False
+    windowed = any(type(layer) is DynamicSlidingWindowLayer for layer in DynamicCache(config=config).layers)
+    masks = {name for name in names_in_forward(model) if name.startswith("create_") and "mask" in name}
+    return windowed and masks == {"create_causal_mask"}
 
 
 @contextmanager
@@ -65,6 +81,20 @@ def check_positions(config: Any, length: int) -> None:
             f"The longest prompt plus max_new_tokens must be at most max_position_embeddings = {limit}, got {length}: "
             "the model has no embedding for the positions beyond. Shorten the prompts or lower max_new_tokens."
         )
+
+
+def check_ids(model: Any, prompts: Sequence[Tensor]) -> None:
+    """Raise ValueError if a prompt has a token id that the model has no embedding for."""
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if size is None or not prompts:
+        return
+    lowest, highest = torch.stack([torch.stack([p.min(), p.max()]) for p in prompts]).aminmax()
+    for index, prompt in enumerate(prompts if int(lowest) < 0 or int(highest) >= size else ()):
+        if int(prompt.min()) < 0 or int(prompt.max()) >= size:
+            raise ValueError(
+                f"expected token ids below the model's {size} embeddings, got {int(prompt.max())} in prompts[{index}]: "
+                "the model cannot read it. Encode prompts with the model's own tokenizer, or resize its embeddings."
+            )
 
 
 def supports_logits_to_keep(model: Any) -> bool:

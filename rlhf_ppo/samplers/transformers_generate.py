@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from rlhf_ppo.samplers.base import (
     pad_prompts,
     unwrap_causal_lm,
 )
+from rlhf_ppo.samplers.decode_proof import GenerationPlan, generation_plan, position_settings
+from rlhf_ppo.samplers.decode_support import check_ids
 from rlhf_ppo.samplers.logits_processing import DecodingRules
 
 
@@ -70,15 +73,16 @@ class TransformersGenerate:
         num_copies = config.num_return_sequences
         responses: list[Tensor] = [torch.empty(0)] * (len(prompts) * num_copies)
         finished = [False] * len(responses)
-        order = sorted(range(len(prompts)), key=lambda prompt: (-len(prompts[prompt]), prompt))
-        size = max(1, self.max_rows // num_copies)
+        check_ids(causal_lm, prompts)
+        plan = generation_plan(causal_lm)
+        batches = _batches([len(prompt) for prompt in prompts], max(1, self.max_rows // num_copies), pads=plan.pads)
         devices = [causal_lm.device] if causal_lm.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=generator is not None), EvalMode(causal_lm), torch.no_grad():
             if generator is not None:
                 torch.manual_seed(draw_seed(generator))
-            for begin in range(0, len(order), size):
-                batch = order[begin : begin + size]
-                outputs = _generate(causal_lm, [prompts[i] for i in batch], rules, static_cache=self.static_cache)
+            for batch in batches:
+                rows = [prompts[i] for i in batch]
+                outputs = _generate(causal_lm, rows, rules, plan, static_cache=self.static_cache)
                 for offset, (response, ended) in enumerate(outputs):
                     row = batch[offset // num_copies] * num_copies + offset % num_copies
                     responses[row], finished[row] = response, ended
@@ -91,8 +95,15 @@ class TransformersGenerate:
         )
 
 
+def _batches(lengths: list[int], size: int, *, pads: bool) -> list[list[int]]:
+    """Indices of the prompts of each call, longest first; of one length each unless padding is right for the model."""
+    order = sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt))
+    groups = [order] if pads else [list(group) for _, group in groupby(order, key=lambda prompt: lengths[prompt])]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
 def _generate(
-    model: Any, prompts: list[Tensor], rules: DecodingRules, *, static_cache: bool
+    model: Any, prompts: list[Tensor], rules: DecodingRules, plan: GenerationPlan, *, static_cache: bool
 ) -> list[tuple[Tensor, bool]]:
     """Sample responses to one batch; each comes with whether it ended before the maximum length."""
     config = rules.config
@@ -112,8 +123,10 @@ def _generate(
         eos_token_id=list(config.stop_token_ids) or None,
         pad_token_id=config.stop_token_ids[0] if config.stop_token_ids else 0,
         stopping_criteria=StoppingCriteriaList([recorder]),
+        use_cache=plan.use_cache,
         cache_implementation="static" if static_cache and not encoder_decoder else None,
         **(warpers if config.do_sample else {}),
+        **position_settings(plan, ids),
     )[:, start:]
     lengths = torch.zeros(len(output)) if recorder.lengths is None else recorder.lengths
     return [(row[: n or len(row)].clone(), n > 0) for row, n in zip(output, lengths.tolist(), strict=True)]

@@ -1,0 +1,55 @@
+"""Check fast paths on rows of real batches: windows, chunks and rotations that begin in long rows show only there."""
+
+import logging
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.models.fast_paths import ScoredBy
+from rlhf_ppo.models.small_batch import SMALL_BATCH_TOKENS, is_low_precision, is_sharded
+from rlhf_ppo.models.trunk import FastPaths
+
+logger = logging.getLogger(__name__)
+
+CLOSE, LOW_PRECISION_CLOSE = 1e-3, 0.1
+"""How far the log-probabilities of a row may differ beside other rows, in nats."""
+
+
+class RowCheck:
+    """Declines fast paths that score rows of a batch otherwise than each row alone, whenever rows become longer."""
+
+    def __init__(self) -> None:
+        self.longest = SMALL_BATCH_TOKENS
+        """Tokens of the longest row that was checked; the next check is at twice as many."""
+
+    def is_due(self, model: nn.Module, inputs: TokenInputs) -> bool:
+        """Whether a pass over `inputs` should be checked first."""
+        if torch.is_grad_enabled() or len(inputs) < 2:
+            return False
+        costs = [len(prompt) + len(response) for prompt, response in zip(inputs.prompts, inputs.responses, strict=True)]
+        return min(costs) < max(costs) and max(costs) > 2 * self.longest and not is_sharded(model)
+
+    def __call__(self, model: nn.Module, paths: FastPaths, inputs: TokenInputs, score_by: ScoredBy) -> FastPaths:
+        """`paths`, without those that score the longest, middle or shortest row of `inputs` otherwise than alone."""
+        order = inputs.costs().argsort()
+        rows = inputs.select(order[[0, len(order) // 2, -1]].unique())
+        self.longest = int(inputs.costs().max())
+        alone = score_by(replace(paths, padding=False, packing=False, last_layer=False), rows, None)[2].logprobs
+
+        def gap(paths: FastPaths) -> float:
+            return float((score_by(paths, rows, None)[2].logprobs - alone).abs().max())
+
+        first = found = gap(paths)
+        tolerance = LOW_PRECISION_CLOSE if is_low_precision(model) else CLOSE
+        declined: dict[str, str] = {}
+        reason = f"rows of {self.longest} tokens differ by {first:.1e} nats from each row alone"
+        for name in ("packing", "last_layer", "padding"):
+            if not found <= tolerance and getattr(paths, name):
+                paths = replace(paths, **{name: False})  # type: ignore[arg-type]
+                declined[name] = reason
+                found = gap(paths)
+        if declined:
+            logger.warning("declined from now on: %s: log-probabilities of %s", ", ".join(declined), reason)
+        return replace(paths, declined={**paths.declined, **declined})
