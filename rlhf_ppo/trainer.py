@@ -24,7 +24,7 @@ from rlhf_ppo.diagnostics.findings import Diagnosis
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
 from rlhf_ppo.environments import EnvironmentFactory, Episode, EpisodeConfig
 from rlhf_ppo.functional import total_scores
-from rlhf_ppo.learner.arguments import check_arguments
+from rlhf_ppo.learner.arguments import check_arguments, check_optimizer
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.statistics import Statistics
 from rlhf_ppo.loop.evaluation import Evaluation
@@ -84,6 +84,7 @@ class PPOTrainer(ClassicSurface):
     ) -> None:
         check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler)
         assert tokenizer is not None  # narrowed by the check above
+        check_optimizer(model, optimizer)
         super().__init__(
             config, model, ref_model, tokenizer, optimizer, num_shared_layers, lr_scheduler, algorithm=algorithm,
             pretraining=pretraining,

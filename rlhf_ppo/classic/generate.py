@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.samplers.base import EvalMode, SamplingConfig, check_prompts, pad_prompts, unwrap_causal_lm
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.decode_proof import GenerationPlan, generation_plan, position_settings
-from rlhf_ppo.samplers.decode_support import check_ids
+from rlhf_ppo.samplers.decode_support import check_ids, check_positions
 
 # Settings of `generate` that the decode loop supports, and those that do not change its samples.
 SUPPORTED_SETTINGS = (
@@ -160,6 +160,11 @@ class _GenerateCall:
         """One call of `model.generate`, or one for each length of query where padding would change the result."""
         plan = generation_plan(self.model)
         check_ids(self.model, queries)
+        longest = max((len(query) for query in queries), default=0)
+        new = settings.get("max_new_tokens")
+        length = settings.get("max_length") if new is None else longest + new
+        if length is not None and not self.model.config.is_encoder_decoder:
+            check_positions(self.model.config, length)
         settings = settings if plan.use_cache else {**settings, "use_cache": False}
         if settings.get("stop_strings"):
             settings.setdefault("tokenizer", self.tokenizer)

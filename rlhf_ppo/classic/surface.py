@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,17 @@ class ClassicSurface(ClassicInnerMethods):
         """A dataloader of shuffled, complete batches of `config.batch_size`, without unused columns."""
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset)
+        streamed = isinstance(dataset, torch.utils.data.IterableDataset)
+        if isinstance(dataset, Sized) and not streamed and len(dataset) < self.config.batch_size:
+            raise ValueError(
+                f"expected at least batch_size={self.config.batch_size} rows, got a dataset of {len(dataset)}: the "
+                "dataloader would have no batch, as incomplete ones are left out. Lower batch_size, or add rows."
+            )
         loader = DataLoader(
             dataset,
             batch_size=self.config.batch_size,
             collate_fn=data_collator,
-            shuffle=True,
+            shuffle=not streamed,
             drop_last=True,
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)

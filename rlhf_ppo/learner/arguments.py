@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from typing import Any, cast
 
 import datasets
@@ -20,6 +21,7 @@ from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.critic import freeze_critic
+from rlhf_ppo.models.loading import check_transformers_adapters
 from rlhf_ppo.models.precision import MIXED, Precision, accelerate_device, choose_precision, requested_precision
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.updates.optimizers import adam
@@ -74,6 +76,55 @@ def check_models(config: PPOConfig, model: object, ref_model: object) -> None:
             "model and ref_model are the same object: the reference would move with the policy and the KL penalty "
             "would always be 0. Pass `ref_model=None` for a frozen copy."
         )
+    check_parts(model, ref_model)
+
+
+def check_parts(model: PreTrainedModelWrapper, ref_model: PreTrainedModelWrapper | None) -> None:
+    """Check that the language model is trained, whole, and not larger than its reference.
+
+    Raises:
+        ValueError: No parameter of the language model is trained, an adapter was added behind the wrapper's back, or
+            the reference has fewer token embeddings.
+    """
+    language_model: Any = model.pretrained_model
+    if not any(parameter.requires_grad for parameter in language_model.parameters()):
+        raise ValueError(
+            f"expected a policy that can learn, got {type(language_model).__name__} without a trained parameter: the "
+            "value head alone would be trained. An adapter from a folder is frozen unless you load it with "
+            "`from_pretrained(folder, is_trainable=True)`; elsewhere call `model.requires_grad_(True)`."
+        )
+    check_transformers_adapters(language_model)
+    if ref_model is None:
+        return
+    sizes = [part.pretrained_model.get_input_embeddings().weight.shape[0] for part in (model, ref_model)]
+    if 0 < sizes[1] < sizes[0]:
+        raise ValueError(
+            f"expected a ref_model with the policy's {sizes[0]} token embeddings, got {sizes[1]}: it could not read "
+            "the added tokens. Resize both (`resize_token_embeddings`), or pass `ref_model=None` for a copy."
+        )
+
+
+def check_optimizer(model: torch.nn.Module, optimizer: Optimizer | None) -> None:
+    """Check that a given optimizer holds the model's parameters; warn where it lacks the value head's.
+
+    Raises:
+        ValueError: It holds none of them.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trained and not any(id(parameter) in held for parameter in trained.values()):
+        raise ValueError(
+            f"expected an optimizer over the model's parameters, got one over {len(held)} tensors of another model: no "
+            "weight of the policy would move. Build it from `model.parameters()` of the model that you pass."
+        )
+    missing = [name for name, parameter in trained.items() if name.startswith("v_head") and id(parameter) not in held]
+    if missing:
+        warnings.warn(
+            f"The optimizer does not hold the value head ({', '.join(missing)}): it stays as it is, and so do its "
+            "values. Build the optimizer from `model.parameters()`.", UserWarning, stacklevel=4,
+        )  # fmt: skip
 
 
 def check_scheduler(lr_scheduler: object) -> None:

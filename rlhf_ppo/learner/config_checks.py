@@ -41,6 +41,7 @@ def check_settings(config: Any) -> None:
         config.importance_sampling, config.importance_sampling_level, config.importance_sampling_floor,
         config.importance_sampling_cap,
     )  # fmt: skip
+    _check_norm_and_kl(config)
     check_kl_placement(config.kl_penalty, config.kl_placement, config.init_kl_coef)
     if config.reference_placement == "offloaded" and (config.kl_penalty, config.kl_placement) == ("full", "loss"):
         raise ValueError(
@@ -52,6 +53,19 @@ def check_settings(config: Any) -> None:
         raise ValueError(
             f"learning_rate must be finite and not negative, got {config.learning_rate}: steps would go "
             "uphill. Use 1e-5."
+        )
+
+
+def _check_norm_and_kl(config: Any) -> None:
+    if config.max_grad_norm is not None and not config.max_grad_norm > 0:
+        raise ValueError(
+            f"max_grad_norm must be positive or None, got {config.max_grad_norm}: every gradient would be clipped to "
+            "0 and nothing would move. Use None for no clipping."
+        )
+    if not config.init_kl_coef >= 0:
+        raise ValueError(
+            f"init_kl_coef must not be negative, got {config.init_kl_coef}: it would reward distance from the "
+            "reference. Use 0 for no penalty."
         )
 
 

@@ -266,7 +266,8 @@ class PPOLearner:
     @property
     def limits(self) -> ModelLimits:
         """Limits that the inputs of `step()` are checked against."""
-        model_config = self.model.pretrained_model.config
+        language_model = self.model.pretrained_model
+        model_config = language_model.config.get_text_config(decoder=True)
         return ModelLimits(
             batch_size=self.config.batch_size,
             needs_groups=self.algorithm.needs_groups,

@@ -52,10 +52,16 @@ def check_inputs(
             "eval_every, or leave guards.judge without a limit."
         )
     vocab_size = learner.limits.vocab_size
-    if vocab_size is not None and any(token >= vocab_size for token in config.sampling.stop_token_ids):
+    if vocab_size is not None and any(token >= vocab_size for token in config.sampling.stops):
         raise ValueError(
             f"expected stop_token_ids below the model's vocabulary of {vocab_size}, got "
-            f"{config.sampling.stop_token_ids}: no response would ever stop. Take them from the model's own tokenizer."
+            f"{config.sampling.stops}: no response would ever stop. Take them from the model's own tokenizer."
+        )
+    if config.missing_eos is not None and not (config.sampling.stops or config.sampling.stop_strings):
+        raise ValueError(
+            f"expected a stop token or string for missing_eos={config.missing_eos}, got none: no response could ever "
+            "end, and each would get the penalty. Leave `stop_token_ids` at None for the model's own, or drop "
+            "missing_eos."
         )
     if not learner.is_encoder_decoder and environment is None:
         sets = [prompts] if eval_prompts is None else [prompts, eval_prompts]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from rlhf_ppo.environments import EnvironmentFactory, EnvironmentSampler
@@ -16,6 +17,7 @@ from rlhf_ppo.rollout.prompts import PromptDataset, PromptSampler
 from rlhf_ppo.samplers.base import Sampler, WeightSyncedSampler
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.make_sampler import why_it_differs
+from rlhf_ppo.samplers.stop_tokens import with_stop_tokens
 
 
 def make_collector(
@@ -58,6 +60,12 @@ def make_prompt_sampler(
     if config.curriculum is None:
         return sampler
     return CurriculumSampler(sampler, config.curriculum, batch_size, seed, learner.processes)
+
+
+def with_model_stops(config: TrainConfig, learner: PPOLearner) -> TrainConfig:
+    """`config` with the stop tokens of the learner's model and tokenizer, unless it names its own."""
+    sampling = with_stop_tokens(config.sampling, learner.model.pretrained_model, learner.tokenizer)
+    return replace(config, sampling=sampling)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from rlhf_ppo.loop.dynamic_sampling import roll_out
 from rlhf_ppo.loop.evaluation import Evaluation, evaluate, merge_evaluations
 from rlhf_ppo.loop.rollout_metrics import progress_postfix, rollout_metrics
 from rlhf_ppo.loop.run_keeper import RunKeeper
-from rlhf_ppo.loop.sampling import make_collector, make_prompt_sampler
+from rlhf_ppo.loop.sampling import make_collector, make_prompt_sampler, with_model_stops
 from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
 from rlhf_ppo.loop.token_traces import token_traces
 from rlhf_ppo.rewards.offload import offload_sources
@@ -65,7 +65,8 @@ class TrainingLoop:
     environment: EnvironmentFactory | None = None
 
     def __post_init__(self) -> None:
-        learner, config = self.learner, self.config
+        learner, self.config = self.learner, with_model_stops(self.config, self.learner)
+        config = self.config
         check_settings(learner, config)
         check_inputs(
             learner, config, prompts=self.prompts, eval_prompts=self.eval_prompts, rewards=self.rewards,
@@ -76,12 +77,9 @@ class TrainingLoop:
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.prompt_sampler = make_prompt_sampler(learner, config, self.prompts)
         self.keeper = RunKeeper(
-            learner,
-            config.output_dir,
-            shared=self.shared_state,
-            per_process=self.per_process_state,
+            learner, config.output_dir, shared=self.shared_state, per_process=self.per_process_state,
             keep_last=config.keep_last,
-        )
+        )  # fmt: skip
         folder = None if self.keeper.folder is None else self.keeper.folder.path
         self.best = BestModels(
             folder=folder, measure=config.keep_best or "score",

@@ -51,6 +51,8 @@ def load_language_model(
     arguments = dict(arguments)
     kbit = {name: arguments.pop(name) for name in KBIT_ARGUMENTS if name in arguments}
     if isinstance(source, PeftModel):
+        if peft_config is not None:
+            logger.warning("`peft_config` is ignored: the model already has an adapter, which is trained instead.")
         return source
     if isinstance(source, str | os.PathLike):
         hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
@@ -74,6 +76,7 @@ def load_language_model(
         )
     if peft_config is None:
         return model  # type: ignore[no-any-return]
+    check_transformers_adapters(model)
     if any(quantized_bits(model)):
         model = prepare_model_for_kbit_training(model, **kbit)  # type: ignore[no-untyped-call]
     return get_peft_model(model, peft_config)
@@ -85,7 +88,10 @@ def _class_for(parent_class: Any, source: str | os.PathLike[str], arguments: dic
     Language models of several modalities, and their text models, are trained on text alone and load again so.
     """
     known = {name: arguments[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in arguments}
-    config = arguments.get("config") or AutoConfig.from_pretrained(source, **known)
+    try:
+        config = arguments.get("config") or AutoConfig.from_pretrained(source, **known)
+    except (OSError, ValueError):  # whose words the loader itself has
+        return parent_class
     names = getattr(config, "architectures", None) or [""]
     named = getattr(transformers, names[0], None)
     is_known = type(config) in parent_class._model_mapping or hasattr(config, "auto_map")
@@ -155,6 +161,7 @@ def device_map_of(model: LanguageModel) -> dict[str, Any]:
 def check_language_model(model: LanguageModel) -> None:
     """Raise ValueError for a model that PPO cannot train."""
     keep_4bit_layers_differentiable(model)
+    check_transformers_adapters(model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"PromptLearningConfig is not supported for PPO training, got {type(model.active_peft_config).__name__}: "
@@ -172,6 +179,17 @@ def check_language_model(model: LanguageModel) -> None:
             f"The model is offloaded on CPU or disk (device map: {sorted(devices)}) - CPU & disk offloading is not "
             "supported for ValueHead models: offloaded weights cannot be trained. Use a smaller model, more devices, "
             "`load_in_4bit=True` with LoRA, or FSDP."
+        )
+
+
+def check_transformers_adapters(model: Any) -> None:
+    """Raise ValueError if `model` carries adapters of transformers' own (`add_adapter`), outside of a PEFT model."""
+    if not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"expected a PEFT model or one without adapters, got {type(model).__name__} with adapters of transformers' "
+            "own (`add_adapter`, or `from_pretrained` of an adapter's folder): what is saved would lack the value "
+            "head, and a fresh adapter would replace them. Load the folder with AutoModelForCausalLMWithValueHead."
+            "from_pretrained(folder, is_trainable=True), or wrap the base with `peft_config=`."
         )
 
 

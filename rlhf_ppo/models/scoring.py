@@ -77,19 +77,18 @@ class TokenPolicy(nn.Module):
         """The fast paths in force, proved on the model at their first use; ValueError if it is no policy of tokens."""
         if self.proven is None:
             wanted = FastPaths(packing=self.packing, last_layer=self.packing, fused_head=self.fused_head)
-            counts, self.trunk.work = self.trunk.work, Counter()  # the proof's work is not the policy's
             self.proven = prove_fast_paths(self.language_model, wanted, self._score_by, temperature=self.temperature)
-            self.trunk.work = counts
         return self.proven
 
     def _score_by(
         self, paths: FastPaths, inputs: TokenInputs, loss_gradient: LossGradient | None = None
     ) -> tuple[Tensor, Tensor, TokenStatistics]:
         before, self.proven = self.proven, paths
+        counts, self.trunk.work = self.trunk.work, Counter()  # a trial's work is not the policy's
         try:
             return self._run(inputs, False, loss_gradient)
         finally:
-            self.proven = before
+            self.proven, self.trunk.work = before, counts
 
     @property
     def work(self) -> Counter[str]:

@@ -27,8 +27,9 @@ class SamplingConfig:
     """Sample from the smallest set of tokens with at least this total probability; 1 keeps all."""
     repetition_penalty: float = 1.0
     """Above 1, tokens already in the prompt or response become less likely (Keskar et al. 2019, §4.1)."""
-    stop_token_ids: tuple[int, ...] = ()
-    """A response ends with the first of these tokens; if empty, every response has `max_new_tokens` tokens."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """A response ends with the first of these tokens; None: in `train()` and `evaluate()` the end-of-sequence tokens of
+    the model's generation config and of the tokenizer, in a sampler called by itself none; (): never."""
     stop_strings: tuple[str, ...] = ()
     """A response ends with the token that completes one of these strings; the sampler needs a tokenizer for it."""
     num_return_sequences: int = 1
@@ -50,8 +51,13 @@ class SamplingConfig:
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1] (1 keeps all tokens)", self.top_p)
         _require(self.repetition_penalty > 0, "repetition_penalty", "> 0 (1 does nothing)", self.repetition_penalty)
         _require(self.num_return_sequences >= 1, "num_return_sequences", ">= 1", self.num_return_sequences)
-        _require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", "token ids >= 0", self.stop_token_ids)
+        _require(all(t >= 0 for t in self.stops), "stop_token_ids", "token ids >= 0", self.stop_token_ids)
         _require(all(self.stop_strings), "stop_strings", "non-empty strings", self.stop_strings)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """`stop_token_ids`, none where they were left open."""
+        return self.stop_token_ids or ()
 
     @property
     def warps_distribution(self) -> bool:

@@ -120,7 +120,7 @@ def check_supported(config: SamplingConfig) -> None:
 
 def _generation_config(config: SamplingConfig) -> GenerationConfig:
     warpers = {"temperature": float(config.temperature), "top_k": config.top_k, "top_p": float(config.top_p)}
-    stop_tokens = list(config.stop_token_ids) or [NO_STOP_TOKEN]
+    stop_tokens = list(config.stops) or [NO_STOP_TOKEN]
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens, do_sample=config.do_sample, eos_token_id=stop_tokens,
         pad_token_id=max(stop_tokens[0], 0),
@@ -137,7 +137,7 @@ def _samples(outputs: list[Any], prompts: Sequence[Tensor], config: SamplingConf
             + (f" ({'; '.join(errors)})" if errors else "")
             + ": the others are lost. Its log says why; lower max_rows or raise kv_budget_bytes if memory ran out."
         )
-    stop_tokens = set(config.stop_token_ids)
+    stop_tokens = set(config.stops)
     return Samples(
         prompts=list(prompts),
         responses=[torch.tensor(output.generated_tokens, device=device) for output in outputs],

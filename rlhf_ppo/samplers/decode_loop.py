@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -132,7 +132,7 @@ class DecodeLoop:
     def unsupported_reason(self, model: nn.Module) -> str | None:
         """Why the loop does not support `model`, as a sentence; None if it does, proved once on a small batch."""
         causal_lm = unwrap_causal_lm(model)
-        return unsupported_reason(causal_lm) or differing_reason(causal_lm, self._decode)
+        return unsupported_reason(causal_lm) or differing_reason(causal_lm, replace(self, on_progress=None)._decode)
 
     @torch.no_grad()
     def _decode(

@@ -91,6 +91,8 @@ def generation_plan(model: Any) -> GenerationPlan:
         devices = [base.device] if base.device.type == "cuda" else []
         with EvalMode(base), torch.no_grad(), torch.random.fork_rng(devices):
             right = next((plan for plan in plans if _generates_own_logits(base, plan)), None)
+        if right is None and not _has_finite_logits(base):
+            return plans[0]  # diverged: sampling says so
         if right is None:
             raise ValueError(
                 f"expected {type(base).__name__}.generate to give the logits of the model's own call, got others in "
@@ -109,6 +111,8 @@ def _prove(base: Any, model: Any, decode: Decode) -> _DecodeProof:
     prompts = [torch.cat([pair[0], pair[1][:2]]) for pair in _rows(base)]
     config = SamplingConfig(max_new_tokens=NEW_TOKENS, num_return_sequences=2, do_sample=False)
     name = type(base).__name__
+    if not _has_finite_logits(base):
+        return _DecodeProof(None, True)  # diverged: sampling says so
     try:
         samples = decode(model, prompts, config, _probe, limits=[NEW_TOKENS, 2])
     except Exception as error:
@@ -165,6 +169,13 @@ def _generation_gaps(model: Any, prompts: Sequence[Tensor], plan: GenerationPlan
         found = torch.stack([step[row] for step in output.logits])
         gaps.append(relative_gap(found, logits[: len(found)]))
     return gaps
+
+
+@torch.no_grad()
+def _has_finite_logits(model: Any) -> bool:
+    ids = _rows(model)[0][0][None]
+    given = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+    return bool(call(model, **given).logits.isfinite().any())
 
 
 def _rows(model: Any) -> list[tuple[Tensor, Tensor]]:

@@ -34,7 +34,7 @@ class DecodingRules:
     ) -> "DecodingRules":
         return cls(
             config=config,
-            stop_tokens=torch.tensor(config.stop_token_ids, dtype=torch.long, device=device),
+            stop_tokens=torch.tensor(config.stops, dtype=torch.long, device=device),
             stop_strings=stop_string_criteria(config, tokenizer),
             device=device,
         )
@@ -45,8 +45,8 @@ class DecodingRules:
         processors = LogitsProcessorList()
         if config.repetition_penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-        if config.min_new_tokens > 0 and config.stop_token_ids:
-            stop_tokens, device = list(config.stop_token_ids), str(self.device)
+        if config.min_new_tokens > 0 and config.stops:
+            stop_tokens, device = list(config.stops), str(self.device)
             processors.append(
                 MinNewTokensLengthLogitsProcessor(prompt_width, config.min_new_tokens, stop_tokens, device=device)
             )

@@ -158,7 +158,7 @@ def _configure(engine: Any, config: SamplingConfig) -> None:
     engine.generation_kwargs = {
         "ignore_eos": True,
         "min_tokens": config.min_new_tokens,
-        "stop_token_ids": list(config.stop_token_ids),
+        "stop_token_ids": list(config.stops),
         "stop": list(config.stop_strings),
     }
 

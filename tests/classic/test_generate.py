@@ -151,7 +151,9 @@ def test_settings_of_generate_are_read_as_generate_reads_them() -> None:
     assert as_sampling_config(model, classic) == SamplingConfig(max_new_tokens=32, stop_token_ids=(EOS_TOKEN_ID,))
     assert as_sampling_config(
         model, {**classic, "eos_token_id": -1, "temperature": 0.7, "repetition_penalty": 1.2, "stop_strings": "x"}
-    ) == SamplingConfig(max_new_tokens=32, temperature=0.7, repetition_penalty=1.2, stop_strings=("x",))
+    ) == SamplingConfig(
+        max_new_tokens=32, temperature=0.7, repetition_penalty=1.2, stop_strings=("x",), stop_token_ids=()
+    )
 
 
 @pytest.mark.parametrize(

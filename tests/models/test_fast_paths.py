@@ -170,3 +170,29 @@ def test_a_fast_path_with_a_wrong_gradient_is_declined_alone() -> None:
     assert set(paths.declined) == {"packing"}
     assert "gradient" in paths.declined["packing"]
     assert paths.last_layer and paths.head_rows
+
+
+class Shrinking(nn.Module):
+    """Attends as plain attention in rows of up to 16 tokens, and to nothing beyond them when packed."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, *given: Any, **settings: Any) -> Any:
+        output = self.plain(*given, **settings)
+        groups = settings.get("row_groups")
+        long = groups is not None and max(length for _, length in groups) > 16
+        return (output[0] * 0.5, *output[1:]) if long else output
+
+
+def test_a_fast_path_that_differs_in_long_rows_alone_is_declined_at_the_first_of_them() -> None:
+    model = tiny_llama()
+    model.model.layers[0].self_attn = Shrinking(model.model.layers[0].self_attn)
+    policy = TokenPolicy(model, packing=True)
+    assert policy.paths.packing
+    with torch.no_grad():
+        found = policy(RAGGED).logprobs
+    for row, expected in zip(found, own_logprobs(model, RAGGED), strict=True):
+        assert_close(row[: len(expected)], expected, rtol=0, atol=1e-4)
+    assert set(policy.paths.declined) == {"packing"}

@@ -1,4 +1,4 @@
-"""Every text-generating architecture of the installed transformers as a tiny random policy: score, generate, learn, save.
+"""Every text-generating architecture of the installed transformers as a tiny policy: score, generate, learn, save.
 
 `python -m tests.models.zoo` writes the table of docs/models.md; with names of architectures it prints their rows.
 """
@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ import transformers
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from rlhf_ppo import (
     AutoModelForCausalLMWithValueHead,
@@ -26,11 +31,7 @@ from rlhf_ppo import (
 )
 from rlhf_ppo.models.trunk import call, decoder_start_token
 from rlhf_ppo.samplers.decode_support import unsupported_reason
-from tests.support.tiny_architectures import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    config_of,
-)
+from tests.support.tiny_architectures import config_of
 from tests.support.tiny_models import EOS_TOKEN_ID, tiny_tokenizer
 
 CLOSE = 1e-4
@@ -188,7 +189,7 @@ class _Examination:
         with tempfile.TemporaryDirectory() as folder:
             trainer.save_pretrained(folder)
             loaded = type(trainer.model).from_pretrained(folder).eval()
-        own, values = own_scores(trainer.model.pretrained_model.eval(), PROMPTS[0], RESPONSES[0])
+        own, _ = own_scores(trainer.model.pretrained_model.eval(), PROMPTS[0], RESPONSES[0])
         again, _ = own_scores(loaded.pretrained_model.eval(), PROMPTS[0], RESPONSES[0])
         gap = float((own - again).abs().max())
         assert gap <= CLOSE, f"a saved policy loads with log-probabilities that differ by {gap:.1e}"
@@ -262,13 +263,35 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+START, END = "<!-- zoo: begin -->\n", "<!-- zoo: end -->\n"
+HEADER = ["| architecture | verdict | fast paths in force |", "|---|---|---|"]
+
+
+def row(verdict: Verdict) -> str:
+    """The table's row of a verdict; a refusal's first sentence only."""
+    note = verdict.note.split(". ")[0].split("; ")[0].replace("|", "/")
+    text = f"{verdict.status}: {note}" if verdict.status != "exact" else ", ".join(filter(None, ("exact", note)))
+    return f"| {verdict.name} | {text} | {', '.join(verdict.in_force) or 'none'} |"
+
+
+def table_of_page() -> list[str]:
+    """The rows of the table in docs/models.md."""
+    text = PAGE.read_text().split(START)[1].split(END)[0]
+    return text.strip().splitlines()[len(HEADER) :]
+
+
 def main(names: list[str]) -> None:
-    """Print the verdicts."""
+    """Print the rows of `names`; without names, write the whole table."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     warnings.simplefilter("ignore")
+    rows = []
     for name in names or architectures():
-        verdict = examine(name)
-        print(f"{verdict.name} | {verdict.status} | {verdict.note} | {' '.join(verdict.in_force)}", flush=True)
+        rows.append(row(examine(name)))
+        print(rows[-1], flush=True)
+    if not names:
+        before, rest = PAGE.read_text().split(START)
+        PAGE.write_text(before + START + "\n".join([*HEADER, *rows]) + "\n" + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def greedy_of_generate(model: Any, prompt: Tensor, config: SamplingConfig) -> li
         min_new_tokens=config.min_new_tokens,
         repetition_penalty=config.repetition_penalty,
         do_sample=False,
-        eos_token_id=list(config.stop_token_ids) or None,
+        eos_token_id=list(config.stops) or None,
         pad_token_id=0,
     )
     return output[0, len(prompt) :].tolist()
@@ -296,6 +296,7 @@ def test_work_is_counted_without_waste() -> None:
 
 def test_the_lm_head_runs_on_the_last_position_only() -> None:
     model, rows = tiny_gpt2(), []
+    assert DecodeLoop().unsupported_reason(model) is None  # proved before
     model.lm_head.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:2].numel()))
     samples = DecodeLoop()(model, prompts(5, 9), DRAW, generator=seeded())
     assert sum(rows) == samples.counts.lm_head_rows

@@ -1,0 +1,103 @@
+"""What a policy cannot be trained with is refused in a sentence before anything moves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
+
+LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
+
+
+def trainer_of(model: Any, *given: Any, optimizer: Any = None, dataset: Any = None, **settings: Any) -> PPOTrainer:
+    config = PPOConfig(batch_size=2, mini_batch_size=2, **settings)
+    return PPOTrainer(config, model, *(given or (None,)), tiny_tokenizer(), dataset, optimizer)
+
+
+def policy(model: Any = None, **settings: Any) -> Any:
+    return AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama() if model is None else model, **settings)
+
+
+def test_an_adapter_loaded_frozen_is_refused_and_loads_trainable(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "base"), peft_config=LoraConfig(**LORA))
+    base.save_pretrained(tmp_path / "adapter")
+    frozen = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "adapter", peft_config=LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        trainer_of(frozen)
+    trainer_of(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "adapter", is_trainable=True))
+
+
+def test_adapters_of_transformers_own_are_refused() -> None:
+    model = tiny_llama()
+    model.add_adapter(LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="adapters of transformers' own"):
+        policy(model)
+    with pytest.raises(ValueError, match="adapters of transformers' own"):
+        policy(model, peft_config=LoraConfig(**LORA))
+    model = policy()
+    model.pretrained_model.add_adapter(LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="adapters of transformers' own"):
+        trainer_of(model)
+
+
+def test_a_reference_with_fewer_tokens_than_the_policy_is_refused() -> None:
+    model, reference = policy(), policy()
+    model.pretrained_model.resize_token_embeddings(330)
+    with pytest.raises(ValueError, match="330 token embeddings, got 320"):
+        trainer_of(model, reference)
+
+
+@pytest.mark.parametrize("settings", [{"max_grad_norm": 0.0}, {"init_kl_coef": -0.1}])
+def test_settings_that_stop_or_turn_learning_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        PPOConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="another model"):
+        trainer_of(policy(), optimizer=torch.optim.Adam(policy().parameters(), lr=1e-3))
+
+
+def test_an_optimizer_without_the_value_head_is_said() -> None:
+    model = policy()
+    with pytest.warns(UserWarning, match="does not hold the value head"):
+        trainer_of(model, optimizer=torch.optim.Adam(model.pretrained_model.parameters(), lr=1e-3))
+
+
+def test_a_dataset_smaller_than_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least batch_size=2 rows"):
+        trainer_of(policy(), dataset=torch.utils.data.TensorDataset(torch.ones(1, 3)))
+
+
+def test_tokens_and_lengths_beyond_the_model_are_refused_in_generate() -> None:
+    trainer = trainer_of(policy(tiny_gpt2()))
+    for settings in ({"max_new_tokens": 4, "do_sample": False}, {"max_length": 12, "num_beams": 2}):
+        with pytest.raises(ValueError, match="below the model's 320 embeddings, got 400"):
+            trainer.generate([torch.tensor([5, 400])], **settings)
+    with pytest.raises(ValueError, match="max_position_embeddings = 128"):
+        trainer.generate([torch.arange(5, 9)], max_length=200, num_beams=2)
+
+
+def test_generate_cuts_at_any_stop_token_or_string_on_every_path() -> None:
+    trainer = trainer_of(policy(tiny_gpt2()))
+    queries = [torch.arange(5, 9), torch.arange(20, 27), torch.arange(40, 42)]
+    stops = trainer.generate(queries, return_prompt=False, max_new_tokens=12, do_sample=False)
+    middle = int(stops[0][4])
+    for settings in ({"num_beams": 2}, {"min_length": 1}, {"no_repeat_ngram_size": 9}, {"suppress_tokens": [300]}):
+        rows = trainer.generate(
+            queries, return_prompt=False, max_new_tokens=12, do_sample=False, eos_token_id=[1, middle], **settings
+        )
+        for row in rows:
+            assert not any(token in (1, middle) for token in row[:-1].tolist())
+    text = tiny_tokenizer().decode([middle])
+    for settings in ({}, {"num_beams": 2}):
+        (row, *_) = trainer.generate(
+            queries, return_prompt=False, max_new_tokens=12, do_sample=False, stop_strings=[text],
+            tokenizer=tiny_tokenizer(), **settings,
+        )  # fmt: skip
+        assert text not in tiny_tokenizer().decode(row[:-1])
