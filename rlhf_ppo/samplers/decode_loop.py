@@ -1,7 +1,7 @@
 """Token-by-token sampling loop over a `transformers` causal LM and its KV cache."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, cast
@@ -36,11 +36,10 @@ from rlhf_ppo.samplers.decode_support import (
     unsupported_reason,
 )
 from rlhf_ppo.samplers.kv_cache import (
-    bytes_per_token,
-    computed_dtype,
     default_budget,
     drop_rows,
     new_cache,
+    row_batches,
     select_rows,
 )
 from rlhf_ppo.samplers.logits_processing import DecodingRules
@@ -151,7 +150,8 @@ class DecodeLoop:
         finished = 0
         fast = fast_layers(model) if self.fast_products else nullcontext()
         with fast, packed_weights(model) as packed:
-            for batch in self._batches(lengths, config, model):
+            budget = self.kv_budget_bytes or default_budget(model.device)
+            for batch in row_batches(lengths, config, model, max_rows=self.max_rows, budget=budget):
                 decode = _BatchDecoder(
                     model, config, rules, results, compact=self.compact, value_head=value_head,
                     interval=self.stop_check_interval or (16 if model.device.type == "cuda" else 1),
@@ -174,20 +174,6 @@ class DecodeLoop:
             )
         return TransformersGenerate(tokenizer=self.tokenizer) if self.fallback is None else self.fallback
 
-    def _batches(self, lengths: list[int], config: SamplingConfig, model: Any) -> Iterator[list[int]]:
-        """Yield the row indices of each batch: longest prompts first, as many rows as the limits allow."""
-        num_copies = config.num_return_sequences
-        per_token = bytes_per_token(model.config, computed_dtype(model))
-        budget = self.kv_budget_bytes or default_budget(model.device)
-        order = sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt))
-        rows = [prompt * num_copies + copy for prompt in order for copy in range(num_copies)]
-        start = 0
-        while start < len(rows):
-            width = lengths[rows[start] // num_copies] + config.max_new_tokens
-            count = max(1, min(self.max_rows, budget // (per_token * width)))
-            yield rows[start : start + count]
-            start += count
-
 
 class _BatchDecoder:
     """Decoding state of one batch; all its tensors shrink along the row axis as rows finish."""
@@ -200,14 +186,9 @@ class _BatchDecoder:
         results: DecodedTokens,
         *,
         compact: bool,
-        fast = fast_layers(model) if self.fast_products else nullcontext()
-        with fast, packed_weights(model) as packed:
-            for batch in self._batches(lengths, config, model):
-                decode = _BatchDecoder(
-                    model, config, rules, results, compact=self.compact, value_head=value_head,
-                    interval=self.stop_check_interval or (16 if model.device.type == "cuda" else 1),
-                    packed=packed if self.fast_products else None,
-                )  # fmt: skip
+        value_head: Callable[[Tensor], Tensor] | None,
+        interval: int,
+        packed: PackedWeights | None,
     ) -> None:
         self.model, self.config, self.rules, self.results, self.compact = model, config, rules, results, compact
         self.interval, self.packed = interval, packed

@@ -1,6 +1,6 @@
 """KV cache that is written in place and can drop rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.utils.transfer import upload
 
 GROWTH = 128  # minimum number of positions added when the buffers are full
@@ -127,5 +128,24 @@ def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of the KV cache per position and row: keys and values of all layers."""
     text_config = config.get_text_config(decoder=True)
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    try:
+        width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    except AttributeError:  # a setting of each layer, such as in Gemma 4
+        width = text_config.hidden_size // text_config.num_attention_heads
     return int(2 * text_config.num_hidden_layers * heads * width * dtype.itemsize)
+
+
+def row_batches(
+    lengths: list[int], config: SamplingConfig, model: Any, *, max_rows: int, budget: int
+) -> Iterator[list[int]]:
+    """Yield the row indices of each batch: longest prompts first, as many rows as the limits allow."""
+    num_copies = config.num_return_sequences
+    per_token = bytes_per_token(model.config, computed_dtype(model))
+    order = sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt))
+    rows = [prompt * num_copies + copy for prompt in order for copy in range(num_copies)]
+    start = 0
+    while start < len(rows):
+        width = lengths[rows[start] // num_copies] + config.max_new_tokens
+        count = max(1, min(max_rows, budget // (per_token * width)))
+        yield rows[start : start + count]
+        start += count
