@@ -1,16 +1,21 @@
 """Merge a policy's adapter into its base model and save a plain transformers model."""
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
+from rlhf_ppo.models.lm_head import relative_gap
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+from rlhf_ppo.models.small_batch import PreservedModes, is_low_precision, small_batch
+from rlhf_ppo.models.trunk import call
 
 
 @contextmanager
@@ -44,7 +49,7 @@ def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -
         folder: Created if missing.
 
     Raises:
-        ValueError: The base is quantized.
+        ValueError: The base is quantized, or the merged model would be another one than the policy.
     """
     language_model: Any = model.pretrained_model
     if not model.is_peft_model:
@@ -56,28 +61,32 @@ def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -
             "would be rounded to those few bits again, and would not be the policy that was trained. Save the adapter "
             "(`save_pretrained`), then merge it into the unquantized base: `python -m rlhf_ppo.merge ADAPTER FOLDER`."
         )
-    name = str(model.policy_adapter_name)
-    with preserve_base_weights(language_model):
-        language_model.base_model.merge_adapter(adapter_names=[name])
-        try:
-            state = merged_state_dict(language_model, name)
-            language_model.get_base_model().save_pretrained(Path(folder), state_dict=state)
-        finally:
-            language_model.base_model.unmerge_adapter()
+    merged = merged_model(language_model, str(model.policy_adapter_name))
+    prompt = torch.cat(list(small_batch(merged).prompts))[None]
+    with torch.no_grad(), PreservedModes(language_model):
+        given = {"input_ids": prompt} | ({"decoder_input_ids": prompt} if model.is_encoder_decoder else {})
+        logits = [call(each, **given).logits for each in (merged.eval(), language_model.get_base_model())]
+    gap = relative_gap(*logits)
+    if not gap <= (0.1 if is_low_precision(merged) else 1e-3):
+        raise ValueError(
+            f"expected the merged model to give the policy's logits, got a gap of {gap:.1e} of the largest: this "
+            "kind of adapter cannot be merged. Save it with `save_pretrained`, and load it with PEFT."
+        )
+    merged.save_pretrained(Path(folder))
 
 
-def merged_state_dict(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """The merged weights of `model` under the names of a model without adapters.
+def merged_model(model: PeftModel, name: str) -> Any:
+    """A copy of the base of `model` with the adapter `name` merged into its weights.
 
-    Args:
-        model: A model whose adapter is merged.
-        name: The adapter, whose full copies of modules (`modules_to_save`) replace those of the base.
+    An LM head that shares its weight with the embedding gets one of its own where the adapter changes it.
     """
-    tuner: Any = model.base_model
-    state: dict[str, Tensor] = tuner.model.state_dict()
-    copies = f".modules_to_save.{name}."
-    merged = {key.replace(copies, "."): tensor for key, tensor in state.items() if copies in key}
-    for key, tensor in state.items():
-        if tuner.prefix not in key and ".modules_to_save." not in key:
-            merged.setdefault(key.replace(".base_layer.", ".").replace(".original_module.", "."), tensor)
-    return merged
+    merged: Any = copy.deepcopy(model)
+    base = merged.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    inner = [getattr(part, "get_base_layer", lambda part=part: part)() for part in (head, embedding)]
+    if inner[0].weight is inner[1].weight and any(isinstance(part, BaseTunerLayer) for part in (head, embedding)):
+        inner[0].weight = nn.Parameter(inner[0].weight.detach().clone())
+    plain = merged.merge_and_unload(adapter_names=[name])
+    if plain.get_output_embeddings().weight is not plain.get_input_embeddings().weight:
+        plain.config.get_text_config(decoder=True).tie_word_embeddings = plain.config.tie_word_embeddings = False
+    return plain

@@ -26,7 +26,7 @@ def adapted(base: Any, **settings: Any) -> AutoModelForCausalLMWithValueHead:
     attach_critic_adapter(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
+            if "lora_B" in name or "modules_to_save" in name or "trainable_tokens" in name:
                 parameter.normal_(std=0.1)
     return model
 
@@ -41,9 +41,19 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     [
         (tiny_gpt2, {"fan_in_fan_out": True}),
         (tiny_llama, {"use_dora": True}),
+        (tiny_gpt2, {"target_modules": ["c_attn", "lm_head"], "fan_in_fan_out": False}),
+        (tiny_gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"], "fan_in_fan_out": True}),
+        (tiny_gpt2, {"target_modules": ["c_attn"], "trainable_token_indices": [5, 6], "fan_in_fan_out": True}),
         (tiny_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ],
-    ids=["gpt2, tied", "llama, DoRA", "llama, a whole module"],
+    ids=[
+        "gpt2, tied",
+        "llama, DoRA",
+        "gpt2, the tied head",
+        "gpt2, a copy of the tied head",
+        "gpt2, some tokens",
+        "llama, a whole module",
+    ],
 )
 def test_a_merged_model_loads_plainly_with_the_logits_of_the_policy(
     make: Any, settings: dict[str, Any], tmp_path: Path
