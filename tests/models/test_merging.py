@@ -36,6 +36,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(((one - other).abs().max() / other.abs().max()).detach())
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")  # PEFT's own, on tied heads
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
