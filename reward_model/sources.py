@@ -145,7 +145,7 @@ def _not_empty(rows: Iterator[LocatedRow], source: str) -> Iterator[LocatedRow]:
 def _jsonl_rows(path: Path, name: str) -> Iterator[LocatedRow]:
     with open_text(path, name, newline=None) as file:
         for number, line in enumerate(file, start=1):
-            where = f"{name}:{number}"
+            where, line = f"{name}:{number}", line.lstrip("\ufeff")  # files put together keep their marks
             if problem := encoding_problem(line):
                 yield where, BadRow(f"{where}: {problem}")
             elif line.strip():

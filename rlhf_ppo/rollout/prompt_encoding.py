@@ -101,11 +101,12 @@ def find_prompt_column(dataset: datasets.Dataset, column: str | None) -> str:
 
 
 def first_form(values: Sequence[Any], column: str, on_bad_row: OnBadRow) -> PromptForm:
-    """The form of the first row, or with on_bad_row="skip" of the first that has one."""
-    for value in values if on_bad_row == "skip" else ():
+    """The form of the first row that is not empty; with on_bad_row="skip", of the first that has one."""
+    said = (value for value in values if value not in (None, [], ""))
+    for value in said if on_bad_row == "skip" else ():
         with suppress(TypeError, ValueError):
             return prompt_form(parse_cell(value, column), column)
-    return prompt_form(parse_cell(values[0], column), column)
+    return prompt_form(parse_cell(next(said, values[0]), column), column)
 
 
 def prompt_form(value: object, column: str) -> PromptForm:

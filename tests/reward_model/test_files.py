@@ -45,6 +45,13 @@ def test_a_byte_order_mark_is_read_and_is_no_part_of_the_first_name(kind: str, e
     assert read(path) == EXPECTED
 
 
+def test_files_that_were_put_together_may_keep_their_marks(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    first, *others = TEXTS["jsonl"].splitlines(keepends=True)
+    path.write_bytes(first.encode("utf-8-sig") + "".join(others).encode("utf-8-sig"))
+    assert read(path) == EXPECTED
+
+
 def test_scoring_reads_a_byte_order_mark_as_training_does(
     reward_model: RewardModel, trained_folder: Path, tmp_path: Path
 ) -> None:

@@ -157,6 +157,14 @@ def test_prompts_that_cannot_be_read_are_skipped_and_counted_on_request() -> Non
     assert "2 left out as unreadable" in report.describe()
 
 
+def test_an_empty_first_row_does_not_decide_what_the_prompts_are() -> None:
+    dataset = Dataset.from_list([{"prompt": []}, {"prompt": [QUESTION]}])
+    report = PromptDataset(dataset, chat_tokenizer(), on_bad_row="skip").report
+    assert (report.form, report.kept, report.unreadable) == ("conversation", 1, 1)
+    with pytest.raises(ValueError, match="The conversation in row 0 of column 'prompt' has no turns"):
+        PromptDataset(dataset, chat_tokenizer())
+
+
 @pytest.fixture
 def base_without_system_role(tmp_path: Path) -> Path:
     tokenizer = tiny_tokenizer()
