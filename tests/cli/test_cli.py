@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from rlhf_ppo.cli import COMMANDS, main
+from tests.recipes.tiny_world import save_gpt2
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,3 +51,27 @@ def test_a_script_gets_its_arguments_its_folder_and_trls_lost_names(
     assert left.value.code == 5
     for name in ("beside", "program"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--help"], ["reward", "score", "--help"], ["merge", "--help"]])
+def test_other_commands_are_the_modules_own(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    before = list(sys.argv)
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 0 and sys.argv == before
+    assert f"python -m {COMMANDS[' '.join(arguments[:-1])][0]}" in capsys.readouterr().out
+
+
+def test_every_command_names_a_module_that_is_there() -> None:
+    assert all(find_spec(module) is not None for module, _ in COMMANDS.values())
+
+
+def test_the_doctor_warns_of_nothing_in_a_sound_model_and_names_its_fast_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_gpt2(tmp_path / "gpt2")
+    assert main(["doctor", str(tmp_path / "gpt2")]) == 0
+    said = capsys.readouterr().out
+    assert "[warning]" not in said and "fast paths: padding, head_rows, packing" in said
+    assert main(["doctor", str(tmp_path / "nothing")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")

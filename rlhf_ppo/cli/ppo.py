@@ -1,0 +1,113 @@
+"""`rlhf-ppo ppo`: a PPO run from a YAML file, flags, or both.
+
+Settings of the run itself have flags. The sections `ppo`, `train`, `sampling` and `algorithm_config` hold the fields of
+`PPOConfig`, `TrainConfig`, `SamplingConfig` and of the algorithm; `--ppo.learning_rate 1e-5` sets one of them.
+"""
+
+import argparse
+import contextlib
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_ppo.cli.run_config import SECTIONS, RunConfig, refuse_unknown
+
+EXAMPLES = """examples:
+  rlhf-ppo ppo --model gpt2 --prompts prompts.jsonl --reward rewards.py:length --sampling.max_new_tokens 32
+  rlhf-ppo ppo run.yaml --ppo.learning_rate 3e-6 --output-dir runs/lower-rate
+  rlhf-ppo ppo run.yaml --print-config > run-again.yaml
+  accelerate launch -m rlhf_ppo ppo run.yaml"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run, or print the settings; exit status 2 for settings that cannot be read, 1 for a run that cannot be made."""
+    try:
+        config, print_config = parse(arguments)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if print_config:
+        sys.stdout.write(yaml.safe_dump(asdict(config), sort_keys=False))
+        return 0
+    from rlhf_ppo.cli.ppo_run import run  # torch comes with it
+
+    try:
+        run(config)
+    except (ValueError, TypeError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 1
+    return 0
+
+
+def parse(arguments: list[str]) -> tuple[RunConfig, bool]:
+    """The settings, and whether they are only to be printed.
+
+    Raises:
+        ValueError: A file that cannot be read, or a name that no setting has.
+    """
+    own, of_sections = _split(arguments)
+    given = vars(_parser().parse_args(own))
+    file, print_config = given.pop("config"), given.pop("print_config")
+    settings = _read(file) | given
+    refuse_unknown(settings, [item.name for item in fields(RunConfig)], "setting")
+    for section, name, value in of_sections:
+        settings[section] = dict(settings.get(section) or {}) | {name: value}
+    return RunConfig(**settings), print_config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlhf-ppo ppo", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description="Train a policy with PPO. A flag overrides the file. --ppo.NAME, --train.NAME, --sampling.NAME\n"
+        "and --algorithm_config.NAME set fields of PPOConfig, TrainConfig, SamplingConfig and the algorithm.",
+    )  # fmt: skip
+    parser.add_argument("config", nargs="?", type=Path, help="YAML file of settings")
+    parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and stop")
+    for item in fields(RunConfig):
+        if item.name not in SECTIONS:
+            kind = int if item.type is int else str
+            parser.add_argument(
+                f"--{item.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(),
+                help=item.metadata["help"] + (f" ({item.default})" if item.default else ""),
+            )  # fmt: skip
+    return parser
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str, Any]]]:
+    """Flags of the run itself, and `--section.field value` or `--section.field=value` as section, field, value."""
+    own: list[str] = []
+    of_sections = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        section, dot, name = flag.removeprefix("--").partition(".")
+        if not (flag.startswith("--") and dot and section in SECTIONS):
+            own.append(word)
+            continue
+        text = value if equals else next(words, None)
+        if text is None:
+            raise ValueError(f"{flag} needs a value.")
+        of_sections.append((section, name.replace("-", "_"), _value(text)))
+    return own, of_sections
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} must hold settings, `model: gpt2` and so on, got {type(settings).__name__}.")
+    return settings
+
+
+def _value(text: str) -> Any:
+    """As YAML reads it; 1e-5 is a number, too."""
+    with contextlib.suppress(ValueError):
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    return yaml.safe_load(text)

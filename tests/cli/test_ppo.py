@@ -1,0 +1,103 @@
+"""`rlhf-ppo ppo`: settings from file and flags, refusals in a line, and runs that leave a model and a report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_ppo import GRPO, AutoModelForCausalLMWithValueHead, PPOClip
+from rlhf_ppo.cli.ppo import main, parse
+from rlhf_ppo.cli.ppo_run import make_configs
+from rlhf_ppo.cli.run_config import RunConfig
+from rlhf_ppo.report import RunFolder
+from tests.recipes.tiny_world import save_gpt2, save_reward_model
+
+SMALL = [
+    "--ppo.batch_size=4", "--ppo.mini_batch_size", "2", "--train.iterations", "2", "--train.progress=false",
+    "--sampling.max_new_tokens", "4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, prompts and a reward function on disk."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_gpt2(folder / "gpt2")
+    texts = ["The film", "A story", "It was", "My friend"]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    (folder / "rewards.py").write_text(
+        "def length(prompts, responses, **_):\n    return [float(len(r)) for r in responses]\n"
+    )
+    return folder
+
+
+def options(world: Path, run: Path) -> list[str]:
+    """Model, prompts, run folder and sizes."""
+    return [
+        "--model", str(world / "gpt2"), "--prompts", str(world / "prompts.jsonl"), "--output-dir", str(run), *SMALL
+    ]  # fmt: skip
+
+
+def test_a_run_by_flags_leaves_metrics_model_and_report(world: Path, tmp_path: Path, capsys: Any) -> None:
+    status = main([*options(world, tmp_path / "run"), "--reward", f"{world / 'rewards.py'}:length"])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in said.out
+    assert len(RunFolder.open(tmp_path / "run").metrics()) == 2
+    AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "run" / "model"))
+
+
+def test_a_reward_models_folder_is_a_reward(world: Path, tmp_path: Path) -> None:
+    save_reward_model(tmp_path / "rm", world / "gpt2")
+    assert main([*options(world, tmp_path / "run"), "--reward", str(tmp_path / "rm")]) == 0
+
+
+def test_a_flag_overrides_the_file_and_what_is_printed_is_read_again(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: mine\nlora_rank: 8\nppo: {learning_rate: 3.0e-6, batch_size: 8}\n")
+    assert main([str(file), "--lora-rank", "4", "--ppo.learning-rate", "1e-5", "--print-config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["model"], printed["lora_rank"]) == ("mine", 4)
+    assert printed["ppo"] == {"learning_rate": 1e-5, "batch_size": 8}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(printed))
+    assert parse([str(tmp_path / "again.yaml")])[0] == RunConfig(**printed)
+
+
+def test_a_preset_gives_way_to_settings() -> None:
+    ppo, train, algorithm = make_configs(RunConfig(preset="trl-classic", ppo={"ppo_epochs": 1}))
+    assert ppo.ppo_epochs == 1 and ppo.learning_rate == 1.41e-5 and isinstance(algorithm, PPOClip)
+    _, train, algorithm = make_configs(RunConfig(algorithm="grpo", algorithm_config={"clip_high": 0.3}))
+    assert isinstance(algorithm, GRPO) and algorithm.clip_high == 0.3
+    assert train.sampling.num_return_sequences == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--ppo.learning_rat", "1"], 1, "there is no field of `ppo` 'learning_rat' (did you mean 'learning_rate'?)"),
+        (["--algorithm", "rlooo"], 1, "there is no algorithm 'rlooo' (did you mean 'rloo'?)"),
+        (["--sampler", "vlm"], 1, "there is no sampler 'vlm'"),
+        (["--ppo.batch_size"], 2, "--ppo.batch_size needs a value"),
+        (["missing.yaml"], 2, "missing.yaml cannot be read as YAML"),
+        (["--prompts", "p.jsonl", "--reward", "nowhere:it"], 1, "There is no file p.jsonl"),
+        ([], 1, "--prompts is missing"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(world: Path, arguments: list[str], status: int, message: str, capsys: Any) -> None:
+    assert main(["--model", str(world / "gpt2"), *arguments]) == status
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_an_unknown_key_of_the_file_is_refused_with_the_nearest(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "run.yaml").write_text("modle: gpt2\n")
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    assert "there is no setting 'modle' (did you mean 'model'?)" in capsys.readouterr().err
+
+
+def test_the_help_fits_a_screen(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert len(capsys.readouterr().out.splitlines()) <= 45
