@@ -212,6 +212,8 @@ class EngineSettings:
     """Who draws: the own loop, generate or continuous batching of transformers, vLLM (docs/engines.md)."""
     vllm_url: str = "http://localhost:8000"
     """Of the server of --sampler vllm-server."""
+    kv_budget_gib: float | None = None
+    """Largest KV cache of the own loop and continuous batching, GiB; default: half of a GPU's free memory, else 4."""
 
     def __post_init__(self) -> None:
         if self.sampler.startswith("vllm") and not is_vllm_available():
@@ -222,7 +224,8 @@ class EngineSettings:
 
     def make_sampler(self, tokenizer: PreTrainedTokenizerBase) -> Sampler:
         """The chosen sampler."""
-        return make_sampler(self.sampler, tokenizer, vllm_url=self.vllm_url)
+        budget = None if self.kv_budget_gib is None else int(self.kv_budget_gib * 2**30)
+        return make_sampler(self.sampler, tokenizer, vllm_url=self.vllm_url, kv_budget_bytes=budget)
 
     @property
     def importance_sampling_cap(self) -> float | None:

@@ -51,6 +51,7 @@ def generate_responses(
     remove_padding: bool = True,
     pad_to_multiple_of: int | None = None,
     device: torch.device | str | None = None,
+    kv_budget_bytes: int | None = None,
     **generation_kwargs: Any,
 ) -> Tensor | list[Tensor]:
     """Generate a response to one query, or to each of a list.
@@ -71,6 +72,7 @@ def generate_responses(
             begins with it where BOS and EOS are one.
         pad_to_multiple_of: Accepted for compatibility; padding never changes a response.
         device: Device of the results; None: that of the model.
+        kv_budget_bytes: Of the decode loop.
         generation_kwargs: Settings of `model.generate`.
 
     Returns:
@@ -93,6 +95,7 @@ def generate_responses(
     if device is None and queries:
         device = next(inner.parameters()).device
     call = _GenerateCall(inner, tokenizer, queries, length_sampler, 1 if single else batch_size, generation_kwargs)
+    call.kv_budget_bytes = kv_budget_bytes
     rows = call.run()
     copies = len(rows) // max(len(queries), 1)
     encoder_decoder = bool(getattr(inner.config, "is_encoder_decoder", False))
@@ -120,6 +123,7 @@ class _GenerateCall:
     length_sampler: Callable[[], int] | None
     batch_size: int
     kwargs: dict[str, Any]
+    kv_budget_bytes: int | None = None
 
     def run(self) -> list[Tensor]:
         """Generate the responses, without their queries."""
@@ -127,7 +131,8 @@ class _GenerateCall:
         lengths = None if self.length_sampler is None else [int(self.length_sampler()) for _ in starts]
         settings = self.kwargs if lengths is None else {**self.kwargs, "max_new_tokens": max(lengths, default=1)}
         config = as_sampling_config(self.model, settings)
-        loop = DecodeLoop(self.kwargs.get("tokenizer") or self.tokenizer)
+        tokenizer = self.kwargs.get("tokenizer") or self.tokenizer
+        loop = DecodeLoop(tokenizer, kv_budget_bytes=self.kv_budget_bytes)
         if config is not None and loop.unsupported_reason(self.model) is None:
             limits = None
             if lengths is not None:

@@ -64,7 +64,8 @@ class ClassicSurface(ClassicInnerMethods):
 
     def _generate_batched(self, model: nn.Module, query_tensors: Tensor | list[Tensor], **settings: Any) -> Any:
         """`generate` with a given model; the settings are those of `generate_responses`."""
-        return generate_responses(model, self.tokenizer, query_tensors, device=self.current_device, **settings)
+        settings = {"device": self.current_device, "kv_budget_bytes": self.config.kv_budget_bytes, **settings}
+        return generate_responses(model, self.tokenizer, query_tensors, **settings)
 
     def prepare_dataloader(
         self, dataset: torch.utils.data.Dataset[Any] | datasets.Dataset, data_collator: Callable[..., Any] | None = None

@@ -33,7 +33,10 @@ class OffloadedWeights:
         tensors = (*module.parameters(), *module.buffers())
         self.device = device
         self.tensors = [tensor for tensor in tensors if id(tensor) not in excluded_ids]
-        self.cpu_weights = [tensor.data.to("cpu") for tensor in self.tensors]
+        # Pinned, so that a copy to a GPU does not hold up the host.
+        pinned = device.type == "cuda"
+        on_cpu = (tensor.data.to("cpu") for tensor in self.tensors)
+        self.cpu_weights = [weights.pin_memory() if pinned else weights for weights in on_cpu]
         self._offload()
 
     @contextmanager
@@ -56,8 +59,8 @@ class OffloadedWeights:
 
 
 def to_device(weights: Tensor, device: torch.device) -> Tensor:
-    """Copy weights to a device."""
-    return weights.to(device)
+    """Copy weights to a device; from pinned memory without waiting for the copy."""
+    return weights.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

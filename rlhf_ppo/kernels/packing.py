@@ -1,7 +1,7 @@
 """Rows of unequal length through a causal model's layers: packed into one row, or padded.
 
 Packed rows stand side by side, those of one length together. Only attention knows that there are several; it runs once
-for each length, with torch's fused causal kernel and without a mask. Plain twin: padded rows.
+for each length, with torch's fused causal kernel and without a mask; on a GPU once for all. Plain twin: padded rows.
 """
 
 import inspect
@@ -21,6 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from rlhf_ppo.batch import pad_rows
 from rlhf_ppo.kernels.last_layer import last_layer_at, read_positions
 from rlhf_ppo.kernels.mask_reads import masks_unread, trunk_mask
+from rlhf_ppo.kernels.varlen_attention import RowGroups, applies_to, varlen_attention
+from rlhf_ppo.utils.transfer import upload
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +71,9 @@ def packed_hidden(
     """
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     lengths = [len(rows[row]) for row in order]
-    groups = [(len(list(group)), length) for length, group in groupby(lengths)]
+    groups = RowGroups((len(list(group)), length) for length, group in groupby(lengths))
     ids = torch.cat([rows[row] for row in order])[None]
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
+    positions = upload(torch.cat([torch.arange(length) for length in lengths]), ids.device)[None]
     starts, begin = [0] * len(rows), 0
     for row, length in zip(order, lengths, strict=True):
         starts[row] = begin
@@ -141,6 +143,9 @@ def packed_attention(
     if settings.get("position_bias") is not None or attention_mask is not None:
         raise NotImplementedError("attention with a bias or mask of its own is not packed")
     settings.pop("is_causal", None)
+    if applies_to(query) and not settings.get("dropout") and isinstance(row_groups, RowGroups):
+        scale = settings.get("scaling")
+        return varlen_attention(query, key, value, row_groups, scale=scale, window=sliding_window), None
     sizes = [count * length for count, length in row_groups]
     parts = zip(row_groups, *(tensor.squeeze(0).split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
     outputs = []

@@ -162,6 +162,8 @@ class PPOConfig:
     """Largest w, >= 1; None: 2 to truncate, 5 for "mask", none for "bypass"."""
     token_budget: int | None = None
     """Maximum of padded tokens per forward and backward pass; divides minibatches by tokens instead of by rows."""
+    kv_budget_gib: float | None = None
+    """Largest KV cache of the default sampler and of `generate`, GiB; None: half of a GPU's free memory, 4 on a CPU."""
     logits_chunk_size: int = 1024
     """Maximum of response tokens whose logits over the vocabulary are in memory at once."""
     optimizer: Literal["adam", "adamw", "adamw_8bit", "adam_tensorflow"] = "adam"
@@ -264,6 +266,11 @@ class PPOConfig:
             most_skips_in_a_row=self.most_skips_in_a_row,
             target_kl=self.target_kl if self.early_stopping else None,
         )
+
+    @property
+    def kv_budget_bytes(self) -> int | None:
+        """`kv_budget_gib` in bytes."""
+        return None if self.kv_budget_gib is None else int(self.kv_budget_gib * 2**30)
 
     def kl_controller(self) -> KLController:
         """Build the controller of the KL coefficient: adaptive or fixed."""

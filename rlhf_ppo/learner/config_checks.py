@@ -32,8 +32,8 @@ def check_settings(config: Any) -> None:
     for name in positive:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}: nothing would be done. Use 1.")
-    for name in ("temperature", "cliprange", "horizon", "ratio_threshold", "adam_eps"):
-        if not getattr(config, name) > 0:
+    for name in ("temperature", "cliprange", "horizon", "ratio_threshold", "adam_eps", "kv_budget_gib"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise ValueError(
                 f"{name} must be positive, got {getattr(config, name)}: it is a divisor or a bound. Use 1.0."
             )

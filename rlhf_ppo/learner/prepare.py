@@ -15,6 +15,7 @@ from rlhf_ppo.distributed.fsdp import fsdp_sharding, set_fsdp_root
 from rlhf_ppo.distributed.placement import Reference, place_reference
 from rlhf_ppo.kernels.allocator import keep_freed_memory
 from rlhf_ppo.kernels.linear_layers import use_fast_layers
+from rlhf_ppo.kernels.varlen_attention import works
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.dropout import disable_dropout
@@ -57,7 +58,7 @@ def prepare_models(
     by_engine = deepspeed_plugin is not None or has_fsdp  # they replace layers and cast weights themselves
     if not by_engine:
         _use_float32_masters(model, ref_model)
-    settings = _scoring_settings(accelerator, config, sharded=sharded)
+    settings = _scoring_settings(accelerator.device, config, precision, sharded=sharded)
     token_policy = TokenPolicy(model, **settings)
     if config.gradient_checkpointing:
         _enable_checkpointing(model, token_policy)
@@ -99,14 +100,16 @@ def _are_alike(policy: TokenPolicy, reference: TokenPolicy) -> bool:
     return settings[0] == settings[1] and kinds[0] == kinds[1]
 
 
-def _scoring_settings(accelerator: Accelerator, config: PPOConfig, *, sharded: bool) -> dict[str, Any]:
+def _scoring_settings(
+    device: torch.device, config: PPOConfig, precision: Precision, *, sharded: bool
+) -> dict[str, Any]:
     """Arguments of the `TokenPolicy` of policy and reference."""
     return {
         "temperature": config.temperature,
         "chunk_size": config.logits_chunk_size,
         "fused_head": config.fused_head,
-        # One attention call per length: many launches. And a trial that some processes make and others do not.
-        "packing": config.packing and accelerator.device.type == "cpu" and not sharded,
+        # A trial that some processes make and others do not would hang sharded ones.
+        "packing": config.packing and not sharded and (device.type == "cpu" or works(device, precision.compute)),
     }
 
 

@@ -31,7 +31,7 @@ def make_collector(
         sampler: None: `DecodeLoop`.
         environment: Makes the environment of an episode; None: responses of one turn.
     """
-    sampler = sampler or DecodeLoop(learner.tokenizer)
+    sampler = sampler or DecodeLoop(learner.tokenizer, kv_budget_bytes=learner.config.kv_budget_bytes)
     learner.expect_sampler(why_it_differs(sampler) or _low_precision(learner))
     episodes = environment and EnvironmentSampler(
         factory=environment, sampler=sampler, tokenizer=learner.tokenizer, device=learner.current_device,

@@ -20,7 +20,7 @@ from rlhf_ppo.samplers.base import (
     draw_seed,
     unwrap_causal_lm,
 )
-from rlhf_ppo.samplers.kv_cache import bytes_per_token
+from rlhf_ppo.samplers.kv_cache import bytes_per_token, default_budget
 from rlhf_ppo.utils.installed import parameter_name, takes
 
 NO_STOP_TOKEN = -1
@@ -40,8 +40,9 @@ class ContinuousBatching:
     """Tokens per page of the KV cache."""
     max_batch_tokens: int = 1024
     """Maximum number of tokens per forward pass; a longer prompt is prefilled in chunks."""
-    kv_budget_bytes: int = 4 * 2**30
-    """Maximum size of the KV cache in bytes; one row is decoded even if it needs more."""
+    kv_budget_bytes: int | None = None
+    """Maximum size of the KV cache in bytes; one row is decoded even if it needs more. None: half of a GPU's free
+    memory, 4 GiB on a CPU."""
 
     def __call__(
         self,
@@ -85,7 +86,8 @@ class ContinuousBatching:
         longest = max((len(prompt) for prompt in prompts), default=1)
         pages_per_row = math.ceil((longest + config.max_new_tokens) / self.page_size) + 1
         rows = min(self.max_rows, len(prompts))
-        affordable_pages = self.kv_budget_bytes // (self.page_size * bytes_per_token(model.config, model.dtype))
+        budget = self.kv_budget_bytes or default_budget(model.device)
+        affordable_pages = budget // (self.page_size * bytes_per_token(model.config, model.dtype))
         page_size = parameter_name(ContinuousBatchingConfig, "page_size", "block_size")  # new name: transformers 5.18
         versioned: dict[str, Any] = {page_size: self.page_size}
         if takes(ContinuousBatchingConfig, "max_requests_per_batch"):

@@ -221,6 +221,7 @@ class _BatchDecoder:
         distinct = [prompts[i] for i in first]
         ids, mask = pad_prompts(distinct, self.rules.device, side="left")
         self.width = ids.shape[1]
+        self.is_padded = len({len(prompt) for prompt in distinct}) > 1
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         self.cache: DynamicCache = new_cache(self.model.config, self.width + self.config.max_new_tokens)
         logits = self._forward(ids, mask, positions)
@@ -285,10 +286,11 @@ class _BatchDecoder:
         return self._forward(self.ids[:, end - 1 : end], self.mask[:, :end], self.positions)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "rows vocab"]:
+        needed = self.is_padded or ids.device.type != "cuda"
         with masks_unread(ids.device):
             output = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
-                use_cache=True, return_dict=True, **self.last_logits_only,
+                input_ids=ids, attention_mask=mask if needed else None, position_ids=positions,
+                past_key_values=self.cache, use_cache=True, return_dict=True, **self.last_logits_only,
             )  # fmt: skip
         logits: Tensor = output.logits[:, -1]
         return logits

@@ -15,7 +15,11 @@ SamplerName: TypeAlias = Literal["loop", "generate", "generate-static", "continu
 
 
 def make_sampler(
-    name: SamplerName, tokenizer: PreTrainedTokenizerBase | None = None, *, vllm_url: str = "http://localhost:8000"
+    name: SamplerName,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    vllm_url: str = "http://localhost:8000",
+    kv_budget_bytes: int | None = None,
 ) -> Sampler:
     """Make the sampler called `name`, with its default settings.
 
@@ -24,16 +28,17 @@ def make_sampler(
             and "vllm-colocate" run in vLLM.
         tokenizer: The policy's tokenizer; needed for stop strings and by vLLM.
         vllm_url: Address of the server, for "vllm-server".
+        kv_budget_bytes: Largest KV cache, for "loop" and "continuous"; None: half of a GPU's free memory, else 4 GiB.
     """
     match name:
         case "loop":
-            return DecodeLoop(tokenizer)
+            return DecodeLoop(tokenizer, kv_budget_bytes=kv_budget_bytes)
         case "generate":
             return TransformersGenerate(tokenizer=tokenizer)
         case "generate-static":
             return TransformersGenerate(tokenizer=tokenizer, static_cache=True)
         case "continuous":
-            return ContinuousBatching()
+            return ContinuousBatching(kv_budget_bytes=kv_budget_bytes)
         case "vllm-server":
             return VLLMSampler(mode="server", base_url=vllm_url, tokenizer=tokenizer)
         case "vllm-colocate":

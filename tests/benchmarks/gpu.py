@@ -1,156 +1,235 @@
-"""One PPO iteration on one large GPU, phase by phase; resumable, and dry on a CPU with tiny shapes.
+"""Ten minutes on one GPU: is it right, what does a decode step cost, what an update, what an iteration.
 
-    python -m tests.benchmarks.gpu                                        # gpu-dschat and gpu-skew
-    python -m tests.benchmarks.gpu --classic ~/trl-0.11.4/bin/python      # TRL 0.11.4 beside them
-    python -m tests.benchmarks.gpu --dry-run --output /tmp/dry.json       # no GPU: is the script whole?
+    python -m tests.benchmarks.gpu --seconds 540            # a 1B Llama of random weights
+    python -m tests.benchmarks.gpu --tiny --output x.json   # all of it in small, on whatever device there is
 
-Random weights of the named shapes, forced response lengths. A cell is one phase of one side; it is measured `--rounds`
-times (the first, which compiles and fills caches, does not count) and written at once, and finished cells are skipped.
-`gpu-dschat` has the form of DeepSpeed-Chat's published step 3 (1.3B policy, 350M reward model, 256 + 256 tokens, one
-epoch): compare samples a second.
+Each cell is guarded and timed; it is printed and written as it ends, and finished cells are skipped: a run that is cut
+off goes on where it was. Parity comes first, because speed of wrong results is worth nothing.
 """
 
 import argparse
+import copy
 import gc
 import json
-import sys
-import tempfile
+import time
+import traceback
+import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradScalerKwargs
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.benchmarks.ppo import Process, prepare
-from tests.benchmarks.records import conditions
-from tests.benchmarks.sides import Ours, Plain, cost
-from tests.benchmarks.workloads import SKEW, WORKLOADS, Task, Workload
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
+from rlhf_ppo.samplers.make_sampler import SamplerName, make_sampler
+from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
 
-NAMES = ["gpu-dschat", "gpu-skew"]
-PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200, by its maker
-REWARD_MODEL = replace(SKEW, name="350M", vocab=50_272, layers=24, width=1024, heads=16, inner=2816)
-
-
-class Here:
-    """Our side in this process: one copy of CUDA, and memory as the allocator counts it."""
-
-    def __init__(self, kind: type[Ours], task: Task, options: dict[str, Any]) -> None:
-        self.side = kind(task, options)
-
-    def __call__(self, command: str) -> dict[str, float]:
-        return cost(getattr(self.side, command))
-
-    def stop(self) -> None:
-        """Free what it holds."""
-        del self.side
-        gc.collect()
-        torch.cuda.empty_cache()
+GIB = 2**30
+LARGE: dict[str, Any] = {
+    "vocab_size": 128_256, "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+}  # fmt: skip
+TINY: dict[str, Any] = {
+    "vocab_size": 512, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+PROMPTS = [torch.tensor([5, 6, 7]), torch.tensor([8, 9]), torch.tensor([11] * 9)]
+RESPONSES = [torch.tensor([8, 9, 10]), torch.tensor([11]), torch.tensor([12, 13, 14, 15, 16])]
+GREEDY = SamplingConfig(max_new_tokens=12, stop_token_ids=tuple(range(0, VOCAB_SIZE, 9)), do_sample=False)
 
 
-class RewardModel:
-    """A reward model of random weights; `score` runs it over prompts and responses, longest first, 64 at a time."""
+class Bench:
+    """The cells of one device; each returns a dict of figures.
 
-    def __init__(self, task: Task, shape: Workload) -> None:
-        from transformers import LlamaConfig, LlamaForSequenceClassification
+    Args:
+        tiny: Use small shapes.
+    """
 
-        sizes = replace(shape, vocab=task.workload.vocab).model_config()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=1)).to(device, torch.bfloat16)
-        pairs = zip(task.workload.prompts(), task.responses, strict=True)
-        self.rows = sorted((torch.cat([prompt, response.cpu()]) for prompt, response in pairs), key=len, reverse=True)
-        self.device = device
+    def __init__(self, *, tiny: bool) -> None:
+        self.tiny, self.shape = tiny, TINY if tiny else LARGE
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda" if self.cuda else "cpu")
 
-    @torch.no_grad()
-    def score(self) -> None:
-        """One score a response."""
-        for start in range(0, len(self.rows), 64):
-            rows = self.rows[start : start + 64]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            self.model(input_ids=ids, attention_mask=mask.to(self.device)).logits.float().cpu()
+    def cells(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """All cells by name, in order."""
+        cells: dict[str, Callable[[], dict[str, Any]]] = {"matrix products": self.products}
+        for sampler in ("loop", "generate", "continuous"):
+            cells[f"greedy, {sampler}"] = lambda sampler=sampler: self.greedy(sampler)
+        for build in (tiny_gpt2, tiny_llama):
+            cells[f"step, {build.__name__}"] = lambda build=build: self.parity(build)
+            cells[f"step, {build.__name__}, plain head"] = lambda build=build: self.parity(build, fused_head=False)
+        cells["float16 overflow"] = self.overflow
+        for rows in (64, 512):
+            for dtype in (torch.bfloat16, torch.float32):
+                name = f"decode, loop, {rows} rows, {str(dtype).removeprefix('torch.')}"
+                cells[name] = lambda rows=rows, dtype=dtype: self.decode("loop", dtype, rows)
+        cells["update, auto"] = self.update
+        cells["update, float32"] = lambda: self.update(precision="float32")
+        cells["update, plain head"] = lambda: self.update(fused_head=False)
+        cells["iteration"] = self.iteration
+        cells["iteration, checkpointing"] = lambda: self.iteration(gradient_checkpointing=True)
+        for sampler in ("generate", "generate-static", "continuous", "vllm-colocate"):
+            cells[f"decode, {sampler}, 64 rows"] = lambda sampler=sampler: self.decode(sampler, torch.bfloat16, 64)
+        return cells
 
-    def __call__(self, command: str) -> dict[str, float]:
-        return cost(getattr(self, command))
+    def llama(self, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+        """A Llama of random weights, made on the device."""
+        config = LlamaConfig(
+            **self.shape, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        with self.device:
+            torch.manual_seed(0)
+            return LlamaForCausalLM(config).to(dtype).eval()
 
-    def stop(self) -> None:
-        """Free what it holds."""
-        del self.model
-        gc.collect()
-        torch.cuda.empty_cache()
+    def timed(self, function: Callable[[], object], repeats: int = 1) -> tuple[float, float]:
+        """Seconds of a call after a first one, and the allocator's peak in GiB."""
+        function()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        if self.cuda:
+            torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / GIB if self.cuda else 0.0
+        return (time.perf_counter() - start) / repeats, peak
 
+    def products(self) -> dict[str, Any]:
+        """TFLOP/s of a large product in each precision: what the card can do."""
+        size, found = 64 if self.tiny else 8192, {}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            a = torch.randn(size, size, device=self.device).to(dtype)
+            seconds, _ = self.timed(lambda a=a: a @ a, repeats=3)
+            found[str(dtype).removeprefix("torch.")] = round(2 * size**3 / seconds / 1e12, 2)
+        return found
 
-def figures(phase: str, costs: list[dict[str, float]], workload: Workload) -> dict[str, Any]:
-    """What a cell says: seconds and memory as measured, speed from the median."""
-    seconds = sorted(row["wall"] for row in costs)[len(costs) // 2]
-    responses = sum(workload.lengths())
-    tokens = responses + workload.rows * workload.prompt
-    found: dict[str, Any] = {"seconds": [row["wall"] for row in costs], "samples_per_s": workload.rows / seconds}
-    found["peak_gib"] = max(row.get("peak_gib", row["peak_mib"] / 1024) for row in costs)
-    if phase == "generate":
-        found |= {"tokens_per_s": responses / seconds, "ms_per_decode_step": seconds / max(workload.lengths()) * 1e3}
-    elif phase == "step":
-        head = workload.vocab * workload.width
-        trunk = workload.layers * (4 * workload.width**2 + 3 * workload.width * workload.inner)
-        # Policy and reference score once (2 FLOP a weight and token), each epoch is a forward and a backward (6).
-        flop = (2 * 2 + 6 * workload.epochs) * (trunk * tokens + head * responses)
-        found |= {"tokens_per_s": tokens * workload.epochs / seconds, "useful_tflops": flop / seconds / 1e12}
-        found["share_of_peak"] = found["useful_tflops"] / PEAK_TFLOPS
-    return found
+    def greedy(self, sampler: SamplerName) -> dict[str, Any]:
+        """Whether a sampler draws the CPU's responses."""
+        model = tiny_llama()
+        expected = DecodeLoop()(copy.deepcopy(model), PROMPTS, GREEDY)
+        found = make_sampler(sampler)(model.to(self.device), [prompt.to(self.device) for prompt in PROMPTS], GREEDY)
+        return {"same": [row.tolist() for row in found.responses] == [row.tolist() for row in expected.responses]}
 
+    def step(self, build: Callable[[], Any], *, cpu: bool, **settings: Any) -> tuple[torch.Tensor, PPOTrainer]:
+        """One step of a tiny model; its weights afterwards."""
+        AcceleratorState._reset_state(True)
+        torch.manual_seed(0)
+        kwargs = {**settings.pop("accelerator_kwargs", {}), "cpu": cpu}
+        config = PPOConfig(
+            batch_size=3, mini_batch_size=3, ppo_epochs=2, learning_rate=1e-3, accelerator_kwargs=kwargs, **settings
+        )
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(build())
+        trainer = PPOTrainer(config, model, tokenizer=tiny_tokenizer())
+        assert trainer.current_device.type == ("cpu" if cpu else self.device.type)
+        trainer.step(list(PROMPTS), list(RESPONSES), [torch.tensor(score) for score in (1.0, -1.0, 0.5)])
+        return torch.cat([weight.detach().cpu().flatten() for weight in trainer.model.parameters()]), trainer
 
-def fill(path: Path, workload: Workload, options: argparse.Namespace) -> None:
-    """Measure every cell of a workload that `path` does not hold."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, dry run"
-    entry = known.setdefault(workload.name, conditions(workload) | {"device": device, "cells": {}})
-    with tempfile.TemporaryDirectory() as name:
-        task = prepare(workload, Path(name))
-        starts: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
-            "ours": (("generate", "step"), lambda: Here(Ours, task, json.loads(options.ours))),
-            "plain": (("generate", "step"), lambda: Here(Plain, task, {})),
-            "reward model": (("score",), lambda: RewardModel(task, options.reward_model)),
-        }
-        if options.classic:
-            starts["classic"] = (("generate", "step"), lambda: Process("classic", options.classic, task.folder, {}))
-        for side, (phases, start) in starts.items():
-            missing = [phase for phase in phases if f"{side}, {phase}" not in entry["cells"]]
-            if not missing or side not in options.sides:
-                continue
-            process = start()
-            for phase in missing:
-                costs = [process(phase) for _ in range(options.rounds + 1)][1:]
-                entry["cells"][f"{side}, {phase}"] = cell = figures(phase, costs, workload)
-                print(workload.name, side, phase, json.dumps(cell), flush=True)
-                path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-            process.stop()
+    def parity(self, build: Callable[[], Any], **settings: Any) -> dict[str, Any]:
+        """How far a float32 step is from the CPU's, relative to the step."""
+        torch.manual_seed(0)
+        before = torch.cat(
+            [w.detach().flatten() for w in AutoModelForCausalLMWithValueHead.from_pretrained(build()).parameters()]
+        )
+        cpu, _ = self.step(build, cpu=True, **settings)
+        other, _ = self.step(build, cpu=not self.cuda, precision="float32", **settings)
+        return {"apart_over_moved": float((other - cpu).norm() / (cpu - before).norm())}
+
+    def overflow(self) -> dict[str, Any]:
+        """Whether float16 survives a loss scale that is too high."""
+        if not self.cuda:
+            return {"skipped": "float16 with a loss scale needs a GPU"}
+        kwargs = {"kwargs_handlers": [GradScalerKwargs(init_scale=2.0**40)]}
+        _, trainer = self.step(tiny_llama, cpu=False, precision="fp16", diagnose=False, accelerator_kwargs=kwargs)
+        scale = trainer.accelerator.scaler.get_scale()
+        return {"scale": scale, "skipped_steps": trainer.metrics["ppo/updates_skipped"]}
+
+    def decode(self, sampler: SamplerName, dtype: torch.dtype, rows: int) -> dict[str, Any]:
+        """Milliseconds of a decode step and of the prefill."""
+        model, steps = self.llama(dtype), 4 if self.tiny else 64
+        prompts = [torch.arange(1, 129, device=self.device)] * (2 if self.tiny else rows)
+        draw, seconds, peak = make_sampler(sampler), {}, 0.0
+        for tokens in (1, steps):
+            config = SamplingConfig(max_new_tokens=tokens)
+            seconds[tokens], peak = self.timed(lambda config=config: draw(model, prompts, config))
+        step = (seconds[steps] - seconds[1]) / (steps - 1)
+        return {
+            "ms_per_step": round(step * 1e3, 2), "prefill_ms": round(seconds[1] * 1e3, 1), "peak_gib": round(peak, 1),
+            "tokens_per_s": round(len(prompts) / max(step, 1e-9)),
+        }  # fmt: skip
+
+    def trainer(self, rows: int, **settings: Any) -> PPOTrainer:
+        config = PPOConfig(batch_size=rows, ppo_epochs=1, diagnose=False, **{"mini_batch_size": rows} | settings)
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(self.llama())
+        return PPOTrainer(config, model, tokenizer=tiny_tokenizer())
+
+    def batch(self, rows: int, prompt: int, lengths: list[int]) -> tuple[list[torch.Tensor], ...]:
+        """Random prompts and responses: nothing is sampled."""
+        generator, vocab = torch.Generator().manual_seed(0), self.shape["vocab_size"]
+        queries = list(torch.randint(1, vocab, (rows, prompt), generator=generator))
+        responses = [torch.randint(1, vocab, (length,), generator=generator) for length in lengths]
+        return queries, responses, [torch.tensor(float(row)) for row in range(rows)]
+
+    def update(self, **settings: Any) -> dict[str, Any]:
+        """A whole step of eight responses of unequal length: scoring and one epoch."""
+        prompt, lengths = (8, [8, 2]) if self.tiny else (512, [512, 128])
+        data = self.batch(8, prompt, lengths * 4)
+        trainer = self.trainer(8, **settings)
+        seconds, peak = self.timed(lambda: trainer.step(*data))
+        tokens = 8 * prompt + 4 * sum(lengths)
+        return {"seconds": round(seconds, 3), "peak_gib": round(peak, 1), "tokens_per_s": round(tokens / seconds)}
+
+    def iteration(self, **settings: Any) -> dict[str, Any]:
+        """Sampling and learning, phase by phase: 512 + 512 tokens a row, rows cut to fit the time."""
+        rows, prompt, new = (4, 8, 8) if self.tiny else (64, 512, 512)
+        queries, _, scores = self.batch(rows, prompt, [1] * rows)
+        trainer = self.trainer(rows, mini_batch_size=4, gradient_accumulation_steps=rows // 4, **settings)
+        on_device = [query.to(self.device) for query in queries]
+        start = time.perf_counter()
+        with trainer.precision.sampling(self.device):
+            samples = DecodeLoop()(trainer.model, on_device, SamplingConfig(max_new_tokens=new))
+        found = {"generate_s": round(time.perf_counter() - start, 2)}
+        statistics = trainer.step(on_device, samples.responses, scores)
+        for name in ("forward_pass", "optimize_step"):
+            found[f"{name}_s"] = round(float(statistics[f"time/ppo/{name}"]), 2)
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 1) if self.cuda else 0.0
+        return found | {"rows": rows}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for and the file does not hold."""
+    """Run the cells that the file does not hold, until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--workloads", nargs="+", choices=["gpu-dschat", "gpu-skew"], default=["gpu-dschat", "gpu-skew"]
-    )
-    parser.add_argument("--sides", nargs="+", default=["ours", "reward model", "plain", "classic"])
-    parser.add_argument("--classic", help="Python of an environment with TRL 0.11.4 and CUDA")
-    parser.add_argument("--ours", default="{}", help="further settings of our PPOConfig, JSON")
-    parser.add_argument("--rows", type=int, help="responses of an iteration, instead of the workload's")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on whatever device there is")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/performance-gpu.json"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/gpu.json"))
+    parser.add_argument("--seconds", type=float, default=540.0)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", nargs="*", help="beginnings of the names of cells")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available() and not options.dry_run:
-        sys.exit(
-            "These shapes need a GPU of 80 GiB or more, got none: use --dry-run, or tests.benchmarks.ppo on a CPU."
-        )
-    options.reward_model = WORKLOADS["tiny"] if options.dry_run else REWARD_MODEL
-    for name in options.workloads:
-        workload = WORKLOADS[name]
-        if options.dry_run:
-            small = {"vocab": 300, "layers": 1, "width": 16, "heads": 2, "inner": 32, "rows": 8, "minibatch": 4}
-            workload = replace(workload, **small, prompt=8, cap=16, mean=6.0)
-        fill(options.output, replace(workload, rows=options.rows or workload.rows), options)
+    warnings.simplefilter("ignore")
+    known = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    bench, start = Bench(tiny=options.tiny), time.monotonic()
+    known.setdefault("device", torch.cuda.get_device_name() if bench.cuda else "CPU")
+    known.setdefault("torch", torch.__version__)
+    for name, cell in bench.cells().items():
+        chosen = options.only is None or name.startswith(tuple(options.only))
+        if name in known or not chosen or time.monotonic() - start > options.seconds:
+            continue
+        began = time.monotonic()
+        try:
+            known[name] = cell()
+        except Exception as error:  # the other cells are worth having
+            line = traceback.format_exc().strip().splitlines()[-3].strip()
+            known[name] = {"error": f"{type(error).__name__}: {str(error)[:200]}", "where": line}
+        print(f"[{time.monotonic() - start:4.0f} s, +{time.monotonic() - began:.0f}] {name}: {json.dumps(known[name])}")
+        options.output.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        AcceleratorState._reset_state(True)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

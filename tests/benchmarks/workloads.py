@@ -94,38 +94,6 @@ WORKLOADS = {
     "cpu-vocab": replace(SKEW, name="cpu-vocab", vocab=128_000, layers=4, width=256, heads=4, inner=688),
     # Pairs: prompts with two responses each; at most eight pairs an optimizer step.
     "rm-pairs": replace(SKEW, name="rm-pairs", cap=512, mean=100.0, epochs=1),
-    # In form what DeepSpeed-Chat and OpenRLHF published: OPT-1.3B's size, 1024 samples of 256 + 256 tokens, one epoch.
-    "gpu-dschat": replace(
-        SKEW,
-        name="gpu-dschat",
-        vocab=50_272,
-        layers=24,
-        width=2048,
-        heads=32,
-        inner=5632,
-        rows=1024,
-        prompt=256,
-        cap=256,
-        lengths_are="full",
-        minibatch=64,
-        epochs=1,
-        dtype="bfloat16",
-    ),
-    "gpu-skew": replace(
-        SKEW,
-        name="gpu-skew",
-        vocab=151_936,
-        layers=24,
-        width=896,
-        heads=14,
-        inner=4864,
-        rows=256,
-        prompt=512,
-        cap=1024,
-        mean=300.0,
-        minibatch=32,
-        dtype="bfloat16",
-    ),
     "tiny": replace(SKEW, name="tiny", vocab=300, layers=1, width=16, heads=2, inner=32, epochs=2),
 }
 """`tiny` has the lengths of cpu-skew, for tests."""

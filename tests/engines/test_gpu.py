@@ -23,10 +23,17 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.filterwarnings("ignore:No dataset is provided"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # inductor's, for generate-static in float32
 ]
 
 PROMPTS = [torch.tensor([5, 6, 7]), torch.tensor([8, 9]), torch.tensor([11] * 9)]
 GREEDY = SamplingConfig(max_new_tokens=12, stop_token_ids=tuple(range(0, VOCAB_SIZE, 9)), do_sample=False)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tests keep Accelerate on the CPU."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
 
 
 def on_gpu(tensors: list[Tensor]) -> list[Tensor]:
@@ -66,9 +73,11 @@ def test_a_step_is_that_of_the_cpu(build: Callable[[], Any], settings: dict[str,
         model = AutoModelForCausalLMWithValueHead.from_pretrained(build())
         before.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         sizes: dict[str, Any] = {"batch_size": 3, "mini_batch_size": 3, "ppo_epochs": 2, "learning_rate": 1e-3}
-        config = PPOConfig(**sizes, **settings, diagnose=False, accelerator_kwargs={"cpu": cpu})
+        exact: dict[str, Any] = {"precision": "float32", "diagnose": False, "accelerator_kwargs": {"cpu": cpu}}
+        config = PPOConfig(**sizes, **settings, **exact)
         trainer = PPOTrainer(config, model, tokenizer=tiny_tokenizer())
         device = trainer.current_device
+        assert device.type == ("cpu" if cpu else "cuda")
         trainer.step([p.to(device) for p in PROMPTS], [r.to(device) for r in responses], [s.to(device) for s in scores])
         after.append(torch.cat([p.detach().cpu().flatten() for p in trainer.model.parameters()]))
         type(trainer.accelerator.state)._reset_state(reset_partial_state=True)

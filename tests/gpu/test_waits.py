@@ -5,6 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlhf_ppo import TrainConfig
+from rlhf_ppo.loop.sampling import make_collector
+from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
+from rlhf_ppo.samplers.kv_cache import bytes_per_token, default_budget
 from rlhf_ppo.updates import MinibatchUpdate
 from tests.gpu.runs import batch, trainer, weights
 from tests.support.pretend_cuda import Counts
@@ -70,3 +75,52 @@ def test_refused_steps_of_float16_lower_the_scale_and_the_run_goes_on(gpu: Count
     with pytest.warns(UserWarning, match="exceeds threshold"):
         made.step(*batch())
     assert made.metrics["ppo/updates_skipped"] == 2
+
+
+@pytest.mark.parametrize("stops", [(), tuple(range(0, 320, 24))], ids=["no row leaves", "rows leave"])
+def test_a_sampled_token_waits_at_most_once_in_sixteen(gpu: Counts, stops: tuple[int, ...]) -> None:
+    """Prompts of unequal length; some rows finish. The waits of a call without many tokens are left out."""
+    model, found = tiny_llama().cuda(), []
+    prompts = [torch.arange(5, 6 + row % 3, device="cuda") for row in range(8)]
+    for tokens in (16, 80):
+        gpu.reset()
+        sampling = SamplingConfig(max_new_tokens=tokens, stop_token_ids=stops, num_return_sequences=4)
+        samples = DecodeLoop()(model, prompts, sampling, generator=torch.Generator().manual_seed(0))
+        found.append((sum(gpu.syncs.values()), gpu.kernels, max(map(len, samples.responses))))
+    steps = found[1][2] - found[0][2]
+    assert steps > 32
+    assert (found[1][0] - found[0][0]) / steps <= 1 / 16
+    assert (found[1][1] - found[0][1]) / steps < 2 * 70 + 40  # two layers, and embedding, head and sampling
+
+
+@pytest.mark.parametrize("interval", [1, 5, 16])
+def test_looking_rarely_at_the_stops_changes_no_response(interval: int) -> None:
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8, 9]), torch.tensor([11] * 9)]
+    sampling = SamplingConfig(max_new_tokens=24, stop_token_ids=tuple(range(0, 320, 24)), num_return_sequences=4)
+    draw = [
+        DecodeLoop(stop_check_interval=each)(
+            tiny_llama(), prompts, sampling, generator=torch.Generator().manual_seed(1)
+        )
+        for each in (None, interval)
+    ]
+    assert [row.tolist() for row in draw[0].responses] == [row.tolist() for row in draw[1].responses]
+    assert draw[0].finished == draw[1].finished
+    assert any(draw[0].finished)
+    torch.testing.assert_close(torch.cat(draw[0].logprobs or []), torch.cat(draw[1].logprobs or []))
+
+
+def test_the_cache_is_sized_by_free_memory_unless_a_setting_says_otherwise(gpu: Counts) -> None:
+    """Of 70 GiB free a half; before, 4 GiB whatever the card."""
+    model = tiny_llama().cuda()
+    assert default_budget(model.device) == 35 * 2**30
+    assert default_budget(torch.device("cpu")) == 4 * 2**30
+    per_row = bytes_per_token(model.config, torch.float32) * (3 + 8)
+    rows: list[int] = []
+    for budget in (None, 2 * per_row):
+        loop = DecodeLoop(kv_budget_bytes=budget, on_progress=lambda done, total: rows.append(done))
+        loop(model, [torch.tensor([5, 6, 7], device="cuda")] * 4, SamplingConfig(max_new_tokens=8))
+    assert rows == [4, 2, 4]
+    made = trainer(kv_budget_gib=2 * per_row / 2**30, diagnose=False)
+    found = make_collector(made, TrainConfig(sampling=SamplingConfig(max_new_tokens=8)), None)
+    assert isinstance(found.sampler, DecodeLoop)
+    assert found.sampler.kv_budget_bytes == 2 * per_row
