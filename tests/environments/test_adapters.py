@@ -106,7 +106,8 @@ def test_skyrl_gym_is_made_from_the_columns_and_answers_with_messages() -> None:
     columns = {"prompt": "6 * 7?", "reward_spec": {"ground_truth": "42"}}
     first, turns = play(from_skyrl_gym(make_skyrl), "41", "42", **columns)
     assert first == user("6 * 7?") + user("think")
-    assert turns == [Turn(user("no"), info={"turns": 1.0}), Turn([], 1.0, terminated=True, info={"turns": 1.0})]
+    info = {"reported_turns": 1.0}  # "turns" are the trainer's
+    assert turns == [Turn(user("no"), info=info), Turn([], 1.0, terminated=True, info=info)]
     with pytest.raises(ValueError, match=r"postprocessed_action.*stop strings"):
         play(from_skyrl_gym(make_skyrl), "42!", **columns)
 

@@ -1,6 +1,5 @@
 """What adapters share: observations for chat models, numbers to log, and random numbers of one's own."""
 
-import inspect
 import math
 import random
 import threading
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_ppo.environments.base import Observation
+from rlhf_ppo.environments.base import RESERVED, Observation
 
 
 def as_observation(text: str, *, chat: bool) -> Observation:
@@ -20,14 +19,10 @@ def as_observation(text: str, *, chat: bool) -> Observation:
 
 
 def finite_numbers(info: Mapping[str, Any] | None) -> dict[str, float]:
-    """The entries that can be logged: finite numbers and truth values."""
+    """The entries that can be logged: finite numbers and truth values; `reported_` before names of the trainer's."""
     numbers = {name: value for name, value in (info or {}).items() if isinstance(value, bool | int | float)}
-    return {str(name): float(value) for name, value in numbers.items() if math.isfinite(value)}
-
-
-async def finished(result: Any) -> Any:
-    """Wait for an awaitable; return anything else unchanged."""
-    return await result if inspect.isawaitable(result) else result
+    named = {f"reported_{name}" if name in RESERVED else str(name): float(value) for name, value in numbers.items()}
+    return {name: value for name, value in named.items() if math.isfinite(value)}
 
 
 _GLOBAL_GENERATORS = threading.RLock()

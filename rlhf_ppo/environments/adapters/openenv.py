@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_ppo.environments.adapters.conversion import as_observation, finished
+from rlhf_ppo.environments.adapters.conversion import as_observation
 from rlhf_ppo.environments.base import EnvironmentFactory, Observation, Turn, accepted_columns
+from rlhf_ppo.environments.concurrency import finish
 
 
 def from_openenv(
@@ -26,17 +27,17 @@ def from_openenv(
     """
 
     class OpenEnvEnvironment:
-        async def reset(self, **columns: Any) -> Observation:
+        def reset(self, **columns: Any) -> Observation:
             self.client = connect()
-            result = await finished(self.client.reset(**accepted_columns(self.client.reset, columns)))
+            result = finish(self.client.reset(**accepted_columns(self.client.reset, columns)))
             return as_observation(text(result.observation), chat=chat)
 
-        async def step(self, reply: str) -> Turn:
-            result = await finished(self.client.step(action(reply)))
+        def step(self, reply: str) -> Turn:
+            result = finish(self.client.step(action(reply)))
             observation = as_observation(text(result.observation), chat=chat)
             return Turn(observation, float(result.reward or 0.0), terminated=bool(result.done))
 
-        async def close(self) -> None:
-            await finished(self.client.close())
+        def close(self) -> None:
+            finish(self.client.close())
 
     return OpenEnvEnvironment

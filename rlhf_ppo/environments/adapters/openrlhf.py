@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_ppo.environments.adapters.conversion import finished, finite_numbers
+from rlhf_ppo.environments.adapters.conversion import finite_numbers
 from rlhf_ppo.environments.base import EnvironmentFactory, Turn
+from rlhf_ppo.environments.concurrency import finish
 
 
 def from_openrlhf(agent_instance: Callable[[], Any]) -> EnvironmentFactory:
@@ -19,15 +20,15 @@ def from_openrlhf(agent_instance: Callable[[], Any]) -> EnvironmentFactory:
     """
 
     class OpenRLHFEnvironment:
-        async def reset(self, prompt: str, label: Any = None) -> str:
+        def reset(self, prompt: str, label: Any = None) -> str:
             self.agent, self.label = agent_instance(), label
-            states = await finished(self.agent.reset({"observation": prompt, "label": label}))
+            states = finish(self.agent.reset({"observation": prompt, "label": label}))
             self.text = str(states["observation"])
             return self.text
 
-        async def step(self, reply: str) -> Turn:
+        def step(self, reply: str) -> Turn:
             states = {"observation_text": self.text, "action_text": reply, "label": self.label, "sampling_params": None}
-            result = await finished(self.agent.step(states))
+            result = finish(self.agent.step(states))
             if result.get("sampling_params") is not None:
                 raise ValueError(
                     "an AgentInstance must leave sampling_params as they are (None), got others: replies would be "
