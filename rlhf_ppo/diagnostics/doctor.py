@@ -1,9 +1,10 @@
 """The doctor: run all diagnostic checks on a batch, by default on the first batch of a run."""
 
 import logging
+from dataclasses import replace
 
 from rlhf_ppo.diagnostics.environment_checks import ENVIRONMENT_CHECKS
-from rlhf_ppo.diagnostics.findings import Diagnosis
+from rlhf_ppo.diagnostics.findings import Diagnosis, without_consequences
 from rlhf_ppo.diagnostics.model_checks import run_model_checks
 from rlhf_ppo.diagnostics.text_checks import TEXT_CHECKS, DiagnosedBatch, run_text_checks
 from rlhf_ppo.learner.ppo_learner import PPOLearner
@@ -12,18 +13,22 @@ logger = logging.getLogger(__name__)
 
 
 def diagnose(learner: PPOLearner, batch: DiagnosedBatch) -> Diagnosis:
-    """Run all checks; those that run the model are left out if it is sharded."""
+    """Run all checks; those that run the model are left out if it is sharded.
+
+    A warning that another one brings about is left out: it would name a wrong cause.
+    """
     checks = TEXT_CHECKS | ENVIRONMENT_CHECKS
     if learner.is_encoder_decoder:  # prompts of T5 and its like end in the end-of-sequence token
         checks = {name: check for name, check in checks.items() if name != "eos_in_prompt"}
     text = run_text_checks(batch, learner.tokenizer, checks)
     if learner.processes.sharded:
-        return text
+        return replace(text, findings=without_consequences(text.findings))
     # After a checkpoint was loaded, the optimizer has a state.
     model = run_model_checks(
         learner, batch, is_fresh=not learner.optimizer.state and not learner.start_kl_check.continues_ppo
     )
-    return Diagnosis(findings=[*text.findings, *model.findings], checked=[*text.checked, *model.checked])
+    findings = without_consequences([*text.findings, *model.findings])
+    return Diagnosis(findings=findings, checked=[*text.checked, *model.checked])
 
 
 def diagnose_first_batch(learner: PPOLearner, batch: DiagnosedBatch) -> None:

@@ -1,5 +1,6 @@
 """The findings of the doctor, each with its usual cause and remedy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -63,6 +64,10 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
         "the model sees padding or other rows: positions counted from the wrong end, attention to what follows",
         "use an unchanged causal model of transformers; check custom attention and position ids",
     ),
+    "scoring": KnownFinding(
+        "the model's forward pass was changed after the trainer was built, which proved its faster computation before",
+        "change the model first, then build the trainer",
+    ),
     "ratio": KnownFinding(
         "the model is not deterministic: dropout is on, or its layers draw random numbers",
         "set every dropout of the model's configuration to 0; the trainer switches to eval mode, but code that ignores "
@@ -83,9 +88,13 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
         "generate with do_sample=True, top_k=0, top_p=1.0",
     ),
     "temperature": KnownFinding(
-        "a temperature other than `PPOConfig.temperature` in generation, or tokens of another policy, another prompt, "
-        "or encoded again from text",
-        "give generation and `PPOConfig.temperature` the same value, and pass the tokens that were sampled",
+        "a temperature below `PPOConfig.temperature` in generation, or tokens of a sharper policy",
+        "give generation and `PPOConfig.temperature` the same value",
+    ),
+    "unlikely_tokens": KnownFinding(
+        "tokens of other weights, of another prompt, or encoded again from text; or a temperature above "
+        "`PPOConfig.temperature` in generation: tokens without the sampler's log-probabilities cannot tell which",
+        "pass the tokens that the present weights have drawn after these prompts, at the trainer's temperature",
     ),
     "reference": KnownFinding(
         "`ref_model` is not the model that training starts from",
@@ -100,6 +109,10 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
     "pad_is_eos": KnownFinding(
         "pad_token_id is eos_token_id and the padding of a batched `generate` was not cut off: the policy is rewarded "
         "for tokens that it never drew",
+        "cut each response after its first end-of-sequence token (`trainer.generate` does)",
+    ),
+    "padded_responses": KnownFinding(
+        "the padding of a batched `generate` was not cut off: the policy is rewarded for tokens that it never drew",
         "cut each response after its first end-of-sequence token (`trainer.generate` does)",
     ),
     "other_text": KnownFinding(
@@ -140,6 +153,28 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
     ),
 }
 """Name of a finding -> its usual cause and remedy."""
+
+DRAWS = frozenset({"truncated", "temperature", "unlikely_tokens"})
+"""Findings from the sampled tokens alone."""
+CONSEQUENCES: dict[str, frozenset[str]] = {
+    "ratio": DRAWS | {"padding", "scoring", "sampler", "reference"},  # all compare passes that differ by themselves
+    "padding": DRAWS | {"sampler", "reference"},
+    "scoring": DRAWS | {"sampler", "reference"},
+    "pad_is_eos": DRAWS | {"sampler"},
+    "padded_responses": DRAWS | {"sampler"},
+    "sampling": DRAWS | {"sampler"},
+    "sampler": DRAWS,
+    "reward_without_reply": frozenset({"dead_environment", "groups_without_variance"}),
+    "dead_environment": frozenset({"groups_without_variance"}),
+}
+"""Name of a finding -> findings that it brings about: as long as it stands, they cannot be told apart from it."""
+
+
+def without_consequences(findings: Sequence[Finding]) -> list[Finding]:
+    """Leave out the warnings that another warning brings about."""
+    warned = [finding.name for finding in findings if finding.severity == "warning"]
+    explained = frozenset().union(*(CONSEQUENCES.get(name, frozenset()) for name in warned))
+    return [finding for finding in findings if finding.severity == "note" or finding.name not in explained]
 
 
 def finding(

@@ -56,16 +56,15 @@ def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bo
         for values in (scored.logprobs, reference_logprobs, updated)
     )
     tolerance = 1e-3 if alone.logprobs.dtype == torch.float32 and _is_full_precision(learner) else 0.1
-    findings = [*_padding(batched, alone.logprobs, tolerance), *_ratio(batched, update, tolerance)]
-    findings += (
+    findings = [*_ratio(batched, update, tolerance), *_settings(subset, learner.config.temperature)]
+    if float((batched - alone.logprobs).abs().mean()) > tolerance:
+        findings += _padding_or_scoring(subset, batched, alone.logprobs, scorer)
+    reported = (
         _sampler(subset, alone.logprobs, tolerance, learner.importance_correction is not None)
         if subset.logprobs is not None
         else []
     )
-    findings += _settings(subset, learner.config.temperature)
-    findings += (
-        _sampled_tokens(alone) if not findings or all(finding.severity == "note" for finding in findings) else []
-    )
+    findings += [*reported, *_sampled_tokens(alone, is_corrected=bool(reported))]
     is_fresh = is_fresh and scored.ref_logprobs is not None
     findings += _reference(batched, reference, tolerance, learner.is_peft_model) if is_fresh else []
     possible = {"sampler": subset.logprobs is not None, "sampling": subset.sampling is not None, "reference": is_fresh}
@@ -74,10 +73,23 @@ def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bo
     )
 
 
-def _padding(batched: Tensor, alone: Tensor, tolerance: float) -> list[Finding]:
-    gap = float((batched - alone).abs().mean())
+@torch.no_grad()
+def _padding_or_scoring(subset: DiagnosedBatch, batched: Tensor, alone: Tensor, scorer: Scorer) -> list[Finding]:
+    """A gap that the learner has with a row by itself, too, has nothing to do with padding and other rows."""
+    rows = [
+        scorer(TokenInputs(prompts=[prompt], responses=[response]).to(alone.device))
+        .logprobs[0][: len(response)]
+        .float()
+        for prompt, response in zip(subset.prompts, subset.responses, strict=True)
+    ]
+    gap, gap_by_itself = (
+        float((logprobs - alone).abs().mean()) for logprobs in (batched, select_actions(subset, rows))
+    )
+    if gap_by_itself > 0.5 * gap:
+        evidence = f"log-probabilities differ by {gap_by_itself:.3g} nats on average from those of the model's own call"
+        return [finding("scoring", evidence)]
     evidence = f"log-probabilities differ by {gap:.3g} nats on average between a row alone and the row in a batch"
-    return [finding("padding", evidence)] if gap > tolerance else []
+    return [finding("padding", evidence)]
 
 
 def _ratio(batched: Tensor, update: Tensor, tolerance: float) -> list[Finding]:
@@ -106,23 +118,30 @@ def _settings(subset: DiagnosedBatch, temperature: float) -> list[Finding]:
     return [finding("sampling", f"responses are drawn with {', '.join(changed)}")] if changed else []
 
 
-def _sampled_tokens(alone: TokenDistributions) -> list[Finding]:
-    """Detect truncation (top-k, top-p, greedy) and temperature from the sampled tokens alone."""
+def _sampled_tokens(alone: TokenDistributions, *, is_corrected: bool) -> list[Finding]:
+    """Detect truncation (top-k, top-p, greedy) and temperature from the sampled tokens alone.
+
+    Args:
+        alone: Statistics of the sampled tokens.
+        is_corrected: Whether the sampler reported another distribution, for which the update corrects.
+    """
     rank, log_rank, mass, log_mass = alone.truncation()
-    if min(log_rank, log_mass) < MIN_LOG_CHANCE:
+    chance, surprise = min(log_rank, log_mass), alone.surprise()
+    is_surprising = not is_corrected and len(alone.logprobs) >= 64 and abs(surprise) >= 6
+    if chance >= MIN_LOG_CHANCE and not is_surprising:
+        return []
+    relative, tempered = alone.temperature()
+    # Cold tokens are never far down either: the fit under which they are likelier tells the two apart.
+    if chance < MIN_LOG_CHANCE and float(alone.logprobs.double().sum()) - chance > tempered:
         evidence = "the likeliest token each time" if rank == 1 else f"never beyond rank {rank}"
         if log_mass < log_rank:
             evidence = f"never beyond the likeliest {mass:.2f} of the probability"
-        chance = f"e^{min(log_rank, log_mass):.0f}"
-        return [finding("truncated", f"{len(alone.logprobs)} tokens are {evidence}; chance of that: {chance}")]
-    surprise, relative = alone.surprise(), alone.temperature()
-    if len(alone.logprobs) < 64 or abs(surprise) < 6:
+        return [finding("truncated", f"{len(alone.logprobs)} tokens are {evidence}; chance of that: e^{chance:.0f}")]
+    if not is_surprising:
         return []
-    likelier = "likelier" if surprise > 0 else "less likely"
-    return [finding(
-        "temperature", f"tokens are {abs(surprise):.0f} standard deviations {likelier} than the policy would draw; "
-        f"they fit {relative:.2f} times the trainer's temperature",
-    )]  # fmt: skip
+    name, likelier = ("temperature", "likelier") if surprise > 0 else ("unlikely_tokens", "less likely")
+    evidence = f"tokens are {abs(surprise):.0f} standard deviations {likelier} than the policy would draw"
+    return [finding(name, f"{evidence}; they fit {relative:.2f} times the trainer's temperature")]
 
 
 def _reference(batched: Tensor, reference: Tensor, tolerance: float, is_peft: bool) -> list[Finding]:

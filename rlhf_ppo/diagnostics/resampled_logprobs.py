@@ -21,7 +21,7 @@ MAX_LOGITS = 2**21
 """Maximum of logits per forward pass: 8 MiB in float32."""
 CHUNK_LOGITS = 2**18
 """Logits per chunk of the statistics, which hold several tensors of this size."""
-BETAS = torch.logspace(math.log10(0.2), math.log10(5.0), 33, dtype=torch.float64)
+BETAS = torch.logspace(math.log10(0.2), math.log10(20.0), 45, dtype=torch.float64)
 """Grid of reciprocal temperatures, relative to the trainer's, for the fit in `temperature`."""
 
 Distributions: TypeAlias = Iterator[tuple[Tensor, Tensor]]
@@ -56,15 +56,19 @@ class TokenDistributions:
         """How much likelier than expected the tokens are, in standard deviations: 0 ± 1 if they are the policy's."""
         return float((self.logprobs - self.expected).sum() / self.variance.sum().clamp(min=1e-12).sqrt())
 
-    def temperature(self) -> float:
-        """Maximum-likelihood temperature of the tokens, relative to the trainer's, on a grid from 0.2 to 5."""
+    def temperature(self) -> tuple[float, float]:
+        """Maximum-likelihood temperature of the tokens, relative to the trainer's, on a grid from 0.05 to 5.
+
+        Returns:
+            Temperature, log-probability of the tokens there.
+        """
         fits = torch.zeros_like(BETAS)
         for rows, tokens in self.iterate():
             chosen = rows.gather(1, tokens[:, None]).squeeze(1)
             fits += torch.stack(
                 [(beta * chosen - (beta * rows).logsumexp(dim=1)).sum() for beta in BETAS.tolist()]
             ).cpu()
-        return float(1 / BETAS[int(fits.argmax())])
+        return float(1 / BETAS[int(fits.argmax())]), float(fits.max())
 
     def truncation(self) -> tuple[int, float, float, float]:
         """Largest rank and largest mass of likelier tokens, each with the log-probability that none is larger.

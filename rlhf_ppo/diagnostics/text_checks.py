@@ -115,9 +115,13 @@ def eos_in_prompt(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> 
 
 def pad_is_eos(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
     """Check whether the padding token is the end-of-sequence token; a warning if responses still hold padding."""
-    eos = tokenizer.eos_token_id
-    if eos is None or tokenizer.pad_token_id != eos:
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is None or pad is None:
         return []
+    if pad != eos:
+        padded = [row for row, tokens in enumerate(batch.responses) if _is_padded(tokens.tolist(), eos, pad)]
+        evidence = f"{len(padded)} of {len(batch.responses)} responses end in padding ({pad}), e.g. {padded[:1]}"
+        return [finding("padded_responses", evidence)] if padded else []
     padded = [row for row, tokens in enumerate(batch.responses) if len(tokens) > 1 and bool((tokens[-2:] == eos).all())]
     if padded:
         evidence = f"{len(padded)} of {len(batch.responses)} responses end in several {eos}, e.g. {padded[0]}"
@@ -130,6 +134,12 @@ def pad_is_eos(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> lis
             remedy="add a padding token of its own if such code is used",
         )
     ]  # fmt: skip
+
+
+def _is_padded(tokens: list[int], eos: int, pad: int) -> bool:
+    """Whether only padding follows the end of the sequence, which no sampler draws."""
+    after = tokens[tokens.index(eos) + 1 :] if eos in tokens else []
+    return bool(after) and set(after) == {pad}
 
 
 def retokenization(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:

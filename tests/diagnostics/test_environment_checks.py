@@ -46,6 +46,13 @@ class Deaf(CountE):
         return Turn(super().step(reply).observation, terminated=self.played == self.turns)
 
 
+class Hopeless(CountE):
+    """It hears the reply, but pays nothing."""
+
+    def step(self, reply: str) -> Turn:
+        return Turn(f" {len(reply)}", terminated=super().step(reply).terminated)
+
+
 def test_a_reward_that_reads_the_output_of_a_tool_as_the_answer_is_found() -> None:
     assert "reward_without_reply" in findings(ReadsTheToolAsTheAnswer)
     assert "reward_without_reply" not in findings(Calculator)
@@ -70,6 +77,6 @@ def test_an_environment_that_does_not_react_is_found() -> None:
 def test_groups_whose_scores_are_all_equal_are_found() -> None:
     own = trainer(algorithm=GRPO(), batch_size=16)
     sampling = SamplingConfig(max_new_tokens=2, num_return_sequences=2)
-    own.train(None, TrainConfig(iterations=1, sampling=sampling, progress=False), environment=Deaf)
+    own.train(None, TrainConfig(iterations=1, sampling=sampling, progress=False), environment=Hopeless)
     assert own.diagnosis is not None
     assert "groups_without_variance" in own.diagnosis.names()

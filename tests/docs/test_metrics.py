@@ -57,7 +57,7 @@ def test_the_reward_mean_is_after_the_penalty_for_a_missing_stop_token_as_its_li
     trainer = PPOTrainer(config, AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2()), None, tokenizer)
     settings = TrainConfig(
         iterations=1,
-        sampling=SamplingConfig(max_new_tokens=2, stop_token_ids=()),
+        sampling=SamplingConfig(max_new_tokens=2),
         missing_eos=MissingEOS(penalty=5.0),
         progress=False,
     )

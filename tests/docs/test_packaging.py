@@ -64,7 +64,7 @@ def imported(folder: Path) -> set[str]:
     ("folder", "extras"),
     [
         ("rlhf_ppo", ("demo", "deepspeed", "control", "wandb")),
-        ("reward_model", ("demo", "serve")),
+        ("reward_model", ("demo", "serve", "wandb")),
         ("recipes", ("demo", "serve", "deepspeed", "control")),
         ("tests", ("demo", "serve", "deepspeed", "control", "control-peers", "test")),
     ],

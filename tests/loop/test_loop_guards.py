@@ -162,7 +162,7 @@ def test_the_first_rollout_is_looked_at(caplog: pytest.LogCaptureFixture) -> Non
     own.train(share_of_e, TrainConfig(iterations=2, sampling=replace(SAMPLING, top_k=5), progress=False))
     assert "responses are drawn with top_k=5" in caplog.text
     assert own.diagnosis is not None
-    assert {"sampler", "sampling"} <= own.diagnosis.names()
+    assert {finding.name for finding in own.diagnosis.warnings} == {"sampling"}
 
 
 class Broken:

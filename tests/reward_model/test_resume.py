@@ -184,6 +184,7 @@ def test_a_finished_run_is_not_trained_again(runs: Path, tiny_base: Path, tmp_pa
         train_reward_model(changed(config, seed=1), **DATA)
 
 
+@pytest.mark.slow
 def test_an_interrupted_ensemble_goes_on_with_the_member_that_was_trained(tiny_base: Path, tmp_path: Path) -> None:
     """The first member is finished, the second has a checkpoint of step 4, the third has not begun."""
     train, evaluation = as_comparisons(ROWS[:100], "train"), as_comparisons(ROWS[100:], "evaluation")

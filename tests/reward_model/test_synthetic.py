@@ -137,6 +137,7 @@ def test_centering_brings_the_mean_score_to_zero(base: Path, tmp_path: Path) -> 
     assert abs(float(scores_of_items(model)[:2].mean())) < 0.05
 
 
+@pytest.mark.slow
 def test_rankings_recover_the_utilities_with_fewer_rows(base: Path, utilities: torch.Tensor, tmp_path: Path) -> None:
     """Plackett-Luce over four items: exp(utility) times an exponential clock, first to ring is best."""
     generator = torch.Generator().manual_seed(3)

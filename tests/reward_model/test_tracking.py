@@ -105,6 +105,7 @@ def test_other_trackers_get_the_metrics_under_the_name_of_the_model(
     assert any("train/loss" in row and row["train/global_step"] == 3 for row in module.logged)
 
 
+@pytest.mark.slow
 def test_the_report_card_shows_the_curve(tiny_base: Path, tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

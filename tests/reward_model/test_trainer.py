@@ -128,6 +128,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_base: Path, tmp_path: Path) -> None:
     rows = preference_rows(130)
     data: dict[str, Any] = {"train": rows[:100], "evaluation": rows[100:]}
