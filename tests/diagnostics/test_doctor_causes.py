@@ -69,9 +69,9 @@ def test_nothing_is_blamed_where_no_fault_is_planted(trainer: PPOTrainer, honest
 @pytest.mark.parametrize(
     ("settings", "from_tokens"),
     [
-        ({"temperature": 0.7}, "temperature"),
+        ({"temperature": 0.6}, "temperature"),
         ({"temperature": 0.1}, "temperature"),
-        ({"temperature": 2.0}, "unlikely_tokens"),
+        ({"temperature": 2.5}, "unlikely_tokens"),
         ({"top_k": 8}, "truncated"),
         ({"top_p": 0.6}, "truncated"),
         ({"do_sample": False}, "truncated"),
@@ -145,7 +145,7 @@ def chat_for_plain_reward(batch: DiagnosedBatch) -> DiagnosedBatch:
     ("fault", "name"),
     [
         (encoded_again, "unlikely_tokens"),
-        (lambda batch: replace(without_word(batch), prompts=[*batch.prompts[1:], batch.prompts[0]]), "unlikely_tokens"),
+        (lambda batch: replace(without_word(batch), prompts=batch.responses[::-1]), "unlikely_tokens"),
         (lambda batch: replace(batch, logprobs=[row + 0.3 for row in batch.logprobs]), "sampler"),
         (partial(padded, token=PAD_TOKEN_ID), "padded_responses"),
         (lambda batch: without_word(padded(batch, PAD_TOKEN_ID)), "padded_responses"),
