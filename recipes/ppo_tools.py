@@ -1,6 +1,6 @@
 r"""Learn to use a tool: a tiny language model multiplies with a calculator, from nothing.
 
-    python recipes/ppo_tools.py                  # a few CPU minutes, one thread
+    python recipes/ppo_tools.py                  # two CPU minutes, one thread
 
 (1) A Llama of 110,000 parameters with 20 tokens imitates transcripts of which three in four guess the product and one
 asks the calculator; (2) PPO plays against the environment, and earns 1 for a right answer.
