@@ -18,15 +18,16 @@ from rlhf_ppo.functional import TokenStatistics, token_logprobs
 from rlhf_ppo.kernels.linear_layers import decline_fast_layers, has_fast_layers, plain_layers
 from rlhf_ppo.kernels.linear_logprobs import LossGradient
 from rlhf_ppo.kernels.packing import may_be_packed
-from rlhf_ppo.models.lm_head import assumed_transform, find_transform, lm_head, relative_gap
+from rlhf_ppo.models.lm_head import assumed_transform, find_transform, relative_gap
 from rlhf_ppo.models.small_batch import (
+    LARGE,
     PreservedModes,
     is_low_precision,
     is_sharded,
     small_batch,
     some_trained_parameters,
 )
-from rlhf_ppo.models.trunk import FastPaths, Features, Trunk, layers_of
+from rlhf_ppo.models.trunk import FastPaths, Trunk, layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -116,30 +117,25 @@ class _Proof:
         return replace(full, declined=self.declined)
 
     def _own_results(self) -> tuple[_Expected, FastPaths]:
-        """The model's own logits, states and gradients; whether rows of unequal length may run side by side."""
+        """The model's own logits, states and gradients; whether rows of unequal length may run side by side.
+
+        One call gives all of them where it gives the third row's as they are without the others.
+        """
         plain = replace(self.wanted, padding=True, head_rows=False, packing=False, last_layer=False, fused_head=False)
-        alone = replace(plain, padding=False)
         trunk = Trunk()
         with torch.no_grad():
-            logits, states = self._own_call(trunk, alone)
-        self._check_causality(logits)
+            third = self._own_call(trunk, plain)
         with torch.enable_grad():
             try:
                 features = trunk(self.model, self.inputs, plain)
-                reason = _describe(relative_gap(features[0], logits), relative_gap(features[1], states), self.tolerance)
+                reason = self._describe_third(features, third)
             except Exception as error:
                 reason = _first_line(error)
-        if reason is not None:
-            self.declined["padding"] = reason
-            with torch.enable_grad():
-                features = trunk(self.model, self.inputs, alone)
-            if relative_gap(features[0], logits) > self.tolerance:
-                raise ValueError(
-                    f"expected {type(self.model).__name__} to give the same log-probabilities at every call, got "
-                    f"logits that differ by {relative_gap(features[0], logits):.1e} of the largest: its layers draw "
-                    "random numbers, also in eval mode, so PPO's ratios would be wrong. Switch that off in its "
-                    "configuration, or use another architecture."
-                )
+            if reason is not None or self._causality_gap(features[0]) > self.tolerance:
+                self.declined["padding"] = reason or "a row's results depend on the length of the others"
+                plain = replace(plain, padding=False)
+                features = trunk(self.model, self.inputs, plain)
+                self._check(features, third)
         logprobs = token_logprobs(features[0], self.tokens, temperature=self.temperature)
         try:
             gradients = self._gradients(logprobs, features[1])
@@ -148,27 +144,43 @@ class _Proof:
                 f"expected {type(self.model).__name__} to have gradients in eval mode, in which PPO trains, got "
                 f"{_first_line(error)}. Its log-probabilities cannot be trained: use another architecture."
             ) from error
-        return _Expected(logits, states, gradients), plain if reason is None else alone
+        return _Expected(features[0].detach(), features[1].detach(), gradients), plain
 
-    def _own_call(self, trunk: Trunk, alone: FastPaths) -> Features:
+    def _own_call(self, trunk: Trunk, plain: FastPaths) -> tuple[Tensor, Tensor]:
+        """Logits and states of the third row alone."""
         name = type(self.model).__name__
         try:
-            logits, states = trunk(self.model, self.inputs, alone)
+            return trunk(self.model, self.inputs.select(torch.tensor([2])), plain)
         except Exception as error:
             raise ValueError(
                 f"expected a model that computes logits and hidden states from token ids, got {name}, whose own call "
                 f"fails: {_first_line(error)}. It cannot be a policy over tokens as it stands: complete its "
                 "configuration, or use another architecture."
             ) from error
-        return logits, states
 
-    def _check_causality(self, logits: Tensor) -> None:
+    def _describe_third(self, features: tuple[Tensor, Tensor], third: tuple[Tensor, Tensor]) -> str | None:
+        gaps = [relative_gap(found[-len(alone) :], alone) for found, alone in zip(features, third, strict=True)]
+        return _describe(*gaps, self.tolerance)
+
+    def _causality_gap(self, logits: Tensor) -> float:
         """The second row is the beginning of the first: its logits must be the same, as nothing before them differs."""
         first, second = (len(self.inputs.responses[row]) for row in (0, 1))
-        gap = relative_gap(logits[first : first + second], logits[:second])
+        return relative_gap(logits[first : first + second], logits[:second])
+
+    def _check(self, features: tuple[Tensor, Tensor], third: tuple[Tensor, Tensor]) -> None:
+        """Refuse a model whose rows, each by itself, have no certain log-probabilities."""
+        name = type(self.model).__name__
+        gap = relative_gap(features[0][-len(third[0]) :], third[0])
         if gap > self.tolerance:
             raise ValueError(
-                f"expected a causal model, got {type(self.model).__name__}, whose logits change by {gap:.1e} of the "
+                f"expected {name} to give the same log-probabilities at every call, got logits that differ by "
+                f"{gap:.1e} of the largest: its layers draw random numbers, also in eval mode, so PPO's ratios would "
+                "be wrong. Switch that off in its configuration, or use another architecture."
+            )
+        gap = self._causality_gap(features[0])
+        if gap > self.tolerance:
+            raise ValueError(
+                f"expected a causal model, got {name}, whose logits change by {gap:.1e} of the "
                 "largest with the tokens that follow: a response's log-probabilities would depend on its own end, and "
                 "generation would follow another distribution. Load it as a decoder (`config.is_decoder = True`), or "
                 "use another architecture."
@@ -190,8 +202,7 @@ class _Proof:
             return paths
         try:
             with torch.no_grad(), plain_layers(self.model):
-                features, _ = Trunk()(self.model, self.inputs, replace(paths, packing=False, last_layer=False))
-                output = self.model.get_output_embeddings()(features)
+                output = self.model.get_output_embeddings()(self._head_inputs())
             transform = find_transform(self.model.config, output, self.expected.logits, tolerance=self.tolerance)
             reason = None if transform is not None else "its logits are not those of the LM head on the last states"
         except Exception as error:
@@ -200,6 +211,11 @@ class _Proof:
             return replace(paths, transform=transform)
         self.declined["head_rows"] = str(reason)
         return replace(paths, head_rows=False, packing=False, last_layer=False, fused_head=False)
+
+    def _head_inputs(self) -> Tensor:
+        """The states of the model's own call at the actions: without each row's last one."""
+        rows = self.expected.states.split((self.inputs.response_lengths() + 1).tolist())
+        return torch.cat([row[:-1] for row in rows])
 
     def _found_one_by_one(self, full: FastPaths) -> FastPaths:
         """The fast paths of `full` that are right by themselves, and right together."""
@@ -224,12 +240,12 @@ class _Proof:
             with torch.set_grad_enabled(bool(self.trained)):
                 hidden, states, statistics = self.scored_by(paths, self.inputs, known if paths.fused_head else None)
                 gradients = self._gradients(logprobs := statistics.logprobs, states)
-                with torch.no_grad():
-                    logits = lm_head(self.model, paths.transform)(hidden) if paths.head_rows else hidden
         except Exception as error:
             return _first_line(error)
         expected = token_logprobs(self.expected.logits, self.tokens, temperature=self.temperature)
-        gaps = [relative_gap(logits, self.expected.logits), relative_gap(states, self.expected.states)]
+        # With the right transform, right inputs of the LM head give right logits.
+        features = self._head_inputs() if paths.head_rows else self.expected.logits
+        gaps = [relative_gap(hidden, features), relative_gap(states, self.expected.states)]
         gaps.append(
             float((logprobs - expected).detach().abs().max()) / max(1.0, float(self.expected.logits.abs().max()))
         )
@@ -242,7 +258,7 @@ class _Proof:
         if not self.trained or not loss.requires_grad:
             return {}
         found = torch.autograd.grad(loss, list(self.trained.values()), allow_unused=True)
-        return {name: grad for name, grad in zip(self.trained, found, strict=True) if grad is not None}
+        return {name: _part(grad) for name, grad in zip(self.trained, found, strict=True) if grad is not None}
 
     def _gradient_difference(self, gradients: dict[str, Tensor]) -> str | None:
         expected = self.expected.gradients
@@ -254,6 +270,11 @@ class _Proof:
             if not gap <= 10 * self.tolerance * largest:
                 return f"the gradient of {name} differs by {gap / largest:.1e}"
         return None
+
+
+def _part(gradient: Tensor) -> Tensor:
+    """All of a small gradient; of a large one some rows, evenly spaced."""
+    return gradient if gradient.numel() <= LARGE else gradient[:: max(1, len(gradient) // 64)].clone()
 
 
 def _describe(logits: float, states: float, tolerance: float) -> str | None:

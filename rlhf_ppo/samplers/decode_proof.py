@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 Decode = Callable[..., Samples]
 """(model, prompts, config, value head, limits=) -> samples."""
-NEW_TOKENS = 4
+LIMITS = [2, 3]
+"""New tokens for prompts of 5 and 4 tokens: one ends before the other, and both samples have one length."""
 
 
 @dataclass(frozen=True)
@@ -109,33 +110,48 @@ def generation_plan(model: Any) -> GenerationPlan:
 
 def _prove(base: Any, model: Any, decode: Decode) -> _DecodeProof:
     prompts = [torch.cat([pair[0], pair[1][:2]]) for pair in _rows(base)]
-    config = SamplingConfig(max_new_tokens=NEW_TOKENS, num_return_sequences=2, do_sample=False)
+    config = SamplingConfig(max_new_tokens=max(LIMITS), num_return_sequences=2, do_sample=False)
     name = type(base).__name__
-    if not _has_finite_logits(base):
-        return _DecodeProof(None, True)  # diverged: sampling says so
     try:
-        samples = decode(model, prompts, config, _probe, limits=[NEW_TOKENS, 2])
+        samples = decode(model, prompts, config, _probe, limits=LIMITS)
     except Exception as error:
+        if not _has_finite_logits(base):
+            return _DecodeProof(None, True)  # diverged: sampling says so
         return _DecodeProof(
             f"{name} cannot be decoded token by token ({type(error).__name__}: {str(error)[:120]})", False
         )
     tolerance = _tolerance(base)
     gaps, value_gaps = [], []
     assert samples.logprobs is not None and samples.values is not None
+    own_results = _own_results(base, samples)
     for prompt, response, found, values in zip(
         samples.prompts, samples.responses, samples.logprobs, samples.values, strict=True
     ):
-        output = call(base, input_ids=torch.cat([prompt, response])[None], attention_mask=None)
-        logits = output.logits[0, len(prompt) - 1 : -1].float()
+        all_logits, all_states = own_results[_key(prompt, response)]
+        logits = all_logits[len(prompt) - 1 : -1].float()
         own = logits.log_softmax(dim=-1).gather(1, response[:, None]).squeeze(1)
         spread = float((logits.amax(dim=1) - logits.amin(dim=1)).max())
         gaps.append(float((found - own).abs().max()) / max(spread, 1e-9))
-        states = output.hidden_states[-1][0, len(prompt) - 1 : -1]
-        value_gaps.append(relative_gap(values, _probe(states).squeeze(-1)))
+        value_gaps.append(relative_gap(values, _probe(all_states[len(prompt) - 1 : -1]).squeeze(-1)))
     reason = None
     if not max(gaps) <= 10 * tolerance:
         reason = f"{name} gives log-probabilities that differ by {max(gaps):.1e} of their range from its own call's"
     return _DecodeProof(reason, max(value_gaps) <= 10 * tolerance)
+
+
+def _own_results(model: Any, samples: Samples) -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:
+    """Logits and states of samples by the model's own call: equal ones once, those of one length together."""
+    rows = {_key(*pair): torch.cat(pair) for pair in zip(samples.prompts, samples.responses, strict=True)}
+    found = {}
+    for length in {len(row) for row in rows.values()}:
+        keys = [key for key in rows if len(key) == length]
+        output = call(model, input_ids=torch.stack([rows[key] for key in keys]), attention_mask=None)
+        found.update(zip(keys, zip(output.logits, output.hidden_states[-1], strict=True), strict=True))
+    return found
+
+
+def _key(prompt: Tensor, response: Tensor) -> tuple[int, ...]:
+    return tuple(torch.cat([prompt, response]).tolist())
 
 
 def _generates_own_logits(model: Any, plan: GenerationPlan) -> bool:

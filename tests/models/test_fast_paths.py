@@ -23,6 +23,8 @@ from transformers import (
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.models.scoring import TokenPolicy
+from rlhf_ppo.models.small_batch import LARGE, some_trained_parameters
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -147,6 +149,26 @@ def test_the_proof_leaves_random_numbers_modes_and_counters_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert all(module.training for module in model.modules())
     assert not policy.work and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_proof_runs_few_tokens_through_the_layers() -> None:
+    model = tiny_llama()
+    tokens: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, given, __: tokens.append(given[0].numel()))
+    assert TokenPolicy(model, packing=True).paths.packing
+    assert tokens == [4, 3 * 6, 6 + 5 + 4]  # the third row alone; all, padded; all, packed
+    tokens.clear()
+    assert DecodeLoop().unsupported_reason(model) is None
+    assert len(tokens) == 4  # the prompts, two more tokens, and the model's own call on both samples
+    assert tokens[1:] == [4, 2, 2 * 7]
+
+
+def test_the_proof_computes_no_gradient_of_a_large_embedding() -> None:
+    model = tiny_llama(tie_word_embeddings=False, vocab_size=LARGE // 32 + 1)
+    names = set(some_trained_parameters(model))
+    assert not {"model.embed_tokens.weight", "lm_head.weight"} & names
+    assert {"model.layers.0.self_attn.q_proj.weight", "model.norm.weight"} <= names
+    assert "lm_head.weight" in some_trained_parameters(tiny_llama(tie_word_embeddings=False))
 
 
 class Rescaled(nn.Module):
