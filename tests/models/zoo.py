@@ -270,7 +270,7 @@ HEADER = ["| architecture | verdict | fast paths in force |", "|---|---|---|"]
 
 def row(verdict: Verdict) -> str:
     """The table's row of a verdict; a refusal's first sentence only."""
-    note = verdict.note.split(". ")[0].split("; ")[0].replace("|", "/")
+    note = " ".join(verdict.note.split(". ")[0].split("; ")[0].replace("|", "/").split())
     text = f"{verdict.status}: {note}" if verdict.status != "exact" else ", ".join(filter(None, ("exact", note)))
     return f"| {verdict.name} | {text} | {', '.join(verdict.in_force) or 'none'} |"
 
