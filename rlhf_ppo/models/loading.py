@@ -116,6 +116,14 @@ def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def without_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments` without `dtype` and `torch_dtype`, which a model that is loaded already does not take: says so."""
+    late = sorted({"dtype", "torch_dtype"} & set(arguments))
+    if late:
+        logger.warning("Ignored %s: the model is loaded already. Pass it to `from_pretrained` with a name.", late)
+    return {name: value for name, value in arguments.items() if name not in late}
+
+
 def quantized_bits(model: LanguageModel) -> tuple[bool, bool]:
     """Whether the weights are stored in 8 bits, and whether in 4 bits."""
     return bool(getattr(model, "is_loaded_in_8bit", False)), bool(getattr(model, "is_loaded_in_4bit", False))

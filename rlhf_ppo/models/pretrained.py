@@ -77,7 +77,7 @@ class PreTrainedModelWrapper(nn.Module):
         self.supports_rm_adapter = score_module is not None
         self.rm_adapter_name = rm_adapter_name
         self.value_head_was_loaded, self.critic = False, None
-        self.v_head = ValueHead(self.config, **value_head_arguments)
+        self.v_head = ValueHead(self.config, **loading.without_dtype(value_head_arguments))
         output_device = pretrained_model.get_output_embeddings().weight.device
         if output_device.type != "meta":
             self.v_head.to(output_device)

@@ -155,6 +155,13 @@ def test_weights_are_float32_unless_asked_otherwise(tmp_path: Path) -> None:
     assert old.dtype == torch.bfloat16 and old.v_head.summary.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_that_comes_too_late_is_said_to_be_ignored(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLMWithValueHead(tiny_gpt2(), **{name: torch.bfloat16})
+    assert model.dtype == torch.float32
+    assert f"Ignored ['{name}']" in caplog.text and "from_pretrained" in caplog.text
+
+
 def test_state_dicts_load_back_alone_copied_and_inside_another_module() -> None:
     model = small_value_head(tiny_gpt2())
     other = small_value_head(tiny_gpt2(seed=1))
