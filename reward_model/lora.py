@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +18,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def lora_config(model: Any, *, rank: int, alpha: int) -> LoraConfig:
-    """LoRA configuration: adapters on every linear layer; the head is fully trained and saved.
+    """LoRA configuration: adapters on the backbone's linear layers; what is above it is fully trained and saved.
 
     Args:
         model: The classifier to be adapted.
@@ -25,6 +26,9 @@ def lora_config(model: Any, *, rank: int, alpha: int) -> LoraConfig:
         alpha: Their scale is alpha / rank.
     """
     head = head_name(model).removesuffix(".weight").split(".")[0]
+    # DistilBERT's `pre_classifier` is as new as the head, and PEFT takes it for one by the end of its name.
+    above = [name for name, part in model.named_children() if isinstance(part, nn.Linear)]
+    saved = list(dict.fromkeys([head, *above]))
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=rank,
@@ -32,7 +36,8 @@ def lora_config(model: Any, *, rank: int, alpha: int) -> LoraConfig:
         lora_dropout=0.0,
         target_modules="all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's weights are transposed
-        modules_to_save=[head],
+        modules_to_save=saved,
+        exclude_modules=saved,
     )
 
 

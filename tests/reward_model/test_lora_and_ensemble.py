@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertModel
 
 from reward_model import ContractError, RewardModel, train_reward_model
 from reward_model.ensemble import EnsembleRewardModel, load_reward_model
+from reward_model.lora import load_adapter, lora_config
 from reward_model.train import train_ensemble
 from reward_model.trainer import _finish
 from tests.reward_model.conftest import preference_rows, tiny_config
@@ -54,6 +56,23 @@ def test_merged_and_unmerged_adapters_score_alike(tiny_base: Path, tmp_path: Pat
         assert (path / "adapter_config.json").exists() is not merge
         scores.append(RewardModel.from_pretrained(path).raw_scores(PROMPTS, RESPONSES))
     assert_close(scores[0], scores[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own
+def test_an_adapter_keeps_all_that_is_new_above_the_backbone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=64, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
+    DistilBertModel(config).save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    adapted = get_peft_model(model, lora_config(model, rank=2, alpha=4)).eval()
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert any("pre_classifier.modules_to_save" in name for name in trained)
+    assert any("q_lin.lora_A" in name for name in trained)
+    adapted.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(1)
+    loaded = load_adapter(tmp_path / "adapter", head=None, dtype=torch.float32).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    assert_close(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits)
 
 
 def test_auto_classes_load_merged_adapters(tiny_base: Path, tmp_path: Path) -> None:
