@@ -159,8 +159,8 @@ class _Proof:
             ) from error
 
     def _describe_third(self, features: tuple[Tensor, Tensor], third: tuple[Tensor, Tensor]) -> str | None:
-        gaps = [relative_gap(found[-len(alone) :], alone) for found, alone in zip(features, third, strict=True)]
-        return _describe(*gaps, self.tolerance)
+        logits, states = (relative_gap(found[-len(row) :], row) for found, row in zip(features, third, strict=True))
+        return _describe(logits, states, self.tolerance)
 
     def _causality_gap(self, logits: Tensor) -> float:
         """The second row is the beginning of the first: its logits must be the same, as nothing before them differs."""

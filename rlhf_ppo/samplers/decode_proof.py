@@ -142,7 +142,7 @@ def _prove(base: Any, model: Any, decode: Decode) -> _DecodeProof:
 def _own_results(model: Any, samples: Samples) -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:
     """Logits and states of samples by the model's own call: equal ones once, those of one length together."""
     rows = {_key(*pair): torch.cat(pair) for pair in zip(samples.prompts, samples.responses, strict=True)}
-    found = {}
+    found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
     for length in {len(row) for row in rows.values()}:
         keys = [key for key in rows if len(key) == length]
         output = call(model, input_ids=torch.stack([rows[key] for key in keys]), attention_mask=None)
