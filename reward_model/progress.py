@@ -26,5 +26,6 @@ class ProgressBarCallback(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Show the last metrics; the Trainer would print them as a dict."""
-        if self.training_bar is not None and logs:
-            self.training_bar.set_postfix({name: f"{float(logs[name]):.3f}" for name in _SHOWN if name in logs})
+        shown = {name: f"{float(logs[name]):.3f}" for name in _SHOWN if name in (logs or {})}
+        if self.training_bar is not None and shown:  # the last log has the run's time alone
+            self.training_bar.set_postfix(shown)

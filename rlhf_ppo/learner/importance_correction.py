@@ -160,6 +160,6 @@ def announce(correction: ImportanceCorrection | None, reason: str | None) -> Non
     """Say in one line that a correction was chosen automatically, and why."""
     if correction is not None and correction.is_automatic:
         logger.warning(
-            "%s: tokens are weighed by min(π_old / μ, %g), the policy's over the sampler's probability. "
+            "%s: each token is weighted by min(π_old / μ, %g), its probability in training over that in sampling. "
             "PPOConfig(importance_sampling='off') leaves them unweighed.", reason, correction.high,
         )  # fmt: skip

@@ -85,7 +85,7 @@ def synced_weights(learner: PPOLearner, sampler: Sampler) -> Iterator[None]:
 
 
 def _low_precision(learner: PPOLearner) -> str | None:
-    """Why a sampler rounds otherwise than the learner's pass over whole responses; None: in float32 it does not."""
+    """Why a sampler rounds differently from the learner's pass over whole responses; None: in float32 it does not."""
     dtypes = {parameter.dtype for parameter in learner.model.parameters() if parameter.is_floating_point()}
     low = sorted({str(dtype) for dtype in dtypes | {learner.precision.compute} if dtype in HALF_PRECISION})
-    return f"{low[0]} rounds otherwise token by token than in one pass" if low else None
+    return f"{low[0]} rounds differently token by token than in one pass" if low else None

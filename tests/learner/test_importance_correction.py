@@ -196,7 +196,7 @@ def test_an_engine_that_is_known_to_differ_is_corrected_and_said(caplog: pytest.
     """In bfloat16 the sampler rounds otherwise; in float32, or switched off, nothing is weighed and nothing said."""
 
     def said() -> list[str]:
-        return [record.getMessage() for record in caplog.records if "weighed" in record.getMessage()]
+        return [record.getMessage() for record in caplog.records if "weighted" in record.getMessage()]
 
     trained(DecodeLoop())
     trained(DecodeLoop(), precision="bf16", importance_sampling="off")
@@ -204,4 +204,4 @@ def test_an_engine_that_is_known_to_differ_is_corrected_and_said(caplog: pytest.
     _, metrics = trained(DecodeLoop(), precision="bf16")
     assert 0.9 < metrics["sampler/weight_mean"] < 1.1
     (line,) = said()
-    assert line.startswith("torch.bfloat16 rounds otherwise token by token than in one pass: tokens are weighed")
+    assert line.startswith("torch.bfloat16 rounds differently token by token than in one pass: each token is weighted")
