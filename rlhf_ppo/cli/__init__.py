@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -50,7 +51,9 @@ def _run(module: str, arguments: list[str]) -> int:
     before = sys.argv
     sys.argv = [f"python -m {module}", *arguments]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # harmless
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         sys.argv = before
     return 0

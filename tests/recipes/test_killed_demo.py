@@ -76,7 +76,8 @@ def test_nothing_is_printed_that_is_not_ours_and_bars_are_lines(tmp_path: Path) 
     said = (world / "undisturbed.out").read_text().splitlines()
     ours = (
         r"\[[1-5]/5\] [a-zA-Z ,-]+ \(\d+ s\)", r"held-out pair accuracy 0\.\d+", r"[\d,]+ of [\d,]+ parameters are .*",
-        r"second classifier: .*", r"score -?[\d.]+ ± .*", r"20 iterations", r"model: .*", r"report: .*/report\.html",
+        r"second classifier: .*", r"precision: .*", r"score -?[\d.]+ ± .*", r"20 iterations",
+        r"model: .*", r"report: .*/report\.html",
     )  # fmt: skip
     assert [line for line in said if not any(re.fullmatch(pattern, line) for pattern in ours)] == []
     assert [line[:6] for line in said if line.startswith("[")] == [f"[{number}/5] " for number in range(1, 6)]
