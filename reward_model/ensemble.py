@@ -49,7 +49,7 @@ class EnsembleRewardModel:
         return scores.mean(dim=0) - self.caution * scores.std(dim=0)
 
     def member_scores(self, prompts: Texts, responses: Texts, tools: Sequence[Any] | None = None) -> list[list[float]]:
-        """Normalized scores of each member, [members][samples]."""
+        """Normalized scores: a list of the samples for each member."""
         return [member(prompts, responses, tools) for member in self.members]
 
 
