@@ -37,7 +37,7 @@ def lora_config(model: Any, *, rank: int, alpha: int) -> LoraConfig:
         target_modules="all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's weights are transposed
         modules_to_save=saved,
-        exclude_modules=saved,
+        exclude_modules=[name for name in saved if name != head] or None,  # PEFT leaves out the head by itself
     )
 
 

@@ -16,6 +16,7 @@ def names() -> list[str]:
     return [name for name in gpu.Bench(tiny=True).cells() if not name.startswith(SAMPLERS)]
 
 
+@pytest.mark.slow
 def test_every_cell_runs_on_a_cpu_and_finished_ones_are_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,7 @@ def test_the_policy_goes_to_the_optimum_of_the_bandit(name: str, kl_coef: float)
     assert distance(algorithm, kl_coef, group_size=group_of(algorithm)) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_coef", COEFFICIENTS)
 def test_trpo_goes_to_the_optimum_of_the_bandit(kl_coef: float) -> None:
     assert distance(REGIONS[kl_coef], kl_coef, iterations=REGION_ITERATIONS[kl_coef]) < 0.02
