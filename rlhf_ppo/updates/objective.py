@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlhf_ppo.batch import PolicyOutput, TrainBatch
 
@@ -60,10 +61,14 @@ def select_actions(parts: Sequence[Masked]) -> Tensor:
 
 
 def read_scalars(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """The same metrics as Python numbers: all tensors among them in one transfer."""
-    names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
-    tensors = [metrics[name] for name in names]
-    numbers = torch.stack([tensor.double() for tensor in tensors]).tolist() if tensors else []  # type: ignore[union-attr]
+    """The same metrics as Python numbers: all tensors among them in one transfer.
+
+    Collective where a metric is sharded, as the gradient's norm is under FSDP2.
+    """
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    names = list(tensors)
+    whole = [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
+    numbers = torch.stack([tensor.double() for tensor in whole]).tolist() if whole else []
     read = dict(zip(names, numbers, strict=True))
     return {name: read[name] if name in read else float(value) for name, value in metrics.items()}
 

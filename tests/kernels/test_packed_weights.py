@@ -62,6 +62,15 @@ def packed_layers(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) ->
     return found[0]
 
 
+def packs_bfloat16() -> bool:
+    """Whether oneDNN takes such weights here; the product asks the same."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(64, 64, dtype=torch.bfloat16), 16)
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(("build", "expected"), [
     (wide_llama, 4), (lambda: wide_llama(torch.bfloat16), 8), (with_adapter, 4), (low_precision, 8),
     (lambda: tiny_gpt2(vocab_size=1024, n_embd=512, n_layer=1, initializer_range=0.05), 4),
@@ -69,6 +78,8 @@ def packed_layers(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) ->
 def test_the_same_is_drawn_while_rows_leave(
     monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any], expected: int
 ) -> None:
+    if expected == 8 and not packs_bfloat16():
+        pytest.skip("oneDNN packs no bfloat16 weights on this processor")
     model = build()
     with monkeypatch.context() as patches:
         patches.setattr(decode_loop, "PACK_AFTER", 10**9)
