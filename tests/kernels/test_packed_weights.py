@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
-from rlhf_ppo.kernels import packed_weights
+from rlhf_ppo.kernels import linear_layers, packed_weights
 from rlhf_ppo.kernels.linear_layers import use_fast_layers
 from rlhf_ppo.kernels.packed_weights import PackedWeights
 from rlhf_ppo.samplers import decode_loop
@@ -41,6 +41,7 @@ def low_precision() -> Any:
 def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock of this machine does not decide what is tested."""
     monkeypatch.setattr(packed_weights, "packing_is_faster", lambda dtype: True)
+    monkeypatch.setattr(linear_layers, "bfloat16_is_faster", lambda: True)
     monkeypatch.setattr(packed_weights, "MIN_STEPS", dict.fromkeys(packed_weights.MIN_STEPS, 16))
 
 
