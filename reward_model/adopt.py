@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from reward_model.adoption import adopt
-from reward_model.commands import named_model, parse, run
-from reward_model.contract import CONTRACT_FILE, Contract
-from reward_model.documented import documented
+from reward_model.models.adoption import adopt
+from reward_model.models.contract import CONTRACT_FILE, Contract
+from reward_model.utils.commands import named_model, parse, run
+from reward_model.utils.documented import documented
 
 
 @documented

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from reward_model.benchmark import read_benchmark
-from reward_model.card_page import text_table, write_page
-from reward_model.commands import column_names, named_model, parse, run
-from reward_model.data import Comparison
-from reward_model.documented import documented
-from reward_model.encoding import split_encodable
-from reward_model.ensemble import EnsembleRewardModel, load_reward_model
-from reward_model.model import RewardModel
-from reward_model.preparation import load_comparisons
-from reward_model.report_card import Scorer, first_member, report_card
-from reward_model.tracking import training_curves
+from reward_model.data.benchmark import read_benchmark
+from reward_model.data.comparisons import Comparison
+from reward_model.data.preparation import load_comparisons
+from reward_model.evaluation.card_page import text_table, write_page
+from reward_model.evaluation.report_card import Scorer, first_member, report_card
+from reward_model.models.encoding import split_encodable
+from reward_model.models.ensemble import EnsembleRewardModel, load_reward_model
+from reward_model.models.model import RewardModel
+from reward_model.training.tracking import training_curves
+from reward_model.utils.commands import column_names, named_model, parse, run
+from reward_model.utils.documented import documented
 
 
 @documented
@@ -110,7 +110,7 @@ def load_scorer(name: str) -> Scorer:
         ValueError: It cannot be loaded.
     """
     if name.startswith(("http://", "https://")):
-        from reward_model.client import RemoteRewardModel
+        from reward_model.serving.client import RemoteRewardModel
 
         return RemoteRewardModel(name, token=os.environ.get("REWARD_MODEL_TOKEN"))
     module, colon, attribute = name.partition(":")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from reward_model.commands import column_names, parse, run, table
-from reward_model.data import Comparison
-from reward_model.documented import documented
-from reward_model.preparation import LoadedComparisons, load_comparisons
+from reward_model.data.comparisons import Comparison
+from reward_model.data.preparation import LoadedComparisons, load_comparisons
+from reward_model.utils.commands import column_names, parse, run, table
+from reward_model.utils.documented import documented
 
 
 @documented

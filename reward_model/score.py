@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from reward_model.commands import column_names, named_model, parse, run
-from reward_model.documented import documented
-from reward_model.ensemble import load_reward_model
-from reward_model.layouts.base import CONVERSATION_NAMES, is_unanswered, prompt_columns
-from reward_model.layouts.rated import ANSWER_NAMES
-from reward_model.preparation import write_bad_rows
-from reward_model.report_card import first_member
-from reward_model.rows import BadRow, json_line, rename_columns, set_aside
-from reward_model.sources import read_rows
-from reward_model.text import render
+from reward_model.data.layouts.base import CONVERSATION_NAMES, is_unanswered, prompt_columns
+from reward_model.data.layouts.rated import ANSWER_NAMES
+from reward_model.data.preparation import write_bad_rows
+from reward_model.data.rows import BadRow, json_line, rename_columns, set_aside
+from reward_model.data.sources import read_rows
+from reward_model.evaluation.report_card import first_member
+from reward_model.models.ensemble import load_reward_model
+from reward_model.models.text import render
+from reward_model.utils.commands import column_names, named_model, parse, run
+from reward_model.utils.documented import documented
 from rlhf_ppo.chat.cells import parse_cell
 from rlhf_ppo.chat.messages import read_text, read_tools
 

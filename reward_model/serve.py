@@ -18,13 +18,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reward_model.commands import named_model, parse, run
-from reward_model.documented import documented
-from reward_model.ensemble import EnsembleRewardModel, load_reward_model
-from reward_model.model import NonFiniteScoreError, RewardModel
-from reward_model.report_card import first_member
-from reward_model.request_body import ParseBody, parse_queries, parse_samples
-from reward_model.request_queue import QueueFullError, RequestQueue
+from reward_model.evaluation.report_card import first_member
+from reward_model.models.ensemble import EnsembleRewardModel, load_reward_model
+from reward_model.models.model import NonFiniteScoreError, RewardModel
+from reward_model.serving.request_body import ParseBody, parse_queries, parse_samples
+from reward_model.serving.request_queue import QueueFullError, RequestQueue
+from reward_model.utils.commands import named_model, parse, run
+from reward_model.utils.documented import documented
 
 logger = logging.getLogger(__name__)
 

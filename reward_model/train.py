@@ -8,24 +8,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from reward_model.commands import column_names, parse, run, table
-from reward_model.config import RewardModelConfig
-from reward_model.data import Comparison
-from reward_model.documented import documented
-from reward_model.encoding import split_encodable
-from reward_model.ensemble import EnsembleRewardModel, save_ensemble
-from reward_model.model import RewardModel
-from reward_model.preparation import (
+from reward_model.data.comparisons import Comparison
+from reward_model.data.preparation import (
     LoadedComparisons,
     describe_split,
     load_comparisons,
     split_by_prompt,
     write_bad_rows,
 )
-from reward_model.resume import is_resumable, processes
-from reward_model.rows import OnBadRow
-from reward_model.scoring import held_out_metrics, score_completions
-from reward_model.trainer import RewardModelResult, train_reward_model
+from reward_model.data.rows import OnBadRow
+from reward_model.evaluation.scoring import held_out_metrics, score_completions
+from reward_model.models.encoding import split_encodable
+from reward_model.models.ensemble import EnsembleRewardModel, save_ensemble
+from reward_model.models.model import RewardModel
+from reward_model.training.config import RewardModelConfig
+from reward_model.training.resume import is_resumable, processes
+from reward_model.training.trainer import RewardModelResult, train_reward_model
+from reward_model.utils.commands import column_names, parse, run, table
+from reward_model.utils.documented import documented
 
 logger = logging.getLogger(__name__)
 

@@ -25,11 +25,11 @@ from transformers import (
 )
 
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
-from reward_model.client import RemoteRewardModel
-from reward_model.contract import CONTRACT_FILE
-from reward_model.ensemble import load_reward_model
-from reward_model.on_policy import reward_on_policy
-from reward_model.resume import is_resumable
+from reward_model.models.contract import CONTRACT_FILE
+from reward_model.models.ensemble import load_reward_model
+from reward_model.models.on_policy import reward_on_policy
+from reward_model.serving.client import RemoteRewardModel
+from reward_model.training.resume import is_resumable
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.loop.signals import EXIT_RESUMABLE, StopRequest, stop_on_signals
 from rlhf_ppo.models.adapters import describe_trainable_parameters

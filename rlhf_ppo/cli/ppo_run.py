@@ -126,7 +126,7 @@ def load_prompts(source: str, tokenizer: PreTrainedTokenizerBase) -> PromptDatas
     if source.endswith(".txt"):
         texts = [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
         return PromptDataset(Dataset.from_dict({"prompt": texts}), tokenizer)
-    rows = [row for _, row in importlib.import_module("reward_model.sources").read_rows(source)]
+    rows = [row for _, row in importlib.import_module("reward_model.data.sources").read_rows(source)]
     broken = next((row for row in rows if isinstance(row, Exception)), None)
     if broken is not None:
         raise ValueError(f"{source}: {broken}")
@@ -136,12 +136,12 @@ def load_prompts(source: str, tokenizer: PreTrainedTokenizerBase) -> PromptDatas
 def load_reward(choice: str) -> Callable[..., Any]:
     """A function by import path, the reward model of a folder or hub name, or the client of a server."""
     if choice.startswith(("http://", "https://")):
-        client = importlib.import_module("reward_model.client").RemoteRewardModel
+        client = importlib.import_module("reward_model.serving.client").RemoteRewardModel
         reward = client(choice, token=os.environ.get("REWARD_MODEL_TOKEN"))
     elif ":" in choice:
         reward = import_name(choice)
     else:
-        reward = importlib.import_module("reward_model.ensemble").load_reward_model(choice)
+        reward = importlib.import_module("reward_model.models.ensemble").load_reward_model(choice)
     return reward  # type: ignore[no-any-return]
 
 

@@ -29,6 +29,17 @@ MOVED_MODULES: dict[str, tuple[str, dict[str, str]]] = {
         "rlhf_ppo.rewards.sources", {"Scores": "RewardScores", "Sources": "RewardSources", "combine": "named_sources"},
     ),
     "rlhf_ppo.rollout.token_scores": ("rlhf_ppo.rewards.token_scores", {}),
+    "reward_model.adoption": ("reward_model.models.adoption", {}),
+    "reward_model.card_page": ("reward_model.evaluation.card_page", {}),
+    "reward_model.client": ("reward_model.serving.client", {}),
+    "reward_model.contract": ("reward_model.models.contract", {}),
+    "reward_model.ensemble": ("reward_model.models.ensemble", {}),
+    "reward_model.on_policy": ("reward_model.models.on_policy", {}),
+    "reward_model.preparation": ("reward_model.data.preparation", {}),
+    "reward_model.report_card": ("reward_model.evaluation.report_card", {}),
+    "reward_model.resume": ("reward_model.training.resume", {}),
+    "reward_model.sources": ("reward_model.data.sources", {}),
+    "reward_model.tracking": ("reward_model.training.tracking", {}),
 }  # fmt: skip
 """Old module -> (new module, {old name: new name} of what was renamed on the way)."""
 

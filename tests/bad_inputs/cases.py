@@ -13,10 +13,10 @@ from typing import Any
 import datasets
 import torch
 
-from reward_model.client import RemoteRewardModel, read_scores
-from reward_model.contract import Contract
-from reward_model.data import parse_row
-from reward_model.sources import read_rows
+from reward_model.data.comparisons import parse_row
+from reward_model.data.sources import read_rows
+from reward_model.models.contract import Contract
+from reward_model.serving.client import RemoteRewardModel, read_scores
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.algorithms import GAE, GRPO, TRPO
 from rlhf_ppo.diagnostics.guards import Guard, Guards

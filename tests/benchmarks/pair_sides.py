@@ -43,10 +43,10 @@ class Ours(PairSide):
     def build(self) -> Any:
         import datasets
 
-        from reward_model.arguments import trainer_arguments
-        from reward_model.config import RewardModelConfig
-        from reward_model.encoding import ComparisonCollator
-        from reward_model.preference_trainer import PreferenceTrainer
+        from reward_model.models.encoding import ComparisonCollator
+        from reward_model.training.arguments import trainer_arguments
+        from reward_model.training.config import RewardModelConfig
+        from reward_model.training.preference_trainer import PreferenceTrainer
 
         rows = [
             {

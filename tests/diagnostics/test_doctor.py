@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from reward_model.contract import Contract, TextRule
-from reward_model.model import RewardModel
+from reward_model.models.contract import Contract, TextRule
+from reward_model.models.model import RewardModel
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.diagnostics.findings import KNOWN_FINDINGS, Diagnosis
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch, run_text_checks

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reward_model.contract import Contract
-from reward_model.model import RewardModel
+from reward_model.models.contract import Contract
+from reward_model.models.model import RewardModel
 from rlhf_ppo import GRPO, AutoModelForCausalLMWithValueHead, PPOTrainer, TrainConfig
 from rlhf_ppo.diagnostics.findings import KNOWN_FINDINGS
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from reward_model.contract import CONTRACT_FILE, Contract
+from reward_model.models.contract import CONTRACT_FILE, Contract
 from rlhf_ppo import PPOConfig, TrainConfig
 from rlhf_ppo.algorithms import GRPO, RLOO, TRPO, PPOClip, PPOPenalty, Reinforce
 from rlhf_ppo.loop.run_folder import RunFolder

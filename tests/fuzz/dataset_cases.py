@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 from hypothesis import strategies as st
 
-from reward_model.data import BadRow, as_comparisons, parse_row
-from reward_model.sources import read_rows
+from reward_model.data.comparisons import BadRow, as_comparisons, parse_row
+from reward_model.data.sources import read_rows
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.fuzz.harness import Target
 from tests.support.tiny_models import tiny_tokenizer

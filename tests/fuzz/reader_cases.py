@@ -22,12 +22,12 @@ from typing import Any
 from datasets import Dataset
 from datasets.table import pa as pyarrow
 
-from reward_model.contract import TextRule
-from reward_model.encoding import split_encodable
-from reward_model.preparation import load_comparisons, split_by_prompt
+from reward_model.data.preparation import load_comparisons, split_by_prompt
+from reward_model.models.contract import TextRule
+from reward_model.models.encoding import split_encodable
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.fuzz.harness import HANG, PYTHONS_OWN_WORDS, Hang
-from tests.reward_model.zoo import ZOO
+from tests.reward_model.data.zoo import ZOO
 from tests.support.tiny_models import tiny_tokenizer
 
 ROWS_PER_FILE = 20

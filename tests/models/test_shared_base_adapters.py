@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from reward_model import RewardModel
-from reward_model.contract import Contract, ContractError, Normalization, TextRule, tokenizer_sha256
-from reward_model.on_policy import reward_on_policy
+from reward_model.models.contract import Contract, ContractError, Normalization, TextRule, tokenizer_sha256
+from reward_model.models.on_policy import reward_on_policy
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.models.adapters import adapter_parameters, describe_trainable_parameters

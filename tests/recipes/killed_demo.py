@@ -20,7 +20,7 @@ from typing import Any
 import ppo_gpt2_sentiment as recipe
 
 from reward_model import RewardModelConfig
-from reward_model.preference_trainer import PreferenceTrainer
+from reward_model.training.preference_trainer import PreferenceTrainer
 from rlhf_ppo import PPOTrainer
 from sentiment import command_line, language_models, rewards, sft
 from sentiment.reviews import load_reviews

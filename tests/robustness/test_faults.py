@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from reward_model.client import RemoteRewardModel
+from reward_model.serving.client import RemoteRewardModel
 from rlhf_ppo import PPOTrainer, TrainState
 from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.checkpoints.folders import CheckpointError, find_damage, latest_checkpoint, list_checkpoints

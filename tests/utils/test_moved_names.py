@@ -7,6 +7,17 @@ import pytest
 from rlhf_ppo.utils.moved_names import MOVED_MODULES, RENAMED
 
 DOCUMENTED = {
+    "reward_model.adoption": ["adopt"],
+    "reward_model.card_page": ["text_table", "write_page"],
+    "reward_model.client": ["RemoteRewardModel", "RewardServerTimeout"],
+    "reward_model.contract": ["CONTRACT_FILE", "Contract"],
+    "reward_model.ensemble": ["load_reward_model", "EnsembleRewardModel"],
+    "reward_model.on_policy": ["reward_on_policy"],
+    "reward_model.preparation": ["describe_split", "load_comparisons", "split_by_prompt"],
+    "reward_model.report_card": ["report_card"],
+    "reward_model.resume": ["is_resumable"],
+    "reward_model.sources": ["read_rows"],
+    "reward_model.tracking": ["training_curves"],
     "rlhf_ppo.controllers": ["Controller", "FixedKLController", "AdaptiveKLController"],
     "rlhf_ppo.leaving": ["leave_safely"],
     "rlhf_ppo.models.one_base": ["attach_critic_adapter", "put_reward_adapter"],

@@ -1,0 +1,150 @@
+"""Collect rows of all layouts into comparisons: pairs and rankings at once, single answers by their prompt."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from reward_model.data.comparisons import Comparison, parse_recognized
+from reward_model.data.layouts import Recognized, recognize
+from reward_model.data.pairs import label_number, pairs_from_labels
+from reward_model.data.rows import BadRow, OnBadRow, Row, rename_columns, set_aside
+from reward_model.data.sources import LocatedRow
+from reward_model.data.threads import Threads
+
+
+@dataclass
+class _Answers:
+    """The rated answers of one prompt: where the first was, its row, and the rating of each answer."""
+
+    where: str
+    row: dict[str, Any]
+    ratings: dict[str, tuple[Any, float]] = field(default_factory=dict)
+
+
+class Collector:
+    """Sorts rows into comparisons, answers that wait for others of their prompt, labeled texts, and bad rows."""
+
+    def __init__(self, columns: Mapping[str, str], on_bad_row: OnBadRow, *, group: str | None = None) -> None:
+        """Set up the collector.
+
+        Args:
+            columns: Our column names -> the source's.
+            on_bad_row: Whether a malformed row raises or is set aside.
+            group: The source's column of what is held out together.
+        """
+        self.columns = columns
+        self.on_bad_row = on_bad_row
+        self.group = group
+        self.rows = 0
+        self.undecided = 0
+        """Rows without a verdict, or without another answer to compare with."""
+        self.bad_rows: list[dict[str, Any]] = []
+        self.seen: set[str] = set()
+        """Columns of the source with a value in some row."""
+        self.used: set[str] = {group} if group else set()
+        self._comparisons: list[Comparison] = []
+        self._answers: dict[str, _Answers] = {}
+        self._threads = Threads()
+        self._texts: list[str] = []
+        self._labels: list[float] = []
+
+    def read(self, rows: Iterable[LocatedRow]) -> None:
+        """Take all rows.
+
+        Raises:
+            BadRow: A row is malformed, with on_bad_row="stop".
+        """
+        for where, row in rows:
+            self.rows += 1
+            with self._guard(where, None if isinstance(row, BadRow) else row):
+                self._take(row, where)
+
+    def comparisons(self, *, seed: int, pair_rounds: int) -> list[Comparison]:
+        """All comparisons; single answers become one for each prompt, labeled texts become pairs.
+
+        Raises:
+            BadRow: Answers of one prompt are malformed, with on_bad_row="stop".
+            ValueError: Labeled texts have fewer than two labels.
+        """
+        found = list(self._comparisons)
+        for where, row in [*self._rankings(), *self._threads.rankings()]:
+            recognized = Recognized(kind="comparison", row=row, used=frozenset())
+            with self._guard(where, row):
+                found.append(self._parse(recognized, where))
+        self.undecided += self._threads.alone
+        if self._texts and self.group:
+            raise ValueError(
+                f"group={self.group!r} cannot hold out labeled texts: they are paired across groups. Give them a "
+                "`prompt`, or leave group out."
+            )
+        if self._texts:
+            found += pairs_from_labels(self._texts, self._labels, seed=seed, rounds=pair_rounds)
+        return found
+
+    def unused_columns(self) -> tuple[str, ...]:
+        """Columns that no row was read from."""
+        return tuple(sorted(self.seen - self.used))
+
+    @contextmanager
+    def _guard(self, where: str, row: Any) -> Iterator[None]:
+        """Context manager: a bad row is set aside, or raises."""
+        try:
+            yield
+        except BadRow as error:
+            self.bad_rows.append(set_aside(error, where, row, self.on_bad_row))
+
+    def _take(self, row: Row | BadRow, where: str) -> None:
+        if isinstance(row, BadRow):
+            raise row
+        if not isinstance(row, Mapping):
+            raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.")
+        self.seen |= {str(name) for name, value in row.items() if value not in (None, "")}
+        recognized = recognize(rename_columns(row, self.columns), where)
+        self.used |= {self.columns.get(name, name) for name in recognized.used}
+        self.used |= {ours for ours, theirs in self.columns.items() if not theirs}  # left out on purpose
+        match recognized.kind:
+            case "undecided":
+                self.undecided += 1
+            case "rated":
+                self._add_answer(recognized.row, self._group(row), where)
+            case "thread":
+                self._threads.add(recognized.row, where)
+            case "labeled":
+                self._add_text(recognized.row, where)
+            case "comparison":
+                self._comparisons.append(replace(self._parse(recognized, where), group=self._group(row)))
+
+    def _parse(self, recognized: Recognized, where: str) -> Comparison:
+        comparison = parse_recognized(recognized, where)
+        return replace(comparison, group=str(recognized.row.get("group") or ""))
+
+    def _group(self, row: Row) -> str:
+        return "" if self.group is None else json.dumps(row.get(self.group), sort_keys=True, default=str)
+
+    def _add_text(self, row: Row, where: str) -> None:
+        text = row.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise BadRow(f"{where}: field 'text' must be text that is not empty, got {text!r:.40}.")
+        self._labels.append(label_number(row["label"], where))
+        self._texts.append(text)
+
+    def _add_answer(self, row: Row, group: str, where: str) -> None:
+        prompt = row["prompt"]
+        key = json.dumps(prompt, sort_keys=True, default=str)
+        rating = label_number(row["label"], where)
+        answers = self._answers.setdefault(key, _Answers(where, {**row, "group": group}))
+        answers.ratings.setdefault(
+            json.dumps(row["completion"], sort_keys=True, default=str), (row["completion"], rating)
+        )
+
+    def _rankings(self) -> Iterator[tuple[str, Row]]:
+        """The answers of each prompt as a ranking, if their ratings differ."""
+        for answers in self._answers.values():
+            rated = list(answers.ratings.values())
+            if len({rating for _, rating in rated}) < 2:
+                self.undecided += len(rated)
+                continue
+            completions, scores = zip(*rated, strict=True)
+            yield answers.where, {**answers.row, "completions": list(completions), "scores": list(scores)}

@@ -1,0 +1,118 @@
+"""Tell the layout of a row from its columns, and convert it to ours."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reward_model.data.layouts import argilla
+from reward_model.data.layouts.answers import (
+    ANSWERS,
+    LIST_NAMES,
+    LISTS,
+    SCORE_NAMES,
+    SIDE_BY_SIDE,
+    sides,
+    winner_column,
+)
+from reward_model.data.layouts.base import CONVERSATION_NAMES, PROMPT_NAMES, Kind, Layout, prompt_columns
+from reward_model.data.layouts.rated import ANSWER_NAMES, RATED, RATING_NAMES, THREADS, rated_columns
+from reward_model.data.rows import BadRow, Row
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "margin", "weight", "preference", "tie", "source")
+RANKED_COLUMNS = ("prompt", "completions", "ranks", "scores", "tools", "weight", "source")
+LABELED_COLUMNS = ("text", "label", "source")
+OWN_COLUMNS = tuple(dict.fromkeys((*PAIR_COLUMNS, *RANKED_COLUMNS, *LABELED_COLUMNS)))
+_OTHER = (
+    *PROMPT_NAMES,
+    *CONVERSATION_NAMES,
+    "input",
+    "system",
+    *ANSWER_NAMES,
+    *RATING_NAMES,
+    *LIST_NAMES,
+    *SCORE_NAMES,
+)
+_NAMED = tuple(name for layout in (*ANSWERS, *THREADS) for name in (*layout.needs, *layout.uses))
+COLUMNS = tuple(dict.fromkeys((*OWN_COLUMNS, *_OTHER, *_NAMED)))
+"""Every column that some layout reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognized:
+    """A row under our column names."""
+
+    kind: Kind
+    row: Row
+    used: frozenset[str]
+    """Columns of the original row that were read."""
+
+
+def recognize(row: Row, where: str) -> Recognized:
+    """Tell what `row` is and convert it; a row of no known layout is returned as a pair, for the reader to refuse.
+
+    Raises:
+        BadRow: It has a known layout, but a value of it is malformed.
+    """
+    if argilla.question_column(row) and argilla.fields(row):
+        return _converted(argilla.ARGILLA, row, where, argilla.used_columns(row))
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return _own(row, PAIR_COLUMNS)
+    if _given(row, "completions") and (_given(row, "ranks") or _given(row, "scores")):
+        return _own(row, RANKED_COLUMNS)
+    for layout in (*ANSWERS, *THREADS):
+        if layout.matches(row):
+            return _converted(layout, row, where, (*layout.needs, *layout.uses))
+    _, prompt_used = prompt_columns(row)
+    if any(row.get(name) for name in LIST_NAMES) and any(row.get(name) for name in SCORE_NAMES):
+        return _converted(LISTS, row, where, (*LIST_NAMES, *SCORE_NAMES, *prompt_used))
+    if (names := sides(row)) and (winner := winner_column(row)):
+        return _converted(SIDE_BY_SIDE, row, where, (*names, winner, *prompt_used))
+    if columns := rated_columns(row):
+        return _converted(RATED, row, where, (*columns, *RATED.uses, *prompt_used))
+    if "label" in row and "text" in row:
+        return Recognized(kind="labeled", row=row, used=frozenset(LABELED_COLUMNS))
+    return _own(row, PAIR_COLUMNS + RANKED_COLUMNS)
+
+
+def _given(row: Row, name: str) -> bool:
+    return row.get(name) not in (None, "")
+
+
+def _own(row: Row, columns: tuple[str, ...]) -> Recognized:
+    """A row under our names; the prompt may stand under another, and a list in `preference` is none of ours."""
+    used = set(columns)
+    changed: dict[str, Any] = {}
+    prompt, prompt_used = prompt_columns(row)
+    if prompt_used and prompt_used != ("prompt",):
+        changed["prompt"] = prompt
+        used |= set(prompt_used)
+    system, chosen = row.get("system"), row.get("chosen")
+    if not prompt_used and isinstance(system, str) and isinstance(chosen, list | tuple):
+        used.add("system")
+        said = [{"role": "system", "content": system}] if system.strip() else []
+        changed |= {
+            name: [*said, *row[name]] for name in ("chosen", "rejected") if isinstance(row.get(name), list | tuple)
+        }
+    if isinstance(row.get("preference"), list | tuple | Mapping):
+        changed["preference"] = None
+        used.discard("preference")
+    return Recognized(kind="comparison", row={**row, **changed} if changed else row, used=frozenset(used))
+
+
+def _converted(layout: Layout, row: Row, where: str, used: tuple[str, ...]) -> Recognized:
+    try:
+        converted = layout.convert(row)
+    except ValueError as error:
+        raise BadRow(f"{where}: {error} The row has the columns of {layout.name}.") from error
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise BadRow(
+            f"{where}: the row has the columns of {layout.name}, but not its values ({type(error).__name__}: "
+            f"{error!s:.80}). Map the columns with --columns, or repair the row."
+        ) from error
+    if converted is None:
+        return Recognized(kind="undecided", row=row, used=frozenset(used))
+    for name in ("tools", "weight", "margin"):  # ours, whatever the layout
+        if row.get(name) is not None and layout.kind == "comparison":
+            converted.setdefault(name, row[name])
+            used = (*used, name)
+    return Recognized(kind=layout.kind, row=converted, used=frozenset(used))

@@ -1,0 +1,136 @@
+"""What a layout of public preference data is, and the helpers that its conversions share."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from reward_model.data.rows import Row
+
+Kind = Literal["comparison", "rated", "labeled", "thread", "undecided"]
+"""What a row is: a pair or ranking, a completion with a rating, a text with a label, messages of a tree, no verdict."""
+
+PROMPT_NAMES = ("prompt", "instruction", "question", "query")
+"""Columns that a prompt may stand in, if the row has no `prompt`."""
+CONVERSATION_NAMES = ("context", "messages", "conversations", "conversation")
+"""Columns that hold a prompt if they hold messages that are to be answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The columns of a public dataset, and how a row of it becomes one of ours."""
+
+    name: str
+    needs: tuple[str, ...]
+    """Columns that tell the layout; a row has it if none of them is null."""
+    uses: tuple[str, ...] = ()
+    """Further columns that are read."""
+    kind: Kind = "comparison"
+    convert: Callable[[Row], dict[str, Any] | None]
+    """Our columns; None if the row has no verdict. A ValueError says what is wrong with it."""
+    fits: Callable[[Row], bool] = lambda row: True
+    """Whether the values are the layout's, where columns of these names may mean something else."""
+
+    def matches(self, row: Row) -> bool:
+        """Whether `row` has this layout."""
+        return all(row.get(name) is not None for name in self.needs) and self.fits(row)
+
+
+def number(row: Row, name: str) -> float:
+    """A finite number of a row.
+
+    Raises:
+        ValueError: It is none.
+    """
+    value = row.get(name)
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"field {name!r} must be a number, got {value!r:.40}.")
+    return found
+
+
+def choice(row: Row, name: str, verdicts: Mapping[str, int]) -> int:
+    """The verdict that a value stands for.
+
+    Raises:
+        ValueError: It stands for none.
+    """
+    value = row.get(name)
+    key = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower()
+    if key not in verdicts:
+        raise ValueError(f"field {name!r} must be one of {list(verdicts)}, got {value!r:.40}.")
+    return verdicts[key]
+
+
+def pair(prompt: Any, first: Any, second: Any, verdict: float, **more: Any) -> dict[str, Any]:
+    """Our columns of two answers; a positive verdict prefers the first, a negative one the second, 0 is a tie."""
+    chosen, rejected = (second, first) if verdict < 0 else (first, second)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tie": verdict == 0, **more}
+
+
+def ranking(prompt: Any, completions: Sequence[Any], scores: Sequence[float], **more: Any) -> dict[str, Any] | None:
+    """Our columns of several answers; None if there are fewer than two, or more than two that are all equal."""
+    if len(completions) < 2 or (len(completions) > 2 and len(set(scores)) == 1):
+        return None
+    return {"prompt": prompt, "completions": list(completions), "scores": list(scores), **more}
+
+
+def items(row: Row, name: str, *fields: str) -> list[Mapping[str, Any]]:
+    """A list of objects that have `fields`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    value = row[name]
+    if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
+        raise ValueError(f"field {name!r} must be a list of objects with {list(fields)}, got {value!r:.60}.")
+    for index, item in enumerate(value):
+        if lacking := [field for field in fields if item.get(field) is None]:
+            raise ValueError(f"field {name}[{index}] lacks {lacking}, got {sorted(map(str, item))}.")
+    return list(value)
+
+
+def text_source(row: Row, name: str) -> str | None:
+    """A column as the source of a comparison, if it is text."""
+    value = row.get(name)
+    return value if isinstance(value, str) else None
+
+
+def is_unanswered(value: Any) -> bool:
+    """Whether `value` is a list of messages whose last one is not the assistant's."""
+    if not isinstance(value, list | tuple) or not value or not isinstance(value[-1], Mapping):
+        return False
+    speaker = value[-1].get("role") or value[-1].get("from")
+    return isinstance(speaker, str) and speaker.lower() not in ("assistant", "gpt", "chatgpt", "model", "bot")
+
+
+def _is_said(value: Any) -> bool:
+    """Whether `value` is text or messages, and no number or record of something else."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, Mapping) for item in value))
+
+
+def prompt_columns(row: Row) -> tuple[Any, tuple[str, ...]]:
+    """The prompt of a row and the columns that it was read from.
+
+    It stands in `prompt` or in one of its other names, with Alpaca's `input` after an `instruction`; a text in `system`
+    goes before it as a message.
+    """
+    name = next((name for name in PROMPT_NAMES if row.get(name) and (name == "prompt" or _is_said(row[name]))), None)
+    name = name or next((name for name in CONVERSATION_NAMES if is_unanswered(row.get(name))), None)
+    if name is None:
+        return None, ()
+    prompt: Any = row[name]
+    used: tuple[str, ...] = (name,)
+    further, system = row.get("input"), row.get("system")
+    if name == "instruction" and isinstance(prompt, str) and isinstance(further, str):
+        prompt = f"{prompt}\n\n{further}" if further.strip() else prompt
+        used = (*used, "input")
+    if isinstance(system, str):
+        used = (*used, "system")
+        said = [{"role": "system", "content": system}] if system.strip() else []
+        if isinstance(prompt, str | list | tuple):
+            prompt = [*said, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
+    return prompt, used

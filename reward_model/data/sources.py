@@ -1,0 +1,200 @@
+"""Read rows from files, folders, the hub or memory, each with its location: file and line, or row number."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.table import pa as pyarrow
+
+from reward_model.data.files import DataError, data_suffix, encoding_problem, open_text
+from reward_model.data.rows import BadRow, Row
+from reward_model.data.tables import table_rows
+
+__all__ = ["DataError", "LocatedRow", "read_rows"]
+
+LocatedRow = tuple[str, Row | BadRow]
+"""(Location, row); a `BadRow` if the row cannot be read."""
+_SPLITS = {
+    "train": "train|training", "test": "test|testing|eval|evaluation", "validation": "validation|valid|val|dev",
+}  # fmt: skip
+
+
+def read_rows(source: str | Dataset | Sequence[str], *, split: str = "train") -> Iterator[LocatedRow]:
+    """Read the rows of `source`, in order.
+
+    Args:
+        source: A .jsonl, .json, .csv, .tsv or .parquet file (also compressed: .gz, .zst, .bz2, .xz), a folder (saved by
+            `save_to_disk` or holding such files), a hub name, a `datasets.Dataset`, or several names.
+        split: Split of a folder or hub dataset.
+
+    Raises:
+        DataError: The source is missing, empty, or of no known kind.
+    """
+    if isinstance(source, Dataset):
+        yield from _dataset_rows(source, "row")
+        return
+    if not isinstance(source, str | Path):
+        if not isinstance(source, Sequence) or not all(isinstance(name, str | Path) for name in source):
+            raise DataError(
+                f"Expected a file, a folder, a hub name or a datasets.Dataset, got {type(source).__name__}. Choose one "
+                "split of a DatasetDict; make a list of rows a dataset by Dataset.from_list."
+            )
+        yield from chain.from_iterable(read_rows(name, split=split) for name in source)
+        return
+    path = Path(source)
+    if path.is_dir():
+        rows = _folder_rows(path, split)
+    elif path.is_file():
+        rows = _file_rows(path, path.name)
+    elif data_suffix(path) in _READERS:
+        raise DataError(f"There is no file {source}. Check the path; relative ones start at {Path.cwd().name}/.")
+    else:
+        rows = _dataset_rows(_load(str(source), split), f"{source} [{split}] row")
+    yield from _not_empty(rows, str(source))
+
+
+def _file_rows(path: Path, name: str) -> Iterator[LocatedRow]:
+    reader = _READERS.get(data_suffix(path))
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}. Expected one of {sorted(_READERS)}.")
+    yield from reader(path, name)
+
+
+def _folder_rows(folder: Path, split: str) -> Iterator[LocatedRow]:
+    """Rows of a folder's data files, each read by itself: their columns may differ."""
+    readme = folder / "README.md"
+    has_configs = readme.is_file() and re.search(r"^configs:", readme.read_text("utf-8", "replace"), re.MULTILINE)
+    if has_configs or any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        yield from _dataset_rows(_load(str(folder), split), f"{folder} [{split}] row")
+        return
+    names = sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and data_suffix(path) in _READERS and not _is_metadata(path.relative_to(folder))
+    )
+    by_split: dict[str, list[Path]] = {}
+    for name in names:
+        by_split.setdefault(_split_of(name), []).append(name)
+    if split not in by_split:
+        raise DataError(
+            f"The data {str(folder)!r} (split {split!r}) could not be loaded: the folder has "
+            + (f"no such split, only {sorted(by_split)}. Choose one." if names else "no data files. Check the path.")
+        )
+    for name in by_split[split]:
+        yield from _file_rows(folder / name, str(name))
+
+
+def _split_of(name: Path) -> str:
+    """The split that a file's path names, as the hub reads it; train if it names none."""
+    if shard := re.search(r"([\w.]+)-\d+-of-\d+", name.name):
+        return shard[1]
+    for split, words in _SPLITS.items():
+        if re.search(rf"(?:^|[^a-z])(?:{words})(?:$|[^a-z])", str(name).lower()):
+            return split
+    return "train"
+
+
+def _is_metadata(name: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in name.parts) or name.name.startswith("dataset_info")
+
+
+def _load(source: str, split: str) -> Dataset:
+    try:
+        if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+            data = load_from_disk(source)
+        else:
+            data = load_dataset(source, split=split)
+    except Exception as error:  # datasets raises many types, from pyarrow's to the hub's
+        raise DataError(
+            f"The data {source!r} (split {split!r}) could not be loaded: {_reason(error)} Expected a file, a folder, "
+            "or a hub name within reach."
+        ) from error
+    if isinstance(data, DatasetDict):
+        if split not in data:
+            raise DataError(f"{source} has no split {split!r}, only {sorted(data)}. Choose one of them with --split.")
+        return data[split]
+    return data
+
+
+def _dataset_rows(data: Iterable[Any], location: str) -> Iterator[LocatedRow]:
+    rows, number = iter(data), 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # a value that pyarrow cannot turn into Python's, such as bytes that are no UTF-8
+            raise DataError(f"{location} {number} cannot be read: {_reason(error)} Write the data again.") from error
+        yield f"{location} {number}", row
+        number += 1
+
+
+def _not_empty(rows: Iterator[LocatedRow], source: str) -> Iterator[LocatedRow]:
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{source} holds no rows. Check the file, and the split of a folder.")
+
+
+def _jsonl_rows(path: Path, name: str) -> Iterator[LocatedRow]:
+    with open_text(path, name, newline=None) as file:
+        for number, line in enumerate(file, start=1):
+            where, line = f"{name}:{number}", line.lstrip("\ufeff")  # files put together keep their marks
+            if problem := encoding_problem(line):
+                yield where, BadRow(f"{where}: {problem}")
+            elif line.strip():
+                yield where, _parse_json_line(line, where)
+
+
+def _parse_json_line(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return BadRow(f"{where}: not a JSON object ({error}): the line is cut off or malformed.")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets by the thousand
+        return BadRow(f"{where}: not a JSON object ({_reason(error)}): the line is no row of preference data.")
+
+
+def _json_rows(path: Path, name: str) -> Iterator[LocatedRow]:
+    with open_text(path, name, newline=None) as file:
+        text = file.read()
+    if problem := encoding_problem(text):
+        raise DataError(f"{name}: {problem}")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{") and "Extra data" in str(error):  # one object a line, as in .jsonl
+            yield from _jsonl_rows(path, name)
+            return
+        raise DataError(
+            f"{name}: not valid JSON ({error}). One object per line belongs in a file that ends in .jsonl."
+        ) from error
+    if not isinstance(content, list):
+        raise DataError(f"{name} must hold a JSON list of objects, got {type(content).__name__}.")
+    yield from _dataset_rows(content, f"{name} item")
+
+
+def _arrow_rows(path: Path, name: str) -> Iterator[LocatedRow]:
+    try:
+        is_parquet = data_suffix(path) == ".parquet"
+        data = Dataset(pyarrow.parquet.read_table(path)) if is_parquet else Dataset.from_file(str(path))
+    except Exception as error:  # pyarrow's errors have no common base that datasets keeps
+        raise DataError(f"{name} cannot be read as {data_suffix(path)[1:].title()}: {_reason(error)}") from error
+    yield from _dataset_rows(data, f"{name} row")
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else f"{type(error).__name__}."
+
+
+_READERS = {
+    ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": table_rows, ".tsv": table_rows,
+    ".parquet": _arrow_rows, ".arrow": _arrow_rows,
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""A reward model over HTTP: server and client."""

@@ -1,0 +1,1 @@
+"""Training: settings, losses, the trainer, checkpoints, records."""

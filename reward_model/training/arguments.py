@@ -1,0 +1,122 @@
+"""The settings as trl's `RewardConfig`, and a check of the learning-rate schedule before anything is loaded."""
+
+import json
+import math
+from typing import Any
+
+import torch
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from trl.trainer.reward_config import RewardConfig
+
+from reward_model.training.config import RewardModelConfig
+from reward_model.training.resume import processes, training_folder
+from rlhf_ppo.models.precision import has_bfloat16
+from rlhf_ppo.utils.installed import parameter_name, takes
+
+_FOLLOW_ACCURACY = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that take a metric at each evaluation instead of a step: the held-out accuracy."""
+
+
+def schedule_arguments(config: RewardModelConfig) -> dict[str, Any]:
+    """`["num_cycles=2"]` as `{"num_cycles": 2}`; values are JSON or else text.
+
+    Raises:
+        ValueError: An entry is not name=value.
+    """
+    found: dict[str, Any] = {"mode": "max"} if config.schedule in _FOLLOW_ACCURACY else {}
+    for entry in config.schedule_arguments:
+        name, equals, value = entry.partition("=")
+        if not (name and equals):
+            raise ValueError(f"schedule_arguments takes name=value, such as num_cycles=2, got {entry!r}.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def check_schedule(config: RewardModelConfig) -> None:
+    """Build the schedule of the settings once, for nothing.
+
+    Raises:
+        ValueError: transformers knows no such schedule, or not with these arguments.
+    """
+    builders: dict[str, Any] = {name.value: build for name, build in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    if config.schedule not in builders:
+        raise ValueError(f"schedule must be of {', '.join(sorted(builders))}, got {config.schedule!r}.")
+    if config.schedule in _FOLLOW_ACCURACY and config.evaluations < 2:
+        raise ValueError(
+            f"schedule={config.schedule} follows the held-out accuracy, but evaluations={config.evaluations}: the rate "
+            "would never change. Set evaluations to 5 or more."
+        )
+    arguments = schedule_arguments(config)
+    try:
+        unknown = [name for name in arguments if not takes(builders[config.schedule], name)]
+        if unknown and config.schedule not in _FOLLOW_ACCURACY:  # those take any
+            raise ValueError(f"it takes no {', '.join(unknown)}")
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+        get_scheduler(
+            config.schedule,
+            optimizer,
+            num_warmup_steps=1,
+            num_training_steps=1_000_000,
+            scheduler_specific_kwargs=arguments,
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"schedule={config.schedule} cannot be built with schedule_arguments={config.schedule_arguments}: {error}. "
+            "The arguments are those of transformers' function of this name."
+        ) from error
+
+
+def trainer_arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
+    """Convert the settings to trl's `RewardConfig`."""
+    micro, accumulation = config.accumulation(processes().num_processes)
+    bf16 = has_bfloat16()
+    recompute = parameter_name(RewardConfig, "activation_checkpointing", "gradient_checkpointing")  # transformers 5.23
+    versioned: dict[str, Any] = {recompute: config.gradient_checkpointing}
+    return RewardConfig(
+        output_dir=str(training_folder(config)),
+        run_name=training_folder(config).stem,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        lr_scheduler_kwargs=schedule_arguments(config),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=bf16 if config.precision == "auto" else config.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        max_length=None,  # encode_comparisons has filtered and counted
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        disable_tqdm=not config.progress,
+        report_to="none",  # training.tracking has made the callbacks
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **_step_counts(config, rows),
+        **versioned,
+    )
+
+
+def _step_counts(config: RewardModelConfig, rows: int) -> dict[str, Any]:
+    """Steps of the warm-up, and between two evaluations, checkpoints and logs."""
+    steps = max(1, math.ceil(-(-rows // config.batch_size) * config.epochs))
+    warmup = int(config.warmup * steps)
+    evaluate = max(1, steps // config.evaluations) if config.evaluations > 1 else None
+    save = max(1, steps // config.checkpoints) if config.checkpoints else None
+    if config.early_stop_patience:
+        save = evaluate
+    return {
+        "warmup_steps": warmup and warmup + 1,  # PreferenceTrainer's schedule is one step ahead
+        "eval_strategy": "steps" if evaluate else "no",
+        "eval_steps": evaluate,
+        "save_strategy": "steps" if save else "no",
+        "save_steps": save or 500,
+        "save_total_limit": 3 if config.early_stop_patience else 2,  # the newest two, and the best
+        "load_best_model_at_end": config.early_stop_patience > 0,
+        "metric_for_best_model": "accuracy",
+        "logging_steps": config.log_every,
+    }

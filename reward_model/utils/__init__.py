@@ -1,0 +1,1 @@
+"""What commands and configurations share."""

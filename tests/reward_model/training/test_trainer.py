@@ -1,0 +1,182 @@
+"""Training: what each setting changes, and runs that stop, resume or start from other kinds of model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+
+from reward_model import Comparison, RewardModel, train_reward_model
+from reward_model.models.backbone import PAD_TOKEN, initialize_head, load_backbone
+from reward_model.models.contract import Contract
+from reward_model.models.encoding import LengthGroupedBatches
+from reward_model.training.trainer import training_folder
+from tests.reward_model.conftest import preference_rows, tiny_config
+from tests.support.tiny_models import CHAT_TEMPLATE, tiny_gpt2, tiny_llama, tiny_tokenizer
+
+PROMPTS, RESPONSES = ["The movie was "] * 2, ["great", "awful and boring"]
+
+
+def test_the_head_is_drawn_with_variance_one_over_width_plus_one() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(9_999, 1))
+    initialize_head(model, seed=0)
+    assert float(model[1].weight.detach().std()) == pytest.approx(0.01, rel=0.03)
+    assert float(model[1].bias.detach()) == 0.0
+
+
+def test_a_decoder_that_pads_with_its_end_of_text_token_gets_a_padding_token(tmp_path: Path) -> None:
+    """Otherwise the score would be read before the end-of-text token that the text rule appends."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tiny_gpt2().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, found = load_backbone(str(tmp_path), seed=0)
+    assert found.pad_token == PAD_TOKEN and found.pad_token_id != found.eos_token_id
+    assert model.config.pad_token_id == found.pad_token_id
+    assert model.get_input_embeddings().weight.shape[0] >= len(found)
+
+
+def test_scores_are_normalized_on_the_held_out_completions(reward_model: RewardModel) -> None:
+    rows = preference_rows(260)[200:]
+    scores = torch.tensor(
+        reward_model(
+            [row["prompt"] for row in rows for _ in "ab"], [row[k] for row in rows for k in ("chosen", "rejected")]
+        )
+    )
+    assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5)
+    assert float(scores.std()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_scores_can_be_normalized_on_samples_of_the_reference_policy(tiny_base: Path, tmp_path: Path) -> None:
+    rows = preference_rows(60)
+    samples = [("The movie was ", text) for text in ("fine", "odd", "long and loud")]
+    trained = train_reward_model(
+        tiny_config(tiny_base, tmp_path / "rm"), train=rows[:40], evaluation=rows[40:], reference_samples=samples
+    )
+    model = RewardModel.from_pretrained(trained.path)
+    scores = torch.tensor(model([prompt for prompt, _ in samples], [text for _, text in samples]))
+    assert model.contract.normalization.reference == "reference policy"
+    assert_close(scores.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    assert_close(scores.std(), torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+def test_the_contract_tells_what_was_trained_on_what(trained_folder: Path) -> None:
+    contract = Contract.read(trained_folder)
+    assert (
+        contract.data["train"] == 200 and contract.data["evaluation"] == 60 and len(contract.data["fingerprint"]) == 64
+    )
+    assert contract.metrics["accuracy"] > 0.9 and contract.metrics["pairs"] == 60
+    assert contract.text.append_eos and contract.text.template == "plain" and contract.head == "score.weight"
+    assert "/" not in json.dumps(contract.base), "no path of this machine"
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(tiny_base: Path, tmp_path: Path) -> None:
+    rows = preference_rows(60)
+    scores = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        path = train_reward_model(
+            tiny_config(tiny_base, tmp_path / name, seed=seed), train=rows[:40], evaluation=rows[40:]
+        ).path
+        scores.append(RewardModel.from_pretrained(path).raw_scores(PROMPTS, RESPONSES))
+    assert scores[0] == scores[1] != scores[2]
+
+
+def test_encoders_and_rotary_decoders_train_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = BertForSequenceClassification(
+        BertConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                   max_position_embeddings=64, num_labels=2)
+    )  # fmt: skip
+    for name, model in (("encoder", encoder), ("llama", tiny_llama())):
+        base = tmp_path / name
+        model.save_pretrained(base)
+        tiny_tokenizer().save_pretrained(base)
+        rows = preference_rows(120)
+        trained = train_reward_model(tiny_config(base, tmp_path / f"rm-{name}"), train=rows[:90], evaluation=rows[90:])
+        loaded = RewardModel.from_pretrained(trained.path)
+        assert trained.metrics["accuracy"] > 0.8
+        together, alone = (
+            loaded(PROMPTS, RESPONSES),
+            [loaded([p], [r])[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)],
+        )
+        assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_conversations_are_trained_and_served_through_the_template(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "chosen": [{"role": "user", "content": f"Film {i}?"}, {"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "user", "content": f"Film {i}?"}, {"role": "assistant", "content": row["rejected"]}],
+        }
+        for i, row in enumerate(preference_rows(120))
+    ]
+    path = train_reward_model(tiny_config(tiny_base, tmp_path / "rm"), train=rows[:90], evaluation=rows[90:]).path
+    model = RewardModel.from_pretrained(path)
+    assert model.contract.text.template == "chat" and not model.contract.text.append_eos
+    assert model.tokenizer.chat_template == CHAT_TEMPLATE
+    assert model(["Film 1?"], ["great"]) == model([[{"role": "user", "content": "Film 1?"}]], ["great"])
+
+
+class Stop(TrainerCallback):
+    """Ends training as an interruption would."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_base: Path, tmp_path: Path) -> None:
+    rows = preference_rows(130)
+    data: dict[str, Any] = {"train": rows[:100], "evaluation": rows[100:]}
+    whole = train_reward_model(tiny_config(tiny_base, tmp_path / "whole", checkpoints=3), **data).path
+    config = tiny_config(tiny_base, tmp_path / "parts", checkpoints=3)
+    with pytest.raises(KeyboardInterrupt):
+        train_reward_model(config, **data, callbacks=[Stop()])
+    assert training_folder(config).is_dir() and not Path(config.output_dir).exists()
+    for number, state in ((9, None), (10, '{"global_st')):  # killed while they were written: the state is written last
+        (training_folder(config) / f"checkpoint-{number}").mkdir()
+        if state is not None:
+            (training_folder(config) / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
+    resumed = train_reward_model(tiny_config(tiny_base, tmp_path / "parts", checkpoints=3, resume=True), **data).path
+    assert not training_folder(config).exists()
+    scores = [RewardModel.from_pretrained(path).raw_scores(PROMPTS, RESPONSES) for path in (whole, resumed)]
+    assert scores[0] == scores[1]
+
+
+def test_early_stop_keeps_the_best_weights(tiny_base: Path, tmp_path: Path) -> None:
+    rows = preference_rows(130)
+    settings = {"evaluations": 10, "early_stop_patience": 1, "epochs": 10.0}
+    trained = train_reward_model(
+        tiny_config(tiny_base, tmp_path / "rm", **settings), train=rows[:100], evaluation=rows[100:]
+    )
+    assert trained.metrics["accuracy"] > 0.9
+
+
+def test_long_rows_are_dropped_and_counted(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [*preference_rows(60), {"prompt": "The movie was ", "chosen": "good " * 60, "rejected": "bad"}]
+    path = train_reward_model(tiny_config(tiny_base, tmp_path / "rm"), train=rows, evaluation=rows[:20]).path
+    assert Contract.read(path).data["train_too_long"] == 1
+
+
+def test_rankings_of_unequal_length_train(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [
+        Comparison(prompt="The movie was ", completions=("great", "good bad", "awful"), ranks=(0, 1, 2)),
+        Comparison(prompt="The movie was ", completions=("lovely good", "boring"), ranks=(0, 1)),
+    ] * 40
+    trained = train_reward_model(tiny_config(tiny_base, tmp_path / "rm"), train=rows, evaluation=rows[:20])
+    assert trained.metrics["accuracy"] == 1.0
+
+
+def test_steps_see_texts_of_similar_length_in_an_order_that_the_epoch_changes() -> None:
+    lengths = list(torch.randint(1, 200, (1_003,), generator=torch.Generator().manual_seed(0)).tolist())
+    sampler = LengthGroupedBatches(lengths, batch_size=16, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(1_003)) and first == list(sampler)
+    spreads = [max(part) - min(part) for i in range(0, 992, 16) for part in [[lengths[j] for j in first[i : i + 16]]]]
+    assert sum(spreads) / len(spreads) < 20
+    sampler.set_epoch(1)
+    assert list(sampler) != first
