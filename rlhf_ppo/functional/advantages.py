@@ -93,6 +93,7 @@ def turn_gae(
     """
     _check_length(rewards, values)
     with torch.no_grad():
+        turn_starts = turn_starts & mask
         earned, ended = zero_where_masked(rewards, mask), terminated & mask
         steps = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         turn = (turn_starts.long().cumsum(1) - 1).clamp(min=0)  # number of each step's turn

@@ -1,4 +1,7 @@
-"""Importance weights for tokens that an inference engine sampled with other log-probabilities than the trainer's."""
+"""Importance weights for tokens that an inference engine sampled with other log-probabilities than the trainer's.
+
+Arguments that a function does not describe are those of `importance_ratio`.
+"""
 
 from typing import Literal, TypeAlias
 
@@ -20,10 +23,7 @@ def importance_ratio(
         sampler_logprobs: log μ under the sampler, temperature and filters included, nats.
         mask: True = an action of the policy; the ratio is 1 elsewhere.
     """
-    difference = at_least_float32(zero_where_masked(logprobs, mask)) - at_least_float32(
-        zero_where_masked(sampler_logprobs, mask)
-    )
-    return difference.exp()
+    return _log_ratio(logprobs, sampler_logprobs, mask).exp()
 
 
 def truncated_importance_weights(
@@ -41,9 +41,6 @@ def truncated_importance_weights(
     does not change while the epochs run. The cap C bounds the variance from rare tokens; it introduces bias.
 
     Args:
-        logprobs: log π_old under the trainer, nats.
-        sampler_logprobs: log μ under the sampler, nats.
-        mask: True = an action of the policy; the weight is 1 elsewhere.
         cap: C >= 1. Usual: 2.
 
     Raises:
@@ -76,8 +73,6 @@ def importance_weights(
     outside (IcePop, Ling Team 2025), "keep" is 1 within and 0 outside (rejection).
 
     Args:
-        logprobs: log π_old under the trainer, nats.
-        sampler_logprobs: log μ under the sampler, temperature and filters included, nats.
         mask: True = an action of the policy; n of them in a row.
         level: "token" bounds the variance best and is biased for later tokens; "sequence" is the exact weight of a
             response and varies with its length; "geometric" does not.
@@ -93,7 +88,7 @@ def importance_weights(
             f"expected 0 <= low <= 1 <= high, got {low} and {high}: where sampler and trainer agree the weight is 1, "
             "and such tokens would be shrunk or dropped. Usual: 0 and 2 to truncate, 0.5 and 5 to mask."
         )
-    log_ratio = importance_ratio(logprobs, sampler_logprobs, mask).log()
+    log_ratio = _log_ratio(logprobs, sampler_logprobs, mask)
     if level != "token":
         total = log_ratio.sum(dim=1, keepdim=True)
         total = total / mask.sum(dim=1, keepdim=True).clamp(min=1) if level == "geometric" else total
@@ -108,3 +103,10 @@ def importance_weights(
         case "keep":
             weights = kept.to(weights.dtype)
     return weights.detach()
+
+
+def _log_ratio(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Log π_old - log μ, at least float32, 0 outside the mask."""
+    return at_least_float32(zero_where_masked(logprobs, mask)) - at_least_float32(
+        zero_where_masked(sampler_logprobs, mask)
+    )

@@ -73,6 +73,16 @@ def test_every_kind_of_weight_equals_a_loop(shape: tuple[int, int], seed: int) -
             assert_close(found, expected)
 
 
+def test_ratios_beyond_the_range_of_float32_are_summed_as_logarithms() -> None:
+    """e^200 and e^-200 have the product 1; each alone is inf or 0 in float32, and their product nan."""
+    trainer, mask = torch.tensor([[200.0, -200.0, 0.3]]) - 300, torch.ones(1, 3, dtype=torch.bool)
+    for level, expected in (("sequence", math.exp(0.3)), ("geometric", math.exp(0.1))):
+        weights = F.importance_weights(
+            trainer, torch.full((1, 3), -300.0), mask, level=level, mode="mask", low=0.5, high=5.0
+        )
+        assert_close(weights, torch.full((1, 3), expected), atol=1e-4, rtol=0)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bounds_without_one_are_refused() -> None:
     ones, mask = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)

@@ -53,3 +53,16 @@ def test_two_turns_without_an_observation_between_them_are_still_two() -> None:
         turn_starts=torch.tensor([[1, 0, 1, 0]]).bool(),
     )  # fmt: skip
     assert_close(two[0], torch.tensor([[1.5, 1.5, 1.0, 1.0]], dtype=F64))
+
+
+def test_starts_of_turns_outside_the_mask_are_not_read() -> None:
+    """They would count as turns, and λ with them."""
+    mask = torch.tensor([[1, 0, 1, 1, 0]]).bool()
+    starts, last = torch.tensor([[1, 0, 1, 0, 0]]).bool(), torch.tensor([[0, 0, 0, 1, 0]]).bool()
+    rewards, values = torch.ones(1, 5, dtype=F64), torch.ones(1, 6, dtype=F64)
+    clean, spoiled = (
+        turn_gae(rewards, values, last, last & False, gamma=1.0, lam=0.5, mask=mask, turn_starts=flags)
+        for flags in (starts, starts | ~mask)
+    )
+    for one, other in zip(clean, spoiled, strict=True):
+        assert_close(one, other)
