@@ -1,44 +1,106 @@
-"""A sampler three updates behind, on the token bandit: the distance to the optimum with each correction.
+"""A sampler that is another policy, and every correction: on the small sentiment job, and on the token bandit.
 
-python docs/results/mismatch.py
+python docs/results/mismatch.py run --folder runs/mismatch       # goes on where it was interrupted
+python docs/results/mismatch.py write --folder runs/mismatch
 """
 
+import argparse
+import copy
 import json
 import sys
 import warnings
 from collections import deque
-from importlib.metadata import version
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(HERE)]
+
+from sentiment_cases import Case, collect, origin, run_pending, spread  # noqa: E402
 
 from rlhf_ppo import PPOClip  # noqa: E402
+from rlhf_ppo.algorithms import Critic  # noqa: E402
 from rlhf_ppo.batch import TokenInputs  # noqa: E402
 from rlhf_ppo.rollout.experience import Responses  # noqa: E402
-from tests.benchmarks.records import revision  # noqa: E402
+from rlhf_ppo.samplers.base import Samples, unwrap_causal_lm  # noqa: E402
+from rlhf_ppo.samplers.decode_loop import DecodeLoop  # noqa: E402
 from tests.learning.bandit import PROMPT, REWARDS, ROWS, bandit, optimum, probabilities, total_variation  # noqa: E402
 
-SEEDS, LAG, ITERATIONS, KL_COEF = (0, 1, 2), 3, 40, 0.5
-CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "the present policy": (0, {}),
-    "no correction": (LAG, {"importance_sampling": "off"}),
-    "truncated at 2": (LAG, {"importance_sampling": "truncate"}),
-    "masked outside 0.5 to 5 (IcePop)": (LAG, {"importance_sampling": "mask"}),
-    "the sampler as the old policy (bypass)": (LAG, {"importance_sampling": "bypass"}),
+SEEDS, LAG, ITERATIONS, BATCH_SIZE = 3, 3, 20, 64
+BANDIT_ITERATIONS, KL_COEF = 40, 0.5
+
+
+class OtherPolicy:
+    """Sampler whose weights are not the policy's: of some rollouts ago, or changed by a function."""
+
+    def __init__(self, tokenizer: Any, *, lag: int = 0, change: Callable[[nn.Module], nn.Module] | None = None) -> None:
+        self.loop, self.change = DecodeLoop(tokenizer), change
+        self.past: deque[nn.Module] = deque(maxlen=lag + 1)
+
+    def __call__(self, model: nn.Module, *arguments: Any, **settings: Any) -> Samples:
+        """Sample with a copy of the language model; a copy has no value head, so nothing of it stands in for V."""
+        copied = copy.deepcopy(unwrap_causal_lm(model)).requires_grad_(False)
+        self.past.append(copied if self.change is None else self.change(copied))
+        return self.loop(self.past[0], *arguments, **settings)
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """Weights and arithmetic in bfloat16."""
+    return model.bfloat16()
+
+
+@torch.no_grad()
+def in_int8(model: nn.Module) -> nn.Module:
+    """Matrices rounded to 8 bits, symmetric, one scale a matrix."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            scale = parameter.abs().max() / 127
+            parameter.copy_((parameter / scale).round() * scale)
+    return model
+
+
+SAMPLERS: dict[str, Callable[[Any], OtherPolicy]] = {
+    "bfloat16": partial(OtherPolicy, change=in_bfloat16),
+    "int8": partial(OtherPolicy, change=in_int8),
+    "stale": partial(OtherPolicy, lag=LAG),
 }
+CORRECTIONS: dict[str, dict[str, str]] = {
+    "off": {"importance_sampling": "off"},
+    **{
+        f"{mode}-{level}": {"importance_sampling": mode, "importance_sampling_level": level}
+        for mode in ("truncate", "mask") for level in ("token", "sequence", "geometric")
+    },
+    "bypass": {"importance_sampling": "bypass"},
+}  # fmt: skip
 
 
-def distance(lag: int, seed: int, settings: dict[str, Any]) -> float:
-    """Total variation to the optimum after learning from a sampler that many updates behind."""
-    trainer = bandit(PPOClip(), kl_coef=KL_COEF, iterations=ITERATIONS, seed=seed, **settings)
+def case(sampler: Callable[[Any], OtherPolicy] | None, correction: dict[str, str]) -> Case:
+    """PPO whose sampler is another policy; None: the policy itself."""
+    algorithm = PPOClip(critic=Critic(vf_coef=0.5))
+    return Case(
+        algorithm=algorithm, iterations=ITERATIONS, batch_size=BATCH_SIZE, settings=correction, make_sampler=sampler
+    )  # fmt: skip
+
+
+CASES = {"itself": case(None, CORRECTIONS["off"])} | {
+    f"{name}-{correction}": case(sampler, settings)
+    for name, sampler in SAMPLERS.items() for correction, settings in CORRECTIONS.items()
+}  # fmt: skip
+
+
+def bandit_distance(lag: int, seed: int, settings: dict[str, Any]) -> float:
+    """Total variation to the bandit's optimum after learning from a sampler that many updates behind."""
+    trainer = bandit(PPOClip(), kl_coef=KL_COEF, iterations=BANDIT_ITERATIONS, seed=seed, **settings)
     goal, past = optimum(trainer, KL_COEF), deque([probabilities(trainer)], maxlen=lag + 1)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(ITERATIONS):
+    for _ in range(BANDIT_ITERATIONS):
         sampler = past[0]
         actions = torch.multinomial(sampler, ROWS, replacement=True, generator=generator)
         trainer.learn(
@@ -52,29 +114,45 @@ def distance(lag: int, seed: int, settings: dict[str, Any]) -> float:
     return total_variation(probabilities(trainer), goal)
 
 
-def table(record: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [
-        "# A sampler that lags behind", "", "`python docs/results/mismatch.py`", "",
-        f"The [token bandit](bandit.md) with the KL in the reward (coefficient {KL_COEF}), {ITERATIONS} iterations,",
-        f"tokens drawn by the policy of {LAG} updates ago. What is left is the total variation to the optimum",
-        f"π_ref exp(r / {KL_COEF}) / Z, one number a seed.",
-        "", "| Correction | total variation | mean |", "|---|---|---|",
-    ]  # fmt: skip
-    for name, values in record["tv"].items():
-        lines.append(f"| {name} | {', '.join(f'{value:.3f}' for value in values)} | {sum(values) / len(values):.3f} |")
-    seeds = ", ".join(map(str, SEEDS))
-    lines += [
-        "",
-        "The differences are within the spread of the seeds: here neither the lag nor a correction costs anything.",
-    ]
-    return "\n".join([*lines, "", f"Seeds {seeds}; commit {record['commit'][:12]}; torch {record['torch']}.", ""])
+def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """One row per sampler and correction."""
+    heads = ("Sampler", "Correction", "score", "KL, nats", "second classifier", "KL to the sampler", "largest ratio")
+    lines = [f"| {' | '.join(heads)} | tokens worth |", "|" + "---|" * 8]
+    for name, runs in found.items():
+        sampler, _, correction = name.partition("-")
+        measures = [[run["evaluation"][key]["mean"] for run in runs] for key in ("score", "kl", "classifier")]
+        curves = [run["curve"] for run in runs]
+        worth = [float(np.mean(curve["effective_share"])) for curve in curves if "effective_share" in curve]
+        cells = [spread(values, digits) for values, digits in zip(measures, (2, 1, 3), strict=True)]
+        cells += [
+            f"{np.mean([np.mean(curve['sampler_kl']) for curve in curves]):.1e}",
+            f"{max(chain(*(curve['ratio_max'] for curve in curves))):.2f}",
+            f"{np.mean(worth):.2f}" if worth else "–",
+        ]
+        lines.append(f"| {sampler} | {correction or 'none needed'} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=("run", "write"))
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after so many")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if arguments.action == "run":
+        run_pending(arguments.folder, CASES, dict.fromkeys(CASES, SEEDS), arguments.seconds)
+        return
+    distances = {"itself": [bandit_distance(0, seed, {}) for seed in range(SEEDS)]}
+    for name, settings in CORRECTIONS.items():
+        distances[name] = [bandit_distance(LAG, seed, dict(settings)) for seed in range(SEEDS)]
+    found = collect(arguments.folder, CASES)
+    (HERE / "mismatch.json").write_text(json.dumps({"bandit": distances, "sentiment": found}) + "\n")
+    rows = [f"| {name} | {spread(values, 3)} |" for name, values in distances.items()]
+    sys.stdout.write("\n".join([*table(found), "", *rows, "", origin(found), ""]))
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    found = {name: [distance(lag, seed, settings) for seed in SEEDS] for name, (lag, settings) in CASES.items()}
-    record = {"commit": revision("HEAD"), "torch": version("torch"), "seeds": SEEDS, "lag": LAG, "tv": found}
-    (HERE / "mismatch.json").write_text(json.dumps(record, indent=1) + "\n")
-    (HERE / "mismatch.md").write_text(table(record))
+    main()
