@@ -27,9 +27,8 @@ import torch
 
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
 from reward_model.data.comparisons import as_comparisons
-from reward_model.evaluate import model_facts
 from reward_model.evaluation.card_page import text_table, write_page
-from reward_model.evaluation.report_card import report_card
+from reward_model.evaluation.report_card import model_facts, report_card
 from reward_model.training.tracking import training_curves
 from sentiment.assets import MINILM, fetch
 from sentiment.command_line import run, use_threads

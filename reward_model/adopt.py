@@ -1,4 +1,4 @@
-"""Infer the contract of another maker's reward model, print it, write it: `python -m reward_model.adopt MODEL`."""
+"""The command that infers the contract of another maker's reward model: `python -m reward_model.adopt MODEL`."""
 
 import json
 from collections.abc import Sequence
@@ -8,19 +8,16 @@ from typing import Any, Literal
 
 from reward_model.models.adoption import adopt
 from reward_model.models.contract import CONTRACT_FILE, Contract
+from reward_model.models.ensemble import ModelOptions
 from reward_model.utils.commands import named_model, parse, run
 from reward_model.utils.documented import documented
 
 
 @documented
 @dataclass(frozen=True, kw_only=True)
-class AdoptConfig:
+class AdoptConfig(ModelOptions):
     """Reward model of another maker, and what of its contract is known better than inferred."""
 
-    model: str
-    """Folder or hub name of a sequence classifier, or of a reward model of OpenRLHF (or its first argument)."""
-    label: str | None = None
-    """Which label's logit is the score, by name or index; only for a classifier with several labels."""
     template: Literal["auto", "plain", "chat"] = "auto"
     """How prompt and response become one text; auto is chat if the tokenizer has a chat template."""
     append_eos: bool | None = None
@@ -39,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> Contract:
         program="python -m reward_model.adopt",
         description="Infer the contract of another maker's reward model, print it, and write it beside the model.",
     )
-    parts = adopt(config.model, label=config.label)
+    parts = adopt(config.model, label=config.label, trust_remote_code=config.trust_remote_code)
     changes: dict[str, Any] = {"template": config.template} if config.template != "auto" else {}
     changes |= {"append_eos": config.append_eos} if config.append_eos is not None else {}
     changes |= {"max_length": config.max_length} if config.max_length else {}

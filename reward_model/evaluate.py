@@ -7,39 +7,28 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from reward_model.data.benchmark import read_benchmark
-from reward_model.data.comparisons import Comparison
-from reward_model.data.preparation import load_comparisons
+from reward_model.data.preparation import DataOptions
 from reward_model.evaluation.card_page import text_table, write_page
-from reward_model.evaluation.report_card import Scorer, first_member, report_card
+from reward_model.evaluation.report_card import Scorer, first_member, model_facts, report_card
 from reward_model.models.encoding import split_encodable
-from reward_model.models.ensemble import EnsembleRewardModel, load_reward_model
-from reward_model.models.model import RewardModel
+from reward_model.models.ensemble import ModelOptions, load_reward_model
 from reward_model.training.tracking import training_curves
-from reward_model.utils.commands import column_names, named_model, parse, run
+from reward_model.utils.commands import named_model, parse, run
 from reward_model.utils.documented import documented
 
 
 @documented
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(ModelOptions, DataOptions):
     """Reward model, held-out data and output files."""
 
-    model: str
-    """Folder of a reward model or an ensemble, or another maker's reward model (or its first argument)."""
-    label: str | None = None
-    """Which label's logit is the score, by name or index; only for another maker's classifier with several labels."""
     data: list[str]
     """Held-out preferences, one or several sources in any format that training accepts, or a benchmark in the shape of
     RewardBench 2."""
     split: str = "test"
-    """Which split of a folder or hub dataset."""
-    columns: list[str] = field(default_factory=list)
-    """Names of the source's columns: ours=theirs."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """At a malformed row: stop with its location, or skip and count it."""
+    """Which split of a folder or hub dataset to read."""
     judge: str | None = None
     """Independent scorer for the best-of-N curve: another reward model, its server's URL, or module:function."""
     others: list[str] = field(default_factory=list)
@@ -61,12 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         program="python -m reward_model.evaluate",
         description="Evaluate a reward model on held-out comparisons: accuracy, calibration, biases, stability.",
     )
-    model = load_reward_model(config.model, label=config.label)
+    model = config.load_model()
     folder = Path(config.model) if Path(config.model).is_dir() else Path()  # a hub name has no folder here
-    comparisons, data = _held_out(config, model)
-    others = {name: load_scorer(name) for name in config.others}
-    card = report_card(model, comparisons, judge=load_scorer(config.judge) if config.judge else None, others=others)
-    card["data"], card["training"] = data, training_curves(Path(config.model))
+    loaded, first = config.load_data(seed=config.seed), first_member(model)
+    comparisons, refused = split_encodable(
+        loaded.comparisons, first.tokenizer, first.contract.text, on_bad_row=config.on_bad_row
+    )
+    others = {name: load_scorer(name, config.trust_remote_code) for name in config.others}
+    judge = load_scorer(config.judge, config.trust_remote_code) if config.judge else None
+    card = report_card(model, comparisons, judge=judge, others=others)
+    card["data"] = loaded.report.as_dict() | {"not_encodable": len(refused)}
+    card["training"] = training_curves(Path(config.model))
     print(text_table(card))  # noqa: T201  the command's answer
     target = Path(config.json) if config.json else folder / "report_card.json"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,32 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return card
 
 
-def _held_out(
-    config: EvaluateConfig, model: RewardModel | EnsembleRewardModel
-) -> tuple[list[Comparison], dict[str, Any]]:
-    """The comparisons to evaluate on, and the counts of their source."""
-    columns = column_names(config.columns)
-    benchmark = read_benchmark(config.data, split=config.split, columns=columns, on_bad_row=config.on_bad_row)
-    if benchmark is not None:
-        comparisons, bad_rows = benchmark
-        counts = {"rows": len(comparisons) + len(bad_rows), "bad": len(bad_rows)}
-    else:
-        loaded = load_comparisons(
-            config.data, split=config.split, columns=columns, on_bad_row=config.on_bad_row, seed=config.seed
-        )
-        comparisons, counts = loaded.comparisons, loaded.report.as_dict()
-    first = first_member(model)
-    kept, refused = split_encodable(
-        comparisons,
-        first.tokenizer,
-        first.contract.text,
-        on_bad_row=config.on_bad_row,
-        may_be_equal=benchmark is not None,
-    )
-    return kept, counts | {"not_encodable": len(refused)}
-
-
-def load_scorer(name: str) -> Scorer:
+def load_scorer(name: str, trust_remote_code: bool = False) -> Scorer:
     """Load a scorer: a reward model's folder or hub name, the URL of its server, or `module:function`.
 
     Raises:
@@ -115,7 +84,7 @@ def load_scorer(name: str) -> Scorer:
         return RemoteRewardModel(name, token=os.environ.get("REWARD_MODEL_TOKEN"))
     module, colon, attribute = name.partition(":")
     if not colon or Path(name).is_dir():
-        return load_reward_model(name)
+        return load_reward_model(name, trust_remote_code=trust_remote_code)
     try:
         scorer: Scorer = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -123,21 +92,6 @@ def load_scorer(name: str) -> Scorer:
             f"{name} is no scorer: {error}. Give a reward model, the URL of its server, or module:function."
         ) from error
     return scorer
-
-
-def model_facts(model: RewardModel | EnsembleRewardModel) -> dict[str, str]:
-    """The facts of a reward model that the report card shows, by name."""
-    contract = first_member(model).contract
-    return {
-        "trained from": contract.base,
-        "kind": f"ensemble of {len(model.members)}" if isinstance(model, EnsembleRewardModel) else "single",
-        "template": contract.text.template,
-        "end-of-text token": "appended" if contract.text.append_eos else "not appended",
-        "longest text": f"{contract.text.max_length} tokens",
-        "training comparisons": str(contract.data.get("train", "unknown")),
-        "training data": str(contract.data.get("fingerprint", "unknown"))[:16],
-        "normalized on": f"{contract.normalization.samples} samples ({contract.normalization.reference})",
-    }
 
 
 def _finite(value: Any) -> Any:

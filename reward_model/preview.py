@@ -3,26 +3,20 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from reward_model.data.comparisons import Comparison
-from reward_model.data.preparation import LoadedComparisons, load_comparisons
-from reward_model.utils.commands import column_names, parse, run, table
+from reward_model.data.preparation import DataOptions, LoadedComparisons
+from reward_model.utils.commands import parse, run, table
 from reward_model.utils.documented import documented
 
 
 @documented
 @dataclass(frozen=True, kw_only=True)
-class PreviewConfig:
+class PreviewConfig(DataOptions):
     """Data to show."""
 
-    data: list[str]
-    """One or several files, folders or hub names, as for training."""
-    split: str = "train"
-    """Split of a folder or hub dataset."""
-    columns: list[str] = field(default_factory=list)
-    """Names of the source's columns: ours=theirs; preference= leaves one out."""
     group: str | None = None
     """Column whose equal values are held out together."""
     on_bad_row: Literal["stop", "skip"] = "skip"
@@ -41,14 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> LoadedComparisons:
         program="python -m reward_model.preview",
         description="Show how preference data is read: counts, columns that are not used, the first comparisons.",
     )
-    loaded = load_comparisons(
-        config.data,
-        split=config.split,
-        columns=column_names(config.columns),
-        on_bad_row=config.on_bad_row,
-        seed=config.seed,
-        group=config.group,
-    )
+    loaded: LoadedComparisons = config.load_data(seed=config.seed, group=config.group)
     kinds = Counter(_kind(comparison) for comparison in loaded.comparisons)
     lines = {"data": str(loaded.report), "kinds": ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())}
     if loaded.report.unused_columns:

@@ -4,17 +4,17 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from reward_model.data.layouts.base import CONVERSATION_NAMES, is_unanswered, prompt_columns
 from reward_model.data.layouts.rated import ANSWER_NAMES
-from reward_model.data.preparation import write_bad_rows
+from reward_model.data.preparation import DataOptions, write_bad_rows
 from reward_model.data.rows import BadRow, json_line, rename_columns, set_aside
 from reward_model.data.sources import read_rows
 from reward_model.evaluation.report_card import first_member
-from reward_model.models.ensemble import load_reward_model
+from reward_model.models.ensemble import ModelOptions
 from reward_model.models.text import render
 from reward_model.utils.commands import column_names, named_model, parse, run
 from reward_model.utils.documented import documented
@@ -26,24 +26,14 @@ logger = logging.getLogger(__name__)
 
 @documented
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
+class ScoreConfig(ModelOptions, DataOptions):
     """Reward model, data to score and output file."""
 
-    model: str
-    """Folder of a reward model or an ensemble, or another maker's reward model (or its first argument)."""
-    label: str | None = None
-    """Which label's logit is the score, by name or index; only for another maker's classifier with several labels."""
     data: list[str]
     """Rows with `response` (and `prompt`, `tools`), or whole conversations in `messages`: one or several files, folders
     or hub names, as for training."""
-    split: str = "train"
-    """Split of a folder or hub dataset."""
-    columns: list[str] = field(default_factory=list)
-    """Names of the source's columns: ours=theirs, such as response=answer."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """At a row that cannot be read: stop with its location, or leave it out and write it to OUTPUT.bad_rows.jsonl."""
     output: str = "-"
-    """JSONL file for the rows with their `score`; - is standard output."""
+    """JSONL file for the rows with their `score`, and rows that are left out beside it; - is standard output."""
     caution: float = 0.0
     """Standard deviations over the members that an ensemble's score is lowered by."""
 
@@ -66,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         program="python -m reward_model.score",
         description="Score prompt-response texts with a trained reward model.",
     )
-    model = load_reward_model(config.model, caution=config.caution, label=config.label)
+    model = config.load_model(caution=config.caution)
     samples, bad_rows = _read(config, first_member(model))
-    scores = model(
+    scores: list[float] = model(
         [sample.prompt for sample in samples],
         [sample.response for sample in samples],
         tools=[sample.tools for sample in samples],
@@ -95,7 +85,7 @@ def _read(config: ScoreConfig, model: Any) -> tuple[list[_Sample], list[dict[str
     """
     columns = column_names(config.columns)
     samples, bad_rows, seen = [], [], set()
-    for where, row in read_rows(config.data, split=config.split):
+    for where, row in read_rows(config.data, split=config.split, encoding=config.encoding):
         try:
             if isinstance(row, BadRow):
                 raise row

@@ -2,29 +2,23 @@
 
 import logging
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from reward_model.data.comparisons import Comparison
 from reward_model.data.preparation import (
+    DataOptions,
     LoadedComparisons,
     describe_split,
-    load_comparisons,
     split_by_prompt,
     write_bad_rows,
 )
-from reward_model.data.rows import OnBadRow
-from reward_model.evaluation.scoring import held_out_metrics, score_completions
-from reward_model.models.encoding import split_encodable
-from reward_model.models.ensemble import EnsembleRewardModel, save_ensemble
-from reward_model.models.model import RewardModel
 from reward_model.training.config import RewardModelConfig
-from reward_model.training.resume import is_resumable, processes
+from reward_model.training.ensemble import train_ensemble
+from reward_model.training.resume import processes
 from reward_model.training.trainer import RewardModelResult, train_reward_model
-from reward_model.utils.commands import column_names, parse, run, table
+from reward_model.utils.commands import parse, run, table
 from reward_model.utils.documented import documented
 
 logger = logging.getLogger(__name__)
@@ -32,25 +26,17 @@ logger = logging.getLogger(__name__)
 
 @documented
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(DataOptions):
     """Training and held-out data."""
 
-    data: list[str]
-    """One or several .jsonl, .json, .csv, .tsv or .parquet files (also .gz, .zst, .bz2, .xz), folders, or hub names."""
-    split: str = "train"
-    """Which split of a folder or hub dataset to train on."""
     evaluation_data: list[str] = field(default_factory=list)
     """Held-out sources; none: a part of the data is held out by prompt, or by --group."""
     evaluation_split: str = "test"
     """Which split of the held-out folder or hub dataset."""
     held_out: float = 0.1
     """Share of the comparisons that is held out if there is no evaluation_data."""
-    columns: list[str] = field(default_factory=list)
-    """Names of the source's columns: ours=theirs, such as chosen=better rejected=worse; preference= leaves one out."""
     group: str | None = None
     """Column whose equal values are held out together; None: the prompt, or the beginning that both texts share."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """At a malformed row: stop with its location, or write it to a side file beside the output."""
     pair_rounds: int = 1
     """Maximum of pairs per labeled text (only for text, label data)."""
     max_comparisons: int = 0
@@ -83,10 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         program="python -m reward_model.train",
         description="Train a reward model from preferences: pairs, rankings or labeled texts.",
     )
-    loaded = _load(data, data.data, data.split, config.seed, group=data.group)
+    options: dict[str, Any] = {"seed": config.seed, "pair_rounds": data.pair_rounds}
+    loaded = data.load_data(**options, group=data.group)
     train, bad_rows = loaded.comparisons, list(loaded.bad_rows)
     if data.evaluation_data:
-        loaded_evaluation = _load(data, data.evaluation_data, data.evaluation_split, config.seed)
+        loaded_evaluation = replace(data, data=data.evaluation_data, split=data.evaluation_split).load_data(**options)
         evaluation = loaded_evaluation.comparisons
         bad_rows += loaded_evaluation.bad_rows
     else:
@@ -97,8 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     split = describe_split(train, evaluation)
     logger.info("%s. %s.", loaded.report, split)
     facts = loaded.report.as_dict()
-    train_models = train_ensemble if ensemble.ensemble > 1 else _train_one
-    result = train_models(config, ensemble.ensemble, train, evaluation, facts, data.on_bad_row)
+    if ensemble.ensemble > 1:
+        result = train_ensemble(config, ensemble.ensemble, train, evaluation, facts, data.on_bad_row)
+    else:
+        rows: dict[str, Any] = {"train": train, "evaluation": evaluation, "on_bad_row": data.on_bad_row}
+        result = train_reward_model(config, **rows, data_report=facts)
     if processes().is_main_process:
         bad_rows += result.bad_rows
         if bad_rows:
@@ -122,74 +112,6 @@ def _left_out(loaded: LoadedComparisons, result: RewardModelResult) -> dict[str,
     if result.bad_rows:
         lines["bad rows"] = f"{len(result.bad_rows)} more could not be encoded and were set aside"
     return lines
-
-
-def train_ensemble(
-    config: RewardModelConfig,
-    members: int,
-    train: Sequence[Comparison],
-    evaluation: Sequence[Comparison],
-    facts: dict[str, Any],
-    on_bad_row: OnBadRow = "stop",
-) -> RewardModelResult:
-    """Train `members` models with successive seeds, and save them as one ensemble.
-
-    Raises:
-        ValueError: Fewer than two members.
-        FileExistsError: The output folder or that of the members exists, and `overwrite` and `resume` are off.
-    """
-    if members < 2:
-        raise ValueError(f"An ensemble needs two or more members, got {members}.")
-    output, state = Path(config.output_dir), processes()
-    parts = output.with_name(output.name + ".members")
-    if output.exists() and not (config.overwrite or (config.resume and parts.exists())):
-        raise FileExistsError(f"The folder {output} exists. Choose another output_dir, or set overwrite=True.")
-    if parts.exists() and not (config.overwrite or config.resume):
-        raise FileExistsError(
-            f"{parts} holds members of an interrupted run: starting again would delete them. Set resume=True to "
-            "continue, overwrite=True to start again, or choose another output_dir."
-        )
-    state.wait_for_everyone()  # before the first process makes a folder
-    results = []
-    for index in range(members):
-        member = replace(config, seed=config.seed + index, output_dir=str(parts / str(index)))
-        if config.resume and not is_resumable(member):  # it has not begun
-            member = replace(member, resume=False, overwrite=True)
-        results.append(_train_one(member, 1, train, evaluation, facts, on_bad_row))
-    folders = [result.path for result in results]
-    metrics: dict[str, float] = {}
-    if state.is_main_process:
-        ensemble = EnsembleRewardModel([RewardModel.from_pretrained(folder) for folder in folders])
-        first = ensemble.members[0]
-        held_out, _ = split_encodable(evaluation, first.tokenizer, first.contract.text, on_bad_row=on_bad_row)
-        metrics = held_out_metrics(score_completions(ensemble, held_out))
-        save_ensemble(folders, output, metrics)
-        shutil.rmtree(parts, ignore_errors=True)
-    state.wait_for_everyone()
-    return replace(results[0], path=output, metrics=metrics)
-
-
-def _train_one(
-    config: RewardModelConfig,
-    _members: int,
-    train: Sequence[Comparison],
-    evaluation: Sequence[Comparison],
-    facts: dict[str, Any],
-    on_bad_row: OnBadRow,
-) -> RewardModelResult:
-    return train_reward_model(config, train=train, evaluation=evaluation, data_report=facts, on_bad_row=on_bad_row)
-
-
-def _load(data: DataConfig, source: list[str], split: str, seed: int, *, group: str | None = None) -> LoadedComparisons:
-    return load_comparisons(
-        source,
-        split=split,
-        columns=column_names(data.columns),
-        on_bad_row=data.on_bad_row,
-        seed=seed,
-        pair_rounds=data.pair_rounds,
-        group=group,
-    )
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ class Collector:
         """
         found = list(self._comparisons)
         for where, row in [*self._rankings(), *self._threads.rankings()]:
-            recognized = Recognized(kind="comparison", row=row, used=frozenset())
+            recognized = Recognized(kind="comparison", row=row, used=frozenset(), group=row.get("group", ""))
             with self._guard(where, row):
-                found.append(self._parse(recognized, where))
+                found.append(parse_recognized(recognized, where))
         self.undecided += self._threads.alone
         if self._texts and self.group:
             raise ValueError(
@@ -114,11 +114,8 @@ class Collector:
             case "labeled":
                 self._add_text(recognized.row, where)
             case "comparison":
-                self._comparisons.append(replace(self._parse(recognized, where), group=self._group(row)))
-
-    def _parse(self, recognized: Recognized, where: str) -> Comparison:
-        comparison = parse_recognized(recognized, where)
-        return replace(comparison, group=str(recognized.row.get("group") or ""))
+                recognized = replace(recognized, group=self._group(row) or recognized.group)
+                self._comparisons.append(parse_recognized(recognized, where))
 
     def _group(self, row: Row) -> str:
         return "" if self.group is None else json.dumps(row.get(self.group), sort_keys=True, default=str)

@@ -1,13 +1,9 @@
-"""Parse rows of preference data into `Comparison`s; malformed rows raise `BadRow`.
-
-`layouts` converts the columns of public datasets to ours: `chosen` and `rejected` (with or without `prompt`, plain text
-or chat messages), or `completions` with `ranks` or `scores`.
-"""
+"""Parse rows of preference data into `Comparison`s; malformed rows raise `BadRow`."""
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -89,7 +85,6 @@ def parse_row(row: Row, where: str) -> Comparison:
 
 def parse_recognized(recognized: Recognized, where: str) -> Comparison:
     """Parse a row that `recognize` has converted; errors as of `parse_row`."""
-    row = recognized.row
     if recognized.kind == "undecided":
         raise BadRow(f"{where}: the row prefers none of its completions: it says nothing.")
     if recognized.kind != "comparison":
@@ -97,8 +92,12 @@ def parse_recognized(recognized: Recognized, where: str) -> Comparison:
             f"{where}: the row holds a single completion, which is compared with others of its prompt: load all rows "
             "together by load_comparisons."
         )
-    if row.get("completions") not in (None, ""):
-        return _ranked(row, where)
+    is_ranked = recognized.row.get("completions") not in (None, "")
+    comparison = (_ranked if is_ranked else _pair)(recognized.row, where)
+    return replace(comparison, group=recognized.group)
+
+
+def _pair(row: Row, where: str) -> Comparison:
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise BadRow(
@@ -162,8 +161,9 @@ def _ranked(row: Row, where: str) -> Comparison:
     if len(levels) == 1 and len(texts) > 2:
         raise BadRow(f"{where}: field {name!r} ranks all {len(texts)} completions equally: the row says nothing.")
     prompt, split = split_prompt(_prompt(row, where), texts, where)
-    if len({json.dumps(text, sort_keys=True) for text in split}) < len(split):
-        raise BadRow(f"{where}: field 'completions' holds the same completion twice.")
+    places = {(json.dumps(text, sort_keys=True), value) for text, value in zip(split, signed, strict=True)}
+    if len({text for text, _ in places}) < len(places) or (len(split) == 2 and split[0] == split[1]):
+        raise BadRow(f"{where}: field 'completions' holds the same completion twice, with different {name}.")
     return Comparison(
         prompt=prompt,
         completions=tuple(split[index] for index in order),

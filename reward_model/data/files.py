@@ -1,6 +1,7 @@
 """Open data files as text, whatever their compression and encoding; damage and other encodings are named."""
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -35,32 +36,34 @@ def data_suffix(path: Path) -> str:
 
 
 @contextmanager
-def open_text(path: Path, name: str, *, newline: str | None) -> Iterator[IO[str]]:
+def open_text(path: Path, name: str, *, newline: str | None, encoding: str | None = None) -> Iterator[IO[str]]:
     """Context manager: the text of a file, decompressed, without its byte order mark.
 
-    Bytes that are no UTF-8 come out as lone surrogates, for `encoding_problem` to find in the line that holds them.
+    Bytes that are not of the encoding come out as lone surrogates, for `encoding_problem` to find in the line that
+    holds them.
 
     Args:
         path: The file.
         name: Its name, for messages.
         newline: As of `open`.
+        encoding: Encoding of the file; None: what its byte order mark says, or UTF-8.
 
     Raises:
-        DataError: The file is damaged, or is UTF-16 without a byte order mark.
+        DataError: The file is damaged, is UTF-16 without a byte order mark, or begins with the mark of another encoding
+            than `encoding`.
     """
     try:
         with _decompressed(path) as stream:
             start = stream.peek(4)[:512]
-            encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
-            if encoding == "utf-8":
-                _check_width(start, name)
-            errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
-            with io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline=newline) as text:
+            chosen = _encoding(start, name, encoding)
+            errors = "strict" if chosen.startswith(("utf-16", "utf-32")) else "surrogateescape"
+            with io.TextIOWrapper(stream, encoding=chosen, errors=errors, newline=newline) as text:
                 yield text
     except UnicodeDecodeError as error:
+        said = f"encoding={encoding}" if encoding else f"its byte order mark says {error.encoding}"
         raise DataError(
-            f"{name}: its byte order mark says {error.encoding}, but it holds bytes that are none ({error.reason}): "
-            "the file is damaged. Write it again, as UTF-8."
+            f"{name}: {said}, but it holds bytes that are none ({error.reason}): the file is damaged, or has another "
+            "encoding. Choose it with --encoding, or write the file again, as UTF-8."
         ) from error
     except _DAMAGE as error:
         raise DataError(
@@ -69,17 +72,21 @@ def open_text(path: Path, name: str, *, newline: str | None) -> Iterator[IO[str]
         ) from error
 
 
-def encoding_problem(text: str) -> str:
-    """What is wrong with the bytes that `text` was decoded from by `open_text`; "" if they are UTF-8."""
+def encoding_problem(text: str, encoding: str | None) -> str:
+    """What is wrong with the bytes that `text` was decoded from by `open_text`; "" if nothing is."""
     found = _UNDECODED.search(text)
     if found is None:
         return ""
+    place = f"(byte 0x{ord(found[0]) - 0xDC00:02x} at character {found.start()})"
+    if encoding is not None:
+        return f"not {encoding} text {place}: the file has another encoding. Choose it with --encoding."
     guess = (
-        "is the file binary?"
+        "is the file binary, or has it an encoding such as utf-16? Name it: --encoding utf-16-le."
         if _CONTROL.search(text)
-        else "the file looks like Latin-1 or Windows-1252. Convert it: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW."
+        else "the file looks like Latin-1 or Windows-1252, or has an encoding such as gbk or shift_jis. Name it: "
+        "--encoding cp1252; or convert it: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW."
     )
-    return f"not UTF-8 text (byte 0x{ord(found[0]) - 0xDC00:02x} at character {found.start()}): {guess}"
+    return f"not UTF-8 text {place}: {guess}"
 
 
 def _decompressed(path: Path) -> io.BufferedReader:
@@ -94,12 +101,25 @@ def _decompressed(path: Path) -> io.BufferedReader:
     return path.open("rb")
 
 
-def _check_width(start: bytes, name: str) -> None:
-    """Raise if every second byte is zero: UTF-16 that does not say so."""
-    for first, encoding in ((1, "UTF-16LE"), (0, "UTF-16BE")):
-        zeros = start[first::2]
-        if len(zeros) > 3 and zeros.count(0) > 0.6 * len(zeros):
+def _encoding(start: bytes, name: str, wanted: str | None) -> str:
+    """The encoding of a file that begins with `start`: the one that is wanted, or that of its mark, or UTF-8."""
+    marked = next((encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
+    if wanted is not None:
+        try:
+            known = codecs.lookup(wanted).name
+        except LookupError:
+            raise DataError(f"encoding={wanted!r} is unknown. Python's names are: utf-8, cp1252, gbk, ...") from None
+        if marked is not None and not known.startswith(marked.removesuffix("-sig")):
             raise DataError(
-                f"{name} looks like {encoding} without a byte order mark. Convert it: iconv -f {encoding} -t UTF-8 OLD "
-                "> NEW."
+                f"{name} begins with the byte order mark of {marked}, but encoding={wanted}: its texts would be "
+                "garbled. Leave the encoding out."
             )
+        return marked or known
+    for first, encoding in ((1, "UTF-16LE"), (0, "UTF-16BE")):  # every second byte is zero
+        zeros = start[first::2]
+        if marked is None and len(zeros) > 3 and zeros.count(0) > 0.6 * len(zeros):
+            raise DataError(
+                f"{name} looks like {encoding} without a byte order mark. Name it: --encoding {encoding.lower()}; or "
+                f"convert it: iconv -f {encoding} -t UTF-8 OLD > NEW."
+            )
+    return marked or "utf-8"

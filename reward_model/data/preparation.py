@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 
@@ -14,11 +14,35 @@ from reward_model.data.layouts import COLUMNS, OWN_COLUMNS
 from reward_model.data.rows import OnBadRow, json_line
 from reward_model.data.sources import read_rows
 from reward_model.data.splitting import describe_split, split_by_prompt
+from reward_model.utils.commands import column_names
+from reward_model.utils.documented import documented
 
 __all__ = [
-    "DataReport", "LoadedComparisons", "describe_split", "drop_duplicates", "load_comparisons", "split_by_prompt",
-    "write_bad_rows",
+    "DataOptions", "DataReport", "LoadedComparisons", "describe_split", "drop_duplicates", "load_comparisons",
+    "split_by_prompt", "write_bad_rows",
 ]  # fmt: skip
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The data that a command reads."""
+
+    data: list[str]
+    """One or several .jsonl, .json, .csv, .tsv or .parquet files (also .gz, .zst, .bz2, .xz), folders, or hub names."""
+    split: str = "train"
+    """Which split of a folder or hub dataset to read."""
+    columns: list[str] = field(default_factory=list)
+    """Names of the source's columns: ours=theirs, such as chosen=better rejected=worse; preference= leaves one out."""
+    encoding: str | None = None
+    """Encoding of text files, such as cp1252, gbk or utf-16-le; None: UTF-8, or what a byte order mark says."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """At a row that cannot be read: stop with its location, or leave it out and count it."""
+
+    def load_data(self, **options: Any) -> "LoadedComparisons":
+        """Load the comparisons, with further `options` of `load_comparisons`."""
+        given = {"split": self.split, "encoding": self.encoding, "on_bad_row": self.on_bad_row}
+        return load_comparisons(self.data, columns=column_names(self.columns), **(given | options))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +89,7 @@ def load_comparisons(
     *,
     split: str = "train",
     columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
     on_bad_row: OnBadRow = "stop",
     seed: int = 0,
     pair_rounds: int = 1,
@@ -76,6 +101,7 @@ def load_comparisons(
         source: See `read_rows`.
         split: Split of a folder or hub dataset.
         columns: Our column names -> the source's; "" leaves a column out.
+        encoding: Encoding of text files; None: what a byte order mark says, or UTF-8.
         on_bad_row: `stop` raises at the first malformed row; `skip` counts it and continues.
         seed: Seed of the pairs of labeled texts.
         pair_rounds: Maximum of pairs per labeled text.
@@ -93,7 +119,7 @@ def load_comparisons(
             "public dataset that is read by its shape."
         )
     collector = Collector(columns, on_bad_row, group=group)
-    collector.read(read_rows(source, split=split))
+    collector.read(read_rows(source, split=split, encoding=encoding))
     _check_columns(collector, columns, group)
     comparisons = collector.comparisons(seed=seed, pair_rounds=pair_rounds)
     if not comparisons:

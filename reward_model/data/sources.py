@@ -23,18 +23,22 @@ _SPLITS = {
 }  # fmt: skip
 
 
-def read_rows(source: str | Dataset | Sequence[str], *, split: str = "train") -> Iterator[LocatedRow]:
+def read_rows(
+    source: str | Dataset | Sequence[str], *, split: str = "train", encoding: str | None = None
+) -> Iterator[LocatedRow]:
     """Read the rows of `source`, in order.
 
     Args:
         source: A .jsonl, .json, .csv, .tsv or .parquet file (also compressed: .gz, .zst, .bz2, .xz), a folder (saved by
             `save_to_disk` or holding such files), a hub name, a `datasets.Dataset`, or several names.
         split: Split of a folder or hub dataset.
+        encoding: Encoding of text files; None: what a byte order mark says, or UTF-8.
 
     Raises:
-        DataError: The source is missing, empty, or of no known kind.
+        DataError: The source is missing, empty, of no known kind, or has no text that `encoding` could mean.
     """
     if isinstance(source, Dataset):
+        _refuse_encoding(encoding, "a dataset")
         yield from _dataset_rows(source, "row")
         return
     if not isinstance(source, str | Path):
@@ -43,32 +47,34 @@ def read_rows(source: str | Dataset | Sequence[str], *, split: str = "train") ->
                 f"Expected a file, a folder, a hub name or a datasets.Dataset, got {type(source).__name__}. Choose one "
                 "split of a DatasetDict; make a list of rows a dataset by Dataset.from_list."
             )
-        yield from chain.from_iterable(read_rows(name, split=split) for name in source)
+        yield from chain.from_iterable(read_rows(name, split=split, encoding=encoding) for name in source)
         return
     path = Path(source)
     if path.is_dir():
-        rows = _folder_rows(path, split)
+        rows = _folder_rows(path, split, encoding)
     elif path.is_file():
-        rows = _file_rows(path, path.name)
+        rows = _file_rows(path, path.name, encoding)
     elif data_suffix(path) in _READERS:
         raise DataError(f"There is no file {source}. Check the path; relative ones start at {Path.cwd().name}/.")
     else:
+        _refuse_encoding(encoding, f"{source} is no file, so it")
         rows = _dataset_rows(_load(str(source), split), f"{source} [{split}] row")
     yield from _not_empty(rows, str(source))
 
 
-def _file_rows(path: Path, name: str) -> Iterator[LocatedRow]:
+def _file_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedRow]:
     reader = _READERS.get(data_suffix(path))
     if reader is None:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}. Expected one of {sorted(_READERS)}.")
-    yield from reader(path, name)
+    yield from reader(path, name, encoding)
 
 
-def _folder_rows(folder: Path, split: str) -> Iterator[LocatedRow]:
+def _folder_rows(folder: Path, split: str, encoding: str | None) -> Iterator[LocatedRow]:
     """Rows of a folder's data files, each read by itself: their columns may differ."""
     readme = folder / "README.md"
     has_configs = readme.is_file() and re.search(r"^configs:", readme.read_text("utf-8", "replace"), re.MULTILINE)
     if has_configs or any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        _refuse_encoding(encoding, str(folder))
         yield from _dataset_rows(_load(str(folder), split), f"{folder} [{split}] row")
         return
     names = sorted(
@@ -85,7 +91,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[LocatedRow]:
             + (f"no such split, only {sorted(by_split)}. Choose one." if names else "no data files. Check the path.")
         )
     for name in by_split[split]:
-        yield from _file_rows(folder / name, str(name))
+        yield from _file_rows(folder / name, str(name), encoding)
 
 
 def _split_of(name: Path) -> str:
@@ -142,11 +148,11 @@ def _not_empty(rows: Iterator[LocatedRow], source: str) -> Iterator[LocatedRow]:
         raise DataError(f"{source} holds no rows. Check the file, and the split of a folder.")
 
 
-def _jsonl_rows(path: Path, name: str) -> Iterator[LocatedRow]:
-    with open_text(path, name, newline=None) as file:
+def _jsonl_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedRow]:
+    with open_text(path, name, newline=None, encoding=encoding) as file:
         for number, line in enumerate(file, start=1):
             where, line = f"{name}:{number}", line.lstrip("\ufeff")  # files put together keep their marks
-            if problem := encoding_problem(line):
+            if problem := encoding_problem(line, encoding):
                 yield where, BadRow(f"{where}: {problem}")
             elif line.strip():
                 yield where, _parse_json_line(line, where)
@@ -161,16 +167,16 @@ def _parse_json_line(line: str, where: str) -> Any:
         return BadRow(f"{where}: not a JSON object ({_reason(error)}): the line is no row of preference data.")
 
 
-def _json_rows(path: Path, name: str) -> Iterator[LocatedRow]:
-    with open_text(path, name, newline=None) as file:
+def _json_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedRow]:
+    with open_text(path, name, newline=None, encoding=encoding) as file:
         text = file.read()
-    if problem := encoding_problem(text):
+    if problem := encoding_problem(text, encoding):
         raise DataError(f"{name}: {problem}")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{") and "Extra data" in str(error):  # one object a line, as in .jsonl
-            yield from _jsonl_rows(path, name)
+            yield from _jsonl_rows(path, name, encoding)
             return
         raise DataError(
             f"{name}: not valid JSON ({error}). One object per line belongs in a file that ends in .jsonl."
@@ -180,13 +186,19 @@ def _json_rows(path: Path, name: str) -> Iterator[LocatedRow]:
     yield from _dataset_rows(content, f"{name} item")
 
 
-def _arrow_rows(path: Path, name: str) -> Iterator[LocatedRow]:
+def _arrow_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedRow]:
+    _refuse_encoding(encoding, name)
     try:
         is_parquet = data_suffix(path) == ".parquet"
         data = Dataset(pyarrow.parquet.read_table(path)) if is_parquet else Dataset.from_file(str(path))
     except Exception as error:  # pyarrow's errors have no common base that datasets keeps
         raise DataError(f"{name} cannot be read as {data_suffix(path)[1:].title()}: {_reason(error)}") from error
     yield from _dataset_rows(data, f"{name} row")
+
+
+def _refuse_encoding(encoding: str | None, name: str) -> None:
+    if encoding is not None:
+        raise DataError(f"encoding={encoding} is for text files, but {name} has none to decode. Leave it out.")
 
 
 def _reason(error: BaseException) -> str:

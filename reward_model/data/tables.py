@@ -15,15 +15,15 @@ _SWALLOWED_LINES = 3
 """Inner lines of a quoted field that must all look like rows before it counts as not closed."""
 
 
-def table_rows(path: Path, name: str) -> Iterator[tuple[str, Row | BadRow]]:
+def table_rows(path: Path, name: str, encoding: str | None = None) -> Iterator[tuple[str, Row | BadRow]]:
     """Yield (location, row) of a CSV or TSV file with a header.
 
     Raises:
         DataError: The file is damaged or its header names a column twice.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with open_text(path, name, newline="") as file:
-        records = _Records(file, "\t" if data_suffix(path) == ".tsv" else ",")
+    with open_text(path, name, newline="", encoding=encoding) as file:
+        records = _Records(file, "\t" if data_suffix(path) == ".tsv" else ",", encoding)
         header = next(iter(records), None)
         if header is None:
             return
@@ -57,8 +57,9 @@ def _header(fields: list[str] | str, name: str) -> list[str]:
 class _Records:
     """The records of a table as (number of the first line, fields or what is wrong with them)."""
 
-    def __init__(self, lines: Iterator[str], delimiter: str) -> None:
+    def __init__(self, lines: Iterator[str], delimiter: str, encoding: str | None) -> None:
         self.lines = lines
+        self.encoding = encoding
         self.delimiter = delimiter
         self.ahead: deque[str] = deque()
         self.number = 0
@@ -81,7 +82,7 @@ class _Records:
             self.number += len(taken)
             self.columns = self.columns or len(fields)
             if fields:
-                yield start, encoding_problem("".join(fields)) or fields
+                yield start, encoding_problem("".join(fields), self.encoding) or fields
 
     def _record(self, taken: list[str]) -> list[str] | str:
         """The fields of the next record, whose lines are put into `taken`."""

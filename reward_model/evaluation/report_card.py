@@ -135,6 +135,21 @@ def first_member(model: RewardModel | EnsembleRewardModel) -> RewardModel:
     return model.members[0] if isinstance(model, EnsembleRewardModel) else model
 
 
+def model_facts(model: RewardModel | EnsembleRewardModel) -> dict[str, str]:
+    """The facts of a reward model that the report card shows, by name."""
+    contract = first_member(model).contract
+    return {
+        "trained from": contract.base,
+        "kind": f"ensemble of {len(model.members)}" if isinstance(model, EnsembleRewardModel) else "single",
+        "template": contract.text.template,
+        "end-of-text token": "appended" if contract.text.append_eos else "not appended",
+        "longest text": f"{contract.text.max_length} tokens",
+        "training comparisons": str(contract.data.get("train", "unknown")),
+        "training data": str(contract.data.get("fingerprint", "unknown"))[:16],
+        "normalized on": f"{contract.normalization.samples} samples ({contract.normalization.reference})",
+    }
+
+
 def stability(model: RewardModel, scored: ScoredPairs, *, samples: int = 64) -> dict[str, float | None]:
     """Change of raw scores without batching (largest), with left padding (largest), and without EOS (mean).
 

@@ -5,15 +5,23 @@ label) or of OpenRLHF, whose head is called `value_head` or `score` and is read 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
+from peft import PeftConfig
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
-from reward_model.models.backbone import head_name, longest_input, quiet_transformers, separate_padding, short_name
+from reward_model.models.backbone import (
+    head_name,
+    longest_input,
+    quiet_transformers,
+    read_classifier,
+    separate_padding,
+    short_name,
+)
 from reward_model.models.contract import (
     CONTRACT_FILE,
     Contract,
@@ -43,15 +51,17 @@ class ModelParts:
     """Whether scores are the same with padding on the right; if not, texts are scored one by one."""
 
 
-def load_parts(path: str | Path, *, dtype: torch.dtype, label: str | int | None = None) -> ModelParts:
+def load_parts(
+    path: str | Path, *, dtype: torch.dtype, label: str | int | None = None, trust_remote_code: bool = False
+) -> ModelParts:
     """Load model, tokenizer and contract of a folder or hub name; a contract that is missing is inferred.
 
     Raises:
         ContractError: The files do not belong together, or no contract can be inferred.
     """
-    folder = Path(path)
+    folder, trust = Path(path), trust_remote_code
     if not (folder / CONTRACT_FILE).is_file():
-        parts = adopt(path, dtype=dtype, label=label)
+        parts = adopt(path, dtype=dtype, label=label, trust_remote_code=trust)
         logger.warning("%s", describe(parts.contract, str(path)))
         return parts
     contract = Contract.read(folder)
@@ -63,10 +73,11 @@ def load_parts(path: str | Path, *, dtype: torch.dtype, label: str | int | None 
             f"{contract.label}. Leave label out, or change the field `label` of the file."
         )
     if contract.layout == "own":
-        model, tokenizer = load_classifier(folder, contract, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+        model = load_classifier(folder, contract, dtype=dtype, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         check_tokenizer(tokenizer, model, contract, folder)
         return ModelParts(model=model, tokenizer=tokenizer, contract=contract)
-    parts = adopt(folder, dtype=dtype, label=contract.label)
+    parts = adopt(folder, dtype=dtype, label=contract.label, trust_remote_code=trust)
     for name in ("head", "layout", "tokenizer_sha256"):
         if getattr(contract, name) != getattr(parts.contract, name):
             raise ContractError(
@@ -76,7 +87,13 @@ def load_parts(path: str | Path, *, dtype: torch.dtype, label: str | int | None 
     return replace(parts, contract=contract)
 
 
-def adopt(path: str | Path, *, dtype: torch.dtype = torch.float32, label: str | int | None = None) -> ModelParts:
+def adopt(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    label: str | int | None = None,
+    trust_remote_code: bool = False,
+) -> ModelParts:
     """Load another maker's reward model and infer its contract.
 
     Its scores are the model's own logits (OpenRLHF's: normalized by `mean` and `std` of the config where it says so).
@@ -87,16 +104,18 @@ def adopt(path: str | Path, *, dtype: torch.dtype = torch.float32, label: str | 
         path: A folder or hub name.
         dtype: Dtype of the weights.
         label: Which label's logit is the score, by name or index; needed if there are several.
+        trust_remote_code: Whether Python code that comes with the model may run.
 
     Raises:
-        ContractError: It cannot be loaded, it has no head, or `label` is missing or unknown.
+        ContractError: It cannot be loaded, it has no head, `label` is missing or unknown, or it comes with code that
+            is not trusted.
     """
-    config = _read(AutoConfig, _adapter_base(path) or path)
+    config = _read(AutoConfig.from_pretrained, _adapter_base(path) or path, trust_remote_code)
     layout = _layout(config)
     labels = config.num_labels if layout == "transformers" and _is_classifier(config) else 1
     index = _label_index(config, labels, label, path)
-    model, layout = _load_model(path, config, layout, labels, dtype)
-    tokenizer = _read(AutoTokenizer, path)
+    model, layout = _load_model(path, config, layout, labels, dtype, trust_remote_code)
+    tokenizer = _read(AutoTokenizer.from_pretrained, path, trust_remote_code)
     fingerprint = tokenizer_sha256(tokenizer)
     _agree_on_padding(model, tokenizer, layout)
     contract = Contract(
@@ -126,18 +145,23 @@ def describe(contract: Contract, name: str) -> str:
     )
 
 
-def _read(kind: Any, path: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained(path)`, its errors as a sentence."""
+def _read(reader: Callable[..., Any], path: str | Path, trust_remote_code: bool, **options: Any) -> Any:
+    """What `reader` loads from a folder or hub name, its errors as a sentence."""
     name = str(path)
     if not Path(path).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ContractError(f"There is no folder {name}. Check the path; hub names have the form owner/name.")
     try:
         with quiet_transformers():
-            return kind.from_pretrained(path, **options)
+            return reader(path, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # of many libraries: a missing file, an unknown architecture, weights of other shapes
         reason = " ".join(str(error).split()) or type(error).__name__
+        if not trust_remote_code and "trust_remote_code" in reason:
+            raise ContractError(
+                f"{name} comes with Python code of its own, which has not run: nothing was loaded. Read it, and set "
+                "trust_remote_code=True (--trust_remote_code) if you trust its author with this machine."
+            ) from None
         raise ContractError(
-            f"{name} could not be loaded by {kind.__name__}: {reason:.400} Expected a folder made by save_pretrained, "
+            f"{name} could not be loaded: {reason:.400} Expected a folder made by save_pretrained, "
             "or a hub name within reach, of a sequence classifier with its tokenizer."
         ) from error
 
@@ -146,8 +170,6 @@ def _adapter_base(path: str | Path) -> str | None:
     """The base model of a folder that holds a LoRA adapter."""
     if not (Path(path) / ADAPTER_FILE).is_file():
         return None
-    from peft import PeftConfig
-
     base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     return None if base is None else str(base)
 
@@ -162,25 +184,26 @@ def _layout(config: PreTrainedConfig) -> Layout:
 
 
 def _load_model(
-    path: str | Path, config: PreTrainedConfig, layout: Layout, labels: int, dtype: torch.dtype
+    path: str | Path, config: PreTrainedConfig, layout: Layout, labels: int, dtype: torch.dtype, trust: bool
 ) -> tuple[Any, Layout]:
     """The classifier, and the layout that its checkpoint shows."""
     if (Path(path) / ADAPTER_FILE).is_file():
-        return load_adapter(Path(path), head=None, dtype=dtype), layout
-    options: dict[str, Any] = {"num_labels": labels, "dtype": dtype, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # they are refused below
-    model, info = _read(AutoModelForSequenceClassification, path, **options)
+        return load_adapter(Path(path), head=None, dtype=dtype, trust_remote_code=trust), layout
+    options: dict[str, Any] = {"labels": labels, "dtype": dtype}
+    code = getattr(config, "auto_map", None) or {}
+    if trust and "AutoModel" in code and "AutoModelForSequenceClassification" not in code:
+        options["kind"] = AutoModel  # where some reward models register their class
+    model, missing, unknown = _read(read_classifier, path, trust, **options)
     prefix = getattr(config, "value_head_prefix", "value_head")
     own_head = head_name(model, labels=labels).removesuffix(".weight")
-    if f"{prefix}.weight" in info["unexpected_keys"] and prefix != own_head:
+    if f"{prefix}.weight" in unknown and prefix != own_head:
         layout = "openrlhf"
         options["key_mapping"] = {rf"^{prefix}\.": f"{own_head}."}
-        model, info = _read(AutoModelForSequenceClassification, path, **options)
-    missing = {str(key) for key in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
+        model, missing, unknown = _read(read_classifier, path, trust, **options)
     if missing:
         raise ContractError(
             f"{path} has no reward head that can be read: its checkpoint lacks or misshapes {sorted(missing)[:4]}, "
-            f"which would be random numbers (it has {sorted(info['unexpected_keys'])[:4]}, unknown to "
+            f"which would be random numbers (it has {sorted(unknown)[:4]}, unknown to "
             f"{type(model).__name__}). Give a reward model, or train one from it with `python -m reward_model.train`."
         )
     return model, layout

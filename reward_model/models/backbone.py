@@ -37,14 +37,7 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
         # the files lack, such as a pooler's, from the global generator.
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                num_labels=1,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-            )
+            model, missing, _ = read_classifier(name, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -52,11 +45,33 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
             "Expected a hub name or a folder made by save_pretrained that holds config.json, weights and tokenizer "
             "files. Check the spelling, and that the hub can be reached."
         ) from error
-    missing = {str(key) for key in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
     if head_name(model) in missing or head_name(model).removesuffix(".weight") + ".bias" in missing:
         initialize_head(model, seed=seed)
     separate_padding(model, tokenizer)
     return model, tokenizer
+
+
+def read_classifier(
+    path: str | Path, *, labels: int = 1, dtype: torch.dtype = torch.float32, kind: Any = None, **options: Any
+) -> tuple[Any, set[str], set[str]]:
+    """The classifier of a folder or hub name, and where its weights and those of the checkpoint differ.
+
+    Args:
+        path: The folder or hub name.
+        labels: Outputs of the head.
+        dtype: Dtype of the weights.
+        kind: Auto class; None: `AutoModelForSequenceClassification`.
+        **options: Further arguments of `from_pretrained`.
+
+    Returns:
+        The model; its weights that the checkpoint lacks or misshapes, which are random numbers; and the weights of the
+        checkpoint that it does not know.
+    """
+    model, info = (kind or AutoModelForSequenceClassification).from_pretrained(
+        path, num_labels=labels, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    missing = {str(key) for key in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
+    return model, missing, {str(key) for key in info["unexpected_keys"]}
 
 
 def layers_of(model: Any) -> Any:

@@ -92,13 +92,11 @@ def _warn_of_hidden_fields(comparisons: Sequence[Comparison], tokenizer: Any, ru
             )  # fmt: skip
 
 
-def encode_comparison(
-    comparison: Comparison, tokenizer: Any, rule: TextRule, *, may_be_equal: bool = False
-) -> list[list[int]]:
+def encode_comparison(comparison: Comparison, tokenizer: Any, rule: TextRule) -> list[list[int]]:
     """Token ids of each completion with its prompt.
 
     Raises:
-        BadRow: The chat template refuses the conversation, or two completions have the same tokens and may not.
+        BadRow: The chat template refuses the conversation, or two completions of different ranks have the same tokens.
     """
     try:
         ids = [
@@ -107,7 +105,8 @@ def encode_comparison(
         ]
     except UnreadableText as error:
         raise BadRow(f"{comparison.where}: {error}") from error
-    if not may_be_equal and len({tuple(row) for row in ids}) < len(ids):
+    places = set(zip(map(tuple, ids), range(2) if comparison.is_pair else comparison.ranks, strict=True))
+    if len({row for row, _ in places}) < len(places):
         raise BadRow(
             f"{comparison.where}: two completions become the same tokens: what tells them apart (reasoning, a tool "
             "call, spaces) is not in the text that the chat template and the tokenizer make. The comparison says "
@@ -117,18 +116,13 @@ def encode_comparison(
 
 
 def split_encodable(
-    comparisons: Sequence[Comparison],
-    tokenizer: Any,
-    rule: TextRule,
-    *,
-    on_bad_row: OnBadRow,
-    may_be_equal: bool = False,
+    comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule, *, on_bad_row: OnBadRow
 ) -> tuple[list[Comparison], list[dict[str, Any]]]:
     """The comparisons that can be encoded, and the bad rows that were skipped; errors as of `encode_comparisons`."""
     kept, bad_rows = [], []
     for comparison in comparisons:
         try:
-            encode_comparison(comparison, tokenizer, rule, may_be_equal=may_be_equal)
+            encode_comparison(comparison, tokenizer, rule)
             kept.append(comparison)
         except BadRow as error:
             bad_rows.append(set_aside(error, comparison.where, asdict(comparison), on_bad_row))

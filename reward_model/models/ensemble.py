@@ -1,5 +1,6 @@
-"""Ensembles of reward models: the mean of their normalized scores, or a lower bound of it."""
+"""Load reward models, single or as an ensemble, which scores by the mean of its members or a lower bound of it."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from torch import Tensor
 from reward_model.models.contract import CONTRACT_FILE, Contract, ContractError
 from reward_model.models.model import RewardModel
 from reward_model.models.text import Texts
+from reward_model.utils.documented import documented
+from rlhf_ppo.checkpoints.folders import replace_folder
 
 
 class EnsembleRewardModel:
@@ -53,20 +56,13 @@ class EnsembleRewardModel:
         return [member(prompts, responses, tools) for member in self.members]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EnsembleFolder:
-    """An ensemble on disk: `member-0`, `member-1`, ... and a contract that names them."""
-
-    path: Path
-    metrics: dict[str, float]
-
-
-def save_ensemble(members: Sequence[Path], output: Path, metrics: dict[str, float]) -> EnsembleFolder:
-    """Move finished members into one folder with a contract of kind `ensemble`.
+def save_ensemble(members: Sequence[Path], output: Path, metrics: dict[str, float]) -> None:
+    """Make a folder of the members, `member-0`, `member-1`, ..., with a contract of kind `ensemble`.
 
     Args:
-        members: Folders of trained reward models; they are moved.
-        output: The folder to make, atomically.
+        members: Folders of trained reward models. They stay; the files of the copies are links to them where the file
+            system has links.
+        output: The folder to make, atomically; an earlier one is removed when the new one is in its place.
         metrics: Held-out metrics of the ensemble.
     """
     partial = output.with_name(output.name + ".partial")
@@ -75,12 +71,34 @@ def save_ensemble(members: Sequence[Path], output: Path, metrics: dict[str, floa
     names = tuple(f"member-{index}" for index in range(len(members)))
     first = Contract.read(members[0])
     for name, member in zip(names, members, strict=True):
-        shutil.move(str(member), partial / name)
+        shutil.copytree(member, partial / name, copy_function=_link_or_copy)
     replace(first, kind="ensemble", members=names, metrics=metrics).write(partial)
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
-    return EnsembleFolder(path=output, metrics=metrics)
+    replace_folder(partial, output)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The reward model that a command loads."""
+
+    model: str
+    """Folder of a reward model or an ensemble, or another maker's reward model (or its first argument)."""
+    label: str | None = None
+    """Which label's logit is the score, by name or index; only for another maker's classifier with several labels."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+
+    def load_model(self, *, caution: float = 0.0) -> RewardModel | EnsembleRewardModel:
+        """Load it; arguments and errors as of `load_reward_model`."""
+        trust = self.trust_remote_code
+        return load_reward_model(self.model, caution=caution, label=self.label, trust_remote_code=trust)
 
 
 def load_reward_model(
@@ -90,6 +108,7 @@ def load_reward_model(
     caution: float = 0.0,
     max_tokens: int = 16_384,
     label: str | int | None = None,
+    trust_remote_code: bool = False,
 ) -> RewardModel | EnsembleRewardModel:
     """Load a reward model or an ensemble from a folder, or another maker's reward model.
 
@@ -99,17 +118,19 @@ def load_reward_model(
         caution: Standard deviations over the members that an ensemble's score is lowered by.
         max_tokens: Maximum of padded tokens per forward pass.
         label: As in `RewardModel.from_pretrained`.
+        trust_remote_code: Whether Python code that comes with the model may run.
 
     Raises:
         ContractError: As `RewardModel.from_pretrained`; also when caution is asked of a single model.
     """
     folder = Path(path)
+    options: dict[str, Any] = {"device": device, "max_tokens": max_tokens, "trust_remote_code": trust_remote_code}
     contract = Contract.read(folder) if (folder / CONTRACT_FILE).is_file() else None
     if contract is None or contract.kind == "single":
         if caution:
             raise ContractError(f"{path}: field kind is 'single', so caution={caution} has nothing to compare.")
-        return RewardModel.from_pretrained(path, device=device, max_tokens=max_tokens, label=label)
+        return RewardModel.from_pretrained(path, label=label, **options)
     if label is not None:
         raise ContractError(f"{path} is an ensemble, whose contract names its logits: leave label={label!r} out.")
-    members = [RewardModel.from_pretrained(folder / n, device=device, max_tokens=max_tokens) for n in contract.members]
+    members = [RewardModel.from_pretrained(folder / name, **options) for name in contract.members]
     return EnsembleRewardModel(members, caution=caution)

@@ -4,27 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
-from reward_model.models.backbone import head_name, longest_input
+from reward_model.models.backbone import head_name, longest_input, read_classifier
 from reward_model.models.contract import Contract, ContractError, tokenizer_sha256
 from reward_model.models.lora import ADAPTER_FILE, load_adapter
 
 
-def load_classifier(folder: Path, contract: Contract, *, dtype: torch.dtype) -> Any:
+def load_classifier(folder: Path, contract: Contract, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """Load the classifier of `folder`; raise if its checkpoint lacks the head.
 
     transformers initializes a missing head at random and only logs it: rewards would silently be noise.
     """
     if (folder / ADAPTER_FILE).is_file():
-        return load_adapter(folder, head=contract.head, dtype=dtype)
+        return load_adapter(folder, head=contract.head, dtype=dtype, trust_remote_code=trust_remote_code)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+        model, missing, _ = read_classifier(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ContractError(f"{folder} holds a contract, but no model that can be loaded: {error}") from error
-    missing = {str(key) for key in info["missing_keys"]} | {str(entry[0]) for entry in info["mismatched_keys"]}
     if missing:
         raise ContractError(
             f"{folder}: field head names {contract.head!r}, but the checkpoint lacks or misshapes {sorted(missing)}: "

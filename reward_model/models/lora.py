@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from reward_model.models.backbone import head_name, separate_padding
+from reward_model.models.backbone import head_name, read_classifier, separate_padding
 from reward_model.models.contract import ContractError
 
 ADAPTER_FILE = "adapter_config.json"
@@ -41,17 +41,7 @@ def lora_config(model: Any, *, rank: int, alpha: int) -> LoraConfig:
     )
 
 
-def plain_model(trained: Any, *, merge: bool) -> tuple[Any, Any]:
-    """(model to score with, model to save): merged weights, or the adapted model and its adapter."""
-    if not isinstance(trained, PeftModel):
-        return trained, trained
-    if merge:
-        merged = trained.merge_and_unload()
-        return merged, merged
-    return trained, trained
-
-
-def load_adapter(folder: Path, *, head: str | None, dtype: torch.dtype) -> Any:
+def load_adapter(folder: Path, *, head: str | None, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """Load the base model with the adapter of `folder`.
 
     Args:
@@ -59,6 +49,7 @@ def load_adapter(folder: Path, *, head: str | None, dtype: torch.dtype) -> Any:
         head: Parameter name of the scalar head; a tokenizer without a padding token of its own gets one. None: the
             model's last layer with one output, and the tokenizer as it is.
         dtype: Dtype of the weights.
+        trust_remote_code: Whether Python code that comes with the base model may run.
 
     Raises:
         ContractError: The adapter does not hold the head, or its base model cannot be loaded. Without this check
@@ -66,9 +57,8 @@ def load_adapter(folder: Path, *, head: str | None, dtype: torch.dtype) -> Any:
     """
     config = PeftConfig.from_pretrained(str(folder))
     try:
-        base = AutoModelForSequenceClassification.from_pretrained(
-            config.base_model_name_or_path, num_labels=1, dtype=dtype, ignore_mismatched_sizes=True
-        )
+        name = str(config.base_model_name_or_path)
+        base, _, _ = read_classifier(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ContractError(
             f"{folder} is a LoRA adapter on {config.base_model_name_or_path!r}, which cannot be loaded: {error} "

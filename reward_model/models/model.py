@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,7 @@ class RewardModel:
         dtype: torch.dtype = torch.float32,
         max_tokens: int = 16_384,
         label: str | int | None = None,
+        trust_remote_code: bool = False,
     ) -> "RewardModel":
         """Load a folder that `train_reward_model` wrote, or another maker's folder or hub name.
 
@@ -68,12 +68,13 @@ class RewardModel:
             dtype: Dtype of the weights; float32 gives the scores that were measured in training.
             max_tokens: Maximum of padded tokens per forward pass.
             label: Which label's logit is the score, by name or index; only for a classifier with several labels.
+            trust_remote_code: Whether Python code that comes with the model may run.
 
         Raises:
             ContractError: The contract is malformed, the head is missing from the checkpoint, the tokenizer is not that
                 of the training, text.max_length exceeds the model's positions, or no contract can be inferred.
         """
-        parts = load_parts(path, dtype=dtype, label=label)
+        parts = load_parts(path, dtype=dtype, label=label, trust_remote_code=trust_remote_code)
         model = parts.model.to(default_device() if device is None else device)
         return cls(model, parts.tokenizer, parts.contract, max_tokens=max_tokens if parts.can_be_padded else 1)
 
@@ -154,12 +155,6 @@ class RewardModel:
             )
         return scores.tolist()
 
-    def with_normalization(self, gain: float, bias: float, *, reference: str, samples: int) -> "RewardModel":
-        """The same model with another normalization."""
-        normalization = replace(self.contract.normalization, gain=gain, bias=bias, reference=reference, samples=samples)
-        contract = replace(self.contract, normalization=normalization)
-        return RewardModel(self.model, self.tokenizer, contract, max_tokens=self.max_tokens)
-
     @torch.inference_mode()
     def left_padded_scores(self, rows: Sequence[Sequence[int]]) -> list[float] | None:
         """Raw scores with left padding, and positions counted from the first real token, in one batch.
@@ -176,7 +171,7 @@ class RewardModel:
         batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         device = self.model.device
         logits = self.model(**{name: value.to(device) for name, value in batch.items()}).logits
-        return logits[:, self.contract.label].float().tolist()  # type: ignore[no-any-return]
+        return logits.reshape(len(rows), -1)[:, self.contract.label].float().tolist()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -186,7 +181,7 @@ class RewardModel:
         device = self.model.device
         with self._unpadded(ids):
             logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
-        return logits[:, self.contract.label].float().cpu()  # type: ignore[no-any-return]
+        return logits.reshape(len(rows), -1)[:, self.contract.label].float().cpu()  # type: ignore[no-any-return]
 
     @contextmanager
     def _unpadded(self, rows: list[torch.Tensor]) -> Iterator[None]:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
 from reward_model.data.comparisons import Comparison, Row, as_comparisons
@@ -22,6 +23,7 @@ from reward_model.models.encoding import (
     fill_last_step,
     fingerprint,
 )
+from reward_model.models.lora import lora_config
 from reward_model.models.model import RewardModel
 from reward_model.models.text import Text, prepare_tokenizer
 from reward_model.training.arguments import check_schedule, trainer_arguments
@@ -146,8 +148,6 @@ def _build_trainer(
     stop = [EarlyStoppingCallback(config.early_stop_patience)] if config.early_stop_patience else []
     peft_config = None
     if config.lora_rank:
-        from reward_model.models.lora import lora_config
-
         peft_config = lora_config(model, rank=config.lora_rank, alpha=config.lora_alpha)
     trainer = PreferenceTrainer(
         settings=config,
@@ -214,10 +214,9 @@ def _finish(
     trained = trainer.accelerator.unwrap_model(trainer.model)
     metrics: dict[str, float] = {}
     if trainer.accelerator.is_main_process:
-        from reward_model.models.lora import plain_model
-
-        classifier, saved = plain_model(trained, merge=config.merge_adapter)
-        reward_model = RewardModel(classifier, trainer.processing_class, contract)
+        if isinstance(trained, PeftModel) and config.merge_adapter:
+            trained = trained.merge_and_unload()
+        reward_model = RewardModel(trained, trainer.processing_class, contract)
         scored = score_completions(reward_model, held_out)
         metrics = held_out_metrics(scored)
         raw, reference = scored.raw[0].tolist(), "evaluation"
@@ -225,7 +224,7 @@ def _finish(
             prompts, responses = zip(*reference_samples, strict=True)
             raw, reference = reward_model.raw_scores(prompts, responses), "reference policy"
         contract = replace(contract, metrics=metrics, normalization=fit_normalization(raw, reference))
-        _save(saved, trainer.processing_class, contract, identity, config)
+        _save(trained, trainer.processing_class, contract, identity, config)
         shutil.rmtree(training_folder(config), ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return RewardModelResult(path=output, metrics=metrics or Contract.read(output).metrics)

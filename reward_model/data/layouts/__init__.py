@@ -7,10 +7,12 @@ from typing import Any
 from reward_model.data.layouts import argilla
 from reward_model.data.layouts.answers import (
     ANSWERS,
+    BEST_OF_K,
     LIST_NAMES,
     LISTS,
     SCORE_NAMES,
     SIDE_BY_SIDE,
+    is_best_of_k,
     sides,
     winner_column,
 )
@@ -32,7 +34,7 @@ _OTHER = (
     *LIST_NAMES,
     *SCORE_NAMES,
 )
-_NAMED = tuple(name for layout in (*ANSWERS, *THREADS) for name in (*layout.needs, *layout.uses))
+_NAMED = tuple(name for layout in (*ANSWERS, *THREADS, BEST_OF_K) for name in (*layout.needs, *layout.uses))
 COLUMNS = tuple(dict.fromkeys((*OWN_COLUMNS, *_OTHER, *_NAMED)))
 """Every column that some layout reads."""
 
@@ -45,6 +47,8 @@ class Recognized:
     row: Row
     used: frozenset[str]
     """Columns of the original row that were read."""
+    group: str = ""
+    """What is held out together, if the layout says."""
 
 
 def recognize(row: Row, where: str) -> Recognized:
@@ -55,6 +59,8 @@ def recognize(row: Row, where: str) -> Recognized:
     """
     if argilla.question_column(row) and argilla.fields(row):
         return _converted(argilla.ARGILLA, row, where, argilla.used_columns(row))
+    if is_best_of_k(row):
+        return _converted(BEST_OF_K, row, where, (*BEST_OF_K.uses, "prompt", "chosen", "rejected"))
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return _own(row, PAIR_COLUMNS)
     if _given(row, "completions") and (_given(row, "ranks") or _given(row, "scores")):
@@ -115,4 +121,5 @@ def _converted(layout: Layout, row: Row, where: str, used: tuple[str, ...]) -> R
         if row.get(name) is not None and layout.kind == "comparison":
             converted.setdefault(name, row[name])
             used = (*used, name)
-    return Recognized(kind=layout.kind, row=converted, used=frozenset(used))
+    group = str(converted.pop("group", ""))
+    return Recognized(kind=layout.kind, row=converted, used=frozenset(used), group=group)

@@ -133,6 +133,37 @@ def _side_by_side(row: Row) -> dict[str, Any] | None:
     return ranking(prompt, [row[name] for name in names], [float(name == best) for name in names])
 
 
+def is_best_of_k(row: Row) -> bool:
+    """Whether a row has lists of texts where others have one completion, as RewardBench 2."""
+    return any(isinstance(row.get(name), list | tuple) and _texts(row, name) for name in ("chosen", "rejected"))
+
+
+def _texts(row: Row, name: str) -> list[str]:
+    value = row.get(name)
+    texts = [value] if isinstance(value, str) else value
+    are_texts = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+    return list(texts or []) if are_texts else []
+
+
+def _best_of_k(row: Row) -> dict[str, Any]:
+    """A ranking of two ranks: the correct completions before the others."""
+    sides = {name: _texts(row, name) for name in ("chosen", "rejected")}
+    for name, texts in sides.items():
+        if not texts:
+            raise ValueError(f"field {name!r} must be a list of one or more texts, got {row.get(name)!r:.60}.")
+    correct, count = len(sides["chosen"]), row.get("num_correct")
+    if count is not None and count != correct:
+        raise ValueError(f"field 'num_correct' is {count!r:.40}, but 'chosen' has {correct} completions.")
+    for name in ("id", "subset"):
+        if not isinstance(row.get(name), str | int | None):
+            raise ValueError(f"field {name!r} must be text, got {type(row[name]).__name__}.")
+    ranks = [0] * correct + [1] * len(sides["rejected"])
+    source, group = str(row.get("subset") or ""), str(row.get("id") or "")
+    completions = sides["chosen"] + sides["rejected"]
+    return {"prompt": row.get("prompt"), "completions": completions, "ranks": ranks, "source": source, "group": group}
+
+
+BEST_OF_K = Layout(name="RewardBench 2", needs=(), uses=("id", "subset", "num_correct"), convert=_best_of_k)
 SIDE_BY_SIDE = Layout(name="answers side by side", needs=(), convert=_side_by_side)
 LISTS = Layout(name="answers in a list", needs=(), convert=_lists)
 ANSWERS = (

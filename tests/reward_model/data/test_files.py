@@ -96,8 +96,47 @@ def test_encodings_that_do_not_say_so_are_refused_by_name(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"data\.json: not UTF-8 text .*Latin-1"):
         read(path)
     path.write_bytes(TEXTS["json"].encode("utf-16-le"))
-    with pytest.raises(DataError, match=r"looks like UTF-16LE without a byte order mark\. Convert it: iconv"):
+    with pytest.raises(DataError, match=r"looks like UTF-16LE without.*--encoding utf-16le; or convert it: iconv"):
         read(path)
+
+
+CHINESE = [{"prompt": f"中文 {n}：", "chosen": f"很好 {n}", "rejected": f"一般 {n}"} for n in range(4)]
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030", "utf-16-le", "utf-16-be", "big5"])
+def test_another_encoding_is_read_if_it_is_named_and_refused_with_this_remedy_otherwise(
+    kind: str, encoding: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"data.{kind}"
+    texts = {"jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in CHINESE), "csv": as_csv(CHINESE)}
+    texts |= {"json": json.dumps(CHINESE, ensure_ascii=False), "tsv": as_csv(CHINESE, "\t")}
+    path.write_bytes(texts[kind].encode(encoding))
+    with pytest.raises((BadRow, DataError), match="--encoding"):
+        load_comparisons(str(path))
+    found = load_comparisons(str(path), encoding=encoding).comparisons
+    assert [(c.prompt, c.completions) for c in found] == [(r["prompt"], (r["chosen"], r["rejected"])) for r in CHINESE]
+
+
+def test_an_encoding_that_a_file_does_not_have_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(TEXTS["jsonl"].encode())
+    with pytest.raises(DataError, match="encoding='klingon' is unknown"):
+        load_comparisons(str(path), encoding="klingon")
+    with pytest.raises(BadRow, match=r"data\.jsonl:1: not ascii text \(byte 0xc3.*--encoding"):
+        load_comparisons(str(path), encoding="ascii")
+    path.write_bytes(TEXTS["jsonl"].encode("utf-16-le") + b"\x00\xd8\n\x00")  # half of a character
+    with pytest.raises(DataError, match="encoding=utf-16-le, but it holds bytes that are none"):
+        load_comparisons(str(path), encoding="utf-16-le")
+    path.write_bytes(TEXTS["jsonl"].encode("utf-8-sig"))
+    assert len(load_comparisons(str(path), encoding="utf-8").comparisons) == 4, "the mark is no part of the text"
+    with pytest.raises(DataError, match="byte order mark of utf-8-sig, but encoding=gbk: its texts would be garbled"):
+        load_comparisons(str(path), encoding="gbk")
+    table = tmp_path / "data.parquet"
+    Dataset.from_list(ROWS).to_parquet(table)
+    for source in (str(table), Dataset.from_list(ROWS)):
+        with pytest.raises(DataError, match=r"encoding=gbk is for text files"):
+            load_comparisons(source, encoding="gbk")
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [("tsv", "\t"), ("csv", ",")])

@@ -144,6 +144,71 @@ def test_trl_adapters_give_the_scores_of_the_adapted_model(tmp_path: Path) -> No
     assert_close(adopted(PROMPTS, RESPONSES), own_scores(adapted, plain_rows()), atol=1e-6, rtol=1e-6)
 
 
+CODE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class BagConfig(PreTrainedConfig):
+    model_type = "bag_of_words"
+
+    def __init__(self, vocab_size=0, **options):
+        super().__init__(**options)
+        self.vocab_size = vocab_size
+
+
+class BagForRewardModel(PreTrainedModel):
+    config_class = BagConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(config.vocab_size, 8)
+        self.score = nn.Linear(8, 1)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        scores = self.score(self.words(input_ids)).squeeze(-1)
+        return SequenceClassifierOutput(logits=(scores * mask).sum(dim=1, keepdim=True))
+"""
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModelForSequenceClassification", "AutoModel"])
+def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
+    auto_class: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen's math reward models register their class as AutoModel. The score is the sum of its words' weights."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / f"bag_{auto_class}"
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "code.py").write_text(CODE)
+    torch.manual_seed(0)
+    words, head, bias = torch.randn(VOCAB_SIZE, 8), torch.randn(1, 8), torch.randn(1)
+    weights = {"words.weight": words, "score.weight": head, "score.bias": bias}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code = {"AutoConfig": "code.BagConfig", auto_class: "code.BagForRewardModel"}
+    config = {
+        "model_type": "bag_of_words", "architectures": ["BagForRewardModel"], "vocab_size": VOCAB_SIZE,
+        "pad_token_id": PAD_TOKEN_ID, "auto_map": code,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ContractError, match=r"comes with Python code of its own.*--trust_remote_code"):
+        load_reward_model(folder)
+    model = load_reward_model(folder, trust_remote_code=True)
+    expected = [float(sum(head[0] @ words[i] + bias[0] for i in row)) for row in plain_rows()]
+    assert_close(model(PROMPTS, RESPONSES), expected, atol=1e-5, rtol=0)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"prompt": PROMPTS[0], "response": RESPONSES[0]}) + "\n")
+    command = [str(folder), "--data", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    with pytest.raises(ContractError, match="trust_remote_code"):
+        score(command)
+    assert score([*command, "--trust_remote_code"]) == pytest.approx(expected[:1], abs=1e-5)
+
+
 def test_what_is_no_reward_model_is_refused(tmp_path: Path, tiny_base: Path, trained_folder: Path) -> None:
     with pytest.raises(ContractError, match=r"no reward head.*score\.weight.*random numbers"):
         RewardModel.from_pretrained(tiny_base)

@@ -12,10 +12,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertModel
 
 from reward_model import ContractError, RewardModel, train_reward_model
-from reward_model.models.ensemble import EnsembleRewardModel, load_reward_model
+from reward_model.models.ensemble import EnsembleRewardModel, load_reward_model, save_ensemble
 from reward_model.models.lora import load_adapter, lora_config
 from reward_model.train import train_ensemble
 from reward_model.training.trainer import _finish
+from rlhf_ppo.checkpoints.folders import recover_replaced_folder
 from tests.reward_model.conftest import preference_rows, tiny_config
 from tests.support.tiny_models import tiny_tokenizer
 
@@ -139,6 +140,35 @@ def test_an_ensemble_loads_again_with_equal_scores(ensemble_folder: Path) -> Non
     first, second = load_reward_model(ensemble_folder), load_reward_model(ensemble_folder)
     assert first(PROMPTS, RESPONSES) == second(PROMPTS, RESPONSES)
     assert not list(ensemble_folder.parent.glob("*.members")), "the members' working folders are gone"
+
+
+def test_saving_an_ensemble_loses_nothing_where_it_is_stopped(
+    ensemble_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the members nor an earlier ensemble: each is whole at every moment, at its place or beside it."""
+    members = [ensemble_folder / f"member-{index}" for index in range(3)]
+    expected = load_reward_model(ensemble_folder)(PROMPTS, RESPONSES)
+    output = tmp_path / "rm"
+    save_ensemble(members[:2], output, {})
+    before = load_reward_model(output)(PROMPTS, RESPONSES)
+    rename = Path.rename
+    for stop in range(2):
+        renames = iter(range(stop))
+
+        def interrupted(path: Path, target: Path, renames: Any = renames) -> Path:
+            if next(renames, None) is None:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_ensemble(members, output, {})
+        monkeypatch.undo()
+        recover_replaced_folder(output)
+        assert load_reward_model(output)(PROMPTS, RESPONSES) == before
+        assert load_reward_model(ensemble_folder)(PROMPTS, RESPONSES) == expected
+    save_ensemble(members, output, {})
+    assert load_reward_model(output)(PROMPTS, RESPONSES) == expected and [*tmp_path.iterdir()] == [output]
 
 
 def test_caution_needs_an_ensemble(trained_folder: Path, reward_model: RewardModel) -> None:

@@ -11,8 +11,8 @@ import requests
 
 from reward_model import RewardModel
 from reward_model.models.ensemble import EnsembleRewardModel
-from reward_model.serve import ServeConfig, health_of, is_loopback
 from reward_model.serving.client import RemoteRewardModel, read_scores
+from reward_model.serving.server import ServeConfig, health_of, is_loopback
 from tests.reward_model.conftest import serving
 from tests.support.patience import PATIENCE
 
