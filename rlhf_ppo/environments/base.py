@@ -1,7 +1,6 @@
 """`Environment`, which speaks text, and `Turn`, its answer to one reply of the policy."""
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,6 +8,7 @@ from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 Messages: TypeAlias = list[dict[str, Any]]
 """A conversation for the chat template: [{"role": "user", "content": "..."}, ...]."""
@@ -17,9 +17,11 @@ Observation: TypeAlias = str | Messages
 
 
 RESERVED = frozenset(
-    ("turns", "truncated", "sampled_tokens", "observed_tokens", "failed", "retried", "token_drift", "rollouts_lost")
+    ("turns", "truncated", "sampled_tokens", "observed_tokens", "failed", "retried", "timed_out", "token_drift")
+    + ("rollouts_lost",)
 )
 """Names of `env/...` metrics that are no environment's."""
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -28,34 +30,52 @@ class Turn:
 
     observation: Observation = ""
     """What the policy reads next; not read after a terminated turn."""
-    reward: float | np.floating[Any] = 0.0
-    """Reward of the reply, credited to its last token."""
-    terminated: bool | np.bool_ = False
+    reward: Any = 0.0
+    """Reward of the reply, credited to its last token: a number, or an array or tensor of one; kept as a float."""
+    terminated: Any = False
     """The episode ended: it has no future."""
-    truncated: bool | np.bool_ = False
+    truncated: Any = False
     """The episode was cut off: the value of the state after `observation` stands for its future."""
-    info: Mapping[str, float | np.number[Any]] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
     """Further numbers, logged as `env/<name>`; the last turn's value of each name counts."""
 
     def __post_init__(self) -> None:
         check_observation(self.observation, "Turn.observation")
-        if isinstance(self.reward, bool) or not isinstance(self.reward, Real) or not math.isfinite(self.reward):
-            raise ValueError(
-                f"Turn.reward must be a finite number, got {self.reward!r}: it would destroy the weights in one step. "
-                "Return a float; raise an exception to drop the episode."
-            )
+        object.__setattr__(
+            self, "reward", _number("Turn.reward", self.reward, "raise an exception to drop the episode")
+        )
         for name in ("terminated", "truncated"):
-            if not isinstance(getattr(self, name), bool | np.bool_):
+            value = _item(getattr(self, name))
+            if not isinstance(value, bool):
                 raise TypeError(
-                    f"Turn.{name} must be True or False, got {getattr(self, name)!r}: it would be unknown whether the "
-                    "episode goes on."
+                    f"Turn.{name} must be True or False, got {value!r:.80}: it would be unknown whether the episode "
+                    "goes on. Return bool(...)."
                 )
-        if wrong := {name: value for name, value in self.info.items() if not isinstance(value, Real)}:
-            raise TypeError(f"Turn.info must hold numbers, got {wrong!r:.80}: they are averaged over episodes.")
+            object.__setattr__(self, name, value)
+        if not isinstance(self.info, Mapping):
+            raise TypeError(f"Turn.info must be a mapping of names to numbers, got {self.info!r:.80}. Leave it out.")
         if taken := RESERVED & set(self.info):
             raise ValueError(
                 f"Turn.info must not hold {', '.join(sorted(taken))}: the trainer counts these itself. Rename it."
             )
+        info = {name: _number(f"Turn.info[{name!r}]", value, "leave it out") for name, value in self.info.items()}
+        object.__setattr__(self, "info", info)
+
+
+def _item(value: Any) -> Any:
+    """The number in an array or a tensor of one; anything else unchanged."""
+    is_array = isinstance(value, np.generic | np.ndarray | Tensor)
+    return value.item() if is_array and value.reshape(-1).shape == (1,) else value
+
+
+def _number(name: str, value: Any, alternative: str) -> float:
+    number = _item(value)
+    if not isinstance(number, Real) or not abs(number) <= _LARGEST:  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must be a finite number within float32, got {value!r:.80}: it would destroy the weights or a "
+            f"mean. Return a float, or {alternative}."
+        )
+    return float(number)
 
 
 @runtime_checkable

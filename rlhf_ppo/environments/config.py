@@ -17,10 +17,11 @@ class EpisodeConfig:
     max_concurrency: int = 32
     """Maximum number of environments that run at the same time. With 1, and no timeout, they run in the main thread."""
     timeout: float | None = 120.0
-    """Seconds per call of an environment; one that takes longer counts as failed. None: no limit."""
+    """Seconds per call of an environment; one that takes longer has failed. None: no limit."""
     retries: int = 1
     """How often a failed call is repeated: in a new environment, with the same seed and the same replies before. An
-    episode whose retries fail is dropped, with its group, and counted as `env/failed`."""
+    episode whose retries fail is dropped, with its group, and counted as `env/failed`; with a critic, one that times
+    out after its first turn is truncated instead, and counted as `env/timed_out`."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,5 +1,6 @@
 """`LiveEpisode`: an environment and the tokens of its episode so far."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -82,8 +83,8 @@ class ReplayableEnvironment:
         """Call the environment's `close`, if it has one."""
         environment, self.environment = self.environment, None
         close: Callable[[], Any] | None = getattr(environment, "close", None)
-        if close is not None:
-            finish(close())
+        if close is not None and inspect.isgenerator(finish(close())):
+            raise TypeError("close() returned a generator, whose code never ran: let it be a plain function.")
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -100,7 +101,8 @@ class ReplayableEnvironment:
         if not isinstance(turn, Turn):
             raise TypeError(
                 f"step() must return a Turn, got {type(turn).__name__}: it would be unknown what was observed and "
-                "rewarded. Return rlhf_ppo.environments.Turn(observation, reward, terminated, truncated)."
+                "rewarded. Return rlhf_ppo.environments.Turn(observation, reward, terminated, truncated), or wrap "
+                "another library's environment: rlhf_ppo.environments.adapters.from_gem reads Gymnasium's tuples."
             )
         return turn
 
@@ -134,6 +136,7 @@ class LiveEpisode:
     ended: bool = False
     truncated: bool = False
     _finished_reply: bool = False
+    _last_reply: int = 0
 
     def begin(self) -> None:
         """Encode the first observation.
@@ -163,7 +166,7 @@ class LiveEpisode:
         self._append(tokens, is_own=True)
         self.logprobs = None if self.logprobs is None or logprobs is None else self.logprobs + logprobs
         self.turn_ends.append(len(self.response))
-        self._finished_reply = finished
+        self._finished_reply, self._last_reply = finished, len(tokens)
         return str(self.renderer.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def add_turn(self, reply: str, turn: Turn) -> None:
@@ -183,6 +186,13 @@ class LiveEpisode:
             self.logprobs += [0.0] * (len(self.response) - len(self.logprobs))
         is_last = bool(turn.truncated) or len(self.turn_ends) >= self.config.max_turns
         self.ended = self.truncated = is_last or self._room() < self.reply_tokens
+
+    def cut_off(self) -> None:
+        """End the episode, truncated, before its last reply, which the environment has not answered."""
+        self.turn_ends.pop()
+        for values in (self.response, self.mask, self.rewards, self.logprobs or []):
+            del values[-self._last_reply :]
+        self.error, self.ended, self.truncated = None, True, True
 
     def episode(self) -> Episode:
         """The finished episode."""

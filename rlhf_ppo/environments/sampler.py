@@ -31,12 +31,17 @@ class PlayedEpisodes:
     """Why episodes failed."""
     retried: int
     """Number of calls of environments that were repeated."""
+    timed_out: int
+    """Number of episodes that were truncated because their environments exceeded the time limit."""
     drifted_turns: int
     """Number of turns for which the sampler continued other tokens than those it was given; 0 unless it is broken."""
 
     def counts(self) -> dict[str, int]:
-        """Failed episodes, repeated calls, drifted turns, under the names of their metrics."""
-        return {"env/failed": len(self.errors), "env/retried": self.retried, "env/token_drift": self.drifted_turns}
+        """Failed and timed out episodes, repeated calls, drifted turns, under the names of their metrics."""
+        return {
+            "env/failed": len(self.errors), "env/retried": self.retried, "env/timed_out": self.timed_out,
+            "env/token_drift": self.drifted_turns,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,8 @@ class EnvironmentSampler:
         max_positions: Positions of the model; None: no limit.
         any_process: Whether an argument is True on any process; called once a turn for samplers that all processes
             must call equally often.
+        keep_timed_out: Whether an episode whose environment exceeds the time limit is kept, truncated before the reply
+            that was not answered: right where a value stands for its future. Otherwise it is dropped.
     """
 
     factory: EnvironmentFactory
@@ -63,6 +70,7 @@ class EnvironmentSampler:
     config: EpisodeConfig
     max_positions: int | None = None
     any_process: Callable[[bool], bool] = bool
+    keep_timed_out: bool = False
 
     def __call__(
         self,
@@ -102,7 +110,7 @@ class EnvironmentSampler:
             )
         return PlayedEpisodes(
             episodes=[None if episode.error is not None else episode.episode() for episode in live],
-            errors=errors, retried=counts.retried, drifted_turns=counts.drifted,
+            errors=errors, retried=counts.retried, timed_out=counts.timed_out, drifted_turns=counts.drifted,
         )  # fmt: skip
 
     def _is_anyone_playing(self, here: bool) -> bool:
@@ -110,6 +118,12 @@ class EnvironmentSampler:
 
     def _begin(self, live: list[LiveEpisode], counts: "_Counts") -> None:
         self._call(live, [lambda env: env.start()] * len(live), counts)
+        started = [id(episode.environment.environment) for episode in live if episode.error is None]
+        if len(set(started)) < len(started):
+            raise ValueError(
+                f"environment must make a new environment for each episode, got {len(set(started))} for {len(started)} "
+                "episodes: they would play in one another's games. Pass the class, or a function that calls it."
+            )
         for episode in live:
             if episode.error is None:
                 with _dropped_if_unusable(episode):
@@ -141,6 +155,9 @@ class EnvironmentSampler:
             if episode.error is None:
                 with _dropped_if_unusable(episode):
                     episode.add_turn(reply, turn)
+            elif self.keep_timed_out and isinstance(episode.error, TimeoutError) and episode.environment.turns:
+                episode.cut_off()
+                counts.timed_out += 1
         self._close([episode for episode in playing if not _is_playing(episode)])
 
     def _call(
@@ -190,6 +207,7 @@ class EnvironmentSampler:
 @dataclass
 class _Counts:
     retried: int = 0
+    timed_out: int = 0
     drifted: int = 0
 
 

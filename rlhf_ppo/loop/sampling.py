@@ -36,7 +36,7 @@ def make_collector(
     episodes = environment and EnvironmentSampler(
         factory=environment, sampler=sampler, tokenizer=learner.tokenizer, device=learner.current_device,
         config=config.episodes, max_positions=learner.limits.max_positions,
-        any_process=learner.processes.any_process,
+        any_process=learner.processes.any_process, keep_timed_out=learner.algorithm.has_critic,
     )  # fmt: skip
     return Collector(
         model=learner.model, tokenizer=learner.tokenizer, sampling=config.sampling, device=learner.current_device,

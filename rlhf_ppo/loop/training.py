@@ -232,7 +232,7 @@ class TrainingLoop:
                 "one at least. Give more prompts, or evaluate on fewer processes."
             )
         rows = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
-        collector = replace(self.collector, episode_seeds=(seed, 1))
+        collector = self.collector.for_evaluation(seed)
         evaluation = evaluate(
             collector, self.learner.scorer, self.eval_prompts, self.rewards, judges=self.judges, rows=rows,
             seed=seed + 100003 * accelerator.process_index,

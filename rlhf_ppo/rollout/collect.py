@@ -118,6 +118,11 @@ class Collector:
     environment: EnvironmentSampler | None = None
     episode_seeds: tuple[int, int] = (0, 0)
 
+    def for_evaluation(self, seed: int) -> "Collector":
+        """A copy that plays other episodes, and drops those that time out: no value stands for the rest of a score."""
+        environment = self.environment and replace(self.environment, keep_timed_out=False)
+        return replace(self, environment=environment, episode_seeds=(seed, 1))
+
     def sample(self, batch: PromptBatch, generator: torch.Generator) -> CollectedResponses:
         """Sample `num_return_sequences` adjacent responses to each prompt, or play as many episodes."""
         if self.environment is not None:

@@ -34,10 +34,12 @@ class Script:
         )  # fmt: skip
 
 
-def play(factory: Any, sampler: Any, *, tasks: int = 1, chat: bool = False, **settings: Any) -> list[Episode]:
+def play(
+    factory: Any, sampler: Any, *, tasks: int = 1, chat: bool = False, keep_timed_out: bool = False, **settings: Any
+) -> list[Episode]:
     runner = EnvironmentSampler(
         factory=factory, sampler=sampler, tokenizer=tiny_tokenizer(chat=chat), device=torch.device("cpu"),
-        config=EpisodeConfig(**settings), max_positions=128,
+        config=EpisodeConfig(**settings), max_positions=128, keep_timed_out=keep_timed_out,
     )  # fmt: skip
     played = runner(torch.nn.Identity(), [{}] * tasks, SAMPLING)
     assert played.drifted_turns == 0

@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_ppo import PPOClip, ReinforcePlusPlus
 from rlhf_ppo.environments import EnvironmentSampler, EpisodeConfig, Turn
 from rlhf_ppo.environments.concurrency import run_concurrently
 from tests.environments.test_episodes import SAMPLING, Script, play
@@ -52,6 +54,12 @@ def nonsense() -> Any:
     ("changes", "message"),
     [
         ({"reward": float("nan")}, "finite number"),
+        ({"reward": 1e300}, "within float32"),
+        ({"reward": np.array([1.0, 2.0])}, "finite number"),
+        ({"reward": None}, "finite number"),
+        ({"terminated": None}, "True or False"),
+        ({"info": {"score": float("nan")}}, "leave it out"),
+        ({"info": {"reason": "lost"}}, "leave it out"),
         ({"observation": [{"content": "no role"}]}, "text or a list of messages"),
         ({"info": {"turns": 1.0}}, "must not hold turns"),
     ],
@@ -61,10 +69,32 @@ def test_a_malformed_turn_is_refused(changes: dict[str, Any], message: str) -> N
         Turn(**changes)
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
-    turn = Turn("", np.float32(1.5), terminated=np.bool_(True), info={"x": np.int64(3)})
-    assert turn.reward == 1.5
-    assert turn.terminated
+@pytest.mark.parametrize("wrap", [np.float32, np.array, lambda x: np.array([x]), torch.tensor, lambda x: x])
+def test_a_number_in_an_array_or_a_tensor_is_a_number(wrap: Any) -> None:
+    turn = Turn("", wrap(1.5), info={"x": wrap(0.5)})
+    assert (turn.reward, turn.info) == (1.5, {"x": 0.5})
+    assert type(turn.reward) is float
+
+
+@pytest.mark.parametrize("wrap", [np.bool_, np.array, torch.tensor, lambda x: x])
+def test_a_truth_value_ends_an_episode_and_is_a_reward(wrap: Any) -> None:
+    turn = Turn("", wrap(True), terminated=wrap(True), truncated=wrap(False))
+    assert (turn.reward, turn.terminated, turn.truncated) == (1.0, True, False)
+
+
+def test_one_environment_for_several_episodes_is_refused() -> None:
+    only = CountE()
+    with pytest.raises(ValueError, match="got 1 for 2 episodes"):
+        play(lambda: only, Script("e"), tasks=2)
+
+
+def test_a_close_that_is_a_generator_is_reported_as_it_never_ran() -> None:
+    class Generator(CountE):
+        def close(self) -> Any:
+            yield
+
+    with pytest.warns(UserWarning, match=r"close\(\) returned a generator"):
+        assert play(Generator, Script("e", "ee", "x"))
 
 
 FAULTS = {"raises": raise_error, "hangs": hang, "talks nonsense": nonsense, "gives nan": lambda: Turn("", float("nan"))}
@@ -88,6 +118,43 @@ def test_an_episode_whose_fault_stays_is_dropped_and_the_others_are_as_before(fa
         )
     assert [episode.total_reward for episode in episodes] == [3.0, 3.0]
     assert all(not episode.truncated for episode in episodes)
+
+
+def test_with_a_critic_an_episode_that_times_out_ends_before_the_reply_that_was_not_answered() -> None:
+    """It is the episode that a turn limit would have cut there."""
+    (expected,) = play(CountE, Script("e", "ee", "x"), max_turns=1)
+    (seen,) = play(
+        flaky(hang, range(9)), Script("e", "ee", "x"), keep_timed_out=True, timeout=0.2, max_concurrency=1, retries=0
+    )
+    assert seen.truncated
+    for name in ("response_ids", "mask", "rewards", "logprobs"):
+        assert torch.equal(getattr(seen, name), getattr(expected, name)), name
+    assert seen.turn_ends == expected.turn_ends
+
+
+def test_an_episode_that_times_out_before_its_first_answer_is_dropped_with_a_critic_too() -> None:
+    class Hangs(CountE):
+        def step(self, reply: str) -> Turn:
+            return hang()
+
+    with pytest.warns(UserWarning, match="no answer within 0.2 s"):
+        assert play(Hangs, Script("e"), keep_timed_out=True, timeout=0.2, retries=0) == []
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "timed_out", "failed"), [(PPOClip(), 1, 0), (ReinforcePlusPlus(), 0, 1)], ids=["critic", "none"]
+)
+def test_training_keeps_an_episode_that_timed_out_where_a_value_stands_for_its_future(
+    algorithm: Any, timed_out: int, failed: int
+) -> None:
+    own = trainer(algorithm=algorithm)
+    episodes = EpisodeConfig(retries=0, timeout=0.2, max_concurrency=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        state = own.train(None, config(iterations=1, episodes=episodes), environment=flaky(hang, {0}))
+    assert (state.metrics["env/timed_out"], state.metrics["env/failed"]) == (timed_out, failed)
+    assert own.last_batch is not None
+    assert len(own.last_batch[0]) == own.config.batch_size - failed
 
 
 def test_an_environment_that_answers_differently_when_started_again_is_dropped() -> None:
