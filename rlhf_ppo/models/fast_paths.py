@@ -1,11 +1,12 @@
 """Prove on the model at hand that fast paths score as its own call does: one small batch, once, before they are used.
 
 The model's own call gives the right log-probabilities, hidden states and gradients: on a padded batch where a row alone
-agrees with it, else on each row alone. Each fast path must give the same, or is declined. Gradients of embeddings and
-LM heads with more than 2^18 entries are not compared.
+or packed rows, which know no padding, agree with it, else on each row alone. Each fast path must give the same, or is
+declined. Gradients of embeddings and LM heads with more than 2^18 entries are not compared.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -19,21 +20,17 @@ from rlhf_ppo.functional import TokenStatistics, token_logprobs
 from rlhf_ppo.kernels.linear_layers import decline_fast_layers, has_fast_layers, plain_layers
 from rlhf_ppo.kernels.linear_logprobs import LossGradient
 from rlhf_ppo.kernels.packing import may_be_packed
+from rlhf_ppo.models.gradient_check import gradient_difference, gradients_by, some_trained_parameters
 from rlhf_ppo.models.lm_head import assumed_transform, find_transform, relative_gap
-from rlhf_ppo.models.small_batch import (
-    LARGE,
-    PreservedModes,
-    is_low_precision,
-    is_sharded,
-    small_batch,
-    some_trained_parameters,
-)
+from rlhf_ppo.models.small_batch import PreservedModes, is_low_precision, is_sharded, small_batch
 from rlhf_ppo.models.trunk import FastPaths, Trunk, layers_of
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 5e-2
 """How far logits and hidden states may differ, relative to the largest; gradients ten times as far."""
+TRANSFORM_ROWS = 2
+"""Rows of logits that tell the transform behind the LM head; log-probabilities of all are compared with it."""
 COSTS = {
     "padding": "rows are scored one by one",
     "head_rows": "logits of all tokens are computed, prompts included",
@@ -55,6 +52,9 @@ class _Expected:
 
     logits: Tensor
     states: Tensor
+    logprobs: Tensor
+    largest: float
+    """The largest logit; not finite if one of them is not."""
     gradients: dict[str, Tensor]
 
 
@@ -101,6 +101,8 @@ class _Proof:
         self.declined: dict[str, str] = {}
 
     def run(self) -> FastPaths:
+        if (paths := self._all_at_once()) is not None:
+            return paths
         with plain_layers(self.model):
             self.expected, paths = self._own_results()
         if not bool(self.expected.logits.isfinite().any()):
@@ -116,6 +118,27 @@ class _Proof:
                 self.declined["fast_layers"] = reason
                 decline_fast_layers(self.model)
         return replace(full, declined=self.declined)
+
+    def _all_at_once(self) -> FastPaths | None:
+        """All paths that are wanted, if packed rows give what one padded call of the model's own gives; None: unsure.
+
+        Only one of the two has padding, so both are right about it.
+        """
+        if not (self.wanted.packing and self.wanted.head_rows) or self.model.config.is_encoder_decoder:
+            return None
+        try:
+            if may_be_packed(layers_of(self.model)) is not None:
+                return None
+            with plain_layers(self.model), torch.enable_grad():
+                self.expected = self._expected(*Trunk()(self.model, self.inputs, replace(self.wanted, head_rows=False)))
+        except Exception:
+            return None
+        certain = math.isfinite(self.expected.largest)
+        certain = certain and self._causality_gap(self.expected.logits) <= self.tolerance
+        paths = self._with_transform(self.wanted) if certain else replace(self.wanted, head_rows=False)
+        is_right = paths.head_rows and self._difference(paths) is None
+        self.declined.clear()
+        return paths if is_right else None
 
     def _own_results(self) -> tuple[_Expected, FastPaths]:
         """The model's own logits, states and gradients; whether rows of unequal length may run side by side.
@@ -137,15 +160,19 @@ class _Proof:
                 plain = replace(plain, padding=False)
                 features = trunk(self.model, self.inputs, plain)
                 self._check(features, third)
-        logprobs = token_logprobs(features[0], self.tokens, temperature=self.temperature)
         try:
-            gradients = self._gradients(logprobs, features[1])
+            return self._expected(*features), plain
         except Exception as error:
             raise ValueError(
                 f"expected {type(self.model).__name__} to have gradients in eval mode, in which PPO trains, got "
                 f"{_first_line(error)}. Its log-probabilities cannot be trained: use another architecture."
             ) from error
-        return _Expected(features[0].detach(), features[1].detach(), gradients), plain
+
+    def _expected(self, logits: Tensor, states: Tensor) -> _Expected:
+        logprobs = token_logprobs(logits, self.tokens, temperature=self.temperature)
+        gradients = self._gradients(logprobs, states)
+        logits = logits.detach()
+        return _Expected(logits, states.detach(), logprobs.detach(), float(logits.abs().max()), gradients)
 
     def _own_call(self, trunk: Trunk, plain: FastPaths) -> tuple[Tensor, Tensor]:
         """Logits and states of the third row alone."""
@@ -203,8 +230,9 @@ class _Proof:
             return paths
         try:
             with torch.no_grad(), plain_layers(self.model):
-                output = self.model.get_output_embeddings()(self._head_inputs())
-            transform = find_transform(self.model.config, output, self.expected.logits, tolerance=self.tolerance)
+                output = self.model.get_output_embeddings()(self._head_inputs()[-TRANSFORM_ROWS:])
+            own = self.expected.logits[-TRANSFORM_ROWS:]
+            transform = find_transform(self.model.config, output, own, tolerance=self.tolerance)
             reason = None if transform is not None else "its logits are not those of the LM head on the last states"
         except Exception as error:
             transform, reason = None, _first_line(error)
@@ -243,39 +271,18 @@ class _Proof:
                 gradients = self._gradients(logprobs := statistics.logprobs, states)
         except Exception as error:
             return _first_line(error)
-        expected = token_logprobs(self.expected.logits, self.tokens, temperature=self.temperature)
         # With the right transform, right inputs of the LM head give right logits.
         features = self._head_inputs() if paths.head_rows else self.expected.logits
         gaps = [relative_gap(hidden, features), relative_gap(states, self.expected.states)]
-        gaps.append(
-            float((logprobs - expected).detach().abs().max()) / max(1.0, float(self.expected.logits.abs().max()))
-        )
+        gap = float((logprobs - self.expected.logprobs).detach().abs().max())
+        gaps.append(gap / max(1.0, self.expected.largest))
         reason = _describe(max(gaps), 0.0, self.tolerance)
-        return reason or self._gradient_difference(gradients)
+        return reason or gradient_difference(self.expected.gradients, gradients, 10 * self.tolerance)
 
     def _gradients(self, logprobs: Tensor, states: Tensor) -> dict[str, Tensor]:
         """Gradients of a loss in log-probabilities and states by some trained parameters."""
         loss = (self.slopes * logprobs).sum() + self.slope_of_states * states.float().sin().sum()
-        if not self.trained or not loss.requires_grad:
-            return {}
-        found = torch.autograd.grad(loss, list(self.trained.values()), allow_unused=True)
-        return {name: _part(grad) for name, grad in zip(self.trained, found, strict=True) if grad is not None}
-
-    def _gradient_difference(self, gradients: dict[str, Tensor]) -> str | None:
-        expected = self.expected.gradients
-        scale = max((float(gradient.abs().max()) for gradient in expected.values()), default=0.0)
-        for name, gradient in expected.items():
-            found = gradients.get(name)
-            gap = float(((0.0 if found is None else found.float()) - gradient.float()).abs().max())
-            largest = max(float(gradient.abs().max()), 1e-2 * scale)
-            if not gap <= 10 * self.tolerance * largest:
-                return f"the gradient of {name} differs by {gap / largest:.1e}"
-        return None
-
-
-def _part(gradient: Tensor) -> Tensor:
-    """All of a small gradient; of a large one some rows, evenly spaced."""
-    return gradient if gradient.numel() <= LARGE else gradient[:: max(1, len(gradient) // 64)].clone()
+        return gradients_by(self.trained, loss) if loss.requires_grad else {}
 
 
 def _describe(logits: float, states: float, tolerance: float) -> str | None:

@@ -92,15 +92,16 @@ def relative_gap(found: Tensor, expected: Tensor) -> float:
     """The largest difference relative to the largest entry; infinite where shapes or infinite entries differ."""
     if found.shape != expected.shape:
         return math.inf
+    if not found.numel():
+        return 0.0
+    found, expected = found.detach().float(), expected.detach().float()
+    gap, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    if math.isfinite(gap):  # then all entries are
+        return gap / largest if largest > 0 else gap
     finite = expected.isfinite()
     if not bool((finite == found.isfinite()).all()):
         return math.inf
-    if not bool(finite.any()):
-        return 0.0
-    found, expected = found.detach()[finite].float(), expected.detach()[finite].float()
-    largest = float(expected.abs().max())
-    gap = float((found - expected).abs().max())
-    return gap / largest if largest > 0 else gap
+    return relative_gap(found[finite], expected[finite])
 
 
 def _numbers(config: Any) -> dict[str, float]:

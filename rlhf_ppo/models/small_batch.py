@@ -10,8 +10,6 @@ from rlhf_ppo.batch import TokenInputs
 
 SMALL_BATCH_TOKENS = 6
 """Tokens of its longest row."""
-LARGE = 2**18
-"""Entries above which a parameter's gradient is looked at in part, or not at all."""
 
 
 class PreservedModes:
@@ -55,20 +53,3 @@ def small_batch(model: Any) -> TokenInputs:
 def _settings(config: Any) -> list[tuple[str, Any]]:
     parts = [config, config.get_text_config(decoder=True)]
     return [item for part in parts for item in vars(part).items()]
-
-
-def some_trained_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """Of each kind of module and parameter that is trained, the first one and the last.
-
-    Large embeddings and LM heads are left out where others are trained: their gradients take longer than all the rest,
-    and are products of what the others' gradients are products of.
-    """
-    kinds: dict[tuple[type, str], list[tuple[str, nn.Parameter]]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and parameter.is_floating_point():
-                kinds.setdefault((type(module), name), []).append((f"{path}.{name}", parameter))
-    names = {parameter: name for found in kinds.values() for name, parameter in (found[-1], found[0])}  # tied: once
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    small = [weight for weight in names if len(weight.shape) < 2 or len(weight) < vocab or weight.numel() <= LARGE]
-    return {names[weight]: weight for weight in small or names}
