@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.chat.encoding import encode_texts
 from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.chat.template import render_chat
 from rlhf_ppo.environments.base import Messages, Observation
@@ -45,7 +46,7 @@ class Renderer:
             template_kwargs: Passed to the chat template.
         """
         if isinstance(observation, str):
-            ids: list[int] = self.tokenizer(observation)["input_ids"]
+            (ids,) = encode_texts(self.tokenizer, [observation])
         else:
             conversation = _Conversation(self.tokenizer, observation, template_kwargs)
             if not self._checked:

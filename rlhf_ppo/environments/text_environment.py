@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_ppo.chat.encoding import encode_texts
+
 
 class TextHistory:
     """The text and the tokens of one episode, in segments of the system (prompt, tools) and of the model.
@@ -179,7 +181,10 @@ class TextEnvironment:
         return history.completed
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> Tensor:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        bare: dict[str, Any] = {"add_special_tokens": False}
+        ids = (
+            encode_texts(self.tokenizer, [text])[0] if add_special_tokens else self.tokenizer(text, **bare)["input_ids"]
+        )
         return torch.tensor(ids, device=self._device())
 
     def _device(self) -> torch.device:

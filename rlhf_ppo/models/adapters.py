@@ -13,6 +13,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rlhf_ppo.utils.moved_names import forward_old_names
@@ -91,11 +92,21 @@ def is_trained_adapter(model: PeftModel, name: str) -> bool:
     return not lora_b or any(bool(parameter.any()) for parameter in lora_b)
 
 
-def trunk_of(model: PeftModel) -> nn.Module:
-    """The transformer below the LM head, with the active adapter."""
-    language_model: Any = model.get_base_model()
-    layers: nn.Module = language_model.base_model
-    return layers
+def merged_model(model: PeftModel, name: str) -> Any:
+    """A copy of the base of `model` with the adapter `name` merged into its weights.
+
+    An LM head that shares its weight with the embedding gets one of its own where the adapter changes it.
+    """
+    merged: Any = copy.deepcopy(model)
+    base = merged.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    inner = [getattr(part, "get_base_layer", lambda part=part: part)() for part in (head, embedding)]
+    if inner[0].weight is inner[1].weight and any(isinstance(part, BaseTunerLayer) for part in (head, embedding)):
+        inner[0].weight = nn.Parameter(inner[0].weight.detach().clone())
+    plain = merged.merge_and_unload(adapter_names=[name])
+    if plain.get_output_embeddings().weight is not plain.get_input_embeddings().weight:
+        plain.config.get_text_config(decoder=True).tie_word_embeddings = plain.config.tie_word_embeddings = False
+    return plain
 
 
 def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:

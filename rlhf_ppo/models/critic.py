@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
+from rlhf_ppo.models.adapters import merged_model
+from rlhf_ppo.models.trunk import layers_of
 from rlhf_ppo.models.value_head import last_hidden_size
 
 CRITIC_FOLDER, CRITIC_HEAD = "critic", "head.safetensors"
@@ -59,11 +61,22 @@ class SeparateCritic(nn.Module):
 
     @classmethod
     def from_policy(cls, model: Any) -> "SeparateCritic":
-        """Initialize from a copy of the policy's trunk and a zero head: V = 0 everywhere."""
+        """Initialize from a copy of the policy's trunk, adapters merged into it, and a zero head: V = 0 everywhere.
+
+        Raises:
+            ValueError: The policy's weights are quantized.
+        """
+        if model.is_loaded_in_4bit or model.is_loaded_in_8bit:
+            raise ValueError(
+                "expected a policy in float32, bfloat16 or float16, got one in 4 or 8 bits: a copy of such weights "
+                "cannot be trained. Use attach_critic_adapter, or SeparateCritic.from_reward_model."
+            )
         head = nn.Linear(last_hidden_size(model.config), 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        return cls(copy.deepcopy(model.pretrained_model.base_model).requires_grad_(True), head)
+        policy = model.pretrained_model
+        copied = merged_model(policy, str(model.policy_adapter_name)) if model.is_peft_model else copy.deepcopy(policy)
+        return cls(layers_of(copied).requires_grad_(True), head)
 
     def forward(self, inputs: TokenInputs) -> list[Float[Tensor, " states"]]:
         """V(s_0) ... V(s_T) of each row, without padding, float32."""

@@ -1,6 +1,5 @@
 """Merge a policy's adapter into its base model and save a plain transformers model."""
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from rlhf_ppo.models.adapters import merged_model
 from rlhf_ppo.models.lm_head import relative_gap
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 from rlhf_ppo.models.small_batch import PreservedModes, is_low_precision, small_batch
@@ -73,20 +72,3 @@ def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -
             "kind of adapter cannot be merged. Save it with `save_pretrained`, and load it with PEFT."
         )
     merged.save_pretrained(Path(folder))
-
-
-def merged_model(model: PeftModel, name: str) -> Any:
-    """A copy of the base of `model` with the adapter `name` merged into its weights.
-
-    An LM head that shares its weight with the embedding gets one of its own where the adapter changes it.
-    """
-    merged: Any = copy.deepcopy(model)
-    base = merged.get_base_model()
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    inner = [getattr(part, "get_base_layer", lambda part=part: part)() for part in (head, embedding)]
-    if inner[0].weight is inner[1].weight and any(isinstance(part, BaseTunerLayer) for part in (head, embedding)):
-        inner[0].weight = nn.Parameter(inner[0].weight.detach().clone())
-    plain = merged.merge_and_unload(adapter_names=[name])
-    if plain.get_output_embeddings().weight is not plain.get_input_embeddings().weight:
-        plain.config.get_text_config(decoder=True).tie_word_embeddings = plain.config.tie_word_embeddings = False
-    return plain

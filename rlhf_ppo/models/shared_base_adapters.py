@@ -15,6 +15,7 @@ from rlhf_ppo.kernels.linear_layers import plain_layers
 from rlhf_ppo.models import adapters
 from rlhf_ppo.models.critic import state_values
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+from rlhf_ppo.models.trunk import layers_of
 from rlhf_ppo.models.value_head import last_hidden_size
 
 CRITIC_ADAPTER = "critic"
@@ -42,7 +43,7 @@ class AdapterCritic(nn.Module):
         """V(s_0) ... V(s_T) of each row, without padding, float32."""
         (model,) = self._policy_model
         with adapters.active_adapter(model, self.name):
-            return state_values(adapters.trunk_of(model), self.head, inputs)
+            return state_values(layers_of(model), self.head, inputs)
 
 
 def attach_critic_adapter(
@@ -143,7 +144,7 @@ class RewardAdapterModel:
     @property
     def base_model(self) -> Any:
         """The layers shared with the policy."""
-        return adapters.trunk_of(self.policy.pretrained_model)
+        return layers_of(self.policy.pretrained_model)
 
     def eval(self) -> "RewardAdapterModel":
         """Return self; it is never in training mode."""
@@ -158,7 +159,7 @@ class RewardAdapterModel:
         peft_model.eval()
         try:
             with adapters.active_adapter(peft_model, str(self.policy.rm_adapter_name)), plain_layers(peft_model):
-                hidden = adapters.trunk_of(peft_model)(
+                hidden = layers_of(peft_model)(
                     # The padding token may exist only in the reward model's own embedding table.
                     input_ids=input_ids.masked_fill(attention_mask == 0, 0), attention_mask=attention_mask,
                     use_cache=False,

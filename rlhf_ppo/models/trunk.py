@@ -157,6 +157,10 @@ def call(model: Any, **inputs: Tensor | None) -> Any:
     expected = given.get("decoder_input_ids", given["input_ids"]).shape
     if output.logits.dim() != 3 or output.logits.shape[:2] != expected:
         raise ValueError(f"its logits are {list(output.logits.shape)} for tokens {list(expected)}, not one row a token")
+    layers = output.decoder_hidden_states if "decoder_input_ids" in given else output.hidden_states
+    if layers is None or layers[-1].shape[:-1] != expected:
+        found = None if layers is None else list(layers[-1].shape)
+        raise ValueError(f"its last hidden states are {found} for tokens {list(expected)}, not one row a token")
     return output
 
 

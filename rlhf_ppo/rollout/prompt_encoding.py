@@ -10,6 +10,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.chat.cells import parse_cell
+from rlhf_ppo.chat.encoding import encode_texts
 from rlhf_ppo.chat.messages import as_messages, read_text, read_tools
 from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.chat.template import render_chat
@@ -159,9 +160,10 @@ def _encode_chunk(
 ) -> Iterator[Sequence[int] | None]:
     """Token ids of prompts that are read; texts are tokenized together."""
     readable = [prompt for prompt in chunk if prompt is not None]
-    if form != "tokens" and readable:
-        # A chat template writes the special tokens itself; a second BOS was never in the training data.
-        readable = tokenizer(readable, add_special_tokens=form == "text", verbose=False)["input_ids"]
+    if form == "text":
+        readable = encode_texts(tokenizer, readable) if readable else []
+    elif form == "conversation" and readable:  # whose template writes all special tokens itself
+        readable = tokenizer(readable, add_special_tokens=False, verbose=False)["input_ids"]
     encoded = iter(readable)
     yield from (None if prompt is None else next(encoded) for prompt in chunk)
 

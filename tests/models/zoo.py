@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import warnings
@@ -270,7 +271,8 @@ HEADER = ["| architecture | verdict | fast paths in force |", "|---|---|---|"]
 
 def row(verdict: Verdict) -> str:
     """The table's row of a verdict; a refusal's first sentence only."""
-    note = " ".join(verdict.note.split(". ")[0].split("; ")[0].replace("|", "/").split())
+    note = re.sub(r" by [\d.e+-]+ of the largest", "", verdict.note)  # which differs from one processor to the next
+    note = " ".join(note.split(". ")[0].split("; ")[0].replace("|", "/").split())
     text = f"{verdict.status}: {note}" if verdict.status != "exact" else ", ".join(filter(None, ("exact", note)))
     return f"| {verdict.name} | {text} | {', '.join(verdict.in_force) or 'none'} |"
 

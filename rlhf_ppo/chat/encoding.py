@@ -1,0 +1,21 @@
+"""Token ids of texts, whether or not a chat template has written the first special token already."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text with the tokenizer's special tokens.
+
+    A text that begins with the special token that the tokenizer puts first (BOS) has been rendered by a chat template:
+    it keeps its own, because a second one was never in the training data.
+    """
+    rows: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    twice = [
+        n for n, ids in enumerate(rows) if len(ids) > 1 and ids[0] == ids[1] and ids[0] in tokenizer.all_special_ids
+    ]
+    bare = tokenizer([texts[n] for n in twice], add_special_tokens=False, verbose=False)["input_ids"] if twice else []
+    for row, ids in zip(twice, bare, strict=True):
+        if rows[row][1 : 1 + len(ids)] == ids:
+            rows[row] = rows[row][1:]
+    return rows

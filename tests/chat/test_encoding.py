@@ -1,0 +1,49 @@
+"""A text that a chat template has rendered keeps its one BOS token on every path that tokenizes texts."""
+
+from typing import Any
+
+import datasets
+import pytest
+from tokenizers import processors
+
+from rlhf_ppo.chat.encoding import encode_texts
+from rlhf_ppo.environments.rendering import Renderer
+from rlhf_ppo.environments.text_environment import TextEnvironment
+from rlhf_ppo.rollout.prompts import PromptDataset
+from tests.support.tiny_models import EOS_TOKEN_ID as BOS
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    """Puts BOS first, as Llama's tokenizer does."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<eos>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", BOS)]
+    )
+    return tokenizer
+
+
+def test_a_rendered_text_keeps_one_bos_and_a_plain_one_gets_it(tokenizer: Any) -> None:
+    plain, rendered, twice = encode_texts(tokenizer, ["good", "<eos>good", "<eos><eos>good"])
+    assert plain == rendered == [BOS, *tokenizer("good", add_special_tokens=False)["input_ids"]]
+    assert twice == [BOS, *plain]  # as it is written
+
+
+def test_a_tokenizer_that_adds_nothing_leaves_texts_as_they_are_written() -> None:
+    (ids,) = encode_texts(tiny_tokenizer(), ["<eos><eos>good"])
+    assert ids[:2] == [BOS, BOS]
+
+
+def test_prompts_and_observations_have_one_bos(tokenizer: Any) -> None:
+    expected = tokenizer("good")["input_ids"]
+    dataset = datasets.Dataset.from_dict({"prompt": ["<eos>good", "good"]})
+    assert [prompt.tolist() for prompt in PromptDataset(dataset, tokenizer)] == [expected, expected]
+    assert Renderer(tokenizer).prompt("<eos>good", {}) == expected
+
+
+def test_a_text_environment_has_one_bos(tokenizer: Any) -> None:
+    environment = TextEnvironment(tiny_gpt2(), tokenizer, prompt="<eos>", max_turns=0)
+    *_, histories = environment.run(["good"])
+    assert histories[0].tokens.tolist() == tokenizer("good")["input_ids"]
