@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 KEPT_ANSWERS = 64
-"""Answers that are kept after their clients left: one that timed out and asks again gets its answer at once."""
+"""Last answers that are kept: a client that timed out and asks again gets its answer at once."""
 
 GRACE = 0.01
 """Seconds before a request may run, in which the departure of a client that closed after sending is noticed."""
@@ -25,8 +25,8 @@ class _Job:
 class RequestQueue:
     """Runs requests one at a time, in the order of their arrival.
 
-    A request whose clients have all left while it waited is dropped. Requests with the same key share one run, and the
-    answer of a run whose client has left meanwhile is kept for the next request with its key.
+    A request whose clients have all left while it waited is dropped. Requests with the same key share one run, and its
+    answer is kept for the next request with that key: the server cannot know whether a client that left had read it.
     """
 
     def __init__(self, *, max_waiting: int) -> None:
@@ -67,15 +67,15 @@ class RequestQueue:
             return await asyncio.to_thread(run)
 
     def _leave(self, key: str, job: _Job) -> None:
-        """After its last client: drop a job that waits or is answered, keep one that runs."""
-        if job.running and not job.task.done():
+        """After its last client: drop a job that waits; keep the answer of one that runs or ran, which may have missed it."""
+        if job.running:
             job.task.add_done_callback(lambda task: self._keep(key, job))
             return
         job.task.cancel()
         self._forget(key, job)
 
     def _keep(self, key: str, job: _Job) -> None:
-        """Keep the answer of a run whose clients have left; forget the oldest ones, and failures."""
+        """Keep the answer; forget the oldest ones, and failures."""
         if job.task.cancelled() or job.task.exception() is not None:
             self._forget(key, job)
         kept = [(name, other) for name, other in self._jobs.items() if other.task.done() and not other.clients]

@@ -30,6 +30,7 @@ def test_the_pages_show_what_the_files_hold(path: Path) -> None:
     assert page == table.written(page, table.DOCS / "results")
 
 
+@pytest.mark.slow
 def test_the_plain_path_takes_the_step_of_the_fast_one(tmp_path: Path) -> None:
     """Statistics, log-probabilities and every parameter: the fast path is only faster."""
     task = prepare(TINY, tmp_path)
@@ -44,6 +45,7 @@ def test_the_plain_path_takes_the_step_of_the_fast_one(tmp_path: Path) -> None:
     assert any(bool((value != start[name]).any()) for name, value in results[0]["parameters"].items() if name in start)
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_another_step(tmp_path: Path) -> None:
     task = prepare(TINY, tmp_path)
     results = []

@@ -46,6 +46,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_padding_adds_at_most_15_percent_to_the_trunk(work: list[dict[str, float]]) -> None:
     for counts in work:
         assert counts["work/trunk_tokens"] <= 1.15 * counts["work/real_tokens"]
@@ -97,6 +98,7 @@ def test_processes_have_equal_work_in_every_optimizer_step_to_five_percent(proce
     assert most / mean <= 1.05
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rollout(tmp_path: Path) -> None:
     """Only one minibatch's activations and one chunk's logits live at a time: twice the rows need hardly more."""
     rows = {}
@@ -107,6 +109,7 @@ def test_memory_does_not_grow_with_the_rollout(tmp_path: Path) -> None:
     assert rows[32] <= 1.05 * rows[16]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere all stays on the heap")
 def test_all_minibatches_of_an_update_take_the_same_pages_and_compute_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -40,6 +40,7 @@ def test_v2_max_grad_norm_is_applied_in_the_managed_loop() -> None:
     assert 0 < moved <= 2 * 1e-4 * 1.01
 
 
+@pytest.mark.slow
 def test_v2_every_minibatch_is_an_optimizer_step_of_its_own() -> None:
     """4 epochs of 2 minibatches of 2 passes are 8 steps; v2 merged them to 4."""
     own = trainer(batch_size=8, mini_batch_size=2, gradient_accumulation_steps=2, ppo_epochs=4)

@@ -49,6 +49,7 @@ def test_a_run_by_flags_leaves_metrics_model_and_report(world: Path, tmp_path: P
     AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "run" / "model"))
 
 
+@pytest.mark.slow
 def test_a_reward_models_folder_is_a_reward(world: Path, tmp_path: Path) -> None:
     save_reward_model(tmp_path / "rm", world / "gpt2")
     assert main([*options(world, tmp_path / "run"), "--reward", str(tmp_path / "rm")]) == 0

@@ -84,6 +84,7 @@ def test_the_lowered_fit_of_trpo_s_critic_takes_the_steps_of_autograd(clip_range
     assert not any(map(torch.equal, policy("joints").critic.parameters(), lean.critic.parameters()))
 
 
+@pytest.mark.slow
 def test_a_new_objective_is_traced_anew() -> None:
     """Otherwise an adapted β would go on as it was."""
     own, data = policy("joints"), batch(policy("joints"))

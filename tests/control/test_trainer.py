@@ -76,7 +76,13 @@ def test_a_seed_decides_a_run_and_nothing_outside_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "rate"), [("ppo-clip", 3e-3), ("ppo-penalty", 3e-3), ("trpo", 3e-3), ("reinforce", 1e-2)]
+    ("algorithm", "rate"),
+    [
+        ("ppo-clip", 3e-3),
+        pytest.param("ppo-penalty", 3e-3, marks=pytest.mark.slow),
+        pytest.param("trpo", 3e-3, marks=pytest.mark.slow),
+        pytest.param("reinforce", 1e-2, marks=pytest.mark.slow),
+    ],
 )
 def test_every_algorithm_keeps_the_pole_up_longer(algorithm: Any, rate: float) -> None:
     """A new policy holds it for about 22 steps; twelve iterations of 512 steps double that."""

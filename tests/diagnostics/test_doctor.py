@@ -250,6 +250,7 @@ def test_the_doctor_can_be_sent_away() -> None:
     assert math.isfinite(own.metrics["objective/kl_k3"])
 
 
+@pytest.mark.slow
 def test_the_first_look_needs_no_more_memory_than_the_step_after_it() -> None:
     """It keeps no graph, and of the distributions that it looks at only a few at a time."""
     found = {}

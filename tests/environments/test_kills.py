@@ -18,7 +18,8 @@ class Killed(BaseException):
     """Nothing in the trainer catches it: no checkpoint is written, no environment closed."""
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 50])
 def test_a_run_killed_in_the_middle_of_its_episodes_is_the_uninterrupted_one_bit_for_bit(
     tmp_path: Path, kills: int
 ) -> None:

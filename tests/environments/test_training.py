@@ -50,6 +50,7 @@ def test_every_algorithm_takes_a_step_on_episodes(algorithm: AlgorithmConfig) ->
     assert not torch.equal(before, parameters(own))
 
 
+@pytest.mark.slow
 def test_ppo_raises_the_reward_of_episodes_of_two_turns() -> None:
     own = trainer(batch_size=32, mini_batch_size=16, learning_rate=3e-3, init_kl_coef=0.001, ppo_epochs=4)
     history = own.train(None, config(iterations=15), environment=lambda: CountE(turns=2)).history
@@ -125,6 +126,7 @@ def test_an_evaluation_plays_every_episode_once_and_measures_it() -> None:
     assert max(evaluation.measures["length"]) <= 2 * SAMPLING.max_new_tokens  # own tokens alone
 
 
+@pytest.mark.slow
 def test_a_run_on_episodes_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = trainer()
     expected = whole.train(None, config(iterations=4), environment=CountE).history

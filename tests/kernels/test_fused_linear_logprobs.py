@@ -377,6 +377,7 @@ def test_training_holds_the_heads_gradient_and_the_fewest_rows_beyond_it(monkeyp
     assert gradient + kept < peak < gradient + kept + 3 * 4 * (chunk + 16) * block
 
 
+@pytest.mark.slow
 def test_beside_the_heads_gradient_training_holds_no_more_at_four_times_the_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

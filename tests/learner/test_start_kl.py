@@ -56,6 +56,7 @@ def test_an_adapter_that_left_the_reference_before_the_first_batch_is_refused_an
     assert torch.equal(parameters(own), before) and own.start_kl_check.is_due
 
 
+@pytest.mark.slow
 def test_a_resumed_run_and_one_that_goes_on_from_a_saved_policy_may_start_away_from_the_reference(
     tmp_path: Path,
 ) -> None:

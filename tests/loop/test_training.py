@@ -38,6 +38,7 @@ def test_ppo_raises_the_reward_of_a_tiny_policy() -> None:
     assert last > 2 * first
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_learns_in_the_managed_loop() -> None:
     """The encoder reads the prompt; `generate` draws, since the decode loop is for causal models."""
     tokenizer = tiny_tokenizer()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
@@ -85,7 +86,11 @@ def trainer_of(model: Any, **settings: Any) -> PPOTrainer:
 RAGGED = rows((4, 9), (7, 3), (2, 18))
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+NOT_CAUSAL = {"rembert"} if transformers.__version__.startswith("5.10.") else set()
+"""Attends to later tokens in that release, although it is a decoder: the policy refuses it."""
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - NOT_CAUSAL))
 def test_a_step_scores_what_the_models_own_call_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And learns: its first ratios are 1, so gradients and scores are those of one model."""
     monkeypatch.setattr("rlhf_ppo.kernels.linear_layers.onednn_is_faster", lambda: True)

@@ -170,6 +170,7 @@ def test_recomputed_layers_of_the_critic_run_under_its_own_adapter(base: Path) -
     assert all(gradient.any() for gradient in gradients[0])
 
 
+@pytest.mark.slow
 def test_a_run_with_a_critic_adapter_resumes_bit_for_bit(base: Path, reward_folder: Path, tmp_path: Path) -> None:
     def run(folder: Path, *, stop_at: int | None = None) -> PPOTrainer:
         model = policy(base)

@@ -127,6 +127,7 @@ def test_a_mistake_is_one_line_naming_the_remedy(
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_the_real_command_line_shows_the_same_line_and_status(tmp_path: Path) -> None:
     """One process of its own: what the shell sees."""
     command = [sys.executable, "recipes/ppo_gpt2_sentiment.py", "--model", str(tmp_path / "missing")]

@@ -71,6 +71,7 @@ def test_a_signal_says_in_a_line_what_is_kept(world: Path, found: dict[str, Any]
     ]
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_that_is_not_ours_and_bars_are_lines(tmp_path: Path) -> None:
     world = run_demos(tmp_path)
     said = (world / "undisturbed.out").read_text().splitlines()

@@ -172,6 +172,7 @@ def test_changed_settings_are_refused_by_name_and_fresh_begins_again(
     assert untimed(moved)[0] != untimed(finished[0])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_an_interrupted_run_goes_on_to_the_very_end_it_would_have_had(
     world: Path,
@@ -207,6 +208,7 @@ def test_an_interrupted_run_goes_on_to_the_very_end_it_would_have_had(
     assert json.dumps(untimed(tmp_path / "run")) == json.dumps(untimed(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_adapters_in_bfloat16_train_save_and_load(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -230,6 +232,7 @@ def test_adapters_in_bfloat16_train_save_and_load(
     assert AutoModelForCausalLM.from_pretrained(output / "model").config.model_type == "llama"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_a_guards_line_given_by_a_flag_ends_training_and_is_said(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

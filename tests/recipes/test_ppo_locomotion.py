@@ -35,6 +35,7 @@ def test_a_run_leaves_its_metrics_evaluation_picture_and_checkpoint(
     assert "expected to render InvertedPendulum-v5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_forgets_the_lines_behind_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,7 @@ def test_metrics_that_are_nan_throughout_are_not_plotted(tmp_path: Path) -> None
     assert "Reward against KL" in missing
 
 
+@pytest.mark.slow
 def test_a_report_written_again_replaces_the_first(reported: Path) -> None:
     before = {path: path.read_bytes() for path in reported.rglob("*") if path.is_file()}
     write_report(reported, title="Films & <friends>")

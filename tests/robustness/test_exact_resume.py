@@ -125,6 +125,7 @@ def test_resumed_equals_uninterrupted_with_lora_a_schedule_and_running_moments(t
     compare(build_with_everything, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_best_so_far_and_the_frontier_survive_a_resume(tmp_path: Path) -> None:
     """Else the first model evaluated after a resume would count as the best."""
     settings: dict[str, Any] = {"eval_every": 1, "keep_best": "score", "keep_frontier": 2}
@@ -176,6 +177,7 @@ def test_resume_false_leaves_no_checkpoint_of_the_run_before_it_to_go_on_from(tm
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:checkpoint-2 was written with other settings")
 def test_a_checkpoint_of_format_1_is_read_and_goes_on_exactly(tmp_path: Path) -> None:
     """Earlier versions pickled the optimizer and kept the rest in one JSON file, and knew nothing of reuse."""

@@ -89,6 +89,7 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(tmp_path: Pa
     assert torch.equal(parameters(resumed), whole())
 
 
+@pytest.mark.slow
 def test_a_second_signal_while_a_checkpoint_is_written_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_second_signal_while_a_checkpoint_is_written_leaves_the_one_before(
     assert torch.equal(parameters(resumed), whole())
 
 
+@pytest.mark.slow
 def test_the_time_limit_stops_where_one_more_iteration_would_not_fit(tmp_path: Path) -> None:
     _, state = run(tmp_path, max_time=1e-6)
     assert (state.stopped, state.interrupted, state.iteration) == ("time limit", True, 1)

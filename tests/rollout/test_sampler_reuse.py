@@ -35,6 +35,7 @@ def test_after_one_proof_the_policy_is_not_asked_about_its_own_rollout() -> None
     assert asked == pytest.approx([1 + epochs, epochs, epochs], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_reuse_learns_what_asking_learns() -> None:
     """Log-probabilities differ by rounding; Adam blows that up where a gradient is next to nothing, nowhere else."""
     reusing, _ = run()

@@ -46,6 +46,7 @@ def test_log_probabilities_are_those_of_the_distribution_that_was_drawn_from(rul
         torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_adapters_act() -> None:
     base = tiny_gpt2()
     greedy = replace(DRAW, do_sample=False, stop_token_ids=())

@@ -119,6 +119,7 @@ def ensemble_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -
     return train_ensemble(config, 3, rows[:100], rows[100:], {}).path
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_the_mean_of_its_members_normalized_scores(ensemble_folder: Path) -> None:
     ensemble = load_reward_model(ensemble_folder)
     members = [RewardModel.from_pretrained(ensemble_folder / f"member-{index}") for index in range(3)]

@@ -152,7 +152,7 @@ def test_an_incomplete_last_step_learns_from_its_rows_once(tiny_base: Path, tmp_
     for micro in (8, 4, 1):
         logged = Logged()
         config = tiny_config(
-            tiny_base, tmp_path / str(micro), batch_size=8, micro_batch_size=micro, log_every=1, learning_rate=1e-4
+            tiny_base, tmp_path / str(micro), batch_size=8, micro_batch_size=micro, log_every=1, learning_rate=1e-5
         )
         path = train_reward_model(config, train=rows[:11], evaluation=rows[11:], callbacks=[logged]).path
         scores.append(RewardModel.from_pretrained(path).raw_scores(["It was "] * 2, ["great", "awful"]))

@@ -133,6 +133,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert scores(path) == scores(runs / "whole")
 
 
+@pytest.mark.slow
 def test_later_checkpoints_that_were_not_finished_are_not_taken_for_the_newest(
     runs: Path, interrupted: RewardModelConfig
 ) -> None:
@@ -157,6 +158,7 @@ def test_damaged_checkpoints_alone_are_an_error_and_stay(interrupted: RewardMode
     assert contents(training_folder(interrupted)) == before
 
 
+@pytest.mark.slow
 def test_a_new_run_does_not_delete_what_an_interrupted_one_has_saved(
     runs: Path, interrupted: RewardModelConfig
 ) -> None:

@@ -75,6 +75,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack((a, b)))[0, 1])
 
 
+@pytest.mark.slow
 def test_the_known_utilities_are_recovered(base: Path, utilities: torch.Tensor, tmp_path: Path) -> None:
     """Held-out accuracy within 1.5 points of the Bayes rate, utilities correlate >= 0.98, ECE <= 0.03."""
     model = trained(base, tmp_path / "rm", drawn_pairs(utilities, 16_000, seed=1))

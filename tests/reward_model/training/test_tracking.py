@@ -167,6 +167,7 @@ def test_schedules_that_cannot_be_built_are_refused_before_anything_is_loaded(
         train_reward_model(config, train=ROWS[:48], evaluation=ROWS[48:])
 
 
+@pytest.mark.slow
 def test_a_plateau_lowers_the_rate_where_the_accuracy_stops_rising(tiny_base: Path, tmp_path: Path) -> None:
     """Held-out accuracy is 1 or stays: after `patience` evaluations without a rise the rate is multiplied by 0.5."""
     found = rates(

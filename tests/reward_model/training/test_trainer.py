@@ -73,6 +73,7 @@ def test_the_contract_tells_what_was_trained_on_what(trained_folder: Path) -> No
     assert "/" not in json.dumps(contract.base), "no path of this machine"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(tiny_base: Path, tmp_path: Path) -> None:
     rows = preference_rows(60)
     scores = []
