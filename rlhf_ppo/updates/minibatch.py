@@ -107,6 +107,9 @@ class MinibatchUpdate(UpdateState):
         self.compute_gradients = compute_gradients or self._autograd_gradients
         self.compare_with = compare_with
         self.count = count
+        unsharded = isinstance(self.steps, AccelerateSteps) and accelerator.distributed_type != DistributedType.FSDP
+        per_token = count is count_actions  # another count does not divide single tokens
+        self._fuses_head = unsharded and per_token and isinstance(accelerator.unwrap_model(policy), TokenPolicy)
         self.checks_at_once = False
         """Whether each backward pass compares the gradient that arrives with the one it foresaw, and waits for that."""
         self._ratios: list[Masked] = []
@@ -219,10 +222,7 @@ class MinibatchUpdate(UpdateState):
         self, objective: Objective, micro_batch: TrainBatch, count: Tensor
     ) -> dict[str, LossGradient]:
         """The policy argument that lets an unsharded LM head compute its gradients in the forward pass, or {}."""
-        fsdp = self.accelerator.distributed_type == DistributedType.FSDP
-        per_token = self.count is count_actions  # another count does not divide single tokens
-        unsharded = isinstance(self.steps, AccelerateSteps) and not fsdp
-        if unsharded and per_token and isinstance(self.accelerator.unwrap_model(self.policy), TokenPolicy):
+        if self._fuses_head:
             if self._reads_entropy is None:
                 self._reads_entropy = reads_entropy(objective, micro_batch, count)
             read, differs = self._reads_entropy, self._differs
