@@ -89,7 +89,7 @@ def mutated(draw: random.Random, row: dict[str, Any]) -> dict[str, Any]:
         elif what == 1:
             row[name] = junk(draw)
         elif what == 2:
-            row |= draw.choice(SHAPES)
+            row |= copy.deepcopy(draw.choice(SHAPES))
         elif what == 3:
             row[draw.choice(["prompt", "label", "tools", "system", "preference", "ranks", "chosen"])] = junk(draw)
         else:
