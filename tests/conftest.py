@@ -90,7 +90,7 @@ def _no_network() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_garbage_collection() -> None:
-    """Libraries collect garbage in each training; what a module finds alive is not searched again: half a second each."""
+    """Libraries collect garbage in each training. What a module finds alive is not searched: it took half a second."""
     gc.collect()
     gc.freeze()
 
