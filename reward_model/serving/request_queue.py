@@ -67,7 +67,7 @@ class RequestQueue:
             return await asyncio.to_thread(run)
 
     def _leave(self, key: str, job: _Job) -> None:
-        """After its last client: drop a job that waits; keep the answer of one that ran, which may not have been read."""
+        """After its last client: drop a job that waits; keep the answer of one that ran: it may not have been read."""
         if job.running:
             job.task.add_done_callback(lambda task: self._keep(key, job))
             return
