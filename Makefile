@@ -15,7 +15,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-processors test-lowest test-newest test-distributed test-slow benchmark lint docs check clean distclean
+.PHONY: help install demo test test-processors test-lowest test-newest test-distributed test-slow test-browser benchmark lint docs check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
@@ -71,6 +71,10 @@ test-distributed: $(ENGINES)  ## the tests that start several processes; install
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS) || test $$? -eq 5
+
+test-browser: $(STAMP)  ## the report in a browser; needs Chromium on the path
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[browser]'
+	@$(BIN)/python -m pytest -m browser $(ARGS)
 
 benchmark: $(STAMP)  ## the figures of docs/performance.md, in an hour or two; goes on where it was interrupted
 	@test -x $(CLASSIC)/bin/python || PYTHON=$(PYTHON) tests/benchmarks/classic_environment.sh $(CLASSIC)

@@ -27,7 +27,7 @@ from rlhf_ppo.loop.run_folder import Estimates
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.updates.optimizers import adam, linear_to_zero
-from sentiment.command_line import Phases, ending, model_line, open_run_folder, run, use_threads
+from sentiment.command_line import Phases, ending, live_report, model_line, open_run_folder, run, use_threads
 from sentiment.evaluation import ResumableEvaluation, describe, estimates, load_judges, prompt_datasets, write_run
 from sentiment.language_models import SMALL_GPT2, load_policy
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, split_reviews
@@ -72,7 +72,7 @@ def main(config: Config) -> dict[str, Estimates]:
     settings = resolve_settings(config.model, config)
     folder = open_run_folder(config.output_dir, asdict(config) | asdict(settings), fresh=config.fresh)
     config.check_reward(config.reward_source, settings.lora_rank)
-    phase = Phases(5)
+    phase, title = Phases(5), f"PPO on {config.model}"
 
     phase("language model")
     reviews = split_reviews(load_reviews(config.dataset))
@@ -103,14 +103,15 @@ def main(config: Config) -> dict[str, Estimates]:
         iterations=settings.iterations, sampling=sampling, output_dir=config.output_dir, **config.train_settings,
         save_every=config.saved_every(settings.iterations), max_time=phase.left(config.max_time),
     )  # fmt: skip
-    state = trainer.train(reward, train_config, eval_prompts=eval_prompts, judges=judges, sampler=sampler)
+    with live_report(config.output_dir, title, live=config.live, live_address=config.live_address):
+        state = trainer.train(reward, train_config, eval_prompts=eval_prompts, judges=judges, sampler=sampler)
     phase.say(ending(state, settings.iterations))
 
     phase("held-out evaluation after PPO, report")
     after = evaluate(f"after {state.iteration} iterations", eval_prompts, tokenizer)
     phase.say(describe(after), model_line(f"{config.output_dir}/model", settings.lora_rank))
     trainer.save_pretrained(f"{config.output_dir}/model")
-    phase.say(f"report: {write_run(folder, before, after, title=f'PPO on {config.model}')}")
+    phase.say(f"report: {write_run(folder, before, after, title=title)}")
     return {"before": estimates(before), "after": estimates(after)}
 
 

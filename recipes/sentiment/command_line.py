@@ -28,6 +28,7 @@ from rlhf_ppo.checkpoints import lock_run_folder
 from rlhf_ppo.checkpoints.folders import list_checkpoints
 from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.loop.signals import EXIT_ABORTED, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
+from rlhf_ppo.report import serve_report
 from rlhf_ppo.utils.progress import ProgressBar
 from rlhf_ppo.utils.redaction import redacted
 
@@ -195,6 +196,17 @@ class Phases:
             print(*map(fitted, lines), sep="\n", flush=True)
 
 
+@contextlib.contextmanager
+def live_report(output_dir: str, title: str, *, live: bool, live_address: str | None) -> Iterator[None]:
+    """Context manager: while active, the main process serves the report, if either setting asks for it."""
+    if (live or live_address) and is_main_process():
+        with serve_report(output_dir, title=title, address=live_address) as url:
+            print(f"live report: {url}", flush=True)
+            yield
+    else:
+        yield
+
+
 def fitted(text: str) -> str:
     """The text in lines that fit the terminal; as it is where there is none."""
     if not sys.stdout.isatty():
@@ -228,7 +240,7 @@ def use_threads(requested: int | None = None) -> None:
 CHUNKS_FOLDER = "evaluations.partial"
 
 
-IRRELEVANT_SETTINGS = {"output_dir", "fresh", "threads", "log_with", "save_every", "max_time", "vllm_url"}
+IRRELEVANT_SETTINGS = {"output_dir", "fresh", "threads", "log_with", "save_every", "max_time", "vllm_url", "live", "live_address"}
 """Settings of a run that change nothing of what is learned."""
 
 

@@ -196,8 +196,12 @@ class RunSettings:
     """Ignore checkpoints in the run folder."""
     threads: IntByCores = None
     """PyTorch threads."""
-    log_with: Literal["tensorboard", "wandb"] | None = "tensorboard"
+    log_with: Literal["tensorboard", "wandb", "trackio"] | None = "tensorboard"
     """Tracker."""
+    live: bool = False
+    """Serve the report while PPO trains, to browsers of this machine."""
+    live_address: str | None = None
+    """HOST:PORT of --live; default: 127.0.0.1:8019, or a free port (docs/live.md)."""
 
     def saved_every(self, iterations: int) -> int:
         """Iterations between two checkpoints of that many."""

@@ -67,7 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", nargs="?", type=Path, help="YAML file of settings")
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and stop")
     for item in fields(RunConfig):
-        if item.name not in SECTIONS:
+        if item.type is bool:
+            parser.add_argument(
+                f"--{item.name}", action="store_true", default=argparse.SUPPRESS, help=item.metadata["help"]
+            )
+        elif item.name not in SECTIONS:
             kind = int if item.type is int else str
             parser.add_argument(
                 f"--{item.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(),

@@ -1,5 +1,6 @@
 """The run of `rlhf-ppo ppo`: model, prompts, reward, trainer, loop and report, from its settings."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -29,7 +30,7 @@ from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.loop.config import TrainConfig, TrainState
 from rlhf_ppo.models.pretrained import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.presets import published_run
-from rlhf_ppo.report import write_report
+from rlhf_ppo.report import serve_report, write_report
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
@@ -58,13 +59,18 @@ def run(config: RunConfig) -> TrainState:
     reward = None if config.reward is None else load_reward(config.reward)
     environment = None if config.environment is None else import_name(config.environment)
     trainer = PPOTrainer(ppo, _policy(config), None, tokenizer, algorithm=algorithm)
-    state = trainer.train(
-        reward, train, prompts=prompts, eval_prompts=held_out, environment=environment,
-        sampler=make_sampler(config.sampler, tokenizer),  # type: ignore[arg-type]
-    )  # fmt: skip
+    title = f"PPO on {config.model}"
+    with contextlib.ExitStack() as served:
+        if (config.live or config.live_address) and trainer.accelerator.is_main_process:
+            url = served.enter_context(serve_report(config.output_dir, title=title, address=config.live_address))
+            sys.stdout.write(f"live report: {url}\n")
+        state = trainer.train(
+            reward, train, prompts=prompts, eval_prompts=held_out, environment=environment,
+            sampler=make_sampler(config.sampler, tokenizer),  # type: ignore[arg-type]
+        )  # fmt: skip
     trainer.save_pretrained(f"{config.output_dir}/model")
     if trainer.accelerator.is_main_process:
-        page = write_report(config.output_dir, title=f"PPO on {config.model}")
+        page = write_report(config.output_dir, title=title)
         sys.stdout.write(f"model: {config.output_dir}/model\nreport: {page}\n")
     return state
 

@@ -29,6 +29,8 @@ class RunConfig:
     sampler: str = _setting("loop", "what generates (docs/engines.md)")
     lora_rank: int = _setting(0, "rank of LoRA adapters; 0 trains all weights")
     output_dir: str = _setting("runs/ppo", "run folder; the same command resumes there")
+    live: bool = _setting(False, "serve the run's report while it trains")
+    live_address: str | None = _setting(None, "HOST:PORT of --live (127.0.0.1:8019, or a free port)")
     ppo: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)

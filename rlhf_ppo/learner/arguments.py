@@ -19,6 +19,7 @@ from rlhf_ppo.distributed.deepspeed import accelerator_arguments, keep_torch_opt
 from rlhf_ppo.distributed.fsdp import enable_fsdp2_on_cpu
 from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
 from rlhf_ppo.learner.config import PPOConfig
+from rlhf_ppo.learner.trackers import check_tracker
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.critic import freeze_critic
 from rlhf_ppo.models.loading import check_transformers_adapters
@@ -146,8 +147,8 @@ def make_accelerator(config: PPOConfig, *, float32_only: bool = False) -> tuple[
         float32_only: Whether the algorithm works in float32 alone.
 
     Raises:
-        ValueError: Accelerate would divide gradients a second time, FSDP or DeepSpeed have unsupported settings, or
-            settings of the precision contradict each other.
+        ValueError: Accelerate would divide gradients a second time, FSDP or DeepSpeed have unsupported settings,
+            settings of the precision contradict each other, or the tracker is not installed.
     """
     arguments = accelerator_arguments(cast("dict[str, Any]", config.accelerator_kwargs))
     device = accelerate_device(cpu=bool(arguments.get("cpu")))
@@ -159,6 +160,7 @@ def make_accelerator(config: PPOConfig, *, float32_only: bool = False) -> tuple[
     precision = choose_precision(name, device, autocast_on_cpu=mixed not in (None, "no"))
     if precision.autocast is not None and not AcceleratorState._shared_state:
         arguments = {**arguments, "mixed_precision": MIXED[precision.autocast]}
+    check_tracker(config.log_with)
     accelerator = Accelerator(
         log_with=config.log_with,
         project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ class PPOConfig:
     seed: int = 0
     """Seed of Python, NumPy, torch and the minibatch shuffles."""
     log_with: str | None = None
-    """Tracker of Accelerate: "tensorboard", "wandb", ...; None: none."""
+    """Tracker of Accelerate: "tensorboard", "wandb", "trackio", ...; None: none."""
     task_name: str | None = None
     """Only passed to trackers."""
     model_name: str = "gpt2"

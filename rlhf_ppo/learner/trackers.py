@@ -5,9 +5,34 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.utils.redaction import redacted
+
+RUN_NAMES = {"wandb": "id", "trackio": "name"}
+"""Tracker -> the attribute that names its run, and the argument that continues the run of that name."""
+
+
+def check_tracker(log_with: str | None) -> None:
+    """Check that Accelerate has the tracker, and its package is installed: it would drop a missing one in silence.
+
+    Raises:
+        ValueError: It is unknown or not installed.
+    """
+    if log_with is None or log_with in ("all", *map(str, get_available_trackers())):
+        return
+    known = [*LOGGER_TYPE_TO_CLASS]
+    if log_with not in known:
+        raise ValueError(
+            f"log_with must be one of {', '.join(known)}, or None, got {log_with!r}: nothing would be logged."
+        )
+    if log_with in LoggerType.list():
+        raise ValueError(
+            f"log_with={log_with!r} needs a package that is not installed here: nothing would be logged. "
+            f"`pip install {log_with.replace('_', '-')}`, or use log_with=None."
+        )
 
 
 class Trackers:
@@ -28,8 +53,8 @@ class Trackers:
     def begin(self) -> None:
         """Start the trackers, or continue the runs of a loaded checkpoint; later calls do nothing.
 
-        Weights & Biases continues the run with the saved id. TensorBoard hides what the interrupted run wrote after its
-        checkpoint.
+        Weights & Biases and trackio continue the saved run. TensorBoard hides what the interrupted run wrote after
+        its checkpoint.
         """
         if self._has_begun:
             return
@@ -37,8 +62,9 @@ class Trackers:
         config = redacted(self.config.to_dict())
         flat = {name: value for name, value in config.items() if isinstance(value, int | float | str)}
         arguments: Any = {name: dict(settings) for name, settings in self._tracker_kwargs().items()}
-        if self._resumed_state.get("wandb"):
-            arguments["wandb"] = {"resume": "allow", **arguments.get("wandb", {}), "id": self._resumed_state["wandb"]}
+        for tracker, name in RUN_NAMES.items():
+            if run := self._resumed_state.get(tracker):
+                arguments[tracker] = {"resume": "allow", **arguments.get(tracker, {}), name: run}
         if self._resumed_state and self.config.log_with == "tensorboard":
             purge = {"purge_step": int(self._resumed_state["step"]) + 1}
             arguments["tensorboard"] = purge | arguments.get("tensorboard", {})
@@ -68,14 +94,16 @@ class Trackers:
         self.accelerator.log(values, step=step if has_step else None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The id of the Weights & Biases run, or None, and the last step."""
-        is_wandb_main = self._has_begun and self.config.log_with == "wandb" and self.accelerator.is_main_process
-        run = self.accelerator.get_tracker("wandb", unwrap=True) if is_wandb_main else None
-        return {"wandb": getattr(run, "id", None) or self._resumed_state.get("wandb"), "step": self.step}
+        """The id of the Weights & Biases run and the name of the trackio run, or None, and the last step."""
+        runs = {tracker: self._resumed_state.get(tracker) for tracker in RUN_NAMES}
+        if self._has_begun and self.config.log_with in RUN_NAMES and self.accelerator.is_main_process:
+            run = self.accelerator.get_tracker(self.config.log_with, unwrap=True)
+            runs[self.config.log_with] = getattr(run, RUN_NAMES[self.config.log_with], None)
+        return runs | {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let `begin` continue the saved runs; no effect after `begin`."""
-        self._resumed_state, self.step = {"wandb": state["wandb"], "step": int(state["step"])}, int(state["step"])
+        self._resumed_state, self.step = dict(state), int(state["step"])
 
     def _tracker_kwargs(self) -> dict[str, Any]:
         settings = self.config.tracker_kwargs

@@ -19,6 +19,8 @@ from rlhf_ppo.report.wording import format_number, metric_label
 
 FIRST_SAMPLES = 6
 EXTREME_SAMPLES = 3
+FIRST_JUDGED = 10
+"""Iterations after which the signs of trouble are shown on the page of a run that still trains."""
 CARD_PLOTS = ("reward", "kl", "frontier")
 
 
@@ -58,6 +60,13 @@ def write_report(run_dir: Path | str, *, title: str) -> Path:
     return run.write_text("report.html", _page(data, title, plots, missing, [*data.notes, *notes]))
 
 
+def live_page(run: RunFolder, *, title: str) -> str:
+    """Render the page of a run that still trains; nothing is written."""
+    data = read_run(run)
+    plots, missing, notes = _plots(data)
+    return _page(data, title, plots, missing, [*data.notes, *notes], is_live=True)
+
+
 def _plots(data: RunData) -> tuple[list[Plot], list[str], list[str]]:
     try:
         return *draw_plots(data), []
@@ -65,7 +74,16 @@ def _plots(data: RunData) -> tuple[list[Plot], list[str], list[str]]:
         return [], [], ["Plots need matplotlib: pip install matplotlib, then write the report again."]
 
 
-def _page(data: RunData, title: str, plots: Sequence[Plot], missing: Sequence[str], notes: Sequence[str]) -> str:
+def _page(
+    data: RunData,
+    title: str,
+    plots: Sequence[Plot],
+    missing: Sequence[str],
+    notes: Sequence[str],
+    *,
+    is_live: bool = False,
+) -> str:
+    is_judged = bool(data.after) or len(data.metrics) >= (FIRST_JUDGED if is_live else 1)
     first, risen, fallen = _select_samples(data.samples)
     responses, scales = token_view(data.tokens)
     return render(
@@ -76,8 +94,9 @@ def _page(data: RunData, title: str, plots: Sequence[Plot], missing: Sequence[st
         headline=headline(data),
         tiles=tiles(data),
         notes=notes,
-        findings=findings(data),
-        judged=bool(data.metrics or data.after),
+        is_live=is_live,
+        findings=findings(data) if is_judged else [],
+        judged=is_judged,
         evaluation=evaluation_rows(data),
         plots=[(plot, _data_uri(plot.light), _data_uri(plot.dark)) for plot in plots],
         missing=missing,

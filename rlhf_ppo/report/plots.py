@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,8 @@ from rlhf_ppo.report.figures import (
     Panel,
 )
 from rlhf_ppo.report.run_data import RunData
-from rlhf_ppo.report.wording import metric_label
+from rlhf_ppo.report.summary import span
+from rlhf_ppo.report.wording import format_number, metric_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +33,9 @@ SMOOTHED_FROM = 40
 MAX_HISTOGRAMS = 4
 HEIGHT = 4.7
 """Height in inches of a plot 7.2 inches wide."""
+
+_DRAWING = threading.Lock()
+"""matplotlib's style is global: a live page and a report must not draw at the same time."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,16 @@ class Plot:
     name: str
     title: str
     reading: str
+    alt: str
+    """What the plot shows, for those who do not see it."""
     light: bytes
     dark: bytes
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, as the PNG says."""
+        width, height = struct.unpack(">II", self.light[16:24])
+        return width, height
 
 
 Painter = Callable[["Canvas", Palette], None]
@@ -70,21 +84,30 @@ def draw_plots(data: RunData) -> tuple[list[Plot], list[str]]:
         ImportError: matplotlib is not installed.
     """
     rows = data.metrics
-    specifications: list[tuple[str, str, str, Painter | None, float]] = []
+    specifications: list[tuple[str, str, str, str, Painter | None, float]] = []
     for figure in FIGURES:
         panels = [panel for panel in figure.panels if _available_metric(panel, rows)]
         painter = _curves(panels, rows) if panels else None
-        specifications.append((figure.name, figure.title, figure.reading, painter, HEIGHT))
-    specifications.append(("frontier", FRONTIER_TITLE, FRONTIER_READING, _frontier(rows), HEIGHT))
-    histograms = _score_pairs(data.samples)
-    painter = _histograms(histograms) if histograms else None
-    specifications.append(("scores", HISTOGRAM_TITLE, HISTOGRAM_READING, painter, HEIGHT / 2 * max(2, len(histograms))))
-    plots = [
-        Plot(name, title, reading, _png(painter, LIGHT, height), _png(painter, DARK, height))
-        for name, title, reading, painter, height in specifications
-        if painter is not None
-    ]
-    return plots, [title for _, title, _, painter, _ in specifications if painter is None]
+        alt = f"{figure.title}: {'; '.join(_ends(panel, data) for panel in panels)}"
+        specifications.append((figure.name, figure.title, figure.reading, alt, painter, HEIGHT))
+    frontier = _frontier(rows)
+    specifications.append(("frontier", FRONTIER_TITLE, FRONTIER_READING, FRONTIER_TITLE, frontier, HEIGHT))
+    pairs = _score_pairs(data.samples)
+    painter, height = _histograms(pairs) if pairs else None, HEIGHT / 2 * max(2, len(pairs))
+    specifications.append(("scores", HISTOGRAM_TITLE, HISTOGRAM_READING, HISTOGRAM_TITLE, painter, height))
+    with _DRAWING:
+        plots = [
+            Plot(name, title, reading, alt, _png(painter, LIGHT, height), _png(painter, DARK, height))
+            for name, title, reading, alt, painter, height in specifications
+            if painter is not None
+        ]
+    return plots, [title for _, title, _, _, painter, _ in specifications if painter is None]
+
+
+def _ends(panel: Panel, data: RunData) -> str:
+    """The curve in words: its label, and its means over the first and the last tenth."""
+    start, end = span(data, _available_metric(panel, data.metrics)) or (math.nan, math.nan)
+    return f"{' '.join(panel.label.split())} from {format_number(start)} to {format_number(end)}"
 
 
 def smoothed(values: Sequence[float], *, window: int) -> list[float]:

@@ -40,6 +40,8 @@ class Token:
     text: str
     tooltip: str
     heat: dict[str, float]
+    numbers: list[str]
+    """The quantities as text, in the order of `QUANTITIES`; empty for an environment's token."""
     is_own: bool = True
     """Whether the policy sampled it."""
     begins_line: bool = False
@@ -87,12 +89,13 @@ def _response(trace: TokenTrace, scales: dict[str, float]) -> Response:
         text, begins_line = text.replace("\n", "⏎\n"), index > 0 and own[index] != own[index - 1]
         if not own[index]:
             heat = dict.fromkeys(scales, 0.0)
-            tokens.append(Token(text=text, tooltip="environment", heat=heat, is_own=False, begins_line=begins_line))
+            tokens.append(Token(text=text, tooltip="environment", heat=heat, numbers=[], is_own=False, begins_line=begins_line))
             continue
         numbers = {quantity.key: getattr(trace, quantity.key)[index] for quantity in QUANTITIES}
         heat = {key: _heat(value, scales[key]) for key, value in numbers.items()}
-        lines = [f"{quantity.label} {format_number(numbers[quantity.key])}" for quantity in QUANTITIES]
-        tokens.append(Token(text=text, tooltip=" · ".join(lines), heat=heat, begins_line=begins_line))
+        texts = [format_number(number) for number in numbers.values()]
+        tooltip = " · ".join(f"{quantity.label} {number}" for quantity, number in zip(QUANTITIES, texts, strict=True))
+        tokens.append(Token(text=text, tooltip=tooltip, heat=heat, numbers=texts, begins_line=begins_line))
     cut = max(0, len(trace.tokens) - MAX_TOKENS)
     return Response(
         iteration=trace.iteration, prompt=trace.prompt, score=format_number(trace.score), tokens=tokens, cut=cut

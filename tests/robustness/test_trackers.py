@@ -4,6 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
+import accelerate.tracking
+import pytest
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -12,23 +14,35 @@ from rlhf_ppo.learner.trackers import Trackers
 from tests.support.tiny_run import config, share_of_e, trainer
 
 
-def test_the_id_of_a_tracked_run_is_saved_and_given_back_on_resume() -> None:
+@pytest.mark.parametrize(("tracker", "name"), [("wandb", "id"), ("trackio", "name")])
+def test_a_tracked_run_is_saved_and_given_back_on_resume(tracker: str, name: str) -> None:
     accelerator = create_autospec(Accelerator, instance=True)
     accelerator.is_main_process = True
-    accelerator.get_tracker.return_value = SimpleNamespace(id="run-1")
-    settings = PPOConfig(log_with="wandb", tracker_kwargs={"wandb": {"entity": "me"}})
+    accelerator.get_tracker.return_value = SimpleNamespace(**{name: "run-1"})
+    settings = PPOConfig(log_with=tracker, tracker_kwargs={tracker: {"entity": "me"}})
     first = Trackers(accelerator, settings)
     first.begin()
     first.begin()
     assert accelerator.init_trackers.call_count == 1
-    assert accelerator.init_trackers.call_args.kwargs["init_kwargs"] == {"wandb": {"entity": "me"}}
+    assert accelerator.init_trackers.call_args.kwargs["init_kwargs"] == {tracker: {"entity": "me"}}
     first.step = 7
     second = Trackers(accelerator, settings)
     second.load_state_dict(first.state_dict())
-    assert second.state_dict() == {"wandb": "run-1", "step": 7}  # also before it has begun
+    assert second.state_dict() == {"wandb": None, "trackio": None, "step": 7} | {tracker: "run-1"}  # before it has begun
     second.begin()
-    expected = {"wandb": {"entity": "me", "resume": "allow", "id": "run-1"}}
+    expected = {tracker: {"entity": "me", "resume": "allow", name: "run-1"}}
     assert accelerator.init_trackers.call_args.kwargs["init_kwargs"] == expected
+
+
+@pytest.mark.parametrize(
+    ("log_with", "message"),
+    [("trackio", "needs a package that is not installed here.*`pip install trackio`"), ("tensorbord", "must be one of")],
+)
+def test_a_tracker_that_cannot_log_is_refused(log_with: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate drops a tracker whose package is missing, and says so at the level of debugging alone."""
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", ["tensorboard"])
+    with pytest.raises(ValueError, match=message):
+        trainer(log_with=log_with)
 
 
 def test_tensorboard_shows_each_iteration_of_a_resumed_run_once(tmp_path: Path) -> None:
