@@ -6,13 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers import AutoTokenizer
-
-from rlhf_ppo.models import AutoModelForCausalLMWithValueHead
-from rlhf_ppo.models.merging import save_merged
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -29,16 +22,23 @@ def merge(adapter: str | Path, folder: str | Path, *, dtype: str = "float32") ->
     Raises:
         ValueError: There is no adapter, or `folder` contains a model.
     """
+    import torch  # here, so that the help comes without it
+    import transformers
+
+    from rlhf_ppo.models import AutoModelForCausalLMWithValueHead
+    from rlhf_ppo.models.merging import save_merged
+
     target = Path(folder)
     if (target / "config.json").exists():
         raise ValueError(f"{target} holds a model already: merging would overwrite it. Choose another folder")
+    transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     model = AutoModelForCausalLMWithValueHead.from_pretrained(str(adapter), **options)
     if not model.is_peft_model:
         raise ValueError(f"{adapter} holds no adapter (no adapter_config.json): it is a plain model already")
     save_merged(model, target)
     if (Path(adapter) / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+        transformers.AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +48,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", help="folder of the merged model")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the saved weights (default: float32)")
     options = parser.parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )  # peft

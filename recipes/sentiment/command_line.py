@@ -240,7 +240,9 @@ def use_threads(requested: int | None = None) -> None:
 CHUNKS_FOLDER = "evaluations.partial"
 
 
-IRRELEVANT_SETTINGS = {"output_dir", "fresh", "threads", "log_with", "save_every", "max_time", "vllm_url", "live", "live_address"}
+IRRELEVANT_SETTINGS = {
+    "output_dir", "fresh", "threads", "log_with", "save_every", "max_time", "vllm_url", "live", "live_address",
+}  # fmt: skip
 """Settings of a run that change nothing of what is learned."""
 
 

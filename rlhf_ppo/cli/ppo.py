@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def option_names() -> list[str]:
+    """The options of the command line."""
+    return [name for action in _parser()._actions for name in action.option_strings]
+
+
 def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str, Any]]]:
     """Flags of the run itself, and `--section.field value` or `--section.field=value` as section, field, value."""
     own: list[str] = []

@@ -9,6 +9,9 @@ MIN_EXTRA_ROWS = 64
 once, in the time of the products of ten rows or more: with few rows in a chunk the time of a token would grow with the
 square of the vocabulary."""
 
+MIN_BLOCK = 1024
+"""Fewest tokens of the vocabulary in a block of training, whatever its logits take."""
+
 
 @dataclass(frozen=True)
 class ChunkSizes:
@@ -17,7 +20,7 @@ class ChunkSizes:
     probabilities: int
     """Bytes of probabilities beyond the gradient's memory, in training."""
     block_logits: int
-    """Bytes of a block's logits in training, by which the block is cut, down to one tile of a product."""
+    """Bytes of a block's logits in training, by which the block is cut, down to `MIN_BLOCK`."""
     scoring_logits: int
     """Bytes of a block's logits without a gradient, by which the rows are cut."""
     whole_logits: int

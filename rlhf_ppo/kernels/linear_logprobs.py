@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_ppo.functional.masked import HALF_PRECISION, at_least_float32
 from rlhf_ppo.kernels import chunk_sizes, memory
 from rlhf_ppo.kernels.logits_buffer import LogitsBuffer
-from rlhf_ppo.kernels.matmul import TILE_SIZE, add_matmul, can_write_into, matmul, write_matmul
+from rlhf_ppo.kernels.matmul import matmul
 from rlhf_ppo.kernels.scratch_buffer import ScratchBuffer
 
 
@@ -125,7 +125,7 @@ class FusedLinearLogprobs:
         vocab, most = len(self.head), self.sizes.block
         if training:
             rows = max(1, min(len(self.tokens), self.settings.chunk_size))
-            most = min(most, max(TILE_SIZE, self.sizes.block_logits // (4 * rows)))
+            most = min(most, max(chunk_sizes.MIN_BLOCK, self.sizes.block_logits // (4 * rows)))
         return math.ceil(vocab / max(1, math.ceil(vocab / most)))
 
     def _chunks(self, *, training: bool) -> list[slice]:
@@ -209,18 +209,14 @@ class FusedLinearLogprobs:
         return largest, log_sum, mean
 
     def _logits(self, rows: slice, part: slice, place: Tensor) -> Tensor:
-        """Logits of one block, [rows, block], at least in float32; in `place` where a product can write there."""
+        """Logits of one block, [rows, block], at least in float32; in `place` where they are cast and fit there."""
         inputs, head = self.inputs[rows], self.head[part].t()
         offset = None if self.offset is None else self.offset[part]
-        shape, dtype = (len(inputs), head.shape[1]), torch.promote_types(inputs.dtype, torch.float32)
-        if place.shape != shape or place.dtype != dtype or place.device.type != "cpu":
-            place = self.scratch.empty(shape, dtype)
-        if place.device.type != "cpu":
-            z = matmul(inputs, head, offset).to(dtype)
-        elif dtype != inputs.dtype or can_write_into(inputs, head, place):
-            z = write_matmul(inputs, head, offset, to=place, scratch=self.scratch)
-        else:
-            z = matmul(inputs, head, offset)
+        z, dtype = matmul(inputs, head, offset, scratch=self.scratch), torch.promote_types(inputs.dtype, torch.float32)
+        if z.dtype != dtype:
+            if place.shape != z.shape or place.dtype != dtype or place.device.type != "cpu":
+                place = self.scratch.empty(z.shape, dtype)
+            z = place.copy_(z)
         return z if self.settings.temperature == 1.0 else z.div_(self.settings.temperature)
 
     def _add_gradients(self, chunk: _Chunk, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
@@ -239,8 +235,9 @@ class FusedLinearLogprobs:
                 grad_hidden.addcmul_(matmul(grad_logits, self.head[part], scratch=self.scratch), share)
             if output.grad_weight is not None:
                 scaled = torch.mul(inputs, factor, out=self.scratch.empty(inputs.shape, inputs.dtype))
-                into_gradient = write_matmul if chunk.overlaps_gradient else add_matmul
-                into_gradient(grad_logits.t(), scaled, to=output.grad_weight[part], scratch=self.scratch)
+                gradient = output.grad_weight[part]
+                accumulate = gradient.copy_ if chunk.overlaps_gradient else gradient.add_
+                accumulate(matmul(grad_logits.t(), scaled, scratch=self.scratch))
         if output.grad_hidden is not None:
             output.grad_hidden[chunk.rows] = (grad_hidden * slope).to(output.grad_hidden.dtype)
         if self.settings.with_entropy and not self.entropy_first:

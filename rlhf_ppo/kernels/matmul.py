@@ -23,9 +23,6 @@ from rlhf_ppo.kernels.scratch_buffer import ScratchBuffer
 
 logger = logging.getLogger(__name__)
 
-TILE_SIZE = 1024
-"""Of a longer side of a result, so much at a time stays in a core's own cache with what it is made from; the kernels of
-torch's library leave it, and take 5 to 20 % longer."""
 MIN_SPEEDUP = 1.25
 """Least speedup of oneDNN for it to be used: below, the choice could change with noise from run to run."""
 CHOICES = (("torch", "onednn"), ("float32", "bfloat16"))
@@ -131,53 +128,6 @@ def matmul(
         return product if bias is None else product.add_(bias)
     out = None if scratch is None else scratch.empty((a.shape[0], b.shape[1]), a.dtype)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
-
-
-def add_matmul(
-    a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], *, to: Float[Tensor, "n m"], scratch: ScratchBuffer | None = None
-) -> None:
-    """Add A B to `to` in place: of torch's own products, in the same kernel.
-
-    oneDNN's make a result of their own, and so do those in another dtype than that of `to`, in `scratch` where given.
-    """
-    if not can_write_into(a, b, to):
-        to.add_(matmul(a, b, scratch=scratch))
-        return
-    for rows, columns in _tiles(to):
-        to[rows, columns].addmm_(a[rows], b[:, columns])
-
-
-def write_matmul(
-    a: Float[Tensor, "n k"],
-    b: Float[Tensor, "k m"],
-    bias: Float[Tensor, " m"] | None = None,
-    *,
-    to: Float[Tensor, "n m"],
-    scratch: ScratchBuffer | None = None,
-) -> Float[Tensor, "n m"]:
-    """Write A B + bias into `to`, and return it: the same kernels as those of `add_matmul`."""
-    if not can_write_into(a, b, to):
-        return to.copy_(matmul(a, b, bias, scratch=scratch))
-    for rows, columns in _tiles(to):
-        if bias is None:
-            torch.mm(a[rows], b[:, columns], out=to[rows, columns])
-        else:
-            torch.addmm(bias[columns], a[rows], b[:, columns], out=to[rows, columns])
-    return to
-
-
-def _tiles(result: Float[Tensor, "n m"]) -> list[tuple[slice, slice]]:
-    """Rows and columns of `result` to be written by one kernel of torch's each: pieces of the longer side on a CPU."""
-    whole, longer = slice(None), max(result.shape)
-    if result.device.type != "cpu" or longer <= TILE_SIZE:
-        return [(whole, whole)]
-    pieces = [slice(start, start + TILE_SIZE) for start in range(0, longer, TILE_SIZE)]
-    return [(piece, whole) if len(result) == longer else (whole, piece) for piece in pieces]
-
-
-def can_write_into(a: Tensor, b: Tensor, to: Tensor) -> bool:
-    """Whether the product A B is torch's own and of the dtype of `to`, so that its kernel can write there."""
-    return a.dtype == b.dtype == to.dtype and not (is_eager_float32_on_cpu(a, b) and onednn_is_faster())
 
 
 def onednn_linear(

@@ -157,9 +157,9 @@ def mismatch_metrics(
 
 
 def announce(correction: ImportanceCorrection | None, reason: str | None) -> None:
-    """Say in one line that a correction was chosen automatically, and why."""
+    """Log in one line that a correction was chosen automatically, and why; the metrics `sampler/*` show its size."""
     if correction is not None and correction.is_automatic:
-        logger.warning(
+        logger.info(
             "%s: each token is weighted by min(π_old / μ, %g), its probability in training over that in sampling. "
-            "PPOConfig(importance_sampling='off') leaves them unweighed.", reason, correction.high,
+            "PPOConfig(importance_sampling='off') turns that off.", reason, correction.high,
         )  # fmt: skip

@@ -39,11 +39,12 @@ class Precision:
     """Dtype of `torch.autocast` around the layers; None: layers cast themselves, or nothing is cast."""
 
     def __str__(self) -> str:
-        names = {name: str(getattr(self, name)).removeprefix("torch.") for name in ("compute", "head", "sampler")}
-        frozen = "as loaded" if self.reference is None else str(self.reference).removeprefix("torch.")
-        tf32 = ", float32 products in TF32" if self.tf32 else ""
-        products = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
-        return f"precision: trained weights float32; products: {products}; reference {frozen}{tf32}"
+        parts = {"products": self.compute, "reference": self.reference}
+        parts |= {"LM head": self.head} if self.head != self.compute else {}
+        parts |= {"sampler": self.sampler} if self.sampler != self.compute else {}
+        said = [f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in parts.items() if dtype is not None]
+        tf32 = ["float32 products in TF32"] if self.tf32 else []
+        return ", ".join(["precision: trained weights in float32", *said, *tf32])
 
     def sampling(self, device: torch.device) -> AbstractContextManager[object]:
         """Context manager: while active, a sampler's layers compute as those of the policy do."""

@@ -7,15 +7,12 @@ import sys
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rlhf_ppo.plan.compute import FlopRates, iteration_flops
 from rlhf_ppo.plan.config import PlanConfig, PlanError, read_config
-from rlhf_ppo.plan.memory import make_plan
-from rlhf_ppo.plan.tables import as_json, as_text
-from rlhf_ppo.plan.traces import trace_memory, weight_bytes
+
+if TYPE_CHECKING:
+    from rlhf_ppo.plan.compute import FlopRates
 
 HELP = {
     "model": "gpt2, 1b, 7b, 70b, or a folder or file with a config.json",
@@ -44,6 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
     config, gpus, rates, measure, print_json = (
         options.pop(name) for name in ("config", "gpus", "rates", "measure", "json")
     )
+    import torch  # here, so that the help comes without it
+
+    from rlhf_ppo.plan.compute import FlopRates, iteration_flops
+    from rlhf_ppo.plan.memory import make_plan
+    from rlhf_ppo.plan.tables import as_json, as_text
+    from rlhf_ppo.plan.traces import trace_memory, weight_bytes
+
     try:
         if measure:
             options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,7 +105,9 @@ def _config_from_options(options: dict[str, Any]) -> PlanConfig:
     return PlanConfig(**{name: value for name, value in options.items() if value is not None})
 
 
-def _read_rates(path: str) -> FlopRates:
+def _read_rates(path: str) -> "FlopRates":
+    from rlhf_ppo.plan.compute import FlopRates
+
     try:
         content = json.loads(Path(path).read_text())
         return FlopRates(**(content.get("rates") or content["measured"]["rates"]))

@@ -108,9 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
     timeout = 30
 
-    def do_GET(self) -> None:  # noqa: N802  # the name that http.server asks for
+    def do_GET(self) -> None:
         """Answer with the page, its script, or a refusal."""
-        if self.server.token is None and urlsplit(f"//{self.headers.get('Host', '')}").hostname not in self.server.names:
+        name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        if self.server.token is None and name not in self.server.names:
             self._answer(403, b"This server answers only to the name of this machine.", "text/plain")
         elif not is_authorized(self.headers.get("Authorization"), self.server.token):
             self._answer(401, f"Password: the value of {TOKEN_VARIABLE}.".encode(), "text/plain")
@@ -157,5 +158,7 @@ def _parse(address: str) -> tuple[str, int]:
     except ValueError:
         host = port = None
     if not host or port is None:
-        raise ValueError(f"the address of the live report must be HOST:PORT, such as {DEFAULT_ADDRESS}, got {address!r}.")
+        raise ValueError(
+            f"the address of the live report must be HOST:PORT, such as {DEFAULT_ADDRESS}, got {address!r}."
+        )
     return host, port

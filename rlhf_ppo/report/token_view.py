@@ -89,7 +89,9 @@ def _response(trace: TokenTrace, scales: dict[str, float]) -> Response:
         text, begins_line = text.replace("\n", "⏎\n"), index > 0 and own[index] != own[index - 1]
         if not own[index]:
             heat = dict.fromkeys(scales, 0.0)
-            tokens.append(Token(text=text, tooltip="environment", heat=heat, numbers=[], is_own=False, begins_line=begins_line))
+            tokens.append(
+                Token(text=text, tooltip="environment", heat=heat, numbers=[], is_own=False, begins_line=begins_line)
+            )
             continue
         numbers = {quantity.key: getattr(trace, quantity.key)[index] for quantity in QUANTITIES}
         heat = {key: _heat(value, scales[key]) for key, value in numbers.items()}

@@ -14,8 +14,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlhf_ppo.updates.optimizers import create_moments
-
 
 @runtime_checkable
 class OptimizerSteps(Protocol):
@@ -51,11 +49,8 @@ class AccelerateSteps:
     def __init__(self, policy: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> None:
         self.policy, self.optimizer, self.accelerator = policy, optimizer, accelerator
         self.parameters = list(policy.parameters())  # once: a walk through all modules costs as much as a small step
-        self._on_cpu = accelerator.device.type == "cpu" and accelerator.distributed_type != DistributedType.FSDP
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
-        if self._on_cpu and not self.optimizer.state:
-            create_moments(self.optimizer)
         synchronize: AbstractContextManager[object] = nullcontext() if last else self.accelerator.no_sync(self.policy)
         return synchronize
 

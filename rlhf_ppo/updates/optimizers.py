@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -79,24 +79,3 @@ def adam(
     if tensorflow:
         return TensorFlowAdam(parameters, lr, eps=eps)
     return Adam(parameters, lr=lr, eps=eps, fused=fused or None)
-
-
-def create_moments(optimizer: Optimizer) -> None:
-    """Allocate Adam's moments now instead of at the first step, after the first gradients.
-
-    Otherwise gradients lie below the moments in memory, and freeing one leaves a hole that activations and logits fill,
-    so that the next gradient of that size no longer fits (fragmentation). Results are the same. Other optimizers and
-    existing moments are left alone.
-    """
-    unwrapped = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    if type(unwrapped) not in (Adam, AdamW):
-        return
-    for group in unwrapped.param_groups:
-        if group["amsgrad"] or group["capturable"]:
-            continue
-        for parameter in group["params"]:
-            if parameter.requires_grad and not unwrapped.state.get(parameter):
-                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                unwrapped.state[parameter] = {
-                    "step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone(),
-                }  # fmt: skip

@@ -164,18 +164,6 @@ SWITCHES = {
         workloads=(*USUAL, *WHOLE, "cpu-bf16"),
         kept_for="kept: 719 and 646 MiB to 580 and 584 at cpu-vocab on a Zen 4 (decision 0022)",
     ),
-    "write_in_place": Switch(
-        "kernels/matmul", "products into a tensor of their own, then added or copied",
-        {
-            "kernels.matmul.can_write_into": _always(False), "kernels.linear_logprobs.can_write_into": _always(False),
-        },
-        kept_for="kept: tiles need it",
-    ),
-    "tiles": Switch(
-        "kernels/matmul", "a block's product in one piece",
-        {"kernels.matmul._tiles": lambda: lambda _: [(slice(None), slice(None))]},
-        kept_for="kept for an earlier figure, products of 5 to 20 % more time; processor not recorded",
-    ),
     "tied_embedding": Switch(
         "kernels/tied_embedding", "two gradients of [vocabulary, width], added by autograd",
         {"models.scoring.tied_embedding_gradient": lambda: lambda _: nullcontext()},
@@ -214,11 +202,6 @@ SWITCHES = {
     ),
     "fused_adam": Switch(
         "learner/arguments", "Adam over lists of tensors", settings={"fused_adam": False}, paired=False
-    ),
-    "create_moments": Switch(
-        "updates/optimizers", "moments at the first step", {"updates.optimizer_steps.create_moments": _always(None)},
-        paired=False, workloads=USUAL + WHOLE,
-        kept_for="not decided: single epochs and whole updates disagree",
     ),
     "kv_cache": Switch(
         "samplers/kv_cache", "transformers' DynamicCache", {"samplers.decode_loop.new_cache": lambda: _dynamic_cache},

@@ -14,8 +14,6 @@ from tests.benchmarks.sides import Ours
 from tests.benchmarks.switches import SWITCHES
 from tests.benchmarks.workloads import WORKLOADS
 
-pytestmark = [pytest.mark.filterwarnings("ignore:No dataset is provided")]
-
 IN_FLOAT32 = [name for name, switch in SWITCHES.items() if switch.equal and "cpu-bf16" not in switch.workloads[:1]]
 FAST_TIER = ("fused_head",)
 """tests/kernels holds each fast path to its twin; the slow tier switches each off as the measurement does it."""

@@ -18,8 +18,6 @@ from tests.benchmarks.records import add_rounds
 from tests.benchmarks.sides import Ours, Plain
 from tests.benchmarks.workloads import WORKLOADS
 
-pytestmark = [pytest.mark.filterwarnings("ignore:No dataset is provided")]
-
 TINY = WORKLOADS["tiny"]
 
 

@@ -22,8 +22,6 @@ from tests.benchmarks.ppo import prepare
 from tests.benchmarks.sides import Ours
 from tests.benchmarks.workloads import WORKLOADS, Workload
 
-pytestmark = [pytest.mark.filterwarnings("ignore:No dataset is provided")]
-
 TINY = WORKLOADS["tiny"]
 """The lengths of cpu-skew: 32 prompts of 64 tokens, responses of 5 to 128, 40 on average."""
 

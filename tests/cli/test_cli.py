@@ -14,13 +14,23 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_help_is_shown_without_torch() -> None:
-    """In a process of its own: the help of the command and of `run` imports neither torch nor transformers."""
+    """In a process of its own: the help of these commands imports neither torch nor transformers."""
     code = (
-        "import sys; from rlhf_ppo.cli import main; assert main(['--help']) == 0 == main(['run', '--help']);"
-        "assert not {'torch', 'transformers', 'trl'} & sys.modules.keys()"
+        "import contextlib, sys\nfrom rlhf_ppo.cli import main\n"
+        "for name in ('', 'ppo', 'plan', 'doctor', 'report', 'merge', 'run', 'completion'):\n"
+        "    with contextlib.suppress(SystemExit):\n        main([*name.split(), '--help'])\n"
+        "assert not {'torch', 'transformers', 'trl', 'matplotlib'} & sys.modules.keys()"
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"  {name} " in shown for name in COMMANDS) and "rlhf-ppo run SCRIPT" in shown
+    assert all(f"usage: python -m rlhf_ppo.{name}" in shown for name in ("plan", "report", "merge"))
+
+
+def test_the_shell_completes_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion"]) == 0
+    words = capsys.readouterr().out.split()
+    assert {"ppo", "reward", "train", "serve", "--live", "--output-dir", "--print-config"} <= set(words)
+    assert len(words) == len(set(words))
 
 
 def test_wrong_calls_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,6 @@ def test_the_launcher_accepts_the_file(name: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.filterwarnings("ignore:No dataset is provided")
 @pytest.mark.filterwarnings("ignore:KL divergence is starting to become negative")
 @pytest.mark.parametrize("name", ["cpu", "gpu", "fsdp2", "fsdp2_cpu"])
 def test_what_the_file_launches_takes_the_steps_of_one_process(name: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.distributed.comparing import TOLERANCE, alone, worst
 from tests.distributed.launching import ROOT, free_port, launch
 from tests.distributed.scenario import Outcome, Scenario
 
-pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:No dataset is provided")]
+pytestmark = [pytest.mark.distributed]
 
 
 def test_two_machines_take_the_steps_of_one_process(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from tests.distributed.scenario import Outcome, Scenario, build
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.filterwarnings("ignore:No dataset is provided"),
     pytest.mark.filterwarnings("ignore:KL divergence is starting to become negative"),
     pytest.mark.filterwarnings("ignore:The average ratio of batch"),
     pytest.mark.filterwarnings("ignore:Skipped a minibatch"),

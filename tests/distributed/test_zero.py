@@ -17,7 +17,6 @@ from tests.distributed.scenario import Scenario
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-distributed installs it"),
-    pytest.mark.filterwarnings("ignore:No dataset is provided"),
     pytest.mark.filterwarnings("ignore:KL divergence is starting to become negative"),
     pytest.mark.filterwarnings("ignore:The average ratio of batch"),
     pytest.mark.filterwarnings("ignore:Skipped a minibatch"),

@@ -64,3 +64,14 @@ def documented(package: str) -> set[str]:
                 names |= {name.strip() for name in members.split(",")}
         names |= set(re.findall(rf"^::: {re.escape(package)}\.(\w+)$", text, re.MULTILINE))
     return names
+
+
+def commands(page: str) -> Iterator[str]:
+    """The shell commands of a page: lines of fenced blocks without a language, and inline code, that begin as one."""
+    blocks = [match["text"] for match in _FENCE.finditer(page) if match["language"] in ("", "sh", "bash", "shell")]
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", _FENCE.sub("", page))
+    starts = re.compile(r"([A-Z_]+=\S+ )*(rlhf-ppo|make|python|accelerate launch|tests/\S+\.sh|\.ci/run)( |$)")
+    for text in [*lines, *inline]:
+        if starts.match(text) and "..." not in text.split(" ")[1:2] and "COMMAND" not in text:
+            yield text

@@ -23,7 +23,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:No dataset is provided")  # a reminder of the classic API
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_python_blocks_of_a_page_run_one_after_the_other(
     page: Path, models: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import torch
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
@@ -22,7 +21,6 @@ def is_documented(name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-@pytest.mark.filterwarnings("ignore:No dataset is provided")
 def test_every_metric_of_step_and_train_has_a_line() -> None:
     """Two named sources and a held-out evaluation, so that all families of names are there."""
     torch.set_num_threads(1)

@@ -13,7 +13,6 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 
-@pytest.mark.filterwarnings("ignore:No dataset is provided")
 @pytest.mark.parametrize("per_token", [False, True])
 def test_integer_and_per_token_scores_are_welcome(per_token: bool) -> None:
     """The response of two tokens earns 3, as one number or as 1 + 2."""

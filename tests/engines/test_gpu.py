@@ -22,7 +22,6 @@ from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_to
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore:No dataset is provided"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # inductor's, for generate-static in float32
 ]
 

@@ -20,7 +20,6 @@ from tests.support.pretend_cuda import Counts, DeviceMixError
 from tests.support.tiny_models import EOS_TOKEN_ID, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 from tests.support.tiny_run import TEXTS, share_of_e
 
-pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from torch.testing import assert_close
 
 from reward_model import RewardModel
@@ -16,7 +15,6 @@ from tests.support.pretend_cuda import Counts
 from tests.support.tiny_models import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 from tests.support.tiny_run import TEXTS
 
-pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
 PAIRS = {"prompts": ["The movie was "] * 3, "responses": ["good", "a terrible story", "great"]}
 
 

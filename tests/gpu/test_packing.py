@@ -8,8 +8,6 @@ from tests.gpu.runs import LENGTHS, batch, trainer, weights
 from tests.kernels.test_varlen_attention import reference
 from tests.support.pretend_cuda import Counts
 
-pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
-
 
 def test_packed_rows_take_the_step_of_padded_ones_without_padding_or_waits(
     gpu: Counts, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,6 @@ from tests.support.pretend_cuda import Counts, pretend_cuda
 from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 from tests.support.tiny_run import TEXTS, share_of_e
 
-pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 
@@ -123,6 +122,5 @@ def test_settings_that_contradict_each_other_are_named() -> None:
 def test_one_line_says_what_computes_in_which_dtype(gpu: Counts) -> None:
     line = str(trainer(diagnose=False).precision)
     assert line == (
-        "precision: trained weights float32; products: compute bfloat16, head bfloat16, sampler bfloat16; reference "
-        "bfloat16, float32 products in TF32"
+        "precision: trained weights in float32, products in bfloat16, reference in bfloat16, float32 products in TF32"
     )

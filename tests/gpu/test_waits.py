@@ -15,8 +15,6 @@ from tests.gpu.runs import batch, trainer, weights
 from tests.support.pretend_cuda import Counts
 from tests.support.tiny_models import tiny_llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
-
 
 def waits_per_step(gpu: Counts, **settings: object) -> float:
     """Waits of three epochs above those of one, for each of the optimizer steps between."""

@@ -1,7 +1,6 @@
 """Faster layers compute what the plain ones do, and leave the model what it was."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -128,43 +127,6 @@ def test_a_slower_onednn_leaves_the_products_alone(monkeypatch: pytest.MonkeyPat
     model = gpt2()
     assert use_fast_layers(model) == 2  # activations
     assert type(model.lm_head) is nn.Linear
-
-
-@pytest.mark.parametrize("by_onednn", [False, True])
-@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tile", [2, 1024])
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
-def test_a_product_is_added_and_written_in_place(
-    by_onednn: bool, low: torch.dtype, tile: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: by_onednn)
-    monkeypatch.setattr(matmul, "TILE_SIZE", tile)
-    a, b, bias = torch.randn(7, shape[0]).to(low).t(), torch.randn(7, shape[1]).to(low), torch.randn(shape[1]).to(low)
-    place = torch.ones(shape)
-    matmul.add_matmul(a, b, to=place)
-    assert_close(place, 1 + (a @ b).float())
-    for offset, exact in ((None, a @ b), (bias, a @ b + bias)):
-        beside = torch.zeros(shape[0], 2 * shape[1])  # a part of a wider result
-        assert matmul.write_matmul(a, b, offset, to=beside[:, : shape[1]]).shape == shape
-        tolerance = 3e-2 if low == torch.bfloat16 else 1e-5
-        assert_close(beside[:, : shape[1]], exact.float(), rtol=tolerance, atol=tolerance)
-        assert not beside[:, shape[1] :].any()
-
-
-def test_a_product_is_written_a_piece_of_its_longer_side_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
-    monkeypatch.setattr(matmul, "TILE_SIZE", 4)
-    written: list[tuple[int, ...]] = []
-    mm = torch.mm
-
-    def noted(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        written.append(tuple(out.shape))
-        return mm(a, b, out=out)
-
-    monkeypatch.setattr(torch, "mm", noted)
-    for shape in ((9, 3), (3, 9), (4, 4)):
-        matmul.write_matmul(torch.ones(shape[0], 2), torch.ones(2, shape[1]), to=torch.empty(shape))
-    assert written == [(4, 3), (4, 3), (1, 3), (3, 4), (3, 4), (3, 1), (4, 4)]
 
 
 def test_libraries_are_timed_in_turns() -> None:
@@ -335,11 +297,7 @@ def test_a_policy_whose_head_is_hooked_and_its_reference_score_in_one_way() -> N
     torch.manual_seed(0)
     model, reference = (AutoModelForCausalLMWithValueHead.from_pretrained(llama()) for _ in range(2))
     model.pretrained_model.lm_head.register_forward_hook(lambda *_: None)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No dataset")
-        trainer = PPOTrainer(
-            PPOConfig(batch_size=2, mini_batch_size=2, diagnose=False), model, reference, tiny_tokenizer()
-        )
+    trainer = PPOTrainer(PPOConfig(batch_size=2, mini_batch_size=2, diagnose=False), model, reference, tiny_tokenizer())
     queries, responses = [torch.arange(3, 9), torch.arange(4, 7)], [torch.arange(5, 40), torch.arange(9, 30)]
     statistics = trainer.step(queries, responses, [torch.tensor(1.0), torch.tensor(-1.0)])
     assert statistics["objective/kl"] == 0.0

@@ -198,6 +198,7 @@ def test_an_engine_that_is_known_to_differ_is_corrected_and_said(caplog: pytest.
     def said() -> list[str]:
         return [record.getMessage() for record in caplog.records if "weighted" in record.getMessage()]
 
+    caplog.set_level("INFO")
     trained(DecodeLoop())
     trained(DecodeLoop(), precision="bf16", importance_sampling="off")
     assert not said()

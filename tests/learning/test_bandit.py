@@ -22,8 +22,6 @@ from rlhf_ppo import (
 )
 from tests.learning.bandit import bandit, optimum, play, probabilities, total_variation
 
-pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
-
 ITERATIONS = {0.5: 60, 0.0: 36}
 """By the weight of the KL: the best token alone is found sooner than a distribution."""
 ALGORITHMS: dict[str, AlgorithmConfig] = {

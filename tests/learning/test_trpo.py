@@ -17,7 +17,6 @@ from rlhf_ppo.updates import TrustRegionUpdate
 from rlhf_ppo.updates.trust_region_config import check_processes
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:No dataset is provided")
 VOCAB = 7
 
 

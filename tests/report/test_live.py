@@ -111,7 +111,7 @@ def test_other_machines_need_a_token(run: RunFolder, monkeypatch: pytest.MonkeyP
 def test_a_second_run_takes_another_port_unless_one_was_asked_for(run: RunFolder, url: str) -> None:
     with serve_report(run.path, title="second") as other:
         assert other != url and "second" in get(other)[1]
-        with pytest.raises(OSError, match="cannot listen on 127.0.0.1"):
+        with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1"):
             serve_report(run.path, title="", address=urlsplit(other).netloc).__enter__()
     with pytest.raises(ValueError, match="must be HOST:PORT, such as"):
         serve_report(run.path, title="", address="somewhere").__enter__()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.structure.counts import ROOT, import_graph, in_circles, long_functions, loose_modules, modules, room_graph
+from tests.structure.picture import PICTURE, picture
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,6 +59,10 @@ def test_the_architecture_page_lists_the_packages_in_the_order_of_the_layers(pac
     listed = [name.removesuffix("/").removesuffix(".py") for row in rows for name in re.findall(r"`([\w./]+)`", row)]
     assert listed[:ordered] == order[:ordered]
     assert sorted(listed) == sorted(order)
+
+
+def test_the_picture_of_the_rooms_is_drawn_from_the_imports() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == picture(), "draw it again: python -m tests.structure.picture"
 
 
 def test_every_place_that_the_architecture_page_names_is_there() -> None:

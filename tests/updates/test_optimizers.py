@@ -5,12 +5,10 @@ from copy import deepcopy
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from rlhf_ppo.updates.optimizers import TensorFlowAdam, adam, create_moments, linear_to_zero
-from tests.classic.test_classic import trainer_of
+from rlhf_ppo.updates.optimizers import TensorFlowAdam, adam, linear_to_zero
 
 
 def quadratic(parameter: nn.Parameter) -> Tensor:
@@ -77,57 +75,3 @@ def test_an_epsilon_of_zero_and_no_iterations_are_refused() -> None:
         TensorFlowAdam([nn.Parameter(torch.zeros(1))], 0.1, eps=0.0)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         linear_to_zero(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 0)
-
-
-@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"foreach": True}], ids=str)
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-def test_moments_made_before_the_first_step_are_those_that_it_would_have_made(
-    kind: type[torch.optim.Optimizer], settings: dict[str, bool]
-) -> None:
-    found = []
-    for early in (False, True):
-        torch.manual_seed(0)
-        layer = nn.Linear(3, 2)
-        layer.bias.requires_grad_(False)
-        optimizer = kind(layer.parameters(), lr=0.1, **settings)  # type: ignore[call-arg]
-        if early:
-            create_moments(optimizer)
-            assert not any(moment.any() for moment in optimizer.state[layer.weight].values())
-        for _ in range(3):
-            optimizer.zero_grad()
-            layer(torch.ones(4, 3)).square().sum().backward()
-            optimizer.step()
-            create_moments(optimizer)  # what is there stays
-        found.append((layer.state_dict(), optimizer.state_dict()["state"]))
-    assert_close(found[1], found[0], rtol=0, atol=0)
-    assert list(found[1][1]) == [0]
-
-
-def test_moments_of_other_optimizers_are_their_own_business() -> None:
-    parameter = nn.Parameter(torch.ones(2))
-    for optimizer in (
-        torch.optim.SGD([parameter], lr=0.1), TensorFlowAdam([parameter], 0.1),
-        torch.optim.Adam([parameter], amsgrad=True),
-    ):  # fmt: skip
-        create_moments(optimizer)
-        assert not optimizer.state
-
-
-def test_a_trainers_moments_are_there_before_its_first_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the first gradients in memory, they leave a hole that no later gradient of that size fits into."""
-    trainer = trainer_of()
-    seen: list[tuple[int, int]] = []
-    plain = Accelerator.backward
-
-    def watched(accelerator: Accelerator, loss: Tensor, **settings: object) -> None:
-        moments = sum("exp_avg" in state for state in trainer.optimizer.state.values())
-        gradients = sum(parameter.grad is not None for parameter in trainer.model.parameters())
-        seen.append((moments, gradients))
-        plain(accelerator, loss, **settings)
-
-    monkeypatch.setattr(Accelerator, "backward", watched)
-    queries = [torch.tensor([3, 4, 5]), torch.tensor([6, 7])]
-    responses = [torch.tensor([8, 9]), torch.tensor([10, 11, 12])]
-    trainer.step(queries, responses, [torch.tensor(1.0), torch.tensor(-1.0)])
-    trained = sum(parameter.requires_grad for parameter in trainer.model.parameters())
-    assert seen[0] == (trained, 0)
