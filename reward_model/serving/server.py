@@ -10,8 +10,6 @@ with its reason under "error".
 
 import asyncio
 import hashlib
-import hmac
-import ipaddress
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from reward_model.models.model import NonFiniteScoreError, RewardModel
 from reward_model.serving.request_body import ParseBody, parse_queries, parse_samples
 from reward_model.serving.request_queue import QueueFullError, RequestQueue
 from reward_model.utils.documented import documented
+from rlhf_ppo.utils.access import is_authorized, is_loopback
 
 
 @documented
@@ -62,16 +61,6 @@ class ServeConfig(ModelOptions):
         return self.token or os.environ.get("REWARD_MODEL_TOKEN")
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class UnauthorizedError(Exception):
     """A request without the server's token."""
 
@@ -95,7 +84,7 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
     queue, secret = RequestQueue(max_waiting=config.max_waiting), config.secret
 
     async def scores_of(request: Any, parse: ParseBody) -> list[float]:
-        if not authorized(request.headers.get("authorization"), secret):
+        if not is_authorized(request.headers.get("authorization"), secret):
             raise UnauthorizedError("Send the server's token as `Authorization: Bearer TOKEN`.")
         body = await read_body(request, config.max_bytes)
         arguments = parse(body, config.max_samples)
@@ -145,11 +134,6 @@ def health_of(model: RewardModel | EnsembleRewardModel) -> dict[str, str]:
         "template": contract.text.template,
         "tokenizer": contract.tokenizer_sha256[:12],
     }
-
-
-def authorized(header: str | None, token: str | None) -> bool:
-    """Whether the Authorization header has the token; compared in constant time."""
-    return token is None or hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode())
 
 
 async def read_body(request: Any, max_bytes: int) -> bytes:
