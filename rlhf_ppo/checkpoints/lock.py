@@ -42,7 +42,8 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         ) from None
     except (NotImplementedError, OSError) as error:
         warnings.warn(
-            f"{folder} cannot be locked ({error}): nothing keeps a second run out of it. Start none.", stacklevel=3
+            f"{folder} cannot be locked ({error}): a second run in it would not be refused. Do not start one.",
+            stacklevel=3,
         )
         yield
         return

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -30,7 +31,9 @@ from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.loop.config import TrainConfig, TrainState
 from rlhf_ppo.models.pretrained import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.presets import published_run
-from rlhf_ppo.report import serve_report, write_report
+from rlhf_ppo.report import RunFolder, serve_report, write_report
+from rlhf_ppo.report.run_data import read_run
+from rlhf_ppo.report.summary import headline
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
@@ -51,6 +54,7 @@ def run(config: RunConfig) -> TrainState:
         ValueError: A setting that is unknown or does not fit.
     """
     ppo, train, algorithm = make_configs(config)
+    transformers.utils.logging.disable_progress_bar()  # of loading
     tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -71,7 +75,8 @@ def run(config: RunConfig) -> TrainState:
     trainer.save_pretrained(f"{config.output_dir}/model")
     if trainer.accelerator.is_main_process:
         page = write_report(config.output_dir, title=title)
-        sys.stdout.write(f"model: {config.output_dir}/model\nreport: {page}\n")
+        result = headline(read_run(RunFolder.open(config.output_dir)))
+        sys.stdout.write(f"{result}\nmodel: {config.output_dir}/model\nreport: {page}\n")
     return state
 
 

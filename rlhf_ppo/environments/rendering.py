@@ -148,8 +148,8 @@ def check_prefix_stability(conversation: _Conversation) -> None:
         )
     if not (conversation.is_prefix_stable(_REPLY) and conversation.is_prefix_stable(_THOUGHT)):
         warnings.warn(
-            "The chat template renders the thinking of earlier replies, or its marks, otherwise than when they were "
-            "sampled; training keeps what was sampled. A chat that renders its history anew shows the policy another "
+            "The chat template renders the thinking of earlier replies, or its marks, differently from how they were "
+            "sampled; training keeps what was sampled. A chat that renders its whole history shows the policy another "
             "context than in training: serve it with a template that keeps the thinking.",
             stacklevel=2,
         )

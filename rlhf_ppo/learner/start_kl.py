@@ -45,8 +45,8 @@ class StartKLCheck:
             raise ValueError(
                 f"expected policy and reference to agree before anything is learned (KL 0), got log-probabilities that "
                 f"differ by {gap:.3g} nats a token: the reference is {reference}, not the model that "
-                "training starts from, and the KL penalty would pull towards it. Build the trainer when the adapter is "
-                "where training starts and do not change it until then, or pass that model as `ref_model`."
+                "training starts from, and the KL penalty would pull towards it. Finish changes of the "
+                "adapter before the trainer is built, or pass the model that training starts from as `ref_model`."
             )
         self.is_due = False
 

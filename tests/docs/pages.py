@@ -9,7 +9,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 
-_FENCE = re.compile(r"^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=fence)[ ]*$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"^(?P<fence>```+)(?P<language>\w*)( title=\"(?P<title>[^\"]*)\")?[^\n]*\n(?P<text>.*?)^(?P=fence)[ ]*$",
+    re.MULTILINE | re.DOTALL,
+)
 _NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*\Z")
 
 
@@ -23,8 +26,23 @@ class CodeBlock:
     """Whether the line before says `<!-- not run: reason -->`."""
 
 
+@dataclass(frozen=True)
+class Block:
+    """Any fenced block."""
+
+    language: str
+    title: str
+    """Of ` ```python title="file.py"`: the file that a reader saves it as; "": none."""
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    return [Block(match["language"], match["title"] or "", match["text"]) for match in _FENCE.finditer(page)]
+
+
 def python_blocks(page: str) -> list[CodeBlock]:
-    """The ```python blocks of a page, in order."""
+    """The ```python blocks of a page, in order; not those that a reader saves as files."""
     return [
         CodeBlock(
             line=page.count("\n", 0, match.start("text")) + 1,
@@ -32,7 +50,7 @@ def python_blocks(page: str) -> list[CodeBlock]:
             skipped=_NOT_RUN.search(page[: match.start()]) is not None,
         )
         for match in _FENCE.finditer(page)
-        if match["language"] == "python"
+        if match["language"] == "python" and not match["title"]
     ]
 
 
