@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -55,6 +56,9 @@ def run(config: RunConfig) -> TrainState:
     """
     ppo, train, algorithm = make_configs(config)
     transformers.utils.logging.disable_progress_bar()  # of loading
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )  # peft
     tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
