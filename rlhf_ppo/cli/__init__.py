@@ -14,7 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reward serve": ("reward_model.serve", "serve a reward model over HTTP"),
     "plan": ("rlhf_ppo.plan", "memory and time of a run, before it is started"),
     "doctor": ("rlhf_ppo.cli.doctor", "check that a model is scored as it samples, and which fast paths it takes"),
-    "report": ("rlhf_ppo.report", "write the report of a run folder"),
+    "report": ("rlhf_ppo.report", "write the report of a run folder, or serve it while the run trains"),
     "replay": ("rlhf_ppo.replay", "compute a dumped update again"),
     "merge": ("rlhf_ppo.merge", "add LoRA adapters to the weights of their model"),
     "run": ("rlhf_ppo.cli.run", "run a script written for TRL's classic PPOTrainer (TRL <= 0.11), unchanged"),

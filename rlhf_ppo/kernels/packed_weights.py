@@ -65,7 +65,8 @@ class PackedWeights:
                 if equal[kind]:
                     vars(layer)["forward"] = forward
                     self.layers.append(layer)
-        logger.info("decoding with packed weights in %d layers", len(self.layers))
+        if self.layers:
+            logger.info("decoding with packed weights in %d layers", len(self.layers))
 
     def release(self) -> None:
         """Forget the packed weights; the layers compute as before."""
