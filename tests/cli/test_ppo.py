@@ -41,9 +41,11 @@ def options(world: Path, run: Path) -> list[str]:
 
 
 def test_a_run_by_flags_leaves_metrics_model_and_report(world: Path, tmp_path: Path, capsys: Any) -> None:
-    status = main([*options(world, tmp_path / "run"), "--reward", f"{world / 'rewards.py'}:length"])
+    served = ["--live-address", "127.0.0.1:0"]
+    status = main([*options(world, tmp_path / "run"), *served, "--reward", f"{world / 'rewards.py'}:length"])
     said = capsys.readouterr()
     assert status == 0, said.err
+    assert "live report: http://127.0.0.1:" in said.out and "2 iterations of training: mean score" in said.out
     assert f"report: {tmp_path / 'run' / 'report.html'}" in said.out
     assert len(RunFolder.open(tmp_path / "run").metrics()) == 2
     AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "run" / "model"))
