@@ -1,4 +1,4 @@
-"""Reward models from preference data: train, evaluate, normalize, serve, and use in PPO."""
+"""Train, evaluate and serve reward models from preference data, and use them in PPO."""
 
 import rlhf_ppo.utils.openmp  # noqa: F401  # isort: skip  it must come before torch
 from reward_model.data.comparisons import BadRow, Comparison

@@ -1,4 +1,4 @@
-"""The command that infers the contract of another maker's reward model: `python -m reward_model.adopt MODEL`."""
+"""The command `python -m reward_model.adopt MODEL`, which infers the contract of another maker's reward model."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Evaluate a reward model on held-out comparisons: `python -m reward_model.evaluate --help`."""
+"""The command `python -m reward_model.evaluate`, which measures a reward model on held-out comparisons."""
 
 import importlib
 import json
@@ -11,9 +11,9 @@ from typing import Any
 
 from reward_model.data.preparation import DataOptions
 from reward_model.evaluation.card_page import text_table, write_page
-from reward_model.evaluation.report_card import Scorer, first_member, model_facts, report_card
+from reward_model.evaluation.report_card import Scorer, model_facts, report_card
 from reward_model.models.encoding import split_encodable
-from reward_model.models.ensemble import ModelOptions, load_reward_model
+from reward_model.models.ensemble import ModelOptions, first_member, load_reward_model
 from reward_model.training.tracking import training_curves
 from reward_model.utils.commands import named_model, parse, run
 from reward_model.utils.documented import documented

@@ -1,4 +1,4 @@
-"""Show how preference data is read, without training: `python -m reward_model.preview --data FILE`."""
+"""The command `python -m reward_model.preview`, which shows how preference data is read."""
 
 import json
 from collections import Counter

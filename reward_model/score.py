@@ -1,4 +1,4 @@
-"""Score prompt-response texts with a trained reward model: `python -m reward_model.score --help`."""
+"""The command `python -m reward_model.score`, which scores texts with a reward model."""
 
 import logging
 import sys
@@ -13,8 +13,7 @@ from reward_model.data.layouts.rated import ANSWER_NAMES
 from reward_model.data.preparation import DataOptions, write_bad_rows
 from reward_model.data.rows import BadRow, json_line, rename_columns, set_aside
 from reward_model.data.sources import read_rows
-from reward_model.evaluation.report_card import first_member
-from reward_model.models.ensemble import ModelOptions
+from reward_model.models.ensemble import ModelOptions, first_member
 from reward_model.models.text import render
 from reward_model.utils.commands import column_names, named_model, parse, run
 from reward_model.utils.documented import documented

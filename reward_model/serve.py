@@ -1,4 +1,4 @@
-"""The command that serves a reward model over HTTP: `python -m reward_model.serve MODEL`; see `--help`."""
+"""The command `python -m reward_model.serve`, which serves a reward model over HTTP."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Train a reward model from a preference dataset: `python -m reward_model.train --help`."""
+"""The command `python -m reward_model.train`, which trains a reward model from preference data."""
 
 import logging
 import random

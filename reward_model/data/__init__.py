@@ -1,4 +1,4 @@
-"""Preference data: from files and datasets in any layout to `Comparison`s.
+"""Read preference data from files and datasets of any layout into `Comparison`s.
 
 A row has `chosen` and `rejected`, with or without `prompt`, as text or chat messages; or `completions` with `ranks` or
 `scores`; or the columns of a public dataset, which `layouts` converts.

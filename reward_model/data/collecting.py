@@ -1,4 +1,4 @@
-"""Collect rows of all layouts into comparisons: pairs and rankings at once, single answers by their prompt."""
+"""Collect rows of all layouts into comparisons; single answers wait for the others to their prompt."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping

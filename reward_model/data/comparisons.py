@@ -4,12 +4,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, TypeVar
 
 from reward_model.data.layouts import Recognized, recognize
 from reward_model.data.prompt_split import split_prompt
-from reward_model.data.rows import BadRow, Row
+from reward_model.data.rows import BadRow, Row, read_number
 from rlhf_ppo.chat.cells import parse_cell, parse_literal
 from rlhf_ppo.chat.messages import Text, is_empty, read_text, read_tools
 from rlhf_ppo.chat.nested import UnreadableText
@@ -98,12 +97,6 @@ def parse_recognized(recognized: Recognized, where: str) -> Comparison:
 
 
 def _pair(row: Row, where: str) -> Comparison:
-    for name in ("chosen", "rejected"):
-        if row.get(name) is None:
-            raise BadRow(
-                f"{where}: field {name!r} is missing; the row has {sorted(str(key) for key in row)}. A pair needs "
-                "'chosen' and 'rejected' (and 'prompt' unless they hold it); map other names with --columns."
-            )
     chosen, rejected = _text(row["chosen"], "chosen", where), _text(row["rejected"], "rejected", where)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow(f"{where}: field 'rejected' must be of the same kind as 'chosen': both text or both messages.")
@@ -241,16 +234,9 @@ def _number(
 
 
 def _finite(value: Any, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real | str):
-        raise BadRow(f"{where}: field {name!r} must be a number, got {value!r:.40} ({type(value).__name__}).")
-    try:
-        number = float(value)  # tables hold numbers as text
-    except ValueError:
-        raise BadRow(f"{where}: field {name!r} must be a number, got {value!r:.40}.") from None
-    except OverflowError:
-        number = math.inf
+    number = read_number(value)
     if not math.isfinite(number):
-        raise BadRow(f"{where}: field {name!r} must be finite, got {value!r:.40}.")
+        raise BadRow(f"{where}: field {name!r} must be a finite number, got {value!r:.40} ({type(value).__name__}).")
     return number
 
 

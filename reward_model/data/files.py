@@ -1,4 +1,4 @@
-"""Open data files as text, whatever their compression and encoding; damage and other encodings are named."""
+"""Open data files as text, whatever their compression and encoding."""
 
 import bz2
 import codecs

@@ -1,12 +1,13 @@
 """Make preference pairs from labeled texts: a text of a higher label is preferred to one of a lower label."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from reward_model.data.comparisons import Comparison
-from reward_model.data.rows import BadRow
+from reward_model.data.rows import BadRow, read_number
 
 
 def pairs_from_labels(
@@ -68,14 +69,11 @@ def excerpt(text: str, *, max_words: int, min_words: int | None = None, generato
 
 def label_number(label: Any, where: str) -> float:
     """Convert a label to a number; booleans and words such as positive/negative become 1 and 0."""
-    words = dict.fromkeys(("positive", "pos", "good", "true", "yes", "desirable"), 1.0)
-    words |= dict.fromkeys(("negative", "neg", "bad", "false", "no", "undesirable"), 0.0)
+    words = dict.fromkeys(("positive", "pos", "good", "true", "yes", "desirable", "chosen"), 1.0)
+    words |= dict.fromkeys(("negative", "neg", "bad", "false", "no", "undesirable", "rejected"), 0.0)
     if isinstance(label, str) and label.strip().lower() in words:
         return words[label.strip().lower()]
-    try:
-        number = float(label)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if number != number or number in (float("inf"), float("-inf")):
+    number = float(label) if isinstance(label, bool) else read_number(label)
+    if not math.isfinite(number):
         raise BadRow(f"{where}: field 'label' must be a number, true/false or positive/negative, got {label!r:.40}.")
     return number

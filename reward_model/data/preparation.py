@@ -1,4 +1,4 @@
-"""Load, pair, deduplicate and split comparisons for training and evaluation, and count what was left out."""
+"""Load comparisons from a source: read, check, pair, drop duplicates, and count what was left out."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Separate the prompt from completions that hold it, too, as text or as messages."""
+"""Separate the prompt from completions that repeat it."""
 
 import re
 from collections.abc import Sequence

@@ -1,11 +1,16 @@
-"""Rows of preference data, and the error of a malformed one."""
+"""The rows of preference data, and the error of a malformed one."""
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 Row = Mapping[str, Any]
 OnBadRow = Literal["stop", "skip"]
+
+
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?(0,\d+|\d+,(\d{1,2}|\d{4,}))\s*")
 
 
 class BadRow(ValueError):
@@ -24,6 +29,20 @@ def set_aside(error: BadRow, where: str, row: Any, on_bad_row: OnBadRow) -> dict
             "rows aside."
         ) from error
     return {"where": where, "error": str(error), "row": row}
+
+
+def read_number(value: Any) -> float:
+    """A number, which tables hold as text; nan if it is none.
+
+    A comma is a decimal one, as in spreadsheets of many countries, unless three digits follow it: those may be
+    thousands.
+    """
+    if isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value):
+        value = value.replace(",", ".")
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def json_line(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Read rows from files, folders, the hub or memory, each with its location: file and line, or row number."""
+"""Read rows from files, folders, the hub or memory, each with its location."""
 
 import json
 import re
@@ -65,8 +65,14 @@ def read_rows(
 def _file_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedRow]:
     reader = _READERS.get(data_suffix(path))
     if reader is None:
-        raise DataError(f"{path}: unknown kind of file {path.suffix!r}. Expected one of {sorted(_READERS)}.")
+        hint = _HINTS.get(path.suffix.lower(), "")
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}. Expected one of {sorted(_READERS)}.{hint}")
     yield from reader(path, name, encoding)
+
+
+_UNPACK = " Unpack it, and give the folder or its files."
+_SAVE = " Save the sheet as CSV (UTF-8); formulas are saved as their values."
+_HINTS = dict.fromkeys((".zip", ".tar", ".tgz", ".gz"), _UNPACK) | dict.fromkeys((".xlsx", ".xls", ".ods"), _SAVE)
 
 
 def _folder_rows(folder: Path, split: str, encoding: str | None) -> Iterator[LocatedRow]:
@@ -162,7 +168,9 @@ def _parse_json_line(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        return BadRow(f"{where}: not a JSON object ({error}): the line is cut off or malformed.")
+        hint = "the line is cut off or malformed (JSON has no comments, and no comma after the last item)"
+        hint = "a list over several lines belongs in a file that ends in .json" if line.strip() in "[{" else hint
+        return BadRow(f"{where}: not a JSON object ({error}): {hint}.")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets by the thousand
         return BadRow(f"{where}: not a JSON object ({_reason(error)}): the line is no row of preference data.")
 
@@ -181,9 +189,26 @@ def _json_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedR
         raise DataError(
             f"{name}: not valid JSON ({error}). One object per line belongs in a file that ends in .jsonl."
         ) from error
-    if not isinstance(content, list):
-        raise DataError(f"{name} must hold a JSON list of objects, got {type(content).__name__}.")
-    yield from _dataset_rows(content, f"{name} item")
+    rows = content if isinstance(content, list) else _rows_of_object(content)
+    if rows is None:
+        raise DataError(
+            f"{name} must hold a JSON list of objects (or an object with one such list, or columns), got "
+            f"{type(content).__name__}."
+        )
+    yield from _dataset_rows(rows, f"{name} item")
+
+
+def _rows_of_object(content: Any) -> list[Any] | None:
+    """The rows of a JSON object that holds one list of objects, or columns as pandas writes them; None if neither."""
+    values = list(content.values()) if isinstance(content, dict) else []
+    lists = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if lists or len(values) < 2:
+        return lists[0] if len(lists) == 1 else None
+    is_indexed = all(isinstance(value, dict) and all(str(key).isdigit() for key in value) for value in values)
+    columns = [list(value.values()) for value in values] if is_indexed else values
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return None
+    return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _arrow_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedRow]:

@@ -1,4 +1,4 @@
-"""Split comparisons into training and held-out parts that share no prompt, and say so."""
+"""Split comparisons into training and held-out parts that share no prompt."""
 
 import json
 import random

@@ -1,6 +1,7 @@
-"""Rows of CSV and TSV files; a quote that is not closed costs its own line, and no other."""
+"""Read the rows of CSV and TSV files; an unclosed quote costs its own line alone."""
 
 import csv
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -125,7 +126,9 @@ class _Records:
     def _choose_delimiter(self) -> None:
         """Spreadsheets of some countries separate by semicolons; the header tells."""
         header = next(self.lines, "")
+        if said := re.fullmatch(r"sep=(.)\s*", header):  # Excel's own line
+            self.delimiter, self.number, header = said[1], 1, next(self.lines, "")
         if header:
             self.ahead.append(header)
         if self.delimiter not in header:
-            self.delimiter = next((one for one in ("\t", ";") if one in header), self.delimiter)
+            self.delimiter = next((one for one in ("\t", ";", "|") if one in header), self.delimiter)

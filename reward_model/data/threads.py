@@ -1,4 +1,4 @@
-"""Rankings from trees of messages, as OpenAssistant publishes them: the replies to one message, by their rank."""
+"""Make rankings from trees of messages, as OpenAssistant publishes them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,1 +1,1 @@
-"""How good a reward model is: scores, metrics, report card."""
+"""Measure reward models: scores of comparisons, metrics, and the report card."""

@@ -1,4 +1,4 @@
-"""The report card as text for the terminal and as a self-contained HTML page with embedded figures."""
+"""Write the report card as text for the terminal and as an HTML page with figures."""
 
 import base64
 import html
@@ -25,6 +25,10 @@ def share(value: Mapping[str, Any]) -> str:
     if not value["count"]:
         return "no pairs"
     return f"{value['value']:.1%} [{value['low']:.1%}, {value['high']:.1%}], n = {value['count']}"
+
+
+def _shares(table: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return [(name, share(row)) for name, row in table.items()]
 
 
 def text_table(card: Mapping[str, Any]) -> str:
@@ -102,12 +106,9 @@ def _sections(card: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
             "Accuracy",
             [("all pairs", share(card["accuracy"])), ("log loss", f"{card['log_loss']:.4f} nats (a coin: 0.6931)")],
         ),
-        ("By source", [(name, share(row)) for name, row in card["by_source"].items()]),
-        ("By length", [(name, share(row)) for name, row in card["by_length"].items()]),
-        (
-            f"By {card['by_margin']['kind']} margin",
-            [(name, share(row)) for name, row in card["by_margin"]["buckets"].items()],
-        ),
+        ("By source", _shares(card["by_source"])),
+        ("By length", _shares(card["by_length"])),
+        (f"By {card['by_margin']['kind']} margin", _shares(card["by_margin"]["buckets"])),
         (
             "Calibration",
             [
@@ -153,9 +154,9 @@ _STABILITY = {
 
 
 def _ensemble_rows(ensemble: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [(f"member {index}", share(member)) for index, member in enumerate(ensemble["members"])]
+    members = {f"member {index}": member for index, member in enumerate(ensemble["members"])}
     return [
-        *rows,
+        *_shares(members),
         ("two members agree on a pair", f"{ensemble['pairwise_agreement']:.1%}"),
         ("spread of a score over members", f"{ensemble['score_std']:.3f} std"),
     ]

@@ -1,4 +1,4 @@
-"""Metrics of a reward model: pure functions of score differences between chosen and rejected completions."""
+"""Metrics of pairs, as pure functions of score differences between chosen and rejected completions."""
 
 import math
 from collections.abc import Sequence

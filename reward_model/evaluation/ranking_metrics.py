@@ -1,4 +1,4 @@
-"""Metrics of rankings: top-1 of K, the Ties score of RewardBench 2, and the agreement of several scorers."""
+"""Metrics of rankings: top-1 of K, the Ties score of RewardBench 2, and the agreement of two scorers."""
 
 import math
 from collections.abc import Mapping, Sequence

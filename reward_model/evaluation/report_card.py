@@ -1,4 +1,4 @@
-"""Report card of a reward model on held-out comparisons: accuracy by group, calibration, biases, stability."""
+"""Compute the report card: accuracy by group, calibration, biases, and stability of the scores."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from reward_model.evaluation.metrics import (
 )
 from reward_model.evaluation.ranking_metrics import agreement, top_1_table
 from reward_model.evaluation.scoring import CompletionScores, preferences, score_completions
-from reward_model.models.ensemble import EnsembleRewardModel
+from reward_model.models.ensemble import EnsembleRewardModel, first_member
 from reward_model.models.model import RewardModel
 from reward_model.models.text import Text, Texts, encode
 
@@ -128,11 +128,6 @@ def decided_pairs(model: RewardModel | EnsembleRewardModel, scored: CompletionSc
         chosen_tokens=_token_counts(member, comparisons, 0),
         rejected_tokens=_token_counts(member, comparisons, -1),
     )
-
-
-def first_member(model: RewardModel | EnsembleRewardModel) -> RewardModel:
-    """The model itself, or the first member of an ensemble."""
-    return model.members[0] if isinstance(model, EnsembleRewardModel) else model
 
 
 def model_facts(model: RewardModel | EnsembleRewardModel) -> dict[str, str]:

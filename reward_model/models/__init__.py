@@ -1,1 +1,1 @@
-"""The model: how it reads text, its contract, loading, adapters, ensembles, and other makers' models."""
+"""Reward models: the contract, tokenization, loading, adapters, ensembles, and other makers' models."""

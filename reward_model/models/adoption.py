@@ -1,4 +1,4 @@
-"""Load reward models of other makers: infer the contract that they come without, and log it.
+"""Load reward models of other makers, and infer the contract that they come without.
 
 A folder or hub name of `AutoModelForSequenceClassification` (trl's reward models, Skywork's, classifiers with a chosen
 label) or of OpenRLHF, whose head is called `value_head` or `score` and is read at the last token.

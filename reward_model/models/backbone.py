@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer as a sequence classifier with one label, ready for reward-model training."""
+"""Load a pretrained model and its tokenizer as a classifier with one label."""
 
 import logging
 import math

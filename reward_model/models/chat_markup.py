@@ -1,4 +1,4 @@
-"""Texts that hold chat markup already: recognize them, and complete them instead of applying the template again."""
+"""Recognize texts that a chat template has rendered already, so that it is not applied again."""
 
 from dataclasses import dataclass
 from functools import lru_cache

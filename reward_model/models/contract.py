@@ -1,4 +1,4 @@
-"""The contract of a reward model, saved as `reward_model.json`: text rule, normalization, tokenizer fingerprint.
+"""The contract of a reward model, `reward_model.json`: text rule, normalization and fingerprint of the tokenizer.
 
 It is saved beside the weights. Loading refuses what does not match, because a reward model with another template,
 tokenizer or end-of-text rule returns plausible numbers that mean nothing.

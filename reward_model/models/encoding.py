@@ -1,4 +1,4 @@
-"""Tokenize comparisons, collate them into batches, and order them by length for the trainer's data loader."""
+"""Tokenize comparisons, and make batches of them for the trainer."""
 
 import hashlib
 import logging
@@ -46,19 +46,10 @@ def encode_comparisons(
         BadRow: The chat template refuses a comparison, or makes two of its completions equal, with on_bad_row="stop".
         ValueError: Nothing is left.
     """
-    rows, kept, bad_rows = [], [], []
-    too_long = 0
-    for comparison in comparisons:
-        try:
-            ids = encode_comparison(comparison, tokenizer, rule)
-        except BadRow as error:
-            bad_rows.append(set_aside(error, comparison.where, asdict(comparison), on_bad_row))
-            continue
-        if max(map(len, ids)) > rule.max_length:
-            too_long += 1
-            continue
-        kept.append(comparison)
-        rows.append(_row(comparison, ids))
+    encoded, bad_rows = _encoded(comparisons, tokenizer, rule, on_bad_row)
+    fitting = [(comparison, ids) for comparison, ids in encoded if max(map(len, ids)) <= rule.max_length]
+    kept, rows = [comparison for comparison, _ in fitting], [_row(*pair) for pair in fitting]
+    too_long = len(encoded) - len(fitting)
     if not rows:
         raise ValueError(
             f"None of the {len(comparisons)} comparisons can be used: {too_long} have a text above max_length="
@@ -119,14 +110,21 @@ def split_encodable(
     comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule, *, on_bad_row: OnBadRow
 ) -> tuple[list[Comparison], list[dict[str, Any]]]:
     """The comparisons that can be encoded, and the bad rows that were skipped; errors as of `encode_comparisons`."""
-    kept, bad_rows = [], []
+    encoded, bad_rows = _encoded(comparisons, tokenizer, rule, on_bad_row)
+    return [comparison for comparison, _ in encoded], bad_rows
+
+
+def _encoded(
+    comparisons: Sequence[Comparison], tokenizer: Any, rule: TextRule, on_bad_row: OnBadRow
+) -> tuple[list[tuple[Comparison, list[list[int]]]], list[dict[str, Any]]]:
+    """Each comparison with its token ids, and the bad rows that were skipped."""
+    encoded, bad_rows = [], []
     for comparison in comparisons:
         try:
-            encode_comparison(comparison, tokenizer, rule)
-            kept.append(comparison)
+            encoded.append((comparison, encode_comparison(comparison, tokenizer, rule)))
         except BadRow as error:
             bad_rows.append(set_aside(error, comparison.where, asdict(comparison), on_bad_row))
-    return kept, bad_rows
+    return encoded, bad_rows
 
 
 def fill_last_step(dataset: Dataset, batch_size: int) -> Dataset:

@@ -1,4 +1,4 @@
-"""Load reward models, single or as an ensemble, which scores by the mean of its members or a lower bound of it."""
+"""Load reward models, and combine several into one score."""
 
 import os
 import shutil
@@ -54,6 +54,11 @@ class EnsembleRewardModel:
     def member_scores(self, prompts: Texts, responses: Texts, tools: Sequence[Any] | None = None) -> list[list[float]]:
         """Normalized scores: a list of the samples for each member."""
         return [member(prompts, responses, tools) for member in self.members]
+
+
+def first_member(model: RewardModel | EnsembleRewardModel) -> RewardModel:
+    """The model itself, or the first member of an ensemble."""
+    return model.members[0] if isinstance(model, EnsembleRewardModel) else model
 
 
 def save_ensemble(members: Sequence[Path], output: Path, metrics: dict[str, float]) -> None:

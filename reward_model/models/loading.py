@@ -1,4 +1,4 @@
-"""Load the weights of a reward model that this package trained, and check that its files belong together."""
+"""Load a classifier that this package trained, and check that its files belong together."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""LoRA adapters of a reward model: configure, merge, and load with their scalar head."""
+"""Configure the LoRA adapters of a reward model, and load them with their scalar head."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""`RewardModel`, a trained reward model as a reward source: texts in, one score per text out."""
+"""The `RewardModel`: a reward source that scores texts with one trained model."""
 
 import math
 from collections.abc import Iterator, Sequence

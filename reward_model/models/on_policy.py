@@ -1,4 +1,4 @@
-"""Load a LoRA reward model onto the policy's base model: only its adapter and head take further memory."""
+"""Load a LoRA reward model onto the policy's base model, to hold the base in memory once."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Encode prompt and response to token ids, in training and serving alike."""
+"""Turn prompt and response into token ids, in training and serving alike."""
 
 import re
 from collections.abc import Mapping, Sequence

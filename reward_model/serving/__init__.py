@@ -1,1 +1,1 @@
-"""A reward model over HTTP: server and client."""
+"""Serve a reward model over HTTP, and ask such a server."""

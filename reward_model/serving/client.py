@@ -1,4 +1,4 @@
-"""Client of a reward-model server: a reward source with time-outs, retries with back-off, bounded concurrency."""
+"""A client of the reward-model server that is a reward source, with time-outs and retries."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Parse the bodies of requests to a reward-model server: samples, or whole texts as OpenRLHF sends them."""
+"""Parse the bodies of requests to the server."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Queue of a reward-model server: one model run at a time, shared by equal requests, none for clients that left."""
+"""Run the server's requests one at a time; equal ones share a run, abandoned ones are dropped."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The HTTP server of a reward model, as an ASGI application.
+"""Answer requests for scores over HTTP, as an ASGI application.
 
 POST /score       {"prompts": [...], "responses": [...]}  ->  {"scores": [...]}
 POST /get_reward  {"query": [...], "prompts": [...]}      ->  {"rewards": [...], "scores": [...]}, as OpenRLHF asks
@@ -15,8 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from reward_model.evaluation.report_card import first_member
-from reward_model.models.ensemble import EnsembleRewardModel, ModelOptions
+from reward_model.models.ensemble import EnsembleRewardModel, ModelOptions, first_member
 from reward_model.models.model import NonFiniteScoreError, RewardModel
 from reward_model.serving.request_body import ParseBody, parse_queries, parse_samples
 from reward_model.serving.request_queue import QueueFullError, RequestQueue

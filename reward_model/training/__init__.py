@@ -1,1 +1,1 @@
-"""Training: settings, losses, the trainer, checkpoints, records."""
+"""Train reward models: settings, losses, the trainer, checkpoints, and records."""

@@ -1,4 +1,4 @@
-"""The settings as trl's `RewardConfig`, and a check of the learning-rate schedule before anything is loaded."""
+"""Convert the settings to trl's `RewardConfig`, and check the learning-rate schedule early."""
 
 import json
 import math

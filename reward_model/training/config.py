@@ -1,4 +1,4 @@
-"""The settings of one reward-model training run."""
+"""The settings of one training run."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Preference losses: pure functions from scores to one loss per comparison.
+"""Preference losses, as pure functions from scores to one loss per comparison.
 
 In every model below exp(r) is the strength of a completion with score r, and only differences of scores within one
 comparison matter (except for `centering_penalty`).

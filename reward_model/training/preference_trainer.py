@@ -1,4 +1,4 @@
-"""`PreferenceTrainer`: trl's RewardTrainer with further losses, exact metrics, and batches of similar length."""
+"""The `PreferenceTrainer`: trl's RewardTrainer with further losses, exact metrics and batches of similar length."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: where they are, whether they are intact, and whether they belong to this run."""
+"""Find, check and seal the checkpoints of a training run."""
 
 import json
 import logging

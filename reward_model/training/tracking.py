@@ -1,10 +1,10 @@
-"""What a training run records: `metrics.jsonl` always, TensorBoard and other trackers if they are asked for."""
+"""Record a training run: `metrics.jsonl`, a progress bar, and the trackers that are asked for."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from rlhf_ppo.loop.run_folder import METRICS, RunFolder
+from rlhf_ppo.utils.progress import ProgressBar
 
 TENSORBOARD = "tensorboard"
 """The tracker, and its folder in the output folder."""
@@ -122,6 +123,25 @@ class MetricsFileCallback(TrainerCallback):
             self._row = {"step": step}
         self._row |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
         self.folder.append_metrics(step, self._row)
+
+
+_SHOWN = ("loss", "accuracy", "eval_accuracy")
+
+
+class ProgressBarCallback(ProgressCallback):
+    """The Trainer's progress bar, with the metrics behind it instead of printed above it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.current_step = state.global_step  # of a resumed run
+        if state.is_world_process_zero:
+            options = {"total": state.max_steps, "initial": state.global_step}
+            self.training_bar: Any = ProgressBar(desc="Reward model", unit="step", **options)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the last metrics; the Trainer would print them as a dict."""
+        shown = {name: f"{float(logs[name]):.3f}" for name in _SHOWN if name in (logs or {})}
+        if self.training_bar is not None and shown:  # the last log has the run's time alone
+            self.training_bar.set_postfix(shown)
 
 
 def training_curves(folder: Path) -> list[dict[str, Any]]:

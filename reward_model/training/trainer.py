@@ -1,4 +1,4 @@
-"""Train a reward model: load, encode, run trl's trainer, evaluate on held-out comparisons, normalize, save."""
+"""Train a reward model: load, encode, run trl's trainer, evaluate, normalize and save."""
 
 import logging
 import shutil
@@ -29,7 +29,6 @@ from reward_model.models.text import Text, prepare_tokenizer
 from reward_model.training.arguments import check_schedule, trainer_arguments
 from reward_model.training.config import RewardModelConfig
 from reward_model.training.preference_trainer import PreferenceTrainer
-from reward_model.training.progress import ProgressBarCallback
 from reward_model.training.resume import (
     TRAINING,
     SealCheckpoints,
@@ -41,7 +40,13 @@ from reward_model.training.resume import (
     run_identity,
     training_folder,
 )
-from reward_model.training.tracking import RECORDS, MetricsFileCallback, tracker_callbacks, tracker_names
+from reward_model.training.tracking import (
+    RECORDS,
+    MetricsFileCallback,
+    ProgressBarCallback,
+    tracker_callbacks,
+    tracker_names,
+)
 from rlhf_ppo.checkpoints import folders
 
 logger = logging.getLogger(__name__)

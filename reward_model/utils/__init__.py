@@ -1,1 +1,1 @@
-"""What commands and configurations share."""
+"""Helpers that commands and configurations share."""

@@ -1,4 +1,4 @@
-"""Common parts of the commands: parse flags and a YAML file, print errors in one line."""
+"""Parse the flags and configuration file of a command, and print errors in one line."""
 
 import argparse
 import logging

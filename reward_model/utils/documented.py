@@ -1,4 +1,4 @@
-"""Field docstrings as command-line help: the text under a field of a configuration is written once."""
+"""Use the docstring under each field of a configuration as command-line help."""
 
 import ast
 import inspect

@@ -1,22 +1,27 @@
 """Tell the layout of a row from its columns, and convert it to ours."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reward_model.data.layouts import argilla
 from reward_model.data.layouts.answers import (
-    ANSWERS,
     BEST_OF_K,
     LIST_NAMES,
     LISTS,
+    OBJECTS,
+    PAIRS,
     SCORE_NAMES,
     SIDE_BY_SIDE,
     is_best_of_k,
+    list_columns,
+    object_column,
+    score_columns,
     sides,
     winner_column,
 )
 from reward_model.data.layouts.base import CONVERSATION_NAMES, PROMPT_NAMES, Kind, Layout, prompt_columns
+from reward_model.data.layouts.public_sets import PUBLIC_SETS
 from reward_model.data.layouts.rated import ANSWER_NAMES, RATED, RATING_NAMES, THREADS, rated_columns
 from reward_model.data.rows import BadRow, Row
 
@@ -33,8 +38,9 @@ _OTHER = (
     *RATING_NAMES,
     *LIST_NAMES,
     *SCORE_NAMES,
+    *(name for pair in PAIRS for name in pair),
 )
-_NAMED = tuple(name for layout in (*ANSWERS, *THREADS, BEST_OF_K) for name in (*layout.needs, *layout.uses))
+_NAMED = tuple(name for layout in (*PUBLIC_SETS, *THREADS, BEST_OF_K) for name in (*layout.needs, *layout.uses))
 COLUMNS = tuple(dict.fromkeys((*OWN_COLUMNS, *_OTHER, *_NAMED)))
 """Every column that some layout reads."""
 
@@ -52,32 +58,49 @@ class Recognized:
 
 
 def recognize(row: Row, where: str) -> Recognized:
-    """Tell what `row` is and convert it; a row of no known layout is returned as a pair, for the reader to refuse.
+    """Tell what `row` is and convert it.
 
     Raises:
-        BadRow: It has a known layout, but a value of it is malformed.
+        BadRow: It has no known layout, or a value of it is malformed.
     """
     if argilla.question_column(row) and argilla.fields(row):
         return _converted(argilla.ARGILLA, row, where, argilla.used_columns(row))
     if is_best_of_k(row):
-        return _converted(BEST_OF_K, row, where, (*BEST_OF_K.uses, "prompt", "chosen", "rejected"))
+        return _converted(BEST_OF_K, row, where, (*BEST_OF_K.uses, "chosen", "rejected", *prompt_columns(row)[1]))
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return _own(row, PAIR_COLUMNS)
     if _given(row, "completions") and (_given(row, "ranks") or _given(row, "scores")):
         return _own(row, RANKED_COLUMNS)
-    for layout in (*ANSWERS, *THREADS):
+    for layout in (*PUBLIC_SETS, *THREADS):
         if layout.matches(row):
             return _converted(layout, row, where, (*layout.needs, *layout.uses))
     _, prompt_used = prompt_columns(row)
-    if any(row.get(name) for name in LIST_NAMES) and any(row.get(name) for name in SCORE_NAMES):
-        return _converted(LISTS, row, where, (*LIST_NAMES, *SCORE_NAMES, *prompt_used))
-    if (names := sides(row)) and (winner := winner_column(row)):
-        return _converted(SIDE_BY_SIDE, row, where, (*names, winner, *prompt_used))
+    if name := object_column(row):
+        return _converted(OBJECTS, row, where, (name, "source", *prompt_used))
+    if found := list_columns(row):
+        return _converted(LISTS, row, where, (*found, *prompt_used))
+    if (names := sides(row)) and (verdicts := winner_column(row) or score_columns(row, names)):
+        return _converted(SIDE_BY_SIDE, row, where, (*names, *verdicts, *prompt_used))
+    for pair in PAIRS:
+        if all(row.get(name) is not None for name in pair):
+            own = _own({**row, "chosen": row[pair[0]], "rejected": row[pair[1]]}, PAIR_COLUMNS)
+            return replace(own, used=own.used | set(pair))
     if columns := rated_columns(row):
         return _converted(RATED, row, where, (*columns, *RATED.uses, *prompt_used))
     if "label" in row and "text" in row:
         return Recognized(kind="labeled", row=row, used=frozenset(LABELED_COLUMNS))
-    return _own(row, PAIR_COLUMNS + RANKED_COLUMNS)
+    if _given(row, "completions"):
+        return _own(row, RANKED_COLUMNS)
+    lower = {str(name).strip().lower(): value for name, value in row.items()}
+    if lower.keys() != row.keys() and len(lower) == len(row):  # as spreadsheets write headers
+        found_lower = recognize(lower, where)
+        used = frozenset(name for name in row if str(name).strip().lower() in found_lower.used)
+        return replace(found_lower, used=used)
+    missing = next(name for name in ("chosen", "rejected") if row.get(name) is None)
+    raise BadRow(
+        f"{where}: field {missing!r} is missing; the row has {sorted(map(str, row))}. A pair needs 'chosen' and "
+        "'rejected' (and 'prompt' unless they hold it); map other names with --columns."
+    )
 
 
 def _given(row: Row, name: str) -> bool:
@@ -99,6 +122,9 @@ def _own(row: Row, columns: tuple[str, ...]) -> Recognized:
         changed |= {
             name: [*said, *row[name]] for name in ("chosen", "rejected") if isinstance(row.get(name), list | tuple)
         }
+    if row.get("source") is None and isinstance(row.get("subset"), str):  # as RewardBench has it
+        changed["source"] = row["subset"]
+        used.add("subset")
     if isinstance(row.get("preference"), list | tuple | Mapping):
         changed["preference"] = None
         used.discard("preference")

@@ -1,91 +1,60 @@
-"""Layouts of two or more answers in one row, from HelpSteer to Nectar, and of answers side by side or in a list."""
+"""Layouts of two or more answers in one row: side by side, in a list, as objects, and as best of K."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from reward_model.data.layouts.base import Layout, choice, items, number, pair, prompt_columns, ranking, text_source
+from reward_model.data.layouts.base import (
+    Layout,
+    are_objects,
+    as_list,
+    number,
+    prompt_columns,
+    ranking,
+    text_source,
+)
 from reward_model.data.rows import Row
 
-
-def _helpsteer3(row: Row) -> dict[str, Any]:
-    verdict = -number(row, "overall_preference")  # from -3, response 1 is much better, to 3
-    return pair(row["context"], row["response1"], row["response2"], verdict, source=text_source(row, "domain"))
-
-
-def _helpsteer2_preference(row: Row) -> dict[str, Any]:
-    return pair(row["prompt"], row["response_1"], row["response_2"], -number(row, "preference_strength"))
-
-
-def _shp(row: Row) -> dict[str, Any]:
-    verdict = choice(row, "labels", {"1": 1, "0": -1})
-    return pair(row["history"], row["human_ref_A"], row["human_ref_B"], verdict, source=text_source(row, "domain"))
-
-
-def _safe_rlhf(row: Row) -> dict[str, Any]:
-    verdict = choice(row, "better_response_id", {"0": 1, "1": -1})
-    source = text_source(row, "prompt_source")
-    return pair(row["prompt"], row["response_0"], row["response_1"], verdict, source=source)
-
-
-def _webgpt(row: Row) -> dict[str, Any]:
-    question = row["question"]
-    text = question.get("full_text") if isinstance(question, Mapping) else question
-    source = text_source(question, "dataset") if isinstance(question, Mapping) else None
-    verdict = number(row, "score_0") - number(row, "score_1")
-    both = pair(text, row["answer_0"], row["answer_1"], verdict, source=source)
-    # its authors treat a score of 0 as a soft label of 50 % (Nakano et al. 2021)
-    return both if verdict else {**both, "tie": None, "preference": 0.5}
-
-
-def _summaries(row: Row) -> dict[str, Any]:
-    info, (first, second) = row["info"], [item["text"] for item in items(row, "summaries", "text")[:2]]
-    if not isinstance(info, Mapping) or not isinstance(info.get("post") or info.get("article"), str):
-        raise ValueError("field 'info' must hold a 'post' or an 'article'.")
-    if info.get("post"):  # the prompt of Stiennon et al. 2020, appendix B
-        prompt = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: {info['post']}\n\nTL;DR:"
-    else:
-        prompt = f"Article: {info['article']}\n\nTL;DR:"
-    return pair(prompt, first, second, choice(row, "choice", {"0": 1, "1": -1}))
-
-
-def _arena(row: Row) -> dict[str, Any]:
-    verdicts = {"model_a": 1, "model_b": -1, "tie": 0, "tie (bothbad)": 0}
-    return pair(None, row["conversation_a"], row["conversation_b"], choice(row, "winner", verdicts))
-
-
-def _stack_exchange(row: Row) -> dict[str, Any]:
-    return pair(row["question"], row["response_j"], row["response_k"], 1)
-
-
-def _ultrafeedback(row: Row) -> dict[str, Any] | None:
-    answers = items(row, "completions", "response")
-    name = (
-        "overall_score" if all(answer.get("overall_score") is not None for answer in answers) else "fine-grained_score"
-    )
-    scores = [number(answer, name) for answer in answers]
-    responses = [answer["response"] for answer in answers]
-    return ranking(prompt_columns(row)[0], responses, scores, source=text_source(row, "source"))
-
-
-def _nectar(row: Row) -> dict[str, Any] | None:
-    answers = items(row, "answers", "answer", "rank")
-    return ranking(row["prompt"], [one["answer"] for one in answers], [-number(one, "rank") for one in answers])
-
-
-def _holds_objects(value: Any) -> bool:
-    return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
-
-
 LIST_NAMES = ("responses", "generations", "answers", "outputs")
-SCORE_NAMES = ("scores", "ratings", "ranks")
+SCORE_NAMES = ("scores", "ratings", "ranks", "rating")
+_OBJECT_NAMES = ("completions", *LIST_NAMES)
+_ANSWER_KEYS = ("response", "answer", "text", "content", "completion", "output")
+_SCORE_KEYS = ("overall_score", "fine-grained_score", "score", "rating", "rank")
+
+
+def object_column(row: Row) -> str | None:
+    """The column of answers as objects with a score or rank each, as UltraFeedback and Nectar have them."""
+    for name in _OBJECT_NAMES:
+        if are_objects(row.get(name)) and any(item.get(key) is not None for item in row[name] for key in _SCORE_KEYS):
+            return name
+    return None
+
+
+def _objects(row: Row) -> dict[str, Any] | None:
+    name = object_column(row) or ""
+    answer, score = (
+        next((key for key in keys if all(item.get(key) is not None for item in row[name])), None)
+        for keys in (_ANSWER_KEYS, _SCORE_KEYS)
+    )
+    if answer is None or score is None:
+        keys = _ANSWER_KEYS if answer is None else _SCORE_KEYS
+        raise ValueError(f"field {name!r} must be a list of objects that all have one of {list(keys)}.")
+    sign = -1 if score == "rank" else 1
+    scores = [sign * number(item, score) for item in row[name]]
+    completions, source = [item[answer] for item in row[name]], text_source(row, "source")
+    return ranking(prompt_columns(row)[0], completions, scores, source=source)
+
+
+def list_columns(row: Row) -> tuple[str, str] | None:
+    """The columns of a list of answers and of a list of their scores."""
+    answers = next((name for name in LIST_NAMES if row.get(name) and as_list(row[name])), None)
+    scores = next((name for name in SCORE_NAMES if row.get(name) and as_list(row[name])), None)
+    return (answers, scores) if answers and scores else None
 
 
 def _lists(row: Row) -> dict[str, Any] | None:
-    answers = next(row[name] for name in LIST_NAMES if row.get(name))
-    name = next(name for name in SCORE_NAMES if row.get(name))
-    values = row[name]
-    if not isinstance(values, list | tuple) or not isinstance(answers, list | tuple) or len(values) != len(answers):
+    answer_name, name = list_columns(row) or ("", "")
+    answers, values = as_list(row[answer_name]) or [], as_list(row[name]) or []
+    if len(values) != len(answers):
         raise ValueError(f"field {name!r} must hold one number for each of the answers, got {values!r:.60}.")
     rated = [(answer, value) for answer, value in zip(answers, values, strict=True) if answer and value is not None]
     scores = [number({name: value}, name) for _, value in rated]
@@ -94,7 +63,10 @@ def _lists(row: Row) -> dict[str, Any] | None:
 
 
 _SIDES = re.compile(r"(response|answer|completion|output|reply|chosen|rejected|text)[ _-]?(a|b|[0-9])?$")
-WINNER_NAMES = ("winner", "preferred", "preference", "better", "choice", "label")
+WINNER_NAMES = ("winner", "preferred", "preference", "better", "choice", "verdict", "selected", "chosen", "label")
+_SAID = re.compile(
+    r"\[*(?:(?:model|response|assistant|answer)_?)?(\w)\]*(?:>+\w|is(?:slightly|clearly|much|significantly)?better)?"
+)
 
 
 def sides(row: Row) -> list[str]:
@@ -105,51 +77,72 @@ def sides(row: Row) -> list[str]:
 
 
 def side_of(value: Any, names: list[str]) -> str | None:
-    """The column that a verdict names: by its name, or by what ends it (`a`, `model_a`, 1 of output_1)."""
-    said = (
-        str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower().replace(" ", "")
-    )
-    for name in names:
-        last = name[-1].lower()
-        if said in (name.lower(), name.lower().replace("_", ""), last, f"model_{last}", f"response_{last}"):
+    """The column that a verdict names: by its name, or by what ends it (`a`, `model_a`, `[[A]]`, `A>B`, 1 of output_1).
+
+    A letter also names columns that end in numbers, in their order; a number names no column that ends in a letter,
+    because it may count from 0 or from 1.
+    """
+    said = str(int(value) if isinstance(value, float) and value.is_integer() else value).lower().replace(" ", "")
+    ending = found[1] if (found := _SAID.fullmatch(said)) else None
+    for name, letter in zip(names, "abcdefghij", strict=False):
+        if said in (name.lower(), name.lower().replace("_", "")) or ending in (name[-1].lower(), letter):
             return name
     return None
 
 
-def winner_column(row: Row) -> str | None:
-    """The column that says which of the answers side by side is the better one."""
-    return next((name for name in WINNER_NAMES if isinstance(row.get(name), str | int | float)), None)
+def winner_column(row: Row) -> list[str]:
+    """The column, if any, that says which of the answers side by side is the better one."""
+    return [name for name in WINNER_NAMES if isinstance(row.get(name), str | int | float)][:1]
+
+
+def score_columns(row: Row, names: list[str]) -> list[str]:
+    """The columns with a score for each of the answers side by side: score_a, score_b; rating1, rating2; ..."""
+    found = {
+        name: str(column)
+        for name in names
+        for column in row
+        if isinstance(column, str) and re.fullmatch(rf"(score|rating|reward)[ _-]?{name[-1]}", column, re.IGNORECASE)
+    }
+    return [found[name] for name in names] if found.keys() == set(names) else []
+
+
+def is_tie(value: Any) -> bool:
+    """Whether a verdict says that no answer is better, such as `tie (bothbad)` and `both_bad`."""
+    return isinstance(value, str) and value.strip().lower().startswith(("tie", "both", "[[c]]", "a=b"))
 
 
 def _side_by_side(row: Row) -> dict[str, Any] | None:
     names, column = sides(row), winner_column(row)
-    value = row[column] if column else None
     prompt, _ = prompt_columns(row)
-    if isinstance(value, str) and value.strip().lower().startswith("tie"):
+    if not column:
+        return ranking(prompt, [row[n] for n in names], [number(row, n) for n in score_columns(row, names)])
+    value = row[column[0]]
+    if is_tie(value):
         return ranking(prompt, [row[name] for name in names], [0.0] * len(names))
     best = side_of(value, names)
     if best is None:
-        raise ValueError(f"field {column!r} must name one of {names} or be 'tie', got {value!r:.40}.")
+        raise ValueError(f"field {column[0]!r} must name one of {names} or be 'tie', got {value!r:.40}.")
     return ranking(prompt, [row[name] for name in names], [float(name == best) for name in names])
 
 
 def is_best_of_k(row: Row) -> bool:
     """Whether a row has lists of texts where others have one completion, as RewardBench 2."""
-    return any(isinstance(row.get(name), list | tuple) and _texts(row, name) for name in ("chosen", "rejected"))
+    return any(isinstance(row.get(name), list | tuple) and texts(row, name) for name in ("chosen", "rejected"))
 
 
-def _texts(row: Row, name: str) -> list[str]:
+def texts(row: Row, name: str) -> list[str]:
+    """The texts of a column: one, or a list of them; [] if it holds anything else."""
     value = row.get(name)
-    texts = [value] if isinstance(value, str) else value
-    are_texts = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
-    return list(texts or []) if are_texts else []
+    found = [value] if isinstance(value, str) else value
+    are_texts = isinstance(found, list | tuple) and all(isinstance(text, str) for text in found)
+    return list(found or []) if are_texts else []
 
 
 def _best_of_k(row: Row) -> dict[str, Any]:
     """A ranking of two ranks: the correct completions before the others."""
-    sides = {name: _texts(row, name) for name in ("chosen", "rejected")}
-    for name, texts in sides.items():
-        if not texts:
+    sides = {name: texts(row, name) for name in ("chosen", "rejected")}
+    for name, found in sides.items():
+        if not found:
             raise ValueError(f"field {name!r} must be a list of one or more texts, got {row.get(name)!r:.60}.")
     correct, count = len(sides["chosen"]), row.get("num_correct")
     if count is not None and count != correct:
@@ -159,36 +152,16 @@ def _best_of_k(row: Row) -> dict[str, Any]:
             raise ValueError(f"field {name!r} must be text, got {type(row[name]).__name__}.")
     ranks = [0] * correct + [1] * len(sides["rejected"])
     source, group = str(row.get("subset") or ""), str(row.get("id") or "")
-    completions = sides["chosen"] + sides["rejected"]
-    return {"prompt": row.get("prompt"), "completions": completions, "ranks": ranks, "source": source, "group": group}
+    prompt, completions = prompt_columns(row)[0], sides["chosen"] + sides["rejected"]
+    return {"prompt": prompt, "completions": completions, "ranks": ranks, "source": source, "group": group}
 
 
 BEST_OF_K = Layout(name="RewardBench 2", needs=(), uses=("id", "subset", "num_correct"), convert=_best_of_k)
-SIDE_BY_SIDE = Layout(name="answers side by side", needs=(), convert=_side_by_side)
-LISTS = Layout(name="answers in a list", needs=(), convert=_lists)
-ANSWERS = (
-    Layout(
-        name="HelpSteer3", needs=("context", "response1", "response2", "overall_preference"), uses=("domain",),
-        convert=_helpsteer3,
-    ),
-    Layout(
-        name="HelpSteer2 preferences", needs=("prompt", "response_1", "response_2", "preference_strength"),
-        convert=_helpsteer2_preference,
-    ),
-    Layout(name="SHP", needs=("history", "human_ref_A", "human_ref_B", "labels"), uses=("domain",), convert=_shp),
-    Layout(
-        name="PKU-SafeRLHF", needs=("prompt", "response_0", "response_1", "better_response_id"),
-        uses=("prompt_source",), convert=_safe_rlhf,
-    ),
-    Layout(name="WebGPT", needs=("question", "answer_0", "answer_1", "score_0", "score_1"), convert=_webgpt),
-    Layout(name="TL;DR comparisons", needs=("info", "summaries", "choice"), convert=_summaries),
-    Layout(name="Chatbot Arena", needs=("conversation_a", "conversation_b", "winner"), convert=_arena),
-    Layout(name="StackExchange pairs", needs=("question", "response_j", "response_k"), convert=_stack_exchange),
-    Layout(
-        name="UltraFeedback", needs=("instruction", "completions"), uses=("source",), convert=_ultrafeedback,
-        fits=lambda row: _holds_objects(row["completions"]),
-    ),
-    Layout(
-        name="Nectar", needs=("prompt", "answers"), convert=_nectar, fits=lambda row: _holds_objects(row["answers"]),
-    ),
+PAIRS = (
+    ("chosen_response", "rejected_response"), ("better", "worse"), ("preferred", "dispreferred"),
+    ("preferred_output", "non_preferred_output"), ("positive", "negative"), ("pos", "neg"),
 )  # fmt: skip
+"""Other names of `chosen` and `rejected`."""
+SIDE_BY_SIDE = Layout(name="answers side by side", needs=(), convert=_side_by_side)
+OBJECTS = Layout(name="answers as objects", needs=(), convert=_objects)
+LISTS = Layout(name="answers in a list", needs=(), convert=_lists)

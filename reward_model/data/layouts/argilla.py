@@ -1,4 +1,4 @@
-"""Argilla's exports: annotators' answers to a question, as a ranking of the fields that hold the completions.
+"""Read Argilla's exports: annotators' answers to a question become a ranking of the fields that hold the completions.
 
 Versions before 2 write a column `preference` with `{"user_id", "value", "status"}` for each annotator; version 2 writes
 `preference.responses`. A value names the best field, or ranks the fields.

@@ -1,18 +1,19 @@
-"""What a layout of public preference data is, and the helpers that its conversions share."""
+"""The `Layout` of a public dataset, and what the conversions of all layouts share."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from reward_model.data.rows import Row
+from reward_model.data.rows import Row, read_number
+from rlhf_ppo.chat.cells import parse_literal
 
 Kind = Literal["comparison", "rated", "labeled", "thread", "undecided"]
 """What a row is: a pair or ranking, a completion with a rating, a text with a label, messages of a tree, no verdict."""
 
-PROMPT_NAMES = ("prompt", "instruction", "question", "query")
+PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")
 """Columns that a prompt may stand in, if the row has no `prompt`."""
-CONVERSATION_NAMES = ("context", "messages", "conversations", "conversation")
+CONVERSATION_NAMES = ("context", "messages", "conversations", "conversation", "trajectory", "history")
 """Columns that hold a prompt if they hold messages that are to be answered."""
 
 
@@ -42,13 +43,9 @@ def number(row: Row, name: str) -> float:
     Raises:
         ValueError: It is none.
     """
-    value = row.get(name)
-    try:
-        found = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
+    found = read_number(row.get(name))
     if not math.isfinite(found):
-        raise ValueError(f"field {name!r} must be a number, got {value!r:.40}.")
+        raise ValueError(f"field {name!r} must be a number, got {row.get(name)!r:.40}.")
     return found
 
 
@@ -93,6 +90,17 @@ def items(row: Row, name: str, *fields: str) -> list[Mapping[str, Any]]:
     return list(value)
 
 
+def as_list(value: Any) -> list[Any] | None:
+    """A list, which tables hold as text; None if it is none."""
+    value = parse_literal(value) if isinstance(value, str) else value
+    return list(value) if isinstance(value, list | tuple) else None
+
+
+def are_objects(value: Any) -> bool:
+    """Whether `value` is a list of one or more objects."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
 def text_source(row: Row, name: str) -> str | None:
     """A column as the source of a comparison, if it is text."""
     value = row.get(name)
@@ -101,7 +109,7 @@ def text_source(row: Row, name: str) -> str | None:
 
 def is_unanswered(value: Any) -> bool:
     """Whether `value` is a list of messages whose last one is not the assistant's."""
-    if not isinstance(value, list | tuple) or not value or not isinstance(value[-1], Mapping):
+    if not are_objects(value):
         return False
     speaker = value[-1].get("role") or value[-1].get("from")
     return isinstance(speaker, str) and speaker.lower() not in ("assistant", "gpt", "chatgpt", "model", "bot")
@@ -116,7 +124,7 @@ def prompt_columns(row: Row) -> tuple[Any, tuple[str, ...]]:
     """The prompt of a row and the columns that it was read from.
 
     It stands in `prompt` or in one of its other names, with Alpaca's `input` after an `instruction`; a text in `system`
-    goes before it as a message.
+    and the pairs of LLaMA-Factory's `history` go before it as messages.
     """
     name = next((name for name in PROMPT_NAMES if row.get(name) and (name == "prompt" or _is_said(row[name]))), None)
     name = name or next((name for name in CONVERSATION_NAMES if is_unanswered(row.get(name))), None)
@@ -128,9 +136,22 @@ def prompt_columns(row: Row) -> tuple[Any, tuple[str, ...]]:
     if name == "instruction" and isinstance(prompt, str) and isinstance(further, str):
         prompt = f"{prompt}\n\n{further}" if further.strip() else prompt
         used = (*used, "input")
+    before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    if name == "instruction" and _is_history(row.get("history")):
+        used = (*used, "history")
+        for question, answer in row["history"]:
+            before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if isinstance(system, str):
         used = (*used, "system")
-        said = [{"role": "system", "content": system}] if system.strip() else []
-        if isinstance(prompt, str | list | tuple):
-            prompt = [*said, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
+    if (before or isinstance(system, str)) and isinstance(prompt, str | list | tuple):
+        prompt = [*before, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
     return prompt, used
+
+
+def _is_history(value: Any) -> bool:
+    """Whether `value` is a list of (question, answer)."""
+    turns = value if isinstance(value, list | tuple) else []
+    return bool(turns) and all(
+        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in turns
+    )

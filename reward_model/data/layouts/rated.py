@@ -1,28 +1,43 @@
-"""Layouts of one answer or message in a row, which becomes a comparison with the others of its prompt."""
+"""Layouts of one answer or message in a row."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from reward_model.data.layouts.base import PROMPT_NAMES, Layout, prompt_columns, text_source
+from reward_model.data.layouts.base import (
+    CONVERSATION_NAMES,
+    PROMPT_NAMES,
+    Layout,
+    are_objects,
+    is_unanswered,
+    prompt_columns,
+    text_source,
+)
 from reward_model.data.rows import Row
 
 ANSWER_NAMES = ("completion", "response", "answer", "output", "text")
-RATING_NAMES = ("label", "score", "rating", "helpfulness")
+RATING_NAMES = ("label", "score", "rating", "helpfulness", "kto_tag", "reward")
 
 
 def rated_columns(row: Row) -> tuple[str, str] | None:
-    """The columns of the answer and of its rating, if the row has a prompt, one answer and a rating."""
-    if not any(row.get(name) for name in PROMPT_NAMES):
-        return None
-    answer = next((name for name in ANSWER_NAMES if row.get(name) is not None), None)
+    """The columns of the answer and of its rating, if the row has a rating and one answer, with its prompt or in it."""
     rating = next((name for name in RATING_NAMES if row.get(name) is not None), None)
+    if any(row.get(name) for name in PROMPT_NAMES):
+        answer = next((name for name in ANSWER_NAMES if row.get(name) is not None), None)
+    else:
+        answer = next((name for name in CONVERSATION_NAMES if _is_answered(row.get(name))), None)
     return (answer, rating) if answer and rating else None
+
+
+def _is_answered(value: Any) -> bool:
+    return are_objects(value) and len(value) > 1 and not is_unanswered(value)
 
 
 def _rated(row: Row) -> dict[str, Any]:
     answer, rating = rated_columns(row) or ("", "")
-    source = text_source(row, "source")
-    return {"prompt": prompt_columns(row)[0], "completion": row[answer], "label": row[rating], "source": source}
+    prompt, completion = prompt_columns(row)[0], row[answer]
+    if answer in CONVERSATION_NAMES:
+        prompt, completion = list(completion[:-1]), [completion[-1]]
+    return {"prompt": prompt, "completion": completion, "label": row[rating], "source": text_source(row, "source")}
 
 
 def _thread(row: Row) -> dict[str, Any]:

@@ -125,3 +125,10 @@ def test_excerpts_have_at_most_so_many_words() -> None:
     assert excerpt(text, max_words=9) == "one two three four five"
     drawn = {excerpt(text, max_words=3, min_words=2, generator=random.Random(seed)) for seed in range(30)}
     assert all(2 <= len(words.split()) <= 3 and words in " ".join(text.split()) for words in drawn) and len(drawn) > 3
+
+
+@pytest.mark.parametrize("verdict", ["b", "model_b", "[[B]]", "B>A", "B>>A", "Response B", "B is slightly better"])
+@pytest.mark.parametrize("ends", ["ab", "12"])
+def test_a_verdict_names_an_answer_by_its_letter_in_many_ways(verdict: str, ends: str) -> None:
+    row = {"prompt": "p", f"response_{ends[0]}": "x", f"response_{ends[1]}": "y", "verdict": verdict}
+    assert parse_row(row, "row 0").completions == ("y", "x")

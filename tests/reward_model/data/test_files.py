@@ -248,3 +248,40 @@ def test_a_lone_surrogate_is_a_bad_row(tmp_path: Path) -> None:
     with pytest.raises(BadRow, match=r"data\.jsonl:1: field 'chosen' holds '\\ud83d' at character 4"):
         load_comparisons(str(path))
     assert load_comparisons(str(path), on_bad_row="skip").report.comparisons == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("data.zip", "PK", "unknown kind of file '.zip'.* Unpack it"),
+        ("data.xlsx", "PK", "unknown kind of file '.xlsx'.* Save the sheet as CSV"),
+        ("data.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', "or an object with one such list"),
+        (
+            "data.json",
+            '{"chosen": {"role": "user", "content": "x"}, "rejected": {"role": "user", "content": "x"}}',
+            "got dict",
+        ),
+        ("data.jsonl", "// by hand\n", "JSON has no comments"),
+        ("data.jsonl", json.dumps(ROWS[0]) + ",\n", "no comma after the last item"),
+        ("data.jsonl", json.dumps(ROWS, indent=1), "belongs in a file that ends in .json"),
+        ("data.csv", 'prompt;chosen;rejected;margin\na;b;c;"1,250"\n', "'margin' must be a finite number, got '1,250'"),
+        ("data.csv", "prompt,response_a,response_b,preference\na,b,c,0.2\n", "'preference' must name one of"),
+        ("data.csv", "prompt,response_a,response_b,winner\na,b,c,1\n", "'winner' must name one of"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_remedy(name: str, content: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises((BadRow, DataError), match=reason):
+        load_comparisons(str(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sep=;\nprompt;chosen;rejected\na;b;c\n", "prompt|chosen|rejected\na|b|c\n", "Prompt, Chosen ,REJECTED\na,b,c\n"],
+    ids=["Excel's first line", "bars", "capitals"],
+)
+def test_tables_as_spreadsheets_write_them_are_read(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(text)
+    assert read(path) == [("a", ("b", "c"))] and not load_comparisons(str(path)).report.unused_columns

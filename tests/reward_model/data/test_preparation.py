@@ -160,7 +160,7 @@ def test_a_column_that_no_row_has_is_refused_and_unused_ones_are_named() -> None
 def test_a_column_can_be_left_out_and_a_list_in_preference_is_none_of_ours() -> None:
     """R26: Argilla's list-valued `preference` blocked the file."""
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "weight": "heavy", "preference": [0.2, 0.8]}
-    with pytest.raises(BadRow, match="field 'weight' must be a number"):
+    with pytest.raises(BadRow, match="field 'weight' must be a finite number"):
         load(row)
     loaded = load(row, columns={"weight": ""})
     assert (loaded.comparisons[0].weight, loaded.comparisons[0].preference) == (1.0, 1.0)

@@ -7,12 +7,14 @@ import pytest
 
 from reward_model import preview
 from tests.docs.pages import ROOT
+from tests.reward_model.data.tools_zoo import TOOLS_ZOO
 from tests.reward_model.data.zoo import ZOO, PublicSet
 
+ALL = [*ZOO, *TOOLS_ZOO]
 PAGE = (ROOT / "docs" / "reward-models.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("public", ZOO, ids=[public.name for public in ZOO])
+@pytest.mark.parametrize("public", ALL, ids=[public.name for public in ALL])
 def test_a_well_known_set_gives_the_comparisons_that_it_stands_for(
     public: PublicSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -28,7 +30,7 @@ def test_a_well_known_set_gives_the_comparisons_that_it_stands_for(
     assert f"{len(public.expected)} comparisons from {len(public.rows)} rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("public", ZOO, ids=[public.name for public in ZOO])
+@pytest.mark.parametrize("public", ALL, ids=[public.name for public in ALL])
 def test_the_page_lists_the_set_with_the_flags_that_read_it(public: PublicSet) -> None:
     (row,) = re.findall(rf"^\| {re.escape(public.name)} \|.*$", PAGE, re.MULTILINE)
     command = " ".join(["--data", public.file, *public.flags])

@@ -1,0 +1,156 @@
+"""Layouts that the names of a well-known dataset's columns tell."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from reward_model.data.layouts.answers import is_tie, texts
+from reward_model.data.layouts.base import (
+    Layout,
+    are_objects,
+    as_list,
+    choice,
+    items,
+    number,
+    pair,
+    prompt_columns,
+    text_source,
+)
+from reward_model.data.rows import Row
+
+
+def _helpsteer3(row: Row) -> dict[str, Any]:
+    verdict = -number(row, "overall_preference")  # from -3, response 1 is much better, to 3
+    return pair(row["context"], row["response1"], row["response2"], verdict, source=text_source(row, "domain"))
+
+
+def _helpsteer2_preference(row: Row) -> dict[str, Any]:
+    return pair(row["prompt"], row["response_1"], row["response_2"], -number(row, "preference_strength"))
+
+
+def _shp(row: Row) -> dict[str, Any]:
+    verdict = choice(row, "labels", {"1": 1, "0": -1})
+    return pair(row["history"], row["human_ref_A"], row["human_ref_B"], verdict, source=text_source(row, "domain"))
+
+
+def _safe_rlhf(row: Row) -> dict[str, Any]:
+    verdict = choice(row, "better_response_id", {"0": 1, "1": -1})
+    source = text_source(row, "prompt_source")
+    return pair(row["prompt"], row["response_0"], row["response_1"], verdict, source=source)
+
+
+def _webgpt(row: Row) -> dict[str, Any]:
+    question = row["question"]
+    text = question.get("full_text") if isinstance(question, Mapping) else question
+    source = text_source(question, "dataset") if isinstance(question, Mapping) else None
+    verdict = number(row, "score_0") - number(row, "score_1")
+    both = pair(text, row["answer_0"], row["answer_1"], verdict, source=source)
+    # its authors treat a score of 0 as a soft label of 50 % (Nakano et al. 2021)
+    return both if verdict else {**both, "tie": None, "preference": 0.5}
+
+
+def _summaries(row: Row) -> dict[str, Any]:
+    info, (first, second) = row["info"], [item["text"] for item in items(row, "summaries", "text")[:2]]
+    if not isinstance(info, Mapping) or not isinstance(info.get("post") or info.get("article"), str):
+        raise ValueError("field 'info' must hold a 'post' or an 'article'.")
+    if info.get("post"):  # the prompt of Stiennon et al. 2020, appendix B
+        prompt = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: {info['post']}\n\nTL;DR:"
+    else:
+        prompt = f"Article: {info['article']}\n\nTL;DR:"
+    return pair(prompt, first, second, choice(row, "choice", {"0": 1, "1": -1}))
+
+
+def _arena(row: Row) -> dict[str, Any]:
+    verdict = 0 if is_tie(row["winner"]) else choice(row, "winner", {"model_a": 1, "model_b": -1, "tie": 0})
+    first, second = (_first_turns(row[name], row.get("turn")) for name in ("conversation_a", "conversation_b"))
+    return pair(None, first, second, verdict)
+
+
+def _first_turns(conversation: Any, turns: Any) -> Any:
+    """A conversation up to the answer that was judged: MT-Bench's judges saw one turn, or both."""
+    if not isinstance(turns, int) or not are_objects(conversation):
+        return conversation
+    answers = [index for index, message in enumerate(conversation) if message.get("role") == "assistant"]
+    return conversation[: answers[turns - 1] + 1] if 0 < turns < len(answers) else conversation
+
+
+def _lmsys(row: Row) -> dict[str, Any]:
+    verdict = number(row, "winner_model_a") - number(row, "winner_model_b")
+    asked, first, second = (as_list(row[name]) or [row[name]] for name in ("prompt", "response_a", "response_b"))
+    if not len(asked) == len(first) == len(second):
+        raise ValueError(
+            f"field 'prompt' has {len(asked)} turns, 'response_a' {len(first)} and 'response_b' {len(second)}: each "
+            "question needs both answers."
+        )
+    return pair(None, _turns(asked, first), _turns(asked, second), verdict)
+
+
+def _turns(asked: list[Any], answers: list[Any]) -> list[dict[str, Any]]:
+    turns = zip(asked, answers, strict=True)
+    return [{"role": role, "content": turn[n]} for turn in turns for n, role in enumerate(("user", "assistant"))]
+
+
+def _multipref(row: Row) -> dict[str, Any]:
+    """The majority of all annotators."""
+    names = ("normal_worker_annotations", "expert_worker_annotations")
+    votes = [vote for name in names if row.get(name) for vote in items(row, name, "overall_pref")]
+    said = [str(vote["overall_pref"]).lower()[:2] for vote in votes]
+    return pair(row["text"], row["completion_a"], row["completion_b"], said.count("a-") - said.count("b-"))
+
+
+def _prometheus(row: Row) -> dict[str, Any]:
+    verdict = choice(row, "orig_preference", {"a": 1, "b": -1})
+    return pair(row["orig_instruction"], row["orig_response_A"], row["orig_response_B"], verdict)
+
+
+def _openai(row: Row) -> dict[str, Any]:
+    asked = row["input"]
+    return pair(asked["messages"], row["preferred_output"], row["non_preferred_output"], 1, tools=asked.get("tools"))
+
+
+def _two_outputs(row: Row) -> dict[str, Any]:
+    return pair(prompt_columns(row)[0], *row["output"], 1)
+
+
+def _stack_exchange(row: Row) -> dict[str, Any]:
+    return pair(row["question"], row["response_j"], row["response_k"], 1)
+
+
+PUBLIC_SETS = (
+    Layout(
+        name="HelpSteer3", needs=("context", "response1", "response2", "overall_preference"), uses=("domain",),
+        convert=_helpsteer3,
+    ),
+    Layout(
+        name="HelpSteer2 preferences", needs=("prompt", "response_1", "response_2", "preference_strength"),
+        convert=_helpsteer2_preference,
+    ),
+    Layout(name="SHP", needs=("history", "human_ref_A", "human_ref_B", "labels"), uses=("domain",), convert=_shp),
+    Layout(
+        name="PKU-SafeRLHF", needs=("prompt", "response_0", "response_1", "better_response_id"),
+        uses=("prompt_source",), convert=_safe_rlhf,
+    ),
+    Layout(name="WebGPT", needs=("question", "answer_0", "answer_1", "score_0", "score_1"), convert=_webgpt),
+    Layout(name="TL;DR comparisons", needs=("info", "summaries", "choice"), convert=_summaries),
+    Layout(name="Chatbot Arena", needs=("conversation_a", "conversation_b", "winner"), uses=("turn",), convert=_arena),
+    Layout(name="StackExchange pairs", needs=("question", "response_j", "response_k"), convert=_stack_exchange),
+    Layout(
+        name="LMSYS arena", convert=_lmsys,
+        needs=("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"),
+    ),
+    Layout(
+        name="MultiPref", needs=("text", "completion_a", "completion_b", "normal_worker_annotations"),
+        uses=("expert_worker_annotations",), convert=_multipref,
+    ),
+    Layout(
+        name="Prometheus preferences", convert=_prometheus,
+        needs=("orig_instruction", "orig_response_A", "orig_response_B", "orig_preference"),
+    ),
+    Layout(
+        name="OpenAI preferences", needs=("input", "preferred_output", "non_preferred_output"), convert=_openai,
+        fits=lambda row: isinstance(row["input"], Mapping),
+    ),
+    Layout(
+        name="Alpaca's columns with two outputs", needs=("instruction", "output"), uses=("input", "system", "history"),
+        convert=_two_outputs, fits=lambda row: len(texts(row, "output")) == 2,
+    ),
+)  # fmt: skip
