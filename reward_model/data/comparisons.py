@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -100,7 +100,7 @@ def _pair(row: Row, where: str) -> Comparison:
     chosen, rejected = _text(row["chosen"], "chosen", where), _text(row["rejected"], "rejected", where)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow(f"{where}: field 'rejected' must be of the same kind as 'chosen': both text or both messages.")
-    prompt, (chosen, rejected) = split_prompt(_prompt(row, where), (chosen, rejected), where)
+    prompt, (chosen, rejected) = _split(row, (chosen, rejected), where)
     if chosen == rejected:
         raise BadRow(f"{where}: fields 'chosen' and 'rejected' are identical: the pair says nothing.")
     return Comparison(
@@ -153,7 +153,7 @@ def _ranked(row: Row, where: str) -> Comparison:
     levels = {value: level for level, value in enumerate(sorted(set(signed)))}
     if len(levels) == 1 and len(texts) > 2:
         raise BadRow(f"{where}: field {name!r} ranks all {len(texts)} completions equally: the row says nothing.")
-    prompt, split = split_prompt(_prompt(row, where), texts, where)
+    prompt, split = _split(row, texts, where)
     places = {(json.dumps(text, sort_keys=True), value) for text, value in zip(split, signed, strict=True)}
     if len({text for text, _ in places}) < len(places) or (len(split) == 2 and split[0] == split[1]):
         raise BadRow(f"{where}: field 'completions' holds the same completion twice, with different {name}.")
@@ -180,6 +180,11 @@ def _text(value: Any, name: str, where: str) -> Text:
         what = "" if isinstance(text, str) else ": its last message has no content"
         raise BadRow(f"{where}: field {name!r} is empty{what}.")
     return text
+
+
+def _split(row: Row, completions: Sequence[Text], where: str) -> tuple[Text, tuple[Text, ...]]:
+    prompt = _prompt(row, where)
+    return _read(lambda texts, _: split_prompt(prompt, texts), completions, "", where)
 
 
 def _prompt(row: Row, where: str) -> Text | None:

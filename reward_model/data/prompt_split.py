@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from reward_model.data.rows import BadRow
 from rlhf_ppo.chat.messages import Text
+from rlhf_ppo.chat.nested import UnreadableText
 
 _ANSWER_STARTS = re.compile(
     r"(?:^|\s)(?:#+ ?)?(?:assistant|bot|gpt|chatbot):|(?:^|\n)[ \t]*(?:#+ ?)?(?:ai|model|a|answer|response):"
@@ -21,21 +21,21 @@ _FEWEST_WORDS = 3
 """Words that a shared beginning needs to count as a prompt."""
 
 
-def split_prompt(prompt: Text | None, completions: Sequence[Text], where: str) -> tuple[Text, tuple[Text, ...]]:
+def split_prompt(prompt: Text | None, completions: Sequence[Text]) -> tuple[Text, tuple[Text, ...]]:
     """Prompt and completions, each said once.
 
     Completions that begin with the prompt lose it. Without a prompt, it is the messages that all completions share at
     the start, or the shared beginning of transcripts up to the last answer's start.
 
     Raises:
-        BadRow: The completions are conversations of which `prompt` is no part.
+        UnreadableText: The completions are conversations of which `prompt` is no part.
     """
     if all(isinstance(completion, str) for completion in completions):
         if prompt is not None and not isinstance(prompt, str):
             answers = [[{"role": "assistant", "content": completion}] for completion in completions]
             return prompt, tuple(answers)
         return _split_texts(prompt or "", [str(completion) for completion in completions])
-    return _split_messages(prompt or "", [list(completion) for completion in completions], where)
+    return _split_messages(prompt or "", [list(completion) for completion in completions])
 
 
 def shared_beginning(completions: Sequence[Text]) -> str:
@@ -76,7 +76,7 @@ def _repeats(prompt: str, completions: list[str]) -> bool:
     )
 
 
-def _split_messages(prompt: Text, completions: list[list[Any]], where: str) -> tuple[Text, tuple[Text, ...]]:
+def _split_messages(prompt: Text, completions: list[list[Any]]) -> tuple[Text, tuple[Text, ...]]:
     shared = 0
     while shared < min(map(len, completions)) - 1 and all(
         text[shared] == completions[0][shared] for text in completions
@@ -104,8 +104,8 @@ def _split_messages(prompt: Text, completions: list[list[Any]], where: str) -> t
             return beginning, rest
         if turns[-1]["role"] != "user" or first_role not in (*_SYSTEM, "user"):
             return turns, tuple(completions)
-    raise BadRow(
-        f"{where}: field 'prompt' is not part of the conversations that the completions hold: it is unknown what was "
+    raise UnreadableText(
+        "field 'prompt' is not part of the conversations that the completions hold: it is unknown what was "
         "asked. Repair the row, or leave the column out (--columns prompt=)."
     )
 

@@ -24,7 +24,8 @@ from reward_model.evaluation.ranking_metrics import agreement, top_1_table
 from reward_model.evaluation.scoring import CompletionScores, preferences, score_completions
 from reward_model.models.ensemble import EnsembleRewardModel, first_member
 from reward_model.models.model import RewardModel
-from reward_model.models.text import Text, Texts, encode
+from reward_model.models.text import Texts, encode
+from rlhf_ppo.chat.messages import Text
 
 Scorer = Callable[[Texts, Texts], list[float]]
 BALANCED = 0.1

@@ -13,7 +13,7 @@ from reward_model.evaluation.metrics import log_loss, pair_accuracy
 from reward_model.models.contract import Normalization
 from reward_model.models.ensemble import EnsembleRewardModel
 from reward_model.models.model import RewardModel
-from reward_model.models.text import Text
+from rlhf_ppo.chat.messages import Text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,17 +4,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reward_model.data.prompt_split import split_prompt
 from reward_model.models.chat_markup import WholeText, bare_text, rendered_text, whole_chat
 from reward_model.models.contract import ContractError, TextRule
-from rlhf_ppo.chat.messages import Message, Text, as_messages, read_text, read_tools
+from rlhf_ppo.chat.messages import Text, as_messages, read_text, read_tools
 from rlhf_ppo.chat.prompt import ChatPrompt
 from rlhf_ppo.chat.template import render_chat
 
 _CHARACTERS_PER_TOKEN = 8
 _SPARE_TOKENS = 64
 _WORD_END = re.compile(r"\w(?=\W)")
-
-__all__ = ["Message", "Text", "Texts", "as_messages", "encode", "prepare_tokenizer", "render"]
 
 Texts = Sequence[Any]
 """One `Text` per sample; `encode` reads and checks them."""
@@ -72,6 +71,10 @@ def render(
         if isinstance(text, str):
             return text
         prompt, response = text
+    if (
+        prompt and response and not isinstance(response, str) and response[0]["role"] != "assistant"
+    ):  # it may repeat the prompt
+        prompt, (response,) = split_prompt(prompt, (response,))
     if rule.template == "chat":
         rendered = rendered_text(tokenizer, prompt, response) if isinstance(prompt, str) else None
         if rendered is not None:

@@ -25,7 +25,7 @@ from reward_model.models.encoding import (
 )
 from reward_model.models.lora import lora_config
 from reward_model.models.model import RewardModel
-from reward_model.models.text import Text, prepare_tokenizer
+from reward_model.models.text import prepare_tokenizer
 from reward_model.training.arguments import check_schedule, trainer_arguments
 from reward_model.training.config import RewardModelConfig
 from reward_model.training.preference_trainer import PreferenceTrainer
@@ -47,6 +47,7 @@ from reward_model.training.tracking import (
     tracker_callbacks,
     tracker_names,
 )
+from rlhf_ppo.chat.messages import Text
 from rlhf_ppo.checkpoints import folders
 
 logger = logging.getLogger(__name__)

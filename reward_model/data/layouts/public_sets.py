@@ -1,6 +1,6 @@
 """Layouts that the names of a well-known dataset's columns tell."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from reward_model.data.layouts.answers import is_tie, texts
@@ -17,25 +17,25 @@ from reward_model.data.layouts.base import (
 )
 from reward_model.data.rows import Row
 
-
-def _helpsteer3(row: Row) -> dict[str, Any]:
-    verdict = -number(row, "overall_preference")  # from -3, response 1 is much better, to 3
-    return pair(row["context"], row["response1"], row["response2"], verdict, source=text_source(row, "domain"))
+Verdict = Callable[[Row, str], float]
 
 
-def _helpsteer2_preference(row: Row) -> dict[str, Any]:
-    return pair(row["prompt"], row["response_1"], row["response_2"], -number(row, "preference_strength"))
+def _judged(name: str, prompt: str, first: str, second: str, column: str, verdict: Verdict, source: str = "") -> Layout:
+    """A set of two answers, with the column that holds the verdict on them."""
+
+    def convert(row: Row) -> dict[str, Any]:
+        return pair(row[prompt], row[first], row[second], verdict(row, column), source=text_source(row, source))
+
+    return Layout(name=name, needs=(prompt, first, second, column), uses=(source,) * bool(source), convert=convert)
 
 
-def _shp(row: Row) -> dict[str, Any]:
-    verdict = choice(row, "labels", {"1": 1, "0": -1})
-    return pair(row["history"], row["human_ref_A"], row["human_ref_B"], verdict, source=text_source(row, "domain"))
+def _second_is_better(row: Row, column: str) -> float:
+    """A number that is above 0 where the second answer is better, as in HelpSteer: from -3 to 3."""
+    return -number(row, column)
 
 
-def _safe_rlhf(row: Row) -> dict[str, Any]:
-    verdict = choice(row, "better_response_id", {"0": 1, "1": -1})
-    source = text_source(row, "prompt_source")
-    return pair(row["prompt"], row["response_0"], row["response_1"], verdict, source=source)
+def _one_of(first: str, second: str) -> Verdict:
+    return lambda row, column: choice(row, column, {first: 1, second: -1})
 
 
 def _webgpt(row: Row) -> dict[str, Any]:
@@ -97,11 +97,6 @@ def _multipref(row: Row) -> dict[str, Any]:
     return pair(row["text"], row["completion_a"], row["completion_b"], said.count("a-") - said.count("b-"))
 
 
-def _prometheus(row: Row) -> dict[str, Any]:
-    verdict = choice(row, "orig_preference", {"a": 1, "b": -1})
-    return pair(row["orig_instruction"], row["orig_response_A"], row["orig_response_B"], verdict)
-
-
 def _openai(row: Row) -> dict[str, Any]:
     asked = row["input"]
     return pair(asked["messages"], row["preferred_output"], row["non_preferred_output"], 1, tools=asked.get("tools"))
@@ -111,28 +106,21 @@ def _two_outputs(row: Row) -> dict[str, Any]:
     return pair(prompt_columns(row)[0], *row["output"], 1)
 
 
-def _stack_exchange(row: Row) -> dict[str, Any]:
-    return pair(row["question"], row["response_j"], row["response_k"], 1)
-
-
 PUBLIC_SETS = (
-    Layout(
-        name="HelpSteer3", needs=("context", "response1", "response2", "overall_preference"), uses=("domain",),
-        convert=_helpsteer3,
+    _judged("HelpSteer3", "context", "response1", "response2", "overall_preference", _second_is_better, "domain"),
+    _judged("HelpSteer2 preferences", "prompt", "response_1", "response_2", "preference_strength", _second_is_better),
+    _judged("SHP", "history", "human_ref_A", "human_ref_B", "labels", _one_of("1", "0"), "domain"),
+    _judged(
+        "PKU-SafeRLHF", "prompt", "response_0", "response_1", "better_response_id", _one_of("0", "1"), "prompt_source",
     ),
-    Layout(
-        name="HelpSteer2 preferences", needs=("prompt", "response_1", "response_2", "preference_strength"),
-        convert=_helpsteer2_preference,
-    ),
-    Layout(name="SHP", needs=("history", "human_ref_A", "human_ref_B", "labels"), uses=("domain",), convert=_shp),
-    Layout(
-        name="PKU-SafeRLHF", needs=("prompt", "response_0", "response_1", "better_response_id"),
-        uses=("prompt_source",), convert=_safe_rlhf,
+    _judged(
+        "Prometheus preferences", "orig_instruction", "orig_response_A", "orig_response_B", "orig_preference",
+        _one_of("a", "b"),
     ),
     Layout(name="WebGPT", needs=("question", "answer_0", "answer_1", "score_0", "score_1"), convert=_webgpt),
     Layout(name="TL;DR comparisons", needs=("info", "summaries", "choice"), convert=_summaries),
     Layout(name="Chatbot Arena", needs=("conversation_a", "conversation_b", "winner"), uses=("turn",), convert=_arena),
-    Layout(name="StackExchange pairs", needs=("question", "response_j", "response_k"), convert=_stack_exchange),
+    _judged("StackExchange pairs", "question", "response_j", "response_k", "response_j", lambda row, column: 1),
     Layout(
         name="LMSYS arena", convert=_lmsys,
         needs=("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"),
@@ -140,10 +128,6 @@ PUBLIC_SETS = (
     Layout(
         name="MultiPref", needs=("text", "completion_a", "completion_b", "normal_worker_annotations"),
         uses=("expert_worker_annotations",), convert=_multipref,
-    ),
-    Layout(
-        name="Prometheus preferences", convert=_prometheus,
-        needs=("orig_instruction", "orig_response_A", "orig_response_B", "orig_preference"),
     ),
     Layout(
         name="OpenAI preferences", needs=("input", "preferred_output", "non_preferred_output"), convert=_openai,

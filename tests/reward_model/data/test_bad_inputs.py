@@ -130,7 +130,7 @@ BAD_SETTINGS: list[tuple[str, list[str], str]] = [
     ("held out everything", ["--held_out", "1.0"], "held-out fraction must be in (0, 1)"),
     ("uneven micro-batch", ["--batch_size", "10", "--micro_batch_size", "4"], "cannot be divided evenly"),
     ("patience without evaluations", ["--early_stop_patience", "2"], "Set evaluations to 5 or more"),
-    ("unknown column", ["--columns", "better=chosen"], "columns maps unknown names ['better']"),
+    ("unknown column", ["--columns", "winning=chosen"], "columns maps unknown names ['winning']"),
     ("columns without =", ["--columns", "chosen"], "--columns takes ours=theirs"),
     ("everything too long", ["--max_length", "2"], "max_length=2 tokens"),
     ("resume without checkpoint", ["--resume"], "holds no checkpoint"),

@@ -12,6 +12,7 @@ from reward_model.data.comparisons import parse_row
 from reward_model.models.encoding import encode_comparisons
 from reward_model.models.text import encode
 from reward_model.train import main
+from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
@@ -57,6 +58,18 @@ def test_pairs_that_differ_in_a_tool_call_or_in_reasoning_alone_are_told_apart_i
     thinking = [{"role": "assistant", "content": "x", "reasoning_content": thought} for thought in ("yes", "no")]
     trained, scored = trained_and_scored({"prompt": [QUESTION], "chosen": thinking[:1], "rejected": thinking[1:]})
     assert trained == scored == ["user: Weather?\nassistant: x<yes>\n", "user: Weather?\nassistant: x<no>\n"]
+
+
+@pytest.mark.parametrize("prompt", ["Weather?", [QUESTION]], ids=["text", "messages"])
+def test_a_prompt_that_a_whole_conversation_repeats_is_said_once_in_scoring_too(prompt: Any) -> None:
+    answers = [[QUESTION, {"role": "assistant", "content": text}] for text in ("sun", "rain")]
+    trained, scored = trained_and_scored({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
+    assert trained == scored == ["user: Weather?\nassistant: sun\n", "user: Weather?\nassistant: rain\n"]
+    with pytest.raises(UnreadableText, match="'prompt' is not part of the conversations"):
+        encode(chat_tokenizer(), RULE, "Who won?", answers[0], truncate=True)
+    two_turns = [QUESTION, {"role": "assistant", "content": "sun"}]
+    ids = encode(chat_tokenizer(), RULE, two_turns, [QUESTION, call("Rome")], truncate=True)
+    assert chat_tokenizer().decode(ids).count("Weather?") == 2, "asked again, after an answer"
 
 
 def test_nulls_that_datasets_fills_in_and_a_rows_tools_are_read_as_meant() -> None:

@@ -19,6 +19,7 @@ from transformers import (
     DebertaV2Config,
     GPT2Config,
     LlamaConfig,
+    ModernBertConfig,
     Qwen3Config,
 )
 
@@ -78,6 +79,17 @@ def test_a_classifier_with_one_label_gives_its_own_scores(name: str, pad: int | 
     model = classifier(CONFIGS[name], pad=pad)
     adopted = RewardModel.from_pretrained(saved(model, tmp_path))
     assert_close(adopted(PROMPTS, RESPONSES), own_scores(model, plain_rows()), atol=1e-6, rtol=1e-6)
+
+
+def test_padding_moves_an_encoders_score_by_rounding_alone(tmp_path: Path) -> None:
+    """ModernBERT's attention takes another route with a mask: 1e-6 in float32, alone nothing, in float64 1e-15."""
+    config = ModernBertConfig(**SIZES, local_attention=8, classifier_pooling="mean", pad_token_id=PAD_TOKEN_ID)
+    folder = saved(classifier(config), tmp_path)
+    for dtype, batch in ((torch.float32, [[0], [1], [2]]), (torch.float64, [[0, 1, 2]])):
+        model = RewardModel.from_pretrained(folder, dtype=dtype)
+        found = [s for rows in batch for s in model([PROMPTS[i] for i in rows], [RESPONSES[i] for i in rows])]
+        expected = torch.tensor(own_scores(model.model, plain_rows())).float().tolist()
+        assert_close(found, expected, atol=0, rtol=1e-7)
 
 
 def test_a_classifier_with_a_chat_template_gets_messages(tmp_path: Path) -> None:
