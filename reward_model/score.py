@@ -11,7 +11,7 @@ from typing import Any
 from reward_model.data.layouts.base import CONVERSATION_NAMES, is_unanswered, prompt_columns
 from reward_model.data.layouts.rated import ANSWER_NAMES
 from reward_model.data.preparation import DataOptions, write_bad_rows
-from reward_model.data.rows import BadRow, json_line, rename_columns, set_aside
+from reward_model.data.rows import BadRow, checked_row, json_line, rename_columns, set_aside
 from reward_model.data.sources import read_rows
 from reward_model.models.ensemble import ModelOptions, first_member
 from reward_model.models.text import render
@@ -86,12 +86,9 @@ def _read(config: ScoreConfig, model: Any) -> tuple[list[_Sample], list[dict[str
     samples, bad_rows, seen = [], [], set()
     for where, row in read_rows(config.data, split=config.split, encoding=config.encoding):
         try:
-            if isinstance(row, BadRow):
-                raise row
-            if not isinstance(row, Mapping):
-                raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.")
-            seen |= set(row)
-            samples.append(_sample(row, rename_columns(row, columns), model, where))
+            fields = checked_row(row, where)
+            seen |= set(fields)
+            samples.append(_sample(fields, rename_columns(fields, columns), model, where))
         except BadRow as error:
             bad_rows.append(set_aside(error, where, None if row is error else row, config.on_bad_row))
     missing = sorted({theirs for theirs in columns.values() if theirs} - seen)

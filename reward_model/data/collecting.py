@@ -9,7 +9,7 @@ from typing import Any
 from reward_model.data.comparisons import Comparison, parse_recognized
 from reward_model.data.layouts import Recognized, recognize
 from reward_model.data.pairs import label_number, pairs_from_labels
-from reward_model.data.rows import BadRow, OnBadRow, Row, rename_columns, set_aside
+from reward_model.data.rows import BadRow, OnBadRow, Row, checked_row, rename_columns, set_aside
 from reward_model.data.sources import LocatedRow
 from reward_model.data.threads import Threads
 
@@ -96,10 +96,7 @@ class Collector:
             self.bad_rows.append(set_aside(error, where, row, self.on_bad_row))
 
     def _take(self, row: Row | BadRow, where: str) -> None:
-        if isinstance(row, BadRow):
-            raise row
-        if not isinstance(row, Mapping):
-            raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.")
+        row = checked_row(row, where)
         self.seen |= {str(name) for name, value in row.items() if value not in (None, "")}
         recognized = recognize(rename_columns(row, self.columns), where)
         self.used |= {self.columns.get(name, name) for name in recognized.used}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from reward_model.data.layouts import Recognized, recognize
 from reward_model.data.prompt_split import split_prompt
-from reward_model.data.rows import BadRow, Row, read_number
+from reward_model.data.rows import BadRow, Row, checked_row, read_number
 from rlhf_ppo.chat.cells import parse_cell, parse_literal
 from rlhf_ppo.chat.messages import Text, is_empty, read_text, read_tools
 from rlhf_ppo.chat.nested import UnreadableText
@@ -79,7 +79,7 @@ def parse_row(row: Row, where: str) -> Comparison:
     Raises:
         BadRow: A field is missing or malformed.
     """
-    return parse_recognized(_recognized(row, where), where)
+    return parse_recognized(recognize(checked_row(row, where), where), where)
 
 
 def parse_recognized(recognized: Recognized, where: str) -> Comparison:
@@ -114,12 +114,6 @@ def _pair(row: Row, where: str) -> Comparison:
         tools=() if isinstance(chosen, str) else _tools(row, where),
         where=where,
     )
-
-
-def _recognized(row: Any, where: str) -> Recognized:
-    if not isinstance(row, Mapping):
-        raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.")
-    return recognize(row, where)
 
 
 def as_comparisons(rows: Iterable[Row | Comparison], name: str) -> list[Comparison]:

@@ -17,6 +17,19 @@ class BadRow(ValueError):
     """A malformed row; the message names its location, the field, what was expected and what was found."""
 
 
+def checked_row(row: Any, where: str) -> Row:
+    """A row as it was read.
+
+    Raises:
+        BadRow: It could not be read, or has no named fields.
+    """
+    if isinstance(row, BadRow):
+        raise row
+    if not isinstance(row, Mapping):
+        raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.")
+    return row
+
+
 def set_aside(error: BadRow, where: str, row: Any, on_bad_row: OnBadRow) -> dict[str, Any]:
     """What is kept of a bad row that is skipped: location, reason and content.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from reward_model.data.layouts.answers import is_tie, texts
+from reward_model.data.layouts.answers import SCORE_NAMES, is_tie, texts
 from reward_model.data.layouts.base import (
     Layout,
     are_objects,
@@ -135,6 +135,6 @@ PUBLIC_SETS = (
     ),
     Layout(
         name="Alpaca's columns with two outputs", needs=("instruction", "output"), uses=("input", "system", "history"),
-        convert=_two_outputs, fits=lambda row: len(texts(row, "output")) == 2,
+        convert=_two_outputs, fits=lambda row: len(texts(row, "output")) == 2 and not any(map(row.get, SCORE_NAMES)),
     ),
 )  # fmt: skip
