@@ -88,6 +88,13 @@ def test_a_client_that_timed_out_says_so_and_its_next_try_costs_no_run(counted: 
     assert sorted(counted.runs) == ["one", "three"]
 
 
+def test_an_answer_is_kept_since_its_client_may_have_left_before_it(counted: CountedModel) -> None:
+    """A departure that the server sees only after it has answered: the next try costs no run either."""
+    with serving(counted) as url:
+        assert ask(url, "one") == ask(url, "one") == {"scores": [3.0]}
+    assert counted.runs == ["one"]
+
+
 def test_a_full_queue_is_answered_429_and_asked_again(counted: CountedModel) -> None:
     with serving(counted, max_waiting=1) as url, ThreadPoolExecutor(1) as pool:
         counted.gate.clear()
