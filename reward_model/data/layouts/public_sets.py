@@ -103,7 +103,8 @@ def _openai(row: Row) -> dict[str, Any]:
 
 
 def _two_outputs(row: Row) -> dict[str, Any]:
-    return pair(prompt_columns(row)[0], *row["output"], 1)
+    first, second = row["output"]
+    return pair(prompt_columns(row)[0], first, second, 1)
 
 
 PUBLIC_SETS = (
