@@ -41,7 +41,7 @@ torch.set_num_threads(1)
 settings.register_profile("rlhf_ppo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("rlhf_ppo")
 
-SHAPES_CHECKED = {"functional", "kernels", "learner", "models", "rewards", "rollout", "samplers", "updates"}
+SHAPES_CHECKED = {"functional", "kernels", "models", "rewards", "rollout", "updates"}
 """Folders with checks of shapes and types; in the others, whose tests take many steps, they took 37 % of the time."""
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")

@@ -72,10 +72,9 @@ def group_of(algorithm: AlgorithmConfig) -> int:
     return 8 if compares else 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_coef", COEFFICIENTS)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "ppo-clip" else pytest.mark.slow) for name in ALGORITHMS]
-)
+@pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_the_policy_goes_to_the_optimum_of_the_bandit(name: str, kl_coef: float) -> None:
     """π_ref exp(r / β) / Z with the KL in the reward, the best token without, within 2 % total variation."""
     algorithm = ALGORITHMS[name]

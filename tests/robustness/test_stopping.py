@@ -48,7 +48,9 @@ class SignalsAt:
         return share_of_e(prompts, responses)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR1"))]
+)
 def test_a_rollout_that_a_signal_meets_is_dropped_and_drawn_again_when_the_run_goes_on(
     name: str, tmp_path: Path
 ) -> None:
