@@ -116,7 +116,9 @@ class Rollout:
     """The episode was cut off at this step: V(s_{t+1}) stands for its unobserved future."""
     ref_logprobs: Float[Tensor, "batch time"] | None = None
     scores: Float[Tensor, " batch"] | None = None
-    """Undiscounted score of each episode, before reward shaping; group baselines compare these."""
+    """Undiscounted score of each episode, before reward shaping."""
+    excluded: Bool[Tensor, " batch"] | None = None
+    """True where an episode is kept out of the loss, but not out of baselines and statistics; None: nowhere."""
     group_size: int = 1
     """Number of consecutive rows that answer the same prompt."""
     turn_starts: Bool[Tensor, "batch time"] | None = None

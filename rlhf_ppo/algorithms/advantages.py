@@ -101,13 +101,14 @@ def with_positive_examples(
     def estimate_with_weights(rollout: Rollout) -> TrainBatch:
         if rollout.scores is None:
             raise ValueError("expected scores in the rollout, got None: positive_nll does not know which are good")
-        good = (rollout.scores > config.threshold)[:, None] & rollout.mask
-        tokens, all_tokens = reduce_sum(torch.stack([good.sum(), rollout.mask.sum()]).double()).tolist()
+        batch = estimate(rollout)
+        good = (rollout.scores > config.threshold)[:, None] & batch.mask
+        tokens, all_tokens = reduce_sum(torch.stack([good.sum(), batch.mask.sum()]).double()).tolist()
         weights = positive_example_weights(
-            rollout.scores, rollout.mask, coef=config.coef, threshold=config.threshold,
+            rollout.scores, batch.mask, coef=config.coef, threshold=config.threshold,
             share=tokens / max(all_tokens, 1.0),
         )  # fmt: skip
-        return replace(estimate(rollout), nll_weights=weights)
+        return replace(batch, nll_weights=weights)
 
     return estimate_with_weights
 
@@ -182,8 +183,9 @@ def _standardize(
 
 
 def _train_batch(rollout: Rollout, advantages: Tensor, returns: Tensor) -> TrainBatch:
+    mask = rollout.mask if rollout.excluded is None else rollout.mask & ~rollout.excluded[:, None]
     return TrainBatch(
-        inputs=rollout.inputs, mask=rollout.mask, logprobs=rollout.logprobs, values=rollout.values[:, :-1],
+        inputs=rollout.inputs, mask=mask, logprobs=rollout.logprobs, values=rollout.values[:, :-1],
         advantages=advantages, returns=returns, ref_logprobs=rollout.ref_logprobs,
         reference_kl_coef=rollout.reference_kl_coef,
     )  # fmt: skip

@@ -3,7 +3,22 @@
 import math
 
 
-class PenaltyBeta:
+class Coefficient:
+    """A coefficient whose value is its whole state."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, float]:
+        """The value; settings belong to the configuration."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from a saved value."""
+        self.value = state["value"]
+
+
+class PenaltyBeta(Coefficient):
     """β of PPO-penalty, which keeps the KL to the *old policy* near a target (Schulman et al. 2017, §4).
 
         β ← β / 2   where KL < target / 1.5
@@ -23,7 +38,7 @@ class PenaltyBeta:
                 f"beta and target must be > 0, got beta={beta}, target={target}: β only doubles and halves, so "
                 "from 0 it never moves. The article starts at beta=1.0 with targets of 0.003 to 0.03."
             )
-        self.value = beta
+        super().__init__(beta)
         self.target = target
 
     def update(self, current: float, n_steps: int = 1) -> None:
@@ -41,14 +56,6 @@ class PenaltyBeta:
             self.value /= 2
         elif current > self.target * 1.5:
             self.value *= 2
-
-    def state_dict(self) -> dict[str, float]:
-        """The current β; the target belongs to the configuration."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a saved β."""
-        self.value = state["value"]
 
 
 def check_finite_kl(current: float) -> None:

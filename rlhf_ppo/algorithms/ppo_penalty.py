@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlhf_ppo.algorithms.penalty_beta import PenaltyBeta
-from rlhf_ppo.batch import TrainBatch, split_into_micro_batches
+from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.models.lm_head import OldPolicyStates
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates import MinibatchConfig, MinibatchUpdate, Objective, Update, UpdateRecord
@@ -34,10 +34,7 @@ class AdaptiveBetaUpdate:
         inner = self.inner
         inner.objective = self.objective(self.beta.value)
         record = inner(batch)
-        kl = kl_after_update(
-            inner.policy, batch, inner.accelerator,
-            size=inner.config.micro_batch_size, token_budget=inner.config.token_budget,
-        )  # fmt: skip
+        kl = kl_after_update(inner.policy, batch, inner.accelerator, inner.config)
         record.extras = {"policy/beta": self.beta.value, "policy/reached_kl": kl}
         self.beta.update(kl)
         return record
@@ -78,12 +75,9 @@ class OldPolicySnapshot:
 
     def with_old_states(self, batch: TrainBatch) -> TrainBatch:
         """Copy the LM head, and return the batch with the current policy's hidden states."""
-        config, costs = self.config(), batch.inputs.costs()
         self._head = self.policy.copy_head()
         rows: dict[int, torch.Tensor] = {}
-        for micro_batch in split_into_micro_batches(
-            costs, size=config.micro_batch_size, token_budget=config.token_budget
-        ):
+        for micro_batch in self.config().micro_batches(batch.inputs.costs()):
             inputs: Any = batch.inputs.select(micro_batch)
             rows |= dict(zip(micro_batch.tolist(), self.policy.snapshot(inputs), strict=True))
         width = batch.mask.shape[1]

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from rlhf_ppo.algorithms.surrogate_config import ClipCovariance, TopEntropyTokens
-from rlhf_ppo.batch import TrainBatch, split_into_micro_batches
+from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import token_covariances, top_share_threshold
 from rlhf_ppo.updates import MinibatchConfig, Update, UpdateRecord
 
@@ -68,18 +68,14 @@ class TokenSelectionUpdate:
 
     def _gather(self, values: Tensor) -> Tensor:
         """Values of all processes, 1-D, on this process's device."""
-        return torch.cat(gather_object([values.cpu()])).to(values.device) if self._is_distributed else values
-
-    @property
-    def _is_distributed(self) -> bool:
-        return bool(self.accelerator.num_processes > 1)
+        if self.accelerator.num_processes == 1:
+            return values
+        return torch.cat(gather_object([values.cpu()])).to(values.device)
 
     @torch.no_grad()
     def _entropy(self, batch: TrainBatch) -> Tensor:
-        config, entropy = self.minibatch_config(), torch.zeros_like(batch.advantages)
-        for rows in split_into_micro_batches(
-            batch.inputs.costs(), size=config.micro_batch_size, token_budget=config.token_budget
-        ):
+        entropy = torch.zeros_like(batch.advantages)
+        for rows in self.minibatch_config().micro_batches(batch.inputs.costs()):
             found = self.policy(batch.inputs.select(rows), with_entropy=True).entropy
             entropy[rows.to(entropy.device), : found.shape[1]] = found.to(entropy.dtype)
         return entropy

@@ -2,7 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
-from rlhf_ppo.algorithms.penalty_beta import check_finite_kl
+from rlhf_ppo.algorithms.penalty_beta import Coefficient, check_finite_kl
 
 
 @runtime_checkable
@@ -22,7 +22,7 @@ class KLController(Protocol):
         """Continue from a saved state."""
 
 
-class FixedKLController:
+class FixedKLController(Coefficient):
     """A constant KL coefficient.
 
     Args:
@@ -30,21 +30,13 @@ class FixedKLController:
     """
 
     def __init__(self, kl_coef: float) -> None:
-        self.value = kl_coef
+        super().__init__(kl_coef)
 
     def update(self, current: float, n_steps: int) -> None:
         """Do nothing."""
 
-    def state_dict(self) -> dict[str, float]:
-        """The coefficient."""
-        return {"value": self.value}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a saved coefficient."""
-        self.value = state["value"]
-
-
-class AdaptiveKLController:
+class AdaptiveKLController(Coefficient):
     """A KL coefficient adapted to hold the KL to the reference near a target (Ziegler et al. 2019, §2.2).
 
         e = clip(KL / target - 1, -0.2, 0.2)
@@ -65,7 +57,7 @@ class AdaptiveKLController:
                 f"target and horizon must be > 0, got target={target}, horizon={horizon}: the coefficient would move "
                 "the wrong way. For a constant coefficient use FixedKLController."
             )
-        self.value = init_kl_coef
+        super().__init__(init_kl_coef)
         self.target = target
         self.horizon = horizon
 
@@ -82,11 +74,3 @@ class AdaptiveKLController:
         check_finite_kl(current)
         error = min(max(current / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_steps / self.horizon
-
-    def state_dict(self) -> dict[str, float]:
-        """The coefficient; target and horizon belong to the configuration."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a saved coefficient."""
-        self.value = state["value"]

@@ -176,8 +176,6 @@ class PPOLearner:
                 rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())
             with timed(timing, "compute_advantages"):
                 batch = self.algorithm.estimate_advantages(rollout)  # Â_t and value targets R_t
-                if responses.excluded is not None:
-                    batch = replace(batch, mask=batch.mask & ~responses.excluded[:, None])
                 batch, weights = correct_for_sampler(batch, responses, correction)  # if another engine sampled
             with timed(timing, "optimize_step"), self.update_context():
                 record = self.algorithm.update(batch)  # K epochs on the surrogate; π_old ← π_θ

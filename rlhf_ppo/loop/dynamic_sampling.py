@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -96,45 +96,54 @@ def fill_batch(
     return replace(_select_responses(collected, rows), counts=counts), _select_scores(scores, rows)
 
 
+_SAMPLE_COLUMNS = ("prompts", "responses", "finished", "logprobs", "values")
+_RESPONSE_COLUMNS = ("prompts", "responses", "columns", "episodes", "tasks")
+_SCORE_COLUMNS = ("total", "per_token", "per_source", "skipped", "dropped")
+
+
 def _concatenate_responses(parts: Sequence[CollectedResponses]) -> CollectedResponses:
-    names = parts[0].columns
-    samples = [part.samples for part in parts]
+    def join(owners: Sequence[object], names: Sequence[str]) -> dict[str, Any]:
+        return {name: _join([getattr(owner, name) for owner in owners]) for name in names}
+
     return CollectedResponses(
-        samples=Samples(
-            prompts=list(chain.from_iterable(part.prompts for part in samples)),
-            responses=list(chain.from_iterable(part.responses for part in samples)),
-            finished=list(chain.from_iterable(part.finished for part in samples)),
-            logprobs=None if any(part.logprobs is None for part in samples)
-            else list(chain.from_iterable(part.logprobs or () for part in samples)),
-            values=None if any(part.values is None for part in samples)
-            else list(chain.from_iterable(part.values or () for part in samples)),
-        ),
-        prompts=list(chain.from_iterable(part.prompts for part in parts)),
-        responses=list(chain.from_iterable(part.responses for part in parts)),
-        columns={name: list(chain.from_iterable(part.columns[name] for part in parts)) for name in names},
-        episodes=None if parts[0].episodes is None
-        else list(chain.from_iterable(part.episodes or () for part in parts)),
-        tasks=list(chain.from_iterable(part.tasks for part in parts)),
+        samples=Samples(**join([part.samples for part in parts], _SAMPLE_COLUMNS)), **join(parts, _RESPONSE_COLUMNS),
         counts={name: sum(part.counts.get(name, 0) for part in parts) for name in parts[0].counts},
     )  # fmt: skip
 
 
 def _select_responses(collected: CollectedResponses, rows: Sequence[int]) -> CollectedResponses:
-    samples, episodes = collected.samples, collected.episodes
-    return replace(
-        collected,
-        samples=replace(
-            samples,
-            prompts=[samples.prompts[row] for row in rows], responses=[samples.responses[row] for row in rows],
-            finished=[samples.finished[row] for row in rows],
-            logprobs=None if samples.logprobs is None else [samples.logprobs[row] for row in rows],
-            values=None if samples.values is None else [samples.values[row] for row in rows],
-        ),
-        prompts=[collected.prompts[row] for row in rows], responses=[collected.responses[row] for row in rows],
-        columns={name: [column[row] for row in rows] for name, column in collected.columns.items()},
-        episodes=None if episodes is None else [episodes[row] for row in rows],
-        tasks=[collected.tasks[row] for row in rows] if collected.tasks else [],
-    )  # fmt: skip
+    samples = replace(collected.samples, **_rows_of(collected.samples, _SAMPLE_COLUMNS, rows))
+    return replace(collected, samples=samples, **_rows_of(collected, _RESPONSE_COLUMNS, rows))
+
+
+def _select_scores(scores: RewardScores, rows: Sequence[int]) -> RewardScores:
+    return replace(scores, **_rows_of(scores, _SCORE_COLUMNS, rows))
+
+
+def _join(columns: Sequence[Any]) -> Any:
+    """Lists one after the other, those of a dict by key; None where one is."""
+    if any(column is None for column in columns):
+        return None
+    if isinstance(columns[0], dict):
+        return {name: _join([column[name] for column in columns]) for name in columns[0]}
+    return list(chain.from_iterable(columns))
+
+
+def _rows_of(owner: object, names: Sequence[str], rows: Sequence[int]) -> dict[str, Any]:
+    """Some rows of the named columns."""
+
+    def select(column: Any) -> Any:
+        match column:
+            case None | []:
+                return column
+            case torch.Tensor():
+                return column[torch.tensor(rows, dtype=torch.long)]
+            case dict():
+                return {name: select(part) for name, part in column.items()}
+            case _:
+                return [column[row] for row in rows]
+
+    return {name: select(getattr(owner, name)) for name in names}
 
 
 def _concatenate_scores(parts: Sequence[RewardScores]) -> RewardScores:
@@ -146,15 +155,3 @@ def _concatenate_scores(parts: Sequence[RewardScores]) -> RewardScores:
         )
     joined = parts[0].joined(parts[1:])
     return replace(joined, per_token=concatenate_rows(per_token) if per_token else None)
-
-
-def _select_scores(scores: RewardScores, rows: Sequence[int]) -> RewardScores:
-    index = torch.tensor(rows, dtype=torch.long)
-    return replace(
-        scores,
-        total=scores.total[index],
-        per_token=None if scores.per_token is None else scores.per_token[index],
-        per_source={name: values[index] for name, values in scores.per_source.items()},
-        skipped=scores.skipped[index],
-        dropped=scores.dropped[index],
-    )

@@ -167,6 +167,7 @@ def shape_rollout(
         values=_values_after_observations(scored.values, last, responses.inputs.response_lengths()),
         terminated=is_last & ~is_truncated[:, None], truncated=is_last & is_truncated[:, None],
         ref_logprobs=scored.ref_logprobs, scores=total_scores(responses.scores, mask), group_size=responses.group_size,
+        excluded=responses.excluded,
         reference_kl_coef=0.0 if shaping.kl_placement == "reward" else shaping.kl_coef,
     )  # fmt: skip
     return rollout, penalty

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlhf_ppo.batch import PolicyInputs, PolicyOutput, TrainBatch, pad_rows, split_into_micro_batches
+from rlhf_ppo.batch import PolicyInputs, PolicyOutput, TrainBatch, pad_rows
 from rlhf_ppo.functional import value_loss
 from rlhf_ppo.updates.minibatch import MinibatchConfig
 from rlhf_ppo.updates.objective import ComputeGradients, LossTerms
@@ -108,10 +108,7 @@ class CriticFit:
         config: MinibatchConfig,
     ) -> None:
         totals = [torch.zeros_like(parameter) for parameter in self.parameters]
-        micro_batches = split_into_micro_batches(
-            batch.inputs.costs()[rows], size=config.micro_batch_size, token_budget=config.token_budget
-        )
-        for micro_batch in micro_batches:
+        for micro_batch in config.micro_batches(batch.inputs.costs()[rows]):
             indices = rows[micro_batch].tolist()
             loss, _ = value_loss(
                 pad_rows(values(indices), width=batch.mask.shape[1]), batch.values[indices], batch.returns[indices],
@@ -133,9 +130,7 @@ class CriticFit:
         states: dict[int, Tensor] = {}
         costs = inputs.costs()
         with torch.no_grad():
-            for micro_batch in split_into_micro_batches(
-                costs[local_rows], size=config.micro_batch_size, token_budget=config.token_budget
-            ):
+            for micro_batch in config.micro_batches(costs[local_rows]):
                 rows = local_rows[micro_batch]
                 states |= dict(zip(rows.tolist(), self.policy.critic_states(inputs.select(rows)), strict=True))
 

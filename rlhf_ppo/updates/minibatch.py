@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlhf_ppo.batch import TrainBatch
+from rlhf_ppo.batch import TrainBatch, split_into_micro_batches
 from rlhf_ppo.kernels.linear_logprobs import LossGradient
 from rlhf_ppo.kernels.memory import reuse_memory
 from rlhf_ppo.models.scoring import TokenPolicy
@@ -26,6 +27,7 @@ from rlhf_ppo.updates.objective import (
     UpdateRecord,
     batch_statistics,
     count_actions,
+    gather_ratios,
     no_comparison,
     read_scalars,
     select_actions,
@@ -62,6 +64,16 @@ class MinibatchConfig:
     most_skips_in_a_row: int = 5
     """Raise after this many minibatches in a row whose loss or gradient was not finite."""
 
+    def micro_batches(self, costs: Int[Tensor, " rows"]) -> list[Int[Tensor, " micro_batch"]]:
+        """Positions of the rows of each forward pass; see `split_into_micro_batches`."""
+        return split_into_micro_batches(costs, size=self.micro_batch_size, token_budget=self.token_budget)
+
+    def local_micro_batches(self, batch: TrainBatch, rows: Tensor, accelerator: Accelerator) -> list[TrainBatch]:
+        """This process's micro-batches of an optimizer step on `rows`; see `sharding.local_micro_batches`."""
+        return local_micro_batches(
+            batch, rows, self.micro_batches, process=accelerator.process_index, processes=accelerator.num_processes
+        )
+
 
 class MinibatchUpdate(UpdateState):
     """Minimize an objective over shuffled minibatches.
@@ -70,13 +82,12 @@ class MinibatchUpdate(UpdateState):
     from the rows of all processes, and each micro-batch divides its sums by the action count of the whole step.
 
     Args:
-        policy: The prepared module that scores a batch: `policy(inputs, with_entropy=...) -> PolicyOutput`.
+        policy: The prepared module that scores a batch: `policy(inputs, with_entropy=True) -> PolicyOutput`.
         optimizer: The prepared optimizer of its parameters.
         accelerator: Processes, precision, gradient synchronization.
         objective: The objective to minimize.
         config: Returns sizes and guards; called at each update, so that they can change between steps.
         seed: Seeds the row order; the same on all processes.
-        with_entropy: Whether the objective reads the entropy.
         compute_gradients: Replaces the passes over micro-batches with autograd; None: autograd.
         compare_with: Returns further arguments of the policy for a micro-batch: the policy to measure an exact KL to.
         count: Divisor of an optimizer step's sums, from the mask of its rows.
@@ -91,7 +102,6 @@ class MinibatchUpdate(UpdateState):
         objective: Objective,
         config: Callable[[], MinibatchConfig],
         seed: int,
-        with_entropy: bool = True,
         compute_gradients: ComputeGradients | None = None,
         compare_with: CompareWith = no_comparison,
         count: Callable[[Tensor], Tensor] = count_actions,
@@ -103,7 +113,6 @@ class MinibatchUpdate(UpdateState):
         self.objective = objective
         self._read_config = config
         self.config = config()
-        self.with_entropy = with_entropy
         self.compute_gradients = compute_gradients or self._autograd_gradients
         self.compare_with = compare_with
         self.count = count
@@ -129,11 +138,10 @@ class MinibatchUpdate(UpdateState):
             self._epochs(batch, record)
         if self._rows:
             rows = upload(torch.cat(self._rows), batch.mask.device)
-            record.ratios.append(select_actions(self._ratios))
+            record.ratios = [select_actions(self._ratios)]
             record.advantages.append(select_actions([(batch.advantages[rows], batch.mask[rows])]))
         self._ratios = []
-        if self.accelerator.num_processes > 1:
-            record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
+        record.ratios = gather_ratios(record.ratios, self.accelerator)
         return record
 
     def _epochs(self, batch: TrainBatch, record: UpdateRecord) -> None:
@@ -188,10 +196,7 @@ class MinibatchUpdate(UpdateState):
     def _autograd_gradients(
         self, objective: Objective, batch: TrainBatch, rows: Tensor
     ) -> tuple[Metrics, list[Masked]]:
-        micro_batches = local_micro_batches(
-            batch, rows, size=self.config.micro_batch_size, token_budget=self.config.token_budget,
-            process=self.accelerator.process_index, processes=self.accelerator.num_processes,
-        )  # fmt: skip
+        micro_batches = self.config.local_micro_batches(batch, rows, self.accelerator)
         count = self.count(batch.mask[upload(rows, batch.mask.device)]).float()
         last = len(micro_batches) - 1
         self._differs = None if self.checks_at_once or batch.mask.device.type == "cpu" else []
@@ -209,7 +214,7 @@ class MinibatchUpdate(UpdateState):
         processes = self.accelerator.num_processes
         with self.steps.micro_batch(last=last):
             extra = self.compare_with(micro_batch) or self._fused_head_argument(objective, micro_batch, count)
-            output = self.policy(micro_batch.inputs, with_entropy=self.with_entropy, **extra)
+            output = self.policy(micro_batch.inputs, with_entropy=True, **extra)
             terms = objective(output, micro_batch, count)
             # Gradients are averaged over processes; sums divided by a global count must be added up, hence the factor.
             loss = terms.loss * processes

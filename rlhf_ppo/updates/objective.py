@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -80,6 +81,11 @@ def sum_metrics(terms: Sequence[LossTerms], accelerator: Accelerator) -> Metrics
     return dict(zip(names, accelerator.reduce(totals, reduction="sum").unbind(), strict=True))
 
 
+def gather_ratios(ratios: list[Tensor], accelerator: Accelerator) -> list[Tensor]:
+    """The ratios of all processes, on the CPU where there are several. Collective."""
+    return ratios if accelerator.num_processes == 1 else gather_object([part.cpu() for part in ratios])
+
+
 @dataclass(kw_only=True)
 class UpdateRecord:
     """Metrics, ratios and advantages of an update; every list has one entry per optimizer step."""
@@ -93,6 +99,24 @@ class UpdateRecord:
     stopped_early: bool = False
     extras: dict[str, float] = field(default_factory=dict)
     """Metrics that only this algorithm has, one number per update."""
+
+    @classmethod
+    def of_batch(
+        cls,
+        batch: TrainBatch,
+        terms: Sequence[LossTerms],
+        micro_batches: Sequence[TrainBatch],
+        accelerator: Accelerator,
+        **metrics: Tensor | float,
+    ) -> "UpdateRecord":
+        """Record one pass over a whole batch, from this process's micro-batches of it. Collective."""
+        every_row = torch.arange(len(batch), device=batch.mask.device)
+        metrics = sum_metrics(terms, accelerator) | batch_statistics(batch, every_row) | metrics
+        ratios = select_actions([(term.ratio, part.mask) for term, part in zip(terms, micro_batches, strict=True)])
+        return cls(
+            metrics=[read_scalars(metrics)], ratios=gather_ratios([ratios], accelerator),
+            advantages=[batch.advantages[batch.mask]],
+        )  # fmt: skip
 
     def mean(self) -> dict[str, float]:
         """Each metric averaged over optimizer steps."""

@@ -5,6 +5,7 @@ same steps as a run on one. Rows are assigned by cost, independently of the proc
 """
 
 import heapq
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from accelerate.utils import gather_object
 from jaxtyping import Int
 from torch import Tensor
 
-from rlhf_ppo.batch import TrainBatch, split_into_micro_batches
+from rlhf_ppo.batch import TrainBatch
 
 
 def all_gather_batch(batch: TrainBatch, accelerator: Accelerator) -> TrainBatch:
@@ -37,9 +38,8 @@ def assign_rows(costs: Int[Tensor, " rows"], processes: int) -> list[Int[Tensor,
 def local_micro_batches(
     batch: TrainBatch,
     rows: Int[Tensor, " rows"],
+    split: Callable[[Tensor], list[Tensor]],
     *,
-    size: int | None,
-    token_budget: int | None,
     process: int,
     processes: int,
 ) -> list[TrainBatch]:
@@ -51,18 +51,14 @@ def local_micro_batches(
     Args:
         batch: The global batch.
         rows: Rows of the optimizer step.
-        size: Largest number of rows in a micro-batch; None: unlimited.
-        token_budget: Largest number of padded tokens (rows x longest row) in a micro-batch; None: unlimited.
+        split: Cuts the positions of a process's rows into micro-batches, from their costs.
         process: Index of this process.
         processes: Number of processes.
     """
     rows = rows.cpu()
     costs = batch.inputs.costs()[rows]
     per_process = [
-        [
-            positions[micro_batch]
-            for micro_batch in split_into_micro_batches(costs[positions], size=size, token_budget=token_budget)
-        ]
+        [positions[micro_batch] for micro_batch in split(costs[positions])]
         for positions in assign_rows(costs, processes)
     ]
     local = [batch.select(rows[positions]) for positions in per_process[process]]

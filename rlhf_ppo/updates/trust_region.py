@@ -8,11 +8,11 @@ trunk would move the policy out of the trust region.
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -38,13 +38,11 @@ from rlhf_ppo.updates.objective import (
     LossTerms,
     Objective,
     UpdateRecord,
-    batch_statistics,
     no_comparison,
     read_scalars,
-    select_actions,
     sum_metrics,
 )
-from rlhf_ppo.updates.sharding import all_gather_batch, local_micro_batches
+from rlhf_ppo.updates.sharding import all_gather_batch
 from rlhf_ppo.updates.shuffle import UpdateState
 from rlhf_ppo.updates.trust_region_config import FisherPolicy, TrustRegionConfig, check_parameters, check_processes
 
@@ -115,12 +113,8 @@ class TrustRegionUpdate(UpdateState):
         result, (gradient, terms) = None, self._gradient(micro_batches, count)
         if self._is_usable(norm := float(gradient.norm()), batch, rows):
             result, terms = self._search(batch, micro_batches, count, gradient, terms)
-        record = UpdateRecord(skipped=int(result is None or not result.accepted))
-        statistics = batch_statistics(batch, rows) | {"policy/grad_norm": norm}
-        record.metrics.append(read_scalars(sum_metrics(terms, self.accelerator) | statistics))
-        pairs = zip(terms, micro_batches, strict=True)
-        record.ratios.append(select_actions([(term.ratio, micro_batch.mask) for term, micro_batch in pairs]))
-        record.advantages.append(batch.advantages[batch.mask])
+        record = UpdateRecord.of_batch(batch, terms, micro_batches, self.accelerator, **{"policy/grad_norm": norm})
+        record.skipped = int(result is None or not result.accepted)
         record.extras = {
             "policy/accepted": float(result is not None and result.accepted),
             "policy/backtracks": float(0 if result is None else result.backtracks),
@@ -128,8 +122,6 @@ class TrustRegionUpdate(UpdateState):
             "policy/improvement": 0.0 if result is None else result.improvement,
         }
         self.critic(batch)
-        if self.accelerator.num_processes > 1:
-            record.ratios = gather_object([ratio.cpu() for ratio in record.ratios])
         return record
 
     def fisher_product(self, batch: TrainBatch, rows: Tensor) -> MatrixVectorProduct:
@@ -244,10 +236,8 @@ class TrustRegionUpdate(UpdateState):
 
     def _micro_batches(self, batch: TrainBatch, rows: Tensor, *, token_budget: int | None = None) -> list[TrainBatch]:
         budgets = [budget for budget in (self.config.token_budget, token_budget) if budget is not None]
-        return local_micro_batches(
-            batch, rows, size=self.config.micro_batch_size, token_budget=min(budgets, default=None),
-            process=self.accelerator.process_index, processes=self.accelerator.num_processes,
-        )  # fmt: skip
+        config = replace(self.config, token_budget=min(budgets, default=None))
+        return config.local_micro_batches(batch, rows, self.accelerator)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ppo import GRPO, RLOO, Critic, PPOClip, TrainConfig
+from rlhf_ppo import GRPO, RLOO, Critic, PositiveNLL, PPOClip, TrainConfig
 from rlhf_ppo import functional as F
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.loop.dynamic_sampling import DynamicSampling, fill_batch, groups_with_spread, roll_out
@@ -173,6 +173,23 @@ def test_bounds_without_meaning_are_refused() -> None:
         DynamicSampling(max_rounds=0)
     with pytest.raises(ValueError, match="long responses would not be penalized"):
         SoftOverlong(buffer=0)
+
+
+def test_excluded_responses_are_none_of_the_good_ones() -> None:
+    """The weights of good responses' likelihood average to μ over the tokens that take part in the loss."""
+    own = trainer(algorithm=RLOO(positive_nll=PositiveNLL(coef=0.1)), kl_penalty="none", init_kl_coef=0.0)
+    rows = [torch.arange(3, 3 + length) for length in (2, 5, 1, 3)]
+    own.learn(
+        Responses(
+            inputs=TokenInputs(prompts=[torch.tensor([3, 4])] * 4, responses=rows), group_size=2,
+            mask=torch.tensor([[step < len(row) for step in range(5)] for row in rows]),
+            scores=torch.tensor([1.0, 2.0, -1.0, 3.0]), excluded=torch.tensor([False, True, False, False]),
+        )
+    )  # fmt: skip
+    assert own.last_batch is not None and own.last_batch[0].nll_weights is not None
+    weights = own.last_batch[0].nll_weights[own.last_batch[0].mask]
+    assert len(weights) == 6
+    assert float(weights.mean()) == pytest.approx(0.1)
 
 
 def test_a_batch_of_nothing_but_truncated_responses_is_refused() -> None:
