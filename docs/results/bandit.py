@@ -32,10 +32,10 @@ SEEDS = (0, 1, 2)
 PACKAGES = ("torch", "transformers", "accelerate")
 NOTES = [
     "",
-    "The closed forms hold for every loss that is a function of the advantages, whichever way they are scaled, clipped,",
-    "weighed or chosen: at the optimum with the KL, all actions have the same reward minus KL, so every advantage is 0.",
-    "They do not hold for `positive_nll`, `ent_coef`, `adaptive_entropy` and `PretrainingMix`, which add another goal to",
-    "the loss; these are tested against their formulas instead.",
+    "The closed forms hold for every loss that is a function of the advantages, whichever way these are scaled,",
+    "clipped, weighed or chosen: at the optimum with the KL all actions have the same reward minus KL, so every",
+    "advantage is 0. They do not hold for `positive_nll`, `ent_coef`, `adaptive_entropy` and `PretrainingMix`, which",
+    "add another goal to the loss; these are tested against their formulas instead.",
     "",
 ]
 """What the closed form applies to."""

@@ -155,7 +155,7 @@ def _gae(rollout: Rollout, gamma: float, lam: float | Tensor, starts: Tensor | N
 def _turn_starts(rollout: Rollout) -> Tensor:
     """True at the first action of each turn: as given, or of each run of actions."""
     if rollout.turn_starts is not None:
-        return rollout.turn_starts
+        return rollout.turn_starts & rollout.mask
     return rollout.mask & ~torch.nn.functional.pad(rollout.mask[:, :-1], (1, 0))
 
 

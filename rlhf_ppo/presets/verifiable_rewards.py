@@ -90,7 +90,7 @@ RECENT: dict[str, dict[str, Any]] = {
                     cispo=CISPO(min_weight=0.7, max_weight=6.0, drop=True), gae=GAE(value_lam=1.0, length_alpha=1.5),
                     critic=Critic(learning_rate=5e-6, extra_fits=1, warmup_iterations=10, freeze="attention"),
                 ),
-                f"{_SAO}: ratios outside 0.7 and 6 dropped, α = 1.5, critic λ 1, 5e-6, 2 updates, 10 to warm up, frozen",
+                f"{_SAO}: ratios outside 0.7 and 6 dropped, α = 1.5, critic λ 1, 5e-6, 2 updates, warm-up 10, frozen",
             ),
         },
         "remarks": "For code it dropped ratios outside 1 - 0.8 and 1 + 3.0. `step()` knows no probabilities of the "
