@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(Path(__file__).parent)]
 
 from collect import collect  # noqa: E402
 
-from sentiment.algorithms import AlgorithmName  # noqa: E402
+from sentiment.settings import AlgorithmName  # noqa: E402
 
 NAMES: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
 COMMAND = "python recipes/ppo_gpt2_sentiment.py --algorithm ALGORITHM --seed SEED --threads 1"
