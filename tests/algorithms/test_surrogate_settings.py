@@ -1,6 +1,6 @@
 """The settings of the policy loss: each changes what is learned, does what it says, and goes on after a checkpoint."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -47,37 +47,54 @@ GOOD = PositiveNLL()
 WEIGHTS = CISPO(max_weight=9.0)
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (GSPO(), GSPO(clip_low=0.9)),
-        (GSPO(), GSPO(clip_high=0.9)),
-        (GSPO(), GSPO(normalize_std=False)),
-        (GSPO(), GSPO(ent_coef=0.1)),
-        (GRPO(clip_low=0.9, clip_high=9.0), GRPO(cispo=WEIGHTS)),
-        (GRPO(cispo=WEIGHTS), GRPO(cispo=replace(WEIGHTS, max_weight=1.05))),
-        (GRPO(cispo=WEIGHTS), GRPO(cispo=replace(WEIGHTS, min_weight=0.95))),
-        (GRPO(cispo=CISPO(max_weight=1.05)), GRPO(cispo=CISPO(max_weight=1.05, drop=True))),
-        (RLOO(), RLOO(positive_nll=GOOD)),
-        (RLOO(positive_nll=GOOD), RLOO(positive_nll=replace(GOOD, coef=0.5))),
-        (RLOO(positive_nll=GOOD), RLOO(positive_nll=replace(GOOD, threshold=0.5))),
-        (PPOClip(), PPOClip(tokens=TopEntropyTokens())),
-        (PPOClip(tokens=TopEntropyTokens()), PPOClip(tokens=TopEntropyTokens(share=0.5))),
-        (PPOClip(), PPOClip(tokens=DRAWN)),
-        (PPOClip(tokens=DRAWN), PPOClip(tokens=replace(DRAWN, share=0.2))),
-        (PPOClip(tokens=DRAWN), PPOClip(tokens=replace(DRAWN, low=1.0))),
-        (PPOClip(tokens=DRAWN), PPOClip(tokens=replace(DRAWN, high=0.1))),
-        (PPOClip(), PPOClip(adaptive_entropy=WEIGHT)),
-        (PPOClip(adaptive_entropy=WEIGHT), PPOClip(adaptive_entropy=replace(WEIGHT, target=0.1))),
-        (PPOClip(adaptive_entropy=WEIGHT), PPOClip(adaptive_entropy=replace(WEIGHT, step=0.1))),
-        (PPOClip(adaptive_entropy=WEIGHT), PPOClip(adaptive_entropy=replace(WEIGHT, start=0.1))),
-        (PPOClip(adaptive_entropy=WEIGHT), PPOClip(adaptive_entropy=replace(WEIGHT, largest=0.001))),
-    ],
-)
+PAIRS: list[tuple[AlgorithmConfig, AlgorithmConfig]] = [
+    (GSPO(), GSPO(clip_low=0.9)),
+    (GSPO(), GSPO(clip_high=0.9)),
+    (GSPO(), GSPO(normalize_std=False)),
+    (GSPO(), GSPO(ent_coef=0.1)),
+    (GRPO(clip_low=0.9, clip_high=9.0), GRPO(cispo=WEIGHTS)),
+    (GRPO(cispo=WEIGHTS), GRPO(cispo=replace(WEIGHTS, max_weight=1.05))),
+    (GRPO(cispo=WEIGHTS), GRPO(cispo=replace(WEIGHTS, min_weight=0.95))),
+    (GRPO(cispo=CISPO(max_weight=1.05)), GRPO(cispo=CISPO(max_weight=1.05, drop=True))),
+    (RLOO(), RLOO(positive_nll=GOOD)),
+    (RLOO(positive_nll=GOOD), RLOO(positive_nll=replace(GOOD, coef=0.5))),
+    (RLOO(positive_nll=GOOD), RLOO(positive_nll=replace(GOOD, threshold=0.5))),
+    (PPOClip(), PPOClip(tokens=TopEntropyTokens())),
+    (PPOClip(tokens=TopEntropyTokens()), PPOClip(tokens=TopEntropyTokens(share=0.5))),
+    (PPOClip(), PPOClip(tokens=DRAWN)),
+    (PPOClip(tokens=DRAWN), PPOClip(tokens=replace(DRAWN, share=0.2))),
+    (PPOClip(tokens=DRAWN), PPOClip(tokens=replace(DRAWN, low=1.0))),
+    (PPOClip(tokens=DRAWN), PPOClip(tokens=replace(DRAWN, high=0.1))),
+    (PPOClip(), PPOClip(adaptive_entropy=WEIGHT)),
+    (PPOClip(adaptive_entropy=WEIGHT), PPOClip(adaptive_entropy=replace(WEIGHT, target=0.1))),
+    (PPOClip(adaptive_entropy=WEIGHT), PPOClip(adaptive_entropy=replace(WEIGHT, step=0.1))),
+    (PPOClip(adaptive_entropy=WEIGHT), PPOClip(adaptive_entropy=replace(WEIGHT, start=0.1))),
+    (PPOClip(adaptive_entropy=WEIGHT), PPOClip(adaptive_entropy=replace(WEIGHT, largest=0.001))),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_every_setting_changes_what_is_learned(one: AlgorithmConfig, other: AlgorithmConfig) -> None:
     """The weight of the entropy acts from the second update on."""
     steps = 2 if "AdaptiveEntropy" in str(other) else 1
     assert not torch.equal(weights(stepped(one, steps=steps)), weights(stepped(other, steps=steps)))
+
+
+def differing(one: Any, other: Any) -> set[tuple[type, str]]:
+    """The fields that differ, within the settings that both have."""
+    found: set[tuple[type, str]] = set()
+    for item in fields(one):
+        mine, theirs = getattr(one, item.name), getattr(other, item.name)
+        if mine != theirs:
+            nested = is_dataclass(mine) and type(mine) is type(theirs)
+            found |= differing(mine, theirs) if nested else {(type(one), item.name)}
+    return found
+
+
+@pytest.mark.parametrize("kind", [GSPO, CISPO, PositiveNLL, AdaptiveEntropy, TopEntropyTokens, ClipCovariance])
+def test_no_setting_is_left_out_of_the_pairs(kind: type[Any]) -> None:
+    tried = set().union(*(differing(one, other) for one, other in PAIRS))
+    assert {name for cls, name in tried if cls is kind} == {item.name for item in fields(kind)}
 
 
 def test_a_selection_of_all_tokens_changes_nothing() -> None:
