@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from rlhf_ppo.algorithms.surrogate_config import ClipCovariance, TopEntropyTokens
 from rlhf_ppo.batch import TrainBatch
+from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.functional import token_covariances, top_share_threshold
 from rlhf_ppo.updates import MinibatchConfig, Update, UpdateRecord
 
@@ -23,7 +22,7 @@ class TokenSelectionUpdate:
         update: The update on the remaining tokens.
         config: Which tokens remain.
         policy: The policy without Accelerate's wrapper.
-        accelerator: The accelerator that prepared it.
+        processes: Thresholds are those of all of them.
         minibatch_config: Returns the micro-batch limits.
         seed: Seeds the draws of `ClipCovariance`.
     """
@@ -34,12 +33,12 @@ class TokenSelectionUpdate:
         config: TopEntropyTokens | ClipCovariance,
         *,
         policy: nn.Module,
-        accelerator: Accelerator,
+        processes: Processes,
         minibatch_config: Callable[[], MinibatchConfig],
         seed: int,
     ) -> None:
         self.inner, self.config = update, config
-        self.policy, self.accelerator, self.minibatch_config = policy, accelerator, minibatch_config
+        self.policy, self.processes, self.minibatch_config = policy, processes, minibatch_config
         self.seed, self.calls = seed, 0
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
@@ -53,7 +52,7 @@ class TokenSelectionUpdate:
         self.calls += 1
         record = self.inner(replace(batch, advantages=batch.advantages.masked_fill(~kept, 0.0)))
         counts = torch.stack([(kept & batch.mask).sum(), batch.mask.sum()]).double()
-        selected, actions = self.accelerator.reduce(counts, reduction="sum").tolist()
+        selected, actions = self.processes.reduce_sum(counts).tolist()
         record.extras["policy/selected_share"] = selected / max(actions, 1.0)
         return record
 
@@ -68,9 +67,7 @@ class TokenSelectionUpdate:
 
     def _gather(self, values: Tensor) -> Tensor:
         """Values of all processes, 1-D, on this process's device."""
-        if self.accelerator.num_processes == 1:
-            return values
-        return torch.cat(gather_object([values.cpu()])).to(values.device)
+        return torch.cat(self.processes.gather_objects([values.cpu()])).to(values.device)
 
     @torch.no_grad()
     def _entropy(self, batch: TrainBatch) -> Tensor:
@@ -82,15 +79,13 @@ class TokenSelectionUpdate:
 
     def _drawn(self, batch: TrainBatch, config: ClipCovariance) -> Tensor:
         """True at tokens that leave: drawn from those whose covariance is within the bounds."""
-
-        def reduce_sum(tensor: Tensor) -> Tensor:
-            reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
-            return reduced
-
+        reduce_sum = self.processes.reduce_sum
         covariances = token_covariances(batch.logprobs, batch.advantages, batch.mask, reduce_sum=reduce_sum)
         candidates = batch.mask & (covariances >= config.low) & (covariances <= config.high)
         number = math.floor(config.share * float(reduce_sum(batch.mask.sum().double())))
-        generator = torch.Generator().manual_seed(self.seed + 7919 * self.calls + self.accelerator.process_index)
+        generator = torch.Generator().manual_seed(
+            self.seed + 7919 * self.calls + self.processes.accelerator.process_index
+        )
         keys = torch.rand(batch.mask.shape, generator=generator).to(batch.mask.device)
         keys = keys.masked_fill(~candidates, math.inf)
         smallest = self._gather(keys[candidates]).sort().values[:number]

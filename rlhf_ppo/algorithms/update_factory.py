@@ -14,6 +14,7 @@ from rlhf_ppo.algorithms.objectives import PolicyTerm, surrogate, total_objectiv
 from rlhf_ppo.algorithms.surrogate_config import ClipCovariance, TopEntropyTokens
 from rlhf_ppo.algorithms.token_selection import TokenSelectionUpdate
 from rlhf_ppo.batch import TrainBatch
+from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.functional import ReferenceKL
 from rlhf_ppo.updates import (
     CompareWith,
@@ -76,10 +77,15 @@ class UpdateFactory:
         """The policy without Accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.policy)
 
-    def reduce_sum(self, tensor: Tensor) -> Tensor:
+    @property
+    def processes(self) -> Processes:
+        """Their collective operations."""
+        return Processes(self.accelerator)
+
+    @property
+    def reduce_sum(self) -> Callable[[Tensor], Tensor]:
         """Sum over processes."""
-        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
-        return reduced
+        return self.processes.reduce_sum
 
     def total_objective(self, term: PolicyTerm, *, critic: Critic | None, ent_coef: float, **clip: float) -> Objective:
         """The total objective of a policy term, with the KL to the reference if `reference_kl` is set."""
@@ -139,7 +145,7 @@ class UpdateFactory:
                 "own rows would wait for parameters of the others. Use DDP or one process, or ClipCovariance."
             )
         return TokenSelectionUpdate(
-            update, config, policy=self.module, accelerator=self.accelerator, minibatch_config=self.minibatch_config,
+            update, config, policy=self.module, processes=self.processes, minibatch_config=self.minibatch_config,
             seed=self.seed,
         )  # fmt: skip
 

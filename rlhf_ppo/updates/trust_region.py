@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_ppo.batch import TrainBatch
+from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.functional import (
     LineSearchResult,
     conjugate_gradient,
@@ -95,6 +96,7 @@ class TrustRegionUpdate(UpdateState):
         module.check_twice_differentiable()
         self.policy: FisherPolicy = module
         self.optimizer, self.accelerator = optimizer, accelerator
+        self._sum = Processes(accelerator).reduce_sum
         self.objective, self.region = objective, region
         self._read_config = config
         self.config = config()
@@ -238,7 +240,3 @@ class TrustRegionUpdate(UpdateState):
         budgets = [budget for budget in (self.config.token_budget, token_budget) if budget is not None]
         config = replace(self.config, token_budget=min(budgets, default=None))
         return config.local_micro_batches(batch, rows, self.accelerator)
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        reduced: Tensor = self.accelerator.reduce(tensor, reduction="sum")
-        return reduced
