@@ -55,13 +55,11 @@ class PretrainingRows:
 
     def __call__(self, process: int, processes: int) -> tuple[list[Tensor], int]:
         """The next texts of this process, and the number of learned tokens of all processes."""
-        count = len(self.mix.texts)
-        drawn = []
-        for position in range(self.position, self.position + self.mix.rows):
-            epoch, index = divmod(position, count)
-            drawn.append(int(np.random.default_rng([self.seed, epoch]).permutation(count)[index]))
-        self.position += self.mix.rows
-        texts = [self.mix.texts[index] for index in drawn]
+        count, drawn = len(self.mix.texts), range(self.position, self.position + self.mix.rows)
+        epochs = {position // count for position in drawn}
+        orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(count) for epoch in epochs}
+        texts = [self.mix.texts[int(orders[position // count][position % count])] for position in drawn]
+        self.position = drawn.stop
         return texts[process::processes], sum(len(text) - 1 for text in texts)
 
 
