@@ -90,7 +90,9 @@ class Workbench:
             sampling=SamplingConfig(max_new_tokens=NEW_TOKENS, num_return_sequences=case.group_size),
         )  # fmt: skip
         sampler = None if case.make_sampler is None else case.make_sampler(tokenizer)
-        trainer.train(self.reward, config, callbacks=[Recorder(curve)], sampler=sampler)
+        state = trainer.train(self.reward, config, callbacks=[Recorder(curve)], sampler=sampler)
+        if state.stopped is not None:
+            raise SystemExit(f"{state.stopped}: this run is not kept")
         found = trainer.evaluate(held_out, self.reward, config.sampling, judges=self.judges)
         if case.keep is not None:
             case.keep(self, trainer, seed)
