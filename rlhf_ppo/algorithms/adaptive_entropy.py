@@ -19,8 +19,6 @@ class AdaptiveEntropyUpdate:
 
     Args:
         update: Minimizes the objective of the present weight.
-        config: Target, step and bounds.
-        objective: Weight -> objective.
     """
 
     def __init__(

@@ -29,12 +29,7 @@ class MovingBaseline:
 
 
 class UpdateWithBaseline:
-    """Wraps an update: reports a moving baseline and saves it with the update's state.
-
-    Args:
-        update: The wrapped update.
-        moving: The baseline of its advantages.
-    """
+    """Wraps an update: reports a moving baseline and saves it with the update's state."""
 
     def __init__(self, update: Update, moving: MovingBaseline) -> None:
         self.inner = update

@@ -87,10 +87,6 @@ def build_algorithm(
     """Build the algorithm of `config` for one policy, optimizer and accelerator.
 
     Args:
-        config: The algorithm and its settings.
-        policy: The prepared policy.
-        optimizer: Its prepared optimizer.
-        accelerator: The accelerator that prepared both.
         minibatch_config: Returns epochs and sizes; called at each update.
         seed: Seeds the row order; the same on all processes.
         reference_kl: Kind of KL to the reference in the loss, weighed by `Rollout.reference_kl_coef`; None: no KL.

@@ -13,10 +13,7 @@ class ExtraCriticFits:
     """Run an update, then fit the critic alone some more times on the same batch.
 
     Args:
-        update: The update of policy and critic.
-        fit: Trains the critic.
         accelerator: The accelerator that prepared the policy.
-        times: Number of fits after each update.
     """
 
     def __init__(self, update: Update, fit: CriticFit, accelerator: Accelerator, times: int) -> None:

@@ -19,11 +19,8 @@ class CriticWarmup:
     change until the warm-up ends.
 
     Args:
-        update: The update after the warm-up.
-        fit: Trains the critic.
         objective: Evaluated for the metrics during the warm-up, without a step.
         accelerator: The accelerator that prepared the policy.
-        iterations: Number of warm-up iterations.
         compare_with: Further arguments of the policy that `objective` needs: the policy to measure an exact KL to.
     """
 

@@ -126,9 +126,7 @@ def total_objective(
     """The total objective: policy + c_1 value - c_2 entropy (Schulman et al. 2017, eq. 9), with its metrics.
 
     Args:
-        policy_term: The policy loss of the algorithm.
         critic: Weight and clipping of the value loss; None: no value loss.
-        ent_coef: c_2.
         clip_low: ε below 1 for the metric `policy/clipfrac`.
         clip_high: ε above 1 for the same metric.
     """

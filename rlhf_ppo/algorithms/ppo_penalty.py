@@ -20,8 +20,6 @@ class AdaptiveBetaUpdate:
 
     Args:
         update: Minimizes the objective of the current β.
-        beta: The coefficient, adapted to the KL.
-        objective: β -> objective.
     """
 
     def __init__(self, update: MinibatchUpdate, beta: PenaltyBeta, objective: Callable[[float], Objective]) -> None:
@@ -50,12 +48,7 @@ class AdaptiveBetaUpdate:
 
 
 class OldPolicySnapshot:
-    """Copies π_old's hidden states and LM head before an update, for the exact KL(π_old || π_θ) in its loss.
-
-    Args:
-        policy: The unwrapped policy.
-        config: Returns the micro-batch limits.
-    """
+    """Copies π_old's hidden states and LM head before an update, for the exact KL(π_old || π_θ) in its loss."""
 
     def __init__(self, policy: TokenPolicy, config: Callable[[], MinibatchConfig]) -> None:
         self.policy, self.config = policy, config

@@ -19,11 +19,8 @@ class TokenSelectionUpdate:
     """Set the advantage of tokens to 0 before an update: they leave the policy gradient, and its divisor stays.
 
     Args:
-        update: The update on the remaining tokens.
-        config: Which tokens remain.
         policy: The policy without Accelerate's wrapper.
         processes: Thresholds are those of all of them.
-        minibatch_config: Returns the micro-batch limits.
         seed: Seeds the draws of `ClipCovariance`.
     """
 

@@ -147,7 +147,6 @@ def value_loss(
     Args:
         values: V_θ(s_t); receives the gradient.
         old_values: V at the time of the rollout; read only when clipping.
-        returns: Targets R_t.
         clip_range: ε > 0 in units of the return; None for the plain squared error (Andrychowicz et al. 2021 found
             clipping to hurt at every threshold).
 

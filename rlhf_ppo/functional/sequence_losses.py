@@ -120,7 +120,6 @@ def positive_example_weights(
     2025), whichever way the batch is cut into minibatches.
 
     Args:
-        scores: One per response.
         coef: μ >= 0.
         threshold: Responses with a larger score are good.
         share: Share of the good responses' tokens in those of all processes; 0: there is none.

@@ -143,7 +143,6 @@ def make_accelerator(config: PPOConfig, *, float32_only: bool = False) -> tuple[
     """Build the `Accelerator` of a configuration (processes, precision, trackers), and its precision policy.
 
     Args:
-        config: The settings.
         float32_only: Whether the algorithm works in float32 alone.
 
     Raises:

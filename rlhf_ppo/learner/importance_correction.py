@@ -42,7 +42,6 @@ def resolve_correction(
 
     Args:
         mode: "auto" truncates where `cap` is set, or where the sampler is known to differ.
-        level: Unit of a weight.
         floor: Smallest kept weight of "mask" and "bypass"; None: the usual one, none for "bypass".
         cap: Largest weight; None: the usual one, none for "bypass".
         differing_sampler: Why the sampler's distribution is known to differ; None: it is not.
@@ -120,7 +119,6 @@ def local_mismatch(
     Args:
         logprobs: log π_old, nats, [B, T].
         responses: Have the mask and the sampler's log-probabilities.
-        weights: Of `correct_for_sampler`.
     """
     if responses.sampler_logprobs is None:
         return None

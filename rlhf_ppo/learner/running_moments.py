@@ -130,7 +130,6 @@ def normalize_scores(
         scale: Whether to divide; if False, `moments` are not updated.
         shift: Whether to subtract the running mean too.
         clip: Largest absolute total afterwards; None: no clipping.
-        reduce_sum: Sums over processes.
     """
     mean, deviation = 0.0, 1.0
     if scale:

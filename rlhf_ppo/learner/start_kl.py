@@ -16,7 +16,6 @@ class StartKLCheck:
     A model that PPO saved earlier no longer agrees with its reference, so it is not checked.
 
     Args:
-        model: The policy.
         processes: All raise if the mean over all of them is too large.
         is_own_reference: Whether the reference is the model itself, with its adapters off or another one on.
     """

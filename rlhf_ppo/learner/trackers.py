@@ -39,7 +39,6 @@ class Trackers:
     """The trackers that `PPOConfig.log_with` names.
 
     Args:
-        accelerator: Creates the trackers.
         config: Names the trackers; its settings, without secrets, are logged as those of the run.
     """
 

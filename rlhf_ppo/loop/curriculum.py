@@ -44,8 +44,6 @@ class CurriculumSampler:
     """Batches of prompt indices from a `PromptSampler`, in which prompts outside the band are mostly replaced.
 
     Args:
-        sampler: Draws the candidates.
-        config: Band and probability.
         batch_size: Prompts per batch on this process.
         seed: Seeds which prompts outside the band are taken.
         processes: Rates are shared, and draws are made together.

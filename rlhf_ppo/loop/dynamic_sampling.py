@@ -47,8 +47,6 @@ def roll_out(
     """Sample and score a batch; None after a stop. Collective.
 
     Args:
-        sample: Samples responses to the next prompts.
-        score: Scores them.
         is_stopped: Whether a signal arrived on any process.
         dynamic: Settings of dynamic sampling; None: one round.
         groups: Number of groups of a batch on this process.

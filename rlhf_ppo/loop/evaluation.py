@@ -47,11 +47,9 @@ def evaluate(
     Args:
         collector: Samples responses and calls reward sources.
         scorer: Log-probabilities under policy and reference.
-        prompts: Held-out prompts.
         rewards: Reward sources of training; their total is the measure `score`.
         judges: Reward sources that are not trained on; each is a measure under its name.
         rows: Rows of `prompts` for this process; None: all.
-        seed: Seed of the sampling.
     """
     single_response = replace(
         collector, sampling=replace(collector.sampling, num_return_sequences=1), overlong=None, best_of=None

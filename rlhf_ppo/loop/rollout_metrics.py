@@ -10,13 +10,7 @@ from rlhf_ppo.rollout.episodes import episode_metrics
 def rollout_metrics(
     processes: Processes, collected: CollectedResponses, scores: RewardScores
 ) -> tuple[dict[str, float], float]:
-    """Metrics of scores and episodes, and the mean share of repeated 3-grams. Collective.
-
-    Args:
-        processes: Gather from all processes.
-        collected: Responses of this process.
-        scores: Their scores.
-    """
+    """Metrics of scores and episodes, and the mean share of repeated 3-grams. Collective."""
     first, *rest = processes.gather_objects([scores])
     all_scores: RewardScores = first.joined(rest)
     finished = processes.gather_objects(collected.samples.finished)

@@ -23,11 +23,9 @@ class RunKeeper:
     """Saves and restores the checkpoints of one run, and writes into its run folder.
 
     Args:
-        learner: The learner whose state is saved.
         output_dir: Run folder, made when missing; None: nothing is written.
         shared: State that is the same on every process, besides the learner's.
         per_process: State of each process.
-        keep_last: Number of checkpoints kept.
 
     Raises:
         OSError: The folder is not writable.

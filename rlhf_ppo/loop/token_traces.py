@@ -27,11 +27,6 @@ def token_traces(
     Args:
         batch: Batch of the update; its inputs are tokens.
         scored: Scores of the same rows under policy and reference.
-        tokenizer: Turns token ids into text.
-        iteration: Iteration of the batch.
-        prompts: Text of each row's prompt.
-        scores: Score of each row.
-        count: Maximum of responses.
     """
     inputs = batch.inputs
     if not isinstance(inputs, TokenInputs):

@@ -44,12 +44,8 @@ class TrainingLoop:
 
     Args:
         learner: Its `learn` is the optimization step.
-        prompts: Training prompts.
         rewards: Reward sources that score the responses; None: the environment's rewards alone.
-        config: Settings of the loop.
-        eval_prompts: Held-out prompts.
         judges: Further reward sources, called in the held-out evaluation only.
-        callbacks: Called after every iteration.
         sampler: Samples the responses; None: `DecodeLoop`.
         environment: Makes the environment of an episode; None: responses of one turn.
     """

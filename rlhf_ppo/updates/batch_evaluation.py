@@ -35,8 +35,6 @@ def kl_after_update(policy: nn.Module, batch: TrainBatch, accelerator: Accelerat
     Args:
         policy: The prepared policy, after the update.
         batch: This process's rows of the batch.
-        accelerator: The accelerator that prepared it.
-        config: Limits of micro-batches.
     """
     batch = all_gather_batch(batch, accelerator)
     count, total = batch.mask.sum().float(), torch.zeros((), device=batch.mask.device)

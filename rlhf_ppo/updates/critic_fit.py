@@ -26,7 +26,6 @@ class CriticFit:
     Args:
         policy: The unwrapped policy: a `TokenPolicy` or a `ControlPolicy`.
         optimizer: The prepared optimizer; it steps the critic's parameters alone.
-        accelerator: The accelerator that prepared both.
         config: Returns epochs, minibatch size and micro-batch limits.
         shuffle: Orders the rows, identically on all processes.
         clip_range_value: ε of the value loss; None: the plain squared error.

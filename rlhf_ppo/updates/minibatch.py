@@ -83,9 +83,7 @@ class MinibatchUpdate(UpdateState):
 
     Args:
         policy: The prepared module that scores a batch: `policy(inputs, with_entropy=True) -> PolicyOutput`.
-        optimizer: The prepared optimizer of its parameters.
         accelerator: Processes, precision, gradient synchronization.
-        objective: The objective to minimize.
         config: Returns sizes and guards; called at each update, so that they can change between steps.
         seed: Seeds the row order; the same on all processes.
         compute_gradients: Replaces the passes over micro-batches with autograd; None: autograd.

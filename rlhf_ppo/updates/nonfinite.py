@@ -13,7 +13,6 @@ class NonFiniteUpdateError(FloatingPointError):
     """Too many optimizer steps in a row had a non-finite loss or gradient; none of them was taken.
 
     Args:
-        message: The error message.
         batch: The batch, rows of all processes.
         rows: Row indices of the last step.
         metrics: Metrics of that step, with `loss/total` and `policy/grad_norm`.

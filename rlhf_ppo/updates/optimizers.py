@@ -19,9 +19,6 @@ class TensorFlowAdam(Optimizer):
     effect, which makes early updates of PPO larger (Huang et al. 2024).
 
     Args:
-        params: Parameters or parameter groups.
-        lr: Learning rate.
-        betas: β₁, β₂.
         eps: ε; 1e-5 in the implementations of 2019.
 
     Raises:

@@ -41,12 +41,7 @@ class PretrainingMix:
 
 
 class PretrainingRows:
-    """Draws the texts of each optimizer step, in a new seeded order each pass, equal on all processes.
-
-    Args:
-        mix: Texts and their weight.
-        seed: Seeds the order.
-    """
+    """Draws the texts of each optimizer step, in a new seeded order each pass, equal on all processes."""
 
     def __init__(self, mix: PretrainingMix, seed: int) -> None:
         self.mix, self.seed = mix, seed
@@ -68,7 +63,6 @@ class PretrainingGradients:
 
     Args:
         update: The update whose gradients are mixed; its own are computed as before.
-        rows: Draws the texts.
     """
 
     def __init__(self, update: MinibatchUpdate, rows: PretrainingRows) -> None:
@@ -98,12 +92,7 @@ class PretrainingGradients:
 
 
 class UpdateWithPretraining:
-    """Wraps an update whose optimizer steps mix in pretraining texts, and saves which texts come next.
-
-    Args:
-        update: The wrapped update.
-        rows: Draws the texts.
-    """
+    """Wraps an update whose optimizer steps mix in pretraining texts, and saves which texts come next."""
 
     def __init__(self, update: Update, rows: PretrainingRows) -> None:
         self.inner, self.rows = update, rows

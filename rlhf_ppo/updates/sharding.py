@@ -49,11 +49,7 @@ def local_micro_batches(
     parameters are sharded, and DDP waits for gradients from every process.
 
     Args:
-        batch: The global batch.
-        rows: Rows of the optimizer step.
         split: Cuts the positions of a process's rows into micro-batches, from their costs.
-        process: Index of this process.
-        processes: Number of processes.
     """
     rows = rows.cpu()
     costs = batch.inputs.costs()[rows]

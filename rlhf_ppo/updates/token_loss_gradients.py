@@ -24,11 +24,9 @@ def token_loss_gradients(
     Correct for every objective that is a sum over tokens divided by `count`; the fused head detects others.
 
     Args:
-        objective: The objective to minimize.
         batch: A micro-batch; its inputs are `TokenInputs`.
         count: Number of actions in the whole optimizer step.
         entropy_is_read: Whether the objective reads the entropy; None: find out.
-        differs: Of `LossGradient`.
     """
     flat = _flat_columns(batch)
 

@@ -59,9 +59,7 @@ class TrustRegionUpdate(UpdateState):
     Args:
         policy: The prepared policy, a `FisherPolicy`.
         optimizer: The prepared optimizer; it steps the value head alone, with its learning rate.
-        accelerator: The accelerator that prepared both.
         objective: The surrogate, to minimize; without value term.
-        region: Settings of the trust region.
         config: Returns micro-batch limits, and `epochs` and `minibatch_size` of the value head's fit.
         seed: Seeds the choice of rows for the Fisher products and the row order; the same on all processes.
         clip_range_value: ε of the value loss; None: the plain squared error.
