@@ -48,6 +48,5 @@ class AdaptiveEntropyUpdate:
         return {"update": self.inner.state_dict(), "coef": self.coef, "weight": self.weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self.inner.load_state_dict(state["update"])
         self.coef, self.weight = float(state["coef"]), float(state["weight"])

@@ -46,6 +46,5 @@ class UpdateWithBaseline:
         return {"update": self.inner.state_dict(), "baseline": self.moving.mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self.inner.load_state_dict(state["update"])
         self.moving.mean = state["baseline"]

@@ -20,7 +20,6 @@ class ExtraCriticFits:
         self.inner, self.fit, self.accelerator, self.times = update, fit, accelerator, times
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """Update, then fit; the record is that of the update."""
         record = self.inner(batch)
         batch = all_gather_batch(batch, self.accelerator)
         for _ in range(self.times):
@@ -32,6 +31,5 @@ class ExtraCriticFits:
         return {"update": self.inner.state_dict(), "fits": self.fit.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self.inner.load_state_dict(state["update"])
         self.fit.load_state_dict(state["fits"])

@@ -63,7 +63,6 @@ class CriticWarmup:
         return {"update": self.inner.state_dict(), "fit": self.fit.state_dict(), "remaining": self.remaining}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self.inner.load_state_dict(state["update"])
         self.fit.load_state_dict(state["fit"])
         self.remaining = int(state["remaining"])

@@ -42,7 +42,6 @@ class AdaptiveBetaUpdate:
         return {"update": self.inner.state_dict(), "beta": self.beta.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self.inner.load_state_dict(state["update"])
         self.beta.load_state_dict(state["beta"])
 

@@ -58,7 +58,6 @@ class TokenSelectionUpdate:
         return {"update": self.inner.state_dict(), "calls": self.calls}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self.inner.load_state_dict(state["update"])
         self.calls = int(state["calls"])
 

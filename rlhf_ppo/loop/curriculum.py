@@ -92,7 +92,6 @@ class CurriculumSampler:
         return {"sampler": self.sampler.state_dict(), "rates": rates, "draws": self.draws}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self.sampler.load_state_dict(state["sampler"])
         self.rates = {int(index): float(rate) for index, rate in state["rates"].items()}
         self.draws = int(state["draws"])

@@ -77,7 +77,6 @@ class CriticFit:
         return self.shuffle.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self.shuffle.load_state_dict(state)
 
     def _fit_without_autograd(

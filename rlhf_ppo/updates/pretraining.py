@@ -98,7 +98,6 @@ class UpdateWithPretraining:
         self.inner, self.rows = update, rows
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """Run the update."""
         return self.inner(batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,7 +105,6 @@ class UpdateWithPretraining:
         return {"update": self.inner.state_dict(), "texts": self.rows.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self.inner.load_state_dict(state["update"])
         self.rows.position = int(state["texts"])
 

@@ -27,7 +27,6 @@ class Shuffle:
         return {"keys": [int(key) for key in state["state"]["key"]], "position": int(state["state"]["pos"])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self._rng.set_state(("MT19937", np.asarray(state["keys"], dtype=np.uint32), state["position"], 0, 0.0))
 
 
@@ -47,6 +46,5 @@ class UpdateState:
         return {**self.shuffle.state_dict(), "skips_in_a_row": self.skips_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
         self.shuffle.load_state_dict(state)
         self.skips_in_a_row = int(state["skips_in_a_row"])
