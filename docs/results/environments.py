@@ -1,6 +1,6 @@
-"""Run the guessing recipe with every algorithm, and write table, JSON and plot of what came of it.
+"""Run the guessing recipe with every algorithm at equal sampled tokens, and write what came of it.
 
-python docs/results/environments.py run --folder runs/guess --seeds 0 1 2      # goes on where it was interrupted
+python docs/results/environments.py run --folder runs/guess      # goes on where it was interrupted
 python docs/results/environments.py write --folder runs/guess
 """
 
@@ -13,25 +13,36 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NAMES = {
-    "ppo": "PPO, GAE over tokens", "ppo-turn": "PPO, GAE over turns", "reinforce++": "REINFORCE++", "rloo": "RLOO",
-    "grpo": "GRPO",
+    "ppo": "PPO, GAE over tokens", "ppo-turn": "PPO, GAE over turns", "reinforce++": "REINFORCE++",
+    "rloo": "RLOO, groups of 8", "grpo": "GRPO, groups of 8",
 }  # fmt: skip
-COMMAND = "python recipes/ppo_guess_number.py --algorithm ALGORITHM --seed SEED"
-EPISODES = 512
+SEEDS = {"ppo": 5, "grpo": 5}
+"""Numbers of seeds other than 3."""
+COMMAND = (
+    "python recipes/ppo_guess_number.py --game guess-ten --algorithm ALGORITHM --seed SEED --tokens 40000 "
+    "--batch-size 128 --mini-batch-size 64 --learning-rate 2e-3 --eval-games 20"
+)
+EPISODES = 128
 
 
-def run(folder: Path, seeds: list[int]) -> None:
-    """Every algorithm for every seed, one after the other; finished ones are left alone."""
-    for seed in seeds:
-        for name in NAMES:
+def run(folder: Path) -> None:
+    """Every algorithm for every seed, one after the other; finished ones are left alone.
+
+    Runs of one seed begin with the same weights, which have imitated random play.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(max(SEEDS.values())):
+        for name in (name for name in NAMES if seed < SEEDS.get(name, 3)):
             output = folder / f"{name}-{seed}"
             if not (output / "result.json").is_file():
                 command = COMMAND.replace("ALGORITHM", name).replace("SEED", str(seed)).split()
-                subprocess.run([sys.executable, *command[1:], "--output-dir", str(output)], cwd=ROOT, check=True)
+                command += ["--output-dir", str(output), "--imitated", str(folder / f"imitated-{seed}.pt")]
+                subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True)
 
 
 def collect(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -48,26 +59,28 @@ def collect(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """The rows of the page's table."""
-    lines = ["| Algorithm | seeds | greedy | sampled | CPU seconds |", "|---|---|---|---|---|"]
+    """The rows of the page's table: mean and standard error over seeds, and every seed."""
+    lines = ["| Algorithm | seeds | sampled | greedy | sampled, each seed | CPU seconds |", "|---|---|---|---|---|---|"]
     for name, seeds in found.items():
-        columns = [
-            ", ".join(f"{seed[key]:.{digits}f}" for seed in seeds)
-            for key, digits in (("seed", 0), ("after/greedy", 2), ("after/sampled", 2), ("cpu_seconds", 0))
-        ]
-        lines.append(f"| {NAMES[name]} | {' | '.join(columns)} |")
+        sampled, greedy, seconds = (
+            np.array([seed[key] for seed in seeds]) for key in ("after/sampled", "after/greedy", "cpu_seconds")
+        )
+        means = [f"{x.mean():.2f} ± {x.std(ddof=1) / len(x) ** 0.5:.2f}" for x in (sampled, greedy)]
+        each = ", ".join(f"{x:.2f}" for x in sampled)
+        lines.append(f"| {NAMES[name]} | {len(seeds)} | {' | '.join(means)} | {each} | {seconds.mean():.0f} |")
     return "\n".join(lines)
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Guesses per episode against sampled tokens, one line per seed."""
+    """Guesses per episode against sampled tokens: mean over seeds, in a band from the lowest to the highest."""
     figure, axes = plt.subplots(figsize=(7, 4))
     for number, (name, seeds) in enumerate(found.items()):
-        for seed in seeds:
-            label = NAMES[name] if seed is seeds[0] else None
-            axes.plot(seed["tokens"], seed["guesses"], color=f"C{number}", linewidth=1, label=label)
-    axes.axhline(3.7, color="black", linewidth=0.8, linestyle="--", label="optimum, 3.7")
-    axes.set(xlabel="sampled tokens, thousands", ylabel="guesses per episode", ylim=(3, 10))
+        grid = np.linspace(1, min(seed["tokens"][-1] for seed in seeds), 60)
+        curves = np.array([np.interp(grid, seed["tokens"], seed["guesses"]) for seed in seeds])
+        axes.plot(grid, curves.mean(0), color=f"C{number}", linewidth=1.2, label=NAMES[name])
+        axes.fill_between(grid, curves.min(0), curves.max(0), color=f"C{number}", alpha=0.2, linewidth=0)
+    axes.axhline(2.9, color="black", linewidth=0.8, linestyle="--", label="optimum, 2.9")
+    axes.set(xlabel="sampled tokens, thousands", ylabel="guesses per episode", ylim=(2.5, 7))
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
@@ -77,10 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=("run", "write"))
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     if arguments.action == "run":
-        run(arguments.folder, arguments.seeds)
+        run(arguments.folder)
         return
     found = collect(arguments.folder)
     (HERE / "environments.json").write_text(json.dumps(found) + "\n", encoding="utf-8")

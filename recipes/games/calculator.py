@@ -1,14 +1,13 @@
 """Products of numbers from 32 to 99: too hard to know, easy to ask a calculator and to copy what it says."""
 
 import random
-from dataclasses import dataclass
+import re
 
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from games.play import Game
 from rlhf_ppo.environments import EnvironmentFactory
 from rlhf_ppo.environments.adapters import from_tools
 
@@ -48,33 +47,24 @@ def problem(generator: random.Random) -> dict[str, str]:
     return {"prompt": f"{left}*{right}", "truth": str(left * right)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Calculations(Game):
-    """Questions, and how they are answered before anything is learned: mostly by a guess."""
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per digit and mark, one for the start of a call and one for its end."""
+    words = ["<pad>", "<|end|>", "<unk>", "calculator", CALL, CALL_END, *MARKS, "*", *"0123456789"]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex("|".join(map(re.escape, words))), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|end|>", unk_token="<unk>"
+    )
+    result.chat_template = CHAT_TEMPLATE
+    return result
 
-    calls: float = 0.25
-    """Share of transcripts that ask the calculator."""
 
-    def make_tokenizer(self) -> PreTrainedTokenizerFast:
-        """One token per digit and mark, one for the start of a call and one for its end."""
-        words = ["<pad>", "<|end|>", "<unk>", "calculator", CALL, CALL_END, *MARKS, "*", *"0123456789"]
-        tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-        pattern = "|".join(
-            "".join(f"\\{letter}" if not letter.isalnum() else letter for letter in word) for word in words
-        )
-        tokenizer.pre_tokenizer = Split(Regex(pattern), "isolated")
-        tokenizer.decoder = decoders.Fuse()
-        result = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|end|>", unk_token="<unk>"
-        )
-        result.chat_template = CHAT_TEMPLATE
-        return result
-
-    def random_transcript(self, generator: random.Random) -> str:
-        """A question, and a guess; or a call, whose result is the answer."""
-        asked = problem(generator)
-        text = f"calculator<|user|>{asked['prompt']}<|end|><|assistant|>"
-        if generator.random() >= self.calls:
-            return f"{text}{problem(generator)['truth']}<|end|>"
-        called = f"{CALL}{asked['prompt']}{CALL_END}<|end|><|tool|>{asked['truth']}<|end|><|assistant|>"
-        return f"{text}{called}{asked['truth']}<|end|>"
+def transcript(generator: random.Random, *, calls: float = 0.25) -> str:
+    """A question, and a guess; or, with probability `calls`, a call, whose result is the answer."""
+    asked = problem(generator)
+    text = f"calculator<|user|>{asked['prompt']}<|end|><|assistant|>"
+    if generator.random() >= calls:
+        return f"{text}{problem(generator)['truth']}<|end|>"
+    called = f"{CALL}{asked['prompt']}{CALL_END}<|end|><|tool|>{asked['truth']}<|end|><|assistant|>"
+    return f"{text}{called}{asked['truth']}<|end|>"

@@ -1,4 +1,4 @@
-"""Guess a number from 1 to 20, told higher or lower."""
+"""Guess a number, told higher or lower."""
 
 from games.play import Game
 from rlhf_ppo.environments import Turn
@@ -20,5 +20,7 @@ class GuessNumber:
         return Turn("nonsense" if guess is None else "higher" if guess < self.secret else "lower", reward=-0.1)
 
 
-NUMBERS = [str(number) for number in range(1, 21)]
-GUESS_NUMBER = Game(environment=GuessNumber, secrets=NUMBERS, words=["higher", "lower", "nonsense", *NUMBERS])
+def guess_number(largest: int) -> Game:
+    """The game with numbers from 1 to `largest`."""
+    numbers = [str(number) for number in range(1, largest + 1)]
+    return Game(environment=GuessNumber, secrets=numbers, answers=["higher", "lower", "nonsense"])

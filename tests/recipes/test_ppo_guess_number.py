@@ -1,15 +1,18 @@
 """The guessing recipe: a tiny run, its game, and the optimum that its page compares with."""
 
 import json
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ppo_guess_number import Config, main
 
-from games.guess_number import GUESS_NUMBER, GuessNumber
+from games.guess_number import GuessNumber, guess_number
 from games.mastermind import MASTERMIND, Mastermind, answer, fewest_guesses
-from games.play import Game
+from games.play import Game, TokenBudget
+from rlhf_ppo.loop.config import TrainState
 
 
 def test_the_best_strategy_needs_as_many_guesses_as_the_recipe_says() -> None:
@@ -17,7 +20,7 @@ def test_the_best_strategy_needs_as_many_guesses_as_the_recipe_says() -> None:
     total = [0]
     for n in range(1, 21):
         total.append(n + min(total[guess] + total[n - 1 - guess] for guess in range(n)))
-    assert total[20] / 20 == 3.7
+    assert (total[20] / 20, total[10] / 10) == (3.7, 2.9)
     assert "3.7 guesses" in Path(main.__code__.co_filename).read_text(encoding="utf-8")
 
 
@@ -32,15 +35,16 @@ def test_the_game_answers_higher_lower_and_nonsense_and_ends_with_the_secret() -
 
 def test_mastermind_counts_right_and_misplaced_pegs() -> None:
     """A color that the secret has once is found once."""
-    assert answer(tuple("aab"), tuple("abb")) == (2, 0)
-    assert answer(tuple("aab"), tuple("baa")) == (1, 2)
-    assert answer(tuple("abc"), tuple("cab")) == (0, 3)
-    assert answer(tuple("aaa"), tuple("bcd")) == (0, 0)
+    assert answer("aab", "abb") == (2, 0)
+    assert answer("aab", "baa") == (1, 2)
+    assert answer("abc", "cab") == (0, 3)
+    assert answer("aaa", "bcd") == (0, 0)
     game = Mastermind()
-    game.reset(secret="a b b")
-    turns = [game.step(reply) for reply in ("a a b", "a b", "x y z", "a b b")]
-    assert [turn.observation for turn in turns] == ["2 0", "nonsense", "nonsense", ""]
+    game.reset(secret="abb")
+    turns = [game.step(reply) for reply in ("aab", "ab", "xyz", "abb")]
+    assert [turn.observation for turn in turns] == ["2+0", "nonsense", "nonsense", ""]
     assert [turn.terminated for turn in turns] == [False, False, False, True]
+    assert sum(turn.reward for turn in turns) == pytest.approx(0.1 * (math.log2(64) - 4))
 
 
 @pytest.mark.slow
@@ -49,7 +53,7 @@ def test_the_best_strategy_of_mastermind_needs_as_many_guesses_as_the_page_says(
     assert f"{fewest_guesses():.3f}" in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("game", [GUESS_NUMBER, MASTERMIND], ids=["numbers", "codes"])
+@pytest.mark.parametrize("game", [guess_number(20), MASTERMIND], ids=["numbers", "codes"])
 def test_transcripts_of_random_play_are_words_of_the_tokenizer(game: Game) -> None:
     tokenizer = game.make_tokenizer()
     for seed in range(20):
@@ -60,11 +64,25 @@ def test_transcripts_of_random_play_are_words_of_the_tokenizer(game: Game) -> No
 @pytest.mark.parametrize(("game", "algorithm"), [("guess-number", "ppo-turn"), ("mastermind", "rloo")])
 def test_a_tiny_run_writes_its_metrics_and_results(tmp_path: Path, game: str, algorithm: str) -> None:
     config = Config(
-        game=game, algorithm=algorithm, iterations=1, batch_size=8, group_size=2, random_games=64, eval_games=1,  # type: ignore[arg-type]
-        output_dir=str(tmp_path),
+        game=game, algorithm=algorithm, tokens=1, batch_size=8, mini_batch_size=4, group_size=2, transcripts=64,  # type: ignore[arg-type]
+        eval_games=1, output_dir=str(tmp_path), imitated=str(tmp_path / "imitated.pt"),
     )  # fmt: skip
     result = main(config)
     assert 1 <= result["after/greedy"] <= 10
+    assert result["iterations"] == 1
+    assert result["tokens"] >= 8
     assert json.loads((tmp_path / "result.json").read_text())["after/sampled"] == result["after/sampled"]
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert row["env/failed"] == row["env/token_drift"] == 0
+    again = main(replace(config, output_dir=str(tmp_path / "again")))
+    assert again["before/greedy"] == result["before/greedy"]
+
+
+def test_a_run_ends_with_its_tokens_and_its_learning_rate_falls_to_zero_on_the_way() -> None:
+    budget = TokenBudget(Config(tokens=100, batch_size=10))
+    state = TrainState(metrics={"env/sampled_tokens": 4.0})
+    assert [budget.learning_rate_factor(step) for step in (0, 8, 20)] == [0.1, 0.9, 1.0]
+    assert [budget(None, state) for _ in range(2)] == [False, False]
+    assert budget.learning_rate_factor(20) == pytest.approx(0.2)
+    assert budget(None, state)
+    assert budget.learning_rate_factor(20) == 0.0

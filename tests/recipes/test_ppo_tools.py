@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ppo_tools import Config, main
 
-from games.calculator import Calculations, calculator, make_environment, problem
+from games.calculator import calculator, make_environment, make_tokenizer, problem, transcript
 from rlhf_ppo.environments.live import ReplayableEnvironment
 from rlhf_ppo.environments.rendering import Renderer
 
@@ -16,11 +16,10 @@ from rlhf_ppo.environments.rendering import Renderer
 @pytest.mark.parametrize("calls", [0.0, 1.0])
 def test_transcripts_are_what_the_policy_reads_and_writes_in_the_environment(calls: float) -> None:
     """Played again, the replies of a transcript give its tokens."""
-    transcripts = Calculations(environment=object, secrets=[], words=[], calls=calls)  # type: ignore[arg-type]
-    tokenizer, generator = transcripts.make_tokenizer(), random.Random(0)
+    tokenizer, generator = make_tokenizer(), random.Random(0)
     renderer = Renderer(tokenizer)
     for _ in range(5):
-        text = transcripts.random_transcript(generator)
+        text = transcript(generator, calls=calls)
         question, *replies = [part.partition("<|end|>")[0] for part in text.split("<|assistant|>")]
         asked = question.partition("<|user|>")[2]
         environment = ReplayableEnvironment(
@@ -51,7 +50,10 @@ def test_problems_have_the_answer_of_the_calculator_in_four_digits() -> None:
 
 
 def test_a_tiny_run_writes_its_metrics_and_results(tmp_path: Path) -> None:
-    config = Config(iterations=1, batch_size=8, transcripts=64, problems=16, eval_problems=8, output_dir=str(tmp_path))
+    config = Config(
+        tokens=1, batch_size=8, mini_batch_size=4, transcripts=64, problems=16, eval_problems=8,
+        output_dir=str(tmp_path),
+    )  # fmt: skip
     result = main(config)
     assert 0 <= result["after/right"] <= 1
     assert json.loads((tmp_path / "result.json").read_text()) == result
