@@ -1,6 +1,7 @@
 """Collect rows of all layouts into comparisons; single answers wait for the others to their prompt."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,8 @@ from reward_model.data.pairs import label_number, pairs_from_labels
 from reward_model.data.rows import BadRow, OnBadRow, Row, checked_row, rename_columns, set_aside
 from reward_model.data.sources import LocatedRow
 from reward_model.data.threads import Threads
+
+_LIKE_A_PROMPT = re.compile(r"(^|_)(prompt|question|instruction|query|context|input|history|post|messages)$")
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Collector:
         self.bad_rows: list[dict[str, Any]] = []
         self.seen: set[str] = set()
         """Columns of the source with a value in some row."""
+        self.texts: set[str] = set()
+        """Those of them that hold texts or lists."""
         self.used: set[str] = {group} if group else set()
         self._comparisons: list[Comparison] = []
         self._answers: dict[str, _Answers] = {}
@@ -83,6 +88,21 @@ class Collector:
             found += pairs_from_labels(self._texts, self._labels, seed=seed, rounds=pair_rounds)
         return found
 
+    def check_prompts(self) -> None:
+        """Check that no column looks like a prompt that is not read, where comparisons have none.
+
+        Raises:
+            ValueError: One does.
+        """
+        lost = sorted(name for name in self.texts - self.used if _LIKE_A_PROMPT.search(name.lower()))
+        bare = sum(not comparison.prompt for comparison in self._comparisons)
+        if lost and bare:
+            raise ValueError(
+                f"columns {lost} look like prompts and are not read, and {bare} comparisons have no prompt: what was "
+                f"asked would be lost. Map the column, --columns prompt={lost[0]}, or leave it out, --columns "
+                f"{lost[0]}= (columns= in Python)."
+            )
+
     def unused_columns(self) -> tuple[str, ...]:
         """Columns that no row was read from."""
         return tuple(sorted(self.seen - self.used))
@@ -98,6 +118,7 @@ class Collector:
     def _take(self, row: Row | BadRow, where: str) -> None:
         row = checked_row(row, where)
         self.seen |= {str(name) for name, value in row.items() if value not in (None, "")}
+        self.texts |= {str(name) for name, value in row.items() if value and isinstance(value, str | list)}
         recognized = recognize(rename_columns(row, self.columns), where)
         self.used |= {self.columns.get(name, name) for name in recognized.used}
         self.used |= {ours for ours, theirs in self.columns.items() if not theirs}  # left out on purpose

@@ -121,6 +121,7 @@ def load_comparisons(
     collector = Collector(columns, on_bad_row, group=group)
     collector.read(read_rows(source, split=split, encoding=encoding))
     _check_columns(collector, columns, group)
+    collector.check_prompts()
     comparisons = collector.comparisons(seed=seed, pair_rounds=pair_rounds)
     if not comparisons:
         raise ValueError(

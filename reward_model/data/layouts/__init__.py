@@ -20,7 +20,16 @@ from reward_model.data.layouts.answers import (
     sides,
     winner_column,
 )
-from reward_model.data.layouts.base import CONVERSATION_NAMES, PROMPT_NAMES, Kind, Layout, prompt_columns
+from reward_model.data.layouts.base import (
+    CONVERSATION_NAMES,
+    PROMPT_NAMES,
+    SYSTEM_NAMES,
+    Kind,
+    Layout,
+    after_system,
+    prompt_columns,
+    system_messages,
+)
 from reward_model.data.layouts.public_sets import PUBLIC_SETS
 from reward_model.data.layouts.rated import ANSWER_NAMES, RATED, RATING_NAMES, THREADS, rated_columns
 from reward_model.data.rows import BadRow, Row
@@ -33,7 +42,7 @@ _OTHER = (
     *PROMPT_NAMES,
     *CONVERSATION_NAMES,
     "input",
-    "system",
+    *SYSTEM_NAMES,
     *ANSWER_NAMES,
     *RATING_NAMES,
     *LIST_NAMES,
@@ -115,12 +124,13 @@ def _own(row: Row, columns: tuple[str, ...]) -> Recognized:
     if prompt_used and prompt_used != ("prompt",):
         changed["prompt"] = prompt
         used |= set(prompt_used)
-    system, chosen = row.get("system"), row.get("chosen")
-    if not prompt_used and isinstance(system, str) and isinstance(chosen, list | tuple):
-        used.add("system")
-        said = [{"role": "system", "content": system}] if system.strip() else []
+    said = system_messages(row)
+    if not prompt_used and said is not None and isinstance(row.get("chosen"), list | tuple):
+        used |= set(SYSTEM_NAMES)
         changed |= {
-            name: [*said, *row[name]] for name in ("chosen", "rejected") if isinstance(row.get(name), list | tuple)
+            name: after_system(said, row[name])
+            for name in ("chosen", "rejected")
+            if isinstance(row.get(name), list | tuple)
         }
     if row.get("source") is None and isinstance(row.get("subset"), str):  # as RewardBench has it
         changed["source"] = row["subset"]

@@ -11,10 +11,11 @@ from rlhf_ppo.chat.cells import parse_literal
 Kind = Literal["comparison", "rated", "labeled", "thread", "undecided"]
 """What a row is: a pair or ranking, a completion with a rating, a text with a label, messages of a tree, no verdict."""
 
-PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")
+PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input", "problem")
 """Columns that a prompt may stand in, if the row has no `prompt`."""
 CONVERSATION_NAMES = ("context", "messages", "conversations", "conversation", "trajectory", "history")
 """Columns that hold a prompt if they hold messages that are to be answered."""
+SYSTEM_NAMES = ("system", "system_prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,29 +124,46 @@ def _is_said(value: Any) -> bool:
 def prompt_columns(row: Row) -> tuple[Any, tuple[str, ...]]:
     """The prompt of a row and the columns that it was read from.
 
-    It stands in `prompt` or in one of its other names, with Alpaca's `input` after an `instruction`; a text in `system`
-    and the pairs of LLaMA-Factory's `history` go before it as messages.
+    It stands in `prompt` or in one of its other names, with Alpaca's `input` after an `instruction`, or is the last
+    message of a conversation beside it; a text in `system` and the pairs of LLaMA-Factory's `history` go before it.
     """
     name = next((name for name in PROMPT_NAMES if row.get(name) and (name == "prompt" or _is_said(row[name]))), None)
-    name = name or next((name for name in CONVERSATION_NAMES if is_unanswered(row.get(name))), None)
+    talk = next((name for name in CONVERSATION_NAMES if is_unanswered(row.get(name))), None)
+    used: tuple[str, ...] = tuple(filter(None, (name,)))
+    if talk and (name is None or (len(row[talk]) > 1 and _content(row[talk][-1]) == row[name])):
+        name, used = talk, (*used, talk)
     if name is None:
         return None, ()
-    prompt: Any = row[name]
-    used: tuple[str, ...] = (name,)
-    further, system = row.get("input"), row.get("system")
+    prompt, further, before = row[name], row.get("input"), system_messages(row)
     if name == "instruction" and isinstance(prompt, str) and isinstance(further, str):
         prompt = f"{prompt}\n\n{further}" if further.strip() else prompt
         used = (*used, "input")
-    before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    if before is not None:
+        used = (*used, *SYSTEM_NAMES)
     if name == "instruction" and _is_history(row.get("history")):
         used = (*used, "history")
-        for question, answer in row["history"]:
-            before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    if isinstance(system, str):
-        used = (*used, "system")
-    if (before or isinstance(system, str)) and isinstance(prompt, str | list | tuple):
-        prompt = [*before, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
+        turns = [message for turn in row["history"] for message in zip(("user", "assistant"), turn, strict=True)]
+        before = [*(before or []), *({"role": role, "content": text} for role, text in turns)]
+    if before is not None and isinstance(prompt, str | list | tuple):
+        prompt = after_system(before, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
     return prompt, used
+
+
+def after_system(before: list[dict[str, Any]], messages: Sequence[Any]) -> list[Any]:
+    """`messages` after `before`, whose system message is not said again if they begin with it."""
+    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    is_system = bool(before) and before[0]["role"] == (first.get("role") or first.get("from")) == "system"
+    return [*before, *messages[is_system and _content(first) == before[0]["content"] :]]
+
+
+def _content(message: Any) -> Any:
+    return (message.get("content") or message.get("value")) if isinstance(message, Mapping) else None
+
+
+def system_messages(row: Row) -> list[dict[str, Any]] | None:
+    """The system message of a row, [] if its column is empty; None if there is no such column."""
+    texts = [row[name] for name in SYSTEM_NAMES if isinstance(row.get(name), str)]
+    return [{"role": "system", "content": text} for text in texts if text.strip()] if texts else None
 
 
 def _is_history(value: Any) -> bool:

@@ -157,6 +157,29 @@ def test_a_column_that_no_row_has_is_refused_and_unused_ones_are_named() -> None
     assert loaded.report.unused_columns == ("annotator",)
 
 
+@pytest.mark.parametrize("name", ["user_prompt", "context", "history", "Input_Messages"])
+def test_a_column_that_looks_like_a_lost_prompt_is_refused_until_it_is_mapped_or_left_out(name: str) -> None:
+    """Prompts in columns of unknown names were lost: the pairs were learned without what was asked."""
+    row = {name: "Who?", "chosen": "a", "rejected": "b"}
+    with pytest.raises(ValueError, match=rf"columns \['{name}'\] look like prompts.*--columns prompt={name}"):
+        load(row)
+    assert load(row, columns={"prompt": name}).comparisons[0].prompt == "Who?"
+    assert load(row, columns={name: ""}).comparisons[0].prompt == ""
+    assert load(row | {"prompt": "p"}).report.unused_columns == (name,)
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_message_is_said_once_and_earlier_turns_are_not_lost(column: str) -> None:
+    system, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}
+    pair = {column: "Be brief.", "chosen": "a", "rejected": "b"}
+    assert load(pair | {"question": "Who?"}).comparisons[0].prompt == [system, asked]
+    assert load(pair | {"messages": [system, asked]}).comparisons[0].prompt == [system, asked]
+    whole = {side: [system, asked, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    assert load(pair | whole).comparisons[0].prompt == [system, asked]
+    talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hi!"}, asked]
+    assert load(pair | {"prompt": "Who?", "messages": talk}).comparisons[0].prompt == [system, *talk]
+
+
 def test_a_column_can_be_left_out_and_a_list_in_preference_is_none_of_ours() -> None:
     """R26: Argilla's list-valued `preference` blocked the file."""
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "weight": "heavy", "preference": [0.2, 0.8]}
