@@ -151,6 +151,7 @@ def _score(trainer: ClassicInnerMethods, checked: Responses, timing: dict[str, f
     config, full = trainer.config, trainer.config.kl_penalty == "full"
     prompts, responses = list(checked.inputs.prompts), list(checked.inputs.responses)
     masks = [row[: len(tokens)] for row, tokens in zip(checked.mask, responses, strict=True)]
+    excluded = not all(bool(row.all()) for row in masks)  # the classic gives an override no masks where it got none
     if (start := trainer.limits.start_token_id) is not None:
         responses = [nn.functional.pad(row, (1, 0), value=start) for row in responses]
         masks = [nn.functional.pad(row, (1, 0), value=True) for row in masks]
@@ -158,7 +159,7 @@ def _score(trainer: ClassicInnerMethods, checked: Responses, timing: dict[str, f
         inputs = trainer.prepare_model_inputs(prompts, responses)
         arguments: dict[str, Any] = {"return_logits": full}
         logprobs, logits, values, mask = trainer.batched_forward_pass(
-            trainer.model, prompts, responses, inputs, response_masks=masks, **arguments
+            trainer.model, prompts, responses, inputs, response_masks=masks if excluded else None, **arguments
         )
         with trainer.reference_context():
             ref_logprobs, ref_logits, _, _ = trainer.batched_forward_pass(

@@ -204,11 +204,16 @@ def check_transformers_adapters(model: Any) -> None:
 def set_gradient_checkpointing(
     model: LanguageModel, switch: Literal["enable", "disable"], settings: dict[str, Any] | None = None
 ) -> None:
-    """Enable or disable gradient checkpointing, by the method name of new or old transformers versions."""
+    """Enable or disable gradient checkpointing, by the method name of new or old transformers versions.
+
+    A method of the old name that a script has set on the model goes first: it takes the old arguments alone.
+    """
     if isinstance(model, PeftModel) and settings is not None and settings.get("use_reentrant") is False:
         settings = {"context_fn": checkpoint_context_fn(model), **settings}
-    new_method = getattr(model, f"activation_checkpointing_{switch}", None)
-    method = getattr(model, f"gradient_checkpointing_{switch}") if new_method is None else new_method
+    old_name, new_name = f"gradient_checkpointing_{switch}", f"activation_checkpointing_{switch}"
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    replaced = old_name in vars(base) or not hasattr(model, new_name)
+    method = getattr(model, old_name if replaced else new_name)
     method(*([] if settings is None else [settings]))
 
 

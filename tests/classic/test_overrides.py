@@ -119,6 +119,22 @@ def test_step_calls_every_method_that_the_classic_called(on_the_class: bool, mon
     assert set(calls) == set(INNER_METHODS)
 
 
+@pytest.mark.parametrize("masks", [None, MASKS], ids=["none", "some"])
+def test_an_override_gets_masks_only_where_the_step_got_some(masks: Any) -> None:
+    """Public overrides of the classic handle masks wrongly, and never met any."""
+    received: list[Any] = []
+
+    class Recording(PPOTrainer):
+        def batched_forward_pass(self, *args: Any, response_masks: Any = None, **kwargs: Any) -> Any:
+            received.append(response_masks)
+            return super().batched_forward_pass(*args, response_masks=response_masks, **kwargs)
+
+    trainer_of(Recording).step(QUERIES, RESPONSES, SCORES, masks)
+    of_policy, *others = received
+    assert (of_policy is None) == (masks is None)
+    assert all(mask is None for mask in others)
+
+
 def test_what_an_override_returns_is_what_is_learned_from() -> None:
     """A subclass that returns advantages of 7: the classic reports 7, and so does this."""
 

@@ -3,11 +3,13 @@
 import copy
 import logging
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import CommitInfo
+from peft import LoraConfig
 from safetensors.torch import load_file, load_model, save_model
 from torch.testing import assert_close
 from transformers import (
@@ -300,3 +302,19 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch: pytest.Mon
     assert model.push_to_hub("someone/model").oid == "c0ffee"
     assert {"model.safetensors", "config.json"} <= set(uploaded)
     assert [name for name, _ in model.named_parameters()] == names_before
+
+
+@pytest.mark.parametrize("adapters", [None, LoraConfig(task_type="CAUSAL_LM", r=4)], ids=["full", "lora"])
+def test_a_method_that_a_script_sets_on_the_model_switches_gradient_checkpointing(adapters: Any) -> None:
+    """With the arguments of transformers 4, as LLaMA-Factory sets it."""
+    received: list[Any] = []
+
+    def enable(model: Any, gradient_checkpointing_kwargs: Any = None) -> None:
+        received.append(gradient_checkpointing_kwargs)
+
+    base = tiny_llama()
+    base.gradient_checkpointing_enable = MethodType(enable, base)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(base, peft_config=adapters)
+    received.clear()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert received == [{"use_reentrant": True}]
