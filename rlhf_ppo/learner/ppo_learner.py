@@ -30,6 +30,7 @@ from rlhf_ppo.learner.importance_correction import (
     mismatch_metrics,
     resolve_correction,
 )
+from rlhf_ppo.learner.memory_fit import fitted_token_budget
 from rlhf_ppo.learner.model_card import write_model_card
 from rlhf_ppo.learner.prepare import prepare_models
 from rlhf_ppo.learner.running_moments import RunningMoments, normalize_scores
@@ -52,7 +53,7 @@ from rlhf_ppo.rollout.checks import ModelLimits
 from rlhf_ppo.rollout.experience import Responses, RewardShaping, ScoredResponses, Scorer, shape_rollout
 from rlhf_ppo.rollout.kl_placement import loss_kl_estimator
 from rlhf_ppo.rollout.sampler_reuse import SamplerReuse
-from rlhf_ppo.updates import TrustRegionConfig, UpdateRecord
+from rlhf_ppo.updates import MinibatchConfig, TrustRegionConfig, UpdateRecord
 from rlhf_ppo.updates.pretraining import PretrainingMix
 from rlhf_ppo.utils.seeding import set_seed
 from rlhf_ppo.utils.timing import empty_cache_after, timed
@@ -101,8 +102,9 @@ class PPOLearner:
         pretraining: PretrainingMix | None = None,
     ) -> None:
         set_seed(config.seed)
-        self.config, self.pretraining = config, pretraining
-        self.tokenizer = tokenizer
+        self._differing_sampler: str | None = None
+        self._fitted_budget: int | None = None
+        self.config, self.pretraining, self.tokenizer = config, pretraining, tokenizer
         self.algorithm_config = algorithm or config.algorithm()
         float32_only = isinstance(self.algorithm_config, TrustRegionConfig)
         self.accelerator, self.precision = make_accelerator(config, float32_only=float32_only)
@@ -113,13 +115,11 @@ class PPOLearner:
         self.has_reference = config.kl_penalty != "none"
         self.model = model
         self.ref_model = resolve_reference(model, ref_model, num_shared_layers) if self.has_reference else None
-        self.kl_ctl = config.kl_controller()
-        self.running = RunningMoments()
+        self.kl_ctl, self.running = config.kl_controller(), RunningMoments()
         self.processes = Processes(self.accelerator)
         self.reuse = SamplerReuse(config.reuse_logprobs, self.processes.reduce_max)
         self.optimizer = make_optimizer(model, config, optimizer, critic_settings(self.algorithm_config))
         self._prepare(self.ref_model, self.optimizer, lr_scheduler)
-        self._differing_sampler: str | None = None
         self.metrics, self.last_batch, self.diagnosis, self.current_step = {}, None, None, 0
         self.dump_dir = None if config.dump_dir is None else Path(config.dump_dir)
         self.update_context = nullcontext
@@ -138,8 +138,8 @@ class PPOLearner:
         self._reference = None if found is None else found.module
         self._reference_is_whole = found is not None and not found.sharded
         self.reference_context = partial(reference_adapter, self.model) if found is None else found.context
-        is_own_reference = self.has_reference and found is None
-        self.start_kl_check = StartKLCheck(self.model, self.processes, is_own_reference=is_own_reference)
+        own = self.has_reference and found is None
+        self.start_kl_check = StartKLCheck(self.model, self.processes, is_own_reference=own)
         self.build_algorithm()
 
     def build_algorithm(self) -> None:
@@ -147,7 +147,7 @@ class PPOLearner:
         config = self.config
         self.algorithm = build_algorithm(
             self.algorithm_config, policy=self.policy, optimizer=self.optimizer, accelerator=self.accelerator,
-            minibatch_config=config.minibatch, seed=config.seed, reference=self._reference,
+            minibatch_config=self._minibatch_config, seed=config.seed, reference=self._reference,
             reference_kl=loss_kl_estimator(config.kl_penalty, config.kl_placement), pretraining=self.pretraining,
         )  # fmt: skip
 
@@ -161,8 +161,11 @@ class PPOLearner:
         correction = self.importance_correction
         check_sampler_logprobs(responses, correction)
         check_included(responses, self.processes)
-        work_counts = self.accelerator.unwrap_model(self.policy).work
-        work_counts.clear()  # an evaluation may have counted in between
+        policy = self.accelerator.unwrap_model(self.policy)
+        if self.config.token_budget is None and self._fitted_budget is None:
+            models = self.processes, self.model, policy, self.optimizer
+            self._fitted_budget = fitted_token_budget(*models, responses.inputs.costs())
+        policy.work.clear()  # an evaluation may have counted in between
         with timed(timing, "total"), empty_cache_after(self.config.optimize_device_cache):
             with timed(timing, "forward_pass"):
                 scored: ScoredResponses = self.reuse(self.scorer, responses)  # log π_old, V, log π_ref
@@ -183,7 +186,7 @@ class PPOLearner:
             with timed(timing, "calc_stats"):
                 data = StepData.of(responses, scores, scored, penalty)
                 bias = value_bias_by_position(batch.values, batch.returns, batch.mask, bins=BIAS_BINS)
-                work = dict(work_counts), local_mismatch(scored.logprobs, responses, weights), torch.stack(bias).cpu()
+                work = dict(policy.work), local_mismatch(scored.logprobs, responses, weights), torch.stack(bias).cpu()
                 statistics = self._measure(data, record, work)
             if self.lr_scheduler is not None:
                 # Accelerate's wrapper would step once per process.
@@ -206,8 +209,7 @@ class PPOLearner:
         if self.algorithm.has_critic:
             self.metrics |= bias_metrics(torch.stack(biases).sum(dim=0))
         if data.ref_logprobs is not None:
-            kl = float(statistics["objective/kl"])
-            warn_of_negative_kl(kl, self.config.kl_penalty)
+            warn_of_negative_kl(kl := float(statistics["objective/kl"]), self.config.kl_penalty)
             self.kl_ctl.update(kl, len(data.scores))
         return statistics
 
@@ -280,8 +282,12 @@ class PPOLearner:
         return Scorer(
             policy=self.policy, reference=self._reference, kl_penalty=self.config.kl_penalty,
             reference_context=self.reference_context, rows=self.config.mini_batch_size,
-            token_budget=self.config.token_budget, max_passes=self.processes.max_passes,
+            token_budget=self._minibatch_config().token_budget, max_passes=self.processes.max_passes,
         )  # fmt: skip
+
+    def _minibatch_config(self) -> MinibatchConfig:
+        config = self.config.minibatch()
+        return replace(config, token_budget=config.token_budget or self._fitted_budget)
 
     def _shaping(self) -> RewardShaping:
         return RewardShaping(

@@ -61,7 +61,7 @@ def prepare_models(
     settings = _scoring_settings(accelerator.device, config, precision, sharded=sharded)
     token_policy = TokenPolicy(model, **settings)
     if config.gradient_checkpointing:
-        _enable_checkpointing(model, token_policy)
+        enable_checkpointing(model, token_policy)
     if deepspeed_plugin is not None:
         # Sizes that the engine checks against each other and otherwise only reports.
         sizes = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes}
@@ -121,7 +121,8 @@ def _check_sharded(config: PPOConfig) -> None:
         )
 
 
-def _enable_checkpointing(model: PreTrainedModelWrapper, policy: TokenPolicy) -> None:
+def enable_checkpointing(model: PreTrainedModelWrapper, policy: TokenPolicy) -> None:
+    """Let the layers recompute their activations in the backward pass."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     disable_dropout(model)
     policy.checkpointing = True

@@ -18,11 +18,12 @@ HELP = {
     "model": "gpt2, 1b, 7b, 70b, or a folder or file with a config.json",
     "reward_model": "the same for a reward model beside the policy (default: none)",
     "strategy": "ddp, zero1, zero2, zero3, fsdp",
-    "precision": "float32, bf16-mixed, bfloat16, nf4 (QLoRA)",
+    "precision": "auto, float32, bf16-mixed, bfloat16, nf4 (QLoRA)",
     "device": "cuda, cpu; with --measure, the device of this machine",
     "lora_rank": "0 trains every weight",
     "batch_size": "responses per iteration, on each process",
-    "mini_batch_size": "responses per forward and backward pass",
+    "mini_batch_size": "responses per forward and backward pass, at most",
+    "token_budget": "tokens per forward and backward pass; on cuda by default what fits",
     "gradient_accumulation_steps": "passes per optimizer step",
     "ppo_epochs": "passes over the responses of an iteration",
     "prompt_tokens": "tokens of the longest prompt",
@@ -30,7 +31,7 @@ HELP = {
     "gradient_checkpointing": "recompute activations in the backward pass",
     "logits_chunk_size": "response tokens whose logits are computed at once",
     "decode_rows": "maximum rows decoded at once",
-    "kv_budget_gib": "maximum size of the KV cache",
+    "kv_budget_gib": "maximum size of the KV cache; by default half of a GPU's free memory, else 4",
     "memory_gib": "memory of one device, to check what fits",
 }
 
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch  # here, so that the help comes without it
 
     from rlhf_ppo.plan.compute import FlopRates, iteration_flops
+    from rlhf_ppo.plan.fit import as_run
     from rlhf_ppo.plan.memory import make_plan
     from rlhf_ppo.plan.tables import as_json, as_text
     from rlhf_ppo.plan.traces import trace_memory, weight_bytes
@@ -55,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         if measure and plan.precision == "nf4":
             raise PlanError("--measure does not run nf4: plan it, or measure bfloat16")
         rates = None if rates is None else _read_rates(rates)
+        plan = as_run(plan)
         traces = trace_memory(plan)
         reward = 0.0 if plan.reward_model is None else float(weight_bytes(plan, plan.reward_model))
         plans = [make_plan(plan, traces, devices=count, reward_weights=reward) for count in gpus]
@@ -92,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            kind = type(default) if default is not None else str
+            optional = {"int | None": int, "float | None": float}.get(str(item.type), str)
+            kind = optional if default is None else type(default)
             parser.add_argument(flag, type=kind, default=None, help=text, metavar=kind.__name__.upper())
     parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="numbers of devices (default: 1)")
     parser.add_argument("--rates", help="JSON file of an earlier `--measure --json` with its FLOP rates")

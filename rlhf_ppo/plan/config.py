@@ -8,7 +8,7 @@ import yaml
 
 CHOICES = {
     "strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp"),
-    "precision": ("float32", "bf16-mixed", "bfloat16", "nf4"),
+    "precision": ("auto", "float32", "bf16-mixed", "bfloat16", "nf4"),
     "device": ("cuda", "cpu"),
 }
 
@@ -27,17 +27,19 @@ class PlanConfig:
     """Preset or path of a reward model on the same device; None: rewards come from a function or a server."""
     strategy: str = "ddp"
     """How processes shard: ddp (not at all), zero1, zero2, zero3 (DeepSpeed), fsdp (full shard)."""
-    precision: str = "float32"
-    """float32; bf16-mixed (autocast; under DeepSpeed bf16 weights with float32 masters); bfloat16 weights; nf4 (QLoRA:
-    linear layers of the frozen base in 4 bits, the rest in bfloat16)."""
+    precision: str = "auto"
+    """auto (bf16-mixed on cuda, float32 on a CPU); float32; bf16-mixed (autocast; under DeepSpeed bf16 weights with
+    float32 masters); bfloat16 weights; nf4 (QLoRA: the frozen base's linear layers in 4 bits, the rest in bfloat16)."""
     device: str = "cuda"
     """cuda or cpu: on a CPU, chunks of logits are smaller and some layers use other kernels."""
     lora_rank: int = 0
     """Rank of LoRA adapters on all linear layers; 0 trains every weight."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Responses per iteration."""
-    mini_batch_size: int = 8
-    """Responses per forward and backward pass."""
+    mini_batch_size: int = 128
+    """Responses per forward and backward pass, at most: on a GPU no more tokens than `token_budget`."""
+    token_budget: int | None = None
+    """Tokens per forward and backward pass; None: on cuda what fits into `memory_gib`, on a CPU no limit."""
     gradient_accumulation_steps: int = 1
     """Passes per optimizer step."""
     ppo_epochs: int = 4
@@ -47,13 +49,13 @@ class PlanConfig:
     new_tokens: int = 64
     """Tokens of the longest response."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    """Recompute activations in the backward pass; on cuda also where a row does not fit otherwise."""
     logits_chunk_size: int = 1024
     """Response tokens whose logits are computed at once."""
     decode_rows: int = 512
     """Maximum rows decoded at once (`DecodeLoop.max_rows`)."""
-    kv_budget_gib: float = 4.0
-    """Maximum size of the KV cache, GiB (`DecodeLoop.kv_budget_bytes`)."""
+    kv_budget_gib: float | None = None
+    """Maximum size of the KV cache, GiB (`DecodeLoop.kv_budget_bytes`); None: on cuda half of what is free, else 4."""
     memory_gib: float = 80.0
     """Memory of one device, GiB, to check what fits."""
 
@@ -61,11 +63,17 @@ class PlanConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PlanError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.precision == "auto":
+            object.__setattr__(self, "precision", "bf16-mixed" if self.device == "cuda" else "float32")
         for item in fields(self):
             value, minimum = getattr(self, item.name), 0 if item.name == "lora_rank" else 1
-            if item.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
+            if value is None:
+                continue
+            if item.type in (int, int | None) and (
+                not isinstance(value, int) or isinstance(value, bool) or value < minimum
+            ):
                 raise PlanError(f"{item.name} must be a whole number of at least {minimum}, got {value!r}")
-            if item.type is float and not (isinstance(value, int | float) and value > 0):
+            if item.type in (float, float | None) and not (isinstance(value, int | float) and value > 0):
                 raise PlanError(f"{item.name} must be a positive number, got {value!r}")
 
         if self.precision == "nf4" and not (self.lora_rank and self.strategy in ("ddp", "zero1", "zero2")):

@@ -59,7 +59,7 @@ def _run_iteration(plan: PlanConfig, *, tiny: bool = False) -> dict[str, float]:
         PPOConfig(
             batch_size=plan.batch_size, mini_batch_size=plan.mini_batch_size, ppo_epochs=plan.ppo_epochs,
             gradient_accumulation_steps=plan.gradient_accumulation_steps, logits_chunk_size=plan.logits_chunk_size,
-            gradient_checkpointing=plan.gradient_checkpointing,
+            gradient_checkpointing=plan.gradient_checkpointing, token_budget=plan.token_budget,
             diagnose=False,  # runs once, and no plan includes it
             accelerator_kwargs={"mixed_precision": "bf16"} if plan.precision == "bf16-mixed" else {},
         ),
@@ -69,7 +69,10 @@ def _run_iteration(plan: PlanConfig, *, tiny: bool = False) -> dict[str, float]:
     state = trainer.train(
         lambda *, responses, **_: [float(index % 2) for index in range(len(responses))],
         TrainConfig(iterations=1, sampling=SamplingConfig(max_new_tokens=plan.new_tokens), progress=False),
-        sampler=DecodeLoop(max_rows=plan.decode_rows, kv_budget_bytes=int(plan.kv_budget_gib * 2**30)),
+        sampler=DecodeLoop(
+            max_rows=plan.decode_rows,
+            kv_budget_bytes=None if plan.kv_budget_gib is None else int(plan.kv_budget_gib * 2**30),
+        ),
     )
     return state.metrics
 

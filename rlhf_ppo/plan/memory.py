@@ -90,9 +90,9 @@ def make_plan(config: PlanConfig, traces: MemoryTraces, *, devices: int = 1, rew
         "optimizer": moments * fractions.optimizer,
     }
     persistent["policy"] -= persistent["critic"]
-    rollout = _rollout_bytes(config)
     gathered_weights = traces.weights if fractions.weights < 1 else 0.0  # gathered for a rollout
     persistent_bytes = sum(persistent.values()) + fractions.buffers
+    rollout = _rollout_bytes(config, free=config.memory_gib * GIB - persistent_bytes - gathered_weights)
     # Gradients stay allocated and page-mapped tensors are not on the heap: neither leaves freed blocks.
     spare = HEAP_OVERHEAD * max(0.0, transient - gradients - traces.page_mapped) if config.device == "cpu" else 0.0
     roles = persistent | {
@@ -139,12 +139,15 @@ def _fractions(config: PlanConfig, traces: MemoryTraces, devices: int) -> _Fract
             )
 
 
-def _rollout_bytes(config: PlanConfig) -> dict[str, float]:
+def _rollout_bytes(config: PlanConfig, *, free: float) -> dict[str, float]:
     """Bytes of the KV cache and of logits for the rows decoded at once."""
+    budget = max(free, 0.0) / 2 if config.device == "cuda" else 4.0 * GIB
+    if config.kv_budget_gib is not None:
+        budget = config.kv_budget_gib * GIB
     model_shape = model_config(config.model)
     dtype = DTYPES["bfloat16" if config.precision == "bf16-mixed" else config.precision]
     row_bytes = bytes_per_token(model_shape, dtype) * config.tokens
-    rows = min(config.decode_rows, config.batch_size, max(1, int(config.kv_budget_gib * GIB // row_bytes)))
+    rows = min(config.decode_rows, config.batch_size, max(1, int(budget // row_bytes)))
     vocabulary = model_shape.get_text_config(decoder=True).vocab_size
     # The logits of a step and those of the step before it, in float32 and in the type of the model.
     logits = rows * vocabulary * (2 * dtype.itemsize + (4 if dtype.itemsize < 4 else 0))

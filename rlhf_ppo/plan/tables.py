@@ -14,8 +14,9 @@ def as_text(plans: Sequence[Plan], flops: IterationFlops, rates: FlopRates | Non
     header = "".join(f"{plan.devices:>{width}}" for plan in plans)
     config = plans[0].config
     adapters = f", LoRA rank {config.lora_rank}" if config.lora_rank else ""
+    passes = f"passes of {config.mini_batch_size} responses{', checkpointing' if config.gradient_checkpointing else ''}"
     lines = [
-        f"{config.model}, {config.precision}, {config.strategy}{adapters}: GiB on each device",
+        f"{config.model}, {config.precision}, {config.strategy}{adapters}, {passes}: GiB on each device",
         f"{'devices':<14}{header}",
     ]
     for role in ROLES:

@@ -7,15 +7,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
+from rlhf_ppo.functional.masked import HALF_PRECISION
 from rlhf_ppo.models.fast_paths import LOW_PRECISION_TOLERANCE, TOLERANCE
 from rlhf_ppo.models.lm_head import relative_gap
 from rlhf_ppo.models.small_batch import is_low_precision, small_batch
 from rlhf_ppo.models.trunk import call
 from rlhf_ppo.samplers.base import EvalMode, Samples, SamplingConfig, pad_prompts
-from rlhf_ppo.samplers.decode_support import forgets_silently
+from rlhf_ppo.samplers.decode_support import forgets_silently, without_adapters
+from rlhf_ppo.samplers.kv_cache import computed_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -43,27 +44,30 @@ class _DecodeProof:
     values: bool
 
 
-_decode_proofs: "WeakKeyDictionary[nn.Module, _DecodeProof]" = WeakKeyDictionary()
+_decode_proofs: dict[bool, "WeakKeyDictionary[nn.Module, _DecodeProof]"] = {
+    static: WeakKeyDictionary() for static in (False, True)
+}
 _plans: "WeakKeyDictionary[nn.Module, GenerationPlan]" = WeakKeyDictionary()
 
 
-def differing_reason(model: Any, decode: Decode) -> str | None:
+def differing_reason(model: Any, decode: Decode, *, static: bool = False) -> str | None:
     """What the decode loop's results differ by from the model's own call, as a sentence; None: by rounding.
 
     Args:
         model: A model whose structure the loop supports.
         decode: The loop, without its checks.
+        static: Whether it is the one with a static step.
     """
-    base = _base(model)
-    if base not in _decode_proofs:
+    base, proofs = without_adapters(model), _decode_proofs[static]
+    if base not in proofs:
         with EvalMode(base), torch.no_grad():
-            _decode_proofs[base] = _prove(base, model, decode)
-    return _decode_proofs[base].reason
+            proofs[base] = _prove(base, model, decode)
+    return proofs[base].reason
 
 
-def values_are_right(model: Any) -> bool:
+def values_are_right(model: Any, *, static: bool = False) -> bool:
     """Whether the LM head's input in the loop is what a value head reads, after `differing_reason`."""
-    proof = _decode_proofs.get(_base(model))
+    proof = _decode_proofs[static].get(without_adapters(model))
     return proof is not None and proof.values
 
 
@@ -81,7 +85,7 @@ def generation_plan(model: Any) -> GenerationPlan:
     Raises:
         ValueError: It does in no way.
     """
-    base = _base(model)
+    base = without_adapters(model)
     if base not in _plans:
         plans = [GenerationPlan(), GenerationPlan(pads=False), GenerationPlan(pads=False, use_cache=False)]
         pad = getattr(base.config.get_text_config(decoder=True), "pad_token_id", None)
@@ -206,9 +210,6 @@ def _probe(states: Tensor) -> Tensor:
     return (states.float() * weights).sum(dim=-1, keepdim=True)
 
 
-def _tolerance(model: nn.Module) -> float:
-    return LOW_PRECISION_TOLERANCE if is_low_precision(model) else TOLERANCE
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+def _tolerance(model: Any) -> float:
+    under_autocast = computed_dtype(model) in HALF_PRECISION
+    return LOW_PRECISION_TOLERANCE if under_autocast or is_low_precision(model) else TOLERANCE

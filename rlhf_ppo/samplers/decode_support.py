@@ -22,7 +22,7 @@ def unsupported_reason(model: Any) -> str | None:
     config = getattr(model, "config", None)
     if config is None or not isinstance(model, nn.Module):
         return f"{type(model).__name__} is not a transformers model (it has no config)"
-    base = _without_adapters(model)
+    base = without_adapters(model)
     name = type(base).__name__
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder"
@@ -99,8 +99,9 @@ def check_ids(model: Any, prompts: Sequence[Tensor]) -> None:
 
 def supports_logits_to_keep(model: Any) -> bool:
     """Whether `forward` takes `logits_to_keep`: it can run the LM head on the last position only."""
-    return "logits_to_keep" in inspect.signature(_without_adapters(model).forward).parameters
+    return "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
 
 
-def _without_adapters(model: Any) -> Any:
+def without_adapters(model: Any) -> Any:
+    """The model below PEFT's wrapper, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlhf_ppo.models.device import free_memory
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.utils.transfer import upload
 
@@ -110,10 +111,7 @@ def drop_rows(cache: DynamicCache, alive: Sequence[bool], device: torch.device) 
 
 def default_budget(device: torch.device) -> int:
     """Bytes for the KV cache: half of the free memory of a GPU, where logits and activations need some; else 4 GiB."""
-    if device.type != "cuda":
-        return 4 * 2**30
-    free, _ = torch.cuda.mem_get_info(device)
-    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 2
+    return free_memory(device) // 2 if device.type == "cuda" else 4 * 2**30
 
 
 def computed_dtype(model: Any) -> torch.dtype:

@@ -1,6 +1,5 @@
 """Sampler over vLLM, as a server or in the training process, through TRL's client."""
 
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from trl.import_utils import is_vllm_available
 from rlhf_ppo.models.merging import preserve_base_weights
 from rlhf_ppo.samplers.base import Samples, SamplingConfig, SamplingCounts, check_prompts, unwrap_causal_lm
 from rlhf_ppo.samplers.logits_processing import DecodingRules
+from rlhf_ppo.samplers.vllm_weights import WeightTransfer, choose_transfer, compute_dtype, open_in_process, open_server
 
 
 @dataclass(kw_only=True)
@@ -32,10 +32,20 @@ class VLLMSampler:
     """Needed for `stop_strings`, and by TRL's client in both modes."""
     base_url: str = "http://localhost:8000"
     """Address of the server."""
+    weight_transfer: WeightTransfer = "auto"
+    """Server: how weights get there, "nccl" (GPUs on both sides, vLLM installed on both) or "disk" (files, any device);
+    "auto": NCCL where the trainer has a GPU and vLLM, else files."""
+    transfer_dir: str | None = None
+    """Server: folder for these files, under one path on both machines; None: a temporary one, for a server on this
+    machine."""
     group_port: int = 51216
-    """Port of the NCCL group of trainer and server."""
+    """Server: port of the NCCL group of trainer and server."""
     timeout: float = 240.0
-    """Seconds to wait for the server."""
+    """Server: seconds to wait for it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Colocated: dtype that the engine computes in; "auto": that of the trainer's layers."""
+    enforce_eager: bool | None = None
+    """Colocated: whether nothing is compiled or captured; None: on a CPU."""
     gpu_memory_utilization: float = 0.3
     """Colocated: fraction of each GPU's memory that the engine reserves for weights and cache."""
     max_model_length: int | None = None
@@ -52,8 +62,10 @@ class VLLMSampler:
         Raises:
             ImportError: vLLM is not installed.
             OSError: No server answers within `timeout` seconds.
-            ValueError: A quantized base; or colocated, and the model has no path for the engine to load it from.
-            NotImplementedError: The trainer is on a CPU; weights are sent over NCCL.
+            ValueError: A quantized base; colocated, and the model has no path for the engine to load it from; or a
+                server that cannot see the files.
+            NotImplementedError: The trainer is on a CPU, and `weight_transfer` is "nccl".
+            RuntimeError: The server did not take the weights.
         """
         policy = unwrap_causal_lm(model)
         if self._engine is None:
@@ -73,6 +85,7 @@ class VLLMSampler:
         """Sample responses; see `Sampler`. Collective.
 
         Raises:
+            OSError: The server does not answer.
             RuntimeError: `sync_weights` was never called, or the server's results do not match the prompts.
             ValueError: The server's log-probabilities leave out temperature and filters.
         """
@@ -82,7 +95,7 @@ class VLLMSampler:
                 "VLLMSampler has no engine yet: it has received no weights to sample from. Call "
                 "`sampler.sync_weights(model, accelerator)` first; `PPOTrainer.train` and `evaluate` do."
             )
-        self._check_logprobs(config)
+        self._check_engine(config)
         num_copies = config.num_return_sequences
         requests = [prompt.tolist() for prompt in prompts for _ in range(num_copies)]
         # TRL's client needs the same number of prompts from every process: pad shorter lists, and cut the results.
@@ -111,32 +124,40 @@ class VLLMSampler:
         )
 
     def _open_engine(self, policy: Any, accelerator: Any) -> Any:
-        if not is_vllm_available():
+        transfer = choose_transfer(self.weight_transfer, accelerator.device) if self.mode == "server" else None
+        if transfer != "disk" and not is_vllm_available():
             raise ImportError(
-                f"VLLMSampler(mode={self.mode!r}) needs vLLM, which is not installed: the client of a server uses its "
-                "NCCL code, too. `pip install 'rlhf_ppo[vllm]'` on a machine with a GPU, or use DecodeLoop()."
+                f"VLLMSampler(mode={self.mode!r}) needs vLLM, which is not installed here. "
+                "`pip install 'rlhf_ppo[vllm]'`, or serve the model elsewhere (mode='server', weight_transfer='disk'), "
+                "or use DecodeLoop()."
             )
         if getattr(policy, "is_loaded_in_4bit", False) or getattr(policy, "is_loaded_in_8bit", False):
             raise ValueError(
                 "expected unquantized weights to send to vLLM, got a base in 4 or 8 bits: the engine cannot read the "
                 "packed bytes. Sample with DecodeLoop(), or load the base in bfloat16."
             )
-        if self.mode == "colocate" and not policy.name_or_path:
+        if transfer is not None:
+            return open_server(
+                policy, accelerator, self.tokenizer, transfer=transfer, folder=self.transfer_dir, url=self.base_url,
+                server_timeout=self.timeout, group_port=self.group_port,
+            )  # fmt: skip
+        if not policy.name_or_path:
             raise ValueError(
                 "VLLMSampler(mode='colocate') loads the model a second time by its name_or_path, but this one was "
                 "built in memory (its name_or_path is empty). Save it with `save_pretrained` and load it from there."
             )
-        # Imported late and by name: the module imports vLLM, which needs a GPU and takes many seconds.
-        vllm_generation = importlib.import_module("trl.generation.vllm_generation")
-        return vllm_generation.VLLMGeneration(
-            policy, accelerator, self.tokenizer, mode=self.mode, server_base_url=self.base_url,
-            server_timeout=self.timeout, group_port=self.group_port, tensor_parallel_size=self.tensor_parallel_size,
-            gpu_memory_utilization=self.gpu_memory_utilization, max_model_length=self.max_model_length,
-            enable_sleep_mode=self.enable_sleep_mode,
+        return open_in_process(
+            policy, accelerator, self.tokenizer, dtype=compute_dtype(policy) if self.dtype == "auto" else self.dtype,
+            eager=accelerator.device.type == "cpu" if self.enforce_eager is None else self.enforce_eager,
+            tensor_parallel_size=self.tensor_parallel_size, gpu_memory_utilization=self.gpu_memory_utilization,
+            max_model_length=self.max_model_length, enable_sleep_mode=self.enable_sleep_mode,
         )  # fmt: skip
 
-    def _check_logprobs(self, config: SamplingConfig) -> None:
-        if self.mode != "server" or not config.warps_distribution or not self._engine.accelerator.is_main_process:
+    def _check_engine(self, config: SamplingConfig) -> None:
+        if self.mode != "server" or not self._engine.accelerator.is_main_process:
+            return
+        self._engine.vllm_client.check_server(0)  # a server that was restarted has other weights: do not wait for it
+        if not config.warps_distribution:
             return
         mode = self._engine.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
         if mode != "processed_logprobs":

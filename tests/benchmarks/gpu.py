@@ -68,6 +68,8 @@ class Bench:
             for dtype in (torch.bfloat16, torch.float32):
                 name = f"decode, loop, {rows} rows, {str(dtype).removeprefix('torch.')}"
                 cells[name] = lambda rows=rows, dtype=dtype: self.decode("loop", dtype, rows)
+        plain = DecodeLoop(static_step=False)
+        cells["decode, loop without graphs, 64 rows, bfloat16"] = lambda: self.decode(plain, torch.bfloat16, 64)
         cells["update, auto"] = self.update
         cells["update, float32"] = lambda: self.update(precision="float32")
         cells["update, plain head"] = lambda: self.update(fused_head=False)
@@ -150,11 +152,12 @@ class Bench:
         scale = trainer.accelerator.scaler.get_scale()
         return {"scale": scale, "skipped_steps": trainer.metrics["ppo/updates_skipped"]}
 
-    def decode(self, sampler: SamplerName, dtype: torch.dtype, rows: int) -> dict[str, Any]:
+    def decode(self, sampler: SamplerName | DecodeLoop, dtype: torch.dtype, rows: int) -> dict[str, Any]:
         """Milliseconds of a decode step and of the prefill."""
         model, steps = self.llama(dtype), 4 if self.tiny else 64
         prompts = [torch.arange(1, 129, device=self.device)] * (2 if self.tiny else rows)
-        draw, seconds, peak = make_sampler(sampler), {}, 0.0
+        draw = make_sampler(sampler) if isinstance(sampler, str) else sampler
+        seconds, peak = {}, 0.0
         for tokens in (1, steps):
             config = SamplingConfig(max_new_tokens=tokens)
             seconds[tokens], peak = self.timed(lambda config=config: draw(model, prompts, config))
@@ -186,10 +189,10 @@ class Bench:
         return {"seconds": round(seconds, 3), "peak_gib": round(peak, 1), "tokens_per_s": round(tokens / seconds)}
 
     def iteration(self, **settings: Any) -> dict[str, Any]:
-        """Sampling and learning, phase by phase: 512 + 512 tokens a row, rows cut to fit the time."""
+        """Sampling and learning, phase by phase: 512 + 512 tokens a row, in passes that the trainer fits in memory."""
         rows, prompt, new = (4, 8, 8) if self.tiny else (64, 512, 512)
         queries, _, scores = self.batch(rows, prompt, [1] * rows)
-        trainer = self.trainer(rows, mini_batch_size=4, gradient_accumulation_steps=rows // 4, **settings)
+        trainer = self.trainer(rows, **settings)
         on_device = [query.to(self.device) for query in queries]
         start = time.perf_counter()
         with trainer.precision.sampling(self.device):
@@ -199,7 +202,7 @@ class Bench:
         for name in ("forward_pass", "optimize_step"):
             found[f"{name}_s"] = round(float(statistics[f"time/ppo/{name}"]), 2)
         found["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 1) if self.cuda else 0.0
-        return found | {"rows": rows}
+        return found | {"rows": rows, "pass_tokens": trainer._minibatch_config().token_budget}
 
 
 def main(arguments: list[str] | None = None) -> None:

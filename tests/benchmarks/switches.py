@@ -204,11 +204,12 @@ SWITCHES = {
         "learner/arguments", "Adam over lists of tensors", settings={"fused_adam": False}, paired=False
     ),
     "kv_cache": Switch(
-        "samplers/kv_cache", "transformers' DynamicCache", {"samplers.decode_loop.new_cache": lambda: _dynamic_cache},
+        "samplers/kv_cache", "transformers' DynamicCache", {"samplers.batch_decoder.new_cache": lambda: _dynamic_cache},
         phases=GENERATE, paired=False,
     ),
     "token_sampling": Switch(
-        "samplers/token_sampling", "torch.multinomial", {"samplers.decode_loop.sample_tokens": lambda: _by_multinomial},
+        "samplers/token_sampling", "torch.multinomial",
+        {"samplers.batch_decoder.sample_tokens": lambda: _by_multinomial},
         phases=GENERATE, paired=False, equal=False,
     ),
     "reuse_logprobs": Switch(

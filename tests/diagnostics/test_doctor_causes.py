@@ -97,6 +97,19 @@ def test_stale_weights_in_the_sampler_are_not_taken_for_a_temperature(trainer: P
     assert warned(trainer, without_word(batch)) == {"unlikely_tokens"}
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.02, 1.5])
+def test_an_engine_that_took_a_part_of_the_weights_is_warned_of_although_the_update_corrects_for_engines(
+    scale: float,
+) -> None:
+    """Its LM head is of another moment, as that of vLLM on a CPU where it is tied; kernels alone are a note at most."""
+    corrected = trainer_of(importance_sampling="truncate")
+    engine = trainer_of().model
+    with torch.no_grad():
+        engine.pretrained_model.transformer.ln_f.weight.mul_(scale)  # as if the head had been
+    batch = draw(engine)
+    assert warned(corrected, batch) == ({"sampler"} if scale == 1.5 else set())
+
+
 def test_a_sharper_sampler_is_taken_neither_for_a_temperature_nor_for_truncation(trainer: PPOTrainer) -> None:
     """The sampler holds the same weights with a head four times as large."""
     sharper = trainer_of().model

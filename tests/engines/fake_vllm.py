@@ -1,21 +1,36 @@
 """A vLLM server at the wire level: the HTTP endpoints that TRL's client calls, over a real model on the CPU."""
 
-import importlib
+import importlib.util
 import json
 import math
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support.patience import PATIENCE
+
+
+@cache
+def stand_in() -> Any:
+    """The module `stand_in/vllm`, not importable as `vllm` by that."""
+    path = Path(__file__).parent / "stand_in" / "vllm" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("vllm_stand_in", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["vllm_stand_in"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass
@@ -29,6 +44,7 @@ class FakeVLLM:
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     faults: dict[str, Any] = field(default_factory=dict)
     url: str = ""
+    device: str = "cuda"
     updating: bool = False
     connection: socket.socket | None = None
 
@@ -40,7 +56,10 @@ class FakeVLLM:
                 return 200, {"data": [{"id": "policy"}]}
             case "/server_info" if self.dev_mode:
                 transfer = {"backend": "nccl"} if self.weight_transfer else None
-                config = {"weight_transfer_config": transfer, "model_config": {"logprobs_mode": self.logprobs_mode}}
+                model = {"logprobs_mode": self.logprobs_mode, "dtype": str(self.model.dtype)}
+                config = {
+                    "weight_transfer_config": transfer, "model_config": model, "device_config": {"device": self.device}
+                }  # fmt: skip
                 return 200, {"vllm_config": config}
             case "/get_world_size":
                 return 200, {"world_size": 1}
@@ -58,6 +77,8 @@ class FakeVLLM:
                 self._receive(body["update_info"])
             case "/finish_weight_update":
                 self.updating = False
+            case "/collective_rpc":
+                return self._reload(body)
             case "/reset_prefix_cache":
                 return 200, {"success": True}
             case "/v1/completions":
@@ -74,8 +95,18 @@ class FakeVLLM:
             data = _exactly(self.connection, math.prod(shape) * dtype.itemsize)
             own[name].data.copy_(torch.frombuffer(bytearray(data), dtype=dtype).view(shape))
 
+    def _reload(self, body: dict[str, Any]) -> tuple[int, Any]:
+        assert body["method"] == "reload_weights"
+        files = sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors"))
+        if not files or "unreadable" in self.faults:
+            return 400, {"error": {"message": "Call to collective_rpc method failed"}}
+        own = dict(self.model.named_parameters())
+        for name, value in (item for file in files for item in load_file(file).items()):
+            own[name].data.copy_(value)
+        return 200, {"results": [None]}
+
     def _complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        engine = importlib.import_module("vllm")  # the stand-in, once it is on the path
+        engine = stand_in()
         known = {name: body[name] for name in engine.SamplingParams.__dataclass_fields__ if name in body}
         samples = engine.draw(self.model, body["prompt"], engine.SamplingParams(**known))
         rows = zip(samples.prompts, samples.responses, samples.logprobs, strict=True)

@@ -13,6 +13,7 @@ from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, T
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.samplers import vllm
 from rlhf_ppo.samplers.base import SamplingConfig, WeightSyncedSampler
 from rlhf_ppo.samplers.vllm import VLLMSampler
 from tests.engines.fake_vllm import FakeVLLM, serving
@@ -32,7 +33,9 @@ def server() -> Iterator[FakeVLLM]:
 
 @pytest.fixture
 def sampler(server: FakeVLLM, without_nccl: Any, free_port: int) -> VLLMSampler:
-    return VLLMSampler(base_url=server.url, group_port=free_port, timeout=PATIENCE, tokenizer=tiny_tokenizer())
+    return VLLMSampler(
+        base_url=server.url, group_port=free_port, timeout=PATIENCE, tokenizer=tiny_tokenizer(), weight_transfer="nccl"
+    )
 
 
 def largest_gap(model: Any, samples: Any) -> float:
@@ -150,7 +153,7 @@ def test_a_server_started_without_weight_transfer_is_named_by_the_client(
 
 
 def test_the_client_itself_refuses_to_send_weights_from_a_cpu(stand_in: Any, server: FakeVLLM) -> None:
-    sampler = VLLMSampler(base_url=server.url, timeout=PATIENCE, tokenizer=tiny_tokenizer())
+    sampler = VLLMSampler(base_url=server.url, timeout=PATIENCE, tokenizer=tiny_tokenizer(), weight_transfer="nccl")
     with pytest.raises(NotImplementedError, match="needs a CUDA device"):
         sampler.sync_weights(tiny_gpt2(), Accelerator())
 
@@ -173,6 +176,7 @@ def test_an_engine_that_received_nothing_draws_nothing() -> None:
         VLLMSampler()(tiny_gpt2(), PROMPTS, DRAW)
 
 
-def test_without_vllm_the_error_says_how_to_get_it() -> None:
+def test_without_vllm_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "is_vllm_available", lambda: False)
     with pytest.raises(ImportError, match=r"pip install 'rlhf_ppo\[vllm\]'"):
-        VLLMSampler().sync_weights(tiny_gpt2(), Accelerator())
+        VLLMSampler(mode="colocate").sync_weights(tiny_gpt2(), Accelerator())

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from rlhf_ppo.kernels import linear_layers, packed_weights
 from rlhf_ppo.kernels.linear_layers import use_fast_layers
 from rlhf_ppo.kernels.packed_weights import PackedWeights
-from rlhf_ppo.samplers import decode_loop
+from rlhf_ppo.samplers import batch_decoder
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.support.tiny_models import tiny_gpt2, tiny_llama
@@ -83,9 +83,9 @@ def test_the_same_is_drawn_while_rows_leave(
         pytest.skip("oneDNN packs no bfloat16 weights on this processor")
     model = build()
     with monkeypatch.context() as patches:
-        patches.setattr(decode_loop, "PACK_AFTER", 10**9)
+        patches.setattr(batch_decoder, "PACK_AFTER", 10**9)
         plain = drawn(model)
-    monkeypatch.setattr(decode_loop, "PACK_AFTER", 2)
+    monkeypatch.setattr(batch_decoder, "PACK_AFTER", 2)
     found: list[Samples] = []
     assert packed_layers(monkeypatch, lambda: found.append(drawn(model))) == expected
     half = expected == 8
@@ -103,7 +103,7 @@ def test_the_same_is_drawn_while_rows_leave(
 
 def test_a_layer_that_packing_would_change_keeps_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_weights, "_product", lambda x, packed, bias: torch.zeros(len(x), packed.shape[0]))
-    monkeypatch.setattr(decode_loop, "PACK_AFTER", 2)
+    monkeypatch.setattr(batch_decoder, "PACK_AFTER", 2)
     model = wide_llama()
     assert packed_layers(monkeypatch, lambda: drawn(model)) == 0
 
@@ -113,12 +113,12 @@ def test_weights_are_plain_again_after_an_error_and_never_packed_for_short_respo
 ) -> None:
     model, limits = wide_llama(), SamplingConfig(max_new_tokens=8)
     assert packed_layers(monkeypatch, lambda: DecodeLoop()(model, PROMPTS, limits)) == 0
-    monkeypatch.setattr(decode_loop, "PACK_AFTER", 2)
+    monkeypatch.setattr(batch_decoder, "PACK_AFTER", 2)
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decode_loop, "greedy_tokens", stop)
+    monkeypatch.setattr(batch_decoder, "greedy_tokens", stop)
     with pytest.raises(KeyboardInterrupt):
         DecodeLoop()(model, PROMPTS, SamplingConfig(max_new_tokens=24, do_sample=False))
     assert not any("forward" in vars(module) for module in model.modules())

@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 
 from rlhf_ppo.kernels import fused_linear_logprobs, linear_layers
+from rlhf_ppo.samplers import static_step
 
 DEVICE = torch.device("cuda", 0)
 GIB = 2**30
@@ -487,6 +488,20 @@ def pretend_cuda(*, capability: tuple[int, int] = (9, 0), free: int = 70 * GIB) 
         yield COUNTS
 
 
+def recorded(function):
+    """A step as a CUDA graph: made again at each replay, into the first one's tensors; the host launches it at once."""
+    kept = [function(), *function.__self__.head_inputs]
+
+    def replay() -> None:
+        kernels, waits = COUNTS.kernels, sum(COUNTS.syncs.values())
+        for old, new in zip(kept, [function(), *function.__self__.head_inputs], strict=True):
+            old.copy_(new)
+        assert sum(COUNTS.syncs.values()) == waits, "a graph cannot wait"
+        COUNTS.kernels = kernels + 1
+
+    return replay, kept[0]
+
+
 @contextlib.contextmanager
 def _product_patches() -> Iterator[None]:
     """Where the wrapper would show: for C++ it is a CPU tensor, and in the backward pass no mode is active."""
@@ -510,5 +525,6 @@ def _product_patches() -> Iterator[None]:
         patches.setattr(clip_grad, "_group_tensors_by_device_and_dtype", group_on_device)
         patches.setattr(BackwardCFunction, "apply", apply_in_mode)
         patches.setattr(linear_layers, "FakeTensor", PretendTensor)
+        patches.setattr(static_step, "capture", recorded)
         patches.setattr(fused_linear_logprobs, "_common_factor", on_device)
         yield

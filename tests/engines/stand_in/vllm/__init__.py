@@ -4,6 +4,7 @@ The engine below answers with a real model on the CPU, drawn by the project's ow
 interface; kernels, scheduler and NCCL are not in it.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -49,20 +50,30 @@ def draw(model: Any, prompts: list[list[int]], params: SamplingParams) -> Any:
 
 
 class LLM:
-    """A colocated engine: it loads the model from its folder and takes weights as `load_weights` gives them."""
+    """A colocated engine: it loads the model from its folder and takes weights as `reload_weights` gives them."""
 
     def __init__(self, model: str, **settings: Any) -> None:
         self.settings = settings
         self.model = AutoModelForCausalLM.from_pretrained(model)
-        runner = SimpleNamespace(model=SimpleNamespace(load_weights=self._load_weights))
-        worker = SimpleNamespace(model_runner=runner)
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+        self.model_runner = SimpleNamespace(get_model=lambda: self.model)
         self.cache_resets = 0
+        self.calls: list[str] = []
 
-    def _load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
         own = dict(self.model.named_parameters())
-        for name, value in weights:
+        for name, value in weights_iterator:
             own[name].data.copy_(value)
+
+    def collective_rpc(self, method: str | Callable[[Any], None], kwargs: dict[str, Any] | None = None) -> None:
+        """On the only worker, which stands for itself."""
+        self.calls.append(method if isinstance(method, str) else method.__name__)
+        getattr(self, method)(**kwargs) if isinstance(method, str) else method(self)
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append("wake_up")
+
+    def sleep(self, level: int) -> None:
+        self.calls.append("sleep")
 
     def reset_prefix_cache(self) -> None:
         self.cache_resets += 1

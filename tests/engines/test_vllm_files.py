@@ -1,0 +1,87 @@
+"""Weights that go to a vLLM server by files: no GPU, and no vLLM where the trainer runs."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+
+from rlhf_ppo.samplers import vllm_weights
+from rlhf_ppo.samplers.vllm import VLLMSampler
+from tests.engines.fake_vllm import FakeVLLM, serving
+from tests.engines.test_vllm_server import DRAW, PROMPTS, largest_gap
+from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def server() -> Iterator[FakeVLLM]:
+    with serving(FakeVLLM(tiny_llama(seed=1))) as running:
+        yield running
+
+
+def sampler(server: FakeVLLM, **settings: object) -> VLLMSampler:
+    return VLLMSampler(base_url=server.url, timeout=0, tokenizer=tiny_tokenizer(), **settings)
+
+
+def test_the_server_draws_from_the_trainer_s_weights(server: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_weights, "FILE_BYTES", 5000)  # several files
+    model, drawing = tiny_llama(seed=0), sampler(server)
+    for _ in range(2):
+        drawing.sync_weights(model, Accelerator())
+        assert largest_gap(model, drawing(model, PROMPTS, DRAW)) < 1e-5
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+        assert largest_gap(model, drawing(model, PROMPTS, DRAW)) > 0.01  # stale weights are seen
+    assert [path for path, _ in server.requests].count("/collective_rpc") == 2
+
+
+def test_adapters_arrive_merged(server: FakeVLLM) -> None:
+    adapted = get_peft_model(tiny_llama(seed=0), LoraConfig(r=4, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    sampler(server).sync_weights(adapted, Accelerator())
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+    merged = adapted.merge_and_unload()
+    for name, parameter in server.model.named_parameters():
+        torch.testing.assert_close(parameter, merged.get_parameter(name), rtol=0, atol=0)
+
+
+def test_weights_go_in_the_dtype_that_the_server_computes_in(server: FakeVLLM) -> None:
+    server.model.to(torch.bfloat16)
+    model = tiny_llama(seed=0)
+    sampler(server).sync_weights(model, Accelerator())
+    for name, parameter in server.model.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).to(torch.bfloat16))
+
+
+def test_a_tied_head_is_refused_by_a_server_on_a_cpu_that_would_take_half_of_it(server: FakeVLLM) -> None:
+    server.device = "cpu"
+    sampler(server).sync_weights(tiny_llama(), Accelerator())
+    with pytest.raises(ValueError, match="half of an update would be lost"):
+        sampler(server).sync_weights(tiny_gpt2(), Accelerator())
+
+
+def test_a_server_elsewhere_needs_a_folder_that_both_see() -> None:
+    far = VLLMSampler(base_url="http://gpu7:8000", timeout=0, tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match=r"VLLMSampler\(transfer_dir=\.\.\.\)"):
+        far.sync_weights(tiny_llama(), Accelerator())
+
+
+def test_a_server_that_cannot_read_the_files_is_named(server: FakeVLLM) -> None:
+    server.faults["unreadable"] = True
+    with pytest.raises(RuntimeError, match=r"to read the weights in .*collective_rpc method failed"):
+        sampler(server).sync_weights(tiny_llama(), Accelerator())
+
+
+def test_a_server_that_ended_draws_nothing() -> None:
+    model = tiny_llama()
+    with serving(FakeVLLM(tiny_llama())) as running:
+        drawing = sampler(running)
+        drawing.sync_weights(model, Accelerator())
+    with pytest.raises(OSError, match=running.url):
+        drawing(model, PROMPTS, DRAW)
+    with pytest.raises(OSError, match=running.url):
+        drawing.sync_weights(model, Accelerator())
