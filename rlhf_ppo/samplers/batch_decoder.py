@@ -1,10 +1,11 @@
 """Decode one batch of rows: prefill, sample, mark what ended, drop it, run the next tokens."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList
@@ -14,11 +15,14 @@ from rlhf_ppo.kernels.packed_weights import PackedWeights
 from rlhf_ppo.samplers.base import SamplingConfig, SamplingCounts, pad_prompts
 from rlhf_ppo.samplers.decode_results import DecodedTokens
 from rlhf_ppo.samplers.decode_support import contiguous_head_inputs, supports_logits_to_keep
-from rlhf_ppo.samplers.kv_cache import drop_rows, new_cache, select_rows
+from rlhf_ppo.samplers.kv_cache import drop_rows, merge_rows, new_cache
 from rlhf_ppo.samplers.logits_processing import DecodingRules
 from rlhf_ppo.samplers.static_step import StaticStep
 from rlhf_ppo.samplers.token_sampling import greedy_tokens, sample_tokens
+from rlhf_ppo.utils.transfer import upload
 
+PREFILL_POSITIONS = 2**14
+"""Positions of prompts, padding included, that run through the model at once: enough to keep a GPU busy."""
 PACK_AFTER = 8
 """Steps after which weights are packed, because all responses may be short."""
 
@@ -76,17 +80,13 @@ class BatchDecoder:
         self.width = ids.shape[1]
         self.is_padded = len({len(prompt) for prompt in distinct}) > 1
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
-        self.cache: DynamicCache = new_cache(self.model.config, self.width + self.config.max_new_tokens)
-        logits = self._forward(ids, mask, positions)
-        num_tokens = sum(len(prompt) for prompt in distinct)
-        self._count(prompt_tokens=num_tokens, prefill_tokens=ids.numel(), lm_head_rows=len(distinct), forwards=1)
+        self._count(prompt_tokens=sum(map(len, distinct)), prefill_tokens=ids.numel(), lm_head_rows=len(distinct))
 
         self.rows = torch.tensor(rows, device=ids.device)
+        counts = [end - begin for begin, end in pairwise([*first, len(rows)])]
+        logits = self._prefill_in_parts(ids, mask, positions, counts)
         if len(first) < len(rows):
-            ends = [*first[1:], len(rows)]
-            counts = torch.tensor([end - begin for begin, end in zip(first, ends, strict=True)], device=ids.device)
-            source = torch.arange(len(first), device=ids.device).repeat_interleave(counts)
-            select_rows(self.cache, source)
+            source = _repeated(counts, ids.device)
             ids, mask, positions, logits = ids[source], mask[source], positions[source], logits[source]
             self.head_inputs[:] = [states[source] for states in self.head_inputs]
         response_shape = (len(rows), self.config.max_new_tokens)
@@ -95,6 +95,22 @@ class BatchDecoder:
         self.positions = positions[:, -1:]
         self.alive = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
         return logits
+
+    def _prefill_in_parts(self, ids: Tensor, mask: Tensor, positions: Tensor, counts: list[int]) -> Tensor:
+        """Logits after each prompt, a few prompts at a time; the cache then has row i `counts[i]` times."""
+        capacity, size = self.width + self.config.max_new_tokens, max(1, PREFILL_POSITIONS // self.width)
+        is_whole = size >= len(ids) == sum(counts)
+        logits, states, caches = [], [], []
+        for part in zip(ids.split(size), mask.split(size), positions.split(size), strict=True):
+            self.cache: DynamicCache = new_cache(self.model.config, capacity if is_whole else self.width)
+            logits.append(self._forward(*part))
+            states.extend(self.head_inputs)
+            caches.append(self.cache)
+            self._count(forwards=1)
+        if not is_whole:
+            self.cache = merge_rows(caches, _repeated(counts, ids.device), capacity)
+            self.head_inputs[:] = [torch.cat(states)] if states else []
+        return torch.cat(logits)
 
     def _sample(self, processors: LogitsProcessorList, logits: Float[Tensor, "rows vocab"], step: int) -> None:
         """Sample this step's tokens and store them with log-probabilities and values."""
@@ -154,3 +170,8 @@ class BatchDecoder:
 
     def _count(self, **counts: int) -> None:
         self.results.counts = self.results.counts + SamplingCounts(**counts)
+
+
+def _repeated(counts: list[int], device: torch.device) -> Int[Tensor, "rows"]:
+    """Row i, `counts[i]` times."""
+    return upload(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), device)

@@ -38,9 +38,10 @@ class InPlaceCacheLayer(DynamicLayer):
         self._buffers[1][:, :, start : self.length] = value_states
         return self._update_views()
 
-    def batch_select_indices(self, indices: Int[Tensor, "rows"]) -> None:
-        """Replace row i by row `indices[i]`; rows may repeat."""
-        self._buffers = [self._reallocated(buffer, buffer[:, :, : self.length][indices]) for buffer in self._buffers]
+    def reserve(self, capacity: int) -> None:
+        """Move keys and values to buffers with room for `capacity` positions."""
+        self.capacity = capacity
+        self._buffers = [self._reallocated(content, content) for content in (self.keys, self.values)]
         self._update_views()
 
     def compact_rows(self, count: int, holes: Int[Tensor, "n"], movers: Int[Tensor, "n"]) -> None:
@@ -82,10 +83,20 @@ def _attention_layers(cache: DynamicCache) -> list[DynamicLayer]:
     return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
 
 
-def select_rows(cache: DynamicCache, indices: Int[Tensor, "rows"]) -> None:
-    """Replace row i of every layer's cache by row `indices[i]`."""
-    for layer in _attention_layers(cache):
-        layer.batch_select_indices(indices)
+def merge_rows(caches: Sequence[DynamicCache], indices: Int[Tensor, "rows"], capacity: int) -> DynamicCache:
+    """One cache whose row i is row `indices[i]` of all caches' together, which lose theirs layer by layer."""
+    for layers in zip(*(_attention_layers(cache) for cache in caches), strict=True):
+        keys, values = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
+        for layer in layers:
+            layer.keys = layer.values = None
+            vars(layer).pop("_buffers", None)
+        first = layers[0]
+        first.keys, first.values = (
+            torch.cat(parts)[indices] if parts[1:] else parts[0][indices] for parts in (keys, values)
+        )
+        if isinstance(first, InPlaceCacheLayer):
+            first.reserve(capacity)
+    return caches[0]
 
 
 def drop_rows(cache: DynamicCache, alive: Sequence[bool], device: torch.device) -> Int[Tensor, "alive"]:

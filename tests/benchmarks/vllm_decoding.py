@@ -9,6 +9,7 @@ finished rows, vLLM its finished requests.
 """
 
 import argparse
+import importlib
 import os
 import tempfile
 import time
@@ -53,10 +54,9 @@ def by_plain_loop(model: Any, workload: Workload) -> int:
 
 def by_vllm(engine: Any, workload: Workload) -> int:
     """Tokens of vLLM."""
-    from vllm import SamplingParams
-
+    sampling = importlib.import_module("vllm").SamplingParams
     prompts = [{"prompt_token_ids": prompt.tolist()} for prompt in workload.prompts()]
-    settings = [SamplingParams(max_tokens=length, ignore_eos=True, logprobs=0) for length in workload.lengths()]
+    settings = [sampling(max_tokens=length, ignore_eos=True, logprobs=0) for length in workload.lengths()]
     outputs = engine.generate(prompts, settings, use_tqdm=False)
     return sum(len(output.outputs[0].token_ids) for output in outputs)
 
@@ -64,11 +64,10 @@ def by_vllm(engine: Any, workload: Workload) -> int:
 def open_vllm(model: Any, dtype: str, length: int) -> Any:
     """vLLM over the same weights, on the threads that torch has."""
     os.environ.update(VLLM)
-    from vllm import LLM
-
+    make = importlib.import_module("vllm").LLM
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return LLM(
+        return make(
             model=folder, dtype=dtype, enforce_eager=True, max_model_len=length, skip_tokenizer_init=True,
             enable_prefix_caching=False, logprobs_mode="processed_logprobs", disable_log_stats=True,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.vllm import VLLMSampler
 from tests.engines.test_vllm_server import PROMPTS, largest_gap
-from tests.support.tiny_models import VOCAB_SIZE, tiny_tokenizer
+from tests.support.tiny_models import EOS_TOKEN_ID, VOCAB_SIZE, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.real_vllm,
@@ -105,7 +105,9 @@ def check_settings(sampler: VLLMSampler, folder: Path) -> None:
     greedy = replace(DRAW, do_sample=False, num_return_sequences=1, max_new_tokens=12)
     expected, found = (drawing(model, PROMPTS, greedy) for drawing in (DecodeLoop(), sampler))
     assert [row.tolist() for row in found.responses] == [row.tolist() for row in expected.responses]
-    warped = replace(DRAW, temperature=0.7, top_k=20, min_new_tokens=2)
+    # Before the minimum length vLLM holds back the model's own end of the sequence, too, a stop token or not.
+    stops = (EOS_TOKEN_ID, *DRAW.stops)
+    warped = replace(DRAW, temperature=0.7, top_k=20, min_new_tokens=2, stop_token_ids=stops)
     samples = sampler(model, PROMPTS, warped)
     assert min(map(len, samples.responses)) >= 2
     assert samples.logprobs is not None

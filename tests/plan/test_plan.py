@@ -26,7 +26,7 @@ from rlhf_ppo.plan.tracing import LiveBytes, build_fake, count_live_bytes
 from tests.plan.record import RESULTS, RUNS
 
 TINY = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=512)
-SMALL = PlanConfig(batch_size=4, mini_batch_size=2, prompt_tokens=8, new_tokens=8)
+SMALL = PlanConfig(precision="float32", batch_size=4, mini_batch_size=2, prompt_tokens=8, new_tokens=8)
 FLAT = MemoryTraces(
     page_mapped=0,
     parameters=1000, trainable=1000, head_parameters=200, lookup_parameters=0, weights=4000, value_head=40,

@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from rlhf_ppo.samplers import batch_decoder
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.support.tiny_models import EOS_TOKEN_ID, VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
@@ -397,3 +398,16 @@ def test_a_model_the_loop_does_not_fit_goes_to_generate_with_one_warning(build: 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="DecodeLoop")
         loop(model, prompts(3, 5), config, generator=seeded())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2-sliding", "gemma3-sliding"])
+def test_many_prompts_are_prefilled_a_few_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, the activations of all prompts of a batch lived at once: 8 GiB for 128 prompts of 512 tokens at 1B."""
+    model, config = ARCHITECTURES[name](), replace(DRAW, num_return_sequences=2)
+    queries = prompts(3, 9, 5, 1, 7)
+    whole = DecodeLoop()(model, queries, config, generator=seeded())
+    monkeypatch.setattr(batch_decoder, "PREFILL_POSITIONS", 2 * 9)
+    parts = DecodeLoop()(model, queries, config, generator=seeded())
+    same(parts, whole)
+    assert parts.counts.forwards == whole.counts.forwards + 2  # 5 prompts, 2 at a time
+    assert replace(parts.counts, forwards=0) == replace(whole.counts, forwards=0)

@@ -76,6 +76,7 @@ def test_rows_leave_when_a_quarter_has_finished_and_the_window_grows_by_buckets(
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama())
     nn.init.normal_(model.v_head.summary.weight)
     both(model, config, stop_check_interval=interval)
+    captured = captured[captured.index(20) :]  # the proof's steps were before
     rows = list(dict.fromkeys(captured))
     assert len(rows) > 2
     assert all(after <= 0.75 * before for before, after in pairwise(rows))
