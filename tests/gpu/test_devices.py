@@ -47,8 +47,12 @@ def test_a_step_is_that_of_the_cpu(gpu: Counts, build: Callable[[], Any]) -> Non
 
 
 @pytest.mark.parametrize("settings", [
-    {"token_budget": 12, "max_grad_norm": 0.5, "kl_penalty": "full", "reference_placement": "offloaded"}
-    | {"use_score_scaling": True, "score_clip": 1.0, "whiten_rewards": True, "early_stopping": True, "ent_coef": 0.1},
+    pytest.param(
+        {"token_budget": 12, "max_grad_norm": 0.5, "kl_penalty": "full", "reference_placement": "offloaded"}
+        | {"use_score_scaling": True, "score_clip": 1.0, "whiten_rewards": True, "early_stopping": True}
+        | {"ent_coef": 0.1},
+        marks=pytest.mark.slow,
+    ),
     {"gradient_checkpointing": True, "kl_penalty": "k3", "kl_placement": "loss", "optimizer": "adam_tensorflow"}
     | {"fused_head": False, "diagnose": False, "accelerator_kwargs": {"mixed_precision": "bf16"}},
 ], ids=["offloaded, full KL", "checkpointing, KL in the loss"])  # fmt: skip
@@ -59,6 +63,7 @@ def test_a_step_mixes_no_devices(gpu: Counts, settings: dict[str, Any]) -> None:
     assert not torch.equal(weights(made), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm", [TRPO(), GRPO(), pytest.param(RLOO(), marks=pytest.mark.slow)], ids=lambda made: type(made).__name__
 )
@@ -70,6 +75,7 @@ def test_other_algorithms_mix_no_devices(gpu: Counts, algorithm: Any) -> None:
     assert state.metrics["ppo/updates"] >= 1
 
 
+@pytest.mark.slow
 def test_lora_and_encoder_decoders_mix_no_devices(gpu: Counts) -> None:
     for made in (trainer(peft=LORA), trainer(tiny_t5())):
         before = weights(made)
@@ -88,6 +94,7 @@ def test_samplers_draw_the_cpu_s_responses(gpu: Counts, name: str) -> None:
     assert found.finished == expected.finished
 
 
+@pytest.mark.slow
 def test_a_run_trains_evaluates_saves_and_resumes(gpu: Counts, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     prompts = PromptDataset.from_texts(TEXTS, tokenizer)

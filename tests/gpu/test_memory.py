@@ -24,7 +24,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], object]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "recomputes"), [(None, False), (24, False), (10, True)], ids=["all fits", "in parts", "no row fits"]
+    ("tokens", "recomputes"),
+    [pytest.param(None, False, marks=pytest.mark.slow), pytest.param(24, False, marks=pytest.mark.slow), (10, True)],
+    ids=["all fits", "in parts", "no row fits"],
 )
 def test_passes_fit_and_the_step_is_the_same(
     card: Callable[[int], object], capsys: pytest.CaptureFixture[str], tokens: int | None, recomputes: bool
@@ -51,6 +53,7 @@ def test_passes_fit_and_the_step_is_the_same(
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_budget_of_the_user_s_is_kept(card: Callable[[int], object], capsys: pytest.CaptureFixture[str]) -> None:
     with card(2**20):
         made = trainer(token_budget=16, diagnose=False)

@@ -18,6 +18,7 @@ from tests.support.tiny_run import TEXTS
 PAIRS = {"prompts": ["The movie was "] * 3, "responses": ["good", "a terrible story", "great"]}
 
 
+@pytest.mark.slow
 def test_episodes_of_an_environment_are_played_and_learned_from(gpu: Counts) -> None:
     made = trainer(tiny_gpt2(), diagnose=False)
     sampling = SamplingConfig(max_new_tokens=4, stop_token_ids=(EOS_TOKEN_ID,), num_return_sequences=2)

@@ -9,6 +9,7 @@ from tests.kernels.test_varlen_attention import reference
 from tests.support.pretend_cuda import Counts
 
 
+@pytest.mark.slow
 def test_packed_rows_take_the_step_of_padded_ones_without_padding_or_waits(
     gpu: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

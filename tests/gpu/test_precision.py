@@ -27,7 +27,9 @@ def operands(gpu: Counts) -> dict[torch.dtype, int]:
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"precision": "bf16"}, {"bf16": True}))]
+)
 def test_layers_and_head_multiply_in_bfloat16_and_the_head_s_results_are_float32(
     gpu: Counts, settings: dict[str, Any]
 ) -> None:
@@ -67,6 +69,7 @@ def test_float32_is_float32_everywhere(gpu: Counts, settings: dict[str, Any]) ->
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
+@pytest.mark.slow
 def test_a_trust_region_stays_in_float32_unless_asked(gpu: Counts) -> None:
     """Its KL of 0.01 nats is below bfloat16's rounding."""
     assert trainer(tiny_gpt2(), algorithm=TRPO()).precision.compute == SINGLE
@@ -74,6 +77,7 @@ def test_a_trust_region_stays_in_float32_unless_asked(gpu: Counts) -> None:
         trainer(tiny_gpt2(), algorithm=TRPO(), precision="bf16")
 
 
+@pytest.mark.slow
 def test_rollouts_multiply_as_scoring_does(gpu: Counts) -> None:
     made = trainer(tiny_llama(), diagnose=False)
     gpu.reset()  # fast paths are proved in float32
@@ -84,6 +88,7 @@ def test_rollouts_multiply_as_scoring_does(gpu: Counts) -> None:
     assert state.metrics["sampler/logprob_difference"] < 0.05
 
 
+@pytest.mark.slow
 def test_weights_loaded_in_bfloat16_get_float32_masters_and_move(gpu: Counts) -> None:
     """At a learning rate of 1e-5 a step is far below the distance of two bfloat16 numbers near 0.2."""
     made = trainer(tiny_llama(dtype=HALF), learning_rate=1e-5, diagnose=False)
@@ -96,6 +101,7 @@ def test_weights_loaded_in_bfloat16_get_float32_masters_and_move(gpu: Counts) ->
     assert {weight.dtype for weight in base.parameters() if not weight.requires_grad} == {HALF}  # they need not move
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_multiplies_in_bfloat16(gpu: Counts) -> None:
     made = trainer(tiny_t5(), diagnose=False)
     gpu.reset()

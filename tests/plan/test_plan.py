@@ -265,7 +265,7 @@ def test_common_runs_fit_by_default(model: str, memory: float, lora_rank: int) -
 
 
 def test_a_plan_takes_the_passes_that_fit_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = PlanConfig(model="gpt2", prompt_tokens=480, new_tokens=512, memory_gib=6.0)
+    plan = PlanConfig(model="gpt2", prompt_tokens=480, new_tokens=512, memory_gib=12.0)
     fitted = as_run(plan)
     assert 1 <= fitted.mini_batch_size < 128
     assert fitted.gradient_accumulation_steps * fitted.mini_batch_size >= 128
