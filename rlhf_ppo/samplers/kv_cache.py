@@ -41,7 +41,8 @@ class InPlaceCacheLayer(DynamicLayer):
     def reserve(self, capacity: int) -> None:
         """Move keys and values to buffers with room for `capacity` positions."""
         self.capacity = capacity
-        self._buffers = [self._reallocated(content, content) for content in (self.keys, self.values)]
+        contents: list[Any] = [self.keys, self.values]
+        self._buffers = [self._reallocated(content, content) for content in contents]
         self._update_views()
 
     def compact_rows(self, count: int, holes: Int[Tensor, "n"], movers: Int[Tensor, "n"]) -> None:
