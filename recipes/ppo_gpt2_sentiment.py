@@ -90,8 +90,7 @@ def main(config: Config) -> dict[str, Estimates]:
 
     phase("held-out evaluation before PPO")
     judges, line = load_judges(reviews)
-    longest = max([*prompts.lengths, *eval_prompts.lengths]) + config.new_tokens
-    sampler = config.make_sampler(tokenizer, longest=longest)
+    sampler = config.make_sampler(tokenizer, [prompts, eval_prompts], config.new_tokens)
     evaluate = ResumableEvaluation(
         folder, trainer.evaluate, rewards=reward, sampling=sampling, reward_calls=config.reward_calls,
         judges=judges, sampler=sampler,

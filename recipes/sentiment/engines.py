@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 from trl.import_utils import is_vllm_available
 
+from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Sampler
 from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
 
@@ -50,8 +52,11 @@ class EngineSettings:
                 "serve the model elsewhere (--sampler vllm-server), or leave --sampler at loop"
             )
 
-    def make_sampler(self, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> Sampler:
-        """The chosen sampler, for rows of up to `longest` tokens."""
+    def make_sampler(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[PromptDataset], new_tokens: int
+    ) -> Sampler:
+        """The chosen sampler, for responses of up to `new_tokens` to these prompts."""
+        longest = max(length for dataset in prompts for length in dataset.lengths) + new_tokens
         budget = None if self.kv_budget_gib is None else int(self.kv_budget_gib * 2**30)
         given = {name: value for name, value in asdict(self.vllm).items() if value != getattr(VLLMSettings(), name)}
         vllm = {"max_model_length": longest, **given}

@@ -5,6 +5,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Sampler, WeightSyncedSampler
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
@@ -12,6 +13,8 @@ from rlhf_ppo.samplers.vllm import VLLMSampler
 from sentiment import engines
 from sentiment.engines import EngineSettings, VLLMSettings
 from tests.support.tiny_models import tiny_tokenizer
+
+PROMPTS = [PromptDataset.from_texts([text], tiny_tokenizer()) for text in ("I", "The movie")]
 
 
 @pytest.mark.parametrize("name", get_args(SamplerName))
@@ -39,14 +42,14 @@ def test_the_recipes_refuse_vllm_before_anything_is_trained(monkeypatch: pytest.
 def test_with_vllm_the_recipes_take_it(stand_in: Any) -> None:
     settings = EngineSettings(sampler="vllm-colocate")
     assert settings.importance_sampling_cap == 2.0
-    made = settings.make_sampler(tiny_tokenizer(), longest=40)
+    made = settings.make_sampler(tiny_tokenizer(), PROMPTS, 38)
     assert isinstance(made, VLLMSampler)
-    assert made.max_model_length == 40
+    assert made.max_model_length == PROMPTS[1].lengths[0] + 38
 
 
 def test_settings_of_vllm_given_to_a_recipe_arrive(stand_in: Any) -> None:
     given = VLLMSettings(enable_sleep_mode=True, max_model_length=9, gpu_memory_utilization=0.5, dtype="bfloat16")
-    made = EngineSettings(sampler="vllm-colocate", vllm=given).make_sampler(tiny_tokenizer(), longest=40)
+    made = EngineSettings(sampler="vllm-colocate", vllm=given).make_sampler(tiny_tokenizer(), PROMPTS, 38)
     assert isinstance(made, VLLMSampler)
     found = (made.enable_sleep_mode, made.max_model_length, made.gpu_memory_utilization, made.dtype)
     assert found == (True, 9, 0.5, "bfloat16")
