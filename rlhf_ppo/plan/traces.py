@@ -18,6 +18,7 @@ from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.plan.config import PlanConfig
 from rlhf_ppo.plan.models import build_policy, model_config, with_layers
 from rlhf_ppo.plan.tracing import FakeInputs, LiveBytes, build_fake, count_live_bytes
+from rlhf_ppo.samplers.batch_decoder import PREFILL_POSITIONS
 
 TRACED_DEPTHS = (2, 4)
 """Numbers of layers at which deeper models are traced."""
@@ -171,7 +172,7 @@ def _scoring(policy: TokenPolicy, plan: PlanConfig, rows: int, live: LiveBytes) 
 @torch.no_grad()
 def _prefill(policy: TokenPolicy, plan: PlanConfig, live: LiveBytes) -> float:
     before = live.reset_peak()
-    rows = min(plan.decode_rows, plan.batch_size)
+    rows = min(plan.decode_rows, plan.batch_size, max(1, PREFILL_POSITIONS // plan.prompt_tokens))
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16-mixed"):
         policy.language_model.base_model(
             input_ids=torch.zeros(rows, plan.prompt_tokens, dtype=torch.long), use_cache=False

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from torch.testing import assert_close
 
 from reward_model import RewardModel
