@@ -72,7 +72,7 @@ def test_rows_leave_when_a_quarter_has_finished_and_the_window_grows_by_buckets(
 ) -> None:
     monkeypatch.setattr(static_step, "BUCKET", 16)
     monkeypatch.setattr(static_step, "MIN_STEPS", 2)
-    config = replace(DRAW, max_new_tokens=60, num_return_sequences=4, stop_token_ids=(9, 18, 27, 36))
+    config = replace(DRAW, max_new_tokens=60, num_return_sequences=4, stop_token_ids=tuple(range(0, 320, 24)))
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama())
     nn.init.normal_(model.v_head.summary.weight)
     both(model, config, stop_check_interval=interval)
