@@ -48,7 +48,7 @@ from rlhf_ppo.learner.trackers import Trackers
 from rlhf_ppo.models import PreTrainedModelWrapper, reference_adapter
 from rlhf_ppo.models.critic import save_critic
 from rlhf_ppo.models.reference import resolve_reference
-from rlhf_ppo.models.trunk import decoder_start_token
+from rlhf_ppo.models.trunk import decoder_start_token, learned_positions
 from rlhf_ppo.rollout.checks import ModelLimits
 from rlhf_ppo.rollout.experience import Responses, RewardShaping, ScoredResponses, Scorer, shape_rollout
 from rlhf_ppo.rollout.kl_placement import loss_kl_estimator
@@ -272,7 +272,7 @@ class PPOLearner:
             batch_size=self.config.batch_size,
             needs_groups=self.algorithm.needs_groups,
             vocab_size=getattr(model_config, "vocab_size", None),
-            max_positions=getattr(model_config, "max_position_embeddings", None),
+            max_positions=learned_positions(language_model.config),
             start_token_id=decoder_start_token(self.model.pretrained_model) if self.is_encoder_decoder else None,
         )
 

@@ -32,9 +32,10 @@ def make_collector(
     """
     sampler = sampler or DecodeLoop(learner.tokenizer, kv_budget_bytes=learner.config.kv_budget_bytes)
     learner.expect_sampler(why_it_differs(sampler) or _low_precision(learner))
+    text_config = learner.model.pretrained_model.config.get_text_config(decoder=True)
     episodes = environment and EnvironmentSampler(
         factory=environment, sampler=sampler, tokenizer=learner.tokenizer, device=learner.current_device,
-        config=config.episodes, max_positions=learner.limits.max_positions,
+        config=config.episodes, max_positions=getattr(text_config, "max_position_embeddings", None),
         any_process=learner.processes.any_process, keep_timed_out=learner.algorithm.has_critic,
     )  # fmt: skip
     return Collector(

@@ -148,7 +148,7 @@ class _Proof:
         plain = replace(self.wanted, padding=True, head_rows=False, packing=False, last_layer=False, fused_head=False)
         trunk = Trunk()
         with torch.no_grad():
-            third = self._own_call(trunk, plain)
+            third = self._own_call(trunk, self.inputs.select(torch.tensor([2])), plain)
         with torch.enable_grad():
             try:
                 features = trunk(self.model, self.inputs, plain)
@@ -158,7 +158,7 @@ class _Proof:
             if reason is not None or self._causality_gap(features[0]) > self.tolerance:
                 self.declined["padding"] = reason or "a row's results depend on the length of the others"
                 plain = replace(plain, padding=False)
-                features = trunk(self.model, self.inputs, plain)
+                features = self._own_call(trunk, self.inputs, plain)
                 self._check(features, third)
         try:
             return self._expected(*features), plain
@@ -174,11 +174,11 @@ class _Proof:
         logits = logits.detach()
         return _Expected(logits, states.detach(), logprobs.detach(), float(logits.abs().max()), gradients)
 
-    def _own_call(self, trunk: Trunk, plain: FastPaths) -> tuple[Tensor, Tensor]:
-        """Logits and states of the third row alone."""
+    def _own_call(self, trunk: Trunk, inputs: TokenInputs, plain: FastPaths) -> tuple[Tensor, Tensor]:
+        """Logits and states of `inputs`; ValueError if the model's own call fails."""
         name = type(self.model).__name__
         try:
-            return trunk(self.model, self.inputs.select(torch.tensor([2])), plain)
+            return trunk(self.model, inputs, plain)
         except Exception as error:
             raise ValueError(
                 f"expected a model that computes logits and hidden states from token ids, got {name}, whose own call "

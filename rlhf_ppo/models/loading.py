@@ -175,6 +175,11 @@ def check_language_model(model: LanguageModel) -> None:
             f"PromptLearningConfig is not supported for PPO training, got {type(model.active_peft_config).__name__}: "
             "its virtual tokens shift every position of the value head. Use LoraConfig."
         )
+    if isinstance(model, PeftModel) and getattr(model.active_peft_config, "alora_invocation_tokens", None) is not None:
+        raise ValueError(
+            "expected an adapter that is always active, got one with `alora_invocation_tokens`: PEFT switches it on in "
+            "its own call alone, so PPO would train nothing but the value head. Use LoraConfig without them."
+        )
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise ValueError(
             "The model does not have a language model head, please use a model that has one: "

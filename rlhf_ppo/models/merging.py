@@ -60,7 +60,13 @@ def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -
             "would be rounded to those few bits again, and would not be the policy that was trained. Save the adapter "
             "(`save_pretrained`), then merge it into the unquantized base: `python -m rlhf_ppo.merge ADAPTER FOLDER`."
         )
-    merged = merged_model(language_model, str(model.policy_adapter_name))
+    try:
+        merged = merged_model(language_model, str(model.policy_adapter_name))
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # PEFT's words for what it cannot merge
+        raise ValueError(
+            f"expected an adapter that PEFT can merge, got {language_model.active_peft_config.peft_type}: {error} Save "
+            "it with `save_pretrained`, and load it with PEFT."
+        ) from error
     prompt = torch.cat(list(small_batch(merged).prompts))[None]
     with torch.no_grad(), PreservedModes(language_model):
         given = {"input_ids": prompt} | ({"decoder_input_ids": prompt} if model.is_encoder_decoder else {})

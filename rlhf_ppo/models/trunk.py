@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ class Trunk:
         self._count(inputs, input_ids.numel(), 0)
         # A mask of ones keeps the fast causal kernels, and without any, some models warn of padding.
         output = call(model, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-        states = output.hidden_states[-1]
+        states = last_states(output.hidden_states, input_ids)
         starts = [input_ids.shape[1] * row for row in range(len(inputs))]
         logits, hidden = (_flat(features, starts) for features in (output.logits, states))
         return _gather(logits, inputs, extra=0), _gather(hidden, inputs, extra=1)
@@ -108,7 +108,8 @@ class Trunk:
         output = call(model, input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoded)
         decoder_inputs = TokenInputs(prompts=starts, responses=inputs.responses)
         row_starts = [decoded.shape[1] * row for row in range(len(starts))]
-        logits, states = (_flat(features, row_starts) for features in (output.logits, output.decoder_hidden_states[-1]))
+        last = last_states(output.decoder_hidden_states, decoded)
+        logits, states = (_flat(features, row_starts) for features in (output.logits, last))
         return _gather(logits, decoder_inputs, extra=0), _gather(states, decoder_inputs, extra=1)
 
     def _hidden(self, layers: Any, inputs: TokenInputs, paths: FastPaths) -> HiddenStates:
@@ -157,11 +158,20 @@ def call(model: Any, **inputs: Tensor | None) -> Any:
     expected = given.get("decoder_input_ids", given["input_ids"]).shape
     if output.logits.dim() != 3 or output.logits.shape[:2] != expected:
         raise ValueError(f"its logits are {list(output.logits.shape)} for tokens {list(expected)}, not one row a token")
-    layers = output.decoder_hidden_states if "decoder_input_ids" in given else output.hidden_states
-    if layers is None or layers[-1].shape[:-1] != expected:
-        found = None if layers is None else list(layers[-1].shape)
-        raise ValueError(f"its last hidden states are {found} for tokens {list(expected)}, not one row a token")
     return output
+
+
+def last_states(layers: Sequence[Tensor] | None, tokens: Tensor) -> Float[Tensor, "rows width hidden"]:
+    """The last of a model's hidden states, without positions that it added behind `tokens` (Reformer).
+
+    Raises:
+        ValueError: They are not one row a token.
+    """
+    states = None if layers is None else layers[-1]
+    if states is None or states.dim() != 3 or len(states) != len(tokens) or states.shape[1] < tokens.shape[1]:
+        found = None if states is None else list(states.shape)
+        raise ValueError(f"its last hidden states are {found} for tokens {list(tokens.shape)}, not one row a token")
+    return states[:, : tokens.shape[1]]
 
 
 def decoder_start_token(model: Any) -> int:
@@ -178,6 +188,16 @@ def decoder_start_token(model: Any) -> int:
         f"{type(model).__name__} has no decoder_start_token_id: its decoder cannot start a response. "
         "Set `model.config.decoder_start_token_id`."
     )
+
+
+def learned_positions(config: Any) -> int | None:
+    """Rows of a model's table of position embeddings; None for rotary positions, which go on beyond any length."""
+    text_config = config.get_text_config(decoder=True)
+    rotary = ("rope_parameters", "rope_scaling", "rope_theta")
+    if any(getattr(text_config, name, None) is not None for name in rotary):
+        return None
+    limit: int | None = getattr(text_config, "max_position_embeddings", None)
+    return limit
 
 
 def _flat(features: Float[Tensor, "rows width features"], starts: list[int]) -> HiddenStates:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rlhf_ppo.kernels.packing import names_in_forward
+from rlhf_ppo.models.trunk import learned_positions
 from rlhf_ppo.samplers.kv_cache import supports_row_selection
 
 REQUIRED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
@@ -71,12 +72,8 @@ def contiguous_head_inputs(model: Any) -> Iterator[list[Tensor]]:
 
 def check_positions(config: Any, length: int) -> None:
     """Raise ValueError if a learned position table is shorter than `length`; rotary models pass."""
-    text_config = config.get_text_config(decoder=True)
-    limit = getattr(text_config, "max_position_embeddings", None)
-    is_rotary = any(
-        getattr(text_config, name, None) is not None for name in ("rope_parameters", "rope_scaling", "rope_theta")
-    )
-    if limit is not None and length > limit and not is_rotary:
+    limit = learned_positions(config)
+    if limit is not None and length > limit:
         raise ValueError(
             f"The longest prompt plus max_new_tokens must be at most max_position_embeddings = {limit}, got {length}: "
             "the model has no embedding for the positions beyond. Shorten the prompts or lower max_new_tokens."

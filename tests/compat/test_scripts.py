@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 
-from rlhf_ppo import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOTrainer
 from rlhf_ppo.cli import main
-from tests.support.tiny_models import tiny_gpt2, tiny_t5, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 
 SCRIPTS = Path(__file__).parent / "scripts"
 RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "classic_scripts.json").read_text())
@@ -109,3 +109,62 @@ def test_a_script_with_an_encoder_decoder_runs_unchanged(tmp_path: Path) -> None
     assert main(["run", str(SCRIPTS / "t5.py"), folder, str(out)]) == 0
     steps = history(out)
     assert len(steps) == 2 and math.isclose(steps[0]["objective/kl"], 0.0, abs_tol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_script_in_the_style_of_stack_llama_runs_unchanged(tmp_path: Path) -> None:
+    """Its one batch of four is learned from, with its Adafactor; the adapter is saved at each step."""
+    judge, out = judge_folder(tmp_path / "judge"), tmp_path / "out"
+    policy = save(AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama()), tmp_path / "policy")
+    arguments = ["--model_name", policy, "--tokenizer_name", policy, "--reward_model_name", judge]
+    assert main(["run", str(SCRIPTS / "stack_llama.py"), *arguments, "--output_dir", str(out)]) == 0
+    (step,) = history(out)
+    assert math.isclose(step["kl"], 0.0, abs_tol=1e-5) and step["lr"] == 1.41e-5
+    assert (out / "step_0" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_script_in_the_style_of_the_detoxification_example_runs_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own schedule lowers the rate; what it pushes is the policy, and the name that it gave."""
+    pushed: list[str] = []
+    monkeypatch.setattr(PPOTrainer, "push_to_hub", lambda _, name, **__: pushed.append(name))
+    policy, judge, out = policy_folder(tmp_path / "policy"), judge_folder(tmp_path / "judge"), tmp_path / "out"
+    assert main(["run", str(SCRIPTS / "detoxify.py"), policy, judge, str(out)]) == 0
+    first, second = history(out)
+    assert math.isclose(first["kl"], 0.0, abs_tol=1e-5)
+    assert first["lr"] == 1e-3 and second["lr"] == 0.75e-3  # half of the way to the half
+    assert pushed == ["someone/detoxified"]
+
+
+@pytest.mark.slow
+def test_a_notebook_with_respond_to_batch_and_the_best_of_n_runs_unchanged(tmp_path: Path) -> None:
+    policy, judge, out = policy_folder(tmp_path / "policy"), judge_folder(tmp_path / "judge"), tmp_path / "out"
+    assert main(["run", str(SCRIPTS / "notebook.py"), policy, judge, str(out)]) == 0
+    found: Any = history(out)
+    assert math.isclose(found["kl"], 0.0, abs_tol=1e-5) and found["value"] == 1.0
+    assert found["logprobs"][1] == found["values"][1] - 1
+    assert len(found["best"]) == 2 and found["peft"]
+
+
+@pytest.mark.slow
+def test_a_script_that_tunes_flan_t5_runs_unchanged(tmp_path: Path) -> None:
+    """Two batches of four of nine prompts, with checkpointing on for each step and off for each generation."""
+    judge, out = judge_folder(tmp_path / "judge"), tmp_path / "out"
+    policy = save(AutoModelForSeq2SeqLMWithValueHead.from_pretrained(tiny_t5()), tmp_path / "policy")
+    assert main(["run", str(SCRIPTS / "flan_t5.py"), policy, judge, str(out)]) == 0
+    steps = history(out)
+    assert len(steps) == 2 and math.isclose(steps[0]["kl"], 0.0, abs_tol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_loop_of_ones_own_with_a_trainers_parts_runs_unchanged(tmp_path: Path) -> None:
+    """Its fixed coefficient stays, and its cosine schedule falls from step to step."""
+    policy, out = policy_folder(tmp_path / "policy"), tmp_path / "out"
+    assert main(["run", str(SCRIPTS / "loop_of_ones_own.py"), policy, str(out)]) == 0
+    steps = history(out)
+    assert len(steps) == 4 and {step["coefficient"] for step in steps} == {0.05}
+    rates = [step["rate/now"] for step in steps]
+    assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1]
+    assert (out / "optimizer.pt").is_file() and (out / "README.md").is_file()

@@ -101,3 +101,13 @@ def test_generate_cuts_at_any_stop_token_or_string_on_every_path() -> None:
             tokenizer=tiny_tokenizer(), **settings,
         )  # fmt: skip
         assert text not in tiny_tokenizer().decode(row[:-1])
+
+
+def test_rotary_positions_go_on_beyond_the_configured_length_and_a_table_does_not() -> None:
+    """A rotary model has no table that could end; `train()` and `generate()` take such rows, too."""
+    rows: Any = ([torch.arange(5, 25)] * 2, [torch.arange(30, 40)] * 2, [torch.tensor(1.0), torch.tensor(0.0)])
+    rotary, table = tiny_llama(), tiny_gpt2(n_positions=16)
+    rotary.config.max_position_embeddings = 16
+    assert trainer_of(policy(rotary), diagnose=False).step(*rows)["objective/kl"] < 1e-5
+    with pytest.raises(ValueError, match="the model has 16 positions"):
+        trainer_of(policy(table)).step(*rows)

@@ -9,10 +9,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # third parties' own, by arch
 
 SLICE = (
     "llama", "gpt2", "granite", "gemma2", "falcon_h1", "bert", "roberta", "mamba", "gemma3", "xlm", "olmo",
-    "seq2seq/t5", "seq2seq/bart",
+    "reformer", "gemma3n_text", "seq2seq/t5", "seq2seq/bart",
 )  # fmt: skip
 """One of each kind: plain, scaled, capped, hybrid, layers before the head, other positions, a recurrent state, nested,
-refused, changed in place, encoder-decoders."""
+refused, changed in place, states longer than the row, states that are no row a token, encoder-decoders."""
 WRITTEN_WITH = "5.23.0"
 """Version of transformers that the table was written with."""
 

@@ -81,7 +81,7 @@ for _step, batch in tqdm(enumerate(epochs)):
     )
     batch["response"] = tokenizer.batch_decode(response_tensors)
     batch["ref_response"] = tokenizer.batch_decode(ref_response_tensors)
-    texts = [q + r for q, r in zip(batch["query"], batch["response"])]  # noqa: B905
+    texts = [q + r for q, r in zip(batch["query"], batch["response"])]
     outputs = judge(texts, **sent_kwargs)
     rewards = [torch.tensor(next(o["score"] for o in output if o["label"] == "LABEL_1")) for output in outputs]
     batch["ref_rewards"] = rewards
