@@ -134,26 +134,6 @@ def convert_to_scalar(stats: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def randn_tensor(
-    shape: Sequence[int],
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    layout: torch.layout | None = None,
-) -> Tensor:
-    """Standard normal numbers; a list of generators draws one row each."""
-    device = torch.device(device or "cpu")
-
-    def draw(size: Sequence[int], source: torch.Generator | None) -> Tensor:
-        place = device if source is None else source.device
-        drawn = torch.randn(*size, generator=source, device=place, dtype=dtype, layout=layout or torch.strided)
-        return drawn.to(device)
-
-    if isinstance(generator, list):
-        return torch.cat([draw([1, *shape[1:]], generator[row % len(generator)]) for row in range(shape[0])])
-    return draw(shape, generator)
-
-
 __all__ = [
     "WANDB_PADDING",
     "PPODecorators",
@@ -165,7 +145,6 @@ __all__ = [
     "masked_mean",
     "masked_var",
     "masked_whiten",
-    "randn_tensor",
     "stack_dicts",
     "stats_to_np",
     "top_k_top_p_filtering",

@@ -12,6 +12,7 @@ from transformers import AutoModel
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.models.adapters import merged_model
+from rlhf_ppo.models.dropout import disable_dropout
 from rlhf_ppo.models.trunk import layers_of
 from rlhf_ppo.models.value_head import last_hidden_size
 
@@ -116,9 +117,7 @@ def attach_critic(model: Any, critic: SeparateCritic) -> None:
             "so the critic would read other texts. Train the reward model with the policy's tokenizer."
         )
     model.v_head.requires_grad_(False)
-    for module in critic.modules():  # as in the policy, passes are deterministic
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    disable_dropout(critic)  # as in the policy, passes are deterministic
     model.critic = critic.to(model.pretrained_model.get_input_embeddings().weight.device)
 
 

@@ -22,7 +22,7 @@ _CORE = {
     **_names(
         "rlhf_ppo.classic.core_functions", "WANDB_PADDING", "PPODecorators", "clip_by_value", "convert_to_scalar",
         "entropy_from_logits", "flatten_dict", "logprobs_from_logits", "masked_mean", "masked_var", "masked_whiten",
-        "randn_tensor", "stack_dicts", "stats_to_np", "top_k_top_p_filtering", "whiten",
+        "stack_dicts", "stats_to_np", "top_k_top_p_filtering", "whiten",
     ),
 }  # fmt: skip
 _VALUE_HEADS = _names("rlhf_ppo.models", "AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead")
