@@ -112,7 +112,9 @@ class DecodeLoop:
             )
         loop = replace(self, static_step=self._uses_static_step(causal_lm))
         right = values_are_right(causal_lm, static=bool(loop.static_step))
-        value_head = model.v_head if right and isinstance(model, PreTrainedModelWrapper) else None
+        value_head = None  # a separate critic has states of its own: the head's values are not its values
+        if right and isinstance(model, PreTrainedModelWrapper) and model.critic is None:
+            value_head = model.v_head
         check_positions(causal_lm.config, max(map(len, prompts), default=0) + config.max_new_tokens)
         check_ids(causal_lm, prompts)
         with EvalMode(model):

@@ -17,11 +17,15 @@ from rlhf_ppo import (
     PPOTrainer,
     Reinforce,
     SeparateCritic,
+    TrainConfig,
     attach_critic,
 )
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.learner.arguments import default_optimizer
+from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.samplers.base import SamplingConfig
 from tests.classic.test_classic import QUERIES, RESPONSES, SCORES, policy, trainer_of
+from tests.support.tiny_models import tiny_tokenizer
 
 
 def own(*, separate: bool = False, **critic: Any) -> PPOTrainer:
@@ -132,3 +136,19 @@ def test_the_bias_of_the_critic_is_measured_by_position() -> None:
     trainer.step(QUERIES, RESPONSES, [torch.tensor(2.0)] * 2)
     found = [trainer.metrics[f"ppo/val/bias_{part}"] for part in range(1, 6)]
     assert found == pytest.approx([-2.0] * 4 + [0.0]), "of 2 and 4 tokens none is in the last fifth"
+
+
+def test_the_values_of_a_separate_critic_are_its_own_in_every_rollout() -> None:
+    """Head and critic both start at V = 0: the sampler's values, the head's, agree then and must not be taken."""
+    model, tokenizer = policy(), tiny_tokenizer()
+    nn.init.zeros_(model.v_head.summary.weight)
+    nn.init.zeros_(model.v_head.summary.bias)
+    attach_critic(model, SeparateCritic.from_policy(model))
+    prompts = PromptDataset.from_texts(["The movie", "I liked"], tokenizer)
+    config = PPOConfig(batch_size=4, mini_batch_size=4, learning_rate=1e-3, diagnose=False)
+    trainer = PPOTrainer(config, model, tokenizer=tokenizer, dataset=prompts)
+    run = TrainConfig(iterations=2, sampling=SamplingConfig(max_new_tokens=3), progress=False)
+    trainer.train(lambda *, responses, **_: [3.0] * len(responses), run)
+    assert trainer.last_batch is not None
+    batch, _ = trainer.last_batch
+    assert bool((batch.values[batch.mask] != 0).all())
