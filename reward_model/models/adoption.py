@@ -31,8 +31,7 @@ from reward_model.models.contract import (
     TextRule,
     tokenizer_sha256,
 )
-from reward_model.models.loading import check_tokenizer, load_classifier
-from reward_model.models.lora import ADAPTER_FILE, load_adapter
+from reward_model.models.loading import ADAPTER_FILE, check_tokenizer, load_adapter, load_classifier
 
 logger = logging.getLogger(__name__)
 

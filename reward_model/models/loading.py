@@ -1,13 +1,18 @@
-"""Load a classifier that this package trained, and check that its files belong together."""
+"""Load a classifier that this package trained, whole or as an adapter, and check that its files belong together."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from transformers import AutoTokenizer
 
-from reward_model.models.backbone import head_name, longest_input, read_classifier
+from reward_model.models.backbone import head_name, longest_input, read_classifier, separate_padding
 from reward_model.models.contract import Contract, ContractError, tokenizer_sha256
-from reward_model.models.lora import ADAPTER_FILE, load_adapter
+
+ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_classifier(folder: Path, contract: Contract, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -32,6 +37,43 @@ def load_classifier(folder: Path, contract: Contract, *, dtype: torch.dtype, tru
             "weights do not belong to this contract. Restore the folder that training wrote."
         )
     return model
+
+
+def load_adapter(folder: Path, *, head: str | None, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """Load the base model with the adapter of `folder`.
+
+    Args:
+        folder: The adapter and its tokenizer.
+        head: Parameter name of the scalar head; a tokenizer without a padding token of its own gets one. None: the
+            model's last layer with one output, and the tokenizer as it is.
+        dtype: Dtype of the weights.
+        trust_remote_code: Whether Python code that comes with the base model may run.
+
+    Raises:
+        ContractError: The adapter does not hold the head, or its base model cannot be loaded. Without this check
+            a missing head would silently be random.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        name = str(config.base_model_name_or_path)
+        base, _, _ = read_classifier(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ContractError(
+            f"{folder} is a LoRA adapter on {config.base_model_name_or_path!r}, which cannot be loaded: {error} "
+            "Restore the base model, or train with merge_adapter=True."
+        ) from error
+    name = head or head_name(base)
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        saved = list(file.keys())
+    layer = name.removesuffix(".weight").split(".")[-1]
+    if not any(f"{layer}." in key and "lora_" not in key for key in saved):
+        raise ContractError(
+            f"{folder}: field head names {name!r}, but the adapter holds no such weight: the head would be random. "
+            "Save the adapter with modules_to_save=[head], or merged (merge_adapter=True)."
+        )
+    if head is not None:
+        separate_padding(base, AutoTokenizer.from_pretrained(folder))
+    return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
 
 
 def check_tokenizer(tokenizer: Any, model: Any, contract: Contract, folder: Path) -> None:

@@ -5,8 +5,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from reward_model.models.contract import Contract, ContractError
-from reward_model.models.loading import check_tokenizer
-from reward_model.models.lora import ADAPTER_FILE
+from reward_model.models.loading import ADAPTER_FILE, check_tokenizer
 from reward_model.models.model import RewardModel
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 from rlhf_ppo.models.shared_base_adapters import attach_reward_adapter

@@ -1,13 +1,17 @@
-"""Convert the settings to trl's `RewardConfig`, and check the learning-rate schedule early."""
+"""Convert the settings to trl's `RewardConfig` and PEFT's `LoraConfig`, and check the learning-rate schedule early."""
 
 import json
 import math
 from typing import Any
 
 import torch
+from peft import LoraConfig, TaskType
+from torch import nn
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.pytorch_utils import Conv1D
 from trl.trainer.reward_config import RewardConfig
 
+from reward_model.models.backbone import head_name
 from reward_model.training.config import RewardModelConfig
 from reward_model.training.resume import processes, training_folder
 from rlhf_ppo.models.precision import has_bfloat16
@@ -98,6 +102,30 @@ def trainer_arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
         dataloader_pin_memory=torch.cuda.is_available(),
         **_step_counts(config, rows),
         **versioned,
+    )
+
+
+def lora_config(model: Any, *, rank: int, alpha: int) -> LoraConfig:
+    """LoRA configuration: adapters on the backbone's linear layers; what is above it is fully trained and saved.
+
+    Args:
+        model: The classifier to be adapted.
+        rank: Rank of the adapters.
+        alpha: Their scale is alpha / rank.
+    """
+    head = head_name(model).removesuffix(".weight").split(".")[0]
+    # DistilBERT's `pre_classifier` is as new as the head, and PEFT takes it for one by the end of its name.
+    above = [name for name, part in model.named_children() if isinstance(part, nn.Linear)]
+    saved = list(dict.fromkeys([head, *above]))
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's weights are transposed
+        modules_to_save=saved,
+        exclude_modules=[name for name in saved if name != head] or None,  # PEFT leaves out the head by itself
     )
 
 

@@ -23,10 +23,9 @@ from reward_model.models.encoding import (
     fill_last_step,
     fingerprint,
 )
-from reward_model.models.lora import lora_config
 from reward_model.models.model import RewardModel
 from reward_model.models.text import prepare_tokenizer
-from reward_model.training.arguments import check_schedule, trainer_arguments
+from reward_model.training.arguments import check_schedule, lora_config, trainer_arguments
 from reward_model.training.config import RewardModelConfig
 from reward_model.training.preference_trainer import PreferenceTrainer
 from reward_model.training.resume import (
