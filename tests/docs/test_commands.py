@@ -70,7 +70,7 @@ def program_of(words: list[str]) -> tuple[str, list[str]]:
     if words[:1] in (["rlhf-ppo"], ["rlhf_ppo"]):
         name = next((name for name in (" ".join(words[1:3]), *words[1:2]) if name in COMMANDS), "rlhf_ppo")
         return name, words[1 + (0 if name == "rlhf_ppo" else len(name.split())) :]
-    return (words[0], words[1:]) if words and words[0] not in FOREIGN else ("", [])
+    return (words[0], words[1:]) if words and words[0].split(".")[0] not in FOREIGN else ("", [])
 
 
 def check_options(program: str, arguments: list[str]) -> None:

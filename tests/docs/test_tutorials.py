@@ -59,7 +59,7 @@ def test_a_tutorial_gives_the_numbers_that_it_promises(
                     run(words, monkeypatch)
                     said += capsys.readouterr().out
         elif block.language == "text" and not block.title:
-            pattern = f"({NUMBER.pattern})".join(map(re.escape, NUMBER.split(block.text.strip())))
+            pattern = f"({NUMBER.pattern})".join(map(re.escape, NUMBER.split(" ".join(block.text.split()))))
             match = re.search(pattern, " ".join(said.split()))
             assert match is not None, said
             promised = [float(number) for number in NUMBER.findall(block.text)]
