@@ -157,6 +157,16 @@ def test_training_keeps_an_episode_that_timed_out_where_a_value_stands_for_its_f
     assert len(own.last_batch[0]) == own.config.batch_size - failed
 
 
+def test_an_evaluation_drops_an_episode_that_timed_out() -> None:
+    """Its rewards so far are not its score."""
+    own = trainer()
+    episodes = EpisodeConfig(retries=0, timeout=0.2, max_concurrency=1)
+    with pytest.warns(UserWarning, match="1 of 4 episodes were dropped"):
+        played = own.evaluate(4, None, SAMPLING, environment=flaky(hang, {0}), episodes=episodes)
+    assert len(played.prompts) == 3
+    assert not any(played.measures["truncated"])
+
+
 def test_an_environment_that_answers_differently_when_started_again_is_dropped() -> None:
     """Its earlier replies were answers to other observations."""
     starts: list[int] = []
