@@ -1,6 +1,6 @@
 r"""Learn to work out sums without slips, from a verifiable reward.
 
-    python recipes/ppo_reasoning.py                             # two CPU minutes, one thread
+    python recipes/ppo_reasoning.py                             # one CPU minute, one thread
     python recipes/ppo_reasoning.py --family chain_sum          # problems of reasoning-gym (pip install reasoning-gym)
     python recipes/ppo_reasoning.py --policy smollm2-135m --tokens 20000 --batch-size 64 --learning-rate 2e-4
 
@@ -41,14 +41,14 @@ class Config(RunConfig):
     policy: Literal["tiny", "smollm2-135m"] = "tiny"
     """What is trained."""
     output_dir: str = "runs/ppo_reasoning"
-    transcripts: int = 20_000
-    tokens: int = 120_000
+    transcripts: int = 30_000
+    tokens: int = 60_000
     batch_size: int = 256
     slips: float = 0.3
     """Share of the teacher's steps that are wrong."""
-    problems: int = 2000
+    problems: int = 1000
     """Training problems."""
-    eval_problems: int = 250
+    eval_problems: int = 150
     """Held-out problems."""
     k: int = 8
     """Replies to each held-out problem: any of them is right in pass@k."""

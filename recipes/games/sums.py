@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 class Sums:
-    """Three numbers from 1 to 20, added or subtracted: "12+7-15=".
+    """Three numbers from 1 to 9, added or subtracted: "8+7-9=".
 
     Args:
         size: Number of problems.
@@ -22,7 +22,7 @@ class Sums:
         generator = random.Random(seed)
         texts = []
         for _ in range(size):
-            first, *others = (str(generator.randint(1, 20)) for _ in range(3))
+            first, *others = (str(generator.randint(1, 9)) for _ in range(3))
             texts.append(first + "".join(generator.choice("+-") + number for number in others))
         self.problems = [{"question": f"{text}=", "answer": worked(text).rpartition("=")[2]} for text in texts]
 
