@@ -114,13 +114,16 @@ def starts_table(found: dict[str, Any]) -> list[str]:
         "cold": "cold: the policy's weights, V = 0", "warmed-up": f"cold, {WARMUP} rollouts of warm-up",
         "warm-started": "the critic of another seed's run", "from-reward-model": "from the reward model",
     }  # fmt: skip
-    tokens = found["cold"][0]["curve"]["tokens"]
+    tokens = found["from-reward-model"][0]["curve"]["tokens"]
     heads = [f"score at {tokens[k] / 1000:.0f}k tokens" for k in (9, len(tokens) - 1)]
-    lines = [f"| Critic | EV at the first update | the mean aside | EV, last five | {' | '.join(heads)} | KL, nats |"]
-    lines.append("|---|" + "---|" * 6)
+    first = ("Critic", "seeds", "EV at the first update", "the mean aside", "EV, last five")
+    lines = [f"| {' | '.join([*first, *heads])} | KL, nats |", "|---|" + "---|" * 7]
     for name, title in titles.items():
-        runs, begin = found[name], WARMUP if name == "warmed-up" else 0
+        runs, begin = found.get(name, []), WARMUP if name == "warmed-up" else 0
+        if not runs:
+            continue
         cells = [
+            str(len(runs)),
             spread([run["curve"]["explained"][begin] for run in runs]),
             spread([run["curve"]["explained_but_for_the_mean"][begin] for run in runs]),
             spread([float(np.mean(run["curve"]["explained"][-5:])) for run in runs]),
@@ -136,9 +139,11 @@ def draw(found: dict[str, Any], panels: list[tuple[dict[str, Case], str]], path:
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
     for ax, (cases, curve) in zip(axes[0], panels, strict=True):
         for name in cases:
+            if not found.get(name):
+                continue
             rows = np.array([run["curve"][curve] for run in found[name]])
             tokens = np.mean([run["curve"]["tokens"] for run in found[name]], axis=0) / 1000
-            mean, deviation = rows.mean(axis=0), rows.std(axis=0, ddof=1)
+            mean, deviation = rows.mean(axis=0), rows.std(axis=0, ddof=min(1, len(rows) - 1))
             ax.plot(tokens, mean, label=name)
             ax.fill_between(tokens, mean - deviation, mean + deviation, alpha=0.2)
         ax.set(xlabel="sampled tokens, thousands", ylabel=curve)

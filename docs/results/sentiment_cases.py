@@ -207,7 +207,9 @@ def origin(found: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Mean ± standard deviation over seeds; a single one alone."""
     mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
