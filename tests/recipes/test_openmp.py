@@ -25,7 +25,7 @@ def environment(**chosen: str) -> dict[str, str]:
 COMMANDS = [
     ["recipes/ppo_gpt2_sentiment.py"], ["recipes/train_reward_model.py"],
     *(["-m", f"reward_model.{name}"] for name in ("train", "evaluate", "score", "serve")),
-    *(["-m", f"rlhf_ppo.{name}"] for name in ("plan", "replay", "merge")),
+    *(["-m", f"rlhf_ppo.{name}"] for name in ("plan", "replay")), ["-m", "rlhf_ppo.merge", "adapter", "merged"],
 ]  # fmt: skip
 
 

@@ -13,11 +13,12 @@ from accelerate.state import AcceleratorState
 
 from recipes.sentiment.command_line import open_run_folder
 from reward_model.serving.client import RemoteRewardModel
-from reward_model.serving.server import ServeConfig, authorized
+from reward_model.serving.server import ServeConfig
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, find_damage
 from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.models.value_head import read_value_head
+from rlhf_ppo.utils.access import is_authorized
 from rlhf_ppo.utils.redaction import redacted
 from tests.robustness.old_format import as_format_1
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
@@ -194,6 +195,6 @@ def test_the_servers_token_may_come_from_the_environment_where_no_list_of_proces
     monkeypatch.setenv("REWARD_MODEL_TOKEN", SECRET)
     own = ServeConfig(model="-", host="0.0.0.0")
     assert SECRET not in repr(own)
-    assert authorized(f"Bearer {SECRET}", own.secret)
-    assert not authorized("Bearer ", own.secret)
-    assert not authorized(None, own.secret)
+    assert is_authorized(f"Bearer {SECRET}", own.secret)
+    assert not is_authorized("Bearer ", own.secret)
+    assert not is_authorized(None, own.secret)
