@@ -159,13 +159,18 @@ def retokenization(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) ->
                 f"{shown}"
             )
             findings.append(finding("other_text", evidence))
-    drifting = [
-        row for row, text in enumerate(texts) if tokenizer(text, add_special_tokens=False)["input_ids"] != rows[row]
-    ]
+    drifting = [row for row, text in enumerate(texts) if not _encodes_as(tokenizer, text, rows[row])]
     if drifting:
         evidence = f"{len(drifting)} of {len(texts)} responses become other tokens when their text is encoded again"
         findings.append(finding("retokenization", evidence, severity="note"))
     return findings
+
+
+def _encodes_as(tokenizer: PreTrainedTokenizerBase, text: str, tokens: list[int]) -> bool:
+    try:
+        return bool(tokenizer(text, add_special_tokens=False)["input_ids"] == tokens)
+    except Exception:
+        return False
 
 
 def reward_template(batch: DiagnosedBatch, _: PreTrainedTokenizerBase) -> list[Finding] | None:

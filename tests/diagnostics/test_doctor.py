@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from reward_model.models.contract import Contract, TextRule
 from reward_model.models.model import RewardModel
@@ -183,6 +186,13 @@ def test_tokens_that_do_not_survive_their_text_are_noted_and_texts_of_other_toke
     assert "other_text" not in told.names()
     cut = run_text_checks(specimen([[5]], [letters], response_texts=["mov"]), TOKENIZER)
     assert [finding.name for finding in cut.warnings] == ["other_text"]
+
+
+def test_a_tokenizer_without_an_unknown_token_that_cannot_spell_its_text_is_noted_too() -> None:
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "<|end|>": 2}))
+    words.decoder = decoders.Fuse()  # "ab": no word
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>")
+    assert "retokenization" in run_text_checks(specimen([[0]], [[0, 1]]), tokenizer).names()
 
 
 def test_a_reward_model_says_when_its_texts_are_not_like_those_of_its_training() -> None:
