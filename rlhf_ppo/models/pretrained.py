@@ -182,7 +182,9 @@ class PreTrainedModelWrapper(nn.Module):
         Returns:
             Logits [batch, time, vocabulary], float32 at least; loss or None; values [batch, time]; any cache requested.
         """
-        output = self._run(input_ids, attention_mask, past_key_values=past_key_values, **kwargs)
+        if past_key_values is not None:
+            kwargs[loading.cache_argument(self.pretrained_model)] = past_key_values
+        output = self._run(input_ids, attention_mask, **kwargs)
         hidden = (output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states)[-1]
         values = self.v_head(hidden.to(self.v_head.summary.weight.device)).squeeze(-1)
         logits = output.logits
@@ -192,7 +194,7 @@ class PreTrainedModelWrapper(nn.Module):
             logits = logits.float()
         loss = output.loss if "loss" in output else None
         if return_past_key_values:
-            return logits, loss, values, output.past_key_values
+            return logits, loss, values, output.get("cache", output.get("past_key_values"))
         return logits, loss, values
 
     def _run(self, input_ids: Tensor | None, attention_mask: Tensor | None, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from rlhf_ppo.kernels.mask_reads import masks_unread
 from rlhf_ppo.kernels.packed_weights import PackedWeights
+from rlhf_ppo.models.loading import cache_argument
 from rlhf_ppo.samplers.base import SamplingConfig, SamplingCounts, pad_prompts
 from rlhf_ppo.samplers.decode_results import DecodedTokens
 from rlhf_ppo.samplers.decode_support import contiguous_head_inputs, supports_logits_to_keep
@@ -47,6 +48,7 @@ class BatchDecoder:
         self.interval, self.packed, self.static = interval, packed, static
         self.value_head = value_head
         results.has_values = value_head is not None
+        self.cache_name = cache_argument(model)
         self.last_logits_only = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
 
     def run(self, prompts: list[Tensor], rows: list[int]) -> None:
@@ -163,7 +165,7 @@ class BatchDecoder:
         with masks_unread(ids.device):
             output = self.model(
                 input_ids=ids, attention_mask=mask if needed else None, position_ids=positions,
-                past_key_values=self.cache, use_cache=True, return_dict=True, **self.last_logits_only,
+                use_cache=True, return_dict=True, **{self.cache_name: self.cache}, **self.last_logits_only,
             )  # fmt: skip
         logits: Tensor = output.logits[:, -1]
         return logits

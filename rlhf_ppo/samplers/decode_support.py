@@ -12,10 +12,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rlhf_ppo.kernels.packing import names_in_forward
+from rlhf_ppo.models.loading import cache_argument
 from rlhf_ppo.models.trunk import learned_positions
 from rlhf_ppo.samplers.kv_cache import supports_row_selection
 
-REQUIRED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
+REQUIRED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "use_cache")
 
 
 def unsupported_reason(model: Any) -> str | None:
@@ -30,7 +31,7 @@ def unsupported_reason(model: Any) -> str | None:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return f"{name} has virtual prompt tokens ({model.active_peft_config.peft_type})"
     parameters = inspect.signature(base.forward).parameters
-    missing = [argument for argument in REQUIRED_ARGUMENTS if argument not in parameters]
+    missing = [argument for argument in (*REQUIRED_ARGUMENTS, cache_argument(base)) if argument not in parameters]
     if missing:
         return f"{name}.forward does not take {', '.join(missing)}"
     if not supports_row_selection(config):

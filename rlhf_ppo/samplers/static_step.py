@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ppo.functional.masked import HALF_PRECISION
+from rlhf_ppo.models.loading import cache_argument
 from rlhf_ppo.samplers.kv_cache import InPlaceCacheLayer, drop_rows
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class StaticStep:
         mask = self.mask[:rows, :length].index_fill_(1, self.window.slot, True)
         output = self.model(
             input_ids=self.ids[:rows], attention_mask=mask[:, None, None, :], position_ids=self.positions[:rows],
-            past_key_values=self.cache, use_cache=True, return_dict=True, **self.settings,
+            use_cache=True, return_dict=True, **{cache_argument(self.model): self.cache}, **self.settings,
         )  # fmt: skip
         logits: Tensor = output.logits[:, -1]
         return logits

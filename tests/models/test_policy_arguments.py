@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
@@ -32,6 +35,9 @@ def test_an_adapter_loaded_frozen_is_refused_and_loads_trainable(tmp_path: Path)
     trainer_of(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "adapter", is_trainable=True))
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason=f"transformers' adapters need peft {MIN_PEFT_VERSION}"
+)
 def test_adapters_of_transformers_own_are_refused() -> None:
     model = tiny_llama()
     model.add_adapter(LoraConfig(**LORA))

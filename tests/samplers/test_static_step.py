@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
+from rlhf_ppo.models.loading import cache_argument
 from rlhf_ppo.samplers import kv_cache, static_step
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
@@ -110,15 +111,17 @@ def test_attention_without_sdpa_s_masks_is_declined(caplog: pytest.LogCaptureFix
 def test_a_model_that_reads_its_mask_otherwise_is_declined_by_the_proof(caplog: pytest.LogCaptureFixture) -> None:
     """Positions counted from a mask with as many columns as tokens."""
 
+    name = cache_argument(tiny_llama())
+
     class Counting(type(tiny_llama())):  # type: ignore[misc]
         def forward(
-            self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None,
+            self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None, cache: Any = None,
             use_cache: Any = None, **rest: Any,
         ) -> Any:  # fmt: skip
             if attention_mask is not None and attention_mask.dim() == 4:
                 position_ids = position_ids * 0 + attention_mask.shape[-1] - 1
-            cached = {"past_key_values": past_key_values, "use_cache": use_cache}
-            return super().forward(input_ids, attention_mask, position_ids, **cached, **rest)
+            rest.setdefault(name, cache)
+            return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **rest)
 
     model = tiny_llama()
     model.__class__ = Counting

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+from rlhf_ppo.models.loading import cache_argument
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.transformers_generate import TransformersGenerate
@@ -45,10 +46,10 @@ def test_greedy_responses_equal_the_decode_loop_s(build: type, rules: dict[str, 
 
 def test_a_static_cache_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     caches: list[str] = []
-    plain = GPT2LMHeadModel.forward
+    plain, name = GPT2LMHeadModel.forward, cache_argument(tiny_gpt2())
 
     def watched(model: GPT2LMHeadModel, *arguments: Any, **settings: Any) -> Any:
-        caches.append(type(settings.get("past_key_values")).__name__)
+        caches.append(type(settings.get(name)).__name__)
         return plain(model, *arguments, **settings)
 
     monkeypatch.setattr(GPT2LMHeadModel, "forward", watched)
