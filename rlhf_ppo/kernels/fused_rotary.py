@@ -4,6 +4,7 @@ The modules of `transformers` rotate by a function that they name `apply_rotary_
 function computes what ours does runs the same `forward`, in which that name stands for ours.
 """
 
+import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, TypeAlias
@@ -25,7 +26,7 @@ Rotation: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
 def forward_with_fused_rotary(module: nn.Module) -> Callable[..., Any] | None:
     """The `forward` of an attention module with our rotation; None where its own computes something else."""
-    forward = type(module).__dict__.get("forward")
+    forward = inspect.unwrap(type(module).__dict__.get("forward", _no_forward))  # transformers 5.24 renames arguments
     if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
         return None
     plain = forward.__globals__.get(NAME)
@@ -38,6 +39,10 @@ def forward_with_fused_rotary(module: nn.Module) -> Callable[..., Any] | None:
     ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__ = forward.__kwdefaults__
     return ours
+
+
+def _no_forward() -> None:
+    """What a class has that inherits its `forward`."""
 
 
 def _ours_where_it_fits(plain: Rotation) -> Rotation:
