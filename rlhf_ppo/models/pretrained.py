@@ -182,9 +182,8 @@ class PreTrainedModelWrapper(nn.Module):
         Returns:
             Logits [batch, time, vocabulary], float32 at least; loss or None; values [batch, time]; any cache requested.
         """
-        if past_key_values is not None:
-            kwargs[loading.cache_argument(self.pretrained_model)] = past_key_values
-        output = self._run(input_ids, attention_mask, **kwargs)
+        past = {} if past_key_values is None else {loading.cache_argument(self.pretrained_model): past_key_values}
+        output = self._run(input_ids, attention_mask, **past, **kwargs)
         hidden = (output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states)[-1]
         values = self.v_head(hidden.to(self.v_head.summary.weight.device)).squeeze(-1)
         logits = output.logits
@@ -192,10 +191,9 @@ class PreTrainedModelWrapper(nn.Module):
             logits = logits.to(values.device)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        loss = output.loss if "loss" in output else None
         if return_past_key_values:
-            return logits, loss, values, output.get("cache", output.get("past_key_values"))
-        return logits, loss, values
+            return logits, output.get("loss"), values, output.get("cache", output.get("past_key_values"))
+        return logits, output.get("loss"), values
 
     def _run(self, input_ids: Tensor | None, attention_mask: Tensor | None, **kwargs: Any) -> Any:
         """Run the language model with hidden states, with position ids that do not count padding."""
