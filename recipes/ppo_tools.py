@@ -29,7 +29,8 @@ class Config(RunConfig):
 
     output_dir: str = "runs/ppo_tools"
     transcripts: int = 25_000
-    tokens: int = 180_000
+    tokens: int = 240_000
+    learning_rate: float = 5e-4
     problems: int = 3500
     """Training problems."""
     eval_problems: int = 500
