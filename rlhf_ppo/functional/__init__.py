@@ -1,8 +1,4 @@
-"""Pure tensor mathematics: tensors in, tensors out; no configuration, no state, no I/O.
-
-Everywhere `mask` is True at actions of the policy, log-probabilities are in nats, and `r_t`, `V(s_t)`, `Â_t`, `R_t` are
-rewards, values, advantages and value targets. Arguments that all losses share are described in `losses`.
-"""
+"""Pure tensor mathematics: tensors in, tensors out; no configuration, no state, no I/O."""
 
 from rlhf_ppo.functional.advantages import (
     discounted_returns,

@@ -31,6 +31,7 @@ def gae(
     `values[:, t + 1]`, as at the end of a rollout.
 
     Args:
+        rewards: r_t.
         values: V(s_0) ... V(s_T), one more than rewards.
         terminated: The episode ended at t: V after it is 0.
         truncated: The episode was cut off at t: V after it is bootstrapped from.
@@ -77,10 +78,14 @@ def turn_gae(
     Equal to `gae` where every turn has one token.
 
     Args:
+        rewards: r_t.
         values: V(s_0) ... V(s_T); those before the first token of a turn are read, and after the last action of a row
             that is not terminated.
+        terminated: As in `gae`.
+        truncated: As in `gae`.
         gamma: Discount γ in [0, 1], per turn.
         lam: λ in [0, 1], per turn.
+        mask: True = an action of the policy.
         turn_starts: True at the first action of each turn.
 
     Returns:
@@ -125,6 +130,7 @@ def discounted_returns(
     for the unobserved future; without, that future counts as 0.
 
     Args:
+        rewards: r_t.
         terminated: The episode ended at t.
         truncated: The episode was cut off at t.
         gamma: Discount γ in [0, 1].
@@ -152,6 +158,7 @@ def length_adaptive_lam(
     Without the bounds, λ is 0 at l = 1/α and negative below (α = 0.05: 20 actions), where GAE would alternate in sign.
 
     Args:
+        mask: True = an action of the policy.
         alpha: α > 0; 0.05 in the article, for responses of thousands of tokens.
         low: Smallest λ, in [0, high].
         high: Largest λ, at most 1.
@@ -172,6 +179,7 @@ def rloo_advantages(scores: Float[Tensor, " batch"], group_size: int) -> Float[T
 
     Args:
         scores: Groups one after the other: the `group_size` responses to a prompt are neighbors.
+        group_size: Responses per prompt, >= 2.
 
     Raises:
         ValueError: The group size is below 2, or does not divide the batch.
@@ -190,6 +198,7 @@ def grpo_advantages(
 
     Args:
         scores: Groups one after the other: the `group_size` responses to a prompt are neighbors.
+        group_size: Responses per prompt, >= 2.
         normalize_std: False does not divide by the standard deviation (Liu et al. 2025, "Dr. GRPO"): dividing by it
             gives more weight to prompts that are almost always, or almost never, solved.
         eps: Added to the standard deviation (n - 1 in its denominator), in units of the score.

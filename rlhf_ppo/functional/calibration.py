@@ -18,6 +18,12 @@ def value_bias_by_position(
 
     The k-th of n own actions of a response is in part ⌊bins · k / n⌋. Sum over n and add over processes for the mean
     bias: a critic that starts as a reward model is often low at the first tokens (Yuan et al. 2025).
+
+    Args:
+        values: V(s_t).
+        returns: Value targets R_t.
+        mask: True = an action of the policy.
+        bins: Number of parts, >= 1.
     """
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
     part = ((mask.cumsum(dim=1) - 1) * bins // lengths).clamp(0, bins - 1)

@@ -60,8 +60,13 @@ def divergence_masked_loss(
     a frequent token it stays inside while much moves. M_t carries no gradient.
 
     Args:
+        logprobs: log π_θ, nats; receives the gradient.
+        old_logprobs: log π_old, nats.
+        advantages: Â_t.
+        mask: True = an action of the policy.
         kind: Which `binary_divergence` D_t is.
         threshold: Largest D_t of a token that is kept regardless of direction, > 0.
+        count: Divisor of the sums, see `Count`.
 
     Returns:
         The loss; and the metrics of `surrogate_loss` with `clip_fraction`, the fraction of dropped steps.

@@ -1,7 +1,4 @@
-"""Importance weights for tokens that an inference engine sampled with other log-probabilities than the trainer's.
-
-Arguments that a function does not describe are those of `importance_ratio`.
-"""
+"""Importance weights for tokens that an inference engine sampled with other log-probabilities than the trainer's."""
 
 from typing import Literal, TypeAlias
 
@@ -41,6 +38,9 @@ def truncated_importance_weights(
     does not change while the epochs run. The cap C bounds the variance from rare tokens; it introduces bias.
 
     Args:
+        logprobs: log π_old under the trainer, nats.
+        sampler_logprobs: log μ under the sampler, nats.
+        mask: True = an action of the policy; the weight is 1 elsewhere.
         cap: C >= 1. Usual: 2.
 
     Raises:
@@ -73,6 +73,8 @@ def importance_weights(
     outside (IcePop, Ling Team 2025), "keep" is 1 within and 0 outside (rejection).
 
     Args:
+        logprobs: log π_old under the trainer, nats.
+        sampler_logprobs: log μ under the sampler, temperature and filters included, nats.
         mask: True = an action of the policy; n of them in a row.
         level: "token" bounds the variance best and is biased for later tokens; "sequence" is the exact weight of a
             response and varies with its length; "geometric" does not.

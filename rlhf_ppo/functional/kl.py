@@ -31,6 +31,7 @@ def kl_estimate(
     Args:
         logprobs: log π of the sampled tokens, nats.
         ref_logprobs: log π_ref of the same tokens, nats.
+        kind: The estimator.
         mask: Where given, positions outside become 0 and get no gradient.
 
     Raises:

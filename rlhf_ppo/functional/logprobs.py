@@ -70,7 +70,9 @@ def chunked_token_statistics(
     Args:
         head: The LM head, with or without gradient.
         hidden: Hidden states at the positions before the tokens.
+        tokens: Token ids.
         temperature: Divides the logits, for log-probabilities and entropy.
+        chunk_size: Tokens at a time.
         with_entropy: Also compute the entropy, which costs one more pass over each chunk.
 
     Raises:
@@ -106,7 +108,12 @@ def chunked_categorical_kl(
     KL(π_old || π_θ) of PPO's penalty and of TRPO.
 
     Args:
+        head: LM head of π.
+        hidden: Hidden states of π.
+        ref_head: LM head of the reference.
         ref_hidden: Hidden states of the reference at the same positions.
+        temperature: Divides both logits.
+        chunk_size: Tokens at a time.
 
     Raises:
         ValueError: The temperature or the chunk size is not positive.

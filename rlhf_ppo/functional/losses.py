@@ -1,9 +1,7 @@
 """Losses to minimize, each a sum over the masked steps divided by `count`.
 
 Every loss takes the count of the whole optimizer step (`Count` in `masked`), so that the gradients of micro-batches and
-processes add up to that of one batch. Every metric is detached and divided by the same count. The other arguments that
-all losses share: `logprobs` is log π_θ in nats and receives the gradient, `old_logprobs` log π_old, `advantages` Â_t,
-and `mask` is True at actions of the policy.
+processes add up to that of one batch. Every metric is detached and divided by the same count.
 """
 
 from typing import TypeAlias
@@ -34,9 +32,14 @@ def ppo_clip_loss(
         L = -E[min(ρ_t Â_t, clip(ρ_t, 1 - ε_low, 1 + ε_high) Â_t)],    ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
 
     Args:
+        logprobs: log π_θ, nats; receives the gradient.
+        old_logprobs: log π_old, nats.
+        advantages: Â_t.
+        mask: True = an action of the policy.
         clip_low: ε_low in [0, 1): how far a probability may fall before its gradient is cut.
         clip_high: ε_high >= 0: how far it may rise; above ε_low it is "clip-higher" (Yu et al. 2025).
         dual_clip: c > 1 bounds the loss of a negative advantage by -c Â_t (Ye et al. 2020), for ratios that explode.
+        count: Divisor of the sums, see `Count`.
 
     Returns:
         The loss; and metrics `clip_fraction` (steps whose gradient is cut), `approx_kl` (k2), `policy_kl` (mean of
@@ -75,9 +78,14 @@ def kl_penalty_loss(
         L = -E[ρ_t Â_t - β KL(π_old(·|s_t) || π_θ(·|s_t))]
 
     Args:
+        logprobs: log π_θ, nats; receives the gradient.
+        old_logprobs: log π_old, nats.
+        advantages: Â_t.
+        mask: True = an action of the policy.
         beta: β >= 0, the weight of the KL to the *old policy* (not to the reference).
         old_kl: Exact KL(π_old || π_θ) at each step, with gradient. None: the estimate ρ - 1 - log ρ from the
             sampled action, unbiased in value and gradient under π_old.
+        count: Divisor of the sums, see `Count`.
 
     Returns:
         The loss; and the metrics of `surrogate_loss` with `old_kl`, the mean of the penalized divergence.
@@ -147,8 +155,11 @@ def value_loss(
     Args:
         values: V_θ(s_t); receives the gradient.
         old_values: V at the time of the rollout; read only when clipping.
+        returns: Targets R_t.
+        mask: True = an action of the policy.
         clip_range: ε > 0 in units of the return; None for the plain squared error (Andrychowicz et al. 2021 found
             clipping to hurt at every threshold).
+        count: Divisor of the sums, see `Count`.
 
     Returns:
         The loss; and metrics `clip_fraction`, `error` (mean squared error, without ½), `mean` (of V).
@@ -203,6 +214,7 @@ def compute_ppo_total_loss(
     Args:
         new_log_probs: log π_θ of the actions, nats.
         old_log_probs: log π_old of the actions, nats.
+        advantages: Â_t.
         state_values: V_θ(s_t).
         return_targets: R_t.
         entropy: `S[π_θ](s_t)`, nats.

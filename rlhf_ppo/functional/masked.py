@@ -77,6 +77,7 @@ def sequence_mean_count(mask: Bool[Tensor, "batch time"], n_sequences: int | Ten
     """The `count` with which `masked_mean` is the mean over sequences of each sequence's mean.
 
     Args:
+        mask: True = an action of the policy.
         n_sequences: Sequences in the whole optimizer step, over micro-batches and processes.
     """
     return mask.sum(1, keepdim=True).clamp(min=1).float() * n_sequences
@@ -112,6 +113,7 @@ def whiten(
     mean is kept), never nan. Half precision is converted to float32.
 
     Args:
+        x: Advantages or rewards.
         mask: True = counts.
         shift_mean: False keeps the mean, which is meaningful for rewards (Ziegler et al. 2019).
         unbiased: Divide the sum of squares by n - 1; the first TensorFlow implementations divided by n.

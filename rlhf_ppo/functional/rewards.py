@@ -105,8 +105,10 @@ def missing_eos_penalty(
     their score.
 
     Args:
+        scores: From the reward source.
         finished: True = the response ended with a stop token.
         penalty: In units of the score, >= 0.
+        mode: "replace" or "subtract".
 
     Raises:
         ValueError: The penalty is negative, or the mode is unknown.
@@ -132,6 +134,7 @@ def soft_overlong_penalty(lengths: Int[Tensor, " batch"], *, max_length: int, bu
 
     Args:
         lengths: |y|, tokens of each response.
+        max_length: L.
         buffer: B >= 1, tokens before L over which the penalty grows.
     """
     return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
@@ -175,7 +178,10 @@ def classic_whiten_rewards(
 
     Args:
         rewards: Shaped rewards, junk allowed outside the mask.
+        mask: True = an action of the policy.
         tail: Positions between each row's last action and the end of the classic padded array, >= 0.
+        gamma: γ of the GAE that follows.
+        lam: λ of the GAE that follows.
         reduce_sum: Sums over processes; the classic trainer whitened on each process alone.
 
     Raises:

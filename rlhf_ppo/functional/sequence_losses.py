@@ -1,7 +1,4 @@
-"""Policy losses beside the clipped surrogate: GSPO's sequence ratios, CISPO's weights, likelihood of good examples.
-
-Arguments that are not described are those of `losses`.
-"""
+"""Policy losses beside the clipped surrogate: GSPO's sequence ratios, CISPO's weights, likelihood of good examples."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +27,10 @@ def gspo_loss(
     clip(s_i) Â_i), and advantages per token are allowed. |y_i| counts the policy's own tokens.
 
     Args:
+        logprobs: log π_θ, nats; receives the gradient.
+        old_logprobs: log π_old, nats.
+        advantages: Â_it.
+        mask: True = an action of the policy.
         clip_low: ε_low in [0, 1); 3e-4 in the article: s_i is a mean, and moves far less than a token's ratio.
         clip_high: ε_high >= 0; 4e-4 in the article.
         count: `sequence_mean_count` of the whole optimizer step; None: of these rows.
@@ -69,9 +70,14 @@ def cispo_loss(
     advantage (double-sided importance sampling).
 
     Args:
+        logprobs: log π_θ, nats; receives the gradient.
+        old_logprobs: log π_old, nats.
+        advantages: Â_t.
+        mask: True = an action of the policy.
         min_weight: w_min, the article's 1 - ε_low; 0, its choice, is no lower bound.
         max_weight: w_max, the article's 1 + ε_high, >= 1.
         drop: Whether tokens beyond the bounds are dropped instead of bounded.
+        count: Divisor of the sums, see `Count`.
 
     Returns:
         The loss; and the metrics of `ppo_clip_loss`, with `clip_fraction` the fraction of bounded weights.
@@ -106,7 +112,10 @@ def weighted_nll_loss(
     With `positive_example_weights` it is VAPO's loss on good responses (Yue et al. 2025).
 
     Args:
+        logprobs: log π_θ, nats; receives the gradient.
         weights: w_t >= 0.
+        mask: True = an action of the policy.
+        count: Divisor of the sums, see `Count`.
     """
     return -masked_mean(zero_where_masked(weights, mask) * zero_where_masked(logprobs, mask), mask, count)
 
@@ -120,6 +129,8 @@ def positive_example_weights(
     2025), whichever way the batch is cut into minibatches.
 
     Args:
+        scores: One per response.
+        mask: True = an action of the policy.
         coef: μ >= 0.
         threshold: Responses with a larger score are good.
         share: Share of the good responses' tokens in those of all processes; 0: there is none.

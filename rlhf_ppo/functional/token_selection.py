@@ -24,7 +24,9 @@ def token_covariances(
 
     Args:
         logprobs: log π of the sampled tokens, nats.
+        advantages: Â_t.
         mask: True = an action of the policy; c_t is 0 elsewhere.
+        reduce_sum: Sums over processes.
     """
     sums = torch.stack([masked_sum(logprobs, mask), masked_sum(advantages, mask), mask.sum().to(logprobs.dtype)])
     total_logprob, total_advantage, count = reduce_sum(sums).unbind()

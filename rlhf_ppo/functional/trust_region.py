@@ -142,6 +142,8 @@ def conjugate_gradient(
 
     Args:
         product: A, equal on all processes.
+        target: b.
+        iterations: Largest number of products.
         tolerance: Relative: stop when |r|² <= tolerance · |b|².
     """
     solution = torch.zeros_like(target)
@@ -167,6 +169,8 @@ def trust_region_step(direction: Vector, fisher_direction: Vector, max_kl: float
     """Scale `direction` to the step whose KL is `max_kl` in the quadratic model: x √(2δ / xᵀFx).
 
     Args:
+        direction: x, the natural gradient.
+        fisher_direction: F x.
         max_kl: δ, nats, > 0.
 
     Raises:
@@ -216,6 +220,8 @@ def line_search(
 
     Args:
         evaluate: Parameters -> (improvement of the surrogate over the start, mean KL in nats), equal on all processes.
+        start: θ_old.
+        step: The full step.
         max_kl: Largest accepted KL, nats; TRPO for language models allows 1.5 δ.
         shrink: Factor between successive candidates, in (0, 1).
         max_backtracks: Candidates after the first.
