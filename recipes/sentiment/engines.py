@@ -1,10 +1,10 @@
-"""Settings of the recipe's sampler."""
+"""Settings of the sampler that a recipe generates with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 from trl.import_utils import is_vllm_available
@@ -12,6 +12,7 @@ from trl.import_utils import is_vllm_available
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Sampler
 from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
+from rlhf_ppo.samplers.vllm import ONE_MODE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +35,23 @@ class VLLMSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Who draws."""
+    """Settings of the sampler, which generates responses."""
 
     sampler: SamplerName = "loop"
-    """Who draws: the own loop, generate or continuous batching of transformers, vLLM (docs/engines.md)."""
+    """Own loop, generate or continuous batching of transformers, or vLLM (docs/engines.md)."""
     vllm_url: str = "http://localhost:8000"
-    """Of the server of --sampler vllm-server."""
+    """Address of the server for --sampler vllm-server."""
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
-    """Of --sampler vllm-server, vllm-colocate and auto."""
+    """Settings of --sampler vllm-server, vllm-colocate and auto."""
     kv_budget_gib: float | None = None
     """Largest KV cache of the own loop and continuous batching, GiB; default: half of a GPU's free memory, else 4."""
 
     def __post_init__(self) -> None:
+        if unread := [name for name, readers in self._given().items() if self.sampler not in readers]:
+            raise ValueError(
+                f"--sampler {self.sampler} does not read {', '.join(unread)}, which would be ignored: leave that out, "
+                f"or choose --sampler {' or '.join(self._given()[unread[0]])}"
+            )
         if self.sampler == "vllm-colocate" and not is_vllm_available():
             raise ValueError(
                 "--sampler vllm-colocate needs vLLM, which is not installed here: `pip install 'rlhf_ppo[vllm]'`, "
@@ -58,9 +64,25 @@ class EngineSettings:
         """The chosen sampler, for responses of up to `new_tokens` to these prompts."""
         longest = max(length for dataset in prompts for length in dataset.lengths) + new_tokens
         budget = None if self.kv_budget_gib is None else int(self.kv_budget_gib * 2**30)
-        given = {name: value for name, value in asdict(self.vllm).items() if value != getattr(VLLMSettings(), name)}
-        vllm = {"max_model_length": longest, **given}
+        vllm = {} if self.sampler == "vllm-server" else {"max_model_length": longest}
+        vllm |= self._given_to_vllm()
         return make_sampler(self.sampler, tokenizer, vllm_url=self.vllm_url, kv_budget_bytes=budget, vllm=vllm)
+
+    def _given_to_vllm(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.vllm).items() if value != getattr(VLLMSettings(), name)}
+
+    def _given(self) -> dict[str, tuple[str, ...]]:
+        """Flags that are not at their defaults -> the samplers that read them."""
+        server, colocated = ("vllm-server",), ("vllm-colocate", "auto")
+        given: dict[str, tuple[str, ...]] = {
+            f"--vllm.{name.replace('_', '-')}": server if name in ONE_MODE["server"] else colocated
+            for name in self._given_to_vllm()
+        }
+        if self.vllm_url != EngineSettings.vllm_url:
+            given["--vllm-url"] = server
+        if self.kv_budget_gib is not None:
+            given["--kv-budget-gib"] = ("loop", "continuous", "auto")
+        return given
 
     @property
     def importance_sampling_cap(self) -> float | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,15 @@ from rlhf_ppo.models.merging import preserve_base_weights
 from rlhf_ppo.samplers.base import Samples, SamplingConfig, SamplingCounts, check_prompts, unwrap_causal_lm
 from rlhf_ppo.samplers.logits_processing import DecodingRules
 from rlhf_ppo.samplers.vllm_weights import WeightTransfer, choose_transfer, compute_dtype, open_in_process, open_server
+
+ONE_MODE = {
+    "server": ("base_url", "weight_transfer", "transfer_dir", "group_port", "timeout"),
+    "colocate": (
+        "dtype", "enforce_eager", "gpu_memory_utilization", "max_model_length", "tensor_parallel_size",
+        "enable_sleep_mode",
+    ),
+}  # fmt: skip
+"""Mode -> the fields of `VLLMSampler` that it alone reads."""
 
 
 @dataclass(kw_only=True)
@@ -55,6 +64,15 @@ class VLLMSampler:
     enable_sleep_mode: bool = False
     """Colocated: free the engine's memory during updates; weights are sent again after each sleep."""
     _engine: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        other = "colocate" if self.mode == "server" else "server"
+        defaults = {item.name: item.default for item in fields(self)}
+        if unread := [name for name in ONE_MODE[other] if getattr(self, name) != defaults[name]]:
+            raise ValueError(
+                f"expected settings of mode={self.mode!r}, got {', '.join(unread)}: only mode={other!r} reads them, so "
+                "they would be ignored. Leave them out, or choose that mode."
+            )
 
     def sync_weights(self, model: nn.Module, accelerator: Any) -> None:
         """Open the engine on the first call, then send it all weights, adapters merged; see `WeightSyncedSampler`.

@@ -55,6 +55,27 @@ def test_settings_of_vllm_given_to_a_recipe_arrive(stand_in: Any) -> None:
     assert found == (True, 9, 0.5, "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"vllm": VLLMSettings(dtype="bfloat16")}, "--sampler loop does not read --vllm.dtype"),
+        ({"vllm_url": "http://gpu:1"}, "--sampler loop does not read --vllm-url"),
+        ({"sampler": "generate", "kv_budget_gib": 2.0}, "choose --sampler loop or continuous or auto"),
+        ({"sampler": "vllm-server", "vllm": VLLMSettings(enable_sleep_mode=True)}, "choose --sampler vllm-colocate"),
+    ],
+)
+def test_a_setting_that_the_chosen_sampler_does_not_read_is_refused(settings: dict[str, Any], unread: str) -> None:
+    with pytest.raises(ValueError, match=unread):
+        EngineSettings(**settings)
+
+
+def test_a_setting_of_the_other_mode_of_vllm_is_refused() -> None:
+    with pytest.raises(ValueError, match="got dtype: only mode='colocate' reads them"):
+        VLLMSampler(dtype="float32")
+    with pytest.raises(ValueError, match="got timeout: only mode='server' reads them"):
+        VLLMSampler(mode="colocate", timeout=1.0)
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_auto_is_vllm_on_a_gpu_that_has_it_and_else_the_own_loop(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, installed: bool
