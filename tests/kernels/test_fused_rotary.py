@@ -1,5 +1,6 @@
 """Which attention classes rotate by our function, and when that goes the plain way."""
 
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -61,6 +62,21 @@ def test_a_forward_runs_as_it_is_with_our_rotation_in_it(monkeypatch: pytest.Mon
     calls.clear()  # the trial's
     assert_close(forward(module, *given), module(*given))
     assert calls == [1, 1]
+
+
+def test_a_decorated_forward_is_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 5.24 decorates it, to rename an argument."""
+    plain = Attention.forward
+
+    @wraps(plain)
+    def decorated(*given: Any) -> Any:
+        return plain(*given)
+
+    monkeypatch.setattr(Attention, "forward", decorated)
+    module, given = Attention(), queries_keys_and_angles()
+    forward = forward_with_fused_rotary(module)
+    assert forward is not None
+    assert_close(forward(module, *given), module(*given))
 
 
 @pytest.mark.parametrize("function", [of_neighbors, of_other_arguments, None])

@@ -5,7 +5,14 @@ import warnings
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from rlhf_ppo import (
     AutoModelForCausalLMWithValueHead,
@@ -103,6 +110,19 @@ def test_a_critic_from_the_policys_trunk_begins_at_zero() -> None:
     model = policy()
     attach_critic(model, SeparateCritic.from_policy(model))
     assert all((row == 0).all() for row in model.critic(inputs()))  # type: ignore[misc]
+
+
+def test_dropout_inside_attention_is_off_in_training_too() -> None:
+    """It is no module, but a number that the attention reads."""
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        attention_dropout=0.9, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    model = policy()
+    attach_critic(model, SeparateCritic.from_reward_model(LlamaForSequenceClassification(config)))
+    assert model.critic is not None
+    first, second = (torch.cat(list(model.critic.train()(inputs()))) for _ in range(2))
+    assert_close(first, second, rtol=0, atol=0)
 
 
 def test_encoders_several_labels_and_foreign_tokenizers_are_refused() -> None:

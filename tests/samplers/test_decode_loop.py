@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from rlhf_ppo.models.loading import cache_argument
 from rlhf_ppo.samplers import batch_decoder
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
@@ -369,6 +370,26 @@ def test_logits_that_are_not_numbers_are_an_error_naming_the_rows() -> None:
 def test_positions_beyond_a_learned_table_are_an_error_before_any_work() -> None:
     with pytest.raises(ValueError, match="max_position_embeddings = 16, got 17"):
         DecodeLoop()(tiny_gpt2(n_positions=16), prompts(3, 5), DRAW)
+
+
+def test_a_model_whose_forward_takes_cache_is_decoded_like_one_that_takes_past_key_values() -> None:
+    """As transformers 5.24 renamed it."""
+    name = cache_argument(tiny_llama())
+
+    class Renamed(type(tiny_llama())):  # type: ignore[misc]
+        def forward(
+            self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, cache: Any = None,
+            use_cache: Any = None, **rest: Any,
+        ) -> Any:  # fmt: skip
+            rest[name] = cache
+            return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **rest)
+
+    renamed = tiny_llama()
+    renamed.__class__ = Renamed
+    found, expected = (
+        DecodeLoop()(model, prompts(3, 5), DRAW, generator=seeded()) for model in (renamed, tiny_llama())
+    )
+    same(found, expected)
 
 
 def test_stop_strings_without_a_tokenizer_are_an_error() -> None:
