@@ -39,7 +39,7 @@ class Config(RunConfig):
     family: str = "sums"
     """Problems: "sums", which are built in, or a family of reasoning-gym whose problems are sums, such as chain_sum."""
     policy: Literal["tiny", "smollm2-135m"] = "tiny"
-    """What is trained."""
+    """Model to train."""
     output_dir: str = "runs/ppo_reasoning"
     transcripts: int = 30_000
     tokens: int = 60_000
@@ -51,11 +51,11 @@ class Config(RunConfig):
     eval_problems: int = 150
     """Held-out problems."""
     k: int = 8
-    """Replies to each held-out problem: any of them is right in pass@k."""
+    """Replies to each held-out problem; pass@k asks whether any of them is right."""
     max_new_tokens: int = 12
     """Maximum length of a reply."""
     lora_rank: int = 16
-    """Of the adapters of SmolLM2."""
+    """Rank of the LoRA adapters of SmolLM2."""
 
 
 def make_problems(config: Config, size: int) -> Expressions:

@@ -1,4 +1,4 @@
-"""Products of numbers from 32 to 99: too hard to know, easy to ask a calculator and to copy what it says."""
+"""Products of two numbers from 32 to 99, with a calculator as the tool that works them out."""
 
 import random
 import re

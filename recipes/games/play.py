@@ -36,7 +36,7 @@ class RunConfig:
     output_dir: str
     """Folder of metrics and results."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Random seed."""
     transcripts: int
     """Number of transcripts to imitate."""
     tokens: int
@@ -46,7 +46,7 @@ class RunConfig:
     mini_batch_size: int = 128
     """Episodes per optimizer step of PPO."""
     learning_rate: float = 1e-3
-    """Of PPO; it rises over 10 iterations, and falls to 0 along a straight line in the sampled tokens."""
+    """Learning rate of PPO; it rises over 10 iterations, then falls linearly to 0 with the sampled tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Sums in the shape of a data set of reasoning-gym, and how an imperfect teacher works them out step by step."""
+"""Sums with the interface of a reasoning-gym dataset, and step-by-step solutions of a teacher who makes slips."""
 
 import random
 import re

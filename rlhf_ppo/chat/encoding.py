@@ -1,4 +1,4 @@
-"""Token ids of texts, whether or not a chat template has written the first special token already."""
+"""Encode texts with special tokens, without a second BOS where a chat template has written one."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""`rlhf-ppo completion`: the words that a shell completes after `rlhf-ppo`."""
+"""The command `rlhf-ppo completion`, which prints the words that a shell completes."""
 
 import sys
 

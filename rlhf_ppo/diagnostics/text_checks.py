@@ -167,9 +167,10 @@ def retokenization(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _encodes_as(tokenizer: PreTrainedTokenizerBase, text: str, tokens: list[int]) -> bool:
+    """Whether `text` is encoded as `tokens`."""
     try:
         return bool(tokenizer(text, add_special_tokens=False)["input_ids"] == tokens)
-    except Exception:
+    except Exception:  # a tokenizer without an unknown token raises where it cannot spell the text
         return False
 
 

@@ -17,9 +17,11 @@ Observation: TypeAlias = str | Messages
 
 
 RESERVED = frozenset(
-    ("turns", "truncated", "sampled_tokens", "observed_tokens", "failed", "retried", "timed_out", "token_drift")
-    + ("rollouts_lost",)
-)
+    {
+        "turns", "truncated", "sampled_tokens", "observed_tokens", "failed", "retried", "timed_out", "token_drift",
+        "rollouts_lost",
+    }
+)  # fmt: skip
 """Names of `env/...` metrics that are no environment's."""
 _LARGEST = float(np.finfo(np.float32).max)
 

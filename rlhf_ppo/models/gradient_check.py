@@ -1,4 +1,4 @@
-"""Gradients by some of a model's parameters, and their comparison."""
+"""Compare gradients with respect to some of a model's parameters."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The passes that the trainer cuts a plan's minibatches into, where it decides by a GPU's memory."""
+"""Cut a plan's minibatches into passes as the trainer does by a GPU's memory."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A decoding step over tensors that stay where they are, which a GPU replays as a CUDA graph.
+"""A decoding step on tensors with fixed addresses, which a GPU can replay as a CUDA graph.
 
 Launching the hundreds of kernels of a step takes the host longer than a GPU needs to run them. A graph launches them at
 once, but reads and writes the same memory each time: keys and values have their final size, the mask says which of them

@@ -1,4 +1,4 @@
-"""Layouts that the names of a well-known dataset's columns tell."""
+"""Layouts of public datasets, recognized by the names of their columns."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
