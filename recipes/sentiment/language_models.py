@@ -22,6 +22,7 @@ from transformers import (
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.models.loading import with_quantization_config
+from rlhf_ppo.utils.model_names import is_missing_folder
 
 from .assets import SMOLLM2, build_once, cache_root, fetch, fingerprint, kept_beside
 from .command_line import reason
@@ -61,7 +62,7 @@ def model_location(name: str, *, reviews: Sequence[Review] | None = None, sft: S
         if not (folder / "config.json").is_file():
             raise ValueError(f"The folder {name} holds no model: it has no config.json. {_choices()}")
         return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+    if is_missing_folder(name):
         raise ValueError(f"There is no model folder {name}. {_choices()}")
     return name
 

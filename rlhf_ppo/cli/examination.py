@@ -12,6 +12,7 @@ from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.utils.model_names import check_model_name
 
 TEXTS = ("The film was", "Once upon a time", "How do I", "It is")
 ROWS = 4
@@ -23,6 +24,7 @@ def examine(model: str, prompts: str | None, max_new_tokens: int) -> tuple[list[
     Raises:
         ValueError: The model or the prompts cannot be used.
     """
+    check_model_name(model)
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -39,6 +39,7 @@ from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.utils.model_names import check_model_name
 
 ALGORITHMS: dict[str, Callable[..., AlgorithmConfig]] = {
     "ppo-clip": PPOClip, "ppo-penalty": PPOPenalty, "trpo": TRPO, "reinforce": Reinforce,
@@ -59,6 +60,7 @@ def run(config: RunConfig) -> TrainState:
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )  # peft
+    check_model_name(config.model)
     tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

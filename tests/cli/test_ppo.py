@@ -86,6 +86,7 @@ def test_a_preset_gives_way_to_settings() -> None:
         (["missing.yaml"], 2, "missing.yaml cannot be read as YAML"),
         (["--prompts", "p.jsonl", "--reward", "nowhere:it"], 1, "There is no file p.jsonl"),
         ([], 1, "--prompts is missing"),
+        (["--model", "/no/such/folder"], 1, "there is no model folder /no/such/folder"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(world: Path, arguments: list[str], status: int, message: str, capsys: Any) -> None:
