@@ -18,7 +18,7 @@ CLOSE, LOW_PRECISION_CLOSE = 1e-3, 0.1
 
 
 class RowCheck:
-    """Declines fast paths that score rows of a batch otherwise than each row alone, whenever rows become longer."""
+    """Declines fast paths that score rows of a batch differently from each row alone, whenever rows become longer."""
 
     def __init__(self) -> None:
         self.longest = SMALL_BATCH_TOKENS
@@ -31,8 +31,20 @@ class RowCheck:
         costs = [len(prompt) + len(response) for prompt, response in zip(inputs.prompts, inputs.responses, strict=True)]
         return min(costs) < max(costs) and max(costs) > 2 * self.longest and not is_sharded(model)
 
-    def __call__(self, model: nn.Module, paths: FastPaths, inputs: TokenInputs, score_by: ScoredBy) -> FastPaths:
-        """`paths`, without those that score the longest, middle or shortest row of `inputs` otherwise than alone."""
+    def __call__(
+        self,
+        model: nn.Module,
+        paths: FastPaths,
+        inputs: TokenInputs,
+        score_by: ScoredBy,
+        *,
+        autocast: torch.dtype | None = None,
+    ) -> FastPaths:
+        """Leave out the paths that score the longest, middle or shortest row of `inputs` differently from it alone.
+
+        Args:
+            autocast: Dtype of the matrix products under autocast, in which `score_by` runs the layers.
+        """
         order = inputs.costs().argsort()
         rows = inputs.select(order[[0, len(order) // 2, -1]].unique())
         self.longest = int(inputs.costs().max())
@@ -42,7 +54,8 @@ class RowCheck:
             return float((score_by(paths, rows, None)[2].logprobs - alone).abs().max())
 
         first = found = gap(paths)
-        tolerance = LOW_PRECISION_CLOSE if is_low_precision(model) else CLOSE
+        rounded = autocast is not None or torch.is_autocast_enabled(inputs.prompts[0].device.type)
+        tolerance = LOW_PRECISION_CLOSE if rounded or is_low_precision(model) else CLOSE
         declined: dict[str, str] = {}
         reason = f"rows of {self.longest} tokens differ by {first:.1e} nats from each row alone"
         for name in ("packing", "last_layer", "padding"):

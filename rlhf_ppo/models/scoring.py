@@ -122,7 +122,7 @@ class TokenPolicy(nn.Module):
         if not (torch.is_grad_enabled() and self.paths.fused_head and is_plain_head(self._linear_head())):
             loss_gradient = None
         if self._row_check.is_due(self.model, inputs):
-            self.proven = self._row_check(self.model, self.paths, inputs, self._score_by)
+            self.proven = self._row_check(self.model, self.paths, inputs, self._score_by, autocast=self.trunk.autocast)
         hidden, states, statistics = self._run(inputs, with_entropy, loss_gradient)
         self.work["head_rows"] += len(hidden)
         lengths = inputs.response_lengths().tolist()

@@ -202,15 +202,15 @@ def test_a_fast_path_with_a_wrong_gradient_is_declined_alone() -> None:
 class Shrinking(nn.Module):
     """Attends as plain attention in rows of up to 16 tokens, and to nothing beyond them when packed."""
 
-    def __init__(self, plain: nn.Module) -> None:
+    def __init__(self, plain: nn.Module, factor: float = 0.5) -> None:
         super().__init__()
-        self.plain = plain
+        self.plain, self.factor = plain, factor
 
     def forward(self, *given: Any, **settings: Any) -> Any:
         output = self.plain(*given, **settings)
         groups = settings.get("row_groups")
         long = groups is not None and max(length for _, length in groups) > 16
-        return (output[0] * 0.5, *output[1:]) if long else output
+        return (output[0] * self.factor, *output[1:]) if long else output
 
 
 def test_a_fast_path_that_differs_in_long_rows_alone_is_declined_at_the_first_of_them() -> None:
@@ -223,3 +223,18 @@ def test_a_fast_path_that_differs_in_long_rows_alone_is_declined_at_the_first_of
     for row, expected in zip(found, own_logprobs(model, RAGGED), strict=True):
         assert_close(row[: len(expected)], expected, rtol=0, atol=1e-4)
     assert set(policy.paths.declined) == {"packing"}
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_what_bfloat16_rounds_declines_a_fast_path_only_where_products_are_in_float32(
+    autocast: torch.dtype | None,
+) -> None:
+    """Rows side by side and alone round differently under autocast; this much would be a fault in float32."""
+    model = tiny_llama()
+    model.model.layers[0].self_attn = Shrinking(model.model.layers[0].self_attn, factor=0.98)
+    policy = TokenPolicy(model, packing=True)
+    assert policy.paths.packing
+    policy.trunk.autocast = autocast
+    with torch.no_grad():
+        policy(RAGGED)
+    assert set(policy.paths.declined) == ({"packing"} if autocast is None else set())
