@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,17 @@ def test_help_is_shown_without_torch() -> None:
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"  {name} " in shown for name in COMMANDS) and "rlhf-ppo run SCRIPT" in shown
     assert all(f"usage: python -m rlhf_ppo.{name}" in shown for name in ("plan", "report", "merge"))
+
+
+def test_a_command_that_a_test_runs_leaves_no_bytecode_with_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain Python would load it afterwards, and end with a KeyError."""
+    source = str(ROOT / "rlhf_ppo" / "plan" / "__main__.py")
+    bytecode = Path(cache_from_source(source))
+    bytecode.unlink(missing_ok=True)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert not bytecode.exists() or b"jaxtyped" not in bytecode.read_bytes()
 
 
 def test_the_shell_completes_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
