@@ -9,7 +9,7 @@ from typing import Any, Literal
 from reward_model.models.adoption import adopt
 from reward_model.models.contract import CONTRACT_FILE, Contract
 from reward_model.models.ensemble import ModelOptions
-from reward_model.utils.commands import named_model, parse, run
+from reward_model.utils.commands import model_as_option, parse, run
 from reward_model.utils.documented import documented
 
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> Contract:
     """Infer the contract, print it, and write it if asked."""
     (config,) = parse(
         (AdoptConfig,),
-        named_model(arguments),
+        model_as_option(arguments),
         program="python -m reward_model.adopt",
         description="Infer the contract of another maker's reward model, print it, and write it beside the model.",
     )

@@ -15,7 +15,7 @@ from reward_model.evaluation.report_card import Scorer, model_facts, report_card
 from reward_model.models.encoding import split_encodable
 from reward_model.models.ensemble import ModelOptions, first_member, load_reward_model
 from reward_model.training.tracking import training_curves
-from reward_model.utils.commands import named_model, parse, run
+from reward_model.utils.commands import model_as_option, parse, run
 from reward_model.utils.documented import documented
 
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Compute the report card, print it, write it as JSON and HTML, and return it."""
     (config,) = parse(
         (EvaluateConfig,),
-        named_model(arguments),
+        model_as_option(arguments),
         program="python -m reward_model.evaluate",
         description="Evaluate a reward model on held-out comparisons: accuracy, calibration, biases, stability.",
     )

@@ -15,7 +15,7 @@ from reward_model.data.rows import BadRow, checked_row, json_line, rename_column
 from reward_model.data.sources import read_rows
 from reward_model.models.ensemble import ModelOptions, first_member
 from reward_model.models.text import render
-from reward_model.utils.commands import column_names, named_model, parse, run
+from reward_model.utils.commands import column_names, model_as_option, parse, run
 from reward_model.utils.documented import documented
 from rlhf_ppo.chat.cells import parse_cell
 from rlhf_ppo.chat.messages import read_text, read_tools
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     """Score every row and write it with its score."""
     (config,) = parse(
         (ScoreConfig,),
-        named_model(arguments),
+        model_as_option(arguments),
         program="python -m reward_model.score",
         description="Score prompt-response texts with a trained reward model.",
     )

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from reward_model.serving.server import ServeConfig, application
-from reward_model.utils.commands import named_model, parse, run
+from reward_model.utils.commands import model_as_option, parse, run
 
 logger = logging.getLogger(__name__)
 
@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Load the model and serve until interrupted."""
     (config,) = parse(
         (ServeConfig,),
-        named_model(arguments),
+        model_as_option(arguments),
         program="python -m reward_model.serve",
         description="Serve a reward model over HTTP (POST /score, or /get_reward as OpenRLHF asks).",
     )

@@ -12,7 +12,7 @@ from reward_model.data.layouts import Recognized, recognize
 from reward_model.data.pairs import label_number, pairs_from_labels
 from reward_model.data.rows import BadRow, OnBadRow, Row, checked_row, rename_columns, set_aside
 from reward_model.data.sources import LocatedRow
-from reward_model.data.threads import Threads
+from reward_model.data.threads import MessageThreads
 
 _LIKE_A_PROMPT = re.compile(r"(^|_)(prompt|question|instruction|query|context|input|history|post|messages)$")
 
@@ -51,7 +51,7 @@ class Collector:
         self.used: set[str] = {group} if group else set()
         self._comparisons: list[Comparison] = []
         self._answers: dict[str, _Answers] = {}
-        self._threads = Threads()
+        self._threads = MessageThreads()
         self._texts: list[str] = []
         self._labels: list[float] = []
 

@@ -8,7 +8,7 @@ from reward_model.data.rows import BadRow, Row
 _ROLES = {"prompter": "user", "assistant": "assistant", "user": "user", "system": "system"}
 
 
-class Threads:
+class MessageThreads:
     """Messages by their id; each message whose replies are ranked becomes a ranking."""
 
     def __init__(self) -> None:

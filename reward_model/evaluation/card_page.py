@@ -20,7 +20,7 @@ td, th { padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #e4e8ee; font-v
 """
 
 
-def share(value: Mapping[str, Any]) -> str:
+def format_share(value: Mapping[str, Any]) -> str:
     """Format a share with its confidence interval, in percent."""
     if not value["count"]:
         return "no pairs"
@@ -28,7 +28,7 @@ def share(value: Mapping[str, Any]) -> str:
 
 
 def _shares(table: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    return [(name, share(row)) for name, row in table.items()]
+    return [(name, format_share(row)) for name, row in table.items()]
 
 
 def text_table(card: Mapping[str, Any]) -> str:
@@ -63,7 +63,7 @@ def html_page(card: Mapping[str, Any], *, title: str, facts: Mapping[str, str]) 
     )
 
 
-def picture(card: Mapping[str, Any]) -> bytes:
+def draw_figures(card: Mapping[str, Any]) -> bytes:
     """Reliability, scores, accuracy by length and, where they are known, best-of-N and training curves, as PNG.
 
     Raises:
@@ -95,7 +95,7 @@ def write_page(card: Mapping[str, Any], path: Path, *, title: str, facts: Mappin
     """Write the HTML page, and its figures beside it as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html_page(card, title=title, facts=facts), encoding="utf-8")
-    path.with_suffix(".png").write_bytes(picture(card))
+    path.with_suffix(".png").write_bytes(draw_figures(card))
 
 
 def _sections(card: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -104,7 +104,10 @@ def _sections(card: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
     sections = [
         (
             "Accuracy",
-            [("all pairs", share(card["accuracy"])), ("log loss", f"{card['log_loss']:.4f} nats (a coin: 0.6931)")],
+            [
+                ("all pairs", format_share(card["accuracy"])),
+                ("log loss", f"{card['log_loss']:.4f} nats (a coin: 0.6931)"),
+            ],
         ),
         ("By source", _shares(card["by_source"])),
         ("By length", _shares(card["by_length"])),
@@ -120,10 +123,10 @@ def _sections(card: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
             "Length bias",
             [
                 ("score per 10 extra tokens", f"{bias['slope_per_10_tokens']:+.4f} std"),
-                ("pairs of equal length (within 10 %)", share(bias["accuracy_balanced"])),
-                ("chosen is longer", share(bias["accuracy_chosen_longer"])),
-                ("chosen is shorter", share(bias["accuracy_chosen_shorter"])),
-                ("rule 'longer is better'", share(bias["accuracy_of_longer_is_better"])),
+                ("pairs of equal length (within 10 %)", format_share(bias["accuracy_balanced"])),
+                ("chosen is longer", format_share(bias["accuracy_chosen_longer"])),
+                ("chosen is shorter", format_share(bias["accuracy_chosen_shorter"])),
+                ("rule 'longer is better'", format_share(bias["accuracy_of_longer_is_better"])),
             ],
         ),
         ("Stability of raw scores", [(name, _change(stable[key])) for key, name in _STABILITY.items()]),
@@ -163,7 +166,7 @@ def _ensemble_rows(ensemble: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _top_1_sections(top_1: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    rows = [(name, f"{share(row)} (chance: {row['chance']:.1%})") for name, row in top_1["subsets"].items()]
+    rows = [(name, f"{format_share(row)} (chance: {row['chance']:.1%})") for name, row in top_1["subsets"].items()]
     ties = top_1.get("ties")
     if ties:
         rows.append(("Ties score", f"{ties['score']:.1%}, n = {ties['count']}"))
@@ -184,7 +187,7 @@ _TIES = {
 
 
 def _agreement_rows(agreement: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [(f"accuracy of {name}", share(row)) for name, row in agreement["accuracy"].items()]
+    rows = [(f"accuracy of {name}", format_share(row)) for name, row in agreement["accuracy"].items()]
     return rows + [
         (" and ".join(row["models"]), f"{row['pairwise']:.1%} of pairs alike, Kendall's tau {row['kendall_tau']:+.3f}")
         for row in agreement["pairs"]
@@ -218,7 +221,7 @@ def _html_section(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _encoded(card: Mapping[str, Any]) -> str:
-    return base64.b64encode(picture(card)).decode()
+    return base64.b64encode(draw_figures(card)).decode()
 
 
 def _draw_reliability(axis: Any, bins: Sequence[Sequence[float]]) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
 from reward_model.models.backbone import (
     head_name,
-    longest_input,
+    max_positions,
     quiet_transformers,
     read_classifier,
     separate_padding,
@@ -243,7 +243,7 @@ def _agree_on_padding(model: Any, tokenizer: Any, layout: Layout) -> None:
 
 
 def _text_rule(model: Any, tokenizer: Any, layout: Layout, labels: int) -> TextRule:
-    limits = [longest_input(model) or LONGEST_TEXT, tokenizer.model_max_length, LONGEST_TEXT]
+    limits = [max_positions(model) or LONGEST_TEXT, tokenizer.model_max_length, LONGEST_TEXT]
     chat = bool(tokenizer.chat_template)
     appends = layout == "openrlhf" or (labels == 1 and not chat)
     return TextRule(

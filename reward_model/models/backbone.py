@@ -135,7 +135,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def longest_input(model: Any) -> int | None:
+def max_positions(model: Any) -> int | None:
     """Maximum of positions of a model; None if its config has no limit."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)

@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from reward_model.models.backbone import head_name, longest_input, read_classifier, separate_padding
+from reward_model.models.backbone import head_name, max_positions, read_classifier, separate_padding
 from reward_model.models.contract import Contract, ContractError, tokenizer_sha256
 
 ADAPTER_FILE = "adapter_config.json"
@@ -85,7 +85,7 @@ def check_tokenizer(tokenizer: Any, model: Any, contract: Contract, folder: Path
             f"{found[:12]}...: it would make other tokens than the training did. Restore the tokenizer files that "
             "training wrote; the policy's tokenizer does not belong here."
         )
-    limit = longest_input(model)
+    limit = max_positions(model)
     if limit is not None and contract.text.max_length > limit:
         raise ContractError(
             f"{folder}: field text.max_length is {contract.text.max_length}, the model has {limit} positions."

@@ -52,7 +52,7 @@ def encode(
     options: dict[str, Any] = {"add_special_tokens": rule.template == "plain", "verbose": False}
     if truncate:
         options |= {"truncation": True, "max_length": max_length}
-        text = end_of_text(tokenizer, text, tokens=max_length)
+        text = text_tail(tokenizer, text, tokens=max_length)
     ids = list(tokenizer(text, **options)["input_ids"])
     if rule.append_eos and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)
@@ -89,7 +89,7 @@ def render(
     return prompt + response
 
 
-def end_of_text(tokenizer: Any, text: str, *, tokens: int) -> str:
+def text_tail(tokenizer: Any, text: str, *, tokens: int) -> str:
     """An end of `text` that has its last `tokens` tokens; a text of megabytes need not be tokenized whole.
 
     It begins where a word ends, at which every tokenizer cuts, and has more tokens than needed, because the first ones

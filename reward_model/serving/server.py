@@ -101,10 +101,10 @@ def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -
         return JSONResponse(health_of(model))
 
     posts = [Route("/score", score, methods=["POST"]), Route("/get_reward", get_reward, methods=["POST"])]
-    return Starlette(routes=[*posts, Route("/health", health)], exception_handlers=refusals())
+    return Starlette(routes=[*posts, Route("/health", health)], exception_handlers=error_handlers())
 
 
-def refusals() -> dict[Any, Any]:
+def error_handlers() -> dict[Any, Any]:
     """How each error is answered: its status, and its text as the reason."""
     from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse

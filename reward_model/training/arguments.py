@@ -15,7 +15,7 @@ from reward_model.models.backbone import head_name
 from reward_model.training.config import RewardModelConfig
 from reward_model.training.resume import processes, training_folder
 from rlhf_ppo.models.precision import has_bfloat16
-from rlhf_ppo.utils.installed import parameter_name, takes
+from rlhf_ppo.utils.installed import accepts_argument, parameter_name
 
 _FOLLOW_ACCURACY = ("reduce_lr_on_plateau", "greedy")
 """Schedules that take a metric at each evaluation instead of a step: the held-out accuracy."""
@@ -55,7 +55,7 @@ def check_schedule(config: RewardModelConfig) -> None:
         )
     arguments = schedule_arguments(config)
     try:
-        unknown = [name for name in arguments if not takes(builders[config.schedule], name)]
+        unknown = [name for name in arguments if not accepts_argument(builders[config.schedule], name)]
         if unknown and config.schedule not in _FOLLOW_ACCURACY:  # those take any
             raise ValueError(f"it takes no {', '.join(unknown)}")
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)

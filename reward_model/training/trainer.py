@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from reward_model.data.comparisons import Comparison, Row, as_comparisons
 from reward_model.data.rows import OnBadRow
 from reward_model.evaluation.scoring import fit_normalization, held_out_metrics, score_completions
-from reward_model.models.backbone import disable_dropout, head_name, load_backbone, longest_input, short_name
+from reward_model.models.backbone import disable_dropout, head_name, load_backbone, max_positions, short_name
 from reward_model.models.contract import Contract, TextRule, tokenizer_sha256
 from reward_model.models.encoding import (
     ComparisonCollator,
@@ -138,7 +138,7 @@ def _text_rule(config: RewardModelConfig, tokenizer: Any, model: Any, rows: Sequ
     eos = config.append_eos
     if eos is None:  # a chat template closes its turns itself
         eos = template == "plain" and tokenizer.eos_token_id is not None
-    limit = longest_input(model)
+    limit = max_positions(model)
     return TextRule(template=template, append_eos=eos, max_length=min(config.max_length, limit or config.max_length))
 
 

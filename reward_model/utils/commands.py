@@ -82,7 +82,7 @@ def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str]
         sys.exit(2)
 
 
-def named_model(arguments: Sequence[str] | None) -> list[str]:
+def model_as_option(arguments: Sequence[str] | None) -> list[str]:
     """Rewrite `MODEL --data ...` to `--model MODEL --data ...`."""
     line = list(sys.argv[1:] if arguments is None else arguments)
     return ["--model", *line] if line and not line[0].startswith("-") else line

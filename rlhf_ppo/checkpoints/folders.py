@@ -138,7 +138,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     ]
     for path in reversed(candidates):
         if (damage := find_damage(path)) is None:
-            if (written := format_of(path)) > FORMAT:
+            if (written := checkpoint_format(path)) > FORMAT:
                 raise CheckpointError(
                     f"{path.name} has format {written}, this version of rlhf_ppo reads 1 to {FORMAT}: resuming "
                     "from an older one would lose work. Update rlhf_ppo, or choose another output_dir."
@@ -153,7 +153,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def format_of(path: Path) -> int:
+def checkpoint_format(path: Path) -> int:
     """The format of a checkpoint without damage."""
     return int(read_json(path / MANIFEST)["format"])
 

@@ -56,7 +56,7 @@ def read_checkpoint(path: Path, *, engine: bool, processes: int) -> SavedCheckpo
             f"{path.name} was written {'without' if engine else 'by'} DeepSpeed, this run differs: "
             "sharded and full optimizer states cannot be converted. Resume with the first run's launch configuration."
         )
-    saved = _read_format_1(path, engine) if folders.format_of(path) == 1 else _read(path, engine)
+    saved = _read_format_1(path, engine) if folders.checkpoint_format(path) == 1 else _read(path, engine)
     if saved.processes != processes and engine:
         raise CheckpointError(
             f"{path.name} was written by {saved.processes} processes of DeepSpeed, this run has {processes}: the "

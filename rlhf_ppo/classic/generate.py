@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.samplers.base import EvalMode, SamplingConfig, check_prompts, pad_prompts, unwrap_causal_lm
+from rlhf_ppo.models.dropout import EvalMode
+from rlhf_ppo.samplers.base import SamplingConfig, check_prompts, pad_prompts, unwrap_causal_lm
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.decode_proof import GenerationPlan, generation_plan, position_settings
 from rlhf_ppo.samplers.decode_support import check_ids, check_positions

@@ -18,7 +18,7 @@ MAX_EPISODES = 8
 """Maximum number of episodes that are played again."""
 
 
-def reward_without_reply(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
+def reward_survives_empty_reply(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
     """Play rewarded episodes again with an empty last reply: a reward that stays was not earned by the reply."""
     if batch.episodes is None or batch.environment is None:
         return None
@@ -39,7 +39,7 @@ def reward_without_reply(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBa
     if not kept or sum(kept) * 2 < len(kept):
         return [] if kept else None
     evidence = f"{sum(kept)} of {len(kept)} rewarded last replies earn the same when they are replaced by an empty text"
-    return [finding("reward_without_reply", evidence)]
+    return [finding("reward_survives_empty_reply", evidence)]
 
 
 def source_reads_observations(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
@@ -112,6 +112,6 @@ def _scores(source: WeightedSource, request: RewardRequest) -> list[float]:
 
 
 ENVIRONMENT_CHECKS: dict[str, Check] = {
-    "reward_without_reply": reward_without_reply, "source_reads_observations": source_reads_observations,
+    "reward_survives_empty_reply": reward_survives_empty_reply, "source_reads_observations": source_reads_observations,
     "dead_environment": dead_environment, "groups_without_variance": groups_without_variance,
 }  # fmt: skip

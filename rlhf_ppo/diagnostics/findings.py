@@ -128,7 +128,7 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
         "a reward was given for tokens of an environment or a tool, which take no gradient: their scores are dropped",
         "credit the reward of a turn to the last token that the policy wrote in it",
     ),
-    "reward_without_reply": KnownFinding(
+    "reward_survives_empty_reply": KnownFinding(
         "the environment's reward reads the text of a tool as the answer, or does not depend on what the policy writes",
         "compute the reward of a turn from the argument of `step`, not from the transcript",
     ),
@@ -165,7 +165,7 @@ CONSEQUENCES: dict[str, frozenset[str]] = {
     "padded_responses": DRAWS | {"sampler"},
     "sampling": DRAWS | {"sampler"},
     "sampler": DRAWS,
-    "reward_without_reply": frozenset({"dead_environment", "groups_without_variance"}),
+    "reward_survives_empty_reply": frozenset({"dead_environment", "groups_without_variance"}),
     "dead_environment": frozenset({"groups_without_variance"}),
 }
 """Name of a finding -> findings that it brings about: as long as it stands, they cannot be told apart from it."""

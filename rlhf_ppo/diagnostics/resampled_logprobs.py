@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
 from rlhf_ppo.learner.ppo_learner import PPOLearner
+from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.models.trunk import decoder_start_token
-from rlhf_ppo.samplers.base import EvalMode
 
 MAX_LOGITS = 2**21
 """Maximum of logits per forward pass: 8 MiB in float32."""

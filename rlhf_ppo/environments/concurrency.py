@@ -21,7 +21,7 @@ def run_concurrently(
     A call that exceeds the time limit is abandoned in its daemon thread, and another thread takes its place.
 
     Args:
-        calls: Functions without arguments; they may use `finish` on awaitables.
+        calls: Functions without arguments; they may use `resolve_awaitable` on awaitables.
         workers: Maximum number of calls at the same time.
         timeout: Seconds per call, from its start; None: no limit.
     """
@@ -37,7 +37,7 @@ def run_concurrently(
     return [task.outcome(timeout) for task in tasks]
 
 
-def finish(result: Any) -> Any:
+def resolve_awaitable(result: Any) -> Any:
     """Wait for an awaitable on the process's event loop; return anything else unchanged."""
     if not inspect.isawaitable(result):
         return result

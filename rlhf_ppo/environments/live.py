@@ -17,13 +17,13 @@ from rlhf_ppo.environments.base import (
     accepted_columns,
     check_observation,
 )
-from rlhf_ppo.environments.concurrency import finish
+from rlhf_ppo.environments.concurrency import resolve_awaitable
 from rlhf_ppo.environments.config import EpisodeConfig
 from rlhf_ppo.environments.episode import Episode
 from rlhf_ppo.environments.rendering import Renderer
 
 
-class NoRoomError(ValueError):
+class NoRoomForReplyError(ValueError):
     """No reply fits behind the first observation."""
 
 
@@ -58,7 +58,7 @@ class ReplayableEnvironment:
         """
         with self._closed_on_error():
             self.environment = environment = self.factory()
-            first = finish(environment.reset(**accepted_columns(environment.reset, self.columns)))
+            first = resolve_awaitable(environment.reset(**accepted_columns(environment.reset, self.columns)))
             check_observation(first, "the result of reset()")
             if self.turns and first != self.first:
                 raise ReplayError("reset() returned another first observation for the same columns and seed")
@@ -83,7 +83,7 @@ class ReplayableEnvironment:
         """Call the environment's `close`, if it has one."""
         environment, self.environment = self.environment, None
         close: Callable[[], Any] | None = getattr(environment, "close", None)
-        if close is not None and inspect.isgenerator(finish(close())):
+        if close is not None and inspect.isgenerator(resolve_awaitable(close())):
             raise TypeError("close() returned a generator, whose code never ran: let it be a plain function.")
 
     @contextmanager
@@ -97,7 +97,7 @@ class ReplayableEnvironment:
 
     def _answer(self, reply: str) -> Turn:
         assert self.environment is not None
-        turn = finish(self.environment.step(reply))
+        turn = resolve_awaitable(self.environment.step(reply))
         if not isinstance(turn, Turn):
             raise TypeError(
                 f"step() must return a Turn, got {type(turn).__name__}: it would be unknown what was observed and "
@@ -142,11 +142,11 @@ class LiveEpisode:
         """Encode the first observation.
 
         Raises:
-            NoRoomError: No reply fits behind it.
+            NoRoomForReplyError: No reply fits behind it.
         """
         self.prompt = self.renderer.prompt(self.environment.first, self.environment.template_kwargs)
         if self._room() < self.reply_tokens:
-            raise NoRoomError(
+            raise NoRoomForReplyError(
                 f"the first observation has {len(self.prompt)} tokens, which leaves no room for a reply of "
                 f"{self.reply_tokens}: shorten it, or lower max_new_tokens (the model has {self.max_positions} "
                 f"positions, EpisodeConfig.max_tokens is {self.config.max_tokens})"

@@ -16,7 +16,7 @@ from rlhf_ppo.environments.base import EnvironmentFactory
 from rlhf_ppo.environments.concurrency import run_concurrently
 from rlhf_ppo.environments.config import EpisodeConfig
 from rlhf_ppo.environments.episode import Episode
-from rlhf_ppo.environments.live import LiveEpisode, NoRoomError, ReplayableEnvironment
+from rlhf_ppo.environments.live import LiveEpisode, NoRoomForReplyError, ReplayableEnvironment
 from rlhf_ppo.environments.rendering import Renderer
 from rlhf_ppo.samplers.base import Sampler, SamplingConfig, WeightSyncedSampler
 
@@ -216,7 +216,7 @@ def _dropped_if_unusable(episode: LiveEpisode) -> Iterator[None]:
     """Context manager: an observation that is too long, or that the chat template refuses, drops its episode alone."""
     try:
         yield
-    except (NoRoomError, UnreadableText) as error:
+    except (NoRoomForReplyError, UnreadableText) as error:
         episode.error = error
 
 

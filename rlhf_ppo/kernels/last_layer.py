@@ -60,7 +60,7 @@ def last_layer_at(layers: Any, positions: Int[Tensor, " read"] | None) -> Iterat
                 part.forward = own
 
 
-def read_positions(
+def positions_to_read(
     starts: Sequence[int], rows: Sequence[Tensor], first_read: Sequence[int] | None
 ) -> Int[Tensor, " read"] | None:
     """Flattened positions of each row's tokens from `first_read` on, for rows that begin at `starts`; None: all."""

@@ -18,7 +18,7 @@ def trunk_mask(ids: Tensor) -> Tensor | None:
 
 
 @contextmanager
-def masks_unread(device: torch.device) -> Iterator[None]:
+def skip_mask_reads(device: torch.device) -> Iterator[None]:
     """Context manager: while active, on a GPU, a given mask is always applied, and rows without one are not packed."""
     if device.type != "cuda":
         yield

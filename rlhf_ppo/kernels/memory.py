@@ -23,7 +23,7 @@ _spare: list[mmap.mmap] | None = None
 
 @contextmanager
 def reuse_memory() -> Iterator[None]:
-    """Inside, pages of tensors that are gone wait for the next one, which the kernel then need not clear again."""
+    """Context manager: while active, freed pages are kept for the next tensor; the kernel need not clear them again."""
     global _spare
     before, _spare = _spare, [] if _spare is None else _spare
     try:

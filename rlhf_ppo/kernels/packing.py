@@ -19,8 +19,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_ppo.batch import pad_rows
-from rlhf_ppo.kernels.last_layer import last_layer_at, read_positions
-from rlhf_ppo.kernels.mask_reads import masks_unread, trunk_mask
+from rlhf_ppo.kernels.last_layer import last_layer_at, positions_to_read
+from rlhf_ppo.kernels.mask_reads import skip_mask_reads, trunk_mask
 from rlhf_ppo.kernels.varlen_attention import RowGroups, applies_to, varlen_attention
 from rlhf_ppo.utils.transfer import upload
 
@@ -45,14 +45,14 @@ class HiddenStates:
 
 
 def padded_hidden(model: Any, rows: Sequence[Tensor], *, first_read: Sequence[int] | None = None) -> HiddenStates:
-    """HiddenStates states of rows padded on the right, where a causal model cannot see the padding.
+    """Hidden states of rows padded on the right, where a causal model cannot see the padding.
 
     Args:
         first_read: The first position of each row whose state is read; those before are meaningless. None: all.
     """
     ids = pad_rows(rows)
     starts = [ids.shape[1] * row for row in range(len(rows))]
-    with last_layer_at(model, read_positions(starts, rows, first_read)), masks_unread(ids.device):
+    with last_layer_at(model, positions_to_read(starts, rows, first_read)), skip_mask_reads(ids.device):
         output = model(input_ids=ids, attention_mask=trunk_mask(ids), use_cache=False)
     return HiddenStates(output.last_hidden_state.flatten(0, 1), starts, ids.numel())
 
@@ -64,7 +64,7 @@ def packed_hidden(
     first_read: Sequence[int] | None = None,
     run: Callable[..., Any] | None = None,
 ) -> HiddenStates:
-    """HiddenStates states of packed rows, computed by `model`, or by `run` in its place.
+    """Hidden states of packed rows, computed by `model`, or by `run` in its place.
 
     Args:
         first_read: The first position of each row whose state is read; those before are meaningless. None: all.
@@ -80,13 +80,13 @@ def packed_hidden(
         begin += length
     with (
         _attention(model.config.get_text_config(), ATTENTION_NAME),
-        last_layer_at(model, read_positions(starts, rows, first_read)),
+        last_layer_at(model, positions_to_read(starts, rows, first_read)),
     ):
         output = (run or model)(input_ids=ids, position_ids=positions, use_cache=False, row_groups=groups)
     return HiddenStates(output.last_hidden_state[0], starts, begin)
 
 
-def may_be_packed(layers: Any) -> str | None:
+def reason_not_to_pack(layers: Any) -> str | None:
     """Why rows of this architecture must not be packed, as a phrase; None if nothing known speaks against it.
 
     Packed rows know plain causal attention and sliding windows. A short trial would not notice another mask, such as
@@ -111,7 +111,7 @@ def can_be_packed(model: Any, rows: Sequence[Tensor]) -> bool:
 
     False for attention other than torch's, and for models that carry other state from one token to the next.
     """
-    reason = may_be_packed(model)
+    reason = reason_not_to_pack(model)
     sample = [rows[0][:7], rows[-1][:5]]
     try:
         if reason is not None:

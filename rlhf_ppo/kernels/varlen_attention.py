@@ -75,7 +75,7 @@ def varlen_attention(
     return output[None]
 
 
-def works(device: torch.device, dtype: torch.dtype) -> bool:
+def matches_plain_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel gives what torch's plain one gives, gradients included: a trial on two rows. Logs why not."""
     reason = _why_not(device, dtype)
     if reason is not None:

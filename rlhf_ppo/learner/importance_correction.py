@@ -154,7 +154,7 @@ def mismatch_metrics(
     }
 
 
-def announce(correction: ImportanceCorrection | None, reason: str | None) -> None:
+def log_chosen_correction(correction: ImportanceCorrection | None, reason: str | None) -> None:
     """Log in one line that a correction was chosen automatically, and why; the metrics `sampler/*` show its size."""
     if correction is not None and correction.is_automatic:
         logger.info(

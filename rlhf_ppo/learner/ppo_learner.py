@@ -23,10 +23,10 @@ from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.finite_checks import check_finite_scores, check_included, warn_of_negative_kl
 from rlhf_ppo.learner.importance_correction import (
     ImportanceCorrection,
-    announce,
     check_sampler_logprobs,
     correct_for_sampler,
     local_mismatch,
+    log_chosen_correction,
     mismatch_metrics,
     resolve_correction,
 )
@@ -261,7 +261,7 @@ class PPOLearner:
         """Note why the distribution of the sampler is known to differ from the policy's; None: it does not."""
         is_new, self._differing_sampler = differs != self._differing_sampler, differs
         if is_new and self.accelerator.is_main_process:
-            announce(self.importance_correction, differs)
+            log_chosen_correction(self.importance_correction, differs)
 
     @property
     def limits(self) -> ModelLimits:

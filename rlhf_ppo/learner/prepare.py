@@ -15,7 +15,7 @@ from rlhf_ppo.distributed.fsdp import fsdp_sharding, set_fsdp_root
 from rlhf_ppo.distributed.placement import Reference, place_reference
 from rlhf_ppo.kernels.allocator import keep_freed_memory
 from rlhf_ppo.kernels.linear_layers import use_fast_layers
-from rlhf_ppo.kernels.varlen_attention import works
+from rlhf_ppo.kernels.varlen_attention import matches_plain_attention
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.dropout import disable_dropout
@@ -109,7 +109,9 @@ def _scoring_settings(
         "chunk_size": config.logits_chunk_size,
         "fused_head": config.fused_head,
         # A trial that some processes make and others do not would hang sharded ones.
-        "packing": config.packing and not sharded and (device.type == "cpu" or works(device, precision.compute)),
+        "packing": config.packing
+        and not sharded
+        and (device.type == "cpu" or matches_plain_attention(device, precision.compute)),
     }
 
 

@@ -103,7 +103,7 @@ class CurriculumSampler:
         return float(np.random.default_rng([self.seed, self.draws, index]).random()) < config.keep
 
 
-def note_success(sampler: PromptSampler | CurriculumSampler, scores: RewardScores) -> RewardScores:
+def update_curriculum(sampler: PromptSampler | CurriculumSampler, scores: RewardScores) -> RewardScores:
     """Update the curriculum with the scores of the last batch, which are returned."""
     if isinstance(sampler, CurriculumSampler):
         sampler.update(scores)

@@ -18,7 +18,7 @@ from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import scalar_statistics
 from rlhf_ppo.loop.checks import LostRollouts, check_inputs
 from rlhf_ppo.loop.config import Callback, TrainConfig, TrainState, check_settings
-from rlhf_ppo.loop.curriculum import note_success
+from rlhf_ppo.loop.curriculum import update_curriculum
 from rlhf_ppo.loop.dynamic_sampling import roll_out
 from rlhf_ppo.loop.evaluation import Evaluation, evaluate, merge_evaluations
 from rlhf_ppo.loop.rollout_metrics import progress_postfix, rollout_metrics
@@ -154,7 +154,7 @@ class TrainingLoop:
         try:
             rollout = roll_out(
                 lambda: self.collector.sample(self.prompts.batch(next(self.prompt_sampler)), self.generator),
-                lambda collected: note_success(
+                lambda collected: update_curriculum(
                     self.prompt_sampler, self.collector.score(collected, self.rewards, self.config.missing_eos)
                 ),
                 self._is_stop_requested, dynamic=self.config.dynamic_sampling, group_size=group_size,

@@ -19,10 +19,11 @@ from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.functional import TokenStatistics, token_logprobs
 from rlhf_ppo.kernels.linear_layers import decline_fast_layers, has_fast_layers, plain_layers
 from rlhf_ppo.kernels.linear_logprobs import LossGradient
-from rlhf_ppo.kernels.packing import may_be_packed
+from rlhf_ppo.kernels.packing import reason_not_to_pack
+from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.models.gradient_check import gradient_difference, gradients_by, some_trained_parameters
 from rlhf_ppo.models.lm_head import assumed_transform, find_transform, relative_gap
-from rlhf_ppo.models.small_batch import PreservedModes, is_low_precision, is_sharded, small_batch
+from rlhf_ppo.models.small_batch import is_low_precision, is_sharded, small_batch
 from rlhf_ppo.models.trunk import FastPaths, Trunk, layers_of
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def prove_fast_paths(language_model: Any, wanted: FastPaths, scored_by: ScoredBy
     devices = [weights[0].device] if weights[0].device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.autocast(weights[0].device.type, enabled=False):
         proof = _Proof(language_model, wanted, scored_by, temperature)
-        with PreservedModes(language_model):
+        with EvalMode(language_model):
             paths = proof.run()
     if paths.declined:
         named = [f"{name} ({reason}): {COSTS[name]}" for name, reason in paths.declined.items()]
@@ -127,7 +128,7 @@ class _Proof:
         if not (self.wanted.packing and self.wanted.head_rows) or self.model.config.is_encoder_decoder:
             return None
         try:
-            if may_be_packed(layers_of(self.model)) is not None:
+            if reason_not_to_pack(layers_of(self.model)) is not None:
                 return None
             with plain_layers(self.model), torch.enable_grad():
                 self.expected = self._expected(*Trunk()(self.model, self.inputs, replace(self.wanted, head_rows=False)))
@@ -219,7 +220,7 @@ class _Proof:
         if not paths.head_rows:
             return paths
         packing = self.wanted.packing and paths.padding
-        if packing and (reason := may_be_packed(layers_of(self.model))) is not None:
+        if packing and (reason := reason_not_to_pack(layers_of(self.model))) is not None:
             packing = False
             self.declined["packing"] = reason
         return replace(paths, packing=packing, last_layer=self.wanted.last_layer, fused_head=self.wanted.fused_head)

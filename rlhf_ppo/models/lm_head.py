@@ -66,13 +66,13 @@ def find_transform(
         logits: The model's own at the same positions.
         tolerance: How far they may differ, relative to the largest logit.
     """
-    for transform in candidates(config):
+    for transform in candidate_transforms(config):
         if relative_gap(transform(output), logits) <= tolerance:
             return transform
     return None
 
 
-def candidates(config: Any) -> Iterator[LogitTransform]:
+def candidate_transforms(config: Any) -> Iterator[LogitTransform]:
     """The transforms that settings of `config` could mean, likely ones first."""
     named = _numbers(config)
     caps = [value for name, value in named.items() if "cap" in name and "logit" in name and "attn" not in name]

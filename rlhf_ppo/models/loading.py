@@ -15,7 +15,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_ppo.models.adapters import checkpoint_context_fn
 from rlhf_ppo.models.value_head import HUB_ARGUMENTS, VALUE_HEAD_PREFIX, find_file
-from rlhf_ppo.utils.installed import takes
+from rlhf_ppo.utils.installed import accepts_argument
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def check_transformers_adapters(model: Any) -> None:
 def cache_argument(model: LanguageModel) -> str:
     """Name of the forward argument that takes the cache of keys and values: transformers 5.24 renamed it."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "cache" if takes(base.forward, "cache") else "past_key_values"
+    return "cache" if accepts_argument(base.forward, "cache") else "past_key_values"
 
 
 def set_gradient_checkpointing(

@@ -11,10 +11,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from rlhf_ppo.models.adapters import merged_model
+from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.models.lm_head import relative_gap
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
-from rlhf_ppo.models.small_batch import PreservedModes, is_low_precision, small_batch
-from rlhf_ppo.models.trunk import call
+from rlhf_ppo.models.small_batch import is_low_precision, small_batch
+from rlhf_ppo.models.trunk import call_model
 
 
 @contextmanager
@@ -68,9 +69,9 @@ def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -
             "it with `save_pretrained`, and load it with PEFT."
         ) from error
     prompt = torch.cat(list(small_batch(merged).prompts))[None]
-    with torch.no_grad(), PreservedModes(language_model):
+    with torch.no_grad(), EvalMode(language_model):
         given = {"input_ids": prompt} | ({"decoder_input_ids": prompt} if model.is_encoder_decoder else {})
-        logits = [call(each, **given).logits for each in (merged.eval(), language_model.get_base_model())]
+        logits = [call_model(each, **given).logits for each in (merged.eval(), language_model.get_base_model())]
     gap = relative_gap(*logits)
     if not gap <= (0.1 if is_low_precision(merged) else 1e-3):
         raise ValueError(

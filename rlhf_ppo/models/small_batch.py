@@ -12,21 +12,6 @@ SMALL_BATCH_TOKENS = 6
 """Tokens of its longest row."""
 
 
-class PreservedModes:
-    """Context manager: eval mode while active; on exit, each module's own mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self.training:
-            module.training = True
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold shards of the parameters (FSDP2, ZeRO-3): passes are then collective."""
     return any(hasattr(weight, "ds_id") or isinstance(weight.data, DTensor) for weight in model.parameters())

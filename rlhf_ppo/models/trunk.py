@@ -88,7 +88,7 @@ class Trunk:
         input_ids = pad_rows([torch.cat(pair) for pair in zip(inputs.prompts, inputs.responses, strict=True)])
         self._count(inputs, input_ids.numel(), 0)
         # A mask of ones keeps the fast causal kernels, and without any, some models warn of padding.
-        output = call(model, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        output = call_model(model, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
         states = last_states(output.hidden_states, input_ids)
         starts = [input_ids.shape[1] * row for row in range(len(inputs))]
         logits, hidden = (_flat(features, starts) for features in (output.logits, states))
@@ -105,7 +105,7 @@ class Trunk:
         input_ids = pad_rows(prompts)
         self._count(inputs, input_ids.numel() + decoded.numel(), len(starts))
         mask = pad_rows([torch.ones_like(prompt) for prompt in prompts])
-        output = call(model, input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoded)
+        output = call_model(model, input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoded)
         decoder_inputs = TokenInputs(prompts=starts, responses=inputs.responses)
         row_starts = [decoded.shape[1] * row for row in range(len(starts))]
         last = last_states(output.decoder_hidden_states, decoded)
@@ -147,7 +147,7 @@ def layers_of(model: Any) -> Any:
     )
 
 
-def call(model: Any, **inputs: Tensor | None) -> Any:
+def call_model(model: Any, **inputs: Tensor | None) -> Any:
     """Call a language model for logits and hidden states, without the arguments that its `forward` does not know."""
     given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     settings: dict[str, Any] = {**given, "use_cache": False, "output_hidden_states": True, "return_dict": True}

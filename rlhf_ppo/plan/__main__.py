@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch  # here, so that the help comes without it
 
     from rlhf_ppo.plan.compute import FlopRates, iteration_flops
-    from rlhf_ppo.plan.fit import as_run
+    from rlhf_ppo.plan.fit import with_fitted_pass_size
     from rlhf_ppo.plan.memory import make_plan
     from rlhf_ppo.plan.tables import as_json, as_text
     from rlhf_ppo.plan.traces import trace_memory, weight_bytes
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         if measure and plan.precision == "nf4":
             raise PlanError("--measure does not run nf4: plan it, or measure bfloat16")
         rates = None if rates is None else _read_rates(rates)
-        plan = as_run(plan)
+        plan = with_fitted_pass_size(plan)
         traces = trace_memory(plan)
         reward = 0.0 if plan.reward_model is None else float(weight_bytes(plan, plan.reward_model))
         plans = [make_plan(plan, traces, devices=count, reward_weights=reward) for count in gpus]

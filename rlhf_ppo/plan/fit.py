@@ -7,10 +7,10 @@ from rlhf_ppo.plan.config import PlanConfig
 from rlhf_ppo.plan.memory import GIB, make_plan
 from rlhf_ppo.plan.models import model_config
 from rlhf_ppo.plan.traces import trace_memory
-from rlhf_ppo.updates.pass_memory import PassSize, fit_pass, memory_of_saved
+from rlhf_ppo.updates.pass_memory import PassSize, fit_pass, pass_memory_from_saved
 
 
-def as_run(plan: PlanConfig) -> PlanConfig:
+def with_fitted_pass_size(plan: PlanConfig) -> PlanConfig:
     """`plan` with as many responses per pass as the trainer would take, and with checkpointing where it switches it on.
 
     On a CPU, and where processes shard the model, it takes what it is told.
@@ -34,6 +34,6 @@ def _fitted(plan: PlanConfig) -> PassSize:
     roles = make_plan(plan, one).roles
     state = sum(roles[name] for name in ("policy", "critic", "reference", "optimizer", "gradients", "buffers"))
     copies = 2 * one.parameters if plan.precision == "bf16-mixed" else 0.0
-    memory = memory_of_saved((two.saved - one.saved) / plan.tokens, model_config(plan.model), copies=copies)
+    memory = pass_memory_from_saved((two.saved - one.saved) / plan.tokens, model_config(plan.model), copies=copies)
     available = plan.memory_gib * GIB - state
     return fit_pass(memory, available, plan.tokens, checkpointing=plan.gradient_checkpointing)

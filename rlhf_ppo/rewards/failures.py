@@ -46,7 +46,7 @@ RAISE_ON_FAILURE = RewardFailures()
 
 
 @dataclass(kw_only=True)
-class SourceResults:
+class AllSourceResults:
     """Checked scores of all sources after the last attempt, and their failures."""
 
     rows: dict[str, list[ScoreRow]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ def call_with_retries(
     *,
     check: CheckResult,
     check_sample: CheckSample,
-) -> SourceResults:
+) -> AllSourceResults:
     """Call sources, and failed ones again, until each has returned valid scores or has no attempts left.
 
     Args:
@@ -77,7 +77,7 @@ def call_with_retries(
     Raises:
         RewardSourceError, TypeError, ValueError: A source failed at its last attempt and `on_failure` is "raise".
     """
-    results, pending = SourceResults(), list(sources)
+    results, pending = AllSourceResults(), list(sources)
     keep_going = failures.attempts > 1 or failures.on_failure == "drop"
     errors: dict[str, Exception] = {}
     raw_results: dict[str, object] = {}
@@ -101,7 +101,7 @@ def call_with_retries(
 
 
 def _add_valid(
-    raw_results: Mapping[str, object], request: RewardRequest, check: CheckResult, results: SourceResults
+    raw_results: Mapping[str, object], request: RewardRequest, check: CheckResult, results: AllSourceResults
 ) -> dict[str, Exception]:
     """Add valid results to `results`; return source -> error for the others."""
     errors: dict[str, Exception] = {}

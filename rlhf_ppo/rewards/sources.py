@@ -22,7 +22,7 @@ from rlhf_ppo.rewards.calls import (
     RewardSourceError,
     WeightedSource,
 )
-from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures, ScoreRow, SourceResults, call_with_retries
+from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, AllSourceResults, RewardFailures, ScoreRow, call_with_retries
 from rlhf_ppo.rewards.token_scores import token_scores
 
 __all__ = [
@@ -117,7 +117,7 @@ def named_sources(sources: RewardSources) -> tuple[WeightedSource, ...]:
     return weighted_sources
 
 
-def unscored(count: int, sources: RewardSources | None) -> RewardScores:
+def zero_scores(count: int, sources: RewardSources | None) -> RewardScores:
     """Scores of 0 for `count` samples, without a call of the sources."""
     names = [] if sources is None else [item.name for item in named_sources(sources)]
     return RewardScores(
@@ -166,7 +166,7 @@ def score_batch(
     )  # fmt: skip
 
 
-def _dropped_samples(results: SourceResults, size: int) -> Bool[Tensor, " batch"]:
+def _dropped_samples(results: AllSourceResults, size: int) -> Bool[Tensor, " batch"]:
     dropped = torch.zeros(size, dtype=torch.bool)
     for samples in results.failed_on.values():
         dropped[samples] = True

@@ -16,7 +16,7 @@ from rlhf_ppo.environments.sampler import EnvironmentSampler
 from rlhf_ppo.functional import missing_eos_penalty, soft_overlong_penalty
 from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures
 from rlhf_ppo.rewards.gather import Postprocess, Prepare, Score, Scoring
-from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSources, score_batch, unscored
+from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSources, score_batch, zero_scores
 from rlhf_ppo.rollout.checks import ModelLimits, check_count, check_samples
 from rlhf_ppo.rollout.episodes import add_environment_rewards, episode_tasks, responses_of_episodes
 from rlhf_ppo.rollout.experience import Responses
@@ -190,7 +190,7 @@ class Collector:
 
     def _call_sources(self, sources: RewardSources | None, request: RewardRequest) -> RewardScores:
         if sources is None or not request.prompts:
-            return unscored(len(request.prompts), sources)
+            return zero_scores(len(request.prompts), sources)
         with self.sources_context():
             return score_batch(sources, request, self.failures)
 

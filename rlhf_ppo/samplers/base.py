@@ -196,20 +196,3 @@ def unwrap_causal_lm(model: nn.Module) -> Any:
 def draw_seed(generator: torch.Generator | None) -> int:
     """Draw a seed from `generator` (None: torch's global one), for libraries that take only a seed."""
     return int(torch.randint(2**62, (), generator=generator, device="cpu" if generator is None else generator.device))
-
-
-class EvalMode:
-    """Context manager: while active, every module is in eval mode (no dropout); restores each module's mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._training: list[nn.Module] = []
-
-    def __enter__(self) -> None:
-        self._training = [module for module in self._model.modules() if module.training]
-        for module in self._training:
-            module.training = False
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._training:
-            module.training = True

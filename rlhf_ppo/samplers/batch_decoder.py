@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList
 
-from rlhf_ppo.kernels.mask_reads import masks_unread
+from rlhf_ppo.kernels.mask_reads import skip_mask_reads
 from rlhf_ppo.kernels.packed_weights import PackedWeights
 from rlhf_ppo.models.loading import cache_argument
 from rlhf_ppo.samplers.base import SamplingConfig, SamplingCounts, pad_prompts
@@ -162,7 +162,7 @@ class BatchDecoder:
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "rows vocab"]:
         needed = self.is_padded or ids.device.type != "cuda"
-        with masks_unread(ids.device):
+        with skip_mask_reads(ids.device):
             output = self.model(
                 input_ids=ids, attention_mask=mask if needed else None, position_ids=positions,
                 use_cache=True, return_dict=True, **{self.cache_name: self.cache}, **self.last_logits_only,

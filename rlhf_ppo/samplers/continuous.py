@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.samplers.base import (
-    EvalMode,
     Samples,
     SamplingConfig,
     SamplingCounts,
@@ -21,7 +21,7 @@ from rlhf_ppo.samplers.base import (
     unwrap_causal_lm,
 )
 from rlhf_ppo.samplers.kv_cache import bytes_per_token, default_budget
-from rlhf_ppo.utils.installed import parameter_name, takes
+from rlhf_ppo.utils.installed import accepts_argument, parameter_name
 
 NO_STOP_TOKEN = -1
 
@@ -90,7 +90,7 @@ class ContinuousBatching:
         affordable_pages = budget // (self.page_size * bytes_per_token(model.config, model.dtype))
         page_size = parameter_name(ContinuousBatchingConfig, "page_size", "block_size")  # new name: transformers 5.18
         versioned: dict[str, Any] = {page_size: self.page_size}
-        if takes(ContinuousBatchingConfig, "max_requests_per_batch"):
+        if accepts_argument(ContinuousBatchingConfig, "max_requests_per_batch"):
             versioned["max_requests_per_batch"] = rows
         return ContinuousBatchingConfig(
             num_blocks=max(pages_per_row, min(rows * pages_per_row, affordable_pages)),

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.kernels.linear_layers import fast_layers
 from rlhf_ppo.kernels.packed_weights import packed_weights
 from rlhf_ppo.models import PreTrainedModelWrapper
+from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.samplers.base import (
-    EvalMode,
     Sampler,
     Samples,
     SamplingConfig,
@@ -24,12 +24,12 @@ from rlhf_ppo.samplers.base import (
     unwrap_causal_lm,
 )
 from rlhf_ppo.samplers.batch_decoder import BatchDecoder
-from rlhf_ppo.samplers.decode_proof import differing_reason, values_are_right
+from rlhf_ppo.samplers.decode_proof import decode_mismatch, values_are_right
 from rlhf_ppo.samplers.decode_results import DecodedTokens
 from rlhf_ppo.samplers.decode_support import check_ids, check_positions, unsupported_reason
 from rlhf_ppo.samplers.kv_cache import default_budget, row_batches
 from rlhf_ppo.samplers.logits_processing import DecodingRules
-from rlhf_ppo.samplers.static_step import static_reason, weights_in_autocast_dtype
+from rlhf_ppo.samplers.static_step import static_unsupported_reason, weights_in_autocast_dtype
 from rlhf_ppo.samplers.transformers_generate import TransformersGenerate
 
 logger = logging.getLogger(__name__)
@@ -124,14 +124,14 @@ class DecodeLoop:
         """Why the loop does not support `model`, as a sentence; None if it does, proved once on a small batch."""
         causal_lm = unwrap_causal_lm(model)
         plain = replace(self, on_progress=None, static_step=False)
-        return unsupported_reason(causal_lm) or differing_reason(causal_lm, plain._decode)
+        return unsupported_reason(causal_lm) or decode_mismatch(causal_lm, plain._decode)
 
     def _uses_static_step(self, model: Any) -> bool:
         """Whether a step over tensors that stay where they are is wanted, and right for this model: proved once."""
         if not (model.device.type == "cuda" if self.static_step is None else self.static_step):
             return False
         static = replace(self, on_progress=None, static_step=True)
-        reason = static_reason(model) or differing_reason(model, static._decode, static=True)
+        reason = static_unsupported_reason(model) or decode_mismatch(model, static._decode, static=True)
         if reason is not None and reason not in self._warned:
             self._warned.add(reason)
             logger.warning("decoding without CUDA graphs: %s", reason)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ppo.functional.masked import HALF_PRECISION
+from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.models.fast_paths import LOW_PRECISION_TOLERANCE, TOLERANCE
 from rlhf_ppo.models.lm_head import relative_gap
 from rlhf_ppo.models.small_batch import is_low_precision, small_batch
-from rlhf_ppo.models.trunk import call
-from rlhf_ppo.samplers.base import EvalMode, Samples, SamplingConfig, pad_prompts
-from rlhf_ppo.samplers.decode_support import forgets_silently, without_adapters
+from rlhf_ppo.models.trunk import call_model
+from rlhf_ppo.samplers.base import Samples, SamplingConfig, pad_prompts
+from rlhf_ppo.samplers.decode_support import cache_window_is_too_short, unwrap_peft
 from rlhf_ppo.samplers.kv_cache import computed_dtype
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ _decode_proofs: dict[bool, "WeakKeyDictionary[nn.Module, _DecodeProof]"] = {
 _plans: "WeakKeyDictionary[nn.Module, GenerationPlan]" = WeakKeyDictionary()
 
 
-def differing_reason(model: Any, decode: Decode, *, static: bool = False) -> str | None:
+def decode_mismatch(model: Any, decode: Decode, *, static: bool = False) -> str | None:
     """What the decode loop's results differ by from the model's own call, as a sentence; None: by rounding.
 
     Args:
@@ -58,7 +59,7 @@ def differing_reason(model: Any, decode: Decode, *, static: bool = False) -> str
         decode: The loop, without its checks.
         static: Whether it is the one with a static step.
     """
-    base, proofs = without_adapters(model), _decode_proofs[static]
+    base, proofs = unwrap_peft(model), _decode_proofs[static]
     if base not in proofs:
         with EvalMode(base), torch.no_grad():
             proofs[base] = _prove(base, model, decode)
@@ -66,8 +67,8 @@ def differing_reason(model: Any, decode: Decode, *, static: bool = False) -> str
 
 
 def values_are_right(model: Any, *, static: bool = False) -> bool:
-    """Whether the LM head's input in the loop is what a value head reads, after `differing_reason`."""
-    proof = _decode_proofs[static].get(without_adapters(model))
+    """Whether the LM head's input in the loop is what a value head reads, after `decode_mismatch`."""
+    proof = _decode_proofs[static].get(unwrap_peft(model))
     return proof is not None and proof.values
 
 
@@ -85,13 +86,13 @@ def generation_plan(model: Any) -> GenerationPlan:
     Raises:
         ValueError: It does in no way.
     """
-    base = without_adapters(model)
+    base = unwrap_peft(model)
     if base not in _plans:
         plans = [GenerationPlan(), GenerationPlan(pads=False), GenerationPlan(pads=False, use_cache=False)]
         pad = getattr(base.config.get_text_config(decoder=True), "pad_token_id", None)
         if pad is not None:  # RoBERTa and its kin count positions from there
             plans.append(GenerationPlan(pads=False, first_position=pad + 1))
-        if forgets_silently(base):
+        if cache_window_is_too_short(base):
             plans = [plan for plan in plans if not plan.use_cache]
         devices = [base.device] if base.device.type == "cuda" else []
         with EvalMode(base), torch.no_grad(), torch.random.fork_rng(devices):
@@ -149,7 +150,7 @@ def _own_results(model: Any, samples: Samples) -> dict[tuple[int, ...], tuple[Te
     found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
     for length in {len(row) for row in rows.values()}:
         keys = [key for key in rows if len(key) == length]
-        output = call(model, input_ids=torch.stack([rows[key] for key in keys]), attention_mask=None)
+        output = call_model(model, input_ids=torch.stack([rows[key] for key in keys]), attention_mask=None)
         found.update(zip(keys, zip(output.logits, output.hidden_states[-1], strict=True), strict=True))
     return found
 
@@ -181,10 +182,10 @@ def _generation_gaps(model: Any, prompts: Sequence[Tensor], plan: GenerationPlan
     for row, prompt in enumerate(prompts):
         if encoder_decoder:
             decoded = output.sequences[row : row + 1, :-1]
-            logits = call(model, input_ids=prompt[None], attention_mask=None, decoder_input_ids=decoded).logits[0]
+            logits = call_model(model, input_ids=prompt[None], attention_mask=None, decoder_input_ids=decoded).logits[0]
         else:
             response = output.sequences[row, ids.shape[1] :]
-            logits = call(model, input_ids=torch.cat([prompt, response])[None], attention_mask=None).logits[0]
+            logits = call_model(model, input_ids=torch.cat([prompt, response])[None], attention_mask=None).logits[0]
             logits = logits[len(prompt) - 1 : -1]
         found = torch.stack([step[row] for step in output.logits])
         gaps.append(relative_gap(found, logits[: len(found)]))
@@ -195,7 +196,7 @@ def _generation_gaps(model: Any, prompts: Sequence[Tensor], plan: GenerationPlan
 def _has_finite_logits(model: Any) -> bool:
     ids = _rows(model)[0][0][None]
     given = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
-    return bool(call(model, **given).logits.isfinite().any())
+    return bool(call_model(model, **given).logits.isfinite().any())
 
 
 def _rows(model: Any) -> list[tuple[Tensor, Tensor]]:

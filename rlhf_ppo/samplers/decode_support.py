@@ -24,7 +24,7 @@ def unsupported_reason(model: Any) -> str | None:
     config = getattr(model, "config", None)
     if config is None or not isinstance(model, nn.Module):
         return f"{type(model).__name__} is not a transformers model (it has no config)"
-    base = without_adapters(model)
+    base = unwrap_peft(model)
     name = type(base).__name__
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder"
@@ -36,12 +36,12 @@ def unsupported_reason(model: Any) -> str | None:
         return f"{name}.forward does not take {', '.join(missing)}"
     if not supports_row_selection(config):
         return f"{name} keeps a state other than full or sliding-window attention's keys and values"
-    if forgets_silently(base):
+    if cache_window_is_too_short(base):
         return f"{name} attends to all tokens, but its cache keeps a window of them"
     return None
 
 
-def forgets_silently(model: Any) -> bool:
+def cache_window_is_too_short(model: Any) -> bool:
     """Whether the cache for the model's config keeps a window of tokens that the model's attention does not have."""
     config = model.config
     if config.is_encoder_decoder or getattr(config.get_text_config(), "sliding_window", None) is None:
@@ -97,9 +97,9 @@ def check_ids(model: Any, prompts: Sequence[Tensor]) -> None:
 
 def supports_logits_to_keep(model: Any) -> bool:
     """Whether `forward` takes `logits_to_keep`: it can run the LM head on the last position only."""
-    return "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
+    return "logits_to_keep" in inspect.signature(unwrap_peft(model).forward).parameters
 
 
-def without_adapters(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The model below PEFT's wrapper, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -75,7 +75,7 @@ class StaticStep:
     """The steps of a batch of rows after its prefill.
 
     Args:
-        model: Its cache has full attention in every layer (`static_reason`).
+        model: Its cache has full attention in every layer (`static_unsupported_reason`).
         cache: Filled with the prompts, with room for the responses.
         mask: Of the prompts, padded on the left; the columns of the responses are not read.
         positions: Of the last token of each prompt.
@@ -182,7 +182,7 @@ def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]
     return graph.replay, result
 
 
-def static_reason(model: Any) -> str | None:
+def static_unsupported_reason(model: Any) -> str | None:
     """Why a model's steps cannot run over tensors that stay where they are, as a phrase; None: nothing is known."""
     layers = DynamicCache(config=model.config).layers
     if not layers or any(type(layer) is not DynamicLayer for layer in layers):

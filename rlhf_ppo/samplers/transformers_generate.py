@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.samplers.base import (
-    EvalMode,
     Samples,
     SamplingConfig,
     SamplingCounts,

@@ -34,7 +34,7 @@ class PassMemory:
 
 @dataclass(frozen=True)
 class PassSize:
-    """What fits."""
+    """The largest pass that fits into memory."""
 
     tokens: int
     """Padded tokens of a pass."""
@@ -63,10 +63,10 @@ def pass_memory(policy: TokenPolicy) -> PassMemory:
     few, many = (_saved_bytes(policy, tokens) for tokens in TRIAL_TOKENS)
     weights = sum(weight.numel() for weight in policy.parameters() if weight.dtype == torch.float32)
     copies = 0 if policy.trunk.autocast is None else weights * policy.trunk.autocast.itemsize
-    return memory_of_saved((many - few) / (TRIAL_TOKENS[1] - TRIAL_TOKENS[0]), policy.config, copies=copies)
+    return pass_memory_from_saved((many - few) / (TRIAL_TOKENS[1] - TRIAL_TOKENS[0]), policy.config, copies=copies)
 
 
-def memory_of_saved(saved: float, config: Any, *, copies: float) -> PassMemory:
+def pass_memory_from_saved(saved: float, config: Any, *, copies: float) -> PassMemory:
     """What a pass needs, from what its layers save.
 
     Args:

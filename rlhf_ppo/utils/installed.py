@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def takes(call: Callable[..., Any], argument: str) -> bool:
+def accepts_argument(call: Callable[..., Any], argument: str) -> bool:
     """Whether `call` has a parameter of this name; a catch-all `**kwargs` does not count."""
     return argument in inspect.signature(call).parameters
 
@@ -17,7 +17,7 @@ def parameter_name(call: Callable[..., Any], *spellings: str) -> str:
         TypeError: It takes none of them.
     """
     for name in spellings:
-        if takes(call, name):
+        if accepts_argument(call, name):
             return name
     raise TypeError(
         f"expected {call.__module__}.{call.__qualname__} to take one of {', '.join(spellings)}, got one that takes "

@@ -54,8 +54,8 @@ class Hopeless(CountE):
 
 
 def test_a_reward_that_reads_the_output_of_a_tool_as_the_answer_is_found() -> None:
-    assert "reward_without_reply" in findings(ReadsTheToolAsTheAnswer)
-    assert "reward_without_reply" not in findings(Calculator)
+    assert "reward_survives_empty_reply" in findings(ReadsTheToolAsTheAnswer)
+    assert "reward_survives_empty_reply" not in findings(Calculator)
 
 
 def test_a_source_that_reads_the_observations_is_found() -> None:

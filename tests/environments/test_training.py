@@ -296,4 +296,4 @@ def test_dynamic_sampling_replaces_groups_of_episodes_that_earn_the_same() -> No
     state = own.train(None, settings, environment=lambda: CountE(turns=2))
     assert state.metrics["env/groups_sampled"] >= 4
     assert own.diagnosis is not None
-    assert "reward_without_reply" in own.diagnosis.checked
+    assert "reward_survives_empty_reply" in own.diagnosis.checked

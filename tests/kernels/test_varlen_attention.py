@@ -73,22 +73,22 @@ def test_a_kernel_that_differs_or_fails_is_declined_with_a_line(
 ) -> None:
     cpu, half = torch.device("cpu"), torch.bfloat16
     monkeypatch.setattr(varlen_attention, "kernel", lambda: reference)
-    assert varlen_attention.works(cpu, half)
-    assert not varlen_attention.works(cpu, torch.float32)
+    assert varlen_attention.matches_plain_attention(cpu, half)
+    assert not varlen_attention.matches_plain_attention(cpu, torch.float32)
 
     def wrong(*args: Any, **settings: Any) -> Tensor:
         return 1.1 * reference(*args, **settings)
 
     monkeypatch.setattr(varlen_attention, "kernel", lambda: wrong)
-    assert not varlen_attention.works(cpu, half)
+    assert not varlen_attention.matches_plain_attention(cpu, half)
 
     def fails(*_: object, **__: object) -> Tensor:
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(varlen_attention, "kernel", lambda: fails)
-    assert not varlen_attention.works(cpu, half)
+    assert not varlen_attention.matches_plain_attention(cpu, half)
     monkeypatch.setattr(varlen_attention, "kernel", lambda: None)
-    assert not varlen_attention.works(cpu, half)
+    assert not varlen_attention.matches_plain_attention(cpu, half)
     lines = [record.getMessage() for record in caplog.records]
     assert [line.startswith("rows of unequal length are padded on this GPU") for line in lines] == [True] * 4
     assert "differ by" in lines[1]

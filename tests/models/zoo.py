@@ -30,7 +30,7 @@ from rlhf_ppo import (
     PPOTrainer,
     PreTrainedModelWrapper,
 )
-from rlhf_ppo.models.trunk import call, decoder_start_token
+from rlhf_ppo.models.trunk import call_model, decoder_start_token
 from rlhf_ppo.samplers.decode_support import unsupported_reason
 from tests.support.tiny_architectures import config_of
 from tests.support.tiny_models import EOS_TOKEN_ID, tiny_tokenizer
@@ -224,10 +224,10 @@ def own_scores(model: Any, prompt: Tensor, response: Tensor) -> tuple[Tensor, Te
     """Log-probabilities of a response and hidden states for its values, by the model's own call on this row alone."""
     if model.config.is_encoder_decoder:
         start = torch.tensor([decoder_start_token(model)])
-        output = call(model, input_ids=prompt[None], decoder_input_ids=torch.cat([start, response])[None])
+        output = call_model(model, input_ids=prompt[None], decoder_input_ids=torch.cat([start, response])[None])
         logits, states = output.logits[0, :-1], output.decoder_hidden_states[-1][0]
     else:
-        output = call(model, input_ids=torch.cat([prompt, response])[None])
+        output = call_model(model, input_ids=torch.cat([prompt, response])[None])
         logits, states = output.logits[0, len(prompt) - 1 : -1], output.hidden_states[-1][0, len(prompt) - 1 :]
     return logits.float().log_softmax(dim=-1).gather(1, response[:, None]).squeeze(1), states
 
@@ -253,7 +253,7 @@ def own_greedy(model: Any, prompt: Tensor) -> Tensor:
             given["decoder_input_ids"] = torch.cat([torch.tensor([decoder_start_token(model)]), response])[None]
         else:
             given["input_ids"] = torch.cat([prompt, response])[None]
-        response = torch.cat([response, call(model, **given).logits[0, -1:].argmax(dim=-1)])
+        response = torch.cat([response, call_model(model, **given).logits[0, -1:].argmax(dim=-1)])
         if int(response[-1]) == EOS_TOKEN_ID:
             break
     return response

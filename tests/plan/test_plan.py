@@ -18,7 +18,7 @@ from rlhf_ppo.plan import MemoryTraces, PlanConfig, PlanError, make_plan, trace_
 from rlhf_ppo.plan.__main__ import main
 from rlhf_ppo.plan.compute import FlopRates, iteration_flops
 from rlhf_ppo.plan.config import read_config
-from rlhf_ppo.plan.fit import as_run
+from rlhf_ppo.plan.fit import with_fitted_pass_size
 from rlhf_ppo.plan.memory import GIB, HEAP_OVERHEAD
 from rlhf_ppo.plan.models import PRESETS, build_policy, with_layers
 from rlhf_ppo.plan.traces import CONSTANT_GRADIENT, _inputs, _trace_at_depth
@@ -257,7 +257,7 @@ def recorded_rows() -> list[dict[str, Any]]:
 def test_common_runs_fit_by_default(model: str, memory: float, lora_rank: int) -> None:
     """128 responses of 512 + 512 tokens, in minibatches of 128; before, 1B was planned with 421 GiB."""
     asked = PlanConfig(model=model, memory_gib=memory, lora_rank=lora_rank, prompt_tokens=512, new_tokens=512)
-    plan = as_run(asked)
+    plan = with_fitted_pass_size(asked)
     made = make_plan(plan, trace_memory(plan))
     assert made.fits, (plan, made)
     assert made.peak > 0.4 * memory * GIB  # and is not wasted
@@ -266,14 +266,14 @@ def test_common_runs_fit_by_default(model: str, memory: float, lora_rank: int) -
 
 def test_a_plan_takes_the_passes_that_fit_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     plan = PlanConfig(model="gpt2", prompt_tokens=480, new_tokens=512, memory_gib=12.0)
-    fitted = as_run(plan)
+    fitted = with_fitted_pass_size(plan)
     assert 1 <= fitted.mini_batch_size < 128
     assert fitted.gradient_accumulation_steps * fitted.mini_batch_size >= 128
     assert make_plan(fitted, trace_memory(fitted)).fits
-    told = as_run(replace(plan, token_budget=2000))
+    told = with_fitted_pass_size(replace(plan, token_budget=2000))
     assert (told.mini_batch_size, told.gradient_checkpointing) == (2, False)
     on_cpu = replace(plan, device="cpu")
-    assert as_run(on_cpu) == on_cpu
+    assert with_fitted_pass_size(on_cpu) == on_cpu
     assert (plan.precision, PlanConfig(device="cpu").precision) == ("bf16-mixed", "float32")
 
 

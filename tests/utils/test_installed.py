@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ppo.utils.installed import parameter_name, takes
+from rlhf_ppo.utils.installed import accepts_argument, parameter_name
 
 
 @dataclass
@@ -22,8 +22,8 @@ def anything(**kwargs: Any) -> None: ...
 
 
 def test_a_field_of_a_dataclass_is_an_argument_and_a_catch_all_is_none() -> None:
-    assert takes(Today, "page") and not takes(Today, "block")
-    assert not takes(anything, "page")
+    assert accepts_argument(Today, "page") and not accepts_argument(Today, "block")
+    assert not accepts_argument(anything, "page")
 
 
 @pytest.mark.parametrize(("settings", "expected"), [(Today, "page"), (Before, "block")])

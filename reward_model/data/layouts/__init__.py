@@ -26,7 +26,7 @@ from reward_model.data.layouts.base import (
     SYSTEM_NAMES,
     Kind,
     Layout,
-    after_system,
+    prepend_system_message,
     prompt_columns,
     system_messages,
 )
@@ -128,7 +128,7 @@ def _own(row: Row, columns: tuple[str, ...]) -> Recognized:
     if not prompt_used and said is not None and isinstance(row.get("chosen"), list | tuple):
         used |= set(SYSTEM_NAMES)
         changed |= {
-            name: after_system(said, row[name])
+            name: prepend_system_message(said, row[name])
             for name in ("chosen", "rejected")
             if isinstance(row.get(name), list | tuple)
         }

@@ -145,11 +145,13 @@ def prompt_columns(row: Row) -> tuple[Any, tuple[str, ...]]:
         turns = [message for turn in row["history"] for message in zip(("user", "assistant"), turn, strict=True)]
         before = [*(before or []), *({"role": role, "content": text} for role, text in turns)]
     if before is not None and isinstance(prompt, str | list | tuple):
-        prompt = after_system(before, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        prompt = prepend_system_message(
+            before, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        )
     return prompt, used
 
 
-def after_system(before: list[dict[str, Any]], messages: Sequence[Any]) -> list[Any]:
+def prepend_system_message(before: list[dict[str, Any]], messages: Sequence[Any]) -> list[Any]:
     """`messages` after `before`, whose system message is not said again if they begin with it."""
     first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
     is_system = bool(before) and before[0]["role"] == (first.get("role") or first.get("from")) == "system"

@@ -29,7 +29,7 @@ _GLOBAL_GENERATORS = threading.RLock()
 
 
 @dataclass
-class OwnRandomNumbers:
+class IsolatedRandomState:
     """A stream of Python's and NumPy's global generators that belongs to one environment.
 
     Libraries that call `random.seed(seed)` change the numbers of the whole process, and environments that run at the

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_ppo.environments.adapters.conversion import OwnRandomNumbers, as_observation, finite_numbers
+from rlhf_ppo.environments.adapters.conversion import IsolatedRandomState, as_observation, finite_numbers
 from rlhf_ppo.environments.base import EnvironmentFactory, Messages, Observation, Turn
 
 
@@ -22,7 +22,7 @@ def from_gem(make: Callable[[], Any], *, chat: bool = True) -> EnvironmentFactor
 
     class GemEnvironment:
         def reset(self, seed: int) -> Observation:
-            self.numbers = OwnRandomNumbers(seed)
+            self.numbers = IsolatedRandomState(seed)
             with self.numbers.active():
                 self.env = make()
                 text, _ = self.env.reset(seed=seed)

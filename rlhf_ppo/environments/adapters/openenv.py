@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_ppo.environments.adapters.conversion import as_observation
 from rlhf_ppo.environments.base import EnvironmentFactory, Observation, Turn, accepted_columns
-from rlhf_ppo.environments.concurrency import finish
+from rlhf_ppo.environments.concurrency import resolve_awaitable
 
 
 def from_openenv(
@@ -29,15 +29,15 @@ def from_openenv(
     class OpenEnvEnvironment:
         def reset(self, **columns: Any) -> Observation:
             self.client = connect()
-            result = finish(self.client.reset(**accepted_columns(self.client.reset, columns)))
+            result = resolve_awaitable(self.client.reset(**accepted_columns(self.client.reset, columns)))
             return as_observation(text(result.observation), chat=chat)
 
         def step(self, reply: str) -> Turn:
-            result = finish(self.client.step(action(reply)))
+            result = resolve_awaitable(self.client.step(action(reply)))
             observation = as_observation(text(result.observation), chat=chat)
             return Turn(observation, float(result.reward or 0.0), terminated=bool(result.done))
 
         def close(self) -> None:
-            finish(self.client.close())
+            resolve_awaitable(self.client.close())
 
     return OpenEnvEnvironment

@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_ppo.environments.adapters.conversion import finite_numbers
 from rlhf_ppo.environments.base import EnvironmentFactory, Turn
-from rlhf_ppo.environments.concurrency import finish
+from rlhf_ppo.environments.concurrency import resolve_awaitable
 
 
 def from_openrlhf(agent_instance: Callable[[], Any]) -> EnvironmentFactory:
@@ -22,13 +22,13 @@ def from_openrlhf(agent_instance: Callable[[], Any]) -> EnvironmentFactory:
     class OpenRLHFEnvironment:
         def reset(self, prompt: str, label: Any = None) -> str:
             self.agent, self.label = agent_instance(), label
-            states = finish(self.agent.reset({"observation": prompt, "label": label}))
+            states = resolve_awaitable(self.agent.reset({"observation": prompt, "label": label}))
             self.text = str(states["observation"])
             return self.text
 
         def step(self, reply: str) -> Turn:
             states = {"observation_text": self.text, "action_text": reply, "label": self.label, "sampling_params": None}
-            result = finish(self.agent.step(states))
+            result = resolve_awaitable(self.agent.step(states))
             if result.get("sampling_params") is not None:
                 raise ValueError(
                     "an AgentInstance must leave sampling_params as they are (None), got others: replies would be "

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_ppo.environments.adapters.conversion import OwnRandomNumbers, as_observation, finite_numbers
+from rlhf_ppo.environments.adapters.conversion import IsolatedRandomState, as_observation, finite_numbers
 from rlhf_ppo.environments.base import EnvironmentFactory, Observation, Turn
 
 
@@ -24,7 +24,7 @@ def from_textarena(make: Callable[[], Any], *, chat: bool = True) -> Environment
 
     class TextArenaEnvironment:
         def reset(self, seed: int) -> Observation:
-            self.numbers, self.read = OwnRandomNumbers(seed), ""
+            self.numbers, self.read = IsolatedRandomState(seed), ""
             with self.numbers.active():
                 self.env = make()
                 self.env.reset(num_players=1, seed=seed)

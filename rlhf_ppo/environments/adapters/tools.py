@@ -14,7 +14,7 @@ from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.chat.template import render_chat
 from rlhf_ppo.environments.adapters.tool_calls import ToolCall, ToolCallParser, detect_parser
 from rlhf_ppo.environments.base import EnvironmentFactory, Messages, Turn, accepted_columns
-from rlhf_ppo.environments.concurrency import finish
+from rlhf_ppo.environments.concurrency import resolve_awaitable
 
 Tool = Callable[..., Any]
 
@@ -82,7 +82,7 @@ def from_trl(
             self.chat_template_kwargs = {"tools": schemas}
             callables = [*tools, *_methods(self.environment)]
             self.episode = _ToolEpisode({tool.__name__: tool for tool in callables}, schemas, parser)
-            text = finish(self.environment.reset(**accepted_columns(self.environment.reset, columns)))
+            text = resolve_awaitable(self.environment.reset(**accepted_columns(self.environment.reset, columns)))
             *before, last = as_messages(columns.get("prompt", ""))
             return [*before, last if text is None else {**last, "content": last["content"] + text}]
 
@@ -114,7 +114,7 @@ class _ToolEpisode:
             messages = [self._message("", self._error(error))]
         else:
             if not calls:
-                return Turn(reward=float(finish(reward())), terminated=True, info=dict(self.counts))
+                return Turn(reward=float(resolve_awaitable(reward())), terminated=True, info=dict(self.counts))
             messages = [self._message(call.name, self._result(call)) for call in calls]
         return Turn(messages, info=dict(self.counts))
 
@@ -124,7 +124,7 @@ class _ToolEpisode:
         try:
             if call.name not in self.tools:
                 raise ValueError(f"there is no tool {call.name}, but {', '.join(self.tools)}")
-            result = finish(self.tools[call.name](**self._typed(call)))
+            result = resolve_awaitable(self.tools[call.name](**self._typed(call)))
         except Exception as error:  # of any tool: the policy reads it
             return self._error(error)
         return result if isinstance(result, str) else json.dumps(result, default=str)

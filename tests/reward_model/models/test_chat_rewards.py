@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from reward_model import ContractError, RewardModel, TextRule
 from reward_model.models.ensemble import EnsembleRewardModel
-from reward_model.models.text import encode, end_of_text, render
+from reward_model.models.text import encode, render, text_tail
 from reward_model.serving.client import RemoteRewardModel
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.chat.prompt import ChatPrompt
@@ -191,7 +191,7 @@ def test_only_the_end_of_a_very_long_text_is_tokenized(text: str) -> None:
     whole = tokenizer(long + " and the end", verbose=False)["input_ids"][-63:]
     ids = encode(tokenizer, TextRule(max_length=64), long, " and the end", truncate=True)
     assert ids == [*whole, tokenizer.eos_token_id]
-    assert (len(end_of_text(tokenizer, long, tokens=63)) < len(long) / 10) == (text in CAN_BE_CUT)
+    assert (len(text_tail(tokenizer, long, tokens=63)) < len(long) / 10) == (text in CAN_BE_CUT)
 
 
 def test_a_plain_reward_model_reads_the_text_of_a_conversation(reward_model: RewardModel) -> None:
