@@ -5,9 +5,9 @@ from pathlib import Path
 PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
 HEAD = """# Bad inputs
 
-What is said about a wrong argument, setting or file: what was expected, what came, what would follow, what to do.
-Nothing has changed when a message of this table appears. The table is written by `python -m tests.bad_inputs.table`,
-from the same calls that the tests make; {count} inputs.
+This page shows the error messages for {count} wrong arguments, settings and files. Each message says what was expected,
+what was received, what would have gone wrong, and what to do. The check comes before anything is changed: your model,
+files and trainer are as they were. `python -m tests.bad_inputs.table` writes the table from the calls of the tests.
 """
 
 
