@@ -6,14 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from reward_model.models.adoption import adopt
 from reward_model.models.contract import CONTRACT_FILE, Contract
-from reward_model.models.ensemble import ModelOptions
 from reward_model.utils.commands import model_as_option, parse, run
-from reward_model.utils.documented import documented
+from reward_model.utils.options import ModelOptions
 
 
-@documented
 @dataclass(frozen=True, kw_only=True)
 class AdoptConfig(ModelOptions):
     """Reward model of another maker, and what of its contract is known better than inferred."""
@@ -35,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> Contract:
         model_as_option(arguments),
         program="python -m reward_model.adopt",
         description="Infer the contract of another maker's reward model, print it, and write it beside the model.",
+        examples="  python -m reward_model.adopt other/reward-model --write",
     )
+    from reward_model.models.adoption import adopt  # torch comes with it
+
     parts = adopt(config.model, label=config.label, trust_remote_code=config.trust_remote_code)
     changes: dict[str, Any] = {"template": config.template} if config.template != "auto" else {}
     changes |= {"append_eos": config.append_eos} if config.append_eos is not None else {}
@@ -55,4 +55,4 @@ def main(arguments: Sequence[str] | None = None) -> Contract:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

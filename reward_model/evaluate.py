@@ -7,37 +7,34 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from reward_model.data.preparation import DataOptions
-from reward_model.evaluation.card_page import text_table, write_page
-from reward_model.evaluation.report_card import Scorer, model_facts, report_card
-from reward_model.models.encoding import split_encodable
-from reward_model.models.ensemble import ModelOptions, first_member, load_reward_model
-from reward_model.training.tracking import training_curves
 from reward_model.utils.commands import model_as_option, parse, run
-from reward_model.utils.documented import documented
+from reward_model.utils.options import DataOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from reward_model.evaluation.report_card import Scorer
+
+EXAMPLES = """  rlhf-ppo reward evaluate runs/my_reward --data held_out.jsonl
+  rlhf-ppo reward evaluate runs/my_reward --data benchmark.jsonl --others other/reward-model"""
 
 
-@documented
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ModelOptions, DataOptions):
     """Reward model, held-out data and output files."""
 
     data: list[str]
-    """Held-out preferences, one or several sources in any format that training accepts, or a benchmark in the shape of
-    RewardBench 2."""
+    """Held-out preferences as for training, or a benchmark in the shape of RewardBench 2."""
     split: str = "test"
     """Which split of a folder or hub dataset to read."""
     judge: str | None = None
-    """Independent scorer for the best-of-N curve: another reward model, its server's URL, or module:function."""
+    """Scorer of the best-of-N curve: a reward model, a server's URL, or module:function."""
     others: list[str] = field(default_factory=list)
-    """Further scorers to be compared with the model: reward models, URLs of servers, or module:function."""
+    """Scorers to compare the model with; given as the judge is."""
     page: str | None = None
-    """HTML page to write, its picture beside it; default: report_card.html in the model's folder, for a hub name in
-    the current one; none: no page."""
+    """HTML page to write, or none; default: report_card.html beside the model, for a hub name in the current folder."""
     json: str | None = None
-    """File for the numbers; default: report_card.json in the model's folder, for a hub name in the current one."""
+    """File for the numbers; default: report_card.json beside the model, for a hub name in the current folder."""
     seed: int = 0
     """Seed of the pairs drawn from labeled texts."""
 
@@ -49,10 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         model_as_option(arguments),
         program="python -m reward_model.evaluate",
         description="Evaluate a reward model on held-out comparisons: accuracy, calibration, biases, stability.",
+        examples=EXAMPLES,
     )
-    model = config.load_model()
+    # torch comes with these
+    from reward_model.data.preparation import load_data
+    from reward_model.evaluation.card_page import text_table, write_page
+    from reward_model.evaluation.report_card import model_facts, report_card
+    from reward_model.models.encoding import split_encodable
+    from reward_model.models.ensemble import first_member, load_model
+    from reward_model.training.tracking import training_curves
+
+    model = load_model(config)
     folder = Path(config.model) if Path(config.model).is_dir() else Path()  # a hub name has no folder here
-    loaded, first = config.load_data(seed=config.seed), first_member(model)
+    loaded, first = load_data(config, seed=config.seed), first_member(model)
     comparisons, refused = split_encodable(
         loaded.comparisons, first.tokenizer, first.contract.text, on_bad_row=config.on_bad_row
     )
@@ -72,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return card
 
 
-def load_scorer(name: str, trust_remote_code: bool = False) -> Scorer:
+def load_scorer(name: str, trust_remote_code: bool = False) -> "Scorer":
     """Load a scorer: a reward model's folder or hub name, the URL of its server, or `module:function`.
 
     Raises:
@@ -82,6 +88,8 @@ def load_scorer(name: str, trust_remote_code: bool = False) -> Scorer:
         from reward_model.serving.client import RemoteRewardModel
 
         return RemoteRewardModel(name, token=os.environ.get("REWARD_MODEL_TOKEN"))
+    from reward_model.models.ensemble import load_reward_model
+
     module, colon, attribute = name.partition(":")
     if not colon or Path(name).is_dir():
         return load_reward_model(name, trust_remote_code=trust_remote_code)
@@ -104,4 +112,4 @@ def _finite(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

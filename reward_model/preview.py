@@ -4,15 +4,16 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from reward_model.data.comparisons import Comparison
-from reward_model.data.preparation import DataOptions, LoadedComparisons
 from reward_model.utils.commands import parse, run, table
-from reward_model.utils.documented import documented
+from reward_model.utils.options import DataOptions
+
+if TYPE_CHECKING:
+    from reward_model.data.preparation import LoadedComparisons
 
 
-@documented
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig(DataOptions):
     """Data to show."""
@@ -27,15 +28,18 @@ class PreviewConfig(DataOptions):
     """Seed of the pairs drawn from labeled texts."""
 
 
-def main(arguments: Sequence[str] | None = None) -> LoadedComparisons:
+def main(arguments: Sequence[str] | None = None) -> "LoadedComparisons":
     """Read the data, print what became of it, and return it."""
     (config,) = parse(
         (PreviewConfig,),
         arguments,
         program="python -m reward_model.preview",
         description="Show how preference data is read: counts, columns that are not used, the first comparisons.",
+        examples="  python -m reward_model.preview --data preferences.jsonl --show 5",
     )
-    loaded: LoadedComparisons = config.load_data(seed=config.seed, group=config.group)
+    from reward_model.data.preparation import load_data  # torch comes with it
+
+    loaded = load_data(config, seed=config.seed, group=config.group)
     kinds = Counter(_kind(comparison) for comparison in loaded.comparisons)
     lines = {"data": str(loaded.report), "kinds": ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())}
     if loaded.report.unused_columns:
@@ -60,4 +64,4 @@ def _shown(comparison: Comparison) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

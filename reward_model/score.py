@@ -10,31 +10,28 @@ from typing import Any
 
 from reward_model.data.layouts.base import CONVERSATION_NAMES, is_unanswered, prompt_columns
 from reward_model.data.layouts.rated import ANSWER_NAMES
-from reward_model.data.preparation import DataOptions, write_bad_rows
 from reward_model.data.rows import BadRow, checked_row, json_line, rename_columns, set_aside
-from reward_model.data.sources import read_rows
-from reward_model.models.ensemble import ModelOptions, first_member
-from reward_model.models.text import render
 from reward_model.utils.commands import column_names, model_as_option, parse, run
-from reward_model.utils.documented import documented
+from reward_model.utils.options import DataOptions, ModelOptions
 from rlhf_ppo.chat.cells import parse_cell
 from rlhf_ppo.chat.messages import read_text, read_tools
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = """  rlhf-ppo reward score runs/my_reward --data answers.jsonl > scores.jsonl
+  rlhf-ppo reward score runs/my_reward --data a.csv --columns prompt=question response=reply"""
 
-@documented
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(ModelOptions, DataOptions):
     """Reward model, data to score and output file."""
 
     data: list[str]
-    """Rows with `response` (and `prompt`, `tools`), or whole conversations in `messages`: one or several files, folders
-    or hub names, as for training."""
+    """Rows with `response` (and `prompt`, `tools`) or `messages`; files, folders or hub names, as for training."""
     output: str = "-"
-    """JSONL file for the rows with their `score`, and rows that are left out beside it; - is standard output."""
+    """JSONL file for the rows with their `score`; - is standard output. Rows that are left out go beside it."""
     caution: float = 0.0
-    """Standard deviations over the members that an ensemble's score is lowered by."""
+    """Standard deviations over its members to subtract from an ensemble's score."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         model_as_option(arguments),
         program="python -m reward_model.score",
         description="Score prompt-response texts with a trained reward model.",
+        examples=EXAMPLES,
     )
-    model = config.load_model(caution=config.caution)
+    from reward_model.data.preparation import write_bad_rows  # torch comes with these
+    from reward_model.models.ensemble import first_member, load_model
+
+    model = load_model(config, caution=config.caution)
     samples, bad_rows = _read(config, first_member(model))
     scores: list[float] = model(
         [sample.prompt for sample in samples],
@@ -82,6 +83,8 @@ def _read(config: ScoreConfig, model: Any) -> tuple[list[_Sample], list[dict[str
         BadRow: A row cannot be read, with on_bad_row="stop".
         ValueError: A mapped column is in no row.
     """
+    from reward_model.data.sources import read_rows
+
     columns = column_names(config.columns)
     samples, bad_rows, seen = [], [], set()
     for where, row in read_rows(config.data, split=config.split, encoding=config.encoding):
@@ -99,6 +102,8 @@ def _read(config: ScoreConfig, model: Any) -> tuple[list[_Sample], list[dict[str
 
 def _sample(original: Mapping[str, Any], row: Mapping[str, Any], model: Any, where: str) -> _Sample:
     """What is scored of a row: prompt and response, or a whole conversation."""
+    from reward_model.models.text import render
+
     name = next((name for name in ANSWER_NAMES if row.get(name) is not None), None)
     prompt, _ = prompt_columns(row)
     if name is None:
@@ -120,4 +125,4 @@ def _sample(original: Mapping[str, Any], row: Mapping[str, Any], model: Any, whe
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

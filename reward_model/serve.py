@@ -3,10 +3,13 @@
 import logging
 from collections.abc import Sequence
 
-from reward_model.serving.server import ServeConfig, application
+from reward_model.serving.config import ServeConfig
 from reward_model.utils.commands import model_as_option, parse, run
 
 logger = logging.getLogger(__name__)
+
+EXAMPLES = """  rlhf-ppo reward serve runs/my_reward
+  REWARD_MODEL_TOKEN=secret rlhf-ppo reward serve runs/my_reward --host 0.0.0.0 --port 8018"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -16,8 +19,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model_as_option(arguments),
         program="python -m reward_model.serve",
         description="Serve a reward model over HTTP (POST /score, or /get_reward as OpenRLHF asks).",
+        examples=EXAMPLES,
     )
-    app = application(config.load_model(caution=config.caution), config)
+    from reward_model.models.ensemble import load_model  # torch comes with these
+    from reward_model.serving.server import application
+
+    app = application(load_model(config, caution=config.caution), config)
     import uvicorn
 
     logger.info("Serving %s on http://%s:%d/score", config.model, config.host, config.port)
@@ -25,4 +32,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

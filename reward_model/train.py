@@ -5,26 +5,27 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from reward_model.data.preparation import (
-    DataOptions,
-    LoadedComparisons,
-    describe_split,
-    split_by_prompt,
-    write_bad_rows,
-)
 from reward_model.training.config import RewardModelConfig
-from reward_model.training.ensemble import train_ensemble
-from reward_model.training.resume import processes
-from reward_model.training.trainer import RewardModelResult, train_reward_model
 from reward_model.utils.commands import parse, run, table
-from reward_model.utils.documented import documented
+from reward_model.utils.options import DataOptions
+
+if TYPE_CHECKING:
+    from reward_model.data.preparation import LoadedComparisons
+    from reward_model.training.trainer import RewardModelResult
 
 logger = logging.getLogger(__name__)
 
+FURTHER = (
+    "evaluation_split", "pair_rounds", "append_eos", "schedule_arguments", "weight_decay", "max_grad_norm", "packing",
+    "fast_products", "tie_strength", "margin_scale", "lora_alpha", "merge_adapter", "progress", "log_every",
+    "trust_remote_code", "label_smoothing", "centering", "encoding", "micro_batch_size",
+)  # fmt: skip
+EXAMPLES = """  rlhf-ppo reward train --data pairs.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --output_dir runs/rm
+  rlhf-ppo reward train --config reward.yaml --learning_rate 1e-4 --output_dir runs/faster"""
 
-@documented
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(DataOptions):
     """Training and held-out data."""
@@ -34,13 +35,13 @@ class DataConfig(DataOptions):
     evaluation_split: str = "test"
     """Which split of the held-out folder or hub dataset."""
     held_out: float = 0.1
-    """Share of the comparisons that is held out if there is no evaluation_data."""
+    """Share of the comparisons to hold out, without evaluation_data."""
     group: str | None = None
     """Column whose equal values are held out together; None: the prompt, or the beginning that both texts share."""
     pair_rounds: int = 1
     """Maximum of pairs per labeled text (only for text, label data)."""
     max_comparisons: int = 0
-    """Use only this many training comparisons, drawn at random within the seed; 0: all."""
+    """Draw this many training comparisons at random; 0 uses all."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_comparisons", 0), ("pair_rounds", 1)):
@@ -48,13 +49,12 @@ class DataConfig(DataOptions):
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}.")
 
 
-@documented
 @dataclass(frozen=True, kw_only=True)
 class EnsembleConfig:
     """How many models to train."""
 
     ensemble: int = 1
-    """Number of members, which differ in the seed of head and data order."""
+    """Number of models, which differ in the seed; their mean score is used."""
 
     def __post_init__(self) -> None:
         if self.ensemble < 1:
@@ -68,12 +68,25 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         arguments,
         program="python -m reward_model.train",
         description="Train a reward model from preferences: pairs, rankings or labeled texts.",
+        examples=EXAMPLES,
+        further=FURTHER,
     )
+    return _train(data, config, ensemble.ensemble).path
+
+
+def _train(data: DataConfig, config: RewardModelConfig, members: int) -> "RewardModelResult":
+    # torch comes with these
+    from reward_model.data.preparation import describe_split, load_data, split_by_prompt, write_bad_rows
+    from reward_model.training.ensemble import train_ensemble
+    from reward_model.training.resume import processes
+    from reward_model.training.trainer import train_reward_model
+
     options: dict[str, Any] = {"seed": config.seed, "pair_rounds": data.pair_rounds}
-    loaded = data.load_data(**options, group=data.group)
+    loaded = load_data(data, **options, group=data.group)
     train, bad_rows = loaded.comparisons, list(loaded.bad_rows)
     if data.evaluation_data:
-        loaded_evaluation = replace(data, data=data.evaluation_data, split=data.evaluation_split).load_data(**options)
+        held_out = replace(data, data=data.evaluation_data, split=data.evaluation_split)
+        loaded_evaluation = load_data(held_out, **options)
         evaluation = loaded_evaluation.comparisons
         bad_rows += loaded_evaluation.bad_rows
     else:
@@ -84,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     split = describe_split(train, evaluation)
     logger.info("%s. %s.", loaded.report, split)
     facts = loaded.report.as_dict()
-    if ensemble.ensemble > 1:
-        result = train_ensemble(config, ensemble.ensemble, train, evaluation, facts, data.on_bad_row)
+    if members > 1:
+        result = train_ensemble(config, members, train, evaluation, facts, data.on_bad_row)
     else:
         rows: dict[str, Any] = {"train": train, "evaluation": evaluation, "on_bad_row": data.on_bad_row}
         result = train_reward_model(config, **rows, data_report=facts)
@@ -96,10 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         facts_of_data = {"data": str(loaded.report), "held out": split, **_left_out(loaded, result)}
         metrics = {name: f"{value:.4g}" for name, value in result.metrics.items()}
         print(table({"reward model": str(result.path), **facts_of_data, **metrics}))  # noqa: T201
-    return result.path
+    return result
 
 
-def _left_out(loaded: LoadedComparisons, result: RewardModelResult) -> dict[str, str]:
+def _left_out(loaded: "LoadedComparisons", result: "RewardModelResult") -> dict[str, str]:
     """What was left out of the data, for the table at the end."""
     sides = {"training": "train", "held-out": "evaluation"}
     long = {side: result.data.get(f"{name}_too_long", 0) for side, name in sides.items()}

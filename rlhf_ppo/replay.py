@@ -6,24 +6,11 @@ finite.
 """
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from accelerate import Accelerator
-
-from rlhf_ppo.algorithms import build_algorithm
-from rlhf_ppo.diagnostics.dump import FACTS, FORMAT, MODEL, dumped_algorithm, read_batch
-from rlhf_ppo.learner.finite_checks import nonfinite_parameters
-from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from rlhf_ppo.models.dropout import disable_dropout
-from rlhf_ppo.models.scoring import TokenPolicy
-from rlhf_ppo.updates import MinibatchConfig
-from rlhf_ppo.updates.nonfinite import innermost_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +56,20 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
     Raises:
         ValueError: There is no dump, or it is of another format.
     """
+    import torch  # here, so that the help comes without it
+    from accelerate import Accelerator
+
+    from rlhf_ppo.algorithms import build_algorithm
+    from rlhf_ppo.diagnostics.dump import MODEL, dumped_algorithm, read_batch, read_facts
+    from rlhf_ppo.learner.finite_checks import nonfinite_parameters
+    from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+    from rlhf_ppo.models.dropout import disable_dropout
+    from rlhf_ppo.models.scoring import TokenPolicy
+    from rlhf_ppo.updates import MinibatchConfig
+    from rlhf_ppo.updates.nonfinite import innermost_update
+
     folder = Path(folder)
-    record = _read_dump(folder)
+    record = read_facts(folder)
     if model is None:
         kind = AutoModelForSeq2SeqLMWithValueHead if record["is_encoder_decoder"] else AutoModelForCausalLMWithValueHead
         options: dict[str, Any] = {"is_trainable": True} if (folder / MODEL / "adapter_config.json").is_file() else {}
@@ -111,23 +110,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(result)  # noqa: T201
     return 0 if result.is_reproduced else 1
-
-
-def _read_dump(folder: Path) -> dict[str, Any]:
-    path = folder / FACTS
-    if not path.is_file():
-        raise ValueError(
-            f"expected a dump, got {folder} without {FACTS}: there is nothing to replay. Give the folder that the "
-            "error message named."
-        )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got something else ({error}): the dump is damaged.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found_format = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"expected a dump of format {FORMAT}, got {found_format!r}: use the version that wrote it.")
-    return record
 
 
 def _matches(recorded: float, computed: float) -> bool:

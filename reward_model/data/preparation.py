@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 
@@ -15,34 +15,12 @@ from reward_model.data.rows import OnBadRow, json_line
 from reward_model.data.sources import read_rows
 from reward_model.data.splitting import describe_split, split_by_prompt
 from reward_model.utils.commands import column_names
-from reward_model.utils.documented import documented
+from reward_model.utils.options import DataOptions
 
 __all__ = [
-    "DataOptions", "DataReport", "LoadedComparisons", "describe_split", "drop_duplicates", "load_comparisons",
+    "DataReport", "LoadedComparisons", "describe_split", "drop_duplicates", "load_comparisons", "load_data",
     "split_by_prompt", "write_bad_rows",
 ]  # fmt: skip
-
-
-@documented
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """The data that a command reads."""
-
-    data: list[str]
-    """One or several .jsonl, .json, .csv, .tsv or .parquet files (also .gz, .zst, .bz2, .xz), folders, or hub names."""
-    split: str = "train"
-    """Which split of a folder or hub dataset to read."""
-    columns: list[str] = field(default_factory=list)
-    """Names of the source's columns: ours=theirs, such as chosen=better rejected=worse; preference= leaves one out."""
-    encoding: str | None = None
-    """Encoding of text files, such as cp1252, gbk or utf-16-le; None: UTF-8, or what a byte order mark says."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """At a row that cannot be read: stop with its location, or leave it out and count it."""
-
-    def load_data(self, **options: Any) -> "LoadedComparisons":
-        """Load the comparisons, with further `options` of `load_comparisons`."""
-        given = {"split": self.split, "encoding": self.encoding, "on_bad_row": self.on_bad_row}
-        return load_comparisons(self.data, columns=column_names(self.columns), **(given | options))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +60,12 @@ class LoadedComparisons:
     report: DataReport
     bad_rows: list[dict[str, Any]]
     """Location, reason and content of each row that was skipped."""
+
+
+def load_data(data: DataOptions, **options: Any) -> LoadedComparisons:
+    """Load the comparisons that a command's options name, with further `options` of `load_comparisons`."""
+    given = {"split": data.split, "encoding": data.encoding, "on_bad_row": data.on_bad_row}
+    return load_comparisons(data.data, columns=column_names(data.columns), **(given | options))
 
 
 def load_comparisons(

@@ -14,7 +14,7 @@ from reward_model.data.files import DataError, data_suffix, encoding_problem, op
 from reward_model.data.rows import BadRow, Row
 from reward_model.data.tables import table_rows
 
-__all__ = ["DataError", "LocatedRow", "read_rows"]
+__all__ = ["DataError", "LocatedRow", "prompt_lines", "read_rows"]
 
 LocatedRow = tuple[str, Row | BadRow]
 """(Location, row); a `BadRow` if the row cannot be read."""
@@ -162,6 +162,24 @@ def _jsonl_rows(path: Path, name: str, encoding: str | None) -> Iterator[Located
                 yield where, BadRow(f"{where}: {problem}")
             elif line.strip():
                 yield where, _parse_json_line(line, where)
+
+
+def prompt_lines(path: Path, encoding: str | None = None) -> Iterator[LocatedRow]:
+    """Rows of a text file that holds a prompt a line.
+
+    Raises:
+        DataError: The file is missing or damaged.
+    """
+    name = path.name
+    if not path.is_file():
+        raise DataError(f"There is no file {path}.")
+    with open_text(path, name, newline=None, encoding=encoding) as file:
+        for number, line in enumerate(file, start=1):
+            where, text = f"{name}:{number}", line.strip("\ufeff\n")
+            if problem := encoding_problem(line, encoding):
+                yield where, BadRow(f"{where}: {problem}")
+            elif text.strip():
+                yield where, {"prompt": text}
 
 
 def _parse_json_line(line: str, where: str) -> Any:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from reward_model.models.contract import CONTRACT_FILE, Contract, ContractError
 from reward_model.models.model import RewardModel
 from reward_model.models.text import Texts
-from reward_model.utils.documented import documented
+from reward_model.utils.options import ModelOptions
 from rlhf_ppo.checkpoints.folders import replace_folder
 
 
@@ -88,22 +88,10 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-@documented
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """The reward model that a command loads."""
-
-    model: str
-    """Folder of a reward model or an ensemble, or another maker's reward model (or its first argument)."""
-    label: str | None = None
-    """Which label's logit is the score, by name or index; only for another maker's classifier with several labels."""
-    trust_remote_code: bool = False
-    """Whether Python code that comes with the model may run."""
-
-    def load_model(self, *, caution: float = 0.0) -> RewardModel | EnsembleRewardModel:
-        """Load it; arguments and errors as of `load_reward_model`."""
-        trust = self.trust_remote_code
-        return load_reward_model(self.model, caution=caution, label=self.label, trust_remote_code=trust)
+def load_model(options: ModelOptions, *, caution: float = 0.0) -> RewardModel | EnsembleRewardModel:
+    """Load the reward model that a command's options name; errors as of `load_reward_model`."""
+    trust = options.trust_remote_code
+    return load_reward_model(options.model, caution=caution, label=options.label, trust_remote_code=trust)
 
 
 def load_reward_model(

@@ -3,52 +3,49 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from reward_model.utils.documented import documented
 
-
-@documented
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig:
     """Settings of reward-model training: model, texts, loss, optimizer, evaluation."""
 
     model: str
-    """Hub name or folder: a causal LM, an encoder, or a sequence classifier."""
+    """Folder or hub name: a causal LM, an encoder, or a classifier."""
     output_dir: str
-    """Folder of the finished reward model; it is made only when training has succeeded."""
+    """Folder of the reward model; it is made when training has succeeded."""
     overwrite: bool = False
     """Whether an existing output folder may be replaced."""
     seed: int = 0
-    """Seed of the head, the order of the data and all other random numbers."""
+    """Seed of all random numbers, of head and data order among them."""
 
     template: Literal["auto", "plain", "chat"] = "auto"
-    """How prompt and response become one text; auto is chat for conversations and plain for text."""
+    """How prompt and response are joined; auto is chat for conversations and plain for text."""
     append_eos: bool | None = None
     """Whether the end-of-text token is appended to each text; None: for plain text, if the tokenizer has one."""
     max_length: int = 1024
-    """Maximum tokens of prompt + response, at most the model's positions; longer rows are dropped and counted."""
+    """Maximum tokens of a text; longer rows are dropped and counted."""
 
     epochs: float = 1.0
     """Passes over the training pairs."""
     learning_rate: float = 1e-5
     """Peak of the schedule. 3e-6 to 1e-5 suits models of a billion parameters, 1e-4 to 1e-3 those of a few million."""
     schedule: str = "linear"
-    """Name of a transformers learning-rate schedule: linear, cosine, constant, warmup_stable_decay, ..."""
+    """Learning-rate schedule of transformers, such as cosine."""
     schedule_arguments: list[str] = field(default_factory=list)
     """Arguments of the schedule: name=value, such as num_cycles=2 for cosine_with_restarts."""
     warmup: float = 0.05
-    """Share of all steps over which the learning rate rises to its peak; constant and plateau schedules have none."""
+    """Share of the steps that warm up; constant and plateau schedules have none."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     batch_size: int = 64
-    """Comparisons per optimizer step, over all processes and micro-batches."""
+    """Comparisons per optimizer step, over all processes."""
     micro_batch_size: int | None = None
     """Comparisons per forward pass and process; None: batch_size / number of processes."""
     max_grad_norm: float = 1.0
     """Maximum global norm of the gradient, to which it is clipped."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the forward pass (weights stay float32); auto is bfloat16 on GPUs that have it."""
+    """Of the forward pass; auto is bfloat16 on GPUs that have it. Weights stay float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a fifth more time."""
+    """Recompute activations in the backward pass; less memory, about a fifth more time."""
     packing: bool = True
     """On a CPU, run texts of unequal length packed instead of padded, if the model computes the same."""
     fast_products: bool = True
@@ -66,7 +63,7 @@ class RewardModelConfig:
     """Factor on the margin column."""
 
     lora_rank: int = 0
-    """Rank of LoRA adapters on all linear layers; 0 trains every weight."""
+    """Rank of LoRA adapters on all linear layers, 0 for none."""
     lora_alpha: int = 32
     """Scale of the adapters, which are multiplied by alpha / rank."""
     merge_adapter: bool = True
@@ -75,14 +72,13 @@ class RewardModelConfig:
     evaluations: int = 1
     """Held-out evaluations during training, evenly spaced; the last one is at the end."""
     early_stop_patience: int = 0
-    """Stop after this many evaluations without a better held-out accuracy, and keep the best; 0: never stop."""
+    """Evaluations without a better accuracy before it stops; 0: never. The best is kept."""
     resume: bool = False
-    """Continue from the last intact checkpoint of an interrupted run with the same output folder, data and model."""
+    """Continue from the last checkpoint of an interrupted run; output folder, data and model must be the same."""
     checkpoints: int = 0
     """Checkpoints during training, evenly spaced, for --resume."""
     trackers: str = "none"
-    """Comma-separated: tensorboard (into the output folder), wandb, mlflow, trackio and others that transformers knows;
-    metrics.jsonl is written in any case."""
+    """Comma-separated, of tensorboard, wandb, mlflow, trackio, ...; metrics.jsonl is always written."""
     progress: bool = True
     """Whether to show progress bars."""
     log_every: int = 10

@@ -1,19 +1,33 @@
 """Parse the flags and configuration file of a command, and print errors in one line."""
 
 import argparse
+import difflib
 import logging
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NoReturn
 
-import datasets
-from transformers import HfArgumentParser
-from transformers.utils import logging as transformers_logging
+import yaml
+
+from rlhf_ppo.utils.flags import COLUMNS, FlagHelp, add_flags
+
+PAGE = "docs/reward-models.md"
 
 
-def parse(types: Sequence[Any], arguments: Sequence[str] | None, *, program: str, description: str) -> tuple[Any, ...]:
+def parse(
+    types: Sequence[Any],
+    arguments: Sequence[str] | None,
+    *,
+    program: str,
+    description: str,
+    examples: str,
+    further: Collection[str] = (),
+) -> tuple[Any, ...]:
     """Parse dataclasses from the command line; `--config FILE.yaml` gives defaults that flags override.
 
     Args:
@@ -21,58 +35,63 @@ def parse(types: Sequence[Any], arguments: Sequence[str] | None, *, program: str
         arguments: The command line; None: `sys.argv`.
         program: Shown in the usage line.
         description: First lines of the help.
+        examples: Last lines of the help.
+        further: Fields that the help names without a description.
 
     Raises:
         ValueError: An unreadable configuration file, an unknown key, or a value that a dataclass refuses.
     """
     line = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _Parser(list(types), prog=program, description=description)
+    names = ", ".join(f"--{name}" for name in further)
+    rest = fill(f"further options ({PAGE}): {names}", COLUMNS, break_on_hyphens=False) + "\n" if further else ""
+    parser = _Parser(
+        prog=program, usage="%(prog)s [options]", description=description, formatter_class=FlagHelp,
+        epilog=f"{rest}examples:\n{examples}", allow_abbrev=False,
+    )  # fmt: skip
+    for kind in types:
+        add_flags(parser, kind, hidden=further)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same names; flags override it")
-    for action in parser._actions:
-        if action.help is None and action.dest != "help":
-            action.help = " "
     settings = _config_file(line)
-    unknown = sorted(set(settings) - {action.dest for action in parser._actions})
-    if unknown:
+    known = {action.dest: action for action in parser._actions}
+    if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"The configuration file has unknown keys {unknown}. --help lists the known ones.")
-    for action in parser._actions:
-        if action.dest in settings:
-            action.required = False
-            if isinstance(action, _Repeatable) and not isinstance(settings[action.dest], list):
-                settings[action.dest] = [settings[action.dest]]
+    for name, value in settings.items():
+        known[name].required = False
+        if known[name].nargs == "+" and not isinstance(value, list):
+            settings[name] = [value]
     parser.set_defaults(**settings)
-    *parsed, _ = parser.parse_args_into_dataclasses(line, look_for_args_file=False)
-    return tuple(parsed)
+    values = vars(parser.parse_args(line))
+    parsed = tuple(kind(**{item.name: values[item.name] for item in fields(kind)}) for kind in types)
+    _silence_progress_bars()
+    return parsed
 
 
-class _Repeatable(argparse.Action):
-    """Values of a flag that takes several: `--data a b` and `--data a --data b` are the same."""
-
-    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: str | None = None) -> None:
-        self.given = [*getattr(self, "given", []), *values]
-        setattr(namespace, self.dest, self.given)
-
-
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
     """Argument parser with errors in one line, without the usage of forty flags."""
 
-    def add_argument(self, *names: Any, **options: Any) -> Any:
-        """Add an argument; one that takes several values may also be repeated."""
-        if options.get("nargs") in ("+", "*"):
-            options.setdefault("action", _Repeatable)
-        return super().add_argument(*names, **options)
-
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split()[2]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            message += f" (did you mean {near[0]}?)" if near else ""
         self.exit(2, f"error: {message}. {self.prog} --help lists the flags.\n")
 
 
-def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str] | None = None) -> None:
-    """Call a command; an error that the user can fix is printed in one line on stderr, with exit status 2."""
+def run(
+    main: Callable[[Sequence[str] | None], object], arguments: Sequence[str] | None = None, *, alone: bool = False
+) -> None:
+    """Call a command; an error that the user can fix is printed in one line on stderr, with exit status 2.
+
+    Args:
+        main: The command.
+        arguments: The command line; None: `sys.argv`.
+        alone: Of several processes that a launcher has started, only the first one works.
+    """
+    if alone and os.environ.get("RANK", "0") != "0":
+        return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("httpx", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     try:
         main(arguments)
     except KeyboardInterrupt:
@@ -80,6 +99,15 @@ def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str]
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  a command's answer
         sys.exit(2)
+
+
+def _silence_progress_bars() -> None:
+    """Of loading; the libraries are imported here, because a help does without them."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def model_as_option(arguments: Sequence[str] | None) -> list[str]:
@@ -108,8 +136,6 @@ def table(rows: Mapping[str, str]) -> str:
 
 
 def _config_file(line: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
     paths = [after for flag, after in pairwise(line) if flag == "--config"]
     paths += [flag.removeprefix("--config=") for flag in line if flag.startswith("--config=")]
     if not paths:

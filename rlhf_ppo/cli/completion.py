@@ -9,7 +9,7 @@ HELP = """usage: rlhf-ppo completion
 
 Prints the commands and the options of `rlhf-ppo ppo`, one a line, for the completion of the shell:
   bash  complete -o default -W "$(rlhf-ppo completion)" rlhf-ppo
-  zsh   autoload -U bashcompinit && bashcompinit && complete -o default -W "$(rlhf-ppo completion)" rlhf-ppo
+  zsh   the same, after: autoload -U bashcompinit && bashcompinit
 """
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from rlhf_ppo.cli.run_config import SECTIONS, RunConfig, refuse_unknown
+from rlhf_ppo.utils.flags import FlagHelp, add_flags
 
 EXAMPLES = """examples:
-  rlhf-ppo ppo --model gpt2 --prompts prompts.jsonl --reward rewards.py:length --sampling.max_new_tokens 32
+  rlhf-ppo ppo --prompts prompts.jsonl --reward rewards.py:length --sampling.max_new_tokens 32
   rlhf-ppo ppo run.yaml --ppo.learning_rate 3e-6 --output-dir runs/lower-rate
   rlhf-ppo ppo run.yaml --print-config > run-again.yaml
   accelerate launch -m rlhf_ppo ppo run.yaml"""
@@ -60,23 +61,14 @@ def parse(arguments: list[str]) -> tuple[RunConfig, bool]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="rlhf-ppo ppo", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="rlhf-ppo ppo", usage="%(prog)s [FILE] [options]", epilog=EXAMPLES, formatter_class=FlagHelp,
+        allow_abbrev=False,
         description="Train a policy with PPO. A flag overrides the file. --ppo.NAME, --train.NAME, --sampling.NAME\n"
         "and --algorithm_config.NAME set fields of PPOConfig, TrainConfig, SamplingConfig and the algorithm.",
     )  # fmt: skip
-    parser.add_argument("config", nargs="?", type=Path, help="YAML file of settings")
+    parser.add_argument("config", nargs="?", type=Path, metavar="FILE", help="YAML file of settings")
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and stop")
-    for item in fields(RunConfig):
-        if item.type is bool:
-            parser.add_argument(
-                f"--{item.name}", action="store_true", default=argparse.SUPPRESS, help=item.metadata["help"]
-            )
-        elif item.name not in SECTIONS:
-            kind = int if item.type is int else str
-            parser.add_argument(
-                f"--{item.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(),
-                help=item.metadata["help"] + (f" ({item.default})" if item.default else ""),
-            )  # fmt: skip
+    add_flags(parser, RunConfig, left_out=SECTIONS, only_given=True, bare_switches=True, dashes=True)
     return parser
 
 

@@ -64,8 +64,8 @@ def run(config: RunConfig) -> TrainState:
     tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    prompts = load_prompts(config.prompts, tokenizer)
-    held_out = None if config.eval_prompts is None else load_prompts(config.eval_prompts, tokenizer)
+    prompts = load_prompts(config.prompts, tokenizer, config.encoding)
+    held_out = None if config.eval_prompts is None else load_prompts(config.eval_prompts, tokenizer, config.encoding)
     reward = None if config.reward is None else load_reward(config.reward)
     environment = None if config.environment is None else import_name(config.environment)
     trainer = PPOTrainer(ppo, _policy(config), None, tokenizer, algorithm=algorithm)
@@ -128,22 +128,22 @@ def _policy(config: RunConfig) -> AutoModelForCausalLMWithValueHead:
     return AutoModelForCausalLMWithValueHead.from_pretrained(config.model, peft_config=adapters)
 
 
-def load_prompts(source: str, tokenizer: PreTrainedTokenizerBase) -> PromptDataset | int:
+def load_prompts(source: str, tokenizer: PreTrainedTokenizerBase, encoding: str | None = None) -> PromptDataset | int:
     """Prompts of a file, folder or hub dataset, or a number of episodes.
 
     Raises:
         ValueError: The source is missing, empty or holds a row that cannot be read.
     """
-    if source.isdigit():
+    if source.isdigit() and encoding is None:
         return int(source)
     if not source:
         raise ValueError(
             "--prompts is missing: name a file, folder or dataset with a column `prompt`, e.g. prompts.jsonl."
         )
-    if source.endswith(".txt"):
-        texts = [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
-        return PromptDataset(Dataset.from_dict({"prompt": texts}), tokenizer)
-    rows = [row for _, row in importlib.import_module("reward_model.data.sources").read_rows(source)]
+    sources = importlib.import_module("reward_model.data.sources")
+    is_text = source.endswith(".txt")
+    read = sources.prompt_lines(Path(source), encoding) if is_text else sources.read_rows(source, encoding=encoding)
+    rows = [row for _, row in read]
     broken = next((row for row in rows if isinstance(row, Exception)), None)
     if broken is not None:
         raise ValueError(f"{source}: {broken}")

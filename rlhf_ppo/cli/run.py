@@ -7,8 +7,8 @@ from pathlib import Path
 USAGE = """usage: rlhf-ppo run SCRIPT [arguments of the script ...]
        rlhf-ppo run -m MODULE [arguments of the module ...]
 
-Runs a script, or a module, that was written for TRL <= 0.11: the names that `trl` has lost are lent to it
-(`import rlhf_ppo.compat`). On several processes: accelerate launch -m rlhf_ppo run SCRIPT ...
+Runs a script, or a module, that was written for TRL <= 0.11: the names that `trl` has lost are lent
+to it (`import rlhf_ppo.compat`). On several processes: accelerate launch -m rlhf_ppo run SCRIPT ...
 """
 
 

@@ -9,28 +9,36 @@ SECTIONS = ("ppo", "train", "sampling", "algorithm_config")
 """Fields of `RunConfig` that hold fields of another configuration."""
 
 
-def _setting(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What `rlhf-ppo ppo` runs; the help of each setting is that of its flag."""
+    """What `rlhf-ppo ppo` runs."""
 
-    model: str = _setting("gpt2", "folder or hub name of the policy")
-    prompts: str = _setting("", "file, folder or hub dataset with a column `prompt`, or a number of episodes")
-    reward: str | None = _setting(
-        None, "function as module:name or file.py:name, reward model's folder or hub name, or URL"
-    )
-    environment: str | None = _setting(None, "module:name or file.py:name of an environment class")
-    eval_prompts: str | None = _setting(None, "held-out prompts, as --prompts")
-    algorithm: str = _setting("ppo-clip", "ppo-clip, ppo-penalty, trpo, reinforce, reinforce++, rloo, grpo or gspo")
-    preset: str | None = _setting(None, "settings of a published run (docs/presets.md)")
-    sampler: str = _setting("loop", "what generates (docs/engines.md)")
-    lora_rank: int = _setting(0, "rank of LoRA adapters; 0 trains all weights")
-    output_dir: str = _setting("runs/ppo", "run folder; the same command resumes there")
-    live: bool = _setting(False, "serve the run's report while it trains")
-    live_address: str | None = _setting(None, "HOST:PORT of --live (127.0.0.1:8019, or a free port)")
+    model: str = "gpt2"
+    """Folder or hub name of the policy."""
+    prompts: str = ""
+    """File, folder or hub dataset with a column `prompt`, or a number of episodes."""
+    reward: str | None = None
+    """module:name or file.py:name of a function, a reward model's folder or name, or a URL."""
+    environment: str | None = None
+    """module:name or file.py:name of an environment class."""
+    eval_prompts: str | None = None
+    """Held-out prompts, as --prompts."""
+    encoding: str | None = None
+    """Encoding of text files of prompts, such as cp1252; None: UTF-8, or what a byte order mark says."""
+    algorithm: str = "ppo-clip"
+    """ppo-clip, ppo-penalty, trpo, reinforce, reinforce++, rloo, grpo or gspo."""
+    preset: str | None = None
+    """Settings of a published run (docs/presets.md)."""
+    sampler: str = "loop"
+    """What generates (docs/engines.md)."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters, 0 for none."""
+    output_dir: str = "runs/ppo"
+    """Run folder, where the same command resumes."""
+    live: bool = False
+    """Serve the run's report while it trains."""
+    live_address: str | None = None
+    """HOST:PORT of --live (127.0.0.1:8019, or a free port)."""
     ppo: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)

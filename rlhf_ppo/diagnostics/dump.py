@@ -57,6 +57,28 @@ def write_dump(learner: PPOLearner, error: NonFiniteUpdateError, folder: Path) -
     return final
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What a dump says of its update: settings, rows, metrics.
+
+    Raises:
+        ValueError: There is no dump, or it is of another format.
+    """
+    path = folder / FACTS
+    if not path.is_file():
+        raise ValueError(
+            f"expected a dump, got {folder} without {FACTS}: there is nothing to replay. Give the folder that the "
+            "error message named."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {path}, got something else ({error}): the dump is damaged.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found_format = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"expected a dump of format {FORMAT}, got {found_format!r}: use the version that wrote it.")
+    return record
+
+
 def read_batch(folder: Path) -> TrainBatch:
     """Read the batch of a dump, with the rows of all processes."""
     values: dict[str, Any] = load_file(folder / BATCH)

@@ -5,35 +5,15 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ppo.plan.config import PlanConfig, PlanError, read_config
+from rlhf_ppo.utils.flags import FlagHelp, add_flags
 
 if TYPE_CHECKING:
     from rlhf_ppo.plan.compute import FlopRates
-
-HELP = {
-    "model": "gpt2, 1b, 7b, 70b, or a folder or file with a config.json",
-    "reward_model": "the same for a reward model beside the policy (default: none)",
-    "strategy": "ddp, zero1, zero2, zero3, fsdp",
-    "precision": "auto, float32, bf16-mixed, bfloat16, nf4 (QLoRA)",
-    "device": "cuda, cpu; with --measure, the device of this machine",
-    "lora_rank": "0 trains every weight",
-    "batch_size": "responses per iteration, on each process",
-    "mini_batch_size": "responses per forward and backward pass, at most",
-    "token_budget": "tokens per forward and backward pass; on cuda by default what fits",
-    "gradient_accumulation_steps": "passes per optimizer step",
-    "ppo_epochs": "passes over the responses of an iteration",
-    "prompt_tokens": "tokens of the longest prompt",
-    "new_tokens": "tokens of the longest response",
-    "gradient_checkpointing": "recompute activations in the backward pass",
-    "logits_chunk_size": "response tokens whose logits are computed at once",
-    "decode_rows": "maximum rows decoded at once",
-    "kv_budget_gib": "maximum size of the KV cache; by default half of a GPU's free memory, else 4",
-    "memory_gib": "memory of one device, to check what fits",
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if measure:
             options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-        plan = read_config(config, **options) if config else _config_from_options(options)
+        plan = read_config(config, **options) if config else PlanConfig(**options)
         if measure and plan.precision == "nf4":
             raise PlanError("--measure does not run nf4: plan it, or measure bfloat16")
         rates = None if rates is None else _read_rates(rates)
@@ -83,30 +63,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m rlhf_ppo.plan", description=__doc__,
-        epilog="Memory is traced from the code itself, run on fake tensors. See docs/scaling.md.",
+        prog="python -m rlhf_ppo.plan", usage="%(prog)s [options]", description=__doc__, formatter_class=FlagHelp,
+        epilog="Memory is traced from the code itself, run on fake tensors. See docs/scaling.md.\nexamples:\n"
+        "  rlhf-ppo plan --model 7b --strategy zero3 --gpus 1 8 64\n  rlhf-ppo plan --config plan.yaml --measure",
     )  # fmt: skip
-    parser.add_argument("--config", help="YAML or JSON file with any of these settings; options below win")
-    defaults = PlanConfig()
-    for item in fields(PlanConfig):
-        default = getattr(defaults, item.name)
-        flag = "--" + item.name.replace("_", "-")
-        text = f"{HELP[item.name]} (default: {default})" if default is not None else HELP[item.name]
-        if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            optional = {"int | None": int, "float | None": float}.get(str(item.type), str)
-            kind = optional if default is None else type(default)
-            parser.add_argument(flag, type=kind, default=None, help=text, metavar=kind.__name__.upper())
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="numbers of devices (default: 1)")
-    parser.add_argument("--rates", help="JSON file of an earlier `--measure --json` with its FLOP rates")
-    parser.add_argument("--measure", action="store_true", help="run one iteration on this machine and compare")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of these settings; options override it")
+    add_flags(parser, PlanConfig, only_given=True, dashes=True)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1], metavar="INT", help="Numbers of devices (1)")
+    parser.add_argument("--rates", metavar="FILE", help="FLOP rates of an earlier `--measure --json`")
+    parser.add_argument("--measure", action="store_true", help="Run one iteration on this machine and compare")
+    parser.add_argument("--json", action="store_true", help="Print everything as JSON")
     return parser
-
-
-def _config_from_options(options: dict[str, Any]) -> PlanConfig:
-    return PlanConfig(**{name: value for name, value in options.items() if value is not None})
 
 
 def _read_rates(path: str) -> "FlopRates":

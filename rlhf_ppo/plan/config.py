@@ -22,22 +22,23 @@ class PlanConfig:
     """Settings of the planned run. Sizes are per process, with one process per device."""
 
     model: str = "gpt2"
-    """A preset (gpt2, 1b, 7b, 70b), or a folder or file with a model's config.json."""
+    """gpt2, 1b, 7b, 70b, or a folder or file with a config.json."""
     reward_model: str | None = None
-    """Preset or path of a reward model on the same device; None: rewards come from a function or a server."""
+    """The same for a reward model beside the policy; None: rewards come from a function or a server."""
     strategy: str = "ddp"
-    """How processes shard: ddp (not at all), zero1, zero2, zero3 (DeepSpeed), fsdp (full shard)."""
+    """How processes shard: ddp (not at all), zero1, zero2, zero3, fsdp."""
     precision: str = "auto"
-    """auto (bf16-mixed on cuda, float32 on a CPU); float32; bf16-mixed (autocast; under DeepSpeed bf16 weights with
-    float32 masters); bfloat16 weights; nf4 (QLoRA: the frozen base's linear layers in 4 bits, the rest in bfloat16)."""
+    """auto, float32, bf16-mixed, bfloat16 or nf4 (QLoRA). auto is bf16-mixed on cuda, float32 on a CPU; bf16-mixed is
+    autocast, under DeepSpeed bf16 weights with float32 masters; nf4 is the frozen base's linear layers in 4 bits, the
+    rest in bfloat16."""
     device: str = "cuda"
-    """cuda or cpu: on a CPU, chunks of logits are smaller and some layers use other kernels."""
+    """cuda or cpu; on a CPU, chunks of logits are smaller and some layers use other kernels."""
     lora_rank: int = 0
-    """Rank of LoRA adapters on all linear layers; 0 trains every weight."""
+    """Rank of LoRA adapters on all linear layers, 0 for none."""
     batch_size: int = 128
-    """Responses per iteration."""
+    """Responses per iteration, on each process."""
     mini_batch_size: int = 128
-    """Responses per forward and backward pass, at most: on a GPU no more tokens than `token_budget`."""
+    """Maximum responses per forward and backward pass; on a GPU no more tokens than `token_budget`."""
     token_budget: int | None = None
     """Tokens per forward and backward pass; None: on cuda what fits into `memory_gib`, on a CPU no limit."""
     gradient_accumulation_steps: int = 1
@@ -55,7 +56,7 @@ class PlanConfig:
     decode_rows: int = 512
     """Maximum rows decoded at once (`DecodeLoop.max_rows`)."""
     kv_budget_gib: float | None = None
-    """Maximum size of the KV cache, GiB (`DecodeLoop.kv_budget_bytes`); None: on cuda half of what is free, else 4."""
+    """Maximum size of the KV cache; None: on cuda half of what is free, else 4 GiB (`DecodeLoop.kv_budget_bytes`)."""
     memory_gib: float = 80.0
     """Memory of one device, GiB, to check what fits."""
 

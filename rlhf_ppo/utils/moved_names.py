@@ -61,17 +61,22 @@ RENAMED: dict[str, dict[str, str]] = {
 """Module -> {old name: new name} where the module stays."""
 
 
-def forward_names(module: str, target: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
+def forward_names(
+    module: str, target: str, renamed: Mapping[str, str], otherwise: Callable[[str], Any] | None = None
+) -> Callable[[str], Any]:
     """A module-level `__getattr__` (PEP 562) that looks names up in `target`, warning that they have moved.
 
     Args:
         module: The module that gets the `__getattr__`.
         target: Where the names are now; the module itself when only names have changed.
         renamed: Old name -> new name.
+        otherwise: The module's own `__getattr__`, for names that have not moved.
     """
 
     def __getattr__(name: str) -> Any:
         if name.startswith("__") or (module == target and name not in renamed):
+            if otherwise is not None:
+                return otherwise(name)
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         new = renamed.get(name, name)
         value = getattr(import_module(target), new)
@@ -107,4 +112,5 @@ def forward_old_names(package: str) -> None:
         sys.meta_path.append(_MovedModules())
     for name, renamed in RENAMED.items():
         if name in sys.modules and f"{name}.".startswith(f"{package}."):
-            sys.modules[name].__getattr__ = forward_names(name, name, renamed)  # type: ignore[method-assign]
+            own = vars(sys.modules[name]).get("__getattr__")
+            sys.modules[name].__getattr__ = forward_names(name, name, renamed, own)  # type: ignore[method-assign]

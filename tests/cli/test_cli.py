@@ -1,5 +1,7 @@
 """The command `rlhf-ppo`: help without torch, subcommands, and wrong calls."""
 
+import json
+import os
 import subprocess
 import sys
 from importlib.util import cache_from_source, find_spec
@@ -13,17 +15,24 @@ from tests.recipes.tiny_world import save_gpt2
 ROOT = Path(__file__).parents[2]
 
 
-def test_help_is_shown_without_torch() -> None:
-    """In a process of its own: the help of these commands imports neither torch nor transformers."""
+def test_every_help_is_shown_without_torch_and_fits_a_screen() -> None:
+    """In a process of its own: no help imports torch, transformers or datasets, and none is longer than 45 x 100."""
     code = (
-        "import contextlib, sys\nfrom rlhf_ppo.cli import main\n"
-        "for name in ('', 'ppo', 'plan', 'doctor', 'report', 'merge', 'run', 'completion'):\n"
-        "    with contextlib.suppress(SystemExit):\n        main([*name.split(), '--help'])\n"
-        "assert not {'torch', 'transformers', 'trl', 'matplotlib'} & sys.modules.keys()"
+        "import contextlib, io, json, sys\nfrom rlhf_ppo.cli import COMMANDS, main\nshown = {}\n"
+        "for name in ('', *COMMANDS):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as said:\n"
+        "        main([*name.split(), '--help'])\n"
+        "    shown[name] = said.getvalue()\n"
+        "print(json.dumps([shown, sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & sys.modules.keys())]))"
     )
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(f"  {name} " in shown for name in COMMANDS) and "rlhf-ppo run SCRIPT" in shown
-    assert all(f"usage: python -m rlhf_ppo.{name}" in shown for name in ("plan", "report", "merge"))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    shown, imported = json.loads(run.stdout)
+    assert imported == []
+    for name, text in shown.items():
+        lines = text.splitlines()
+        assert 5 <= len(lines) <= 45 and max(map(len, lines)) <= 100, (name, len(lines))
+    assert all(f"  {name} " in shown[""] for name in COMMANDS)
 
 
 def test_a_command_that_a_test_runs_leaves_no_bytecode_with_checks(monkeypatch: pytest.MonkeyPatch) -> None:

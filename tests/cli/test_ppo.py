@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from rlhf_ppo import GRPO, AutoModelForCausalLMWithValueHead, PPOClip
 from rlhf_ppo.cli.ppo import main, parse
-from rlhf_ppo.cli.ppo_run import make_configs
+from rlhf_ppo.cli.ppo_run import load_prompts, make_configs
 from rlhf_ppo.cli.run_config import RunConfig
 from rlhf_ppo.report import RunFolder
+from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.recipes.tiny_world import save_gpt2, save_reward_model
 
 SMALL = [
@@ -101,7 +103,13 @@ def test_an_unknown_key_of_the_file_is_refused_with_the_nearest(tmp_path: Path, 
     assert "there is no setting 'modle' (did you mean 'model'?)" in capsys.readouterr().err
 
 
-def test_the_help_fits_a_screen(capsys: Any) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert len(capsys.readouterr().out.splitlines()) <= 45
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.txt"])
+def test_prompts_are_read_with_their_encoding(world: Path, name: str, tmp_path: Path) -> None:
+    texts = ["Der Film war schön", "Über die Straße"]
+    rows = ["prompt", *texts] if name.endswith(".csv") else texts
+    (tmp_path / name).write_bytes("\n".join(rows).encode("cp1252"))
+    tokenizer = AutoTokenizer.from_pretrained(world / "gpt2")
+    prompts = load_prompts(str(tmp_path / name), tokenizer, "cp1252")
+    assert isinstance(prompts, PromptDataset) and prompts.batch([0, 1]).texts == texts
+    with pytest.raises(ValueError, match=r"not UTF-8 text .* --encoding cp1252"):
+        load_prompts(str(tmp_path / name), tokenizer)

@@ -24,8 +24,10 @@ def environment(**chosen: str) -> dict[str, str]:
 
 COMMANDS = [
     ["recipes/ppo_gpt2_sentiment.py"], ["recipes/train_reward_model.py"],
-    *(["-m", f"reward_model.{name}"] for name in ("train", "evaluate", "score", "serve")),
-    *(["-m", f"rlhf_ppo.{name}"] for name in ("plan", "replay")), ["-m", "rlhf_ppo.merge", "adapter", "merged"],
+    ["-m", "reward_model.train", "--data", "d", "--model", "m", "--output_dir", "o"],
+    *(["-m", f"reward_model.{name}", "m", "--data", "d"] for name in ("evaluate", "score")),
+    ["-m", "reward_model.serve", "m"], ["-m", "rlhf_ppo.plan"], ["-m", "rlhf_ppo.replay", "dump"],
+    ["-m", "rlhf_ppo.merge", "adapter", "merged"],
 ]  # fmt: skip
 
 
@@ -37,7 +39,7 @@ def seen_by_torch(command: list[str], **chosen: str) -> list[str]:
     return result.stdout.split()
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_what_is_run_has_the_short_spin_before_torch_is_loaded(command: list[str]) -> None:
     assert seen_by_torch(command) == [f"{name}={value}" for name, value in SHORT_SPIN.items()]
 

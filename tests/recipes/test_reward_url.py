@@ -9,7 +9,8 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from reward_model import RewardModel
-from reward_model.serving.server import ServeConfig, application
+from reward_model.serving.config import ServeConfig
+from reward_model.serving.server import application
 from sentiment import rewards
 from sentiment.reviews import load_reviews, split_reviews
 from tests.recipes.tiny_world import save_gpt2, save_reward_model, write_reviews

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
-from reward_model.serving.server import ServeConfig, application
+from reward_model.serving.config import ServeConfig
+from reward_model.serving.server import application
 from tests.support.patience import PATIENCE
 from tests.support.tiny_models import EOS_TOKEN_ID, PAD_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 

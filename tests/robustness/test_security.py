@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from recipes.sentiment.command_line import open_run_folder
 from reward_model.serving.client import RemoteRewardModel
-from reward_model.serving.server import ServeConfig
+from reward_model.serving.config import ServeConfig
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, find_damage
 from rlhf_ppo.loop.run_folder import RunFolder

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dist
 from reward_model import ContractError, RewardModel, train_reward_model
 from reward_model.models.ensemble import EnsembleRewardModel, load_reward_model, save_ensemble
 from reward_model.models.loading import load_adapter
-from reward_model.train import train_ensemble
 from reward_model.training.arguments import lora_config
+from reward_model.training.ensemble import train_ensemble
 from reward_model.training.trainer import _finish
 from rlhf_ppo.checkpoints.folders import recover_replaced_folder
 from tests.reward_model.conftest import preference_rows, tiny_config

@@ -12,7 +12,8 @@ import requests
 from reward_model import RewardModel
 from reward_model.models.ensemble import EnsembleRewardModel
 from reward_model.serving.client import RemoteRewardModel, read_scores
-from reward_model.serving.server import ServeConfig, health_of
+from reward_model.serving.config import ServeConfig
+from reward_model.serving.server import health_of
 from tests.reward_model.conftest import serving
 from tests.support.patience import PATIENCE
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from reward_model import RewardModel, RewardModelConfig, train_reward_model
 from reward_model.data.comparisons import as_comparisons
-from reward_model.train import train_ensemble
+from reward_model.training.ensemble import train_ensemble
 from reward_model.training.resume import training_folder
 from rlhf_ppo.checkpoints import CheckpointError, FolderInUseError
 from tests.reward_model.conftest import preference_rows, tiny_config

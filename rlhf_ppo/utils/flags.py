@@ -1,0 +1,119 @@
+"""Command-line flags from the fields of a configuration: the docstring under a field is the help of its flag."""
+
+import argparse
+import ast
+import inspect
+import os
+import re
+import textwrap
+from collections.abc import Collection
+from dataclasses import MISSING, Field, fields
+from itertools import pairwise
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+COLUMNS = 100
+"""Widest line of a help."""
+_END_OF_POINT = re.compile(r"; |\. |\.?$")
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class FlagHelp(argparse.RawDescriptionHelpFormatter):
+    """Help with one spelling of each flag and its default."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=min(COLUMNS, int(os.environ.get("COLUMNS", COLUMNS))))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        values = f"{{{','.join(action.choices)}}}" if action.choices else str(action.metavar or action.dest.upper())
+        values = {0: "", "?": "", "+": f"{values} ..."}.get(action.nargs, values)
+        return f"{action.option_strings[0]} {values}".rstrip()
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    config: type,
+    *,
+    hidden: Collection[str] = (),
+    left_out: Collection[str] = (),
+    only_given: bool = False,
+    bare_switches: bool = False,
+    dashes: bool = False,
+) -> None:
+    """Add a flag for each field of a dataclass, which may be spelled with `_` or `-`.
+
+    Args:
+        parser: The parser.
+        config: The dataclass, with a docstring under each field.
+        hidden: Fields whose flags the help leaves out.
+        left_out: Fields without a flag.
+        only_given: Leave flags that are not given out of the namespace, instead of their defaults.
+        bare_switches: Booleans take no value; otherwise `--flag`, `--flag true` and `--no_flag` are understood.
+        dashes: The help shows `-`, not `_`.
+    """
+    texts, hints = _field_docstrings(config), get_type_hints(config)
+    for item in (item for item in fields(config) if item.name not in left_out):
+        options = _options(item, hints[item.name], bare_switches)
+        text = texts.get(item.name, "")
+        if options.get("default") not in (None, "", False, []):
+            text += f" ({options['default']})"
+        if only_given:
+            options |= {"default": argparse.SUPPRESS, "required": False}
+        options["help"] = argparse.SUPPRESS if item.name in hidden else text.replace("%", "%%")
+        parser.add_argument(*_spellings(item.name, dashes), **options)
+        if hints[item.name] in (bool, bool | None) and not bare_switches:
+            parser.add_argument(
+                *_spellings(f"no_{item.name}", dashes), dest=item.name, action="store_false",
+                default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+            )  # fmt: skip
+
+
+def _spellings(name: str, dashes: bool) -> list[str]:
+    return sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=not dashes)  # "-" is before "_"
+
+
+class _Repeatable(argparse.Action):
+    """Values of a flag that takes several: `--data a b` and `--data a --data b` are the same."""
+
+    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: str | None = None) -> None:
+        self.given = [*getattr(self, "given", []), *values]
+        setattr(namespace, self.dest, self.given)
+
+
+def _options(item: "Field[Any]", kind: Any, bare_switches: bool) -> dict[str, Any]:
+    """Arguments of `add_argument` for a field of type int, float, str, bool, a list of one, or a choice."""
+    factory = None if item.default_factory is MISSING else item.default_factory
+    default = factory() if factory else item.default
+    options: dict[str, Any] = {"required": True} if default is MISSING else {"default": default}
+    kinds = [part for part in get_args(kind) if part is not type(None)] if type(None) in get_args(kind) else [kind]
+    if get_origin(kinds[0]) is list:
+        return options | {"action": _Repeatable, "nargs": "+", "metavar": "STR"}
+    if get_origin(kinds[0]) is Literal:
+        return options | {"choices": get_args(kinds[0])}
+    if kinds[0] is not bool:
+        return options | {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
+    return options | ({"action": "store_true"} if bare_switches else {"type": _boolean, "nargs": "?", "const": True})
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in _BOOLEANS:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return _BOOLEANS[text.lower()]
+
+
+def _field_docstrings(config: type) -> dict[str, str]:
+    """The first point of the docstring under each field, base classes included; none without their source."""
+    texts: dict[str, str] = {}
+    for cls in reversed(config.__mro__[:-1]):
+        try:
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        except OSError:  # a frozen application
+            continue
+        body = getattr(definition, "body", [])
+        for node, after in pairwise(body):
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(text, str):
+                words = " ".join(text.split())
+                texts[node.target.id] = words[: _END_OF_POINT.search(words).start()]  # type: ignore[union-attr]
+    return texts
