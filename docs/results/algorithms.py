@@ -22,11 +22,12 @@ from sentiment.settings import AlgorithmName  # noqa: E402
 NAMES: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
 COMMAND = "python recipes/ppo_gpt2_sentiment.py --algorithm ALGORITHM --seed SEED --threads 1"
 INTRODUCTION = (
-    "The embedded small GPT-2, the reward model and the budget of the [main job](sentiment.md): 50 rollouts of 128 "
-    "responses. 512 held-out prompts, before → after, ± standard error; neither VADER nor the second classifier takes "
-    "part in training. The last column is the gain of the classifier in standard errors of the difference. RLOO and "
-    "GRPO draw 4 responses to each of 32 prompts. TRPO computes in float32 with max_kl 0.02 and curvature from an "
-    "eighth of the rows; everything else is the same for all."
+    "This page compares six algorithms on the [main job](sentiment.md): the embedded small GPT-2, its reward model, "
+    "and 50 rollouts of 128 responses. The table shows 512 held-out prompts, before → after training, ± standard "
+    "error. VADER and the second classifier take no part in training. The last column is the gain of the classifier, "
+    "divided by the standard error of the difference. RLOO and GRPO sample 4 responses to each of 32 prompts. TRPO "
+    "computes in float32, with max_kl 0.02 and curvature from an eighth of the rows. Everything else is the same for "
+    "all."
 )
 SMOOTHED = 5
 """Iterations of the curves' moving average."""
@@ -64,7 +65,7 @@ def table(found: dict[str, Any]) -> str:
     lines = ["# Six algorithms on the main job", "", f"`{found['command']}`", ""]
     lines += [
         INTRODUCTION, "",
-        "![Reward of the rollouts against their KL to the reference, one curve an algorithm](algorithms.png)", "",
+        "![Reward of the rollouts against their KL to the reference, one curve per algorithm](algorithms.png)", "",
         "| algorithm | seed | VADER | classifier | score | KL, nats | distinct-2 | gain, s.e. |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -32,10 +32,11 @@ SEEDS = (0, 1, 2)
 PACKAGES = ("torch", "transformers", "accelerate")
 NOTES = [
     "",
-    "The closed forms hold for every loss that is a function of the advantages, whichever way these are scaled,",
-    "clipped, weighed or chosen: at the optimum with the KL all actions have the same reward minus KL, so every",
-    "advantage is 0. They do not hold for `positive_nll`, `ent_coef`, `adaptive_entropy` and `PretrainingMix`, which",
-    "add another goal to the loss; these are tested against their formulas instead.",
+    "The formula of the optimum holds for every loss that depends on the data only through the advantages, however",
+    "these are scaled, clipped, weighed or selected. The reason: at the optimum with the KL, all actions have the",
+    "same reward minus KL, so every advantage is 0. The formula does not hold for `positive_nll`, `ent_coef`,",
+    "`adaptive_entropy` and `PretrainingMix`, which add another goal to the loss. Tests compare these with their own",
+    "formulas.",
     "",
 ]
 """What the closed form applies to."""
@@ -66,10 +67,12 @@ def table(found: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
         "# The token bandit", "", "`python docs/results/bandit.py`", "",
-        "One prompt, responses of one token out of eight, a tiny GPT-2, 128 responses an iteration. With the KL to the",
-        "reference (coefficient 0.5) the optimum is π_ref exp(r / 0.5) / Z, without it the best token. What is left at",
-        "the end is the total variation between policy and optimum, one number a seed; tests ask for less than 0.02.",
-        "", "| | KL coefficient | total variation | largest |", "|---|---|---|---|",
+        "This page tests each algorithm on a task whose optimum is known. A tiny GPT-2 answers one prompt with one",
+        "token out of eight, in 128 responses per iteration. With the KL to the reference (coefficient 0.5) the",
+        "optimal policy is π_ref exp(r / 0.5) / Z; without the KL, it always chooses the best token. The table shows",
+        "the total variation distance between the trained policy and the optimum, one number per seed. The tests",
+        "require less than 0.02.",
+        "", "| Algorithm | KL coefficient | total variation | largest |", "|---|---|---|---|",
     ]  # fmt: skip
     for row in found["rows"]:
         each = ", ".join(f"{value:.4f}" for value in row["tv"])

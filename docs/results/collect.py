@@ -43,7 +43,14 @@ def collect(folders: list[Path], command: str, revision: str) -> dict[str, Any]:
 def table(title: str, found: dict[str, Any]) -> str:
     """Markdown: one row a seed and measure pair, before -> after."""
     head = ["seed", *MEASURES, "PPO, s"]
-    lines = [f"# {title}", "", f"`{found['command']}`", "", "Held-out prompts, before → after, ± standard error.", ""]
+    lines = [
+        f"# {title}",
+        "",
+        f"`{found['command']}`",
+        "",
+        "The table shows means over held-out prompts, before → after training, ± standard error.",
+        "",
+    ]
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for run in found["runs"]:
         before, after = run["evaluation"]["before"], run["evaluation"]["after"]

@@ -24,29 +24,33 @@ FIGURES = (
     ("hopper-trpo", "Hopper-v5, 300k, trpo", "last_100", "≥ 1500", 1800, "–"),
 )  # fmt: skip
 INTRODUCTION = """\
-Made by `python tests/benchmarks/control.py` (one process, one thread, on a machine with other jobs), collected by
-`python docs/results/collect_control.py`. One JSON file a run, with its settings, curve, commit and versions, is in
-`docs/results/control/`. What the settings mean: [Control](../control.md).
+This page shows the returns of all measured runs of [control](../control.md). `python tests/benchmarks/control.py`
+made the runs (one process, one thread, on a machine with other jobs). `python docs/results/collect_control.py` wrote
+this page. `docs/results/control/` holds one JSON file per run, with its settings, curve, commit and versions.
 
-Unless said otherwise a return is that of *training* episodes: actions drawn, the last hundred episodes, raw rewards. It
-is what CleanRL publishes; evaluations with the most likely action are usually higher."""
+Unless a table says otherwise, a return is the mean of the last hundred *training* episodes, with sampled actions and
+raw rewards. CleanRL publishes the same. Evaluations with the most likely action usually give higher returns."""
 PUBLISHED = """\
-InvertedPendulum is judged by ten deterministic episodes, the other rows by training returns. The published figures are
-for other versions of the tasks (v4) and of MuJoCo. Three seeds say little about the spread."""
+For InvertedPendulum, the goals "must" and "aim" refer to ten deterministic episodes; for the other tasks, to
+training returns. The published figures are for other versions of the tasks (v4) and of MuJoCo. Three seeds say
+little about the spread."""
 SAME = """\
-The same networks (two of 64 x 64, tanh, orthogonal), eight environments, 2048 steps a batch, minibatches of 64, ten
-epochs, Adam with ε = 1e-5 annealed to 0, observations and rewards normalized (`VecNormalize`), one thread. TRPO: both
-with a KL of 0.01 and the critic's learning rate 1e-3, otherwise each library's defaults."""
+Both libraries ran with the same settings: two networks of 64 x 64 (tanh, orthogonal initialization), eight
+environments, 2048 steps per batch, minibatches of 64, ten epochs, Adam with ε = 1e-5 and a rate annealed to 0,
+normalized observations and rewards (`VecNormalize`), one thread. For TRPO, both used a KL of 0.01 and a learning
+rate of 1e-3 for the critic, and otherwise their defaults."""
 WORLDS = """\
-Hopper-v5, 1M steps, ppo-clip. With: mass and friction x 0.7 to 1.3, motors x 0.8 to 1.2, sensor noise 0.01, drawn anew
-for every episode. Twenty deterministic episodes in each world, all but the first outside those ranges; each
-seed's mean, and in brackets the share of the first world's mean that is left."""
+Does randomization in training help in other worlds? Hopper-v5 was trained for 1M steps with ppo-clip, with and
+without randomization: mass and friction x 0.7 to 1.3, motors x 0.8 to 1.2, sensor noise 0.01, sampled for every
+episode. Each policy was evaluated on twenty deterministic episodes per world. Except for the first, the worlds are
+outside those ranges. A cell shows the mean of each seed; the number in brackets is the mean in percent of that in
+the first world."""
 SINCE = """\
-- PPO on InvertedPendulum, seed 0, repeated at f7d49d0, agrees in every number but the time. TRPO does not: 54495a6 took
-  the damping out of the length of its step, which is longer since."""
+- PPO on InvertedPendulum, seed 0, repeated at f7d49d0, agrees in every number but the time. TRPO does not: 54495a6
+took   the damping out of the length of its step, which is longer since."""
 SPREAD = """\
-The KL is the mean over minibatches of ½ (log π_θ - log π_old)². "no clip" is the bare ratio for ten epochs. Differences
-within the spread of the seeds say nothing."""
+The KL is the mean over minibatches of ½ (log π_θ - log π_old)². "no clip" uses the unclipped ratio for ten epochs.
+Differences within the spread of the seeds say nothing."""
 PAIRS = (
     ("hopper-clip", "Hopper-v5, 1M, PPO"),
     ("walker-clip", "Walker2d-v5, 1M, PPO"),
@@ -152,7 +156,10 @@ def _ablations(runs: dict[str, Run]) -> Iterable[str]:
             rows.append(row)
         reached = [f"steps to {ENOUGH}"] if task == "pendulum" else []
         head = ["variant", "last 20 episodes", "deterministic", *reached, "KL of an update, mean", "largest"]
-        yield f"**{title}**, ppo-clip unless said otherwise, one thing changed each; one number a seed."
+        yield (
+            f"**{title}.** Each row changes one thing; the algorithm is ppo-clip unless the row names another. "
+            "There is one number per seed."
+        )
         yield table(head, rows)
     yield SPREAD
 

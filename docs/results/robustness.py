@@ -12,9 +12,10 @@ def kills(found: dict[str, Any]) -> list[str]:
     rows = [f"| {name} | {count} |" for name, count in sorted(found["by_phase"].items(), key=lambda item: -item[1])]
     ways = found["by_way"]
     text = (
-        f"{found['kills']} kills of {found['runs']} runs of {found['iterations']} iterations, up to three kills a run. "
-        f"{ways.get('clock', 0)} came at a random time, {ways.get('file operation', 0)} before a random one of the "
-        f"run's {found['file_operations_of_a_run']} file operations."
+        f"{found['runs']} runs of {found['iterations']} iterations were killed {found['kills']} times in total, each "
+        f"at most three times. {ways.get('clock', 0)} kills came at a random time, {ways.get('file operation', 0)} "
+        f"before a random one of the run's {found['file_operations_of_a_run']} file operations. After each kill the "
+        "run was resumed."
     )
     same = "Runs that ended with the weights, metrics, best model and frontier of an undisturbed run, bit for bit"
     return [
@@ -31,12 +32,12 @@ def soak(found: dict[str, Any]) -> list[str]:
     verdict, rows = found["verdict"], found["rows"]
     shown = [row for row in rows if row["iteration"] % 200 == 0]
     text = (
-        f"{found['steps']:,} iterations with a checkpoint every 20, an evaluation every 50, a kept best model and "
-        f"TensorBoard. Growth is counted from iteration {found['warm_up']}; drift is the median of the last quarter "
-        "against that of the first, in processor time over that of a fixed computation done in turn with the "
-        "iterations, which others on the machine slow down alike. The caches of kernels, one a shape, of oneDNN and of "
-        "torch are held at 16 entries. At their own 1,024 they grew by 86 MB from iteration 200 to 1,600, and no "
-        "more until 2,000."
+        f"A run of {found['steps']:,} iterations writes a checkpoint every 20, evaluates every 50, keeps the best "
+        f"model and logs to TensorBoard. Growth is counted from iteration {found['warm_up']}. Drift compares the "
+        "median processor time of an iteration in the last quarter with that in the first. Each time is divided by "
+        "the time of a fixed computation that runs between the iterations, because other jobs on the machine slow "
+        "down both alike. oneDNN and torch cache one kernel per shape. These caches are limited to 16 entries here. "
+        "With their default of 1,024, memory grew by 86 MB from iteration 200 to 1,600, and no more until 2,000."
     )
     return [
         "## Soak", "", "`python -m tests.robustness.soak`", "", text, "",
@@ -52,7 +53,10 @@ def soak(found: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    origin = "A GPT-2 of 40,000 parameters on one CPU thread; what the figures are about is [here](../robustness.md)."
+    origin = (
+        "This page has the results of two long tests of [stopping and resuming](../robustness.md). Both train a "
+        "GPT-2 of 40,000 parameters on one CPU thread."
+    )
     parts = ["# Kills and soak", "", origin, ""]
     for name, write in (("kill-campaign", kills), ("soak", soak)):
         path = HERE / f"{name}.json"

@@ -91,10 +91,11 @@ def table(found: dict[str, Any]) -> str:
     run = found["runs"][0]["evaluation"]
     lines = [
         "# The main job on two processes", "", f"`{found['command']}`", "",
-        (f"Process 1 was killed (SIGKILL) after iteration {kill['killed_after_iteration']}: everything had ended "
-        f"{kill['seconds_to_the_end']:.1f} s later, with signal and rank in the output. The same command then went on "
+        (f"This run tests what a killed process does. Process 1 was killed (SIGKILL) after iteration "
+        f"{kill['killed_after_iteration']}. All processes had ended {kill['seconds_to_the_end']:.1f} s later, and the "
+        "output named signal and rank. The same command then continued "
         f"from {resume['resumed_from']} to iteration {run_length(found)}."), "",
-        "Held-out prompts, before → after, ± standard error:", "",
+        "The table shows means over held-out prompts, ± standard error:", "",
         "| measure | before | after |", "|---|---|---|",
     ]  # fmt: skip
     for name in MEASURES:

@@ -19,9 +19,10 @@ def page(found: dict[str, Any]) -> str:
     total = sum(found[name].get("cases", 0) for name in WHAT)
     lines = [
         "# Fuzzing", "", "`python -m tests.fuzz.campaign --cases 30000 [--target ...]`", "",
-        "A case is accepted, or refused by an error of ours that left every parameter and optimizer state as it was.",
-        "Anything else is a finding: another exception, Python's own words, a change, no end within a minute.",
-        f"The campaign goes on where it was stopped; {total:,} cases so far.", "",
+        f"The campaign has called the library with {total:,} random inputs so far. An input must be accepted, or be",
+        "refused with an error of the library, and a refusal must leave every parameter and optimizer state as it was.",
+        "Anything else is a finding: another exception, an error message of Python itself, a change, or a call of more",
+        "than a minute. The same command continues the campaign.", "",
         "| Entry point | Cases | Refused | Accepted | Findings | Longest, ms of CPU |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, what in WHAT.items():
@@ -34,8 +35,8 @@ def page(found: dict[str, Any]) -> str:
     if outcomes:
         named = ", ".join(f"{name}: {count:,}" for name, count in sorted(outcomes.items()))
         lines += [
-            "", f"What an accepted case of the last row went on from, of two checkpoints: {named}.",
-            "A run begins anew only where every folder has lost both its manifest and its state.",
+            "", f"In the last row, each folder has two checkpoints. The accepted cases ended so: {named}.",
+            "A run begins anew only if every folder has lost both its manifest and its state.",
         ]  # fmt: skip
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return "\n".join([*lines, "", f"Commit {about['commit']}; {versions}.", ""])
