@@ -116,7 +116,7 @@ def starts_table(found: dict[str, Any]) -> list[str]:
     }  # fmt: skip
     tokens = found["from-reward-model"][0]["curve"]["tokens"]
     heads = [f"score at {tokens[k] / 1000:.0f}k tokens" for k in (9, len(tokens) - 1)]
-    first = ("Critic", "seeds", "EV at the first update", "the mean aside", "EV, last five")
+    first = ("Critic", "seeds", "EV at the first update", "EV without a constant offset", "EV, last five")
     lines = [f"| {' | '.join([*first, *heads])} | KL, nats |", "|---|" + "---|" * 7]
     for name, title in titles.items():
         runs, begin = found.get(name, []), WARMUP if name == "warmed-up" else 0

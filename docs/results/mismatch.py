@@ -118,7 +118,7 @@ def bandit_distance(lag: int, seed: int, settings: dict[str, Any]) -> float:
 def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """One row per sampler and correction."""
     heads = ("Sampler", "Correction", "score", "KL, nats", "second classifier", "KL to the sampler", "largest ratio")
-    lines = [f"| {' | '.join(heads)} | tokens worth |", "|" + "---|" * 8]
+    lines = [f"| {' | '.join(heads)} | effective share |", "|" + "---|" * 8]
     for name, runs in found.items():
         sampler, _, correction = name.partition("-")
         measures = [[run["evaluation"][key]["mean"] for run in runs] for key in ("score", "kl", "classifier")]
