@@ -226,7 +226,8 @@ def adapt(base: Path, texts: Sequence[str], config: AdaptationConfig, folder: Pa
             f"{len(texts)}: nothing could be learned. Give more reviews, or lower batch_size or row_length."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    # Torch's fused attention has a slow backward pass in bfloat16 on a CPU.
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="eager")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = get_peft_model(

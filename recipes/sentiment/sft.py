@@ -154,6 +154,7 @@ def optimize(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config
         return loss
 
     model.train()
+    model.set_attn_implementation("eager")  # torch's fused attention has a slow backward pass in bfloat16 on a CPU
     parts = {"model": model, "muon": optimizers[0], "adamw": optimizers[1]}
     data = data_of_steps(openings, stretches, config)
     train_steps("Language model", step, data, steps=config.steps, parts=parts, kept=kept)

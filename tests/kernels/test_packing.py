@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AttentionInterface, BloomConfig, BloomForCausalLM
 
 from rlhf_ppo.batch import TokenInputs
+from rlhf_ppo.kernels import packing
 from rlhf_ppo.kernels.packing import can_be_packed
 from rlhf_ppo.models.scoring import TokenPolicy
 from tests.samplers.test_decode_loop import ARCHITECTURES
@@ -33,9 +34,9 @@ RAGGED = ((3, 9), (5, 2), (1, 11), (5, 2), (8, 1))
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"gpt2-lora"}))
 def test_packed_rows_have_the_log_probabilities_and_gradients_of_padded_ones(architecture: str) -> None:
     results = []
-    for packing in (False, True):
+    for packed_rows in (False, True):
         model = ARCHITECTURES[architecture]()
-        policy = TokenPolicy(model, packing=packing)
+        policy = TokenPolicy(model, packing=packed_rows)
         output = policy(inputs(*RAGGED), with_entropy=True)
         (output.logprobs.sum() + output.entropy.square().sum()).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -48,6 +49,24 @@ def test_packed_rows_have_the_log_probabilities_and_gradients_of_padded_ones(arc
     assert policy.work["real_tokens"] == 12 + 7 + 12 + 7 + 9
     is_eager = model.config._attn_implementation == "eager"  # soft-capped gemma2; transformers before 5.18 ran sdpa
     assert policy.work["trunk_tokens"] == (5 * 12 if is_eager else policy.work["real_tokens"])
+
+
+def test_attention_in_bfloat16_autocast_rounds_its_result_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's backward pass of attention in bfloat16 takes several times that in float32."""
+    seen = []
+    plain = packing.sdpa_attention_forward
+
+    def attention(module: Any, query: Tensor, *arguments: Any, **settings: Any) -> Any:
+        output, weights = plain(module, query, *arguments, **settings)
+        seen.append((query.dtype, output.dtype))
+        return output, weights
+
+    monkeypatch.setattr(packing, "sdpa_attention_forward", attention)
+    rows = [torch.arange(2, 9), torch.arange(3, 14)]
+    with torch.autocast("cpu", torch.bfloat16):
+        states = packing.packed_hidden(tiny_gpt2().transformer, rows).states
+    states.square().sum().backward()
+    assert set(seen) == {(torch.float32, torch.float32)}
 
 
 def bloom() -> Any:
