@@ -1,6 +1,7 @@
 """A separate critic with its own transformer, initialized from the policy or from a reward model."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +122,10 @@ def attach_critic(model: Any, critic: SeparateCritic) -> None:
     model.critic = critic.to(model.pretrained_model.get_input_embeddings().weight.device)
 
 
+ATTENTION = re.compile(r"^(?!.*(?:norm|ln)).*att(?:n|ention)", re.IGNORECASE)
+"""The name of an attention module; norms before and after one (`post_attention_layernorm`) belong to the block."""
+
+
 def freeze_critic(model: Any, part: Literal["attention", "trunk"]) -> None:
     """Keep a separate critic's attention, or all of it but its head, as it is.
 
@@ -135,7 +140,7 @@ def freeze_critic(model: Any, part: Literal["attention", "trunk"]) -> None:
     frozen = [
         parameter
         for name, parameter in model.critic.backbone.named_parameters()
-        if part == "trunk" or "attn" in name or "attention" in name
+        if part == "trunk" or any(map(ATTENTION.search, name.split(".")))
     ]
     if not frozen:
         raise ValueError("expected parameters with 'attn' or 'attention' in their names, got none: nothing is frozen")

@@ -22,10 +22,11 @@ from rlhf_ppo import (
 )
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.learner.arguments import default_optimizer
+from rlhf_ppo.models.critic import freeze_critic
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from tests.classic.test_classic import QUERIES, RESPONSES, SCORES, policy, trainer_of
-from tests.support.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import tiny_llama, tiny_tokenizer
 
 
 def own(*, separate: bool = False, **critic: Any) -> PPOTrainer:
@@ -98,6 +99,15 @@ def test_frozen_parts_of_a_separate_critic_stay(part: Any, moving: bool) -> None
     assert any(name.startswith("head.") for name in moved)
     assert not any("attn" in name for name in moved)
     assert any(name.startswith("backbone.") for name in moved) == moving
+
+
+def test_the_norm_behind_an_attention_is_not_frozen_with_it() -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama())
+    attach_critic(model, SeparateCritic.from_policy(model))
+    freeze_critic(model, "attention")
+    critic: Any = model.critic
+    frozen = {name.split(".")[-2] for name, p in critic.named_parameters() if not p.requires_grad}
+    assert frozen == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_a_value_head_on_the_policys_trunk_has_nothing_to_freeze() -> None:
