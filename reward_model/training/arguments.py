@@ -40,7 +40,7 @@ def schedule_arguments(config: RewardModelConfig) -> dict[str, Any]:
 
 
 def check_schedule(config: RewardModelConfig) -> None:
-    """Build the schedule of the settings once, for nothing.
+    """Build the schedule of the settings once, so that its errors come before training.
 
     Raises:
         ValueError: transformers knows no such schedule, or not with these arguments.

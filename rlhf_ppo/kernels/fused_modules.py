@@ -25,7 +25,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class FusedModule:
-    """Stands before the plain class in the bases of a fused one."""
+    """Base class of fused modules; it comes before the plain class."""
 
 
 class _FusedNorm(FusedModule):
@@ -48,7 +48,7 @@ class _FusedGatedMLP(FusedModule):
 
 
 def fused_class(module: nn.Module) -> type[nn.Module] | None:
-    """What the class of `module` may be exchanged for; None where nothing is known that computes the same."""
+    """The fused class that computes the same as the class of `module`; None if there is none."""
     kind = type(module)
     if kind not in _FUSED and not issubclass(kind, FusedModule):
         rotating, mixin = forward_with_fused_rotary(module), _candidate(module)
@@ -68,7 +68,7 @@ def _before(kind: type[nn.Module], mixin: type, **members: Any) -> Any:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module] | None:
-    """What the class of a fused module was; None of any other."""
+    """The class that a fused module had before; None for any other module."""
     kind = type(module)
     return kind.__bases__[1] if issubclass(kind, FusedModule) else None
 

@@ -25,7 +25,7 @@ Rotation: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
 
 def forward_with_fused_rotary(module: nn.Module) -> Callable[..., Any] | None:
-    """The `forward` of an attention module with our rotation; None where its own computes something else."""
+    """The `forward` of an attention module with the fused rotary embedding; None if it computes something else."""
     forward = inspect.unwrap(type(module).__dict__.get("forward", _no_forward))  # transformers 5.24 renames arguments
     if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
         return None

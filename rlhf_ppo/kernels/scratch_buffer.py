@@ -1,7 +1,7 @@
-"""Results that live for one turn of a loop, where those of the turn before have stood.
+"""A buffer for the temporary tensors of a loop: those of each iteration reuse the memory of the previous iteration.
 
-A heap seldom gives a block the place of one of the same size that has just gone: the edges have been given away, and a
-loop over blocks then walks through ever new memory.
+A heap seldom gives a tensor the place of a freed one of the same size, because small objects take the edges of the
+hole. A loop over blocks would then use ever new memory.
 """
 
 import math
@@ -15,7 +15,7 @@ ALIGNMENT = 64
 
 
 class ScratchBuffer:
-    """Memory for one turn, as large as the largest turn so far.
+    """Memory for the tensors of one iteration, as large as the largest iteration so far.
 
     Args:
         device: Where results are.
@@ -27,13 +27,13 @@ class ScratchBuffer:
         self.used, self.reuse = 0, reuse
 
     def reset(self) -> None:
-        """Start a turn: what came of the turn before is overwritten."""
+        """Start an iteration: the tensors of the previous one are overwritten."""
         if self.reuse and self.used > len(self.memory):
             self.memory = self.memory.new_empty(self.used)
         self.used = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor for this turn."""
+        """An uninitialized tensor for this iteration."""
         size = math.prod(shape) * dtype.itemsize
         start, self.used = self.used, self.used + math.ceil(size / ALIGNMENT) * ALIGNMENT
         if start + size > len(self.memory):

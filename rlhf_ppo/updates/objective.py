@@ -56,7 +56,7 @@ Masked: TypeAlias = tuple[Tensor, Tensor]
 
 
 def select_actions(parts: Sequence[Masked]) -> Tensor:
-    """The values that count, of all parts, 1-D; once an update, because a GPU's host waits for their number."""
+    """Concatenate the values at actions, 1-D. Called once per update, because the host waits for a GPU here."""
     values = torch.cat([value.flatten() for value, _ in parts])
     return values[torch.cat([mask.flatten() for _, mask in parts])]
 
