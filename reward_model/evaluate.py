@@ -99,6 +99,8 @@ def load_scorer(name: str, trust_remote_code: bool = False) -> "Scorer":
         raise ValueError(
             f"{name} is no scorer: {error}. Give a reward model, the URL of its server, or module:function."
         ) from error
+    if not callable(scorer):
+        raise ValueError(f"{name} is no scorer, but of type {type(scorer).__name__}: name a function.")
     return scorer
 
 

@@ -10,7 +10,15 @@ from typing import Any
 
 from reward_model.data.layouts.base import CONVERSATION_NAMES, is_unanswered, prompt_columns
 from reward_model.data.layouts.rated import ANSWER_NAMES
-from reward_model.data.rows import BadRow, checked_row, json_line, rename_columns, set_aside
+from reward_model.data.rows import (
+    BadRow,
+    check_mapping,
+    checked_row,
+    json_line,
+    rename_columns,
+    set_aside,
+    with_lower_names,
+)
 from reward_model.utils.commands import column_names, model_as_option, parse, run
 from reward_model.utils.options import DataOptions, ModelOptions
 from rlhf_ppo.chat.cells import parse_cell
@@ -32,6 +40,13 @@ class ScoreConfig(ModelOptions, DataOptions):
     """JSONL file for the rows with their `score`; - is standard output. Rows that are left out go beside it."""
     caution: float = 0.0
     """Standard deviations over its members to subtract from an ensemble's score."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(Path(self.output).absolute() == Path(name).absolute() for name in self.data):
+            raise ValueError(
+                f"output={self.output} is also the data: its rows would be overwritten. Name another file."
+            )
 
 
 @dataclass(frozen=True)
@@ -58,21 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
 
     model = load_model(config, caution=config.caution)
     samples, bad_rows = _read(config, first_member(model))
+    target = Path("scores" if config.output == "-" else config.output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if bad_rows:
+        write_bad_rows(bad_rows, target.with_name(f"{target.name}.bad_rows.jsonl"))
+        logger.warning("%d of %d rows cannot be read and get no score.", len(bad_rows), len(bad_rows) + len(samples))
+    if not samples:
+        raise ValueError(f"None of the {len(bad_rows)} rows can be read. The first one: {bad_rows[0]['error']}")
     scores: list[float] = model(
         [sample.prompt for sample in samples],
         [sample.response for sample in samples],
         tools=[sample.tools for sample in samples],
     )
     with ExitStack() as stack:
-        file = (
-            sys.stdout if config.output == "-" else stack.enter_context(Path(config.output).open("w", encoding="utf-8"))
-        )
+        file = sys.stdout if config.output == "-" else stack.enter_context(target.open("w", encoding="utf-8"))
         for sample, score in zip(samples, scores, strict=True):
             file.write(json_line(sample.row | {"score": score}))
-    if bad_rows:
-        aside = Path("scores" if config.output == "-" else config.output)
-        write_bad_rows(bad_rows, aside.with_name(f"{aside.name}.bad_rows.jsonl"))
-        logger.warning("%d of %d rows could not be read and have no score.", len(bad_rows), len(bad_rows) + len(scores))
     return scores
 
 
@@ -94,9 +110,8 @@ def _read(config: ScoreConfig, model: Any) -> tuple[list[_Sample], list[dict[str
             samples.append(_sample(fields, rename_columns(fields, columns), model, where))
         except BadRow as error:
             bad_rows.append(set_aside(error, where, None if row is error else row, config.on_bad_row))
-    missing = sorted({theirs for theirs in columns.values() if theirs} - seen)
-    if missing and seen:
-        raise ValueError(f"columns names {missing}, which no row has; the rows have {sorted(map(str, seen))}.")
+    if seen:
+        check_mapping(columns, seen)
     return samples, bad_rows
 
 
@@ -109,6 +124,8 @@ def _sample(original: Mapping[str, Any], row: Mapping[str, Any], model: Any, whe
     if name is None:
         name = next((name for name in CONVERSATION_NAMES if row.get(name) and not is_unanswered(row[name])), None)
         prompt = None
+    if name is None and (lower := with_lower_names(row)) is not None:
+        return _sample(original, lower, model, where)
     if name is None:
         raise BadRow(
             f"{where}: field 'response' is missing; the row has {sorted(map(str, row))}. Map another name with "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from reward_model.training.config import RewardModelConfig
 from reward_model.utils.commands import parse, run, table
 from reward_model.utils.options import DataOptions
+from rlhf_ppo.utils.field_types import check_fields
 
 if TYPE_CHECKING:
     from reward_model.data.preparation import LoadedComparisons
@@ -44,6 +45,7 @@ class DataConfig(DataOptions):
     """Draw this many training comparisons at random; 0 uses all."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, least in (("max_comparisons", 0), ("pair_rounds", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}.")
@@ -57,6 +59,7 @@ class EnsembleConfig:
     """Number of models, which differ in the seed; their mean score is used."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.ensemble < 1:
             raise ValueError(f"ensemble must be >= 1, got {self.ensemble}.")
 

@@ -44,6 +44,8 @@ class Collector:
         self.undecided = 0
         """Rows without a verdict, or without another answer to compare with."""
         self.bad_rows: list[dict[str, Any]] = []
+        self.names: set[str] = set()
+        """Columns of the source."""
         self.seen: set[str] = set()
         """Columns of the source with a value in some row."""
         self.texts: set[str] = set()
@@ -117,10 +119,12 @@ class Collector:
 
     def _take(self, row: Row | BadRow, where: str) -> None:
         row = checked_row(row, where)
+        self.names |= set(map(str, row))
         self.seen |= {str(name) for name, value in row.items() if value not in (None, "")}
         self.texts |= {str(name) for name, value in row.items() if value and isinstance(value, str | list)}
         recognized = recognize(rename_columns(row, self.columns), where)
-        self.used |= {self.columns.get(name, name) for name in recognized.used}
+        mapped = {ours: theirs for ours, theirs in self.columns.items() if theirs in row}
+        self.used |= {mapped.get(name, name) for name in recognized.used}
         self.used |= {ours for ours, theirs in self.columns.items() if not theirs}  # left out on purpose
         match recognized.kind:
             case "undecided":

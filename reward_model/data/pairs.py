@@ -67,12 +67,15 @@ def excerpt(text: str, *, max_words: int, min_words: int | None = None, generato
     return " ".join(words[start : start + length])
 
 
+_GOOD = "positive", "pos", "good", "true", "yes", "y", "desirable", "chosen", "like", "thumbs up", "👍"
+_BAD = "negative", "neg", "bad", "false", "no", "n", "undesirable", "rejected", "dislike", "thumbs down", "👎"
+_WORDS = dict.fromkeys(_GOOD, 1.0) | dict.fromkeys(_BAD, 0.0)
+
+
 def label_number(label: Any, where: str) -> float:
     """Convert a label to a number; booleans and words such as positive/negative become 1 and 0."""
-    words = dict.fromkeys(("positive", "pos", "good", "true", "yes", "desirable", "chosen"), 1.0)
-    words |= dict.fromkeys(("negative", "neg", "bad", "false", "no", "undesirable", "rejected"), 0.0)
-    if isinstance(label, str) and label.strip().lower() in words:
-        return words[label.strip().lower()]
+    if isinstance(label, str) and (word := label.strip().lower().replace("_", " ")) in _WORDS:
+        return _WORDS[word]
     number = float(label) if isinstance(label, bool) else read_number(label)
     if not math.isfinite(number):
         raise BadRow(f"{where}: field 'label' must be a number, true/false or positive/negative, got {label!r:.40}.")

@@ -11,7 +11,7 @@ from datasets import Dataset
 from reward_model.data.collecting import Collector
 from reward_model.data.comparisons import Comparison
 from reward_model.data.layouts import COLUMNS, OWN_COLUMNS
-from reward_model.data.rows import OnBadRow, json_line
+from reward_model.data.rows import OnBadRow, check_mapping, json_line
 from reward_model.data.sources import read_rows
 from reward_model.data.splitting import describe_split, split_by_prompt
 from reward_model.utils.commands import column_names
@@ -108,9 +108,10 @@ def load_comparisons(
     collector.check_prompts()
     comparisons = collector.comparisons(seed=seed, pair_rounds=pair_rounds)
     if not comparisons:
+        first = f" The first malformed one: {collector.bad_rows[0]['error']}" if collector.bad_rows else ""
         raise ValueError(
             f"No usable comparison in {collector.rows} rows: {len(collector.bad_rows)} were malformed, "
-            f"{collector.undecided} prefer nothing or have no other answer to their prompt to be compared with."
+            f"{collector.undecided} prefer nothing or have no other answer to their prompt to be compared with.{first}"
         )
     kept = drop_duplicates(comparisons)
     report = DataReport(
@@ -126,10 +127,11 @@ def load_comparisons(
 
 
 def _check_columns(collector: Collector, columns: Mapping[str, str], group: str | None) -> None:
-    for flag, names in (("columns", {theirs for theirs in columns.values() if theirs}), ("group", {group} - {None})):
-        missing = sorted(map(str, names - collector.seen))
-        if missing and len(collector.bad_rows) < collector.rows:
-            raise ValueError(f"{flag} names {missing}, which no row has; the rows have {sorted(collector.seen)}.")
+    if len(collector.bad_rows) == collector.rows:
+        return
+    check_mapping(columns, collector.names)
+    if group is not None and group not in collector.names:
+        raise ValueError(f"group names {[group]}, which no row has; the rows have {sorted(collector.names)}.")
 
 
 def drop_duplicates(comparisons: Sequence[Comparison]) -> list[Comparison]:

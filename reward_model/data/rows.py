@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 Row = Mapping[str, Any]
@@ -26,7 +26,8 @@ def checked_row(row: Any, where: str) -> Row:
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, Mapping):
-        raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.")
+        hint = " A list of rows belongs in a file that ends in .json." if isinstance(row, list) else ""
+        raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.{hint}")
     return row
 
 
@@ -56,6 +57,23 @@ def read_number(value: Any) -> float:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def with_lower_names(row: Row) -> Row | None:
+    """`row` with lower-case names, where a spreadsheet has `Prompt`; None if all are, or two become one."""
+    lower = {str(name).strip().lower(): value for name, value in row.items()}
+    return lower if lower.keys() != row.keys() and len(lower) == len(row) else None
+
+
+def check_mapping(columns: Mapping[str, str], names: Collection[str]) -> None:
+    """Check that each of the source's columns that `columns` maps or leaves out is one of `names`.
+
+    Raises:
+        ValueError: Names those that no row has.
+    """
+    missing = sorted({theirs or ours for ours, theirs in columns.items()} - set(names))
+    if missing:
+        raise ValueError(f"columns names {missing}, which no row has; the rows have {sorted(map(str, names))}.")
 
 
 def json_line(value: Any) -> str:

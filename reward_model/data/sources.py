@@ -72,7 +72,12 @@ def _file_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedR
 
 _UNPACK = " Unpack it, and give the folder or its files."
 _SAVE = " Save the sheet as CSV (UTF-8); formulas are saved as their values."
-_HINTS = dict.fromkeys((".zip", ".tar", ".tgz", ".gz"), _UNPACK) | dict.fromkeys((".xlsx", ".xls", ".ods"), _SAVE)
+_RENAME = " Rename it by what it holds: .tsv for a table, .jsonl for one object a line."
+_HINTS = (
+    dict.fromkeys((".zip", ".tar", ".tgz", ".gz"), _UNPACK)
+    | dict.fromkeys((".xlsx", ".xls", ".ods"), _SAVE)
+    | dict.fromkeys((".txt", ""), _RENAME)
+)
 
 
 def _folder_rows(folder: Path, split: str, encoding: str | None) -> Iterator[LocatedRow]:
@@ -211,7 +216,8 @@ def _json_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedR
     if rows is None:
         raise DataError(
             f"{name} must hold a JSON list of objects (or an object with one such list, or columns), got "
-            f"{type(content).__name__}."
+            f"{type(content).__name__}: it is unknown which rows are meant. Save them as a list of their own, or as "
+            ".jsonl."
         )
     yield from _dataset_rows(rows, f"{name} item")
 

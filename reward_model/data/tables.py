@@ -31,6 +31,8 @@ def table_rows(path: Path, name: str, encoding: str | None = None) -> Iterator[t
         names = _header(header[1], name)
         for number, fields in records:
             where = f"{name}:{number}"
+            if not any(fields):  # as spreadsheets end their tables
+                continue
             if isinstance(fields, str):
                 yield where, BadRow(f"{where}: {fields}")
             elif len(fields) != len(names):
@@ -130,5 +132,5 @@ class _Records:
             self.delimiter, self.number, header = said[1], 1, next(self.lines, "")
         if header:
             self.ahead.append(header)
-        if self.delimiter not in header:
-            self.delimiter = next((one for one in ("\t", ";", "|") if one in header), self.delimiter)
+        candidates = dict.fromkeys((self.delimiter, "\t", ";", "|", ","))
+        self.delimiter = max(candidates, key=lambda one: len(next(csv.reader([header], delimiter=one), [])))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from reward_model.utils.options import ModelOptions
 from rlhf_ppo.utils.access import is_loopback
+from rlhf_ppo.utils.field_types import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class ServeConfig(ModelOptions):
     """Standard deviations over its members to subtract from an ensemble's score."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not is_loopback(self.host) and not self.secret:
             raise ValueError(
                 f"host={self.host!r} can be reached from other machines, but there is no token: anyone could use the "

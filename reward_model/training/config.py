@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf_ppo.utils.field_types import check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig:
@@ -85,6 +87,7 @@ class RewardModelConfig:
     """Optimizer steps between two logged losses."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         positive = ("epochs", "learning_rate", "batch_size", "max_length", "max_grad_norm", "tie_strength", "log_every")
         for name in positive:
             if not getattr(self, name) > 0:
@@ -95,7 +98,7 @@ class RewardModelConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}.")
         if self.label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing must be < 0.5, got {self.label_smoothing}: above, worse becomes better.")
-        counts = ("lora_rank", "evaluations", "early_stop_patience", "checkpoints", "centering", "weight_decay")
+        counts = ("seed", "lora_rank", "evaluations", "early_stop_patience", "checkpoints", "centering", "weight_decay")
         for name in counts:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}.")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf_ppo.utils.field_types import check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -19,6 +21,9 @@ class DataOptions:
     on_bad_row: Literal["stop", "skip"] = "stop"
     """At a row that cannot be read: stop, or set it aside."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -30,3 +35,6 @@ class ModelOptions:
     """Label whose logit is the score, for a classifier with several; its name or index."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -1,14 +1,20 @@
 """Read conversations that a table holds as text: as JSON, or as Python writes a list."""
 
 import ast
+import io
+import itertools
 import json
 import re
+import tokenize
 import warnings
 from typing import Any
 
 from rlhf_ppo.chat.nested import UnreadableText
 
 _CONVERSATION = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+
+
+_ADJACENT = re.compile(r"""['"]\s+['"]""")
 
 
 def parse_cell(value: Any, field: str) -> Any:
@@ -29,14 +35,27 @@ def parse_cell(value: Any, field: str) -> Any:
 
 
 def parse_literal(text: str) -> Any:
-    """The list or object that `text` holds, as JSON or as Python writes it; None if it holds none."""
+    """The list or object that `text` holds, as JSON or as Python writes it; None if it holds none.
+
+    NumPy separates the texts of a list by spaces, which Python would join to one text: that is None, too.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of escapes that Python does not know
-                value = ast.literal_eval(text.strip())
+                value = None if _ADJACENT.search(text) and _joins_texts(text) else ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
     return value if isinstance(value, list | tuple | dict) else None
+
+
+def _joins_texts(text: str) -> bool:
+    """Whether two quoted texts of a Python literal have nothing but space between them."""
+    try:
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(f"({text.strip()})").readline)]
+    except (tokenize.TokenError, SyntaxError):
+        return False
+    is_text = [kind == tokenize.STRING for kind in kinds if kind != tokenize.NL]
+    return any(both == (True, True) for both in itertools.pairwise(is_text))

@@ -20,6 +20,10 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant", "model": "assistant", "bot": "assistant", "function_call": "assistant",
     "observation": "tool", "tool": "tool", "function_response": "tool",
 }  # fmt: skip
+_ROLES = {name: name for name in ("system", "user", "assistant", "tool", "developer")} | {
+    name: _SHAREGPT_ROLES[name] for name in ("human", "prompter", "gpt", "chatgpt", "bot")
+}
+"""Other spellings of the roles that chat templates know; further roles stay as they are."""
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
@@ -95,6 +99,7 @@ def _message(value: object, place: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise UnreadableText(f"{place} must have 'role' and 'content', got {sorted(map(str, value))}.")
+    role = _ROLES.get(role.strip().lower(), role)
     for name in ("tool_calls", "function_call"):
         if not message.get(name):
             message.pop(name, None)

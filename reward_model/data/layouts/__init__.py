@@ -32,7 +32,7 @@ from reward_model.data.layouts.base import (
 )
 from reward_model.data.layouts.public_sets import PUBLIC_SETS
 from reward_model.data.layouts.rated import ANSWER_NAMES, RATED, RATING_NAMES, THREADS, rated_columns
-from reward_model.data.rows import BadRow, Row
+from reward_model.data.rows import BadRow, Row, with_lower_names
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "margin", "weight", "preference", "tie", "source")
 RANKED_COLUMNS = ("prompt", "completions", "ranks", "scores", "tools", "weight", "source")
@@ -100,14 +100,16 @@ def recognize(row: Row, where: str) -> Recognized:
         return Recognized(kind="labeled", row=row, used=frozenset(LABELED_COLUMNS))
     if _given(row, "completions"):
         return _own(row, RANKED_COLUMNS)
-    lower = {str(name).strip().lower(): value for name, value in row.items()}
-    if lower.keys() != row.keys() and len(lower) == len(row):  # as spreadsheets write headers
+    lower = with_lower_names(row)
+    if lower is not None:
         found_lower = recognize(lower, where)
         used = frozenset(name for name in row if str(name).strip().lower() in found_lower.used)
         return replace(found_lower, used=used)
     missing = next(name for name in ("chosen", "rejected") if row.get(name) is None)
+    empty = sorted(str(name) for name, value in row.items() if value in (None, ""))
     raise BadRow(
-        f"{where}: field {missing!r} is missing; the row has {sorted(map(str, row))}. A pair needs 'chosen' and "
+        f"{where}: field {missing!r} is {'empty' if missing in row else 'missing'}; the row has "
+        f"{sorted(map(str, row))}{f', of which {empty} are empty' if empty else ''}. A pair needs 'chosen' and "
         "'rejected' (and 'prompt' unless they hold it); map other names with --columns."
     )
 

@@ -12,7 +12,7 @@ from reward_model.data.layouts.base import (
     ranking,
     text_source,
 )
-from reward_model.data.rows import Row
+from reward_model.data.rows import Row, read_number
 
 LIST_NAMES = ("responses", "generations", "answers", "outputs")
 SCORE_NAMES = ("scores", "ratings", "ranks", "rating")
@@ -31,16 +31,17 @@ def object_column(row: Row) -> str | None:
 
 def _objects(row: Row) -> dict[str, Any] | None:
     name = object_column(row) or ""
+    rated = [item for item in row[name] if any(item.get(key) is not None for key in _SCORE_KEYS)]
     answer, score = (
-        next((key for key in keys if all(item.get(key) is not None for item in row[name])), None)
+        next((key for key in keys if all(item.get(key) is not None for item in rated)), None)
         for keys in (_ANSWER_KEYS, _SCORE_KEYS)
     )
     if answer is None or score is None:
         keys = _ANSWER_KEYS if answer is None else _SCORE_KEYS
         raise ValueError(f"field {name!r} must be a list of objects that all have one of {list(keys)}.")
     sign = -1 if score == "rank" else 1
-    scores = [sign * number(item, score) for item in row[name]]
-    completions, source = [item[answer] for item in row[name]], text_source(row, "source")
+    scores = [sign * number(item, score) for item in rated]
+    completions, source = [item[answer] for item in rated], text_source(row, "source")
     return ranking(prompt_columns(row)[0], completions, scores, source=source)
 
 
@@ -127,7 +128,19 @@ def _side_by_side(row: Row) -> dict[str, Any] | None:
 
 def is_best_of_k(row: Row) -> bool:
     """Whether a row has lists of texts where others have one completion, as RewardBench 2."""
-    return any(isinstance(row.get(name), list | tuple) and texts(row, name) for name in ("chosen", "rejected"))
+    row = _with_lists(row)
+    return any(isinstance(row.get(name), list | tuple) and texts(row, name) for name in _COUNTED)
+
+
+def _with_lists(row: Row) -> Row:
+    """`row`, if it counts completions, with lists that a table holds as text."""
+    if all(row.get(count) is None for count in _COUNTED.values()):
+        return row
+    return {**row, **{name: as_list(row.get(name)) or row.get(name) for name in _COUNTED}}
+
+
+_COUNTED = {"chosen": "num_correct", "rejected": "num_incorrect"}
+"""Columns of RewardBench 2, and those that say how many completions they hold."""
 
 
 def texts(row: Row, name: str) -> list[str]:
@@ -140,23 +153,24 @@ def texts(row: Row, name: str) -> list[str]:
 
 def _best_of_k(row: Row) -> dict[str, Any]:
     """A ranking of two ranks: the correct completions before the others."""
-    sides = {name: texts(row, name) for name in ("chosen", "rejected")}
+    row = _with_lists(row)
+    sides = {name: texts(row, name) for name in _COUNTED}
     for name, found in sides.items():
         if not found:
             raise ValueError(f"field {name!r} must be a list of one or more texts, got {row.get(name)!r:.60}.")
-    correct, count = len(sides["chosen"]), row.get("num_correct")
-    if count is not None and count != correct:
-        raise ValueError(f"field 'num_correct' is {count!r:.40}, but 'chosen' has {correct} completions.")
+        count = row.get(_COUNTED[name])
+        if count is not None and read_number(count) != len(found):
+            raise ValueError(f"field {_COUNTED[name]!r} is {count!r:.40}, but {name!r} has {len(found)} completions.")
     for name in ("id", "subset"):
         if not isinstance(row.get(name), str | int | None):
             raise ValueError(f"field {name!r} must be text, got {type(row[name]).__name__}.")
-    ranks = [0] * correct + [1] * len(sides["rejected"])
+    ranks = [0] * len(sides["chosen"]) + [1] * len(sides["rejected"])
     source, group = str(row.get("subset") or ""), str(row.get("id") or "")
     prompt, completions = prompt_columns(row)[0], sides["chosen"] + sides["rejected"]
     return {"prompt": prompt, "completions": completions, "ranks": ranks, "source": source, "group": group}
 
 
-BEST_OF_K = Layout(name="RewardBench 2", needs=(), uses=("id", "subset", "num_correct"), convert=_best_of_k)
+BEST_OF_K = Layout(name="RewardBench 2", needs=(), uses=("id", "subset", *_COUNTED.values()), convert=_best_of_k)
 PAIRS = (
     ("chosen_response", "rejected_response"), ("better", "worse"), ("preferred", "dispreferred"),
     ("preferred_output", "non_preferred_output"), ("positive", "negative"), ("pos", "neg"),

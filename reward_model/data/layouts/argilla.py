@@ -8,17 +8,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reward_model.data.layouts.answers import side_of, sides
-from reward_model.data.layouts.base import Layout, prompt_columns, ranking
+from reward_model.data.layouts.base import Layout, as_list, prompt_columns, ranking
 from reward_model.data.rows import Row
 
 
 def question_column(row: Row) -> str | None:
     """The column that holds annotators' answers, or None."""
     for name, value in row.items():
+        if isinstance(name, str) and name.endswith(".responses") and (value is None or as_list(value) is not None):
+            return name
         if isinstance(name, str) and isinstance(value, list | tuple) and not name.endswith((".users", ".status")):
             one_by_one = bool(value) and all(isinstance(item, Mapping) and "value" in item for item in value)
             is_answered = one_by_one and not any("from" in item for item in value)
-            if name.endswith(".responses") or is_answered or (not value and f"{name}-suggestion" in row):
+            if is_answered or (not value and f"{name}-suggestion" in row):
                 return name
     return None
 
@@ -50,7 +52,7 @@ def _votes(row: Row, question: str, names: list[str]) -> Iterator[dict[str, floa
     answers = row[question]
     if question.endswith(".responses"):
         stem = question.removesuffix(".responses")
-        suggestion = row.get(f"{stem}.suggestion")
+        answers, suggestion = as_list(answers), row.get(f"{stem}.suggestion")
     else:
         answers = [item["value"] for item in answers if item.get("status") in (None, "submitted")]
         suggestion = row.get(f"{question}-suggestion")

@@ -51,7 +51,7 @@ RANKED = {"prompt": "p", "completions": ["a", "b", "c"]}
 
 BAD_DATA: list[tuple[str, Callable[[Path], str], str]] = [
     ("missing column", jsonl(changed(rejected=...)), "data.jsonl:3: field 'rejected' is missing"),
-    ("null field", jsonl(changed(chosen=None)), "data.jsonl:3: field 'chosen' is missing"),
+    ("null field", jsonl(changed(chosen=None)), "data.jsonl:3: field 'chosen' is empty; the row has"),
     ("empty chosen", jsonl(changed(chosen="  ")), "data.jsonl:3: field 'chosen' is empty"),
     ("identical pair", jsonl(changed(rejected="good")), "data.jsonl:3: fields 'chosen' and 'rejected' are identical"),
     ("chosen is a number", jsonl(changed(chosen=5)), "data.jsonl:3: field 'chosen' must be text"),

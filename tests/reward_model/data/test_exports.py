@@ -1,0 +1,143 @@
+"""What people's exports look like: spreadsheets, annotation tools, lists in cells, labels in words."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reward_model import BadRow
+from reward_model import score as score_command
+from reward_model.data.preparation import load_comparisons
+from rlhf_ppo.chat.cells import parse_literal
+from rlhf_ppo.chat.messages import read_messages
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., str]:
+    """Write rows as JSONL, or text as it is, and return the path."""
+
+    def write(content: str | list[dict[str, Any]], name: str = "data.jsonl") -> str:
+        text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def texts(source: str, **options: Any) -> list[tuple[Any, ...]]:
+    """The completions of each comparison, best first."""
+    return [comparison.completions for comparison in load_comparisons(source, **options).comparisons]
+
+
+def test_a_benchmark_in_a_table_has_lists_and_counts_as_text(written: Callable[..., str]) -> None:
+    header = "id,prompt,chosen,rejected,num_correct,num_incorrect,subset\n"
+    table = header + '1,P,"[\'a\']","[""b"", ""c""]",1,2.0,Focus\n'
+    (comparison,) = load_comparisons(written(table, "rb.csv")).comparisons
+    assert comparison.completions == ("a", "b", "c") and comparison.ranks == (0, 1, 1)
+    with pytest.raises(BadRow, match=r"field 'num_incorrect' is '2', but 'rejected' has 1 completions"):
+        texts(written(header + "1,P,\"['a']\",\"['b' 'c']\",1,2,Focus\n", "numpy.csv"))
+
+
+@pytest.mark.parametrize("text", ["['a' 'b']", "['a'\n 'b']", "[{'content': 'a' 'b'}]"])
+def test_texts_that_numpy_wrote_without_commas_are_not_joined(text: str) -> None:
+    """Python would read one text, 'ab'."""
+    assert parse_literal(text) is None
+    assert parse_literal("['it''s', \"a\" , 'b']".replace("''", " ")) == ["it s", "a", "b"]
+
+
+def test_empty_lines_of_a_spreadsheet_are_no_rows(written: Callable[..., str]) -> None:
+    report = load_comparisons(written("prompt;chosen;rejected\nQ;a;b\n;;\n;;\n", "sheet.csv")).report
+    assert (report.rows, report.bad) == (1, 0)
+
+
+def test_the_separator_is_the_one_that_splits_the_header(written: Callable[..., str]) -> None:
+    source = written('prompt;"best, of two";rejected\nQ;a,1;b\n', "sheet.csv")
+    assert texts(source, columns={"chosen": "best, of two"}) == [("a,1", "b")]
+
+
+def test_records_that_nobody_annotated_are_undecided(written: Callable[..., str]) -> None:
+    record = {"prompt": "Q", "response_1": "a", "response_2": "b"}
+    rows = [record | {"preference.responses": None}, record | {"preference.responses": ["response_2"]}]
+    loaded = load_comparisons(written(rows))
+    assert (loaded.report.undecided, loaded.comparisons[0].completions) == (1, ("b", "a"))
+    table = "prompt,response_1,response_2,preference.responses\nQ,a,b,\"['response_2']\"\n"
+    assert texts(written(table, "argilla.csv")) == [("b", "a")]
+
+
+@pytest.mark.parametrize("labels", [("Y", "n"), ("thumbs_up", "thumbs_down"), ("👍", "👎"), ("like", "dislike")])
+def test_labels_may_be_words(labels: tuple[str, str], written: Callable[..., str]) -> None:
+    rows = [{"prompt": "Q", "completion": text, "label": label} for text, label in zip("ab", labels, strict=True)]
+    assert texts(written(rows)) == [("a", "b")]
+
+
+def test_an_answer_without_a_score_is_left_out_of_the_ranking(written: Callable[..., str]) -> None:
+    answers = [{"response": "a", "overall_score": "2"}, {"response": "b", "overall_score": None}]
+    rows = [{"instruction": "Q", "completions": [*answers, {"response": "c", "overall_score": 5}]}]
+    assert texts(written(rows)) == [("c", "a")]
+
+
+def test_roles_are_those_of_chat_templates() -> None:
+    spoken = [
+        ("human", "user"),
+        ("gpt", "assistant"),
+        ("User", "user"),
+        ("ASSISTANT ", "assistant"),
+        ("ipython", "ipython"),
+    ]
+    for given, role in spoken:
+        assert read_messages([{"role": given, "content": "x"}], "chosen")[0]["role"] == role
+
+
+def test_a_missing_field_says_which_columns_are_empty(written: Callable[..., str]) -> None:
+    with pytest.raises(BadRow, match=r"field 'rejected' is empty; the row has .*, of which \['rejected'\] are empty"):
+        texts(written([{"prompt": "Q", "chosen": "a", "rejected": None}]))
+    with pytest.raises(ValueError, match=r"1 were malformed.* The first malformed one: data.jsonl:1: field 'rejected'"):
+        texts(written([{"prompt": "Q", "chosen": "a", "rejected": None}]), on_bad_row="skip")
+
+
+def test_a_column_that_no_row_has_cannot_be_left_out(written: Callable[..., str]) -> None:
+    rows = [{"prompt": "Q", "chosen": "a", "rejected": "b", "preference": None}]
+    assert texts(written(rows), columns={"preference": ""}) == [("a", "b")]
+    with pytest.raises(ValueError, match=r"columns names \['preferense'\], which no row has"):
+        texts(written(rows), columns={"preferense": ""})
+
+
+def test_columns_that_are_mapped_in_another_file_are_used(written: Callable[..., str]) -> None:
+    ours = written([{"prompt": "Q", "chosen": "a", "rejected": "b"}], "ours.jsonl")
+    theirs = written([{"ask": "R", "best": "a", "worst": "b"}], "theirs.jsonl")
+    columns = {"prompt": "ask", "chosen": "best", "rejected": "worst"}
+    assert load_comparisons([ours, theirs], columns=columns).report.unused_columns == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("data.txt", "a\tb", "Rename it by what it holds: .tsv"),
+        ("data.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', "Save them as a list of their own"),
+        ("data.jsonl", '[{"prompt": "Q"}]', "A list of rows belongs in a file that ends in .json"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_gets_a_remedy(
+    name: str, content: str, remedy: str, written: Callable[..., str]
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        texts(written(content, name))
+
+
+def test_scores_are_written_where_they_may_be(
+    trained_folder: Path, tmp_path: Path, written: Callable[..., str]
+) -> None:
+    """A header as spreadsheets write it, a folder that is not there yet, the data itself, and no readable row."""
+    data = written("Prompt;Response\nIt was ;good\n;\n", "answers.csv")
+    arguments = [str(trained_folder), "--data", data, "--output"]
+    assert len(score_command.main([*arguments, str(tmp_path / "new" / "scores.jsonl")])) == 1
+    assert json.loads((tmp_path / "new" / "scores.jsonl").read_text())["Response"] == "good"
+    with pytest.raises(ValueError, match="is also the data"):
+        score_command.main([*arguments, data])
+    nothing = written([{"prompt": 1, "response": 2}])
+    arguments = [str(trained_folder), "--data", nothing, "--on_bad_row", "skip", "--output", str(tmp_path / "o")]
+    with pytest.raises(ValueError, match=r"None of the 1 rows can be read\. The first one: data.jsonl:1: field"):
+        score_command.main(arguments)
+    assert (tmp_path / "o.bad_rows.jsonl").is_file()
