@@ -24,8 +24,8 @@ from rlhf_ppo.updates import MinibatchConfig
 class PPOConfig:
     """Settings of `PPOTrainer`; batch sizes are per process.
 
-    The fields and defaults of TRL's classic `PPOConfig` (<= 0.11.4), so that its scripts keep their meaning. A field
-    that does not exist cannot be set: a misspelt name raises instead of being ignored.
+    The fields and defaults are those of TRL's classic `PPOConfig` (<= 0.11.4), so that its scripts keep their meaning.
+    A field that does not exist cannot be set: a misspelt name raises an error.
     """
 
     exp_name: str = Path(sys.argv[0]).stem or "rlhf_ppo"
@@ -69,7 +69,7 @@ class PPOConfig:
     target: float = 6.0
     """Target of the adaptive controller: KL per response, nats."""
     horizon: float = 10000.0
-    """Episodes over which the adaptive controller acts."""
+    """Time scale of the adaptive controller, episodes: a larger value changes the coefficient more slowly."""
     gamma: float = 1.0
     """Discount factor γ."""
     lam: float = 0.95
@@ -143,31 +143,34 @@ class PPOConfig:
     ent_coef: float = 0.0
     """Weight of the exact full-vocabulary entropy in the loss."""
     kl_placement: KLPlacement = "reward"
-    """Where the KL to the reference enters; "split": that of the present state, exact, in the loss; that of later
-    states in the reward. Its coefficient means the same in all three, except where a group's standard deviation scales
-    advantages (GRPO)."""
+    """Where the KL to the reference enters: the reward, the loss, or both. "split" puts the exact KL of each state into
+    the loss and that of later states into the reward. The coefficient means the same in all three, except if advantages
+    are divided by a group's standard deviation (GRPO)."""
     reference_placement: ReferencePlacement = "auto"
     """Where the reference is between scoring passes: "whole" on the device; "sharded" over processes (ZeRO-3, FSDP);
     "offloaded" to the CPU; "auto": sharded if the policy is, else whole."""
     temperature: float = 1.0
     """Divisor of the logits in rollout, reference and update."""
     importance_sampling: ImportanceMode = "auto"
-    """Correction for tokens that another distribution sampled, by w, the learner's over the sampler's probability:
-    "truncate" weighs the policy loss by min(w, cap), "mask" by w or, outside [floor, cap], 0 (IcePop); "bypass" makes
-    the sampler the old policy of the ratio; "auto" truncates where a cap is set or the sampler is known to differ."""
+    """Correction for tokens that were sampled from another distribution. w is the learner's probability divided by the
+    sampler's. "truncate" weighs the policy loss by min(w, cap). "mask" weighs it by w, and by 0 outside [floor, cap]
+    (IcePop). "bypass" uses the sampler as the old policy of the ratio. "auto" truncates if a cap is set or the sampler
+    is known to differ."""
     importance_sampling_level: ImportanceLevel = "token"
-    """w of a token, of the whole response ("sequence"), or the geometric mean over it ("geometric")."""
+    """What w compares: each token ("token"), the whole response ("sequence"), or the response's geometric mean over
+    tokens ("geometric")."""
     importance_sampling_floor: float | None = None
     """Smallest w that "mask" and "bypass" keep; None: 0.5 for "mask", none for "bypass"."""
     importance_sampling_cap: float | None = None
     """Largest w, >= 1; None: 2 to truncate, 5 for "mask", none for "bypass"."""
     token_budget: int | None = None
-    """Maximum of padded tokens per forward and backward pass, beside that of rows (`mini_batch_size`). None: on a GPU
-    what its free memory holds at the first step, where processes do not shard the model; on a CPU no limit."""
+    """Largest number of padded tokens per forward and backward pass, in addition to the limit of `mini_batch_size`
+    rows. None: on a GPU as many as its free memory holds at the first step, unless processes shard the model; on a CPU
+    no limit."""
     kv_budget_gib: float | None = None
     """Largest KV cache of the default sampler and of `generate`, GiB; None: half of a GPU's free memory, 4 on a CPU."""
     logits_chunk_size: int = 1024
-    """Maximum of response tokens whose logits over the vocabulary are in memory at once."""
+    """Largest number of response tokens whose logits over the vocabulary are in memory at once."""
     optimizer: Literal["adam", "adamw", "adamw_8bit", "adam_tensorflow"] = "adam"
     """The default optimizer: Adam; AdamW (weight decay 0.01); AdamW with 8-bit moments (CUDA and bitsandbytes); Adam
     with ε placed as in TensorFlow, which makes the first steps smaller."""
@@ -177,22 +180,23 @@ class PPOConfig:
     """Use torch's fused Adam for the default optimizer: equal up to rounding, several times cheaper."""
 
     packing: bool = True
-    """On CPUs, where results stay the same: run rows of unequal length packed instead of padded, and the last layer
-    only from the last prompt token on."""
+    """Pack rows of unequal length in place of padding them, and run the last layer only from the last prompt token on,
+    if a check on the model finds the same results."""
     fused_head: bool = True
     """Compute the LM head's gradients chunk by chunk in the forward pass, while the logits are in memory."""
     precision: PrecisionName = "auto"
-    """Of matrix products: "float32", "bf16" or "fp16"; trained weights, norms, softmaxes and losses stay float32.
-    "auto": bf16 on a GPU that has it, fp16 on an older one, float32 on a CPU."""
+    """Precision of matrix products: "float32", "bf16" or "fp16"; trained weights, norms, softmaxes and losses stay
+    float32. "auto": bf16 on a GPU that has it, fp16 on an older one, float32 on a CPU."""
     bf16: bool = False
     """The same as `precision="bf16"`; on CPUs without AVX-512-BF16 or AMX products stay in float32."""
     reuse_logprobs: bool = True
-    """In `train()`: use the sampler's log-probabilities and values instead of a scoring pass, once proved equal."""
+    """In `train()`: use the sampler's log-probabilities and values in place of a scoring pass, if the first rollout
+    shows that they are equal."""
     keep_freed_memory: bool = True
-    """On CPUs: keep the memory of freed tensors instead of returning it to the system: new pages cost time."""
+    """On CPUs: keep the memory of freed tensors and do not return it to the system, because new pages cost time."""
     fast_products: bool = True
-    """On CPUs, equal up to rounding: float32 matrix products by oneDNN where it is faster than torch; RMSNorm and
-    SwiGLU that save fewer tensors for the backward pass."""
+    """On CPUs: compute float32 matrix products with oneDNN if it is faster than torch, and use RMSNorm and SwiGLU that
+    save fewer tensors for the backward pass. Results are equal up to rounding."""
 
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs"):

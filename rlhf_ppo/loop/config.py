@@ -45,13 +45,13 @@ class TrainConfig:
     overlong: SoftOverlong | None = None
     """Penalty that grows over the last tokens before `max_new_tokens`; None: no penalty."""
     mask_truncated: bool = False
-    """Keep responses without a stop token out of the loss; in their group's baseline and the statistics they count."""
+    """Leave responses without a stop token out of the loss; they still count in baselines and statistics."""
     best_of: int | None = None
-    """Learn from this many responses to each prompt alone, those that score highest (best-of-n); None: from all."""
+    """Learn only from this many responses to each prompt, those with the highest scores (best-of-n); None: from all."""
     dynamic_sampling: DynamicSampling | None = None
-    """Sample groups anew whose responses all score the same; None: learn from them, too."""
+    """Replace groups in which all responses have the same score; None: keep them."""
     curriculum: Curriculum | None = None
-    """Prefer prompts that the policy solves sometimes; None: all prompts alike."""
+    """Prefer prompts that the policy solves sometimes; None: use all prompts equally often."""
     guards: Guards = field(default_factory=Guards)
     """Guards against reward hacking, each with a limit, an action and a patience."""
     offload_rewards: bool = False
