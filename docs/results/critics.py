@@ -4,23 +4,29 @@ python docs/results/critics.py run --folder runs/critics       # goes on where i
 python docs/results/critics.py write --folder runs/critics
 """
 
-import argparse
 import json
 import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE)]
 
-from sentiment_cases import Case, Workbench, collect, origin, run_pending, spread  # noqa: E402
+from sentiment_cases import (  # noqa: E402
+    Case,
+    Workbench,
+    collect,
+    command_line,
+    held_out,
+    origin,
+    run_pending,
+    spread,
+)
 
 from rlhf_ppo import GRPO, PPOClip, PPOTrainer  # noqa: E402
 from rlhf_ppo.algorithms import GAE, Critic  # noqa: E402
@@ -100,10 +106,7 @@ def budget_table(found: dict[str, Any]) -> list[str]:
     for name, title in {"ppo": "PPO, 1 response a prompt", "grpo": "GRPO, 8 responses a prompt"}.items():
         runs = found[name]
         cells = [spread([at_token(run, "score", share * budget) for run in runs]) for share in shares]
-        cells += [
-            spread([run["evaluation"][measure]["mean"] for run in runs], digits)
-            for measure, digits in (("score", 2), ("classifier", 3), ("vader", 2), ("kl", 1))
-        ]
+        cells += held_out(runs, score=2, classifier=3, vader=2, kl=1)
         lines.append(f"| {title} | {' | '.join(cells)} | {spread([run['cpu_seconds'] for run in runs], 0)} |")
     return lines
 
@@ -128,7 +131,7 @@ def starts_table(found: dict[str, Any]) -> list[str]:
             spread([run["curve"]["explained_but_for_the_mean"][begin] for run in runs]),
             spread([float(np.mean(run["curve"]["explained"][-5:])) for run in runs]),
             *(spread([at_token(run, "score", tokens[k]) for run in runs]) for k in (9, len(tokens) - 1)),
-            spread([run["evaluation"]["kl"]["mean"] for run in runs], 1),
+            *held_out(runs, kl=1),
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
@@ -162,20 +165,5 @@ def write(folder: Path) -> None:
     sys.stdout.write("\n".join([*budget_table(found), "", *starts_table(found), "", origin(found), ""]))
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=("run", "write"))
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after so many")
-    arguments = parser.parse_args()
-    if arguments.action == "write":
-        write(arguments.folder)
-        return
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    run(arguments.folder, arguments.seconds)
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, run, write)

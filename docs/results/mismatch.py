@@ -4,11 +4,9 @@ python docs/results/mismatch.py run --folder runs/mismatch       # goes on where
 python docs/results/mismatch.py write --folder runs/mismatch
 """
 
-import argparse
 import copy
 import json
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +21,7 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE)]
 
-from sentiment_cases import Case, collect, origin, run_pending, spread  # noqa: E402
+from sentiment_cases import Case, collect, command_line, held_out, origin, run_pending, spread  # noqa: E402
 
 from rlhf_ppo import PPOClip  # noqa: E402
 from rlhf_ppo.algorithms import Critic  # noqa: E402
@@ -121,10 +119,9 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = [f"| {' | '.join(heads)} | effective share |", "|" + "---|" * 8]
     for name, runs in found.items():
         sampler, _, correction = name.partition("-")
-        measures = [[run["evaluation"][key]["mean"] for run in runs] for key in ("score", "kl", "classifier")]
         curves = [run["curve"] for run in runs]
         worth = [float(np.mean(curve["effective_share"])) for curve in curves if "effective_share" in curve]
-        cells = [spread(values, digits) for values, digits in zip(measures, (2, 1, 3), strict=True)]
+        cells = held_out(runs, score=2, kl=1, classifier=3)
         cells += [
             f"{np.mean([np.mean(curve['sampler_kl']) for curve in curves]):.1e}",
             f"{max(chain(*(curve['ratio_max'] for curve in curves))):.2f}",
@@ -134,30 +131,25 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=("run", "write"))
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after so many")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if arguments.action == "run":
-        left = run_pending(arguments.folder, FIRST, dict.fromkeys(CASES, SEEDS), arguments.seconds)
-        run_pending(arguments.folder, CASES, dict.fromkeys(CASES, SEEDS), left)
-        return
+def run(folder: Path, seconds: float) -> None:
+    """Everything that has no result yet."""
+    left = run_pending(folder, FIRST, dict.fromkeys(CASES, SEEDS), seconds)
+    run_pending(folder, CASES, dict.fromkeys(CASES, SEEDS), left)
+
+
+def write(folder: Path) -> None:
+    """JSON, and the bandit's results that are not there yet; the tables go to the screen, for mismatch.md."""
     path = HERE / "mismatch.json"
     distances = json.loads(path.read_text())["bandit"]
     for name in ("itself", "off", "bypass", "truncate-token", "mask-token"):  # of one token: other levels are the same
         if name not in distances:
             lag, settings = (0, {}) if name == "itself" else (LAG, dict(CORRECTIONS[name]))
             distances[name] = [bandit_distance(lag, seed, settings) for seed in range(SEEDS)]
-    found = collect(arguments.folder, CASES)
+    found = collect(folder, CASES)
     path.write_text(json.dumps({"bandit": distances, "sentiment": found}) + "\n")
     rows = [f"| {name} | {spread(values, 3)} |" for name, values in distances.items()]
     sys.stdout.write("\n".join([*table(found), "", *rows, "", origin(found), ""]))
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, run, write)

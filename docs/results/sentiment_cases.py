@@ -4,11 +4,13 @@ The language model is the recipe's in a smaller size, trained once. The reward m
 pairs of the recipe's reviews: it is causal and shares the policy's tokenizer, so that a critic can start from it.
 """
 
+import argparse
 import json
 import math
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -204,6 +206,26 @@ def origin(found: Mapping[str, list[dict[str, Any]]]) -> str:
     """The last line of a page: commits and versions."""
     commits = sorted({run["commit"] for runs in found.values() for run in runs})
     return f"Commits {', '.join(commits)}; {', '.join(f'{name} {version(name)}' for name in PACKAGES)}; one CPU thread."
+
+
+def held_out(runs: list[dict[str, Any]], **digits: int) -> list[str]:
+    """Means of the held-out evaluation over seeds, one for each measure, with so many digits."""
+    return [spread([run["evaluation"][name]["mean"] for run in runs], places) for name, places in digits.items()]
+
+
+def command_line(text: str, run: Callable[[Path, float], None], write: Callable[[Path], None]) -> None:
+    """`run --folder FOLDER [--seconds S]`, or `write --folder FOLDER`, for a script that says so in `text`."""
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("action", choices=("run", "write"))
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further run after so many")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if arguments.action == "run":
+        run(arguments.folder, arguments.seconds)
+    else:
+        write(arguments.folder)
 
 
 def spread(values: list[float], digits: int = 2) -> str:
