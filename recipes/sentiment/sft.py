@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from rlhf_ppo.kernels.allocator import keep_freed_memory
 from rlhf_ppo.loop.signals import EXIT_RESUMABLE, stop_on_signals
 from rlhf_ppo.utils.progress import ProgressBar
 
@@ -153,6 +154,7 @@ def optimize(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config
             optimizer.zero_grad()
         return loss
 
+    keep_freed_memory()
     model.train()
     model.set_attn_implementation("eager")  # torch's fused attention has a slow backward pass in bfloat16 on a CPU
     parts = {"model": model, "muon": optimizers[0], "adamw": optimizers[1]}

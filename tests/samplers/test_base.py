@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.samplers.base import (
-    EvalMode,
     PromptError,
     SamplingConfig,
     SamplingCounts,
