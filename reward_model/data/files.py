@@ -107,7 +107,8 @@ def _encoding(start: bytes, name: str, wanted: str | None) -> str:
     if wanted is not None:
         try:
             known = codecs.lookup(wanted).name
-        except LookupError:
+            io.TextIOWrapper(io.BytesIO(), encoding=known)
+        except LookupError:  # also of codecs that make no text, such as base64
             raise DataError(f"encoding={wanted!r} is unknown. Python's names are: utf-8, cp1252, gbk, ...") from None
         if marked is not None and not known.startswith(marked.removesuffix("-sig")):
             raise DataError(

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+from rlhf_ppo.chat.cells import as_turns
+
 Row = Mapping[str, Any]
 OnBadRow = Literal["stop", "skip"]
 
@@ -28,7 +30,7 @@ def checked_row(row: Any, where: str) -> Row:
     if not isinstance(row, Mapping):
         hint = " A list of rows belongs in a file that ends in .json." if isinstance(row, list) else ""
         raise BadRow(f"{where}: expected an object with named fields, got {type(row).__name__}.{hint}")
-    return row
+    return {name: as_turns(value) for name, value in row.items()}
 
 
 def set_aside(error: BadRow, where: str, row: Any, on_bad_row: OnBadRow) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Read conversations that a table holds as text: as JSON, or as Python writes a list."""
+"""Read conversations that a table holds as text, as JSON or as Python writes a list, or as one list for each field."""
 
 import ast
 import io
@@ -7,6 +7,7 @@ import json
 import re
 import tokenize
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ppo.chat.nested import UnreadableText
@@ -24,7 +25,7 @@ def parse_cell(value: Any, field: str) -> Any:
         UnreadableText: It looks like a conversation and cannot be read as one.
     """
     if not isinstance(value, str) or not _CONVERSATION.match(value):
-        return value
+        return as_turns(value)
     parsed = parse_literal(value)
     if parsed is None:
         raise UnreadableText(
@@ -32,6 +33,16 @@ def parse_cell(value: Any, field: str) -> Any:
             f"{value[:60]!r}. Write the messages as JSON (json.dumps), or save the data as .jsonl or .parquet."
         )
     return parsed
+
+
+def as_turns(value: Any) -> Any:
+    """The messages of `{"role": [...], "content": [...]}`, as `datasets` stores a `Sequence` of them; else `value`."""
+    if not isinstance(value, Mapping) or not ({"role", "from"} & value.keys() and {"content", "value"} & value.keys()):
+        return value
+    columns = list(value.values())
+    if not all(isinstance(column, list | tuple) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
 
 
 def parse_literal(text: str) -> Any:

@@ -13,6 +13,7 @@ from reward_model.data.layouts.answers import (
     PAIRS,
     SCORE_NAMES,
     SIDE_BY_SIDE,
+    WINNER_NAMES,
     is_best_of_k,
     list_columns,
     object_column,
@@ -26,6 +27,7 @@ from reward_model.data.layouts.base import (
     SYSTEM_NAMES,
     Kind,
     Layout,
+    is_blank,
     prepend_system_message,
     prompt_columns,
     system_messages,
@@ -94,12 +96,23 @@ def recognize(row: Row, where: str) -> Recognized:
         if all(row.get(name) is not None for name in pair):
             own = _own({**row, "chosen": row[pair[0]], "rejected": row[pair[1]]}, PAIR_COLUMNS)
             return replace(own, used=own.used | set(pair))
+    if _is_undecided(row):
+        return Recognized(kind="undecided", row=row, used=frozenset(map(str, row)))
     if columns := rated_columns(row):
         return _converted(RATED, row, where, (*columns, *RATED.uses, *prompt_used))
     if "label" in row and "text" in row:
         return Recognized(kind="labeled", row=row, used=frozenset(LABELED_COLUMNS))
     if _given(row, "completions"):
         return _own(row, RANKED_COLUMNS)
+    return _otherwise(row, where)
+
+
+def _otherwise(row: Row, where: str) -> Recognized:
+    """What a row of no layout is with names in lower case.
+
+    Raises:
+        BadRow: Nothing, too.
+    """
     lower = with_lower_names(row)
     if lower is not None:
         found_lower = recognize(lower, where)
@@ -112,6 +125,13 @@ def recognize(row: Row, where: str) -> Recognized:
         f"{sorted(map(str, row))}{f', of which {empty} are empty' if empty else ''}. A pair needs 'chosen' and "
         "'rejected' (and 'prompt' unless they hold it); map other names with --columns."
     )
+
+
+def _is_undecided(row: Row) -> bool:
+    """Whether a row has all of a layout but its verdict or rating, which is empty."""
+    is_judged = bool(sides(row)) and is_blank(row, *WINNER_NAMES)
+    is_rated = is_blank(row, *RATING_NAMES) and rated_columns({**row, RATING_NAMES[0]: 0}) is not None
+    return is_judged or is_rated or any(layout.verdict and layout.lacks_verdict(row) for layout in PUBLIC_SETS)
 
 
 def _given(row: Row, name: str) -> bool:

@@ -93,7 +93,7 @@ def side_of(value: Any, names: list[str]) -> str | None:
 
 def winner_column(row: Row) -> list[str]:
     """The column, if any, that says which of the answers side by side is the better one."""
-    return [name for name in WINNER_NAMES if isinstance(row.get(name), str | int | float)][:1]
+    return [name for name in WINNER_NAMES if row.get(name) != "" and isinstance(row.get(name), str | int | float)][:1]
 
 
 def score_columns(row: Row, names: list[str]) -> list[str]:
@@ -109,7 +109,8 @@ def score_columns(row: Row, names: list[str]) -> list[str]:
 
 def is_tie(value: Any) -> bool:
     """Whether a verdict says that no answer is better, such as `tie (bothbad)` and `both_bad`."""
-    return isinstance(value, str) and value.strip().lower().startswith(("tie", "both", "[[c]]", "a=b"))
+    words = ("tie", "both", "neither", "equal", "draw", "[[c]]", "a=b")
+    return isinstance(value, str) and value.strip().lower().startswith(words)
 
 
 def _side_by_side(row: Row) -> dict[str, Any] | None:
@@ -127,9 +128,11 @@ def _side_by_side(row: Row) -> dict[str, Any] | None:
 
 
 def is_best_of_k(row: Row) -> bool:
-    """Whether a row has lists of texts where others have one completion, as RewardBench 2."""
+    """Whether a row has a prompt, and lists of texts where others have one completion, as RewardBench 2."""
     row = _with_lists(row)
-    return any(isinstance(row.get(name), list | tuple) and texts(row, name) for name in _COUNTED)
+    return bool(prompt_columns(row)[1]) and any(
+        isinstance(row.get(name), list | tuple) and texts(row, name) for name in _COUNTED
+    )
 
 
 def _with_lists(row: Row) -> Row:

@@ -27,6 +27,8 @@ class Layout:
     """Columns that tell the layout; a row has it if none of them is null."""
     uses: tuple[str, ...] = ()
     """Further columns that are read."""
+    verdict: str = ""
+    """The column of `needs` that prefers an answer; a row in which it alone is empty is undecided."""
     kind: Kind = "comparison"
     convert: Callable[[Row], dict[str, Any] | None]
     """Our columns; None if the row has no verdict. A ValueError says what is wrong with it."""
@@ -36,6 +38,16 @@ class Layout:
     def matches(self, row: Row) -> bool:
         """Whether `row` has this layout."""
         return all(row.get(name) is not None for name in self.needs) and self.fits(row)
+
+    def lacks_verdict(self, row: Row) -> bool:
+        """Whether `row` has this layout but for its verdict, which is empty."""
+        others = (name for name in self.needs if name != self.verdict)
+        return is_blank(row, self.verdict) and all(row.get(name) is not None for name in others)
+
+
+def is_blank(row: Row, *names: str) -> bool:
+    """Whether one of these columns is there and empty."""
+    return any(name in row and row[name] in (None, "") for name in names)
 
 
 def number(row: Row, name: str) -> float:

@@ -26,7 +26,10 @@ def _judged(name: str, prompt: str, first: str, second: str, column: str, verdic
     def convert(row: Row) -> dict[str, Any]:
         return pair(row[prompt], row[first], row[second], verdict(row, column), source=text_source(row, source))
 
-    return Layout(name=name, needs=(prompt, first, second, column), uses=(source,) * bool(source), convert=convert)
+    return Layout(
+        name=name, needs=(prompt, first, second, column), uses=(source,) * bool(source), convert=convert,
+        verdict=column if column not in (first, second) else "",
+    )  # fmt: skip
 
 
 def _second_is_better(row: Row, column: str) -> float:
@@ -119,8 +122,11 @@ PUBLIC_SETS = (
         _one_of("a", "b"),
     ),
     Layout(name="WebGPT", needs=("question", "answer_0", "answer_1", "score_0", "score_1"), convert=_webgpt),
-    Layout(name="TL;DR comparisons", needs=("info", "summaries", "choice"), convert=_summaries),
-    Layout(name="Chatbot Arena", needs=("conversation_a", "conversation_b", "winner"), uses=("turn",), convert=_arena),
+    Layout(name="TL;DR comparisons", needs=("info", "summaries", "choice"), convert=_summaries, verdict="choice"),
+    Layout(
+        name="Chatbot Arena", needs=("conversation_a", "conversation_b", "winner"), uses=("turn",), convert=_arena,
+        verdict="winner",
+    ),
     _judged("StackExchange pairs", "question", "response_j", "response_k", "response_j", lambda row, column: 1),
     Layout(
         name="LMSYS arena", convert=_lmsys,

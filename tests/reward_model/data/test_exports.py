@@ -66,6 +66,54 @@ def test_records_that_nobody_annotated_are_undecided(written: Callable[..., str]
     assert texts(written(table, "argilla.csv")) == [("b", "a")]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"context": "Q", "response1": "a", "response2": "b", "overall_preference": None},
+        {"prompt": "Q", "response_a": "a", "response_b": "b", "preference": ""},
+        {"prompt": "Q", "completion": "a", "label": None},
+        {"conversation_a": [{"role": "user", "content": "Q"}], "conversation_b": [], "winner": None},
+    ],
+)
+def test_a_row_whose_verdict_is_empty_is_undecided(row: dict[str, Any], written: Callable[..., str]) -> None:
+    loaded = load_comparisons(written([{"prompt": "Q", "chosen": "a", "rejected": "b"}, row]))
+    assert (loaded.report.comparisons, loaded.report.undecided) == (1, 1)
+    if "response1" in row:
+        with pytest.raises(BadRow, match=r"of which \['response1'\] are empty"):
+            texts(written([row | {"response1": None, "overall_preference": 1}]))
+
+
+def test_conversations_may_be_stored_as_one_list_for_each_field(written: Callable[..., str]) -> None:
+    """As `datasets` stores a `Sequence` of messages; without a word, `conversations` was not read."""
+    rows = [
+        {
+            "conversations": {"from": ["human"], "value": ["Q"]},
+            "chosen": {"role": ["assistant"], "content": ["a"]},
+            "rejected": {"role": ["assistant"], "content": ["b"]},
+        }
+    ]
+    (comparison,) = load_comparisons(written(rows)).comparisons
+    assert comparison.prompt == [{"role": "user", "content": "Q"}]
+    assert comparison.completions[0] == [{"role": "assistant", "content": "a"}]
+
+
+def test_turns_without_roles_are_no_benchmark(written: Callable[..., str]) -> None:
+    """They were ranked as four completions of nothing."""
+    with pytest.raises(BadRow, match=r"field chosen\[0\] must be a message"):
+        texts(written([{"chosen": ["Q?", "a"], "rejected": ["Why?", "b"]}]))
+
+
+def test_neither_is_a_tie(written: Callable[..., str]) -> None:
+    rows = [{"prompt": "Q", "response_a": "a", "response_b": "b", "winner": "Neither"}]
+    assert load_comparisons(written(rows)).comparisons[0].is_tie
+
+
+@pytest.mark.parametrize("encoding", ["base64", "rot13"])
+def test_a_codec_that_makes_no_text_is_no_encoding(encoding: str, written: Callable[..., str]) -> None:
+    with pytest.raises(ValueError, match=f"encoding='{encoding}' is unknown"):
+        texts(written([{"chosen": "a", "rejected": "b"}]), encoding=encoding)
+
+
 @pytest.mark.parametrize("labels", [("Y", "n"), ("thumbs_up", "thumbs_down"), ("👍", "👎"), ("like", "dislike")])
 def test_labels_may_be_words(labels: tuple[str, str], written: Callable[..., str]) -> None:
     rows = [{"prompt": "Q", "completion": text, "label": label} for text, label in zip("ab", labels, strict=True)]
