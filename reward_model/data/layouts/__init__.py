@@ -108,10 +108,10 @@ def recognize(row: Row, where: str) -> Recognized:
 
 
 def _otherwise(row: Row, where: str) -> Recognized:
-    """What a row of no layout is with names in lower case.
+    """Recognize a row of no layout by its names in lower case.
 
     Raises:
-        BadRow: Nothing, too.
+        BadRow: They have no known layout, either.
     """
     lower = with_lower_names(row)
     if lower is not None:
@@ -130,8 +130,9 @@ def _otherwise(row: Row, where: str) -> Recognized:
 def _is_undecided(row: Row) -> bool:
     """Whether a row has all of a layout but its verdict or rating, which is empty."""
     is_judged = bool(sides(row)) and is_blank(row, *WINNER_NAMES)
-    is_rated = is_blank(row, *RATING_NAMES) and rated_columns({**row, RATING_NAMES[0]: 0}) is not None
-    return is_judged or is_rated or any(layout.verdict and layout.lacks_verdict(row) for layout in PUBLIC_SETS)
+    would_be_rated = rated_columns(row) is None and rated_columns({**row, RATING_NAMES[0]: 0}) is not None
+    lacks_rating = would_be_rated and is_blank(row, *RATING_NAMES)
+    return is_judged or lacks_rating or any(layout.verdict and layout.lacks_verdict(row) for layout in PUBLIC_SETS)
 
 
 def _given(row: Row, name: str) -> bool:

@@ -83,6 +83,11 @@ def test_a_row_whose_verdict_is_empty_is_undecided(row: dict[str, Any], written:
             texts(written([row | {"response1": None, "overall_preference": 1}]))
 
 
+def test_a_second_column_of_ratings_may_be_empty(written: Callable[..., str]) -> None:
+    rows = [{"prompt": "Q", "completion": text, "label": text == "a", "score": None} for text in "ab"]
+    assert texts(written(rows)) == [("a", "b")]
+
+
 def test_conversations_may_be_stored_as_one_list_for_each_field(written: Callable[..., str]) -> None:
     """As `datasets` stores a `Sequence` of messages; without a word, `conversations` was not read."""
     rows = [
