@@ -13,6 +13,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from rlhf_ppo.utils.model_names import check_model_name
+
 logger = logging.getLogger(__name__)
 
 PAD_TOKEN = "<|pad|>"
@@ -32,6 +34,7 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
     Raises:
         ValueError: The model cannot be loaded as a sequence classifier; the message says what to try.
     """
+    check_model_name(name)
     try:
         # Transformers would report the missing head, which is read from the loading info below. It draws weights that
         # the files lack, such as a pooler's, from the global generator.
@@ -40,10 +43,19 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
             model, missing, _ = read_classifier(name, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"The model {name!r} could not be loaded as a sequence classifier with its tokenizer: {_first_line(error)} "
+        remedy = (
             "Expected a hub name or a folder made by save_pretrained that holds config.json, weights and tokenizer "
             "files. Check the spelling, and that the hub can be reached."
+        )
+        if "Unrecognized configuration class" in str(error):
+            remedy = (
+                "transformers has no classifier of this architecture, so there is no scalar head to train. Of a model "
+                "that reads images, save the language model alone, with its tokenizer, and train that; or choose one "
+                "with a classifier, such as Gemma 3 or Qwen 3.5."
+            )
+        raise ValueError(
+            f"The model {name!r} could not be loaded as a sequence classifier with its tokenizer: "
+            f"{_first_line(error):.200} {remedy}"
         ) from error
     if head_name(model) in missing or head_name(model).removesuffix(".weight") + ".bias" in missing:
         initialize_head(model, seed=seed)

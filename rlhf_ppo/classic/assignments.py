@@ -25,6 +25,8 @@ class Assignable(PPOLearner):
 
     _is_built = False
     """Whether assignments are those of a script; False inside the constructor."""
+    _held_without_model_at_first = 0
+    """Tensors of the optimizer that were not the model's when both were put together."""
     _script_context: Callable[[], AbstractContextManager[object]] | None = None
     """The `optional_peft_ctx` that a script assigned."""
 
@@ -43,7 +45,7 @@ class Assignable(PPOLearner):
         """
         self.uses_default_optimizer, self.uses_default_algorithm = default_optimizer, default_algorithm
         self._is_own_reference = self.has_reference and not self.has_separate_reference
-        self._is_built = True
+        self._is_built, self._held_without_model_at_first = True, len(self._held_without_model())
         self.config.notify(self._setting_changed)
 
     def learn(self, responses: Responses) -> Statistics:
@@ -81,6 +83,13 @@ class Assignable(PPOLearner):
             )
         if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
             return  # nothing could be assigned, and the optimizer holds shards
+        check_models(self.config, self.model, self.ref_model)
+        if len(self._held_without_model()) > self._held_without_model_at_first:
+            raise ValueError(
+                "expected a trainer.model with the tensors that it was built with, got one in which some were replaced "
+                "(as `resize_token_embeddings` does): the optimizer would move the old ones. Change the model first, "
+                "then build the trainer."
+            )
         known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not any(id(parameter) in known for parameter in trained):
@@ -95,6 +104,11 @@ class Assignable(PPOLearner):
                 "expected an lr_scheduler of trainer.optimizer, got one of another optimizer: the learning rate would "
                 "not follow it. Assign trainer.lr_scheduler, too, or None."
             )
+
+    def _held_without_model(self) -> set[int]:
+        """Identities of the optimizer's tensors that the model does not have."""
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        return held - {id(parameter) for parameter in self.model.parameters()}
 
     def _setting_changed(self, name: str) -> None:
         change_setting(self, name)
@@ -140,6 +154,7 @@ class Assignable(PPOLearner):
                 placement = self.reference_context if self.has_separate_reference else nullcontext
                 self.reference_context = partial(_both, placement, context)
             self.start_kl_check.is_due &= check_is_due and context is None
+            self._held_without_model_at_first = len(self._held_without_model())
 
     def _present_optimizer(self) -> Optimizer:
         """The optimizer; a default one is built anew if it does not hold all trained parameters of `model`."""

@@ -207,7 +207,7 @@ def as_sampling_config(model: Any, generation_kwargs: Mapping[str, Any]) -> Samp
     if (settings.pop("min_length", None) or 0) > 0 or any(not _is_neutral(*item) for item in settings.items()):
         return None
     supported["top_k"] = int(supported.get("top_k", DEFAULT_TOP_K))
-    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    stops = [] if stops is None else torch.as_tensor(stops).flatten().tolist()
     return SamplingConfig(
         **{"do_sample": False, **supported},
         stop_token_ids=tuple(stop for stop in stops if stop >= 0),

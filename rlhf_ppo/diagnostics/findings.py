@@ -107,6 +107,11 @@ KNOWN_FINDINGS: dict[str, KnownFinding] = {
         "says that the text is over",
         "encode prompts without it (`add_eos_token=False`) and without padding, or cut them at the last one",
     ),
+    "padded_prompts": KnownFinding(
+        "rows of a padded batch were passed (`padding=True`, a padding collator): `generate` and `step` take padding "
+        "for text, as the classic did",
+        "pass each prompt's own tokens: `ids[attention_mask.bool()]`",
+    ),
     "pad_is_eos": KnownFinding(
         "pad_token_id is eos_token_id and the padding of a batched `generate` was not cut off: the policy is rewarded "
         "for tokens that it never drew",

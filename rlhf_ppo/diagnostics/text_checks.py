@@ -113,6 +113,22 @@ def eos_in_prompt(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> 
     return [finding("eos_in_prompt", evidence, severity="warning" if ending else "note")]
 
 
+def padded_prompts(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
+    """Check prompts for padding. Where the padding token is EOS or BOS as well, one may begin a prompt."""
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        return None
+    allowed = int(pad in (tokenizer.eos_token_id, tokenizer.bos_token_id))
+    rows = [
+        row
+        for row, prompt in enumerate(batch.prompts)
+        if (len(prompt) > allowed and bool((prompt[: allowed + 1] == pad).all()))
+        or (pad != tokenizer.eos_token_id and bool((prompt[-1:] == pad).any()))
+    ]
+    evidence = f"{len(rows)} of {len(batch.prompts)} prompts begin or end with the padding token {pad}, e.g. {rows[:1]}"
+    return [finding("padded_prompts", evidence)] if rows else []
+
+
 def pad_is_eos(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) -> list[Finding] | None:
     """Check whether the padding token is the end-of-sequence token; a warning if responses still hold padding."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -227,8 +243,8 @@ def _own_totals(scores: Tensor, masks: Sequence[Tensor] | None) -> list[Tensor]:
 
 
 TEXT_CHECKS: dict[str, Check] = {
-    "eos_in_prompt": eos_in_prompt, "pad_is_eos": pad_is_eos, "retokenization": retokenization,
-    "reward_template": reward_template, "masked_scores": masked_scores,
+    "eos_in_prompt": eos_in_prompt, "padded_prompts": padded_prompts, "pad_is_eos": pad_is_eos,
+    "retokenization": retokenization, "reward_template": reward_template, "masked_scores": masked_scores,
     "equal_scores_or_responses": equal_scores_or_responses,
 }  # fmt: skip
 

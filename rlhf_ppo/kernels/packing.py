@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from types import CodeType
 from typing import Any
 
 import torch
@@ -97,13 +98,26 @@ def reason_not_to_pack(layers: Any) -> str | None:
         return f"attention is {getattr(config, '_attn_implementation', None)!r}, not 'sdpa'"
     if strange := names_in_forward(layers) & STRANGE_MASKS:
         return f"its attention has a mask of its own ({', '.join(sorted(strange))})"
+    if getattr(config, "sliding_window", None) and _has_window_in_mask_alone(layers):
+        return "its sliding window is in the mask alone, which packed rows do without"
     return None
 
 
 def names_in_forward(layers: Any) -> set[str]:
     """Names that the `forward` functions of the modules use; decorated ones are looked through."""
+    return {name for code in _forward_codes(layers) for name in code.co_names}
+
+
+def _forward_codes(layers: Any) -> list[CodeType]:
     functions = [inspect.unwrap(kind.forward) for kind in {type(module) for module in layers.modules()}]
-    return {name for function in functions if hasattr(function, "__code__") for name in function.__code__.co_names}
+    return [function.__code__ for function in functions if hasattr(function, "__code__")]
+
+
+def _has_window_in_mask_alone(layers: Any) -> bool:
+    """Whether some module makes masks of a sliding window, and no other one passes its width to the attention."""
+    codes = _forward_codes(layers)
+    others = [code for code in codes if "create_sliding_window_causal_mask" not in code.co_names]
+    return len(others) < len(codes) and not any("sliding_window" in repr(code.co_consts) for code in others)
 
 
 def can_be_packed(model: Any, rows: Sequence[Tensor]) -> bool:

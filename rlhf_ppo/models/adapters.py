@@ -16,6 +16,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from rlhf_ppo.utils.model_names import check_model_name
 from rlhf_ppo.utils.moved_names import forward_old_names
 
 _Context: TypeAlias = AbstractContextManager[None]
@@ -156,6 +157,23 @@ def add_reference_adapter(model: PeftModel, source: str) -> None:
     freeze_adapter(model, REFERENCE_ADAPTER)
 
 
+def match_vocabulary(base: Any, source: str, **hub_arguments: Any) -> None:
+    """Resize the token embeddings of `base` to those in the adapter `source`, if it was saved with embeddings.
+
+    Tokens that were added before training are in the adapter's folder, not in the base model's.
+    """
+    tables = [base.get_input_embeddings(), base.get_output_embeddings()]
+    names = [f".{name}." for name, module in base.named_modules() if any(module is table for table in tables)]
+    weights: dict[str, Tensor] = load_peft_weights(source, device="cpu", **hub_arguments)
+    sizes = [
+        len(tensor)
+        for key, tensor in weights.items()
+        if key.endswith(".weight") and "lora" not in key and any(name in f".{key}" for name in names)
+    ]
+    if sizes and max(sizes) != len(tables[0].weight):
+        base.resize_token_embeddings(max(sizes), mean_resizing=False)
+
+
 def load_reference_adapter(model: PeftModel, folder: str) -> None:
     """Load the adapter saved in `folder` as the frozen adapter "reference"."""
     with preserve_requires_grad(model):
@@ -170,17 +188,14 @@ def freeze_adapter(model: PeftModel, name: str) -> None:
 
 
 def check_reward_source(source: object) -> None:
-    """Raise ValueError unless `source` is a string.
-
-    Raises:
-        ValueError: `source` is neither a name nor a folder.
-    """
+    """Raise ValueError unless `source` is a folder or may be a name on the hub."""
     if not isinstance(source, str):
         raise ValueError(
             "The `reward_adapter` argument should be a string representing the name of local path or the Hub id "
             f"to the Reward Modeling adapter, got {type(source)}: nothing can be loaded. "
             "Save the reward model's adapter and pass its folder."
         )
+    check_model_name(source)
 
 
 def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments: Any) -> nn.Linear:
@@ -193,7 +208,7 @@ def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments
         hub_arguments: For `huggingface_hub`, such as `token`.
 
     Raises:
-        ValueError: The folder has no score head.
+        ValueError: The folder has no score head, or weights of the base that are not the policy's.
     """
     config = PeftConfig.from_pretrained(source, **hub_arguments)
     config.inference_mode = True
@@ -207,9 +222,10 @@ def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments
             "could turn its hidden states into rewards. Train it as a sequence classifier "
             "(LoraConfig(task_type='SEQ_CLS')), which saves `score` with the adapter."
         )
+    weights = {key: tensor for key, tensor in weights.items() if key not in head_weights}
+    adapter_weights = _without_shared_weights(model, weights, source)
     with preserve_requires_grad(model):
         model.add_adapter(name, config)
-        adapter_weights = {key: tensor for key, tensor in weights.items() if key not in head_weights}
         set_peft_model_state_dict(model, adapter_weights, adapter_name=name)
     freeze_adapter(model, name)
     n_labels, width = head_state["weight"].shape
@@ -217,6 +233,27 @@ def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments
     score.load_state_dict(head_state)
     device = next(model.parameters()).device
     return score.requires_grad_(False).to(torch.device("cpu") if device.type == "meta" else device)
+
+
+def _without_shared_weights(model: PeftModel, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """`weights` without those that the base has, too: loading them would change the policy.
+
+    An adapter on a base with an added padding token is saved with the token embeddings, one row longer.
+
+    Raises:
+        ValueError: They are not the base's.
+    """
+    base = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+    shared = {key: base[plain] for key in weights if (plain := key.replace(".base_layer", "")) in base}
+    for key, own in shared.items():
+        rows = min(len(own), len(weights[key]))
+        if not torch.equal(own[:rows].cpu(), weights[key][:rows].to(own.dtype)):
+            raise ValueError(
+                f"expected a reward adapter on the policy's base as it is, got one in {source} with another {key}: it "
+                "would replace the policy's own. Train the reward model without `modules_to_save` and on the policy's "
+                "base, or load it separately."
+            )
+    return {key: tensor for key, tensor in weights.items() if key not in shared}
 
 
 def _is_score_head(key: str) -> bool:

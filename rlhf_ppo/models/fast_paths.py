@@ -184,7 +184,7 @@ class _Proof:
             raise ValueError(
                 f"expected a model that computes logits and hidden states from token ids, got {name}, whose own call "
                 f"fails: {_first_line(error)}. It cannot be a policy over tokens as it stands: complete its "
-                "configuration, or use another architecture."
+                "configuration (attn_implementation='sdpa', if it names another), or use another architecture."
             ) from error
 
     def _describe_third(self, features: tuple[Tensor, Tensor], third: tuple[Tensor, Tensor]) -> str | None:

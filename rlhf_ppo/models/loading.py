@@ -13,9 +13,10 @@ from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
-from rlhf_ppo.models.adapters import checkpoint_context_fn
+from rlhf_ppo.models.adapters import checkpoint_context_fn, match_vocabulary
 from rlhf_ppo.models.value_head import HUB_ARGUMENTS, VALUE_HEAD_PREFIX, find_file
 from rlhf_ppo.utils.installed import accepts_argument
+from rlhf_ppo.utils.model_names import check_model_name, is_missing_folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def load_language_model(
         arguments: The other keyword arguments of `from_pretrained`; weights are float32 unless `dtype` is among them.
 
     Raises:
-        ValueError: `source` or `peft_config` has another type.
+        ValueError: `source` or `peft_config` has another type, or `source` is a path without a folder.
     """
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise ValueError(
@@ -56,6 +57,7 @@ def load_language_model(
             logger.warning("`peft_config` is ignored: the model already has an adapter, which is trained instead.")
         return source
     if isinstance(source, str | os.PathLike):
+        check_model_name(os.fspath(source))
         hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
         arguments = {"trust_remote_code": False, **with_quantization_config(arguments)}  # None would ask at a prompt
         if find_file(source, "adapter_config.json", **hub) is not None:
@@ -78,6 +80,7 @@ def load_language_model(
     if peft_config is None:
         return model  # type: ignore[no-any-return]
     check_transformers_adapters(model)
+    _check_adapter(peft_config)
     if any(quantized_bits(model)):
         model = prepare_model_for_kbit_training(model, **kbit)  # type: ignore[no-untyped-call]
     return get_peft_model(model, peft_config)
@@ -171,16 +174,8 @@ def check_language_model(model: LanguageModel) -> None:
     """Raise ValueError for a model that PPO cannot train."""
     keep_4bit_layers_differentiable(model)
     check_transformers_adapters(model)
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"PromptLearningConfig is not supported for PPO training, got {type(model.active_peft_config).__name__}: "
-            "its virtual tokens shift every position of the value head. Use LoraConfig."
-        )
-    if isinstance(model, PeftModel) and getattr(model.active_peft_config, "alora_invocation_tokens", None) is not None:
-        raise ValueError(
-            "expected an adapter that is always active, got one with `alora_invocation_tokens`: PEFT switches it on in "
-            "its own call alone, so PPO would train nothing but the value head. Use LoraConfig without them."
-        )
+    if isinstance(model, PeftModel):
+        _check_adapter(model.active_peft_config)
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise ValueError(
             "The model does not have a language model head, please use a model that has one: "
@@ -193,6 +188,20 @@ def check_language_model(model: LanguageModel) -> None:
             f"The model is offloaded on CPU or disk (device map: {sorted(devices)}) - CPU & disk offloading is not "
             "supported for ValueHead models: offloaded weights cannot be trained. Use a smaller model, more devices, "
             "`load_in_4bit=True` with LoRA, or FSDP."
+        )
+
+
+def _check_adapter(config: PeftConfig) -> None:
+    """Raise ValueError for adapters that act in PEFT's own call alone."""
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"PromptLearningConfig is not supported for PPO training, got {type(config).__name__}: "
+            "its virtual tokens shift every position of the value head. Use LoraConfig."
+        )
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        raise ValueError(
+            "expected an adapter that is always active, got one with `alora_invocation_tokens`: PEFT switches it on in "
+            "its own call alone, so PPO would train nothing but the value head. Use LoraConfig without them."
         )
 
 
@@ -244,15 +253,22 @@ def _load_adapter(
 ) -> PeftModel:
     """Load the adapter in `source` on the base model that its config names."""
     config = PeftConfig.from_pretrained(os.fspath(source), **hub)
-    if not config.base_model_name_or_path:
+    base_name = config.base_model_name_or_path
+    if not base_name or is_missing_folder(base_name):
+        problem = (
+            f"names {base_name} as its base model, which is no folder here" if base_name else "names no base model"
+        )
         raise ValueError(
-            f"The adapter in {source} does not say which base model it belongs to (base_model_name_or_path is "
-            f"{config.base_model_name_or_path!r}): the base model is unknown. Load the base model, put the "
-            "adapter on it with PeftModel.from_pretrained(base, adapter), and pass that object."
+            f"The adapter in {source} {problem}: there is nothing to put it on. Load the base model, put the adapter "
+            "on it with PeftModel.from_pretrained(base, adapter), and pass that object; or correct "
+            "base_model_name_or_path in its adapter_config.json."
         )
     base_arguments = {name: value for name, value in arguments.items() if name not in ("revision", "subfolder")}
     with _suppress_value_head_report():
-        base = parent_class.from_pretrained(config.base_model_name_or_path, *model_args, **base_arguments)
+        base = _class_for(parent_class, base_name, base_arguments).from_pretrained(
+            base_name, *model_args, **base_arguments
+        )
+    match_vocabulary(base, os.fspath(source), **hub)
     return PeftModel.from_pretrained(base, os.fspath(source), is_trainable=is_trainable, **hub)
 
 

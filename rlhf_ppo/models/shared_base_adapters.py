@@ -178,13 +178,14 @@ def attach_reward_adapter(
     """Add the reward model's adapter in `folder` to a loaded policy, and return the reward model.
 
     Raises:
-        ValueError: The policy has no adapters, or the reward model was trained on another base.
+        ValueError: The policy has no adapters, the folder is missing, or the reward model was trained on another base.
     """
     if not model.is_peft_model:
         raise ValueError(
             f"expected a policy with adapters, got {type(model.pretrained_model).__name__}: its base is trained, and "
             "the reward model would change with it. Load it with `peft_config=LoraConfig(...)`."
         )
+    adapters.check_reward_source(folder)
     peft_model: PeftModel = model.pretrained_model
     policy_base = peft_model.peft_config[str(model.policy_adapter_name)].base_model_name_or_path
     adapter_base = PeftConfig.from_pretrained(folder).base_model_name_or_path

@@ -245,3 +245,20 @@ def test_one_configuration_serves_trainer_after_trainer_and_copies_are_free() ->
         free.seed = 3
         assert free.cliprange == 0.01
     assert config.seed == 0
+
+
+def test_a_vocabulary_that_is_resized_in_a_model_in_use_is_refused() -> None:
+    """The reference has fewer tokens; where it has as many, the optimizer would move tensors that were replaced."""
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama())
+    trainer = trainer_of(model)
+    before = weights(trainer)[:100].clone()
+    for resized, message in ((trainer.model, "330 token embeddings, got 320"), (trainer.ref_model, "were replaced")):
+        resized.pretrained_model.resize_token_embeddings(330, mean_resizing=False)  # type: ignore[union-attr]
+        with pytest.raises(ValueError, match=message):
+            step(trainer)
+    assert torch.equal(weights(trainer)[:100], before)
+
+
+def test_an_optimizer_may_hold_tensors_besides_the_models() -> None:
+    model, own = policy(), torch.nn.Parameter(torch.zeros(1))
+    step(trainer_of(model, optimizer=torch.optim.SGD([*model.parameters(), own], lr=1e-3)))

@@ -62,6 +62,12 @@ def test_one_query_gives_a_row(settings: dict[str, Any], return_prompt: bool) ->
     assert output.tolist() == [query.tolist() * return_prompt + by_generate(model, query, **settings)]
 
 
+def test_stop_tokens_may_be_a_tensor() -> None:
+    """As transformers takes them."""
+    config = as_sampling_config(tiny_gpt2(), {**GREEDY, "eos_token_id": torch.tensor([5, 6])})
+    assert config is not None and config.stop_token_ids == (5, 6)
+
+
 def test_a_two_dimensional_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match=r"query_tensor must be a tensor of shape \(`seq_len`\) or a list of tensors"):
         generate_responses(tiny_gpt2(), tiny_tokenizer(), torch.ones(1, 3, dtype=torch.long), **GREEDY)

@@ -182,6 +182,19 @@ def test_prompts_that_end_in_the_stop_token_are_the_only_warning(trainer: PPOTra
     assert warned(trainer, draw(trainer.model, prompts)) == {"eos_in_prompt"}
 
 
+def test_rows_of_a_padded_batch_are_the_only_warning(trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the padding is the stop token, of which one alone may begin a prompt."""
+    for side in ("left", "right"):
+        rows = torch.nn.utils.rnn.pad_sequence(PROMPTS, batch_first=True, padding_side=side)
+        assert warned(trainer, draw(trainer.model, list(rows))) == {"padded_prompts"}
+    same = tiny_tokenizer()
+    same.pad_token = same.eos_token
+    monkeypatch.setattr(trainer, "tokenizer", same)
+    for count, found in ((1, set()), (2, {"padded_prompts"})):
+        prompts = [torch.cat([torch.full((count,), EOS_TOKEN_ID), row]) for row in PROMPTS]
+        assert warned(trainer, draw(trainer.model, prompts)) == found
+
+
 def test_padding_by_the_stop_token_left_in_responses_is_the_only_warning(
     trainer: PPOTrainer, honest: DiagnosedBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

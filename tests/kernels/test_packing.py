@@ -14,6 +14,7 @@ from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.kernels import packing
 from rlhf_ppo.kernels.packing import can_be_packed
 from rlhf_ppo.models.scoring import TokenPolicy
+from tests.models.zoo import build
 from tests.samplers.test_decode_loop import ARCHITECTURES
 from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2
 
@@ -130,3 +131,10 @@ def test_a_window_hides_what_is_further_back_in_its_own_row_alone() -> None:
     windowed = attention(sliding_window=4)
     assert_close(windowed[:, :-1], whole[:, :-1])
     assert not torch.allclose(windowed[:, -1], whole[:, -1])
+
+
+@pytest.mark.parametrize(("name", "packs"), [("phimoe", False), ("doge", False), ("mistral", True)])
+def test_a_window_that_only_the_mask_knows_is_not_packed(name: str, packs: bool) -> None:
+    """Short rows, as those of the trial, are the same: they are within the window."""
+    layers = build(name).base_model
+    assert can_be_packed(layers, [torch.arange(5, 12), torch.arange(20, 25)]) == packs

@@ -95,8 +95,10 @@ def test_an_adapter_that_peft_cannot_merge_is_refused_in_a_sentence(tmp_path: Pa
     [
         LoraConfig(r=4, target_modules=QV, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
         PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        PromptTuningConfig(num_virtual_tokens=4),
     ],
 )
 def test_adapters_that_only_peft_s_own_call_switches_on_are_refused(config: Any, tmp_path: Path) -> None:
+    """Before PEFT sees them, which has words of its own for settings that miss."""
     with pytest.raises(ValueError, match=r"alora_invocation_tokens|not supported for PPO training"):
         trainer_of(tmp_path, config)

@@ -17,7 +17,9 @@ from rlhf_ppo.models import (
     prepare_reference_adapter,
     reference_adapter,
 )
-from tests.support.tiny_models import tiny_gpt2
+from rlhf_ppo.models.shared_base_adapters import attach_reward_adapter
+from tests.models.zoo import build
+from tests.support.tiny_models import tiny_gpt2, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -240,6 +242,37 @@ def test_a_bias_in_the_adapter_is_no_bias_of_the_score_head(tmp_path: Path) -> N
     assert_close(model.compute_reward_score(padded, mask)[:, -1], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_reward_adapter_on_a_base_with_an_added_padding_token_leaves_the_policys_base(
+    base: Path, tmp_path: Path
+) -> None:
+    """PEFT saves the longer token embeddings with it."""
+    classifier = GPT2ForSequenceClassification.from_pretrained(base, num_labels=1)
+    classifier.resize_token_embeddings(321, mean_resizing=False)
+    classifier.config.pad_token_id = 320
+    judge = get_peft_model(classifier, lora(task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        str(base), peft_config=lora(), reward_adapter=str(tmp_path / "judge")
+    ).eval()
+    assert_close(model.compute_reward_score(TOKENS)[:, -1], judge(TOKENS).logits, atol=1e-5, rtol=1e-5)
+    assert_close(model(TOKENS)[0], AutoModelForCausalLM.from_pretrained(base)(TOKENS).logits)
+
+
+def test_a_reward_adapter_with_embeddings_of_its_own_is_refused(base: Path, tmp_path: Path) -> None:
+    """They would replace the policy's."""
+    classifier = GPT2ForSequenceClassification.from_pretrained(base, num_labels=1)
+    classifier.transformer.wte.weight.data += 1
+    judge = get_peft_model(classifier, lora(task_type="SEQ_CLS", modules_to_save=["wte", "score"]))
+    judge.save_pretrained(tmp_path / "judge")
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(str(base), peft_config=lora())
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"with another .*wte"):
+        attach_reward_adapter(model, str(tmp_path / "judge"))
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
 def test_misuse_of_reward_adapters_is_named(sft: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="should be a string"):
         AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), reward_adapter=3)
@@ -247,6 +280,10 @@ def test_misuse_of_reward_adapters_is_named(sft: Path, tmp_path: Path) -> None:
         AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), reward_adapter=str(tmp_path))
     with pytest.raises(ValueError, match="has no score head"):
         AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), peft_config=lora(), reward_adapter=str(sft))
+    with pytest.raises(ValueError, match="there is no model folder"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(
+            tiny_gpt2(), peft_config=lora(), reward_adapter=str(tmp_path / "gone")
+        )
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     with pytest.raises(ValueError, match="does not support reward modeling adapter"):
         model.compute_reward_score(TOKENS)
@@ -263,11 +300,30 @@ def test_a_peft_config_of_another_kind_is_refused() -> None:
         AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), peft_config={"r": 4})
 
 
-def test_an_adapter_without_the_name_of_its_base_is_an_error_with_a_way_out(sft: Path) -> None:
+@pytest.mark.parametrize("name, problem", [(None, "names no base"), ("/gone/base", "/gone/base as its base model")])
+def test_an_adapter_without_its_base_is_an_error_with_a_way_out(sft: Path, name: str | None, problem: str) -> None:
     config = json.loads((sft / "adapter_config.json").read_text())
-    (sft / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="does not say which base model"):
+    (sft / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    with pytest.raises(ValueError, match=f"{problem}.* put the adapter"):
         AutoModelForCausalLMWithValueHead.from_pretrained(str(sft))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("saved", [None, ["embed_tokens", "lm_head"]])
+def test_an_adapter_on_a_resized_vocabulary_loads_with_its_tokens(
+    tied: bool, saved: list[str] | None, tmp_path: Path
+) -> None:
+    """The folder of the base has fewer."""
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain.resize_token_embeddings(330)
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", modules_to_save=saved, init_lora_weights=False)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(plain, peft_config=config).eval()
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "saved")).eval()
+    tokens = torch.tensor([[5, 325, 329]])
+    assert_close(again(tokens)[0], model(tokens)[0])
 
 
 def test_a_peft_config_beside_a_saved_adapter_is_ignored_with_a_log_line(
@@ -276,3 +332,13 @@ def test_a_peft_config_beside_a_saved_adapter_is_ignored_with_a_log_line(
     model = AutoModelForCausalLMWithValueHead.from_pretrained(str(sft), peft_config=lora(r=2))
     assert "`peft_config` is ignored" in caplog.text
     assert model.pretrained_model.peft_config["default"].r == 4
+
+
+def test_an_adapter_of_a_model_that_reads_images_loads_with_its_base(tmp_path: Path) -> None:
+    """AutoModelForCausalLM does not know its type."""
+    build("vision/llava").save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "base"), peft_config=config).eval()
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "saved")).eval()
+    assert_close(again(TOKENS)[0], model(TOKENS)[0])

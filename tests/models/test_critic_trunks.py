@@ -20,7 +20,7 @@ def own_values(model: Any, head: torch.nn.Linear) -> list[torch.Tensor]:
     return [head(row).squeeze(-1) for row in states]
 
 
-@pytest.mark.parametrize("name", ["llama4_text", "gemma3"])
+@pytest.mark.parametrize("name", ["llama4_text", "gemma3", "vision/llava", "vision/qwen2_vl"])
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_copy_of_a_policys_trunk_gives_values_of_its_own_states(name: str, adapters: bool) -> None:
     """With adapters, they are merged: a saved critic loads as a plain transformer."""
@@ -36,7 +36,7 @@ def test_a_copy_of_a_policys_trunk_gives_values_of_its_own_states(name: str, ada
     assert all(parameter.requires_grad for parameter in critic.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama4_text", "gemma3"])
+@pytest.mark.parametrize("name", ["llama4_text", "gemma3", "vision/llava", "vision/qwen2_vl"])
 def test_a_critic_adapter_gives_values_of_the_bases_states(name: str) -> None:
     """A fresh adapter changes nothing, so the states are the base's."""
     model = build(name)

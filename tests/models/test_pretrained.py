@@ -245,6 +245,14 @@ def test_something_that_is_no_model_is_refused() -> None:
         AutoModelForCausalLMWithValueHead.from_pretrained(17)
 
 
+@pytest.mark.parametrize("kind", [AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead])
+@pytest.mark.parametrize("name", ["a/folder/that/is/not/there", "./gone", Path("/gone")])
+def test_a_folder_that_is_not_there_is_named(kind: Any, name: str | Path) -> None:
+    """Not taken for a name on the hub, of which transformers would say that it is none."""
+    with pytest.raises(ValueError, match=f"there is no model folder {name}"):
+        kind.from_pretrained(name)
+
+
 @pytest.mark.parametrize("device_map", [{"a": 0, "b": "cpu"}, {"a": "disk"}])
 def test_an_offloaded_model_is_refused(device_map: dict[str, Any]) -> None:
     plain = tiny_gpt2()

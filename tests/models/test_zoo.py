@@ -9,7 +9,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # third parties' own, by arch
 
 SLICE = (
     "llama", "gpt2", "granite", "gemma2", "falcon_h1", "bert", "roberta", "mamba", "gemma3", "xlm", "olmo",
-    "reformer", "gemma3n_text", "seq2seq/t5", "seq2seq/bart",
+    "reformer", "gemma3n_text", "seq2seq/t5", "seq2seq/bart", "vision/llava",
 )  # fmt: skip
 """One of each kind: plain, scaled, capped, hybrid, layers before the head, other positions, a recurrent state, nested,
 refused, changed in place, states longer than the row, states that are no row a token, encoder-decoders."""

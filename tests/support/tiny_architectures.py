@@ -103,6 +103,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {"logits_scaling": 8.0},
     "olmo": {"clip_qkv": 0.5}, "olmoe": {"clip_qkv": 0.5},
 }  # fmt: skip
+for vision in ("qwen2_vl_text", "qwen2_5_vl_text"):
+    OVERRIDES[vision] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 OVERRIDES["granitemoehybrid"] = {**HYBRID, "logits_scaling": 4.0}
 SMALL_VISION: dict[str, Any] = {
     "hidden_size": 32,

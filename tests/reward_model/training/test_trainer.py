@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import BertConfig, BertForSequenceClassification, FNetConfig, FNetModel, TrainerCallback
 
 from reward_model import Comparison, RewardModel, train_reward_model
 from reward_model.models.backbone import PAD_TOKEN, initialize_head, load_backbone
 from reward_model.models.contract import Contract
 from reward_model.models.encoding import LengthGroupedBatches
 from reward_model.training.trainer import training_folder
+from tests.models.zoo import build
 from tests.reward_model.conftest import preference_rows, tiny_config
 from tests.support.tiny_models import CHAT_TEMPLATE, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -83,6 +84,26 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(tiny_base: 
         ).path
         scores.append(RewardModel.from_pretrained(path).raw_scores(PROMPTS, RESPONSES))
     assert scores[0] == scores[1] != scores[2]
+
+
+def test_an_encoder_that_reads_its_padding_is_scored_text_by_text(tmp_path: Path) -> None:
+    """FNet's Fourier transform knows no mask."""
+    config = FNetConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, intermediate_size=32)
+    FNetModel(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    rows = preference_rows(40)
+    trained = train_reward_model(tiny_config(tmp_path / "base", tmp_path / "rm"), train=rows[:20], evaluation=rows[20:])
+    loaded = RewardModel.from_pretrained(trained.path)
+    alone = [loaded([prompt], [response])[0] for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    assert_close(loaded(PROMPTS, RESPONSES), alone)
+
+
+def test_a_base_without_a_classifier_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    build("vision/llava").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"LlavaConfig.* save the language model alone"):
+        load_backbone(str(tmp_path), seed=0)
+    with pytest.raises(ValueError, match="there is no model folder"):
+        load_backbone(str(tmp_path / "gone"), seed=0)
 
 
 def test_encoders_and_rotary_decoders_train_too(tmp_path: Path) -> None:
