@@ -2,7 +2,7 @@ r"""Learn to search: a tiny language model plays "guess a number", told higher o
 
     python recipes/ppo_guess_number.py                         # less than five CPU minutes, one thread
     python recipes/ppo_guess_number.py --algorithm ppo-turn    # credit a whole guess instead of its tokens
-    python recipes/ppo_guess_number.py --game mastermind       # XX CPU minutes
+    python recipes/ppo_guess_number.py --game mastermind       # less than seven CPU minutes
 
 (1) A Llama of 110,000 parameters with a vocabulary of 26 words learns the form of the game from random play, (2) PPO
 plays against the environment. The best strategy, halving, needs 3.7 guesses on average over the 20 secrets.

@@ -49,6 +49,12 @@ def test_the_ideal_loss_is_the_mean_logarithm_of_the_possible_secrets() -> None:
     assert drawn.ideal_loss == pytest.approx(expected, abs=0.01)
 
 
+def test_guesses_of_several_tokens_are_refused() -> None:
+    game = guess_number(3)
+    with pytest.raises(ValueError, match="guesses of one token"):
+        RandomPlay(game, game.make_tokenizer(), seed=0)
+
+
 @pytest.mark.slow
 def test_a_tiny_model_learns_which_secrets_are_possible() -> None:
     """At random, it would predict with log 12 = 2.48 nats."""
@@ -56,5 +62,5 @@ def test_a_tiny_model_learns_which_secrets_are_possible() -> None:
     game = one_token(12)
     tokenizer = game.make_tokenizer()
     model = tiny_llama(len(tokenizer))
-    loss, ideal_loss = imitate_in_hindsight(model, RandomPlay(game, tokenizer, seed=0), batches=200)
-    assert ideal_loss < loss < ideal_loss + 0.1
+    loss, ideal_loss = imitate_in_hindsight(model, RandomPlay(game, tokenizer, seed=0), batches=400)
+    assert loss < ideal_loss + 0.1
