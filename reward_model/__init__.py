@@ -16,20 +16,9 @@ if TYPE_CHECKING:
     from reward_model.training.trainer import RewardModelResult, train_reward_model
 
 __all__ = [
-    "BadRow",
-    "Comparison",
-    "Contract",
-    "ContractError",
-    "Normalization",
-    "RewardModel",
-    "RewardModelConfig",
-    "TextRule",
-    "RewardModelResult",
-    "excerpt",
-    "pairs_from_labels",
-    "reward_on_policy",
-    "train_reward_model",
-]
+    "BadRow", "Comparison", "Contract", "ContractError", "Normalization", "RewardModel", "RewardModelConfig",
+    "TextRule", "RewardModelResult", "excerpt", "pairs_from_labels", "reward_on_policy", "train_reward_model",
+]  # fmt: skip
 
 _MODULES = {
     "data.comparisons": ("BadRow", "Comparison"),

@@ -1,20 +1,15 @@
 """Parse the flags and configuration file of a command, and print errors in one line."""
 
-import argparse
-import difflib
 import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
-from pathlib import Path
 from textwrap import fill
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-
-from rlhf_ppo.utils.flags import COLUMNS, FlagHelp, add_flags
+from rlhf_ppo.utils.flags import COLUMNS, FlagParser, add_flags, read_settings
 
 PAGE = "docs/reward-models.md"
 
@@ -44,10 +39,7 @@ def parse(
     line = list(sys.argv[1:] if arguments is None else arguments)
     names = ", ".join(f"--{name}" for name in further)
     rest = fill(f"further options ({PAGE}): {names}", COLUMNS, break_on_hyphens=False) + "\n" if further else ""
-    parser = _Parser(
-        prog=program, usage="%(prog)s [options]", description=description, formatter_class=FlagHelp,
-        epilog=f"{rest}examples:\n{examples}", allow_abbrev=False,
-    )  # fmt: skip
+    parser = FlagParser(program, description, epilog=f"{rest}examples:\n{examples}")
     for kind in types:
         add_flags(parser, kind, hidden=further)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same names; flags override it")
@@ -64,17 +56,6 @@ def parse(
     parsed = tuple(kind(**{item.name: values[item.name] for item in fields(kind)}) for kind in types)
     _silence_progress_bars()
     return parsed
-
-
-class _Parser(argparse.ArgumentParser):
-    """Argument parser with errors in one line, without the usage of forty flags."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            flag = message.split()[2]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            message += f" (did you mean {near[0]}?)" if near else ""
-        self.exit(2, f"error: {message}. {self.prog} --help lists the flags.\n")
 
 
 def run(
@@ -138,15 +119,4 @@ def table(rows: Mapping[str, str]) -> str:
 def _config_file(line: Sequence[str]) -> dict[str, Any]:
     paths = [after for flag, after in pairwise(line) if flag == "--config"]
     paths += [flag.removeprefix("--config=") for flag in line if flag.startswith("--config=")]
-    if not paths:
-        return {}
-    path = Path(paths[-1])
-    if not path.is_file():
-        raise ValueError(f"There is no configuration file {path}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold names and values, got {type(content).__name__}.")
-    return {str(name).replace("-", "_"): value for name, value in content.items()}
+    return read_settings(paths[-1]) if paths else {}

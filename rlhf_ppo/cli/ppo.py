@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from rlhf_ppo.cli.run_config import SECTIONS, RunConfig, refuse_unknown
-from rlhf_ppo.utils.flags import FlagHelp, add_flags
+from rlhf_ppo.utils.flags import FlagParser, add_flags, read_settings
 
 EXAMPLES = """examples:
   rlhf-ppo ppo --prompts prompts.jsonl --reward rewards.py:length --sampling.max_new_tokens 32
@@ -52,7 +52,7 @@ def parse(arguments: list[str]) -> tuple[RunConfig, bool]:
     own, of_sections = _split(arguments)
     given = vars(_parser().parse_args(own))
     file, print_config = given.pop("config"), given.pop("print_config")
-    settings = _read(file) | given
+    settings = ({} if file is None else read_settings(file)) | given
     refuse_unknown(settings, [item.name for item in fields(RunConfig)], "setting")
     for section, name, value in of_sections:
         settings[section] = dict(settings.get(section) or {}) | {name: value}
@@ -60,15 +60,14 @@ def parse(arguments: list[str]) -> tuple[RunConfig, bool]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rlhf-ppo ppo", usage="%(prog)s [FILE] [options]", epilog=EXAMPLES, formatter_class=FlagHelp,
-        allow_abbrev=False,
+    parser = FlagParser(
+        "rlhf-ppo ppo", usage="%(prog)s [FILE] [options]", epilog=EXAMPLES,
         description="Train a policy with PPO. A flag overrides the file. --ppo.NAME, --train.NAME, --sampling.NAME\n"
         "and --algorithm_config.NAME set fields of PPOConfig, TrainConfig, SamplingConfig and the algorithm.",
     )  # fmt: skip
     parser.add_argument("config", nargs="?", type=Path, metavar="FILE", help="YAML file of settings")
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and stop")
-    add_flags(parser, RunConfig, left_out=SECTIONS, only_given=True, bare_switches=True, dashes=True)
+    add_flags(parser, RunConfig, left_out=SECTIONS, overriding=True)
     return parser
 
 
@@ -93,18 +92,6 @@ def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str, Any]]]
             raise ValueError(f"{flag} needs a value.")
         of_sections.append((section, name.replace("-", "_"), _value(text)))
     return own, of_sections
-
-
-def _read(file: Path | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} must hold settings, `model: gpt2` and so on, got {type(settings).__name__}.")
-    return settings
 
 
 def _value(text: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ppo.plan.config import PlanConfig, PlanError, read_config
-from rlhf_ppo.utils.flags import FlagHelp, add_flags
+from rlhf_ppo.utils.flags import FlagParser, add_flags
 
 if TYPE_CHECKING:
     from rlhf_ppo.plan.compute import FlopRates
@@ -62,13 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m rlhf_ppo.plan", usage="%(prog)s [options]", description=__doc__, formatter_class=FlagHelp,
+    parser = FlagParser(
+        "python -m rlhf_ppo.plan", __doc__,
         epilog="Memory is traced from the code itself, run on fake tensors. See docs/scaling.md.\nexamples:\n"
         "  rlhf-ppo plan --model 7b --strategy zero3 --gpus 1 8 64\n  rlhf-ppo plan --config plan.yaml --measure",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of these settings; options override it")
-    add_flags(parser, PlanConfig, only_given=True, dashes=True)
+    add_flags(parser, PlanConfig, overriding=True)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1], metavar="INT", help="Numbers of devices (1)")
     parser.add_argument("--rates", metavar="FILE", help="FLOP rates of an earlier `--measure --json`")
     parser.add_argument("--measure", action="store_true", help="Run one iteration on this machine and compare")

@@ -2,15 +2,10 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-
-CHOICES = {
-    "strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp"),
-    "precision": ("auto", "float32", "bf16-mixed", "bfloat16", "nf4"),
-    "device": ("cuda", "cpu"),
-}
+from rlhf_ppo.utils.field_types import check_fields
+from rlhf_ppo.utils.flags import read_settings
 
 
 class PlanError(ValueError):
@@ -25,14 +20,14 @@ class PlanConfig:
     """gpt2, 1b, 7b, 70b, or a folder or file with a config.json."""
     reward_model: str | None = None
     """The same for a reward model beside the policy; None: rewards come from a function or a server."""
-    strategy: str = "ddp"
-    """How processes shard: ddp (not at all), zero1, zero2, zero3, fsdp."""
-    precision: str = "auto"
-    """auto, float32, bf16-mixed, bfloat16 or nf4 (QLoRA). auto is bf16-mixed on cuda, float32 on a CPU; bf16-mixed is
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = "ddp"
+    """How processes shard; ddp: not at all."""
+    precision: Literal["auto", "float32", "bf16-mixed", "bfloat16", "nf4"] = "auto"
+    """Arithmetic; nf4 is QLoRA. auto is bf16-mixed on cuda, float32 on a CPU; bf16-mixed is
     autocast, under DeepSpeed bf16 weights with float32 masters; nf4 is the frozen base's linear layers in 4 bits, the
     rest in bfloat16."""
-    device: str = "cuda"
-    """cuda or cpu; on a CPU, chunks of logits are smaller and some layers use other kernels."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Of the run; on a CPU, chunks of logits are smaller and some layers use other kernels."""
     lora_rank: int = 0
     """Rank of LoRA adapters on all linear layers, 0 for none."""
     batch_size: int = 128
@@ -61,22 +56,18 @@ class PlanConfig:
     """Memory of one device, GiB, to check what fits."""
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise PlanError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        try:
+            check_fields(self)
+        except (TypeError, ValueError) as error:
+            raise PlanError(str(error)) from error
         if self.precision == "auto":
             object.__setattr__(self, "precision", "bf16-mixed" if self.device == "cuda" else "float32")
         for item in fields(self):
             value, minimum = getattr(self, item.name), 0 if item.name == "lora_rank" else 1
-            if value is None:
-                continue
-            if item.type in (int, int | None) and (
-                not isinstance(value, int) or isinstance(value, bool) or value < minimum
-            ):
-                raise PlanError(f"{item.name} must be a whole number of at least {minimum}, got {value!r}")
-            if item.type in (float, float | None) and not (isinstance(value, int | float) and value > 0):
+            if isinstance(value, float) and not value > 0:
                 raise PlanError(f"{item.name} must be a positive number, got {value!r}")
-
+            if isinstance(value, int) and not isinstance(value, bool) and value < minimum:
+                raise PlanError(f"{item.name} must be a whole number of at least {minimum}, got {value!r}")
         if self.precision == "nf4" and not (self.lora_rank and self.strategy in ("ddp", "zero1", "zero2")):
             raise PlanError(
                 "precision nf4 is a frozen base under adapters, not sharded: set lora_rank, and strategy "
@@ -96,11 +87,9 @@ def read_config(path: str | Path, **overrides: Any) -> PlanConfig:
         PlanError: The file cannot be read, or names a setting that does not exist.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise PlanError(f"{path} cannot be read as YAML or JSON: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise PlanError(f"{path} must hold names and values, got {type(content).__name__}")
+        content = read_settings(path)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
     known = {item.name for item in fields(PlanConfig)}
     unknown = sorted(set(content) - known)
     if unknown:

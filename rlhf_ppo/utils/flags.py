@@ -1,7 +1,8 @@
-"""Command-line flags from the fields of a configuration: the docstring under a field is the help of its flag."""
+"""Settings of commands: flags from the fields of a configuration, whose docstrings are the help, and YAML files."""
 
 import argparse
 import ast
+import difflib
 import inspect
 import os
 import re
@@ -9,7 +10,10 @@ import textwrap
 from collections.abc import Collection
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import yaml
 
 COLUMNS = 100
 """Widest line of a help."""
@@ -17,7 +21,7 @@ _END_OF_POINT = re.compile(r"; |\. |\.?$")
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-class FlagHelp(argparse.RawDescriptionHelpFormatter):
+class _FlagHelp(argparse.RawDescriptionHelpFormatter):
     """Help with one spelling of each flag and its default."""
 
     def __init__(self, prog: str) -> None:
@@ -31,15 +35,33 @@ class FlagHelp(argparse.RawDescriptionHelpFormatter):
         return f"{action.option_strings[0]} {values}".rstrip()
 
 
+class FlagParser(argparse.ArgumentParser):
+    """Parser whose help fits a screen, and whose errors are one line."""
+
+    def __init__(
+        self, program: str, description: str | None, *, usage: str = "%(prog)s [options]", epilog: str
+    ) -> None:
+        """Set up the parser; flags are not abbreviated."""
+        super().__init__(
+            prog=program, usage=usage, description=description, epilog=epilog, formatter_class=_FlagHelp,
+            allow_abbrev=False,
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with the message; a flag that is not known is answered with the nearest one."""
+        if message.startswith("unrecognized arguments: "):
+            near = difflib.get_close_matches(message.split()[2], self._option_string_actions, 1)
+            message += f" (did you mean {near[0]}?)" if near else ""
+        self.exit(2, f"error: {message}. {self.prog} --help lists the flags.\n")
+
+
 def add_flags(
     parser: argparse.ArgumentParser,
     config: type,
     *,
     hidden: Collection[str] = (),
     left_out: Collection[str] = (),
-    only_given: bool = False,
-    bare_switches: bool = False,
-    dashes: bool = False,
+    overriding: bool = False,
 ) -> None:
     """Add a flag for each field of a dataclass, which may be spelled with `_` or `-`.
 
@@ -48,25 +70,42 @@ def add_flags(
         config: The dataclass, with a docstring under each field.
         hidden: Fields whose flags the help leaves out.
         left_out: Fields without a flag.
-        only_given: Leave flags that are not given out of the namespace, instead of their defaults.
-        bare_switches: Booleans take no value; otherwise `--flag`, `--flag true` and `--no_flag` are understood.
-        dashes: The help shows `-`, not `_`.
+        overriding: The flags override a file: those that are not given are left out of the namespace. They are shown
+            with `-`, and `--flag` takes no value; otherwise with `_`, and `--flag true` is understood, too.
     """
     texts, hints = _field_docstrings(config), get_type_hints(config)
     for item in (item for item in fields(config) if item.name not in left_out):
-        options = _options(item, hints[item.name], bare_switches)
+        options = _options(item, hints[item.name], takes_booleans=not overriding)
         text = texts.get(item.name, "")
         if options.get("default") not in (None, "", False, []):
             text += f" ({options['default']})"
-        if only_given:
+        if overriding:
             options |= {"default": argparse.SUPPRESS, "required": False}
         options["help"] = argparse.SUPPRESS if item.name in hidden else text.replace("%", "%%")
-        parser.add_argument(*_spellings(item.name, dashes), **options)
-        if hints[item.name] in (bool, bool | None) and not bare_switches:
+        parser.add_argument(*_spellings(item.name, overriding), **options)
+        if hints[item.name] in (bool, bool | None):
             parser.add_argument(
-                *_spellings(f"no_{item.name}", dashes), dest=item.name, action="store_false",
+                *_spellings(f"no_{item.name}", overriding), dest=item.name, action="store_false",
                 default=argparse.SUPPRESS, help=argparse.SUPPRESS,
             )  # fmt: skip
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Settings of a YAML or JSON file, by name.
+
+    Raises:
+        ValueError: The file cannot be read, or holds no names and values.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} must hold names and values, `model: gpt2` and so on, got {type(content).__name__}: no setting can "
+            "be read from it. Write one setting a line."
+        )
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
 def _spellings(name: str, dashes: bool) -> list[str]:
@@ -81,7 +120,7 @@ class _Repeatable(argparse.Action):
         setattr(namespace, self.dest, self.given)
 
 
-def _options(item: "Field[Any]", kind: Any, bare_switches: bool) -> dict[str, Any]:
+def _options(item: "Field[Any]", kind: Any, *, takes_booleans: bool) -> dict[str, Any]:
     """Arguments of `add_argument` for a field of type int, float, str, bool, a list of one, or a choice."""
     factory = None if item.default_factory is MISSING else item.default_factory
     default = factory() if factory else item.default
@@ -93,7 +132,7 @@ def _options(item: "Field[Any]", kind: Any, bare_switches: bool) -> dict[str, An
         return options | {"choices": get_args(kinds[0])}
     if kinds[0] is not bool:
         return options | {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
-    return options | ({"action": "store_true"} if bare_switches else {"type": _boolean, "nargs": "?", "const": True})
+    return options | ({"type": _boolean, "nargs": "?", "const": True} if takes_booleans else {"action": "store_true"})
 
 
 def _boolean(text: str) -> bool:

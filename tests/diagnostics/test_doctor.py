@@ -3,8 +3,6 @@
 import math
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,6 @@ import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from reward_model.models.contract import Contract, TextRule
@@ -47,13 +44,6 @@ def drawn(trainer: PPOTrainer, sampling: SamplingConfig = PLAIN, *, told: bool =
     )
 
 
-@contextmanager
-def hooked(module: torch.nn.Module, change: Any) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _, __, output: change(output))
-    yield
-    handle.remove()
-
-
 def test_honest_samples_are_healthy_in_every_check(trainer: PPOTrainer) -> None:
     found = trainer.diagnose(drawn(trainer, told=True))
     assert found.is_healthy, str(found)
@@ -61,37 +51,10 @@ def test_honest_samples_are_healthy_in_every_check(trainer: PPOTrainer) -> None:
     assert trainer.diagnose(drawn(trainer)).is_healthy, "without the sampler's word, too"
 
 
-@pytest.mark.parametrize(
-    ("sampling", "name", "said"),
-    [
-        (replace(PLAIN, temperature=0.6), "temperature", "likelier than the policy would draw"),
-        (replace(PLAIN, temperature=1.8), "unlikely_tokens", "less likely than the policy would draw"),
-        (replace(PLAIN, top_k=8), "truncated", "never beyond"),
-        (replace(PLAIN, top_p=0.6), "truncated", "never beyond"),
-        (replace(PLAIN, do_sample=False), "truncated", "likeliest token each time"),
-    ],
-    ids=["cold", "hot", "top-k", "top-p", "greedy"],
-)
-def test_the_tokens_alone_betray_how_they_were_drawn(
-    trainer: PPOTrainer, sampling: SamplingConfig, name: str, said: str
-) -> None:
-    found = trainer.diagnose(drawn(trainer, sampling))
-    assert {finding.name for finding in found.warnings} == {name}, str(found)
-    assert said in str(found)
-
-
 def test_the_temperature_that_the_tokens_fit_is_named(trainer: PPOTrainer) -> None:
     (finding,) = trainer.diagnose(drawn(trainer, replace(PLAIN, temperature=1.8))).warnings
     fitted = float(finding.evidence.split("they fit ")[1].split(" ")[0])
     assert fitted == pytest.approx(1.8, rel=0.25)
-
-
-def test_a_sampler_whose_log_probabilities_are_not_the_trainers_is_found(trainer: PPOTrainer) -> None:
-    honest = drawn(trainer, told=True)
-    assert honest.logprobs is not None
-    wrong = replace(honest, logprobs=[row + 0.3 for row in honest.logprobs])
-    assert "sampler" in trainer.diagnose(wrong).names()
-    assert "0.3 nats" in str(trainer.diagnose(wrong))
 
 
 def test_sampling_settings_that_bend_the_distribution_are_named(trainer: PPOTrainer) -> None:
@@ -101,30 +64,11 @@ def test_sampling_settings_that_bend_the_distribution_are_named(trainer: PPOTrai
     assert "sampling" not in trainer.diagnose(replace(batch, sampling=PLAIN)).names()
 
 
-def test_a_model_that_draws_random_numbers_is_found_by_its_ratio(trainer: PPOTrainer) -> None:
-    def dropout(output: Tensor) -> Tensor:
-        return torch.nn.functional.dropout(output, 0.3, training=True)
-
-    with hooked(trainer.model.pretrained_model.transformer.wte, dropout):
-        found = trainer.diagnose(drawn(trainer))
-    assert "ratio" in found.names()
-    assert "dropout is on" in str(found)
-
-
-def test_a_model_that_sees_other_rows_is_found(trainer: PPOTrainer) -> None:
-    batch = drawn(trainer)
-    with hooked(trainer.model.pretrained_model.transformer.wte, lambda output: output + output.mean(1, keepdim=True)):
-        found = trainer.diagnose(batch)
-    assert "padding" in found.names()
-
-
 def test_a_reference_that_is_not_the_start_is_found_before_learning_and_not_asked_after() -> None:
     other = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=1))
     own = trainer_of(arguments={"ref_model": other}, batch_size=8, mini_batch_size=4)
-    found = own.diagnose(drawn(own))
-    assert found.names() == {"reference"} | (found.names() - {"reference"})
-    assert "ref_model=None" in str(found)
     batch = drawn(own)
+    assert "ref_model=None" in str(own.diagnose(batch))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         own.step(PROMPTS, list(batch.responses), [torch.tensor(1.0)] * 8)

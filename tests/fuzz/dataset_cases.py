@@ -33,23 +33,10 @@ cells = st.one_of(
     st.lists(st.floats(), max_size=2), st.lists(st.lists(st.integers(), max_size=2), max_size=2),
 )  # fmt: skip
 columns = st.sampled_from(["prompt", "query", "input_ids", "text", "prompts", "responses", "label", ""])
-fields = st.sampled_from(
-    [
-        "prompt",
-        "chosen",
-        "rejected",
-        "margin",
-        "weight",
-        "preference",
-        "tie",
-        "source",
-        "completions",
-        "ranks",
-        "scores",
-        "text",
-        "label",
-    ]
-)
+fields = st.sampled_from([
+    "prompt", "chosen", "rejected", "margin", "weight", "preference", "tie", "source", "completions",
+    "ranks", "scores", "text", "label",
+])  # fmt: skip
 rows = st.dictionaries(fields, cells, max_size=5)
 
 

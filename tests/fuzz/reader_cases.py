@@ -63,19 +63,8 @@ def junk(draw: random.Random, depth: int = 0) -> Any:
 
 
 _NAMES = [
-    "role",
-    "content",
-    "text",
-    "type",
-    "value",
-    "rank",
-    "from",
-    "tool_calls",
-    "function",
-    "name",
-    "arguments",
-    "a",
-]
+    "role", "content", "text", "type", "value", "rank", "from", "tool_calls", "function", "name", "arguments", "a",
+]  # fmt: skip
 
 
 def mutated(draw: random.Random, row: dict[str, Any]) -> dict[str, Any]:

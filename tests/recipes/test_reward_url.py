@@ -1,7 +1,5 @@
 """`--reward-url`: PPO asks a reward server and gets the scores of the model behind it."""
 
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +7,10 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from reward_model import RewardModel
-from reward_model.serving.config import ServeConfig
-from reward_model.serving.server import application
 from sentiment import rewards
 from sentiment.reviews import load_reviews, split_reviews
 from tests.recipes.tiny_world import save_gpt2, save_reward_model, write_reviews
-from tests.support.patience import PATIENCE
-
-uvicorn = pytest.importorskip("uvicorn")
+from tests.reward_model.conftest import serving
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +26,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def url(world: Path) -> Iterator[str]:
     """A real server on a free loopback port."""
-    app = application(RewardModel.from_pretrained(world / "reward_model"), ServeConfig(model="-", token="secret"))
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(timeout=PATIENCE)
+    with serving(RewardModel.from_pretrained(world / "reward_model"), token="secret") as address:
+        yield address
 
 
 def test_a_reward_server_gives_the_scores_of_its_model(world: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,13 +259,6 @@ def test_the_command_answers_a_missing_folder_with_one_line(tmp_path: Path, caps
     assert error.count("\n") == 1
 
 
-def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    assert "report.html" in capsys.readouterr().out
-
-
 @pytest.mark.usefixtures("no_plots")
 def test_settings_show_what_json_holds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"a": {"b": [1, 2], "c": {}}, "d": True, "e": None}))

@@ -41,16 +41,9 @@ RANKED_COLUMNS = ("prompt", "completions", "ranks", "scores", "tools", "weight",
 LABELED_COLUMNS = ("text", "label", "source")
 OWN_COLUMNS = tuple(dict.fromkeys((*PAIR_COLUMNS, *RANKED_COLUMNS, *LABELED_COLUMNS)))
 _OTHER = (
-    *PROMPT_NAMES,
-    *CONVERSATION_NAMES,
-    "input",
-    *SYSTEM_NAMES,
-    *ANSWER_NAMES,
-    *RATING_NAMES,
-    *LIST_NAMES,
-    *SCORE_NAMES,
-    *(name for pair in PAIRS for name in pair),
-)
+    *PROMPT_NAMES, *CONVERSATION_NAMES, "input", *SYSTEM_NAMES, *ANSWER_NAMES, *RATING_NAMES, *LIST_NAMES,
+    *SCORE_NAMES, *(name for pair in PAIRS for name in pair),
+)  # fmt: skip
 _NAMED = tuple(name for layout in (*PUBLIC_SETS, *THREADS, BEST_OF_K) for name in (*layout.needs, *layout.uses))
 COLUMNS = tuple(dict.fromkeys((*OWN_COLUMNS, *_OTHER, *_NAMED)))
 """Every column that some layout reads."""

@@ -164,21 +164,6 @@ def test_columns_that_are_mapped_in_another_file_are_used(written: Callable[...,
     assert load_comparisons([ours, theirs], columns=columns).report.unused_columns == ()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "remedy"),
-    [
-        ("data.txt", "a\tb", "Rename it by what it holds: .tsv"),
-        ("data.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', "Save them as a list of their own"),
-        ("data.jsonl", '[{"prompt": "Q"}]', "A list of rows belongs in a file that ends in .json"),
-    ],
-)  # fmt: skip
-def test_a_file_of_another_kind_gets_a_remedy(
-    name: str, content: str, remedy: str, written: Callable[..., str]
-) -> None:
-    with pytest.raises(ValueError, match=remedy):
-        texts(written(content, name))
-
-
 def test_scores_are_written_where_they_may_be(
     trained_folder: Path, tmp_path: Path, written: Callable[..., str]
 ) -> None:

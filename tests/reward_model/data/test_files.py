@@ -255,7 +255,8 @@ def test_a_lone_surrogate_is_a_bad_row(tmp_path: Path) -> None:
     [
         ("data.zip", "PK", "unknown kind of file '.zip'.* Unpack it"),
         ("data.xlsx", "PK", "unknown kind of file '.xlsx'.* Save the sheet as CSV"),
-        ("data.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', "or an object with one such list"),
+        ("data.txt", "a\tb", "unknown kind of file '.txt'.* Rename it by what it holds: .tsv"),
+        ("data.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', "object with one such list.*a list of their own"),
         (
             "data.json",
             '{"chosen": {"role": "user", "content": "x"}, "rejected": {"role": "user", "content": "x"}}',
@@ -264,6 +265,7 @@ def test_a_lone_surrogate_is_a_bad_row(tmp_path: Path) -> None:
         ("data.jsonl", "// by hand\n", "JSON has no comments"),
         ("data.jsonl", json.dumps(ROWS[0]) + ",\n", "no comma after the last item"),
         ("data.jsonl", json.dumps(ROWS, indent=1), "belongs in a file that ends in .json"),
+        ("data.jsonl", json.dumps(ROWS), "A list of rows belongs in a file that ends in .json"),
         ("data.csv", 'prompt;chosen;rejected;margin\na;b;c;"1,250"\n', "'margin' must be a finite number, got '1,250'"),
         ("data.csv", "prompt,response_a,response_b,preference\na,b,c,0.2\n", "'preference' must name one of"),
         ("data.csv", "prompt,response_a,response_b,winner\na,b,c,1\n", "'winner' must name one of"),

@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -113,12 +112,3 @@ def test_the_commands_train_evaluate_and_score(
     scores = score(["--model", paths["output"], "--data", str(answers), "--output", str(tmp_path / "scored.jsonl")])
     written = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     assert [row["score"] for row in written] == scores and written[0]["response"] == "great"
-
-
-@pytest.mark.parametrize("command", [train, evaluate, score])
-def test_help_explains_every_flag(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        command(["--help"])
-    assert ended.value.code == 0
-    text = capsys.readouterr().out
-    assert "--config" in text and "--data" in text and "%%" not in text

@@ -2,18 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import BertConfig, BertForSequenceClassification, FNetConfig, FNetModel, TrainerCallback
+from transformers import BertConfig, BertForSequenceClassification, FNetConfig, FNetModel
 
 from reward_model import Comparison, RewardModel, train_reward_model
 from reward_model.models.backbone import PAD_TOKEN, initialize_head, load_backbone
 from reward_model.models.contract import Contract
 from reward_model.models.encoding import LengthGroupedBatches
-from reward_model.training.trainer import training_folder
 from tests.models.zoo import build
 from tests.reward_model.conftest import preference_rows, tiny_config
 from tests.support.tiny_models import CHAT_TEMPLATE, tiny_gpt2, tiny_llama, tiny_tokenizer
@@ -142,33 +140,6 @@ def test_conversations_are_trained_and_served_through_the_template(tiny_base: Pa
     assert model(["Film 1?"], ["great"]) == model([[{"role": "user", "content": "Film 1?"}]], ["great"])
 
 
-class Stop(TrainerCallback):
-    """Ends training as an interruption would."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 4:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.slow
-def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_base: Path, tmp_path: Path) -> None:
-    rows = preference_rows(130)
-    data: dict[str, Any] = {"train": rows[:100], "evaluation": rows[100:]}
-    whole = train_reward_model(tiny_config(tiny_base, tmp_path / "whole", checkpoints=3), **data).path
-    config = tiny_config(tiny_base, tmp_path / "parts", checkpoints=3)
-    with pytest.raises(KeyboardInterrupt):
-        train_reward_model(config, **data, callbacks=[Stop()])
-    assert training_folder(config).is_dir() and not Path(config.output_dir).exists()
-    for number, state in ((9, None), (10, '{"global_st')):  # killed while they were written: the state is written last
-        (training_folder(config) / f"checkpoint-{number}").mkdir()
-        if state is not None:
-            (training_folder(config) / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
-    resumed = train_reward_model(tiny_config(tiny_base, tmp_path / "parts", checkpoints=3, resume=True), **data).path
-    assert not training_folder(config).exists()
-    scores = [RewardModel.from_pretrained(path).raw_scores(PROMPTS, RESPONSES) for path in (whole, resumed)]
-    assert scores[0] == scores[1]
-
-
 def test_early_stop_keeps_the_best_weights(tiny_base: Path, tmp_path: Path) -> None:
     rows = preference_rows(130)
     settings = {"evaluations": 10, "early_stop_patience": 1, "epochs": 10.0}
@@ -176,12 +147,6 @@ def test_early_stop_keeps_the_best_weights(tiny_base: Path, tmp_path: Path) -> N
         tiny_config(tiny_base, tmp_path / "rm", **settings), train=rows[:100], evaluation=rows[100:]
     )
     assert trained.metrics["accuracy"] > 0.9
-
-
-def test_long_rows_are_dropped_and_counted(tiny_base: Path, tmp_path: Path) -> None:
-    rows = [*preference_rows(60), {"prompt": "The movie was ", "chosen": "good " * 60, "rejected": "bad"}]
-    path = train_reward_model(tiny_config(tiny_base, tmp_path / "rm"), train=rows, evaluation=rows[:20]).path
-    assert Contract.read(path).data["train_too_long"] == 1
 
 
 def test_rankings_of_unequal_length_train(tiny_base: Path, tmp_path: Path) -> None:
