@@ -18,8 +18,8 @@ Observation: TypeAlias = str | Messages
 
 RESERVED = frozenset(
     {
-        "turns", "truncated", "sampled_tokens", "observed_tokens", "failed", "retried", "timed_out", "token_drift",
-        "rollouts_lost",
+        "turns", "segments", "truncated", "sampled_tokens", "observed_tokens", "failed", "retried", "timed_out",
+        "token_drift", "rollouts_lost",
     }
 )  # fmt: skip
 """Names of `env/...` metrics that are no environment's."""

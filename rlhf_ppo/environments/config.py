@@ -1,6 +1,7 @@
 """`EpisodeConfig`: limits of an episode, concurrency, and what happens when an environment fails."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_ppo.utils.field_types import check_fields
 
@@ -14,6 +15,10 @@ class EpisodeConfig:
     max_tokens: int | None = None
     """Maximum number of tokens after the prompt, observations included; None: as many as the model has positions. A
     turn begins only if a whole reply fits; otherwise the episode is truncated."""
+    history: Literal["auto", "append"] = "auto"
+    """With "auto" and a critic, a turn before which the chat template rewrites the conversation so far (for instance
+    strips the thinking of earlier replies) begins a segment: a row of its own, whose first value stands for the future
+    of the row before. "append": all turns follow one another in one row, as they were sampled."""
     max_concurrency: int = 32
     """Maximum number of environments that run at the same time. With 1, and no timeout, they run in the main thread."""
     timeout: float | None = 120.0

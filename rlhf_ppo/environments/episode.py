@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Int
@@ -27,6 +28,9 @@ class Episode:
     """The episode was cut off: V after its last token stands for its future."""
     turn_ends: tuple[int, ...] | None = None
     """Position after the last sampled token of each turn; None: every run of sampled tokens is a turn."""
+    contexts: tuple[tuple[int, Tensor], ...] = ()
+    """Where the chat template rewrote the history: a position of `response_ids`, and the token ids that the policy read
+    there instead of all before. Each begins a segment."""
     info: Mapping[str, float] = field(default_factory=dict)
     """Further numbers of the episode."""
 
@@ -53,6 +57,13 @@ class Episode:
                 "token of its reply."
             )
         self._check_turns(length)
+        spans = pairwise([0, *(position for position, _ in self.contexts), length])
+        if not all(0 <= start < end and bool(self.mask[start:end].any()) for start, end in spans):
+            raise ValueError(
+                f"Episode.contexts must begin at rising positions with a sampled token behind each, got "
+                f"{[position for position, _ in self.contexts]} for {length} tokens: a segment would hold no action. "
+                "Leave out contexts in which the policy did not act."
+            )
 
     def _check_turns(self, length: int) -> None:
         if self.turn_ends is None:
@@ -80,6 +91,13 @@ class Episode:
         result[starts] = True
         return result
 
+    def segments(self) -> list[tuple[Tensor, slice]]:
+        """Context and span of `response_ids` of each segment; a span ends behind the last token that was sampled."""
+        starts = [0, *(position for position, _ in self.contexts)]
+        prompts = [self.prompt_ids, *(ids for _, ids in self.contexts)]
+        ends = [int(self.mask[:start].nonzero()[-1]) + 1 for start in starts[1:]] + [len(self.mask)]
+        return [(prompt, slice(*span)) for prompt, *span in zip(prompts, starts, ends, strict=True)]
+
     def replies(self) -> list[Int[Tensor, " reply"]]:
         """The sampled tokens of each turn."""
         starts = self.turn_starts.nonzero().flatten().tolist()
@@ -97,9 +115,10 @@ class Episode:
         return float(self.rewards.double().sum())
 
     def numbers(self) -> dict[str, float]:
-        """What is averaged over episodes: turns, whether truncated, sampled and observed tokens, and `info`."""
+        """What is averaged over episodes: turns, segments, truncation, sampled and observed tokens, and `info`."""
         sampled = int(self.mask.sum())
         return {
-            "turns": float(self.turns), "truncated": float(self.truncated), "sampled_tokens": float(sampled),
+            "turns": float(self.turns), "segments": 1.0 + len(self.contexts), "truncated": float(self.truncated),
+            "sampled_tokens": float(sampled),
             "observed_tokens": float(len(self.mask) - sampled), **self.info,
         }  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from rlhf_ppo.environments.base import (
     Environment,
     EnvironmentFactory,
+    Messages,
     Observation,
     Turn,
     accepted_columns,
@@ -130,6 +131,8 @@ class LiveEpisode:
     rewards: list[float] = field(default_factory=list)
     logprobs: list[float] | None = field(default_factory=list)
     turn_ends: list[int] = field(default_factory=list)
+    contexts: list[tuple[int, list[int]]] = field(default_factory=list)
+    """Where the history was rewritten: position in the response, and the token ids from there on."""
     info: dict[str, float] = field(default_factory=dict)
     error: BaseException | None = None
     """Why the episode failed."""
@@ -137,6 +140,8 @@ class LiveEpisode:
     truncated: bool = False
     _finished_reply: bool = False
     _last_reply: int = 0
+    _conversation: Messages | None = None
+    """All messages so far, where the chat template rewrites them."""
 
     def begin(self) -> None:
         """Encode the first observation.
@@ -144,13 +149,21 @@ class LiveEpisode:
         Raises:
             NoRoomForReplyError: No reply fits behind it.
         """
-        self.prompt = self.renderer.prompt(self.environment.first, self.environment.template_kwargs)
+        first = self.environment.first
+        self.prompt = self.renderer.prompt(first, self.environment.template_kwargs)
+        if self.renderer.rewrites and isinstance(first, list):
+            self._conversation = list(first)
         if self._room() < self.reply_tokens:
             raise NoRoomForReplyError(
                 f"the first observation has {len(self.prompt)} tokens, which leaves no room for a reply of "
                 f"{self.reply_tokens}: shorten it, or lower max_new_tokens (the model has {self.max_positions} "
                 f"positions, EpisodeConfig.max_tokens is {self.config.max_tokens})"
             )
+
+    def context(self) -> list[int]:
+        """The token ids that the policy reads now."""
+        start, prompt = self.contexts[-1] if self.contexts else (0, self.prompt)
+        return prompt + self.response[start:]
 
     def add_reply(self, tokens: list[int], logprobs: list[float] | None, *, finished: bool) -> str:
         """Append the tokens of a reply; return its text.
@@ -185,7 +198,19 @@ class LiveEpisode:
         if self.logprobs is not None:
             self.logprobs += [0.0] * (len(self.response) - len(self.logprobs))
         is_last = bool(turn.truncated) or len(self.turn_ends) >= self.config.max_turns
+        if not is_last:
+            self._rewrite(reply, turn.observation)
         self.ended = self.truncated = is_last or self._room() < self.reply_tokens
+
+    def _rewrite(self, reply: str, observation: Observation) -> None:
+        """Begin a segment if the rendering of the whole conversation is not what the policy has seen."""
+        if self._conversation is None or isinstance(observation, str):
+            self._conversation = None  # bare text has no place in a rendered conversation
+            return
+        self._conversation += [{"role": "assistant", "content": reply}, *observation]
+        ids = self.renderer.whole(self._conversation, self.environment.template_kwargs)
+        if ids != self.context():
+            self.contexts.append((len(self.response), ids))
 
     def cut_off(self) -> None:
         """End the episode, truncated, before its last reply, which the environment has not answered."""
@@ -201,6 +226,9 @@ class LiveEpisode:
             prompt_ids=torch.tensor(self.prompt), response_ids=torch.tensor(self.response),
             mask=torch.tensor(self.mask), rewards=torch.tensor(self.rewards), truncated=self.truncated,
             logprobs=None if logprobs is None else torch.tensor(logprobs), turn_ends=tuple(self.turn_ends),
+            contexts=tuple(
+                (start, torch.tensor(ids)) for start, ids in self.contexts if start < len(self.response)
+            ),
             info=self.info,
         )  # fmt: skip
 
@@ -212,7 +240,7 @@ class LiveEpisode:
     def _room(self) -> float:
         """Tokens that still fit."""
         limits = [
-            math.inf if self.max_positions is None else self.max_positions - len(self.prompt) - len(self.response),
+            math.inf if self.max_positions is None else self.max_positions - len(self.context()),
             math.inf if self.config.max_tokens is None else self.config.max_tokens - len(self.response),
         ]
         return min(*limits)

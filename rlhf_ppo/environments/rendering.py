@@ -2,7 +2,8 @@
 
 A text observation is encoded by itself. Messages are rendered by the chat template, with a placeholder for the reply
 before them; what follows the placeholder is appended. That is right for templates that leave earlier turns as they
-are, which `check_prefix_stability` tries at the start.
+are, which `check_prefix_stability` tries at the start. Otherwise a critic can take the place of what was cut: then the
+conversation is rendered whole before each reply (`Renderer.whole`).
 """
 
 import warnings
@@ -31,9 +32,14 @@ class Renderer:
 
     Args:
         tokenizer: The policy's tokenizer.
+        may_rewrite: Whether a template that rewrites earlier turns is used as it is; otherwise it is refused, and one
+            that changes their thinking alone is appended to.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    may_rewrite: bool = False
+    rewrites: bool = False
+    """Whether the conversation is rendered whole before each reply, because the template rewrites earlier turns."""
     _checked: bool = False
     _encoded: dict[str, list[int]] = field(default_factory=dict)
     """Observations repeat: a batch of episodes hears the same few words."""
@@ -51,12 +57,19 @@ class Renderer:
             conversation = _Conversation(self.tokenizer, observation, template_kwargs)
             if not self._checked:
                 try:
-                    check_prefix_stability(conversation)
+                    self.rewrites = self.may_rewrite and not conversation.is_append_only()
+                    if not self.rewrites:
+                        check_prefix_stability(conversation)
                 except UnreadableText as error:  # of the template itself, not of this conversation alone
                     raise ValueError(str(error)) from error
                 self._checked = True
             ids = self._encode(conversation.render())
         return ids or [self._first_token()]
+
+    def whole(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> list[int]:
+        """Token ids of a whole conversation, up to the start of the next reply."""
+        text = _Conversation(self.tokenizer, messages, template_kwargs).render()
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def continuation(
         self,
@@ -121,6 +134,10 @@ class _Conversation:
         turn = ({"role": "assistant", "content": reply}, _ANSWER)
         return self.render(*turn, *turn) == self.render() + 2 * (reply + self.after_reply([_ANSWER], reply))
 
+    def is_append_only(self) -> bool:
+        """Whether later turns change nothing of earlier ones, with thinking or without."""
+        return self.keeps_turns() and self.is_prefix_stable(_REPLY) and self.is_prefix_stable(_THOUGHT)
+
     def keeps_turns(self) -> bool:
         """The same up to the header of each reply: thinking and its marks may come and go with later turns."""
         turn = ({"role": "assistant", "content": _REPLY}, _ANSWER)
@@ -142,14 +159,15 @@ def check_prefix_stability(conversation: _Conversation) -> None:
     if not conversation.keeps_turns():
         raise ValueError(
             "expected a chat template that renders earlier turns as it did before, got one that rewrites them: the "
-            "policy would be trained on other tokens than those that a chat with it holds. Use a template whose "
-            "rendering of a longer conversation begins with that of the shorter one, or let the environment return "
-            "text instead of messages."
+            "policy would be trained on other tokens than those that a chat with it holds. Use an algorithm with a "
+            "critic and EpisodeConfig(history='auto'), a template whose rendering of a longer conversation begins with "
+            "that of the shorter one, or let the environment return text instead of messages."
         )
-    if not (conversation.is_prefix_stable(_REPLY) and conversation.is_prefix_stable(_THOUGHT)):
+    if not conversation.is_append_only():
         warnings.warn(
             "The chat template renders the thinking of earlier replies, or its marks, differently from how they were "
             "sampled; training keeps what was sampled. A chat that renders its whole history shows the policy another "
-            "context than in training: serve it with a template that keeps the thinking.",
+            "context than in training: serve it with a template that keeps the thinking, or train it with a critic "
+            "and EpisodeConfig(history='auto').",
             stacklevel=2,
         )

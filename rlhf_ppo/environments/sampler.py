@@ -61,6 +61,7 @@ class EnvironmentSampler:
             must call equally often.
         keep_timed_out: Whether an episode whose environment exceeds the time limit is kept, truncated before the reply
             that was not answered: right where a value stands for its future. Otherwise it is dropped.
+        may_rewrite: Whether a chat template may rewrite the history, which begins a segment; see `EpisodeConfig`.
     """
 
     factory: EnvironmentFactory
@@ -71,6 +72,7 @@ class EnvironmentSampler:
     max_positions: int | None = None
     any_process: Callable[[bool], bool] = bool
     keep_timed_out: bool = False
+    may_rewrite: bool = False
 
     def __call__(
         self,
@@ -88,7 +90,7 @@ class EnvironmentSampler:
             sampling: Settings of a reply.
             generator: Random generator of the sampler.
         """
-        renderer = Renderer(self.tokenizer)
+        renderer = Renderer(self.tokenizer, may_rewrite=self.may_rewrite and self.config.history == "auto")
         live = [
             LiveEpisode(
                 ReplayableEnvironment(self.factory, task), renderer, self.config, sampling.max_new_tokens,
@@ -138,7 +140,7 @@ class EnvironmentSampler:
         generator: torch.Generator | None,
         counts: "_Counts",
     ) -> None:
-        contexts = [episode.prompt + episode.response for episode in playing] or [[0]]  # [[0]]: others still play
+        contexts = [episode.context() for episode in playing] or [[0]]  # [[0]]: others still play
         samples = self.sampler(
             model, [torch.tensor(ids, device=self.device) for ids in contexts], sampling, generator=generator
         )

@@ -50,6 +50,19 @@ def check_included(responses: Responses, processes: Processes) -> None:
         )
 
 
+def check_segments(responses: Responses, *, has_critic: bool) -> None:
+    """Raise if episodes come in several rows and no critic stands for what follows a row.
+
+    Raises:
+        ValueError: Nothing has changed.
+    """
+    if responses.continues is not None and bool(responses.continues.any()) and not has_critic:
+        raise ValueError(
+            "expected an algorithm with a critic for episodes with several contexts, got one without: the reward of "
+            "later segments would reach no action before them. Use PPOClip, or episodes of one context."
+        )
+
+
 def nonfinite_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters that hold nan or infinity."""
     return [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]

@@ -7,13 +7,12 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.learner.statistics import row_sums
 from rlhf_ppo.rewards.sources import RewardSources, named_sources
-from rlhf_ppo.rollout.collect import Collector
-from rlhf_ppo.rollout.episodes import NumberedEpisodes
+from rlhf_ppo.rollout.collect import CollectedResponses, Collector
+from rlhf_ppo.rollout.episodes import NumberedEpisodes, episode_rows, responses_of_episodes
 from rlhf_ppo.rollout.experience import Scorer
 from rlhf_ppo.rollout.prompts import PromptDataset
 
@@ -63,8 +62,7 @@ def evaluate(
     if judges is not None:
         judged = single_response.score(collected, judges).per_source
         measures |= {item.name: judged[item.name].tolist() for item in named_sources(judges)}
-    masks = None if collected.episodes is None else [episode.mask for episode in collected.episodes]
-    measures |= reference_measures(scorer, collected.samples.prompts, collected.samples.responses, masks)
+    measures |= reference_measures(scorer, collected)
     if collected.episodes is None:
         return Evaluation(prompts=collected.prompts, responses=collected.responses, measures=measures)
     numbers = [episode.numbers() for episode in collected.episodes]
@@ -105,28 +103,35 @@ def mean_and_stderr(values: Sequence[float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def reference_measures(
-    scorer: Scorer, prompts: Sequence[Tensor], responses: Sequence[Tensor], masks: Sequence[Tensor] | None = None
-) -> dict[str, list[float]]:
-    """KL to the reference and likelihood under it, one number per response.
+def reference_measures(scorer: Scorer, collected: CollectedResponses) -> dict[str, list[float]]:
+    """KL to the reference and likelihood under it, one number per response or episode, over the policy's own tokens.
 
     `kl` is the k1 estimate summed over a response, nats; `kl_k3` the non-negative k3 estimate (Schulman 2020);
     `reference_nll` the mean negative log-likelihood of a token under the reference, nats: its exponential is the
-    perplexity; `length` the number of response tokens. With masks (True = sampled by the policy), all of them count the
-    policy's own tokens alone. Without a reference, `length` alone.
+    perplexity; `length` the number of the policy's tokens. Without a reference, `length` alone.
     """
-    inputs = TokenInputs(prompts=list(prompts), responses=list(responses))
+    if collected.episodes is None:
+        inputs = TokenInputs(prompts=collected.samples.prompts, responses=collected.samples.responses)
+        own, owner = [torch.ones(len(row)) for row in inputs.responses], list(range(len(inputs)))
+    else:
+        rows = responses_of_episodes(collected.episodes, collected.samples.prompts[0].device)
+        inputs, own = rows.inputs, list(rows.mask.float())
+        owner = [row.episode for row in episode_rows(collected.episodes)]
     scored = scorer(inputs)
-    own = [torch.ones(len(response)) for response in responses] if masks is None else [mask.float() for mask in masks]
     mask = pad_rows(own).bool().to(scored.logprobs.device)
-    lengths = mask.sum(dim=1)
-    measures: dict[str, Tensor] = {}
+    sums = {"length": mask.sum(dim=1).double()}
     if scored.ref_logprobs is not None:
         log_ratio = (scored.ref_logprobs - scored.logprobs).masked_fill(~mask, 0.0)
-        measures = {
+        sums = {
             "kl": row_sums(-log_ratio, mask),
             "kl_k3": row_sums(torch.expm1(log_ratio) - log_ratio, mask),
-            "reference_nll": row_sums(-scored.ref_logprobs, mask) / lengths,
-        }
-    measures["length"] = lengths.float()
-    return {name: values.tolist() for name, values in measures.items()}
+            "reference_nll": row_sums(-scored.ref_logprobs, mask),
+        } | sums  # fmt: skip
+    index = torch.tensor(owner, device=mask.device)
+    totals = {
+        name: torch.zeros(len(collected.prompts), dtype=torch.double, device=mask.device).index_add(0, index, values)
+        for name, values in ((name, values.double()) for name, values in sums.items())
+    }
+    if "reference_nll" in totals:
+        totals["reference_nll"] /= totals["length"]
+    return {name: values.tolist() for name, values in totals.items()}

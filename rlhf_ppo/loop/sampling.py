@@ -37,6 +37,7 @@ def make_collector(
         factory=environment, sampler=sampler, tokenizer=learner.tokenizer, device=learner.current_device,
         config=config.episodes, max_positions=getattr(text_config, "max_position_embeddings", None),
         any_process=learner.processes.any_process, keep_timed_out=learner.algorithm.has_critic,
+        may_rewrite=learner.algorithm.has_critic,
     )  # fmt: skip
     return Collector(
         model=learner.model, tokenizer=learner.tokenizer, sampling=config.sampling, device=learner.current_device,

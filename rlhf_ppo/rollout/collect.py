@@ -18,7 +18,7 @@ from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, RewardFailures
 from rlhf_ppo.rewards.gather import Postprocess, Prepare, Score, Scoring
 from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSources, score_batch, zero_scores
 from rlhf_ppo.rollout.checks import ModelLimits, check_count, check_samples
-from rlhf_ppo.rollout.episodes import add_environment_rewards, episode_tasks, responses_of_episodes
+from rlhf_ppo.rollout.episodes import add_environment_rewards, episode_rows, episode_tasks, responses_of_episodes
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptBatch
 from rlhf_ppo.samplers.base import Sampler, Samples, SamplingConfig
@@ -72,6 +72,17 @@ class CollectedResponses:
     """Arguments of `reset` of each episode."""
     counts: dict[str, int] = field(default_factory=dict)
     """Failed episodes and the like on this process."""
+
+    def segments(self) -> Samples:
+        """The samples, with a row for each segment of an episode."""
+        if self.episodes is None:
+            return self.samples
+        rows = episode_rows(self.episodes)
+        return Samples(
+            prompts=[row.prompt_ids for row in rows], responses=[row.response_ids for row in rows],
+            logprobs=[row.logprobs for row in rows if row.logprobs is not None] if self.samples.logprobs else None,
+            finished=[not row.truncated for row in rows],
+        )  # fmt: skip
 
     def own_tokens(self) -> list[Int[Tensor, " own"]]:
         """The tokens of each response that the policy sampled."""
@@ -196,7 +207,7 @@ class Collector:
 
     def _make_request(self, collected: CollectedResponses) -> RewardRequest:
         if self.limits is not None and collected.prompts:
-            check_samples(collected.samples, self.limits, device=self.device)
+            check_samples(collected.segments(), self.limits, device=self.device)
         return RewardRequest(
             prompts=collected.prompts,
             responses=collected.responses,
@@ -252,11 +263,11 @@ class Collector:
             return None
         group_size = self.best_of or self.sampling.num_return_sequences
         if collected.episodes is not None:
-            played = responses_of_episodes(
-                [collected.episodes[row] for row in rows], self.device,
-                scores=scores.scores[rows], group_size=group_size,
-            )  # fmt: skip
-            return replace(played, excluded=played.truncated if self.mask_truncated else None)
+            episodes = [collected.episodes[row] for row in rows]
+            played = responses_of_episodes(episodes, self.device, scores=scores.scores[rows], group_size=group_size)
+            cut_off = [episodes[row.episode].truncated for row in episode_rows(episodes)]
+            excluded = torch.tensor(cut_off, device=self.device) if self.mask_truncated else None
+            return replace(played, excluded=excluded)
         samples = collected.samples
         responses: list[Tensor] = [samples.responses[row].to(self.device) for row in rows]
         logprobs = samples.logprobs

@@ -86,12 +86,16 @@ def check_step_arguments(
             f"{' and other arguments' if len(episodes) == len(queries) else ''}: an episode has its own tokens, "
             "rewards and mask. Pass `step(episodes)`, or `step(queries, responses, scores, response_masks)`."
         )
+    rows = episode_rows(episodes)
+    if len(rows) > len(episodes):  # segments; an algorithm without a critic refuses them later
+        size = len(rows) if limits.batch_size == len(episodes) else limits.batch_size
+        limits = replace(limits, batch_size=size, needs_groups=False)
+    batch = responses_of_episodes(episodes, device, group_size=group_size)
     checked = check_step_inputs(
-        [episode.prompt_ids for episode in episodes], [episode.response_ids for episode in episodes],
-        [episode.rewards for episode in episodes], [episode.mask for episode in episodes], limits=limits, device=device,
-        group_size=group_size,
+        [row.prompt_ids for row in rows], [row.response_ids for row in rows], [row.rewards for row in rows],
+        [row.mask for row in rows], limits=limits, device=device, group_size=batch.group_size,
     )  # fmt: skip
-    return replace(responses_of_episodes(episodes, device, group_size=group_size), inputs=checked.inputs)
+    return replace(batch, inputs=checked.inputs)
 
 
 def episode_tasks(batch: PromptBatch, copies: int, seeds: tuple[int, int]) -> Iterator[dict[str, Any]]:
@@ -143,20 +147,54 @@ def responses_of_episodes(
         scores: One per token, [B, T]; None: the rewards of the episodes.
         group_size: Number of adjacent episodes of one task.
     """
-    mask = _masks(episodes).to(device)
-    logprobs = [episode.logprobs for episode in episodes if episode.logprobs is not None]
+    rows = episode_rows(episodes)
+    logprobs = [row.logprobs for row in rows if row.logprobs is not None]
     return Responses(
         inputs=TokenInputs(
-            prompts=[episode.prompt_ids.to(device) for episode in episodes],
-            responses=[episode.response_ids.to(device) for episode in episodes],
+            prompts=[row.prompt_ids.to(device) for row in rows], responses=[row.response_ids.to(device) for row in rows]
         ),
-        mask=mask,
-        scores=(pad_rows([episode.rewards for episode in episodes]) if scores is None else scores).to(device),
-        truncated=torch.tensor([episode.truncated for episode in episodes], device=device),
-        group_size=group_size,
-        turn_starts=pad_rows([episode.turn_starts.float() for episode in episodes]).bool().to(device),
-        sampler_logprobs=pad_rows(logprobs).to(device) if len(logprobs) == len(episodes) else None,
+        mask=_masks(rows).to(device),
+        scores=pad_rows([row.rewards if scores is None else scores[row.episode, row.span].cpu() for row in rows]).to(
+            device
+        ),
+        truncated=torch.tensor([row.truncated for row in rows], device=device),
+        group_size=group_size if len(rows) == len(episodes) else 1,
+        turn_starts=pad_rows([row.turn_starts.float() for row in rows]).bool().to(device),
+        continues=torch.tensor([row.continues for row in rows], device=device),
+        sampler_logprobs=pad_rows(logprobs).to(device) if len(logprobs) == len(rows) else None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeRow(Episode):
+    """A segment of an episode: what the policy did in one context."""
+
+    episode: int
+    """Index of the episode."""
+    span: slice
+    """Its tokens in the episode."""
+    continues: bool
+    """Whether the next row is the next segment."""
+
+
+def episode_rows(episodes: Sequence[Episode]) -> list[EpisodeRow]:
+    """The segments of all episodes; those of one are adjacent."""
+    rows = []
+    for index, episode in enumerate(episodes):
+        parts = episode.segments()
+        for number, (context, span) in enumerate(parts):
+            continues = number + 1 < len(parts)
+            ends = None if episode.turn_ends is None else [end - span.start for end in episode.turn_ends]
+            rows.append(
+                EpisodeRow(
+                    prompt_ids=context, response_ids=episode.response_ids[span], mask=episode.mask[span],
+                    rewards=episode.rewards[span],
+                    logprobs=None if episode.logprobs is None else episode.logprobs[span],
+                    turn_ends=None if ends is None else tuple(end for end in ends if 0 < end <= span.stop - span.start),
+                    truncated=continues or episode.truncated, episode=index, span=span, continues=continues,
+                )
+            )  # fmt: skip
+    return rows
 
 
 def episode_metrics(numbers: Sequence[Mapping[str, float]], counts: Sequence[Mapping[str, int]]) -> dict[str, float]:

@@ -33,6 +33,8 @@ class Responses:
     """True at the first token of each turn; None: a turn is a run of tokens that the policy chose."""
     excluded: Bool[Tensor, " batch"] | None = None
     """True where a response is kept out of the loss, but not out of baselines and statistics. None: nowhere."""
+    continues: Bool[Tensor, " batch"] | None = None
+    """True where the next row goes on with the same episode: its first value is bootstrapped. None: nowhere."""
     sampler_logprobs: Float[Tensor, "batch time"] | None = None
     """log μ of each token under the sampler, nats; None if the sampler did not return it."""
     sampler_values: Float[Tensor, "batch time"] | None = None
@@ -164,7 +166,7 @@ def shape_rollout(
     rollout = Rollout(
         inputs=responses.inputs, mask=mask, logprobs=scored.logprobs, rewards=rewards,
         turn_starts=responses.turn_starts,
-        values=_values_after_observations(scored.values, last, responses.inputs.response_lengths()),
+        values=_values_of_the_rest(scored.values, last, responses.inputs.response_lengths(), responses.continues),
         terminated=is_last & ~is_truncated[:, None], truncated=is_last & is_truncated[:, None],
         ref_logprobs=scored.ref_logprobs, scores=total_scores(responses.scores, mask), group_size=responses.group_size,
         excluded=responses.excluded,
@@ -173,15 +175,20 @@ def shape_rollout(
     return rollout, penalty
 
 
-def _values_after_observations(
-    values: Float[Tensor, "batch states"], last: Int[Tensor, " batch"], lengths: Int[Tensor, " batch"]
+def _values_of_the_rest(
+    values: Float[Tensor, "batch states"],
+    last: Int[Tensor, " batch"],
+    lengths: Int[Tensor, " batch"],
+    continues: Bool[Tensor, " batch"] | None,
 ) -> Float[Tensor, "batch states"]:
-    """V at the end of each row put behind its last action, where GAE looks for the state after it.
+    """V of the state in which the policy acts next put behind each row's last action, where GAE looks for it.
 
     A truncated episode may end in an observation: the policy would act after it, and only states where it acts have a
-    trained value.
+    trained value. Where the next row continues the episode, it is the first state of that row.
     """
     end = values.gather(1, lengths.to(values.device)[:, None])
+    if continues is not None:
+        end = torch.where(continues[:, None], values[:, :1].roll(-1, 0), end)
     return values.scatter(1, last[:, None] + 1, end)
 
 

@@ -34,18 +34,27 @@ def rebalance_empty_ranks(
         return responses
     on_cpu = None if responses is None else _to_device(responses, "cpu")
     non_empty: list[Responses] = [batch for batch in gather([on_cpu]) if batch is not None]
-    group_size = non_empty[0].group_size if non_empty else 1
-    if sum(counts) // group_size < len(counts):
+    all_responses = _concatenate(non_empty) if non_empty else None
+    unit = torch.zeros(0, dtype=torch.long) if all_responses is None else _units(all_responses)
+    if all_responses is None or len(unit.unique()) < len(counts):
+        group_size = 1 if all_responses is None else all_responses.group_size
         raise ValueError(
             f"reward sources skipped all but {sum(counts)} samples of the batch, {len(counts)} processes need "
             f"{group_size} each at least: there is nothing to learn from. Check for which samples the sources return "
             "None, or raise batch_size."
         )
-    all_responses = _concatenate(non_empty)
-    costs = all_responses.inputs.costs().reshape(-1, group_size).sum(dim=1)
-    groups = assign_rows(costs, len(counts))[rank].sort().values
-    rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+    row_costs = all_responses.inputs.costs()
+    costs = row_costs.new_zeros(len(unit.unique())).index_add(0, unit, row_costs)
+    rows = torch.isin(unit, assign_rows(costs, len(counts))[rank]).nonzero().flatten()
     return _to_device(_select(all_responses, rows), device)
+
+
+def _units(responses: Responses) -> Tensor:
+    """Number of what must stay together, for each row: a group, or the segments of an episode."""
+    if responses.continues is None:
+        return torch.arange(len(responses.inputs)) // responses.group_size
+    begins = torch.cat([torch.ones(1, dtype=torch.bool), ~responses.continues[:-1]])
+    return torch.div(begins.long().cumsum(0) - 1, responses.group_size, rounding_mode="floor")
 
 
 def _concatenate(non_empty: list[Responses]) -> Responses:
@@ -80,4 +89,6 @@ def _to_device(responses: Responses, device: torch.device | str) -> Responses:
     return replace(responses, inputs=responses.inputs.to(target), **tensors)
 
 
-_TENSOR_FIELDS = ("mask", "scores", "truncated", "excluded", "turn_starts", "sampler_logprobs", "sampler_values")
+_TENSOR_FIELDS = (
+    "mask", "scores", "truncated", "excluded", "turn_starts", "continues", "sampler_logprobs", "sampler_values",
+)  # fmt: skip
