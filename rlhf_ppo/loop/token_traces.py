@@ -18,7 +18,6 @@ def token_traces(
     tokenizer: PreTrainedTokenizerBase,
     *,
     iteration: int,
-    prompts: Sequence[str],
     scores: Sequence[float],
     count: int = 6,
 ) -> list[TokenTrace]:
@@ -37,7 +36,7 @@ def token_traces(
         traces.append(
             TokenTrace(
                 iteration=iteration,
-                prompt=prompts[row],
+                prompt=str(tokenizer.decode(inputs.prompts[row].tolist(), skip_special_tokens=True)),
                 score=scores[row],
                 tokens=token_texts(tokenizer, response),
                 own=[] if bool(batch.mask[row, : len(response)].all()) else batch.mask[row, : len(response)].tolist(),

@@ -14,6 +14,7 @@ from rlhf_ppo.diagnostics.doctor import diagnose_first_batch
 from rlhf_ppo.diagnostics.guards import GuardMonitor, GuardVerdict, with_kl_budget
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
 from rlhf_ppo.environments import EnvironmentFactory
+from rlhf_ppo.functional import total_scores
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import scalar_statistics
 from rlhf_ppo.loop.checks import LostRollouts, check_inputs
@@ -30,6 +31,7 @@ from rlhf_ppo.rewards.offload import offload_sources
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
 from rlhf_ppo.rollout.collect import CollectedResponses
 from rlhf_ppo.rollout.episodes import NumberedEpisodes
+from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.rollout.rebalance import rebalance_empty_ranks
 from rlhf_ppo.samplers.base import Sampler
@@ -86,7 +88,7 @@ class TrainingLoop:
         self.lost_rollouts = LostRollouts(learner.processes, config.reward_failures)
         learner.dump_dir = learner.dump_dir or folder
         self.state = TrainState()
-        self.last_rollout: tuple[CollectedResponses, RewardScores] | None = None
+        self.last_responses: Responses | None = None
         self._stop_request = StopRequest()
 
     def run(self) -> TrainState:
@@ -196,9 +198,7 @@ class TrainingLoop:
         process, device = learner.accelerator.process_index, learner.current_device
         responses = rebalance_empty_ranks(local, learner.processes.gather_objects, process, device)
         statistics = learner.learn(responses)
-        self.last_rollout = (
-            (collected, scores) if responses is local else None
-        )  # else: rows of another process, without texts
+        self.last_responses = responses
         self.state.iteration += 1
         of_rollout, repeated = rollout_metrics(learner.processes, collected, scores)
         metrics = scalar_statistics(statistics) | learner.metrics | of_rollout | times
@@ -281,12 +281,8 @@ class TrainingLoop:
     def _write_traces(self) -> None:
         """Write token traces of the last iteration."""
         learner = self.learner
-        if self.last_rollout is None or learner.last_batch is None:
+        if self.last_responses is None or learner.last_batch is None:
             return
-        collected, scores = self.last_rollout
-        rows = self.collector.kept_rows(scores)
-        traces = token_traces(
-            *learner.last_batch, learner.tokenizer, iteration=self.state.iteration,
-            prompts=[collected.prompts[row] for row in rows], scores=scores.total[rows].tolist(),
-        )  # fmt: skip
+        scores = total_scores(self.last_responses.scores, self.last_responses.mask).tolist()
+        traces = token_traces(*learner.last_batch, learner.tokenizer, iteration=self.state.iteration, scores=scores)
         self.keeper.write(self.state.iteration, lambda folder: folder.append_tokens(traces))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ GREEDY = SamplingConfig(max_new_tokens=3, stop_token_ids=(EOS_TOKEN_ID,), do_sam
 class Unequal:
     """One to five turns, by the seed; pays for "e" and for the number of the turn."""
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int) -> Any:
         self.left = 1 + seed % 5
         return f"Play {seed % 100}:"
 
@@ -34,10 +35,21 @@ class Unequal:
         return Turn(f" {self.left} left:", reward=reward, terminated=self.left == 0, info={"left": self.left})
 
 
+class Rewritten(Unequal):
+    """The same in messages, of which the chat template shows the last alone: each turn is a row."""
+
+    def reset(self, seed: int) -> Any:
+        return [{"role": "user", "content": super().reset(seed)}]
+
+    def step(self, reply: str) -> Turn:
+        turn = super().step(reply)
+        return replace(turn, observation=[{"role": "user", "content": turn.observation}])
+
+
 class FailsOnProcessOne(Unequal):
     """No episode of process 1 can be played."""
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int) -> Any:
         if PartialState().process_index == 1:
             raise OSError("process 1 has no sandbox")
         return super().reset(seed)
@@ -60,10 +72,15 @@ def run(*, processes: int, environment: type[Unequal] = Unequal, sampler: Sample
     torch.manual_seed(0)  # of the value head; a Llama has no key biases, whose gradient is nothing but rounding
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama(seed=0))
     settings = PPOConfig(batch_size=size, mini_batch_size=size, learning_rate=1e-3, ppo_epochs=2)
-    own = PPOTrainer(settings, model, tokenizer=tiny_tokenizer())
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}{{ ' ->' if add_generation_prompt }}"
+    own = PPOTrainer(settings, model, tokenizer=tokenizer)
+    update: Any = own.algorithm.update
+    update._minibatches = lambda rows: [torch.arange(rows)]  # two processes have the same rows in another order
     config = TrainConfig(iterations=2, sampling=GREEDY, progress=False, episodes=EpisodeConfig(retries=0))
     state = own.train(None, config, prompts=EPISODES, environment=environment, sampler=sampler)
-    evaluation = own.evaluate(EPISODES, None, GREEDY, environment=Unequal)
+    shown = Rewritten if environment is Rewritten else Unequal
+    evaluation = own.evaluate(EPISODES, None, GREEDY, environment=shown)
     weights = {name: parameter.detach().clone() for name, parameter in own.model.named_parameters()}
     return {"weights": weights, "metrics": state.metrics, "measures": evaluation.measures}
 
@@ -72,7 +89,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     outcomes = {
         "equal": run(processes=2), "failing": run(processes=2, environment=FailsOnProcessOne),
-        "collective": run(processes=2, sampler=Collective()),
+        "collective": run(processes=2, sampler=Collective()), "segments": run(processes=2, environment=Rewritten),
     }  # fmt: skip
     for name, outcome in outcomes.items():
         torch.save(outcome, folder / f"{name}-{PartialState().process_index}.pt")

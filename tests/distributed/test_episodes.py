@@ -27,12 +27,13 @@ def outcomes(folder: Path, name: str) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def test_two_processes_learn_from_the_same_episodes_what_one_does(folder: Path) -> None:
-    alone: Any = episodes.run(processes=1)
-    for together in outcomes(folder, "equal"):
+@pytest.mark.parametrize(("kind", "environment"), [("equal", episodes.Unequal), ("segments", episodes.Rewritten)])
+def test_two_processes_learn_from_the_same_episodes_what_one_does(kind: str, environment: Any, folder: Path) -> None:
+    alone: Any = episodes.run(processes=1, environment=environment)
+    for together in outcomes(folder, kind):
         for name, weight in alone["weights"].items():
             assert_close(together["weights"][name], weight, atol=1e-5, rtol=1e-5)
-        for name in ("env/reward_mean", "env/turns", "env/left", "env/sampled_tokens", "env/failed"):
+        for name in ("env/reward_mean", "env/turns", "env/segments", "env/left", "env/sampled_tokens", "env/failed"):
             assert together["metrics"][name] == pytest.approx(alone["metrics"][name], abs=1e-5), name
         assert together["measures"].keys() == alone["measures"].keys()
         for name, values in alone["measures"].items():

@@ -32,13 +32,14 @@ def test_traces_hold_each_rows_own_numbers_and_no_padding() -> None:
     width = len(first)
     numbers = torch.arange(2.0 * width).reshape(2, width)
     mask = torch.tensor([[True] * width, [True] + [False] * (width - 1)])
-    inputs = TokenInputs(prompts=[torch.tensor([5]), torch.tensor([6, 7])], responses=responses)
+    prompts = [torch.tensor(tokenizer(text).input_ids) for text in ("A", "B")]
+    inputs = TokenInputs(prompts=prompts, responses=responses)
     batch = TrainBatch(
         inputs=inputs, mask=mask, logprobs=-numbers, values=numbers, advantages=numbers / 2, returns=numbers
     )
     scored = ScoredResponses(logprobs=-numbers, values=torch.zeros(2, width + 1), ref_logprobs=numbers, kl=numbers * 3)
-    traces = token_traces(batch, scored, tokenizer, iteration=4, prompts=["A", "B"], scores=[1.0, 2.0])
+    traces = token_traces(batch, scored, tokenizer, iteration=4, scores=[1.0, 2.0])
     assert [(trace.iteration, trace.prompt, trace.score) for trace in traces] == [(4, "A", 1.0), (4, "B", 2.0)]
     assert "".join(traces[0].tokens) == " good" and traces[0].kl == [3.0 * i for i in range(width)]
     assert traces[1].tokens == ["<eos>"] and traces[1].advantages == [width / 2] and traces[1].values == [float(width)]
-    assert len(token_traces(batch, scored, tokenizer, iteration=4, prompts=["A", "B"], scores=[1.0, 2.0], count=1)) == 1
+    assert len(token_traces(batch, scored, tokenizer, iteration=4, scores=[1.0, 2.0], count=1)) == 1
