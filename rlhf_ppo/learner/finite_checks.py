@@ -37,11 +37,12 @@ def check_finite_scores(
     )
 
 
-def check_included(responses: Responses, processes: Processes) -> None:
-    """Raise if every response of a batch is excluded from the loss, on all processes.
+def check_learnable(responses: Responses, processes: Processes, *, has_critic: bool) -> None:
+    """Raise if nothing can be learned from a batch, before anything has changed.
 
     Raises:
-        ValueError: There is nothing to learn from; nothing has changed.
+        ValueError: Every response is excluded from the loss, on all processes; or episodes come in several rows, and no
+            critic stands for what follows a row.
     """
     if responses.excluded is not None and not processes.any_process(not bool(responses.excluded.all())):
         raise ValueError(
@@ -49,13 +50,6 @@ def check_included(responses: Responses, processes: Processes) -> None:
             "before a stop token. Raise max_new_tokens, check the stop tokens, or set mask_truncated=False."
         )
 
-
-def check_segments(responses: Responses, *, has_critic: bool) -> None:
-    """Raise if episodes come in several rows and no critic stands for what follows a row.
-
-    Raises:
-        ValueError: Nothing has changed.
-    """
     if responses.continues is not None and bool(responses.continues.any()) and not has_critic:
         raise ValueError(
             "expected an algorithm with a critic for episodes with several contexts, got one without: the reward of "

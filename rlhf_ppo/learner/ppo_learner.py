@@ -20,12 +20,7 @@ from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.functional import value_bias_by_position
 from rlhf_ppo.learner.arguments import fill_runtime_fields, make_accelerator, make_optimizer
 from rlhf_ppo.learner.config import PPOConfig
-from rlhf_ppo.learner.finite_checks import (
-    check_finite_scores,
-    check_included,
-    check_segments,
-    warn_of_negative_kl,
-)
+from rlhf_ppo.learner.finite_checks import check_finite_scores, check_learnable, warn_of_negative_kl
 from rlhf_ppo.learner.importance_correction import (
     ImportanceCorrection,
     check_sampler_logprobs,
@@ -165,8 +160,7 @@ class PPOLearner:
         timing: dict[str, float] = {}
         correction = self.importance_correction
         check_sampler_logprobs(responses, correction)
-        check_included(responses, self.processes)
-        check_segments(responses, has_critic=self.algorithm.has_critic)
+        check_learnable(responses, self.processes, has_critic=self.algorithm.has_critic)
         policy = self.accelerator.unwrap_model(self.policy)
         if self.config.token_budget is None and self._fitted_budget is None:
             models = self.processes, self.model, policy, self.optimizer
