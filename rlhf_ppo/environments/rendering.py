@@ -69,7 +69,7 @@ class Renderer:
     def whole(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> list[int]:
         """Token ids of a whole conversation, up to the start of the next reply."""
         text = _Conversation(self.tokenizer, messages, template_kwargs).render()
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def continuation(
         self,

@@ -49,7 +49,6 @@ def check_learnable(responses: Responses, processes: Processes, *, has_critic: b
             "expected a response that takes part in the loss, got none: with mask_truncated, each of the batch was cut "
             "before a stop token. Raise max_new_tokens, check the stop tokens, or set mask_truncated=False."
         )
-
     if responses.continues is not None and bool(responses.continues.any()) and not has_critic:
         raise ValueError(
             "expected an algorithm with a critic for episodes with several contexts, got one without: the reward of "

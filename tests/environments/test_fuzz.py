@@ -78,8 +78,11 @@ class RandomEnvironment:
 
 def check(episode: Episode, config: EpisodeConfig) -> None:
     assert 1 <= episode.turns <= config.max_turns
-    assert len(episode.response_ids) <= (config.max_tokens or POSITIONS)
-    assert len(episode.prompt_ids) + len(episode.response_ids) <= POSITIONS
+    assert len(episode.response_ids) <= (config.max_tokens or len(episode.segments()) * POSITIONS)
+    segments = episode.segments()
+    assert all(len(context) + span.stop - span.start <= POSITIONS for context, span in segments)
+    own = torch.cat([episode.response_ids[span][episode.mask[span]] for _, span in segments])
+    assert torch.equal(own, episode.response_ids[episode.mask])
     assert episode.total_reward == pytest.approx(episode.info["total"])
     assert episode.turn_ends is not None
     assert len(episode.turn_ends) == episode.turns == len(episode.replies())
@@ -91,10 +94,15 @@ def check(episode: Episode, config: EpisodeConfig) -> None:
     assert torch.equal(episode.logprobs, expected)
 
 
-def play(episodes: int, seed: int) -> int:
+REWRITES = "{{ messages[0]['content'][:3] }} {{ messages[-1]['content'] }}{{ ' ->' if add_generation_prompt }}"
+"""A chat template that shows the beginning of the first message, and the last one."""
+
+
+def play(episodes: int, seed: int, *, template: str | None = None) -> int:
     """Play random episodes under random limits and check each; the number of those that were dropped."""
     generator, dropped = random.Random(seed), 0
     tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = template or tokenizer.chat_template
     for start in range(0, episodes, 50):
         config = EpisodeConfig(
             max_turns=generator.randint(1, 6), max_tokens=generator.choice([None, 4, 9, 30]), max_concurrency=1,
@@ -102,7 +110,7 @@ def play(episodes: int, seed: int) -> int:
         )  # fmt: skip
         runner = EnvironmentSampler(
             factory=RandomEnvironment, sampler=RandomSampler(generator), tokenizer=tokenizer, config=config,
-            device=torch.device("cpu"), max_positions=POSITIONS,
+            device=torch.device("cpu"), max_positions=POSITIONS, may_rewrite=template is not None,
         )  # fmt: skip
         sampling = SamplingConfig(max_new_tokens=generator.randint(1, 4), stop_token_ids=(EOS_TOKEN_ID,))
         with warnings.catch_warnings():
@@ -118,10 +126,12 @@ def play(episodes: int, seed: int) -> int:
     return dropped
 
 
-def test_random_episodes_keep_every_promise() -> None:
-    assert 0 < play(300, seed=0) < 150
+@pytest.mark.parametrize("template", [None, REWRITES])
+def test_random_episodes_keep_every_promise(template: str | None) -> None:
+    assert 0 < play(300, seed=0, template=template) < 150
 
 
 @pytest.mark.slow
-def test_twenty_thousand_random_episodes_keep_every_promise() -> None:
-    assert 0 < play(20_000, seed=1) < 10_000
+@pytest.mark.parametrize("template", [None, REWRITES])
+def test_twenty_thousand_random_episodes_keep_every_promise(template: str | None) -> None:
+    assert 0 < play(20_000, seed=1, template=template) < 10_000
