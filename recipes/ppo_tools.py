@@ -28,7 +28,7 @@ class Config(RunConfig):
     """Settings of the imitation, and of PPO."""
 
     output_dir: str = "runs/ppo_tools"
-    transcripts: int = 25_000
+    transcripts: int = 40_000
     tokens: int = 240_000
     learning_rate: float = 5e-4
     problems: int = 3500
