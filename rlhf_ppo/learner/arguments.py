@@ -149,7 +149,10 @@ def make_accelerator(config: PPOConfig, *, float32_only: bool = False) -> tuple[
         ValueError: Accelerate would divide gradients a second time, FSDP or DeepSpeed have unsupported settings,
             settings of the precision contradict each other, or the tracker is not installed.
     """
-    arguments = accelerator_arguments(cast("dict[str, Any]", config.accelerator_kwargs))
+    arguments = dict(accelerator_arguments(cast("dict[str, Any]", config.accelerator_kwargs)))
+    project = dict(cast("dict[str, Any]", config.project_kwargs))
+    if "logging_dir" in arguments:  # where Accelerate's argument was up to TRL 0.4
+        project.setdefault("logging_dir", arguments.pop("logging_dir"))
     device = accelerate_device(cpu=bool(arguments.get("cpu")))
     mixed = _mixed_precision(arguments)
     float32_only |= _has_engine(arguments)  # which casts as its launch file says
@@ -159,10 +162,10 @@ def make_accelerator(config: PPOConfig, *, float32_only: bool = False) -> tuple[
     precision = choose_precision(name, device, autocast_on_cpu=mixed not in (None, "no"))
     if precision.autocast is not None and not AcceleratorState._shared_state:
         arguments = {**arguments, "mixed_precision": MIXED[precision.autocast]}
-    check_tracker(config.log_with)
+    check_tracker(config.log_with, cast("dict[str, Any]", config.tracker_kwargs), project)
     accelerator = Accelerator(
         log_with=config.log_with,
-        project_config=ProjectConfiguration(**config.project_kwargs),  # type: ignore[arg-type]
+        project_config=ProjectConfiguration(**project),
         **arguments,
     )
     if precision.autocast == torch.float16 and accelerator.device.type == "cuda" and accelerator.scaler is None:

@@ -15,13 +15,29 @@ RUN_NAMES = {"wandb": "id", "trackio": "name"}
 """Tracker -> the attribute that names its run, and the argument that continues the run of that name."""
 
 
-def check_tracker(log_with: str | None) -> None:
+def check_tracker(log_with: str | None, tracker_kwargs: Mapping[str, Any], project: Mapping[str, Any]) -> None:
     """Check that Accelerate has the tracker, and its package is installed: it would drop a missing one in silence.
 
+    Args:
+        log_with: Name of the tracker.
+        tracker_kwargs: Settings by tracker.
+        project: Arguments of `ProjectConfiguration`.
+
     Raises:
-        ValueError: It is unknown or not installed.
+        ValueError: It is unknown or not installed, has no folder, or the settings are not those of a tracker.
     """
+    if flat := [name for name, settings in tracker_kwargs.items() if not isinstance(settings, Mapping)]:
+        raise ValueError(
+            f"tracker_kwargs must hold the settings of each tracker by its name, got {flat[0]!r} beside no name: "
+            f"nothing would read it. Pass tracker_kwargs={{{log_with or 'wandb'!r}: {{{flat[0]!r}: ...}}}}."
+        )
     if log_with is None or log_with in ("all", *map(str, get_available_trackers())):
+        needs_folder = getattr(LOGGER_TYPE_TO_CLASS.get(str(log_with)), "requires_logging_directory", False)
+        if needs_folder and not (project.get("logging_dir") or project.get("project_dir")):
+            raise ValueError(
+                f"log_with={log_with!r} writes files, but no folder is given: there would be nowhere to log. Pass "
+                "project_kwargs={'logging_dir': 'folder'}."
+            )
         return
     known = [*LOGGER_TYPE_TO_CLASS]
     if log_with not in known:

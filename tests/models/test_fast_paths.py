@@ -16,6 +16,8 @@ from transformers import (
     FalconH1Config,
     GraniteConfig,
     Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     ModernBertDecoderConfig,
     OlmoConfig,
     RemBertConfig,
@@ -223,6 +225,22 @@ def test_a_fast_path_that_differs_in_long_rows_alone_is_declined_at_the_first_of
     for row, expected in zip(found, own_logprobs(model, RAGGED), strict=True):
         assert_close(row[: len(expected)], expected, rtol=0, atol=1e-4)
     assert set(policy.paths.declined) == {"packing"}
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rows_beside_one_beyond_the_rotations_limit_are_scored_as_alone(kind: str) -> None:
+    """The longest row of a batch rotates all of them; rows of up to 14 tokens are on one side of 16."""
+    rotary = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rotary |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "max_position_embeddings": 16}, rope_parameters=rotary)).eval()
+    policy = TokenPolicy(model, packing=True)
+    for batch in (rows((3, 4), (7, 7)), rows((3, 3), (10, 10)), rows((2, 3), (9, 10))):
+        with torch.no_grad():
+            found = policy(batch).logprobs
+        for row, expected in zip(found, own_logprobs(model, batch), strict=True):
+            assert_close(row[: len(expected)], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

@@ -6,6 +6,7 @@ from unittest.mock import create_autospec
 
 import accelerate.tracking
 import pytest
+import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,6 +33,21 @@ def test_a_tracked_run_is_saved_and_given_back_on_resume(tracker: str, name: str
     second.begin()
     expected = {tracker: {"entity": "me", "resume": "allow", name: "run-1"}}
     assert accelerator.init_trackers.call_args.kwargs["init_kwargs"] == expected
+
+
+def test_settings_that_no_tracker_would_read_and_a_missing_folder_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tracker_kwargs=\{'tensorboard': \{'flush_secs'"):
+        trainer(log_with="tensorboard", project_kwargs={"logging_dir": "logs"}, tracker_kwargs={"flush_secs": 1})
+    with pytest.raises(ValueError, match=r"project_kwargs=.*logging_dir"):
+        trainer(log_with="tensorboard")
+
+
+def test_the_folder_may_be_among_the_arguments_of_accelerate_as_up_to_trl_0_4(tmp_path: Path) -> None:
+    settings = {"logging_dir": str(tmp_path), "cpu": True}
+    own = trainer(log_with="tensorboard", accelerator_kwargs=settings)
+    own.log_stats({"objective/kl": 1.0}, {"query": [], "response": []}, [torch.tensor(1.0)])
+    own.accelerator.end_training()
+    assert list(tmp_path.rglob("events*")) and "logging_dir" in settings
 
 
 @pytest.mark.parametrize(
