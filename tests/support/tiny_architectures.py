@@ -67,9 +67,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4}, "gptj": {"rotary_dim": 4},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"],
-        "rope_parameters": dict.fromkeys(
-            ("full_attention", "sliding_attention"), {"rope_type": "default", "rope_theta": 1e4}
-        ),
+        "rope_parameters": {
+            name: {"rope_type": "default", "rope_theta": 1e4} for name in ("full_attention", "sliding_attention")
+        },
     },
     "ernie4_5_moe": {"moe_k": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 1},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4},
