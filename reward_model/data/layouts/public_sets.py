@@ -52,7 +52,10 @@ def _webgpt(row: Row) -> dict[str, Any]:
 
 
 def _summaries(row: Row) -> dict[str, Any]:
-    info, (first, second) = row["info"], [item["text"] for item in items(row, "summaries", "text")[:2]]
+    info, summaries = row["info"], items(row, "summaries", "text")
+    if len(summaries) < 2:
+        raise ValueError(f"field 'summaries' must hold two summaries, got {len(summaries)}.")
+    first, second = (item["text"] for item in summaries[:2])
     if not isinstance(info, Mapping) or not isinstance(info.get("post") or info.get("article"), str):
         raise ValueError("field 'info' must hold a 'post' or an 'article'.")
     if info.get("post"):  # the prompt of Stiennon et al. 2020, appendix B

@@ -88,6 +88,7 @@ BAD_DATA: list[tuple[str, Callable[[Path], str], str]] = [
     ("unknown kind of file", raw("data.xml", b"<a/>"), "unknown kind of file '.xml'"),
     ("no such file", lambda folder: str(folder / "gone.jsonl"), "There is no file"),
     ("no such folder", lambda folder: str(folder / "gone"), "could not be loaded"),
+    ("one summary", jsonl({"info": {"post": "x"}, "summaries": [], "choice": 0}), "'summaries' must hold two"),
     ("one label only", raw("d.jsonl", b'{"text": "a", "label": 1}\n'), "two different labels"),
 ]  # fmt: skip
 
@@ -121,7 +122,7 @@ def plain_rows(tmp_path: Path, rows: int = 20, **fields: Any) -> str:
 
 BAD_SETTINGS: list[tuple[str, list[str], str]] = [
     ("unknown model", ["--model", "no-such-model"], "The model 'no-such-model' could not be loaded"),
-    ("model is a file", ["--model", __file__], "could not be loaded"),
+    ("model is a file", ["--model", __file__], "there is no model folder"),
     ("unknown flag", ["--modle", "x"], "--modle"),
     ("negative epochs", ["--epochs", "-1"], "epochs must be > 0"),
     ("epochs in words", ["--epochs", "many"], "invalid float value: 'many'"),
