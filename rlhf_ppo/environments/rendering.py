@@ -57,9 +57,10 @@ class Renderer:
             conversation = _Conversation(self.tokenizer, observation, template_kwargs)
             if not self._checked:
                 try:
-                    self.rewrites = self.may_rewrite and not conversation.is_append_only()
+                    sample = conversation.sample()
+                    self.rewrites = self.may_rewrite and not sample.is_append_only()
                     if not self.rewrites:
-                        check_prefix_stability(conversation)
+                        check_prefix_stability(sample)
                 except UnreadableText as error:  # of the template itself, not of this conversation alone
                     raise ValueError(str(error)) from error
                 self._checked = True
@@ -120,6 +121,11 @@ class _Conversation:
     messages: Messages
     template_kwargs: Mapping[str, Any]
 
+    def sample(self) -> "_Conversation":
+        """The same with a known text in the last message."""
+        last = {**self.messages[-1], "content": _TEXT}
+        return replace(self, messages=[*self.messages[:-1], last])
+
     def render(self, *later: dict[str, Any]) -> str:
         """The text up to the start of the next reply."""
         messages = [*self.messages, *later]
@@ -149,13 +155,11 @@ class _Conversation:
 
 
 def check_prefix_stability(conversation: _Conversation) -> None:
-    """Check a chat template at its first conversation.
+    """Check a chat template at a sample of its first conversation.
 
     Raises:
         ValueError: It renders earlier turns differently once a later one is there.
     """
-    last = {**conversation.messages[-1], "content": _TEXT}
-    conversation = replace(conversation, messages=[*conversation.messages[:-1], last])
     if not conversation.keeps_turns():
         raise ValueError(
             "expected a chat template that renders earlier turns as it did before, got one that rewrites them: the "

@@ -61,12 +61,14 @@ def test_the_policy_reads_before_each_reply_what_a_chat_with_the_template_shows_
         assert any(row[: len(context) + len(reply)] == context + reply.tolist() for row in read)
 
 
-def test_a_template_that_only_appends_begins_no_segment() -> None:
+def test_a_template_that_only_appends_begins_no_segment_even_where_a_reply_is_encoded_otherwise() -> None:
+    """The text of the reply leaves out the special token in its middle."""
     template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    episode, _, _ = play(template, "hi", "there")
+    episode, contexts, tokenizer = play(template, "h<pad>i", "there")
+    assert tokenizer.decode(contexts[1]).count("<pad>") == 1
     assert episode.contexts == () and episode.numbers()["segments"] == 1
 
 
