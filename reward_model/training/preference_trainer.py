@@ -83,10 +83,7 @@ class PreferenceTrainer(RewardTrainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [length for length in dataset["length"] if length]  # fillers have 0
         return LengthGroupedBatches(
-            lengths,
-            batch_size=self.settings.batch_size,
-            seed=self.settings.seed,
-            fillers=len(dataset) - len(lengths),
+            lengths, batch_size=self.settings.batch_size, seed=self.settings.seed, fillers=len(dataset) - len(lengths)
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:

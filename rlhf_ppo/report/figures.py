@@ -71,10 +71,7 @@ FIGURES = (
         "Value function",
         "The critic's error and the share of the variance of the returns that it explains. Explained variance should "
         "climb above 0; at 0 or below the critic is no better than a constant.",
-        (
-            Panel(("ppo/loss/value",), "value loss"),
-            Panel(("ppo/val/var_explained",), "explained variance", zero=True),
-        ),
+        (Panel(("ppo/loss/value",), "value loss"), Panel(("ppo/val/var_explained",), "explained variance", zero=True)),
     ),
     Figure(
         "calibration",

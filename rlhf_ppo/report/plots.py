@@ -12,14 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ppo.loop.run_folder import Sample
-from rlhf_ppo.report.figures import (
-    FIGURES,
-    FRONTIER_READING,
-    FRONTIER_TITLE,
-    HISTOGRAM_READING,
-    HISTOGRAM_TITLE,
-    Panel,
-)
+from rlhf_ppo.report.figures import FIGURES, FRONTIER_READING, FRONTIER_TITLE, HISTOGRAM_READING, HISTOGRAM_TITLE, Panel
 from rlhf_ppo.report.run_data import RunData
 from rlhf_ppo.report.summary import span
 from rlhf_ppo.report.wording import format_number, metric_label

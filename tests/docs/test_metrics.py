@@ -54,10 +54,7 @@ def test_the_reward_mean_is_after_the_penalty_for_a_missing_stop_token_as_its_li
     config = PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1)
     trainer = PPOTrainer(config, AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2()), None, tokenizer)
     settings = TrainConfig(
-        iterations=1,
-        sampling=SamplingConfig(max_new_tokens=2),
-        missing_eos=MissingEOS(penalty=5.0),
-        progress=False,
+        iterations=1, sampling=SamplingConfig(max_new_tokens=2), missing_eos=MissingEOS(penalty=5.0), progress=False
     )
     prompts = PromptDataset.from_texts(["The movie", "This film"], tokenizer)
     metrics = trainer.train({"judge": lambda responses: [1.0] * 2}, settings, prompts=prompts).metrics

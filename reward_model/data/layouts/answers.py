@@ -3,15 +3,7 @@
 import re
 from typing import Any
 
-from reward_model.data.layouts.base import (
-    Layout,
-    are_objects,
-    as_list,
-    number,
-    prompt_columns,
-    ranking,
-    text_source,
-)
+from reward_model.data.layouts.base import Layout, are_objects, as_list, number, prompt_columns, ranking, text_source
 from reward_model.data.rows import Row, read_number
 
 LIST_NAMES = ("responses", "generations", "answers", "outputs")
