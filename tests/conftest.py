@@ -34,6 +34,8 @@ from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, settings
 
 import tests.support.typechecking  # noqa: F401  the type checker that pyproject.toml names, which is looked up as an attribute
+from rlhf_ppo.models import scoring
+from rlhf_ppo.models.fast_paths import FastPaths, prove_fast_paths
 
 torch.set_num_threads(1)
 
@@ -43,6 +45,9 @@ settings.load_profile("rlhf_ppo")
 
 SHAPES_CHECKED = {"functional", "kernels", "models", "rewards", "rollout", "updates"}
 """Folders with checks of shapes and types; in the others, whose tests take many steps, they took 37 % of the time."""
+
+PROOFS: dict[object, FastPaths] = {}
+"""Of fast paths, by what a model is made of."""
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
@@ -104,8 +109,29 @@ def _own_precision() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _shape_checks(request: pytest.FixtureRequest) -> None:
     """Check shapes and types at run time where functions are tested one by one."""
-    folder = request.path.relative_to(Path(__file__).parent).parts[0]
-    jaxtyping.config.update("jaxtyping_disable", folder not in SHAPES_CHECKED)
+    jaxtyping.config.update("jaxtyping_disable", _folder(request) not in SHAPES_CHECKED)
+
+
+def _folder(request: pytest.FixtureRequest) -> str:
+    return request.path.relative_to(Path(__file__).parent).parts[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_proof_per_architecture(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where functions are not tested one by one, the fast paths of a model are proved once, not for each trainer."""
+
+    def proved(model: Any, wanted: FastPaths, *arguments: Any, **settings: Any) -> FastPaths:
+        kinds = tuple((type(module), module.training) for module in model.modules())
+        tensors = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in model.parameters())
+        key = kinds, tensors, model.config.to_json_string(), str(wanted), str(settings)
+        if key not in PROOFS:
+            PROOFS[key] = prove_fast_paths(model, wanted, *arguments, **settings)
+        return PROOFS[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if _folder(request) not in SHAPES_CHECKED:
+            patch.setattr(scoring, "prove_fast_paths", proved)
+        yield
 
 
 @pytest.fixture(autouse=True)

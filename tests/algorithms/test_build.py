@@ -88,7 +88,10 @@ def test_before_the_first_step_every_ratio_is_one_and_every_kl_zero(name: str) -
         assert first[kl] == pytest.approx(0.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("placement, penalty", [("loss", "mse"), ("loss", "k3"), ("loss", "full"), ("split", "full")])
+@pytest.mark.parametrize(
+    "placement, penalty",
+    [pytest.param("loss", "mse", marks=pytest.mark.slow), ("loss", "k3"), ("loss", "full"), ("split", "full")],
+)
 def test_a_kl_in_the_loss_holds_the_policy_where_no_reward_pulls(placement: Any, penalty: Any) -> None:
     """With a weight of 1 a nat against a reward of at most 1 a response, it stays nearer to the reference."""
     settings = {"adap_kl_ctrl": False, "learning_rate": 0.01}

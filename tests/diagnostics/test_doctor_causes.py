@@ -287,7 +287,8 @@ class Played:
     group_size: int = 1
 
     def warned(self) -> set[str]:
-        own = tiny_run_trainer(algorithm=GRPO(), batch_size=16) if self.group_size > 1 else tiny_run_trainer()
+        groups: dict[str, Any] = {"algorithm": GRPO(), "batch_size": 16} if self.group_size > 1 else {}
+        own = tiny_run_trainer(diagnose=True, **groups)
         sampling = SamplingConfig(max_new_tokens=4, num_return_sequences=self.group_size)
         settings = TrainConfig(iterations=1, sampling=sampling, progress=False)
         own.train(self.rewards, settings if self.group_size > 1 else config(iterations=1), environment=self.environment)

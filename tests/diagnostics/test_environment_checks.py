@@ -12,7 +12,7 @@ from tests.support.tiny_run import config, trainer
 
 def findings(environment: Any, rewards: Any = None, own: PPOTrainer | None = None, **settings: Any) -> set[str]:
     """Names of what the doctor finds in the first rollout."""
-    own = own or trainer()
+    own = own or trainer(diagnose=True)
     own.train(rewards, config(iterations=1, **settings), environment=environment)
     assert own.diagnosis is not None
     return own.diagnosis.names()
@@ -75,7 +75,7 @@ def test_an_environment_that_does_not_react_is_found() -> None:
 
 
 def test_groups_whose_scores_are_all_equal_are_found() -> None:
-    own = trainer(algorithm=GRPO(), batch_size=16)
+    own = trainer(algorithm=GRPO(), batch_size=16, diagnose=True)
     sampling = SamplingConfig(max_new_tokens=2, num_return_sequences=2)
     own.train(None, TrainConfig(iterations=1, sampling=sampling, progress=False), environment=Hopeless)
     assert own.diagnosis is not None

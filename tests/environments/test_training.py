@@ -290,7 +290,7 @@ def test_episodes_carry_the_samplers_log_probabilities_to_the_importance_correct
 
 def test_dynamic_sampling_replaces_groups_of_episodes_that_earn_the_same() -> None:
     """The doctor plays episodes of the batch again: each with its own task."""
-    own = trainer(algorithm=GRPO(), batch_size=8, mini_batch_size=4)
+    own = trainer(algorithm=GRPO(), batch_size=8, mini_batch_size=4, diagnose=True)
     sampling = SamplingConfig(max_new_tokens=6, stop_token_ids=(EOS_TOKEN_ID,), num_return_sequences=2)
     settings = TrainConfig(iterations=1, sampling=sampling, progress=False, dynamic_sampling=DynamicSampling())
     state = own.train(None, settings, environment=lambda: CountE(turns=2))

@@ -138,7 +138,7 @@ def test_without_a_kl_there_is_no_reference_no_pass_over_one_and_no_statistic_of
 
 
 def test_the_doctor_the_loop_and_the_evaluation_run_without_a_reference() -> None:
-    trainer = trainer_with_prompts(kl_penalty="none", init_kl_coef=0.0)
+    trainer = trainer_with_prompts(kl_penalty="none", init_kl_coef=0.0, diagnose=True)
     prompts: Any = trainer.dataset
     run = TrainConfig(iterations=2, sampling=SAMPLING, progress=False, eval_every=1, keep_best="score")
     state = trainer.train(share_of_e, run, eval_prompts=prompts)

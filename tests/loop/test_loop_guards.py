@@ -158,7 +158,7 @@ def test_a_dropped_response_takes_its_group_with_it() -> None:
 
 
 def test_the_first_rollout_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
-    own = trainer()
+    own = trainer(diagnose=True)
     own.train(share_of_e, TrainConfig(iterations=2, sampling=replace(SAMPLING, top_k=5), progress=False))
     assert "responses are drawn with top_k=5" in caplog.text
     assert own.diagnosis is not None

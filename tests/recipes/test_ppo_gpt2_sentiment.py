@@ -158,6 +158,7 @@ def test_a_second_run_reuses_the_finished_one_wherever_it_was_moved(
     assert (moved / "metrics.jsonl").read_bytes() == metrics and (moved / "tokens.jsonl").read_bytes() == tokens
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_changed_settings_are_refused_by_name_and_fresh_begins_again(
     world: Path, finished: tuple[Path, Measures], tmp_path: Path
@@ -251,6 +252,7 @@ def test_a_guards_line_given_by_a_flag_ends_training_and_is_said(
     assert (output / "model").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_the_classic_pair_runs_by_naming_it(world: Path, tmp_path: Path) -> None:
     """A GPT-2 without a padding token and a DistilBERT that tells NEGATIVE from POSITIVE, as on the hub."""
@@ -263,6 +265,7 @@ def test_the_classic_pair_runs_by_naming_it(world: Path, tmp_path: Path) -> None
     assert saved.pad_token == saved.eos_token
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_the_reward_model_is_trained_once_and_then_taken_from_the_cache(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

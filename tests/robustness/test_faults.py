@@ -282,9 +282,9 @@ def server() -> Iterator[str]:
     [
         ("hangs", "did not answer within 0.2 s"),
         ("dies", "answered 500 1 times"),
-        ("lies", "sent no 8 scores"),
+        pytest.param("lies", "sent no 8 scores", marks=pytest.mark.slow),
         ("nan", "sent nan as score 0 of 8"),
-        ("odd", "sent no 8 scores"),
+        pytest.param("odd", "sent no 8 scores", marks=pytest.mark.slow),
     ],
 )
 def test_a_reward_server_that_fails_ends_the_run_with_its_name_and_nothing_is_lost(

@@ -26,6 +26,7 @@ def trainer(*, algorithm: AlgorithmConfig | None = None, **settings: Any) -> PPO
     prompts = PromptDataset.from_texts(TEXTS, tokenizer)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=0))
     defaults: dict[str, Any] = {"batch_size": 8, "mini_batch_size": 4, "learning_rate": 1e-3, "ppo_epochs": 2}
+    defaults["diagnose"] = False  # the doctor has tests of its own
     return PPOTrainer(
         PPOConfig(**defaults | settings), model, tokenizer=tokenizer, dataset=prompts, algorithm=algorithm
     )
