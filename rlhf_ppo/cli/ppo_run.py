@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import transformers
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -140,14 +139,8 @@ def load_prompts(source: str, tokenizer: PreTrainedTokenizerBase, encoding: str 
         raise ValueError(
             "--prompts is missing: name a file, folder or dataset with a column `prompt`, e.g. prompts.jsonl."
         )
-    sources = importlib.import_module("reward_model.data.sources")
-    is_text = source.endswith(".txt")
-    read = sources.prompt_lines(Path(source), encoding) if is_text else sources.read_rows(source, encoding=encoding)
-    rows = [row for _, row in read]
-    broken = next((row for row in rows if isinstance(row, Exception)), None)
-    if broken is not None:
-        raise ValueError(f"{source}: {broken}")
-    return PromptDataset(Dataset.from_list(rows), tokenizer)
+    read = importlib.import_module("reward_model.data.prompts").read_prompts
+    return PromptDataset(read(source, encoding), tokenizer)
 
 
 def load_reward(choice: str) -> Callable[..., Any]:

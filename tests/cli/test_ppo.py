@@ -113,3 +113,39 @@ def test_prompts_are_read_with_their_encoding(world: Path, name: str, tmp_path: 
     assert isinstance(prompts, PromptDataset) and prompts.batch([0, 1]).texts == texts
     with pytest.raises(ValueError, match=r"not UTF-8 text .* --encoding cp1252"):
         load_prompts(str(tmp_path / name), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("p.jsonl", '{"prompt": "a", "x": 1}\n{"prompt": "b", "y": [1]}\n', ["a", "b"]),
+        ("p.csv", "Question;Answer\na;1\n;\nb;2\n", ["a", "b"]),
+        ("p.txt", "a\n\nb\n", ["a", "b"]),
+    ],
+)
+def test_prompts_are_found_as_other_readers_find_them_and_no_column_is_lost(
+    world: Path, name: str, content: str, prompts: list[str], tmp_path: Path
+) -> None:
+    """The columns of the first row were taken for those of all."""
+    (tmp_path / name).write_text(content)
+    data = load_prompts(str(tmp_path / name), AutoTokenizer.from_pretrained(world / "gpt2"))
+    assert isinstance(data, PromptDataset)
+    batch = data.batch([0, 1])
+    assert batch.texts == prompts
+    if name == "p.jsonl":
+        assert batch.columns["x"] == [1, None] and batch.columns["y"] == [None, [1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('"a"\n', "p.jsonl:1: expected an object with named fields, got str"),
+        ('{"prompt": "a", "x": 1}\n{"prompt": "b", "x": "b"}\n', "column 'x' holds values that no table has in one"),
+        ('{"prompt": "a", "id": 123456789012345678901234567890}\n', "column 'id' holds values that no table has"),
+    ],
+)
+def test_prompts_that_no_table_holds_are_one_line(world: Path, content: str, message: str, tmp_path: Path) -> None:
+    """They ended in tracebacks, or in pyarrow's own words."""
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(str(tmp_path / "p.jsonl"), AutoTokenizer.from_pretrained(world / "gpt2"))
