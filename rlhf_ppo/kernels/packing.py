@@ -146,13 +146,13 @@ def packed_attention(
     module: torch.nn.Module,
     query: Float[Tensor, "1 heads positions width"],
     key: Float[Tensor, "1 kv_heads positions width"],
-    value: Float[Tensor, "1 kv_heads positions width"],
+    value: Float[Tensor, "1 kv_heads positions value_width"],
     attention_mask: Tensor | None,
     *,
     row_groups: list[tuple[int, int]],
     sliding_window: int | None = None,
     **settings: Any,
-) -> tuple[Float[Tensor, "1 positions heads width"], None]:
+) -> tuple[Float[Tensor, "1 positions heads value_width"], None]:
     """Causal attention within each row of `row_groups`, in the form of `transformers`' attention functions."""
     if settings.get("position_bias") is not None or attention_mask is not None:
         raise NotImplementedError("attention with a bias or mask of its own is not packed")
