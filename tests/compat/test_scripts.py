@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2ForSequenceClassification
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOTrainer
 from rlhf_ppo.cli import main
@@ -168,3 +169,20 @@ def test_a_loop_of_ones_own_with_a_trainers_parts_runs_unchanged(tmp_path: Path)
     rates = [step["rate/now"] for step in steps]
     assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1]
     assert (out / "optimizer.pt").is_file() and (out / "README.md").is_file()
+
+
+@pytest.mark.slow
+def test_a_script_whose_reward_model_is_an_adapter_runs_unchanged(tmp_path: Path) -> None:
+    """Its rewards are those of the classifier that the adapter was trained in."""
+    policy, out = save(AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama()), tmp_path / "policy"), tmp_path
+    judge = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=2).eval()
+    judge = get_peft_model(judge, LoraConfig(task_type="SEQ_CLS", r=4, init_lora_weights=False)).eval()
+    judge.save_pretrained(out / "judge")
+    arguments = ["--rm-adapter", str(out / "judge"), "--out", str(out), "--ppo-config.model-name", policy]
+    assert main(["run", str(SCRIPTS / "multi_adapter.py"), *arguments]) == 0
+    steps: Any = history(out)
+    (step,) = steps
+    assert math.isclose(step["kl"], 0.0, abs_tol=1e-5)
+    for text, reward in zip(step["texts"], step["rewards"], strict=True):
+        row = tiny_tokenizer()(text, return_tensors="pt")
+        assert math.isclose(judge(**row).logits[0, 1].item(), reward, abs_tol=1e-4)
