@@ -29,7 +29,7 @@ made the runs (one process, one thread, on a machine with other jobs). `python d
 this page. `docs/results/control/` holds one JSON file per run, with its settings, curve, commit and versions.
 
 Unless a table says otherwise, a return is the mean of the last hundred *training* episodes, with sampled actions and
-raw rewards. CleanRL publishes the same. Evaluations with the most likely action usually give higher returns."""
+raw rewards. CleanRL publishes this mean, too. Evaluations with the most likely action usually give higher returns."""
 PUBLISHED = """\
 For InvertedPendulum, the goals "must" and "aim" refer to ten deterministic episodes; for the other tasks, to
 training returns. The published figures are for other versions of the tasks (v4) and of MuJoCo. Three seeds say
@@ -43,11 +43,11 @@ WORLDS = """\
 Does randomization in training help in other worlds? Hopper-v5 was trained for 1M steps with ppo-clip, with and
 without randomization: mass and friction x 0.7 to 1.3, motors x 0.8 to 1.2, sensor noise 0.01, sampled for every
 episode. Each policy was evaluated on twenty deterministic episodes per world. Except for the first, the worlds are
-outside those ranges. A cell shows the mean of each seed; the number in brackets is the mean in percent of that in
-the first world."""
+outside the ranges of training. A cell shows the mean of each seed; the number in brackets is their mean in percent of
+the mean in the first world."""
 SINCE = """\
-- PPO on InvertedPendulum, seed 0, repeated at f7d49d0, agrees in every number but the time. TRPO does not: 54495a6
-took   the damping out of the length of its step, which is longer since."""
+- PPO on InvertedPendulum, seed 0, repeated at f7d49d0, agrees in every number but the time. TRPO does not agree:
+since 54495a6 the damping no longer shortens its step, so the step is longer."""
 SPREAD = """\
 The KL is the mean over minibatches of ½ (log π_θ - log π_old)². "no clip" uses the unclipped ratio for ten epochs.
 Differences within the spread of the seeds say nothing."""
@@ -104,7 +104,7 @@ def _comparison(runs: dict[str, Run]) -> Iterable[str]:
             continue
         rows.append([task, _returns(ours), _returns(theirs), _speed(ours), _speed(theirs)])
     yield (
-        table(["task", "return here", "return there", "steps per CPU s here", "there"], rows)
+        table(["task", "return", "return of SB3", "steps per CPU s", "steps per CPU s of SB3"], rows)
         if rows
         else "Not run yet."
     )
@@ -114,9 +114,10 @@ def _comparison(runs: dict[str, Run]) -> Iterable[str]:
     ]
     if pairs:
         yield (
-            "In turns on the same machine, Hopper-v5, 102k steps, environment steps per CPU second: "
-            f"{', '.join(str(ours) for ours, _ in pairs)} here, {', '.join(str(theirs) for _, theirs in pairs)} there, "
-            f"{', '.join(f'{ours / theirs:.2f}' for ours, theirs in pairs)} times."
+            "SB3 is Stable-Baselines3. On Hopper-v5 with 102k steps, both libraries also ran in turns on the same machine. "
+            f"rlhf_ppo made {', '.join(str(ours) for ours, _ in pairs)} environment steps per CPU second, and SB3 "
+            f"{', '.join(str(theirs) for _, theirs in pairs)}; the ratios are "
+            f"{', '.join(f'{ours / theirs:.2f}' for ours, theirs in pairs)}."
         )
     yield SAME
 

@@ -11,6 +11,10 @@ WHAT = {
     "dataset": "`PromptDataset`, preference rows, files of both",
     "checkpoint": "`restore_checkpoint`: folders that were cut, flipped, swapped, rewritten, checksums fitting or not",
 }
+DID = {
+    "begun anew": "began anew", "the newest": "continued from the newest",
+    "the one before": "continued from the one before",
+}  # fmt: skip
 
 
 def page(found: dict[str, Any]) -> str:
@@ -33,9 +37,9 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     outcomes = found["checkpoint"].get("outcomes", {})
     if outcomes:
-        named = ", ".join(f"{name}: {count:,}" for name, count in sorted(outcomes.items()))
+        named = ", ".join(f"{count:,} {DID.get(name, name)}" for name, count in sorted(outcomes.items()))
         lines += [
-            "", f"In the last row, each folder has two checkpoints. The accepted cases ended so: {named}.",
+            "", f"In the last row, each folder has two checkpoints. Of the accepted cases, {named}.",
             "A run begins anew only if every folder has lost both its manifest and its state.",
         ]  # fmt: skip
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
