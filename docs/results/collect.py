@@ -56,7 +56,8 @@ def table(title: str, found: dict[str, Any]) -> str:
         before, after = run["evaluation"]["before"], run["evaluation"]["after"]
         cells = [_cell(before.get(name), after.get(name)) for name in MEASURES]
         lines.append(f"| {run['config']['seed']} | {' | '.join(cells)} | {run['seconds_in_ppo']:.0f} |")
-    lines += ["", "The first five held-out prompts, without any selection:", "", "| prompt | before | after |", "|---|---|---|"]
+    lines += ["", "The first five held-out prompts, without any selection:", ""]
+    lines += ["| prompt | before | after |", "|---|---|---|"]
     for sample in found["runs"][0]["samples"]:
         lines.append(f"| {_text(sample['prompt'])} | {_text(sample['before'])} | {_text(sample['after'])} |")
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())

@@ -114,7 +114,7 @@ def _comparison(runs: dict[str, Run]) -> Iterable[str]:
     ]
     if pairs:
         yield (
-            "SB3 is Stable-Baselines3. On Hopper-v5 with 102k steps, both libraries also ran in turns on the same machine. "
+            "SB3 is Stable-Baselines3. On Hopper-v5 with 102k steps, both libraries also ran in turns on one machine. "
             f"rlhf_ppo made {', '.join(str(ours) for ours, _ in pairs)} environment steps per CPU second, and SB3 "
             f"{', '.join(str(theirs) for _, theirs in pairs)}; the ratios are "
             f"{', '.join(f'{ours / theirs:.2f}' for ours, theirs in pairs)}."

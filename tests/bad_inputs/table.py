@@ -7,7 +7,7 @@ HEAD = """# Bad inputs
 
 This page shows the error messages for {count} wrong arguments, settings and files. Each message says what was expected,
 what was received, what would have gone wrong, and what to do. The check comes before anything is changed: your model,
-files and trainer are as they were. `python -m tests.bad_inputs.table` writes the table from the wrong calls that the tests make.
+files and trainer are as they were. `python -m tests.bad_inputs.table` writes the table from the calls in the tests.
 """
 
 
