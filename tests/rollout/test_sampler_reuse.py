@@ -35,6 +35,16 @@ def test_after_one_proof_the_policy_is_not_asked_about_its_own_rollout() -> None
     assert asked == pytest.approx([1 + epochs, epochs, epochs], abs=1e-3)
 
 
+def test_rows_twice_as_long_are_compared_again() -> None:
+    """Windows and rotations, and fast paths of the policy that miss them, show in long rows alone."""
+    own = trainer()
+    found = []
+    for tokens in (2, 40, 40):
+        sampling = replace(SAMPLING, max_new_tokens=tokens)
+        found += own.train(share_of_e, replace(config(iterations=1), sampling=sampling)).history
+    assert [row["sampler/reused"] for row in found] == [0.0, 0.0, 1.0]
+
+
 @pytest.mark.slow
 def test_reuse_learns_what_asking_learns() -> None:
     """Log-probabilities differ by rounding; Adam blows that up where a gradient is next to nothing, nowhere else."""
