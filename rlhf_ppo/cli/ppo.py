@@ -5,7 +5,6 @@ Settings of the run itself have flags. The sections `ppo`, `train`, `sampling` a
 """
 
 import argparse
-import contextlib
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 
 from rlhf_ppo.cli.run_config import SECTIONS, RunConfig, refuse_unknown
-from rlhf_ppo.utils.flags import FlagParser, add_flags, read_settings
+from rlhf_ppo.utils.flags import FlagParser, add_flags, read_settings, read_value
 
 EXAMPLES = """examples:
   rlhf-ppo ppo --prompts prompts.jsonl --reward rewards.py:length --sampling.max_new_tokens 32
@@ -27,8 +26,8 @@ def main(arguments: list[str]) -> int:
     """Run, or print the settings; exit status 2 for settings that cannot be read, 1 for a run that cannot be made."""
     try:
         config, print_config = parse(arguments)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     if print_config:
         sys.stdout.write(yaml.safe_dump(asdict(config), sort_keys=False))
@@ -48,6 +47,7 @@ def parse(arguments: list[str]) -> tuple[RunConfig, bool]:
 
     Raises:
         ValueError: A file that cannot be read, or a name that no setting has.
+        TypeError: A setting of another type.
     """
     own, of_sections = _split(arguments)
     given = vars(_parser().parse_args(own))
@@ -56,6 +56,9 @@ def parse(arguments: list[str]) -> tuple[RunConfig, bool]:
     refuse_unknown(settings, [item.name for item in fields(RunConfig)], "setting")
     for section, name, value in of_sections:
         settings[section] = dict(settings.get(section) or {}) | {name: value}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if type(settings.get("prompts")) is int:  # a number of episodes
+        settings["prompts"] = str(settings["prompts"])
     return RunConfig(**settings), print_config
 
 
@@ -90,12 +93,5 @@ def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str, Any]]]
         text = value if equals else next(words, None)
         if text is None:
             raise ValueError(f"{flag} needs a value.")
-        of_sections.append((section, name.replace("-", "_"), _value(text)))
+        of_sections.append((section, name.replace("-", "_"), read_value(text)))
     return own, of_sections
-
-
-def _value(text: str) -> Any:
-    """As YAML reads it; 1e-5 is a number, too."""
-    with contextlib.suppress(ValueError):
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    return yaml.safe_load(text)

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_ppo.utils.field_types import check_fields
+
 SECTIONS = ("ppo", "train", "sampling", "algorithm_config")
 """Fields of `RunConfig` that hold fields of another configuration."""
 
@@ -43,6 +45,9 @@ class RunConfig:
     train: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     algorithm_config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:

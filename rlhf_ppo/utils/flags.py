@@ -90,6 +90,22 @@ def add_flags(
             )  # fmt: skip
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """Reads numbers as YAML 1.2 does: 1e-5 is one."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")
+
+
+def read_value(text: str) -> Any:
+    """A value as YAML reads it.
+
+    Raises:
+        yaml.YAMLError: It cannot be read.
+    """
+    return yaml.load(text, _Loader)  # a safe loader
+
+
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Settings of a YAML or JSON file, by name.
 
@@ -97,7 +113,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ValueError: The file cannot be read, or holds no names and values.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_value(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

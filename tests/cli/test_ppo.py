@@ -97,6 +97,30 @@ def test_a_mistake_is_one_line(world: Path, arguments: list[str], status: int, m
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompts: [a, b]", "RunConfig.prompts must be a text, got ['a', 'b']"),
+        ("lora_rank: '8'", "RunConfig.lora_rank must be a whole number, got '8'"),
+        ("live: maybe", "RunConfig.live must be True or False, got 'maybe'"),
+        ("ppo: 5", "RunConfig.ppo must be dict, got 5"),
+    ],
+)
+def test_a_setting_of_another_type_is_one_line(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    """They ended in tracebacks, or in Python's own words."""
+    (tmp_path / "run.yaml").write_text(f"{text}\n")
+    assert main([str(tmp_path / "run.yaml"), "--print-config"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_file_may_give_numbers_without_a_point_episodes_and_empty_sections(tmp_path: Path) -> None:
+    """PyYAML reads 1e-5 as a text."""
+    (tmp_path / "run.yaml").write_text("prompts: 12\nppo: {learning_rate: 1e-5}\ntrain:\n")
+    settings, _ = parse([str(tmp_path / "run.yaml")])
+    assert (settings.prompts, settings.ppo, settings.train) == ("12", {"learning_rate": 1e-5}, {})
+
+
 def test_an_unknown_key_of_the_file_is_refused_with_the_nearest(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "run.yaml").write_text("modle: gpt2\n")
     assert main([str(tmp_path / "run.yaml")]) == 2
