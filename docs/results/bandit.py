@@ -69,7 +69,7 @@ def table(found: dict[str, Any]) -> str:
         "# The token bandit", "", "`python docs/results/bandit.py`", "",
         "This page tests each algorithm on a task whose optimum is known. A tiny GPT-2 answers one prompt with one",
         "token out of eight, in 128 responses per iteration. With the KL to the reference (coefficient 0.5) the",
-        "optimal policy is π_ref exp(r / 0.5) / Z; without the KL, the optimum is the best token alone. The table shows",
+        "optimal policy is π_ref exp(r / 0.5) / Z; without the KL, it is the best token alone. The table shows",
         "the total variation distance between the trained policy and the optimum, one number per seed. The tests",
         "require less than 0.02.",
         "", "| Algorithm | KL coefficient | total variation | largest |", "|---|---|---|---|",
