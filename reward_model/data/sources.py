@@ -53,6 +53,11 @@ def read_rows(
     if path.is_dir():
         rows = _folder_rows(path, split, encoding)
     elif path.is_file():
+        if split not in _DEFAULT_SPLITS:
+            raise DataError(
+                f"Expected no split for {source}, got {split!r}: a file is read as a whole, whatever split was meant. "
+                "Leave out --split, or give the folder of the files."
+            )
         rows = _file_rows(path, path.name, encoding)
     elif data_suffix(path) in _READERS:
         raise DataError(f"There is no file {source}. Check the path; relative ones start at {Path.cwd().name}/.")
@@ -70,6 +75,8 @@ def _file_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedR
     yield from reader(path, name, encoding)
 
 
+_DEFAULT_SPLITS = ("train", "test")
+"""Of training and evaluation, where none is chosen."""
 _UNPACK = " Unpack it, and give the folder or its files."
 _SAVE = " Save the sheet as CSV (UTF-8); formulas are saved as their values."
 _RENAME = " Rename it by what it holds: .tsv for a table, .jsonl for one object a line."

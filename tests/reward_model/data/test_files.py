@@ -287,3 +287,10 @@ def test_tables_as_spreadsheets_write_them_are_read(text: str, tmp_path: Path) -
     path = tmp_path / "data.csv"
     path.write_text(text)
     assert read(path) == [("a", ("b", "c"))] and not load_comparisons(str(path)).report.unused_columns
+
+
+def test_a_split_of_a_single_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(TEXTS["jsonl"], encoding="utf-8")
+    with pytest.raises(DataError, match="a file is read as a whole"):
+        load_comparisons(str(path), split="validation")
