@@ -12,7 +12,7 @@ WHAT = {
     "checkpoint": "`restore_checkpoint`: folders that were cut, flipped, swapped, rewritten, checksums fitting or not",
 }
 DID = {
-    "begun anew": "began anew", "the newest": "continued from the newest",
+    "begun anew": "began anew", "the newest": "continued from the newest checkpoint",
     "the one before": "continued from the one before",
 }  # fmt: skip
 
