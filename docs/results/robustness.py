@@ -34,11 +34,10 @@ def soak(found: dict[str, Any]) -> list[str]:
     text = (
         f"A run of {found['steps']:,} iterations writes a checkpoint every 20 iterations, evaluates every 50, "
         f"keeps the best model and logs to TensorBoard. Growth is counted from iteration {found['warm_up']}. Drift "
-        "compares the "
-        "median processor time of an iteration in the last quarter with that in the first. Each time is divided by "
-        "the time of a fixed computation that runs between the iterations, because other jobs on the machine slow "
-        "down the iteration and this computation alike. oneDNN and torch cache one kernel per shape. These caches are "
-        "limited to 16 entries here. With their default of 1,024, memory grew by 86 MB from iteration 200 to 1,600, "
+        "compares the median processor time of an iteration in the last quarter with that in the first. Each time is "
+        "divided by the time of a fixed computation that runs between the iterations, because other jobs on the "
+        "machine slow down the iteration and this computation alike. oneDNN and torch cache one kernel per shape. "
+        "These caches are limited to 16 entries here. With their default of 1,024, memory grew by 86 MB from iteration 200 to 1,600, "
         "and did not grow further until 2,000."
     )
     return [
