@@ -37,8 +37,8 @@ def soak(found: dict[str, Any]) -> list[str]:
         "compares the median processor time of an iteration in the last quarter with that in the first. Each time is "
         "divided by the time of a fixed computation that runs between the iterations, because other jobs on the "
         "machine slow down the iteration and this computation alike. oneDNN and torch cache one kernel per shape. "
-        "These caches are limited to 16 entries here. With their default of 1,024, memory grew by 86 MB from iteration 200 to 1,600, "
-        "and did not grow further until 2,000."
+        "These caches are limited to 16 entries here. With their default of 1,024, memory grew by 86 MB from iteration "
+        "200 to 1,600, and did not grow further until 2,000."
     )
     return [
         "## Soak", "", "`python -m tests.robustness.soak`", "", text, "",
