@@ -206,6 +206,11 @@ def pad_rows(rows: Sequence[Tensor], *, width: int | None = None, value: float =
     return torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=value)
 
 
+def episode_of_rows(continues: Bool[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Index of each row's episode, from whether the next row goes on with it."""
+    return torch.nn.functional.pad((~continues[:-1]).long().cumsum(0), (1, 0))
+
+
 def concatenate_rows(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate rows: [B_i] to [ΣB_i], or [B_i, T_i, ...] to [ΣB_i, max T_i, ...], padded with zeros on the right."""
     if parts[0].dim() == 1:

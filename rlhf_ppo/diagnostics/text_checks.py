@@ -15,6 +15,7 @@ from rlhf_ppo.diagnostics.findings import Diagnosis, Finding, finding
 from rlhf_ppo.environments import EnvironmentFactory, Episode
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
 from rlhf_ppo.rollout.collect import CollectedResponses
+from rlhf_ppo.rollout.episodes import episode_rows
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
 
@@ -24,7 +25,7 @@ class DiagnosedBatch:
     """A batch for the doctor; a check is skipped if a field that it needs is None."""
 
     prompts: Sequence[Tensor]
-    """Prompt tokens, one Long [P_i] per response."""
+    """Prompt tokens, one Long [P_i] per response, or per segment of an episode."""
     responses: Sequence[Tensor]
     """Response tokens as they enter the loss, one Long [T_i] each."""
     masks: Sequence[Tensor] | None = None
@@ -69,10 +70,10 @@ class DiagnosedBatch:
         environment: EnvironmentFactory | None = None,
     ) -> "DiagnosedBatch":
         """The batch of a rollout of `train()`."""
-        samples, episodes, all_scored = collected.samples, collected.episodes, not bool(scores.skipped.any())
+        samples, episodes, all_scored = collected.segments(), collected.episodes, not bool(scores.skipped.any())
         return cls(
             prompts=samples.prompts, responses=samples.responses, logprobs=samples.logprobs, sampling=sampling,
-            masks=None if episodes is None else [episode.mask for episode in episodes],
+            masks=None if episodes is None else [row.mask for row in episode_rows(episodes)],
             prompt_texts=collected.prompts, response_texts=collected.responses, scores=scores.total[~scores.skipped],
             sources=sources, group_size=sampling.num_return_sequences if all_scored else 1, episodes=episodes,
             tasks=collected.tasks, columns=collected.columns, environment=environment,

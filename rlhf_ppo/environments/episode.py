@@ -57,20 +57,35 @@ class Episode:
                 "token of its reply."
             )
         self._check_turns(length)
-        spans = pairwise([0, *(position for position, _ in self.contexts), length])
+        self._check_contexts(length)
+
+    def _check_contexts(self, length: int) -> None:
+        positions = [position for position, _ in self.contexts]
+        if not all(isinstance(ids, Tensor) for _, ids in self.contexts):
+            raise TypeError(
+                "Episode.contexts must hold a tensor of token ids for each position, got another type: the model could "
+                "not read it. Pass (position, torch.tensor(ids))."
+            )
+        spans = pairwise([0, *positions, length])
         if not all(0 <= start < end and bool(self.mask[start:end].any()) for start, end in spans):
             raise ValueError(
-                f"Episode.contexts must begin at rising positions with a sampled token behind each, got "
-                f"{[position for position, _ in self.contexts]} for {length} tokens: a segment would hold no action. "
-                "Leave out contexts in which the policy did not act."
+                f"Episode.contexts must begin at rising positions with a sampled token behind each, got {positions} "
+                f"for {length} tokens: a segment would hold no action. Leave out contexts in which the policy did not "
+                "act."
+            )
+        ends = self.turn_ends
+        if ends is not None and any(int(self.mask[:start].nonzero()[-1]) + 1 not in ends for start in positions):
+            raise ValueError(
+                f"Episode.contexts must begin between turns, got positions {positions} and turn_ends {ends}: a reply "
+                "would be divided over two contexts. Begin each context at the position of the turn that reads it."
             )
 
     def _check_turns(self, length: int) -> None:
         if self.turn_ends is None:
             return
-        starts = (0, *self.turn_ends[:-1])
+        starts = (0, *self.turn_ends)[:-1]
         in_order = all(0 <= start < end <= length for start, end in zip(starts, self.turn_ends, strict=True))
-        if not (in_order and all(bool(self.mask[end - 1]) for end in self.turn_ends)):
+        if not (self.turn_ends and in_order and all(bool(self.mask[end - 1]) for end in self.turn_ends)):
             raise ValueError(
                 f"Episode.turn_ends must be rising positions, each after a sampled token, got {self.turn_ends} for "
                 f"{length} tokens: turn-level advantages would mix turns. Pass None to take every run of sampled "

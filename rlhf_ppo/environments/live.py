@@ -4,7 +4,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ class ReplayableEnvironment:
         """
         with self._closed_on_error():
             self.environment = environment = self.factory()
-            first = resolve_awaitable(environment.reset(**accepted_columns(environment.reset, self.columns)))
+            answer = resolve_awaitable(environment.reset(**accepted_columns(environment.reset, self.columns)))
+            first = deepcopy(answer)  # the environment may go on with its list of messages
             check_observation(first, "the result of reset()")
             if self.turns and first != self.first:
                 raise ReplayError("reset() returned another first observation for the same columns and seed")
@@ -105,7 +107,7 @@ class ReplayableEnvironment:
                 "rewarded. Return rlhf_ppo.environments.Turn(observation, reward, terminated, truncated), or wrap "
                 "another library's environment: rlhf_ppo.environments.adapters.from_gem reads Gymnasium's tuples."
             )
-        return turn
+        return replace(turn, observation=deepcopy(turn.observation))
 
 
 @dataclass
@@ -199,15 +201,17 @@ class LiveEpisode:
             self.logprobs += [0.0] * (len(self.response) - len(self.logprobs))
         is_last = bool(turn.truncated) or len(self.turn_ends) >= self.config.max_turns
         if not is_last:
-            self._rewrite(reply, turn.observation)
+            self._rewrite(turn.observation)
         self.ended = self.truncated = is_last or self._room() < self.reply_tokens
 
-    def _rewrite(self, reply: str, observation: Observation) -> None:
+    def _rewrite(self, observation: Observation) -> None:
         """Begin a segment if the rendering of the whole conversation is not what the policy has seen."""
         if self._conversation is None or isinstance(observation, str):
             self._conversation = None  # bare text has no place in a rendered conversation
             return
-        self._conversation += [{"role": "assistant", "content": reply}, *observation]
+        reply = self.response[self.turn_ends[-1] - self._last_reply : self.turn_ends[-1]]
+        content = self.renderer.content(reply, finished=self._finished_reply)
+        self._conversation += [{"role": "assistant", "content": content}, *observation]
         ids = self.renderer.whole(self._conversation, self.environment.template_kwargs)
         if ids != self.context():
             self.contexts.append((len(self.response), ids))

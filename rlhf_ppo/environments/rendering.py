@@ -23,7 +23,11 @@ _REPLY = "REPLY0PLACEHOLDER"
 _TEXT = "TEXT0PLACEHOLDER"
 """Stands for the text of a message."""
 _ANSWER = {"role": "user", "content": _TEXT}
-_THOUGHT = "<think>\nplan\n</think>\n\n" + _REPLY
+_THOUGHTS = [
+    f"{marks.replace('...', 'plan')}{_REPLY}"
+    for marks in ("<think>\n...\n</think>\n\n", "<|channel>thought\n...\n<channel|>", "[THINK]...[/THINK]")
+]
+"""Replies with thinking, between the marks of most models, of Gemma 4 and of Mistral."""
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Renderer:
             if not self._checked:
                 try:
                     sample = conversation.sample()
-                    self.rewrites = self.may_rewrite and not sample.is_append_only()
+                    self.rewrites = self.may_rewrite and sample.reads_replies() and not sample.is_append_only()
                     if not self.rewrites:
                         check_prefix_stability(sample)
                 except UnreadableText as error:  # of the template itself, not of this conversation alone
@@ -66,6 +70,14 @@ class Renderer:
                 self._checked = True
             ids = self._encode(conversation.render())
         return ids or [self._first_token()]
+
+    def content(self, reply: list[int], *, finished: bool) -> str:
+        """The text of a reply in a rendered conversation: with the special tokens in it, but the one that ended it.
+
+        They may be the marks of the thinking that the template drops.
+        """
+        ends = finished and reply[-1] in self.tokenizer.all_special_ids
+        return str(self.tokenizer.decode(reply[:-1] if ends else reply))
 
     def whole(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> list[int]:
         """Token ids of a whole conversation, up to the start of the next reply."""
@@ -140,9 +152,20 @@ class _Conversation:
         turn = ({"role": "assistant", "content": reply}, _ANSWER)
         return self.render(*turn, *turn) == self.render() + 2 * (reply + self.after_reply([_ANSWER], reply))
 
+    def reads_replies(self) -> bool:
+        """Whether the text that the policy samples is a message's content, without marks that the template adds.
+
+        Before the content of a reply, gpt-oss's template writes special tokens (of a channel) that the policy samples
+        itself: they would be there twice.
+        """
+        before = self.render({"role": "assistant", "content": _REPLY}, _ANSWER).partition(_REPLY)[0]
+        prompt = self.render()
+        added = before[len(prompt) :] if before.startswith(prompt) else ""
+        return not any(token in added for token in self.tokenizer.all_special_tokens)
+
     def is_append_only(self) -> bool:
         """Whether later turns change nothing of earlier ones, with thinking or without."""
-        return self.keeps_turns() and self.is_prefix_stable(_REPLY) and self.is_prefix_stable(_THOUGHT)
+        return self.keeps_turns() and all(map(self.is_prefix_stable, [_REPLY, *_THOUGHTS]))
 
     def keeps_turns(self) -> bool:
         """The same up to the header of each reply: thinking and its marks may come and go with later turns."""
@@ -172,6 +195,6 @@ def check_prefix_stability(conversation: _Conversation) -> None:
             "The chat template renders the thinking of earlier replies, or its marks, differently from how they were "
             "sampled; training keeps what was sampled. A chat that renders its whole history shows the policy another "
             "context than in training: serve it with a template that keeps the thinking, or train it with a critic "
-            "and EpisodeConfig(history='auto').",
+            "and EpisodeConfig(history='auto'), unless the policy samples special tokens of the template (gpt-oss).",
             stacklevel=2,
         )

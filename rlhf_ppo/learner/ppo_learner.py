@@ -174,6 +174,7 @@ class PPOLearner:
             scores = normalize_scores(
                 responses.scores, responses.mask, self.running, scale=self.config.use_score_scaling,
                 shift=self.config.use_score_norm, clip=self.config.score_clip, reduce_sum=self.processes.reduce_sum,
+                continues=responses.continues,
             )  # fmt: skip
             with timed(timing, "compute_rewards"):
                 rollout, penalty = shape_rollout(replace(responses, scores=scores), scored, self._shaping())

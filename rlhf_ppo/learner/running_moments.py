@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rlhf_ppo.batch import episode_of_rows, pad_rows
 from rlhf_ppo.functional import normalize_episode_scores, total_scores
 from rlhf_ppo.functional.masked import ReduceSum, identity
 
@@ -120,6 +121,7 @@ def normalize_scores(
     shift: bool,
     clip: float | None,
     reduce_sum: ReduceSum = identity,
+    continues: Bool[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "..."]:
     """Divide the total scores of episodes by their running standard deviation, then clip (`normalize_episode_scores`).
 
@@ -130,7 +132,15 @@ def normalize_scores(
         scale: Whether to divide; if False, `moments` are not updated.
         shift: Whether to subtract the running mean too.
         clip: Largest absolute total afterwards; None: no clipping.
+        continues: True where the next row goes on with the same episode; None: nowhere.
     """
+    if continues is not None and bool(continues.any()):  # the rows of an episode one after the other, as one
+        counts, width = episode_of_rows(continues).bincount().tolist(), scores.shape[1]
+        whole, own = (pad_rows([part.flatten() for part in rows.split(counts)]) for rows in (scores, mask.float()))
+        normalized = normalize_scores(
+            whole, own.bool(), moments, scale=scale, shift=shift, clip=clip, reduce_sum=reduce_sum
+        )
+        return torch.cat([row[: count * width].view(-1, width) for row, count in zip(normalized, counts, strict=True)])
     mean, deviation = 0.0, 1.0
     if scale:
         moments.update(total_scores(scores, mask), reduce_sum)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rlhf_ppo.batch import PolicyOutput, Rollout, TokenInputs, pad_rows, split_into_micro_batches
+from rlhf_ppo.batch import PolicyOutput, Rollout, TokenInputs, episode_of_rows, pad_rows, split_into_micro_batches
 from rlhf_ppo.functional import classic_whiten_rewards, kl_estimate, kl_shaped_rewards, last_action_index, total_scores
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, reward_kl
@@ -168,11 +168,20 @@ def shape_rollout(
         turn_starts=responses.turn_starts,
         values=_values_of_the_rest(scored.values, last, responses.inputs.response_lengths(), responses.continues),
         terminated=is_last & ~is_truncated[:, None], truncated=is_last & is_truncated[:, None],
-        ref_logprobs=scored.ref_logprobs, scores=total_scores(responses.scores, mask), group_size=responses.group_size,
+        ref_logprobs=scored.ref_logprobs, scores=_episode_scores(responses), group_size=responses.group_size,
         excluded=responses.excluded,
         reference_kl_coef=0.0 if shaping.kl_placement == "reward" else shaping.kl_coef,
     )  # fmt: skip
     return rollout, penalty
+
+
+def _episode_scores(responses: Responses) -> Float[Tensor, " batch"]:
+    """Total score of the episode that each row is of."""
+    totals = total_scores(responses.scores, responses.mask)
+    if responses.continues is None:
+        return totals
+    episode = episode_of_rows(responses.continues)
+    return torch.zeros_like(totals).index_add(0, episode, totals)[episode]
 
 
 def _values_of_the_rest(

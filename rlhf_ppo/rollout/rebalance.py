@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ppo.batch import pad_rows
+from rlhf_ppo.batch import episode_of_rows, pad_rows
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.updates.sharding import assign_rows
 
@@ -53,8 +53,7 @@ def _units(responses: Responses) -> Tensor:
     """Number of what must stay together, for each row: a group, or the segments of an episode."""
     if responses.continues is None:
         return torch.arange(len(responses.inputs)) // responses.group_size
-    begins = torch.cat([torch.ones(1, dtype=torch.bool), ~responses.continues[:-1]])
-    return torch.div(begins.long().cumsum(0) - 1, responses.group_size, rounding_mode="floor")
+    return episode_of_rows(responses.continues) // responses.group_size
 
 
 def _concatenate(non_empty: list[Responses]) -> Responses:

@@ -22,10 +22,11 @@ class Script:
     def __init__(self, *replies: str, stop: bool = True) -> None:
         self.replies, self.stop = list(replies), stop
         self.contexts: list[list[int]] = []
+        self.tokenizer = tiny_tokenizer()
 
     def __call__(self, model: Any, prompts: Any, config: SamplingConfig, *, generator: Any = None) -> Samples:
         self.contexts += [prompt.tolist() for prompt in prompts]
-        ids = tiny_tokenizer()(self.replies.pop(0))["input_ids"] + [EOS_TOKEN_ID] * self.stop
+        ids = self.tokenizer(self.replies.pop(0))["input_ids"] + [EOS_TOKEN_ID] * self.stop
         row = torch.tensor(ids)
         count = len(prompts)
         return Samples(
