@@ -209,8 +209,10 @@ class LiveEpisode:
         if self._conversation is None or isinstance(observation, str):
             self._conversation = None  # bare text has no place in a rendered conversation
             return
-        reply = self.response[self.turn_ends[-1] - self._last_reply : self.turn_ends[-1]]
-        content = self.renderer.content(reply, finished=self._finished_reply)
+        end = self.turn_ends[-1] - len(self.response)  # from the end: negative, or 0 where nothing was observed
+        until_reply = self.context()[: end or None]
+        before, reply = until_reply[: -self._last_reply], until_reply[-self._last_reply :]
+        content = self.renderer.content(before, reply, finished=self._finished_reply)
         self._conversation += [{"role": "assistant", "content": content}, *observation]
         ids = self.renderer.whole(self._conversation, self.environment.template_kwargs)
         if ids != self.context():

@@ -6,6 +6,7 @@ are, which `check_prefix_stability` tries at the start. Otherwise a critic can t
 conversation is rendered whole before each reply (`Renderer.whole`).
 """
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ _REPLY = "REPLY0PLACEHOLDER"
 _TEXT = "TEXT0PLACEHOLDER"
 """Stands for the text of a message."""
 _ANSWER = {"role": "user", "content": _TEXT}
+_OPENED = re.compile(r"(<think>|\[THINK\])\s*\Z")
+"""Thinking that a template begins before the reply."""
 _THOUGHTS = [
     f"{marks.replace('...', 'plan')}{_REPLY}"
     for marks in ("<think>\n...\n</think>\n\n", "<|channel>thought\n...\n<channel|>", "[THINK]...[/THINK]")
@@ -71,13 +74,15 @@ class Renderer:
             ids = self._encode(conversation.render())
         return ids or [self._first_token()]
 
-    def content(self, reply: list[int], *, finished: bool) -> str:
-        """The text of a reply in a rendered conversation: with the special tokens in it, but the one that ended it.
+    def content(self, context: list[int], reply: list[int], *, finished: bool) -> str:
+        """The text of a reply in a rendered conversation: with all special tokens in it but the one that ended it.
 
-        They may be the marks of the thinking that the template drops.
+        They may be the marks of the thinking that the template drops. The first mark is often the end of the context.
         """
         ends = finished and reply[-1] in self.tokenizer.all_special_ids
-        return str(self.tokenizer.decode(reply[:-1] if ends else reply))
+        text = str(self.tokenizer.decode(reply[:-1] if ends else reply))
+        opened = _OPENED.search(str(self.tokenizer.decode(context[-32:])))
+        return text if opened is None or text.startswith(opened[1]) else opened[0] + text
 
     def whole(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> list[int]:
         """Token ids of a whole conversation, up to the start of the next reply."""

@@ -102,6 +102,16 @@ def test_a_segment_before_which_an_environment_hung_is_left_out() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["nemotron_3_nano", "qwen3_6", "deepseek_r1_distill"])
+def test_thinking_that_the_template_begins_is_dropped_with_what_the_policy_writes_of_it(name: str) -> None:
+    """The reply has the closing mark alone; Nemotron's template knows a thought by both."""
+    template = (TRL_TEMPLATES / f"{name}.jinja").read_text("utf-8")
+    _, contexts, tokenizer = play(template, "plan\n</think>\n\nhi", "there")
+    first, second = map(tokenizer.decode, contexts)
+    assert first.endswith("<think>\n") and second.endswith("<think>\n")
+    assert "hi" in second and "plan" not in second
+
+
 CHANNELS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
 LAST_PART = (
     "{{% for m in messages %}}{{{{ m['role'] + ': ' + m['content'].split('{}')[-1] + '\n' }}}}{{% endfor %}}"
