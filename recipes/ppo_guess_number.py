@@ -90,6 +90,8 @@ def make_policy(config: Config, game: Game, tokenizer: PreTrainedTokenizerBase) 
     if config.imitated is not None and Path(config.imitated).is_file():
         model.load_state_dict(torch.load(config.imitated))
         return model
+    if config.imitated is not None:  # a folder that cannot be made is not worth minutes of imitation
+        Path(config.imitated).parent.mkdir(parents=True, exist_ok=True)
     if config.hindsight_batches:
         play = RandomPlay(game, tokenizer, config.seed)
         loss, ideal_loss = imitate_in_hindsight(model, play, batches=config.hindsight_batches)

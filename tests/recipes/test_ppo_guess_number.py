@@ -65,7 +65,7 @@ def test_a_tiny_run_writes_its_metrics_and_results(tmp_path: Path, game: str, al
     config = replace(
         DEFAULTS[game], algorithm=algorithm, tokens=1, batch_size=8, mini_batch_size=4, group_size=2, transcripts=64,
         hindsight_batches=min(DEFAULTS[game].hindsight_batches, 2), eval_games=1,
-        output_dir=str(tmp_path), imitated=str(tmp_path / "imitated.pt"),
+        output_dir=str(tmp_path), imitated=str(tmp_path / "new" / "imitated.pt"),
     )  # fmt: skip
     result = main(config)
     assert 1 <= result["after/greedy"] <= 10
