@@ -182,7 +182,7 @@ def learning(found: dict[str, Any]) -> str:
 
 def kernels(found: dict[str, Any]) -> str:
     """What an iteration takes with each fast path off, relative to everything on."""
-    head = ["fast path", "module", "plain twin"]
+    head = ["fast path", "module", "what it replaces"]
     head += [f"{name}, {what}" for name in USUAL for what in ("time", "peak")] + ["elsewhere", ""]
     names = dict.fromkeys(path for entry in found.values() for path in entry["paths"])
     rows = []
