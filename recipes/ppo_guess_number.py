@@ -72,6 +72,20 @@ DEFAULTS: dict[str, Config] = {
 """Settings of the games, unless the command line gives others."""
 
 
+def check_flags(config: Config) -> None:
+    """Raise ValueError for a setting that the chosen algorithm or imitation does not read."""
+    has_critic, has_groups = config.algorithm.startswith("ppo"), config.algorithm in ("rloo", "grpo")
+    is_read = {
+        "lam": has_critic, "vf_coef": has_critic, "group_size": has_groups, "transcripts": not config.hindsight_batches,
+    }  # fmt: skip
+    for name, read in is_read.items():
+        if not read and getattr(config, name) != getattr(DEFAULTS[config.game], name):
+            raise ValueError(
+                f"{name}={getattr(config, name)} is not read with algorithm={config.algorithm!r} and "
+                f"hindsight_batches={config.hindsight_batches}: it would change nothing. Leave it out."
+            )
+
+
 def algorithm(config: Config) -> AlgorithmConfig:
     """The algorithm's settings."""
     if config.algorithm in ("ppo", "ppo-turn"):
@@ -135,4 +149,6 @@ def main(config: Config) -> dict[str, float]:
 
 if __name__ == "__main__":
     given, _ = tyro.cli(Config, add_help=False, return_unknown_args=True)
-    print(json.dumps(main(tyro.cli(Config, default=DEFAULTS[given.game])), indent=2))
+    chosen = tyro.cli(Config, default=DEFAULTS[given.game])
+    check_flags(chosen)
+    print(json.dumps(main(chosen), indent=2))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ppo_guess_number import DEFAULTS, Config, main
+from ppo_guess_number import DEFAULTS, Config, check_flags, main
 
 from games.guess_number import GuessNumber, guess_number
 from games.mastermind import MASTERMIND, Mastermind, answer, fewest_guesses
@@ -76,6 +76,14 @@ def test_a_tiny_run_writes_its_metrics_and_results(tmp_path: Path, game: str, al
     assert row["env/failed"] == row["env/token_drift"] == 0
     again = main(replace(config, output_dir=str(tmp_path / "again")))
     assert again["before/greedy"] == result["before/greedy"]
+
+
+@pytest.mark.parametrize(("algorithm", "flag"), [("grpo", "lam"), ("ppo", "group_size"), ("rloo", "vf_coef")])
+def test_flags_of_another_algorithm_are_refused(algorithm: str, flag: str) -> None:
+    default = DEFAULTS["guess-number"]
+    check_flags(replace(default, algorithm=algorithm))
+    with pytest.raises(ValueError, match=f"{flag}=3 is not read"):
+        check_flags(replace(default, algorithm=algorithm, **{flag: 3}))
 
 
 def test_a_run_ends_with_its_tokens_and_its_learning_rate_falls_to_zero_on_the_way() -> None:
