@@ -10,7 +10,7 @@ from tests.fuzz import checkpoint_cases, config_cases, dataset_cases, step_cases
 from tests.fuzz.campaign import add
 from tests.fuzz.harness import Tally, Target, run_batch
 
-CASES = 120
+CASES = 80
 TARGETS = {"step": step_cases, "config": config_cases, "dataset": dataset_cases, "checkpoint": checkpoint_cases}
 
 

@@ -131,6 +131,7 @@ def test_a_view_outlives_its_tensor() -> None:
     assert gone() is None and bool((part == 5.0).all())
 
 
+@pytest.mark.slow
 def test_a_process_may_end_with_a_tensor_in_its_pages() -> None:
     keep = "kept = memory.empty((2**23,), like=torch.ones(1)).fill_(1.0)"
     program = f"import torch; from rlhf_ppo.kernels import memory; {keep}"

@@ -45,6 +45,7 @@ def hacked() -> TrainState:
 LIMITS = {"kl": 10.0, "entropy": 1.0, "repetition": 0.5, "judge": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIMITS)
 def test_every_guard_sees_the_hack_and_leaves_its_beginning_alone(hacked: TrainState, name: str) -> None:
     watch = GuardMonitor(Guards(**{name: Guard(limit=LIMITS[name])}))

@@ -143,6 +143,7 @@ def test_the_page_says_how_far_off_the_recorded_plans_were() -> None:
         assert f"| {run['name']} | {cells} |" in page
 
 
+@pytest.mark.slow
 def test_the_command_prints_roles_phases_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     TINY.save_pretrained(tmp_path)
     settings, rates = tmp_path / "plan.yaml", tmp_path / "rates.json"

@@ -39,7 +39,17 @@ def seen_by_torch(command: list[str], **chosen: str) -> list[str]:
     return result.stdout.split()
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+FAST_TIER = (0, 2, 6, 7)
+"""Indices of commands: a process each."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, id=" ".join(command), marks=() if index in FAST_TIER else pytest.mark.slow)
+        for index, command in enumerate(COMMANDS)
+    ],
+)
 def test_what_is_run_has_the_short_spin_before_torch_is_loaded(command: list[str]) -> None:
     assert seen_by_torch(command) == [f"{name}={value}" for name, value in SHORT_SPIN.items()]
 

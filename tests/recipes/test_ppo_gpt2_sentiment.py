@@ -145,6 +145,7 @@ def test_the_last_responses_are_written_token_by_token(world: Path, finished: tu
     assert "Log-probability" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_a_second_run_reuses_the_finished_one_wherever_it_was_moved(
     world: Path, finished: tuple[Path, Measures], tmp_path: Path

@@ -21,7 +21,6 @@ from rlhf_ppo import (
     MovingMean,
     PPOClip,
     PPOConfig,
-    PPOPenalty,
     PPOTrainer,
     Reinforce,
     TrainConfig,
@@ -86,7 +85,7 @@ def untimed(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "algorithm",
     [
-        pytest.param(algorithm, marks=() if isinstance(algorithm, PPOPenalty | GRPO) else pytest.mark.slow)
+        pytest.param(algorithm, marks=() if isinstance(algorithm, GRPO) else pytest.mark.slow)
         for algorithm in (
             *(kind() for kind in get_args(AlgorithmConfig)),
             Reinforce(baseline=LearnedValue()),
