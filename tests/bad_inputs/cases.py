@@ -206,7 +206,7 @@ CASES = [
     Case("train()", "a judge guard without judges", train(guards=Guards(judge=Guard(limit=1.0)))),
     Case("train()", "the best of no evaluation", train(keep_best="score")),
     Case(
-        "train()", "a line that protects a best model, and none is kept",
+        "train()", "a guard that protects a best model, and none is kept",
         train(guards=Guards(kl=Guard(limit=9.0, action="keep_best"))),
     ),
     Case("train()", "no memory of any iteration", train(keep_history=0)),
