@@ -1,4 +1,4 @@
-"""Read prompts for PPO: rows of any source, with the prompt where this package's other readers find it."""
+"""Read prompts for PPO from any source; a row's prompt is found as for training a reward model."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The settings of the server."""
+"""`ServeConfig`: address, token and limits of the reward server; without torch, so that its help is shown at once."""
 
 import os
 from dataclasses import dataclass, field

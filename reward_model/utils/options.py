@@ -1,4 +1,4 @@
-"""The options that several commands share; without torch, so that their help is shown at once."""
+"""`DataOptions` and `ModelOptions`: flags that several commands share; without torch, for a quick help."""
 
 from dataclasses import dataclass, field
 from typing import Literal

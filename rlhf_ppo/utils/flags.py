@@ -1,4 +1,4 @@
-"""Settings of commands: flags from the fields of a configuration, whose docstrings are the help, and YAML files."""
+"""Command-line flags made from the fields of a dataclass, whose docstrings are the help; settings files in YAML."""
 
 import argparse
 import ast

@@ -1,4 +1,4 @@
-"""Names of models: folders, and names on the model hub."""
+"""Check the name of a model: the path of a folder, or a name on the model hub."""
 
 from pathlib import Path
 
