@@ -67,8 +67,8 @@ def open_text(path: Path, name: str, *, newline: str | None, encoding: str | Non
         ) from error
     except _DAMAGE as error:
         raise DataError(
-            f"{name} cannot be read to its end: its compressed bytes are damaged or cut off, and the rows behind would be "
-            "lost. Fetch it or write it again."
+            f"{name} cannot be read to its end: its compressed bytes are damaged or cut off, and the rows behind would "
+            "be lost. Fetch it or write it again."
         ) from error
 
 
