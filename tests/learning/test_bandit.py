@@ -86,7 +86,7 @@ def test_the_policy_goes_to_the_optimum_of_the_bandit(name: str, kl_coef: float)
 @pytest.mark.slow
 @pytest.mark.parametrize("kl_coef", COEFFICIENTS)
 def test_trpo_goes_to_the_optimum_of_the_bandit(kl_coef: float) -> None:
-    iterations = REGION_ITERATIONS[kl_coef] + 20  # the page's number is near the bound for some starts of the value head
+    iterations = REGION_ITERATIONS[kl_coef] + 20  # some starts of the value head are near the bound without these
     assert distance(REGIONS[kl_coef], kl_coef, iterations=iterations) < 0.02
 
 
