@@ -79,11 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def load_scorer(name: str, trust_remote_code: bool = False) -> "Scorer":
-    """Load a scorer: a reward model's folder or hub name, the URL of its server, or `module:function`.
-
-    Raises:
-        ValueError: It cannot be loaded.
-    """
+    """A scorer: a reward model's folder or hub name, the URL of its server, `module:function`; else a ValueError."""
     if name.startswith(("http://", "https://")):
         from reward_model.serving.client import RemoteRewardModel
 

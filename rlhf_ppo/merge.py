@@ -17,7 +17,6 @@ def merge(adapter: str | Path, folder: str | Path, *, dtype: str = "float32") ->
     Args:
         adapter: Folder that `save_pretrained` or `train()` wrote, or a name on the hub.
         folder: Target folder, created if missing; must not contain a model.
-        dtype: dtype of the saved weights.
 
     Raises:
         ValueError: There is no adapter, or `folder` contains a model.

@@ -49,7 +49,6 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
     """Recompute the failed optimizer step of a dump in one process, without changing any weight.
 
     Args:
-        folder: Folder of the dump.
         model: Model with value head to use; None: load it from the dump. Needed if the dump holds adapters whose base
             model cannot be found by its name.
 

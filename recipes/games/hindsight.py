@@ -38,8 +38,6 @@ class RandomPlay:
 
     Args:
         game: The game; it is asked once for each pair of guess and secret.
-        tokenizer: Its tokenizer.
-        seed: Random seed.
     """
 
     def __init__(self, game: Game, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:

@@ -140,10 +140,6 @@ def train(
     """Train without a reference model; return, and write, what `evaluate` finds before and after.
 
     Args:
-        config: Settings.
-        language_model: The policy.
-        tokenizer: Its tokenizer.
-        algorithm: What is optimized.
         evaluate: Called with the trainer.
         start: CPU seconds of the process when the recipe began.
         arguments: Prompts and environment of `PPOTrainer.train`; sampling and limits of its `TrainConfig`.

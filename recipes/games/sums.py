@@ -11,12 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 class Sums:
-    """Three numbers from 1 to 9, added or subtracted: "8+7-9=".
-
-    Args:
-        size: Number of problems.
-        seed: Chooses them.
-    """
+    """Three numbers from 1 to 9, added or subtracted: "8+7-9="."""
 
     def __init__(self, *, size: int, seed: int) -> None:
         generator = random.Random(seed)

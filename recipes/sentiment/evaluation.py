@@ -85,8 +85,6 @@ class ReviewClassifier:
 
         Args:
             reviews: Reviews that nothing under judgment was trained on.
-            min_words: Shortest excerpt.
-            max_words: Longest excerpt.
             per_review: Excerpts of each review.
 
         Raises:

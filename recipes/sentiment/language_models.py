@@ -79,8 +79,6 @@ def load_language_model(
 
     Args:
         name: See [`model_location`][sentiment.language_models.model_location], as for the other arguments.
-        reviews: Training text of an embedded model.
-        sft: How the small GPT-2 is trained.
         dtype: Of the weights.
         quantization: Fewer bits for the weights of linear layers, on this process's device.
 
@@ -202,7 +200,6 @@ def adapted_model(base: Path, reviews: Sequence[Review], config: AdaptationConfi
     Args:
         base: A model folder of the cache; its name stands for its content.
         reviews: Its whole training text.
-        config: Length and size.
 
     Raises:
         ValueError: When the reviews are too few or too short for one batch of rows.

@@ -171,8 +171,6 @@ def prompt_texts(
 
     Args:
         reviews: Whose openings; a review that is not longer than its prompt gives none.
-        min_words: Length of the shortest prompt.
-        max_words: Length of the longest prompt.
         exclude: Texts that must not occur, for instance the held-out prompts.
     """
     banned = set(exclude)

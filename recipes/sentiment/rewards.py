@@ -50,7 +50,6 @@ def reward_source(choice: str, parts: ReviewParts, *, seed: int = 0) -> tuple[Ca
         choice: "train" for a reward model trained here on preference pairs from labeled reviews, the folder of a
             `reward_model` artifact, the URL of a reward server, or a sentiment classifier of the hub such as
             lvwerra/distilbert-imdb.
-        parts: The reviews.
         seed: Of the reward model's training.
 
     Raises:
@@ -67,11 +66,7 @@ def reward_source(choice: str, parts: ReviewParts, *, seed: int = 0) -> tuple[Ca
 
 
 def check_reward_source(choice: str) -> None:
-    """Fail before anything is trained when `choice` is neither here nor within reach.
-
-    Raises:
-        ValueError: Naming what may be chosen.
-    """
+    """Raise a ValueError with the choices, before anything is trained, if `choice` is none or out of reach."""
     if choice == TRAIN_REWARD_MODEL or _is_artifact(choice) or _is_url(choice):
         return
     try:
@@ -112,11 +107,7 @@ class AdapterSettings:
     """Of several processes: each asks for the rewards of its own responses, or process 0 for all in one request."""
 
     def check_reward(self, choice: str, lora_rank: int) -> None:
-        """Refuse a reward source that is not there, and what needs adapters where there are none.
-
-        Raises:
-            ValueError: Naming the flag, before anything is loaded.
-        """
+        """Raise a ValueError that names the flag, if a reward source is missing, or adapters that it needs are."""
         check_reward_source(choice)
         asked = {
             "--critic adapter": self.critic == "adapter",

@@ -97,11 +97,7 @@ class ModelSettings:
 
 
 def at_least(settings: object, **least: float) -> None:
-    """Refuse settings that are below these.
-
-    Raises:
-        ValueError: Naming the first one.
-    """
+    """Raise a ValueError for the first setting that is below its minimum."""
     for name, bound in least.items():
         value = getattr(settings, name)
         if value is not None and not value >= bound:

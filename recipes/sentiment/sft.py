@@ -82,7 +82,6 @@ def small_language_model(reviews: Sequence[Review], config: SFTConfig | None = N
 
     Args:
         reviews: Its whole training text.
-        config: Size and schedule.
 
     Raises:
         ValueError: When the reviews are too few or too short for one batch of rows.

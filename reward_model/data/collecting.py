@@ -34,7 +34,6 @@ class Collector:
 
         Args:
             columns: Our column names -> the source's.
-            on_bad_row: Whether a malformed row raises or is set aside.
             group: The source's column of what is held out together.
         """
         self.columns = columns
@@ -58,11 +57,7 @@ class Collector:
         self._labels: list[float] = []
 
     def read(self, rows: Iterable[LocatedRow]) -> None:
-        """Take all rows.
-
-        Raises:
-            BadRow: A row is malformed, with on_bad_row="stop".
-        """
+        """Take all rows; a BadRow at a malformed one, with on_bad_row="stop"."""
         for where, row in rows:
             self.rows += 1
             with self._guard(where, None if isinstance(row, BadRow) else row):
@@ -91,11 +86,7 @@ class Collector:
         return found
 
     def check_prompts(self) -> None:
-        """Check that no column looks like a prompt that is not read, where comparisons have none.
-
-        Raises:
-            ValueError: One does.
-        """
+        """Raise a ValueError if a column looks like a prompt and is not read, where comparisons have none."""
         lost = sorted(name for name in self.texts - self.used if _LIKE_A_PROMPT.search(name.lower()))
         bare = sum(not comparison.prompt for comparison in self._comparisons)
         if lost and bare:

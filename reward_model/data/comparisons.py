@@ -74,11 +74,7 @@ class Comparison:
 
 
 def parse_row(row: Row, where: str) -> Comparison:
-    """Parse one row of preference data.
-
-    Raises:
-        BadRow: A field is missing or malformed.
-    """
+    """Parse one row of preference data; a BadRow if a field is missing or malformed."""
     return parse_recognized(recognize(checked_row(row, where), where), where)
 
 
@@ -117,11 +113,7 @@ def _pair(row: Row, where: str) -> Comparison:
 
 
 def as_comparisons(rows: Iterable[Row | Comparison], name: str) -> list[Comparison]:
-    """Rows, a `datasets.Dataset` or comparisons as a list of comparisons; the first bad row raises.
-
-    Raises:
-        BadRow: Names the row as `name` row N.
-    """
+    """Rows, a `datasets.Dataset` or comparisons as comparisons; a BadRow names the first bad one, `name` row N."""
     return [
         row if isinstance(row, Comparison) else parse_row(row, f"{name} row {index}") for index, row in enumerate(rows)
     ]

@@ -43,9 +43,6 @@ def open_text(path: Path, name: str, *, newline: str | None, encoding: str | Non
     holds them.
 
     Args:
-        path: The file.
-        name: Its name, for messages.
-        newline: As of `open`.
         encoding: Encoding of the file; None: what its byte order mark says, or UTF-8.
 
     Raises:

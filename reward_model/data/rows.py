@@ -20,11 +20,7 @@ class BadRow(ValueError):
 
 
 def checked_row(row: Any, where: str) -> Row:
-    """A row as it was read.
-
-    Raises:
-        BadRow: It could not be read, or has no named fields.
-    """
+    """A row as it was read; a BadRow if it could not be read, or has no named fields."""
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, Mapping):
@@ -34,11 +30,7 @@ def checked_row(row: Any, where: str) -> Row:
 
 
 def set_aside(error: BadRow, where: str, row: Any, on_bad_row: OnBadRow) -> dict[str, Any]:
-    """What is kept of a bad row that is skipped: location, reason and content.
-
-    Raises:
-        BadRow: `on_bad_row` is "stop".
-    """
+    """Location, reason and content of a bad row that is skipped; with on_bad_row="stop", it is raised."""
     if on_bad_row == "stop":
         raise BadRow(
             f"{error} Repair the row, leave a column out by --columns NAME=, or pass --on_bad_row skip to set such "
@@ -68,11 +60,7 @@ def with_lower_names(row: Row) -> Row | None:
 
 
 def check_mapping(columns: Mapping[str, str], names: Collection[str]) -> None:
-    """Check that each of the source's columns that `columns` maps or leaves out is one of `names`.
-
-    Raises:
-        ValueError: Names those that no row has.
-    """
+    """Raise a ValueError for columns of the source that `columns` maps or leaves out and that are not in `names`."""
     missing = sorted({theirs or ours for ours, theirs in columns.items()} - set(names))
     if missing:
         raise ValueError(f"columns names {missing}, which no row has; the rows have {sorted(map(str, names))}.")

@@ -177,11 +177,7 @@ def _jsonl_rows(path: Path, name: str, encoding: str | None) -> Iterator[Located
 
 
 def prompt_lines(path: Path, encoding: str | None = None) -> Iterator[LocatedRow]:
-    """Rows of a text file that holds a prompt a line.
-
-    Raises:
-        DataError: The file is missing or damaged.
-    """
+    """Rows of a text file that holds a prompt a line; a DataError if it is missing or damaged."""
     name = path.name
     if not path.is_file():
         raise DataError(f"There is no file {path}.")

@@ -19,9 +19,7 @@ def split_by_prompt(
     completions begin alike or, if they do not, share a completion.
 
     Args:
-        comparisons: All of them.
         fraction: Share that is held out, in (0, 1), up to the size of one group.
-        seed: Seed of the choice.
 
     Raises:
         ValueError: A side would be empty.

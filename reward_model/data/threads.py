@@ -17,11 +17,7 @@ class MessageThreads:
         self._messages: dict[str, dict[str, Any]] = {}
 
     def add(self, row: Row, where: str) -> None:
-        """Add a message, or a whole tree.
-
-        Raises:
-            BadRow: A message lacks text or role.
-        """
+        """Add a message, or a whole tree; a BadRow if a message lacks text or role."""
         if isinstance(row.get("prompt"), Mapping):
             self._add_tree(row["prompt"], None, where, levels=200)
         else:

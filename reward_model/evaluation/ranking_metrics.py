@@ -64,7 +64,6 @@ def top_1_table(comparisons: Sequence[Comparison], scores: Sequence[Tensor]) -> 
 
     Args:
         comparisons: Rankings; ties and pairs are left out.
-        scores: Scores of the completions of each.
     """
     hits: dict[str, list[float]] = {}
     sizes: dict[str, list[float]] = {}

@@ -65,7 +65,6 @@ def report_card(
     """Compute the report card: a dictionary of numbers, lists and dictionaries (JSON).
 
     Args:
-        model: The reward model or ensemble.
         comparisons: Held-out comparisons; ties and preferences of 0.5 are left out.
         judge: Independent scorer for the best-of-N curve; None: no curve.
         others: Further scorers by name, to be compared with the model and with each other.
@@ -105,11 +104,7 @@ def report_card(
 
 
 def decided_pairs(model: RewardModel | EnsembleRewardModel, scored: CompletionScores) -> ScoredPairs:
-    """Select best and worst completion of every decided comparison.
-
-    Raises:
-        ValueError: None is decided.
-    """
+    """Select best and worst completion of every decided comparison; a ValueError if none is decided."""
     decided = [index for index, comparison in enumerate(scored.comparisons) if comparison.is_decided]
     if not decided:
         count = len(scored.comparisons)

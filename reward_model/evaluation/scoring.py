@@ -92,7 +92,6 @@ def fit_normalization(raw: Sequence[float], reference: str) -> Normalization:
     """Fit gain and bias such that the raw scores of reference samples get mean 0 and standard deviation 1.
 
     Args:
-        raw: Raw scores of the samples.
         reference: Origin of the samples, for the contract.
 
     Raises:

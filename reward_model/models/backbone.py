@@ -29,7 +29,6 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
     Args:
         name: Hub name or folder.
         seed: Seed of the fresh head and of all weights that the files lack; the global random state stays.
-        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         ValueError: The model cannot be loaded as a sequence classifier; the message says what to try.
@@ -69,11 +68,7 @@ def read_classifier(
     """The classifier of a folder or hub name, and where its weights and those of the checkpoint differ.
 
     Args:
-        path: The folder or hub name.
-        labels: Outputs of the head.
-        dtype: Dtype of the weights.
         kind: Auto class; None: `AutoModelForSequenceClassification`.
-        **options: Further arguments of `from_pretrained`.
 
     Returns:
         The model; its weights that the checkpoint lacks or misshapes, which are random numbers; and the weights of the
@@ -92,11 +87,7 @@ def layers_of(model: Any) -> Any:
 
 
 def head_name(model: nn.Module, *, labels: int = 1) -> str:
-    """Parameter name of the head's weight, as in the checkpoint.
-
-    Raises:
-        ValueError: The model has no linear layer with one output for each label.
-    """
+    """Parameter name of the head's weight in the checkpoint; a ValueError if no linear layer has `labels` outputs."""
     names = [
         name
         for name, module in model.named_modules()

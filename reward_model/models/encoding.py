@@ -209,7 +209,6 @@ class LengthGroupedBatches(Sampler[int]):
         Args:
             lengths: Tokens of each example.
             batch_size: Examples per optimizer step, over all processes.
-            seed: Seed of the order.
             fillers: Number of rows behind the examples that only fill the last step.
             pool: Number of steps that are sorted by length together; a larger pool pads less and mixes less.
         """

@@ -68,7 +68,6 @@ def save_ensemble(members: Sequence[Path], output: Path, metrics: dict[str, floa
         members: Folders of trained reward models. They stay; the files of the copies are links to them where the file
             system has links.
         output: The folder to make, atomically; an earlier one is removed when the new one is in its place.
-        metrics: Held-out metrics of the ensemble.
     """
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

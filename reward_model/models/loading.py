@@ -46,8 +46,6 @@ def load_adapter(folder: Path, *, head: str | None, dtype: torch.dtype, trust_re
         folder: The adapter and its tokenizer.
         head: Parameter name of the scalar head; a tokenizer without a padding token of its own gets one. None: the
             model's last layer with one output, and the tokenizer as it is.
-        dtype: Dtype of the weights.
-        trust_remote_code: Whether Python code that comes with the base model may run.
 
     Raises:
         ContractError: The adapter does not hold the head, or its base model cannot be loaded. Without this check

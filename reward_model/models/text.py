@@ -34,13 +34,8 @@ def encode(
     same in both. The end-of-text token is added by id, so it never depends on how its text would be tokenized.
 
     Args:
-        tokenizer: Tokenizer of the reward model.
-        rule: Template, end-of-text rule and length limit.
-        prompt: Text, or the messages before the response.
-        response: Text, or the messages that answer.
         truncate: Cut the start of a text longer than `rule.max_length` (serving); otherwise return it whole, and the
             caller drops and counts it (training).
-        tools: Schemas of the tools that the conversation may call.
 
     Raises:
         UnreadableText: A text cannot be read, or the chat template refuses the conversation.

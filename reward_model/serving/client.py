@@ -138,11 +138,7 @@ class RemoteRewardModel:
 
 
 def read_scores(body: str, count: int, url: str) -> list[float]:
-    """Parse and check the scores in a server's answer.
-
-    Raises:
-        ValueError: It is no JSON object with `count` finite numbers under "scores".
-    """
+    """The scores in a server's answer; a ValueError unless it is JSON with `count` finite numbers under "scores"."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -30,11 +30,7 @@ class BodyTooLargeError(Exception):
 
 
 def application(model: RewardModel | EnsembleRewardModel, config: ServeConfig) -> Any:
-    """Build the ASGI application; requests are scored one at a time, and dropped when their client leaves.
-
-    Raises:
-        ImportError: Starlette is not installed.
-    """
+    """The ASGI application: scores requests one at a time, drops those of clients that leave, needs Starlette."""
     try:
         from starlette.applications import Starlette
         from starlette.responses import JSONResponse

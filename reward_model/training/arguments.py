@@ -22,11 +22,7 @@ _FOLLOW_ACCURACY = ("reduce_lr_on_plateau", "greedy")
 
 
 def schedule_arguments(config: RewardModelConfig) -> dict[str, Any]:
-    """`["num_cycles=2"]` as `{"num_cycles": 2}`; values are JSON or else text.
-
-    Raises:
-        ValueError: An entry is not name=value.
-    """
+    """`["num_cycles=2"]` as `{"num_cycles": 2}`; values are JSON or else text; a ValueError for other entries."""
     found: dict[str, Any] = {"mode": "max"} if config.schedule in _FOLLOW_ACCURACY else {}
     for entry in config.schedule_arguments:
         name, equals, value = entry.partition("=")
@@ -40,11 +36,7 @@ def schedule_arguments(config: RewardModelConfig) -> dict[str, Any]:
 
 
 def check_schedule(config: RewardModelConfig) -> None:
-    """Build the schedule of the settings once, so that its errors come before training.
-
-    Raises:
-        ValueError: transformers knows no such schedule, or not with these arguments.
-    """
+    """Build the schedule of the settings once, so that its ValueError comes before training."""
     builders: dict[str, Any] = {name.value: build for name, build in TYPE_TO_SCHEDULER_FUNCTION.items()}
     if config.schedule not in builders:
         raise ValueError(f"schedule must be of {', '.join(sorted(builders))}, got {config.schedule!r}.")
@@ -109,8 +101,6 @@ def lora_config(model: Any, *, rank: int, alpha: int) -> LoraConfig:
     """LoRA configuration: adapters on the backbone's linear layers; what is above it is fully trained and saved.
 
     Args:
-        model: The classifier to be adapted.
-        rank: Rank of the adapters.
         alpha: Their scale is alpha / rank.
     """
     head = head_name(model).removesuffix(".weight").split(".")[0]

@@ -109,11 +109,7 @@ class RewardModelConfig:
             )
 
     def accumulation(self, processes: int) -> tuple[int, int]:
-        """(comparisons in one forward pass of one process, forward passes in one optimizer step).
-
-        Raises:
-            ValueError: batch_size does not divide evenly.
-        """
+        """(Comparisons per forward pass and process, passes per step); a ValueError if batch_size does not divide."""
         micro = self.micro_batch_size or max(1, self.batch_size // processes)
         if self.batch_size % (micro * processes):
             raise ValueError(

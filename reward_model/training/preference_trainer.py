@@ -38,7 +38,6 @@ class PreferenceTrainer(RewardTrainer):
         """Set up trl's trainer.
 
         Args:
-            settings: Configuration of the run.
             has_ties: Whether training pairs hold ties, which need the Davidson model.
             **options: Arguments of trl.RewardTrainer; the datasets must be encoded.
         """

@@ -58,11 +58,7 @@ def is_resumable(config: RewardModelConfig) -> bool:
 
 
 def check_output(config: RewardModelConfig) -> None:
-    """Check that training would replace neither a model nor the checkpoints of an interrupted run unasked.
-
-    Raises:
-        FileExistsError: It would.
-    """
+    """Raise a FileExistsError if training would replace a model or an interrupted run's checkpoints unasked."""
     output, training = Path(config.output_dir), training_folder(config)
     folders.recover_replaced_folder(output)
     if config.overwrite or config.resume:
@@ -128,11 +124,7 @@ def run_identity(
 
 
 def check_resumable(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raise if a checkpoint is of another run: other data, model or order; warn of further settings that have changed.
-
-    Raises:
-        CheckpointError: It is.
-    """
+    """Raise a CheckpointError for a checkpoint of other data, model or order; warn of further settings that changed."""
     file = checkpoint / folders.STATE
     saved = folders.read_json(file if file.is_file() else checkpoint / TRAINING)
     before, now = saved["settings"], identity["settings"]
@@ -187,7 +179,6 @@ def locked_training_folder(config: RewardModelConfig, checkpoint: Path | None) -
     that fails leaves its checkpoints and metrics, or no folder at all.
 
     Args:
-        config: The settings.
         checkpoint: The one that is resumed; None: a new run.
     """
     folder, state = training_folder(config), processes()

@@ -55,8 +55,6 @@ def tracker_callbacks(names: list[str], folder: Path, checkpoint: Path | None) -
     """Transformers' callbacks of these trackers; TensorBoard writes into `folder`. For the main process only.
 
     Args:
-        names: Names of the trackers.
-        folder: Folder of the training.
         checkpoint: The resumed one, after whose step TensorBoard hides what the interrupted run wrote; None: a new run.
     """
     callbacks: list[TrainerCallback] = []

@@ -64,7 +64,6 @@ def run(
     """Call a command; an error that the user can fix is printed in one line on stderr, with exit status 2.
 
     Args:
-        main: The command.
         arguments: The command line; None: `sys.argv`.
         alone: Of several processes that a launcher has started, only the first one works.
     """

@@ -10,11 +10,7 @@ from rlhf_ppo.updates.sharding import all_gather_batch
 
 
 class ExtraCriticFits:
-    """Run an update, then fit the critic alone some more times on the same batch.
-
-    Args:
-        accelerator: The accelerator that prepared the policy.
-    """
+    """Run an update, then fit the critic alone some more times on the same batch."""
 
     def __init__(self, update: Update, fit: CriticFit, accelerator: Accelerator, times: int) -> None:
         self.inner, self.fit, self.accelerator, self.times = update, fit, accelerator, times

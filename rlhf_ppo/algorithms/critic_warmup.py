@@ -20,7 +20,6 @@ class CriticWarmup:
 
     Args:
         objective: Evaluated for the metrics during the warm-up, without a step.
-        accelerator: The accelerator that prepared the policy.
         compare_with: Further arguments of the policy that `objective` needs: the policy to measure an exact KL to.
     """
 

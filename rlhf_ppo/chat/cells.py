@@ -19,11 +19,7 @@ _ADJACENT = re.compile(r"""['"]\s+['"]""")
 
 
 def parse_cell(value: Any, field: str) -> Any:
-    """The messages that a text holds, if it looks like a conversation; else `value`.
-
-    Raises:
-        UnreadableText: It looks like a conversation and cannot be read as one.
-    """
+    """The messages of a text that looks like a conversation (an UnreadableText if it is malformed); else `value`."""
     if not isinstance(value, str) or not _CONVERSATION.match(value):
         return as_turns(value)
     parsed = parse_literal(value)

@@ -48,11 +48,7 @@ def read_text(value: object, field: str) -> Text:
 
 
 def read_messages(value: Sequence[object], field: str) -> list[dict[str, Any]]:
-    """Read a list of chat messages.
-
-    Raises:
-        UnreadableText: The list is empty or a message is malformed.
-    """
+    """Read a list of chat messages; an UnreadableText if it is empty or a message is malformed."""
     if not value:
         raise UnreadableText(f"field {field!r} is an empty list: at least one message is needed.")
     return [_message(message, f"field {field}[{index}]") for index, message in enumerate(value)]

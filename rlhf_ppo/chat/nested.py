@@ -14,11 +14,7 @@ class UnreadableText(ValueError):
 
 
 def check_characters(text: str, place: str) -> None:
-    """Raise unless `text` can be encoded: half of a surrogate pair is no character.
-
-    Raises:
-        UnreadableText: Names the position.
-    """
+    """Raise an UnreadableText that names the position of half of a surrogate pair, which is no character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -20,13 +20,6 @@ def render_chat(
     A message that only calls a tool has no content. It is given without the field, as transformers does; a template
     that cannot do without gets "".
 
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        messages: The conversation.
-        tools: Schemas of the tools that it may call.
-        add_generation_prompt: Whether the text ends with the start of the assistant's answer.
-        options: Further variables of the template.
-
     Raises:
         UnreadableText: The template raises; the message has its reason.
     """

@@ -52,10 +52,8 @@ class BestModels:
     Args:
         folder: Run folder; None: no model is saved, only the evaluations are recorded.
         measure: Name of the measure in the evaluation.
-        frontier_size: Maximum of frontier models on disk.
         max_reference_kl: KL limit for the best model; None: no limit.
         save: Saves the current model into a folder; every process calls it.
-        is_main_process: Whether this process renames folders.
     """
 
     folder: Path | None

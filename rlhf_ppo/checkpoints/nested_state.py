@@ -28,11 +28,7 @@ def save_nested_state(state: Any, path: Path) -> None:
 
 
 def load_nested_state(path: Path) -> Any:
-    """Load what `save_nested_state` wrote.
-
-    Raises:
-        DamagedFileError: The file is damaged or of another kind.
-    """
+    """Load what `save_nested_state` wrote; a DamagedFileError if the file is damaged or of another kind."""
     try:
         with safe_open(path, framework="pt") as file:
             structure = json.loads((file.metadata() or {})[_STRUCTURE])

@@ -44,9 +44,7 @@ def read_checkpoint(path: Path, *, engine: bool, processes: int) -> SavedCheckpo
     """Read a checkpoint whose checksums have been verified.
 
     Args:
-        path: Folder of the checkpoint.
         engine: Whether this run has a DeepSpeed engine.
-        processes: Number of processes of this run.
 
     Raises:
         CheckpointError: It was written by another kind of run.

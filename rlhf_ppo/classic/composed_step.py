@@ -53,11 +53,6 @@ def composed_step(
     """Learn from a batch by the trainer's inner methods, in the order of the classic's `step`.
 
     Args:
-        trainer: The trainer.
-        queries: As in `step`.
-        responses: As in `step`.
-        scores: As in `step`.
-        response_masks: As in `step`.
         before_update: Called with the checked batch before anything changes.
 
     Raises:

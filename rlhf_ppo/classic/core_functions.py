@@ -46,11 +46,7 @@ def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor
 
 
 def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
-    """Variance where the mask is 1; 0 where it is 1 only once.
-
-    Raises:
-        ValueError: The mask is 0 everywhere.
-    """
+    """Variance where the mask is 1: 0 if it is 1 only once, a ValueError if nowhere."""
     count = mask.sum()
     if count == 0:
         raise ValueError("masked_var needs a mask with a 1 in it, got none: there is nothing to take a variance of.")

@@ -61,7 +61,6 @@ def generate_responses(
     them (sampling or greedy, with the usual filters, one response per query), else `model.generate`.
 
     Args:
-        model: A model with `generate`, or a wrapper of one.
         tokenizer: Its end-of-sequence token ends a response, whatever the model stops at.
         query_tensor: Token ids of one query, or a list of them.
         length_sampler: Called once per `batch_size` queries; its value is their `max_new_tokens`.
@@ -73,8 +72,6 @@ def generate_responses(
             begins with it where BOS and EOS are one.
         pad_to_multiple_of: Accepted for compatibility; padding never changes a response.
         device: Device of the results; None: that of the model.
-        kv_budget_bytes: Of the decode loop.
-        generation_kwargs: Settings of `model.generate`.
 
     Returns:
         One query: a tensor [1, length] ([n, length] for `num_return_sequences=n`). A list: a list of one-dimensional

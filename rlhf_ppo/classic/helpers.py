@@ -40,11 +40,7 @@ class LengthSampler:
 
 
 def exact_div(a: int, b: int, custom_error_message: str = "") -> int:
-    """A / b.
-
-    Raises:
-        ValueError: b does not divide a.
-    """
+    """A / b; a ValueError unless b divides a."""
     if a % b:
         raise ValueError(f"{custom_error_message}, inexact division: {a} / {b} = {a / b}")
     return a // b
@@ -55,8 +51,6 @@ def unwrap_model_for_generation(model: Any, accelerator: Any, is_peft_model: boo
     """Context manager: yields the model without wrappers; under ZeRO-3 every process holds all of it while active.
 
     Args:
-        model: A policy, wrapped or not.
-        accelerator: The accelerator that wrapped it.
         is_peft_model: Whether to switch its adapters off.
     """
     unwrapped = accelerator.unwrap_model(model)

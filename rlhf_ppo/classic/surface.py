@@ -143,10 +143,8 @@ class ClassicSurface(ClassicInnerMethods):
         """Save model, value head, tokenizer and a model card; the folder also loads as a plain causal LM.
 
         Args:
-            save_directory: The folder.
             config: Must be None: the model's own is saved.
             repo_id: Where to push; None: the name of the folder.
-            push_to_hub: Whether to push, too.
             hub_arguments: For `push_to_hub`.
 
         Raises:

@@ -49,11 +49,7 @@ GROUP_SIZE = 8
 
 
 def run(config: RunConfig) -> TrainState:
-    """Train and write the run folder: model, metrics, checkpoints, report.
-
-    Raises:
-        ValueError: A setting that is unknown or does not fit.
-    """
+    """Train and write the run folder; a ValueError for a setting that is unknown or does not fit."""
     ppo, train, algorithm = make_configs(config)
     transformers.utils.logging.disable_progress_bar()  # of loading
     warnings.filterwarnings(
@@ -156,11 +152,7 @@ def load_reward(choice: str) -> Callable[..., Any]:
 
 
 def import_name(path: str) -> Any:
-    """What `module:name` or `file.py:name` names.
-
-    Raises:
-        ValueError: There is no such module, file or name.
-    """
+    """What `module:name` or `file.py:name` names; a ValueError if there is no such module, file or name."""
     place, _, name = path.rpartition(":")
     try:
         if place.endswith(".py"):

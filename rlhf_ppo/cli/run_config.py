@@ -51,11 +51,7 @@ class RunConfig:
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Refuse a name that no setting has.
-
-    Raises:
-        ValueError: Names it and the nearest one.
-    """
+    """Raise a ValueError that names the nearest setting if there is none of this name."""
     names = sorted(known)
     for name in given:
         if name not in names:

@@ -17,11 +17,7 @@ from rlhf_ppo.utils.classic_paths import CLASSIC_PATHS, ClassicPaths, classic_na
 
 
 def lend_to_trl() -> None:
-    """Lend the classic's names to `trl`; later calls do nothing.
-
-    Raises:
-        ModuleNotFoundError: `trl` is not installed.
-    """
+    """Lend the classic's names to `trl`, which must be installed; later calls do nothing."""
     if any(isinstance(finder, ClassicPaths) and finder.package == "trl" for finder in sys.meta_path):
         return
     import_module("trl")

@@ -42,11 +42,7 @@ def control_algorithm(
 
 
 def discount(algorithm: AlgorithmConfig) -> float:
-    """The discount γ of an algorithm.
-
-    Raises:
-        ValueError: Control does not support it: it needs groups of responses, or the exact KL to an old policy.
-    """
+    """The discount γ; a ValueError for algorithms that need groups of responses or the exact KL to an old policy."""
     match algorithm:
         case Reinforce():
             return algorithm.gamma

@@ -16,8 +16,6 @@ class Collector:
     """Samples actions with one forward pass per step; log-probabilities and values follow in one pass at the end.
 
     Args:
-        policy: The policy that acts.
-        environments: The environments.
         normalizer: Scales observations and rewards.
         steps: T: steps per environment and rollout.
         seed: Seeds the actions.

@@ -149,11 +149,7 @@ class Environments:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue every episode where `state_dict` was taken.
-
-        Raises:
-            ValueError: The number of environments differs.
-        """
+        """Continue every episode where `state_dict` was taken; a ValueError if the number of environments differs."""
         if len(state["envs"]) != len(self.envs):
             raise ValueError(
                 f"expected {len(self.envs)} environments, got a state of {len(state['envs'])}: episodes in progress "

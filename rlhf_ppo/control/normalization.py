@@ -77,11 +77,7 @@ class Normalizer:
         return saved | {"rolling": self._rolling_returns.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from saved moments.
-
-        Raises:
-            ValueError: The saved observations have another size.
-        """
+        """Continue from saved moments; a ValueError if the saved observations have another size."""
         for name, moments in (("observations", self.moments), ("returns", self.return_moments)):
             saved = {key: torch.tensor(item, dtype=torch.float64) for key, item in state[name].items()}
             moments.load_state_dict(saved)

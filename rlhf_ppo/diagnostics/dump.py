@@ -58,11 +58,7 @@ def write_dump(learner: PPOLearner, error: NonFiniteUpdateError, folder: Path) -
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What a dump says of its update: settings, rows, metrics.
-
-    Raises:
-        ValueError: There is no dump, or it is of another format.
-    """
+    """Settings, rows and metrics of a dumped update; a ValueError if there is no dump or it is of another format."""
     path = folder / FACTS
     if not path.is_file():
         raise ValueError(

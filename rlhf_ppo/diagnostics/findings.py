@@ -191,7 +191,6 @@ def finding(
     Args:
         name: Name of the finding; in `KNOWN_FINDINGS` unless `cause` and `remedy` are given.
         evidence: What was observed, with numbers.
-        severity: See `Finding`.
         cause: Replaces the usual one.
         remedy: Replaces the usual one.
     """

@@ -101,11 +101,7 @@ _METRICS = {
 
 @dataclass
 class GuardMonitor:
-    """Checks the guards after every iteration and evaluation, and stores their baselines. The same on every process.
-
-    Args:
-        guards: The limits.
-    """
+    """Checks the guards after every iteration and evaluation, and stores their baselines. The same on every process."""
 
     guards: Guards
     lengths: list[float] = field(default_factory=list)

@@ -34,7 +34,6 @@ def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bo
 
     Args:
         learner: The learner; its policy must not be sharded.
-        batch: Sampled prompts and responses.
         is_fresh: Whether nothing has been learned yet, so that policy and reference must agree.
     """
     subset = select_rows(batch, rows=MAX_ROWS, tokens=MAX_TOKENS)

@@ -38,7 +38,6 @@ class ReplayableEnvironment:
     """An environment that can be started again: with the same columns and the same replies.
 
     Args:
-        factory: Makes the environment.
         columns: Columns of the prompt's row, and the seed.
     """
 
@@ -115,10 +114,6 @@ class LiveEpisode:
     """One episode in progress: the environment, and the tokens that the policy has seen and sampled.
 
     Args:
-        environment: The environment, which can be started again.
-        renderer: Turns observations into tokens.
-        config: Limits.
-        reply_tokens: Maximum length of a reply.
         max_positions: Positions of the model; None: no limit.
     """
 
@@ -146,11 +141,7 @@ class LiveEpisode:
     """All messages so far, where the chat template rewrites them."""
 
     def begin(self) -> None:
-        """Encode the first observation.
-
-        Raises:
-            NoRoomForReplyError: No reply fits behind it.
-        """
+        """Encode the first observation; a NoRoomForReplyError if no reply fits behind it."""
         first = self.environment.first
         self.prompt = self.renderer.prompt(first, self.environment.template_kwargs)
         if self.renderer.rewrites and isinstance(first, list):
@@ -168,11 +159,7 @@ class LiveEpisode:
         return prompt + self.response[start:]
 
     def add_reply(self, tokens: list[int], logprobs: list[float] | None, *, finished: bool) -> str:
-        """Append the tokens of a reply; return its text.
-
-        Raises:
-            ValueError: The reply has no token.
-        """
+        """Append the tokens of a reply, one or more (else a ValueError); return its text."""
         if not tokens:
             raise ValueError(
                 "expected at least one token in a reply, got none from the sampler: its reward would have no action to "

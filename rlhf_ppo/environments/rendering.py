@@ -38,7 +38,6 @@ class Renderer:
     """Turns observations into token ids.
 
     Args:
-        tokenizer: The policy's tokenizer.
         may_rewrite: Whether a template that rewrites earlier turns is used as it is; otherwise it is refused, and one
             that changes their thinking alone is appended to.
     """
@@ -52,12 +51,7 @@ class Renderer:
     """Observations repeat: a batch of episodes hears the same few words."""
 
     def prompt(self, observation: Observation, template_kwargs: Mapping[str, Any]) -> list[int]:
-        """Token ids of the first observation, up to the start of the first reply; never empty.
-
-        Args:
-            observation: Text, or messages.
-            template_kwargs: Passed to the chat template.
-        """
+        """Token ids of the first observation, up to the start of the first reply; never empty."""
         if isinstance(observation, str):
             (ids,) = encode_texts(self.tokenizer, [observation])
         else:
@@ -102,10 +96,8 @@ class Renderer:
 
         Args:
             first: The first observation; its messages begin the rendered conversation.
-            observation: The new observation.
             last_token: Last token of the reply.
             finished: Whether the reply ended with a stop token or string.
-            template_kwargs: Passed to the chat template.
         """
         if isinstance(observation, str):
             return self._encode(observation)
@@ -183,11 +175,7 @@ class _Conversation:
 
 
 def check_prefix_stability(conversation: _Conversation) -> None:
-    """Check a chat template at a sample of its first conversation.
-
-    Raises:
-        ValueError: It renders earlier turns differently once a later one is there.
-    """
+    """Raise a ValueError if a chat template renders earlier turns differently once a later one is there."""
     if not conversation.keeps_turns():
         raise ValueError(
             "expected a chat template that renders earlier turns as it did before, got one that rewrites them: the "

@@ -20,10 +20,8 @@ def replay(
     """The turns of each episode, as far as it goes; None where the environment failed.
 
     Args:
-        factory: Makes the environment of an episode.
         tasks: Arguments of `reset`.
         replies: Replies of each episode.
-        workers: Maximum number of environments at the same time.
         timeout: Seconds per episode; None: no limit.
     """
     calls = [partial(_play, factory, task, texts) for task, texts in zip(tasks, replies, strict=True)]

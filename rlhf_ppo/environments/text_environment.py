@@ -14,8 +14,6 @@ class TextHistory:
     """The text and the tokens of one episode, in segments of the system (prompt, tools) and of the model.
 
     Args:
-        text: The prompt.
-        tokens: Its token ids.
         system: Whether the first segment is the system's.
     """
 
@@ -30,11 +28,7 @@ class TextHistory:
         self.append_segment(text, tokens, system=system)
 
     def append_segment(self, text: str, tokens: Tensor, system: bool = True) -> None:
-        """Append a segment.
-
-        Raises:
-            ValueError: It is empty.
-        """
+        """Append a segment; a ValueError if it is empty."""
         if len(text) == 0 or len(tokens) == 0:
             raise ValueError("Can't append empty text or token list to history.")
         self.text_spans.append((len(self.text), len(self.text) + len(text)))

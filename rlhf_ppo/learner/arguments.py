@@ -31,11 +31,7 @@ from rlhf_ppo.updates.optimizers import adam
 def check_arguments(
     config: object, model: object, ref_model: object, tokenizer: object, dataset: object, lr_scheduler: object
 ) -> None:
-    """Check the types of the arguments of `PPOTrainer`, before anything is moved or changed.
-
-    Raises:
-        ValueError: An argument is of the wrong type; the message names the first one.
-    """
+    """Raise a ValueError for the first argument of `PPOTrainer` of a wrong type; nothing has been moved by then."""
     if not isinstance(config, PPOConfig):
         raise ValueError(f"config must be a PPOConfig, got {type(config)}")
     if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
@@ -55,11 +51,7 @@ def check_arguments(
 
 
 def check_models(config: PPOConfig, model: object, ref_model: object) -> None:
-    """Check the types of policy and reference.
-
-    Raises:
-        ValueError: One of them is no wrapper, or both are one object.
-    """
+    """Raise a ValueError unless policy and reference are two wrappers."""
     if not isinstance(model, PreTrainedModelWrapper):
         raise ValueError(
             f"model must be a PreTrainedModelWrapper, got {type(model)} - wrap it: "

@@ -10,12 +10,7 @@ from rlhf_ppo.utils.field_types import check_fields
 
 
 def check_settings(config: Any) -> None:
-    """Check every field of a `PPOConfig`.
-
-    Raises:
-        ValueError: A value is out of its range.
-        TypeError: A value is of another type.
-    """
+    """Check the type (TypeError) and the range (ValueError) of every field of a `PPOConfig`."""
     check_fields(config)
     if not 0 <= config.seed < 2**32:
         raise ValueError(

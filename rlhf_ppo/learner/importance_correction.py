@@ -75,11 +75,7 @@ def resolve_correction(
 
 
 def check_sampler_logprobs(responses: Responses, correction: ImportanceCorrection | None) -> None:
-    """Check that a batch has sampler log-probabilities if it is to be corrected.
-
-    Raises:
-        ValueError: A correction is set, but the log-probabilities are missing.
-    """
+    """Raise a ValueError if a correction is set and a batch lacks sampler log-probabilities."""
     if correction is not None and not correction.is_automatic and responses.sampler_logprobs is None:
         raise ValueError(
             "importance_sampling_cap needs the sampler's log-probability of every token, this batch has none: `step()` "

@@ -230,11 +230,7 @@ class PPOLearner:
 
     @contextmanager
     def gathered_parameters(self, *, of_reference: bool = False) -> Iterator[None]:
-        """Context manager: while active, every process holds the full parameters. All processes enter.
-
-        Args:
-            of_reference: Gather the reference instead of the policy.
-        """
+        """Context manager: while active, every process holds the full parameters. All processes enter."""
         if of_reference and self._reference_is_whole:
             yield
             return

@@ -79,11 +79,7 @@ class RunningMoments:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from saved moments.
-
-        Raises:
-            ValueError: The moments are of another shape.
-        """
+        """Continue from saved moments; a ValueError if they are of another shape."""
         for name, shape in {"count": (), "mean": self.shape, "squares": self.shape}.items():
             if tuple(state[name].shape) != shape:
                 raise ValueError(

@@ -43,7 +43,6 @@ class StepData:
         """Collect the tensors from the stages of an iteration.
 
         Args:
-            responses: The checked responses.
             scores: Normalized scores, [B] or [B, T].
             scored: Log-probabilities and KL under policy and reference.
             penalty: Non-score part of the rewards, [B, T].
@@ -80,7 +79,6 @@ def classic_statistics(
         record: Metrics of the update, over all processes.
         kl_coef: The coefficient *used* in this step.
         learning_rate: That of the first parameter group.
-        has_critic: Whether the algorithm learns a value function.
     """
     rows, means = per_row_statistics(data), record.mean()
     names = _UPDATE_NAMES | _CRITIC_NAMES if has_critic else _UPDATE_NAMES

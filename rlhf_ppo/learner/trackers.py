@@ -19,7 +19,6 @@ def check_tracker(log_with: str | None, tracker_kwargs: Mapping[str, Any], proje
     """Check that Accelerate has the tracker, and its package is installed: it would drop a missing one in silence.
 
     Args:
-        log_with: Name of the tracker.
         tracker_kwargs: Settings by tracker.
         project: Arguments of `ProjectConfiguration`.
 
@@ -89,7 +88,6 @@ class Trackers:
         """Log the values of one step; TensorBoard shows NumPy arrays as histograms.
 
         Args:
-            values: Numbers, texts, arrays.
             step: Their place on the axis.
             own_rows: Whether nobody else logs to the tracker. False leaves the step to it (TensorBoard excepted):
                 Weights & Biases drops a row whose step lies behind one that the script has logged.

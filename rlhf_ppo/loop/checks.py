@@ -30,11 +30,7 @@ def check_inputs(
     judges: RewardSources | None,
     environment: EnvironmentFactory | None,
 ) -> None:
-    """Check arguments of `train` that would otherwise fail in the middle of a run, or be ignored.
-
-    Raises:
-        ValueError, TypeError: An argument is unusable; nothing has been sampled then.
-    """
+    """Refuse arguments of `train` that would fail in the middle of a run or be ignored (ValueError, TypeError)."""
     check_environment(learner, config, environment, [prompts, eval_prompts], rewards)
     if rewards is not None:
         named_sources(rewards)
@@ -76,11 +72,7 @@ def check_environment(
     prompts: Sequence[PromptDataset | NumberedEpisodes | None],
     rewards: RewardSources | None,
 ) -> None:
-    """Check that the arguments about environments agree.
-
-    Raises:
-        ValueError, TypeError: They do not; nothing has been sampled then.
-    """
+    """Refuse arguments about environments that do not agree (ValueError, TypeError)."""
     if environment is None:
         if rewards is None:
             raise ValueError(

@@ -129,11 +129,7 @@ Callback: TypeAlias = Callable[[PPOLearner, TrainState], object]
 
 
 def check_settings(learner: PPOLearner, config: TrainConfig) -> None:
-    """Check that the settings of the loop agree with learner and tokenizer.
-
-    Raises:
-        ValueError: Two settings disagree; nothing has been sampled then.
-    """
+    """Raise a ValueError if settings of the loop, the learner and the tokenizer disagree."""
     sampling = config.sampling
     vocab_size = learner.limits.vocab_size
     if vocab_size is not None and len(learner.tokenizer) > vocab_size:

@@ -87,11 +87,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
-        """The run folder at `path`, which must exist.
-
-        Raises:
-            RunFolderError: There is no such folder.
-        """
+        """The run folder at `path`; a RunFolderError if there is none."""
         if not Path(path).is_dir():
             raise RunFolderError(f"There is no run folder {str(path)!r}. Give the folder that training wrote into.")
         return cls(Path(path))

@@ -84,7 +84,6 @@ class RunKeeper:
         """Save a checkpoint of this iteration, unless there is one.
 
         Args:
-            iteration: Number of finished iterations.
             required: Raise if it cannot be written, instead of warning and retrying after the next iteration.
 
         Raises:
@@ -106,12 +105,7 @@ class RunKeeper:
             self._last_saved, self.checkpoint_is_overdue = iteration, False
 
     def write(self, iteration: int, action: Callable[[RunFolder], object]) -> None:
-        """Call `action` on the run folder, on the main process; an OSError (disk full) only warns.
-
-        Args:
-            iteration: For the warning.
-            action: Writes into the folder.
-        """
+        """Call `action` on the run folder, on the main process; an OSError (disk full) only warns."""
         if self.folder is None or not self.learner.accelerator.is_main_process:
             return
         try:

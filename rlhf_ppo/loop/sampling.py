@@ -26,7 +26,6 @@ def make_collector(
     """Build the `Collector`, which samples and scores responses for `learner`, or plays episodes.
 
     Args:
-        config: Settings of sampling, episodes and reward sources.
         sampler: None: `DecodeLoop`.
         environment: Makes the environment of an episode; None: responses of one turn.
     """

@@ -204,7 +204,6 @@ def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments
     Args:
         model: Has the policy's adapter, which stays active.
         source: Folder or hub name of the adapter of a sequence classifier on the same base model.
-        name: Name of the new adapter.
         hub_arguments: For `huggingface_hub`, such as `token`.
 
     Raises:

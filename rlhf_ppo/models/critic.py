@@ -127,11 +127,7 @@ ATTENTION = re.compile(r"^(?!.*(?:norm|ln)).*att(?:n|ention)", re.IGNORECASE)
 
 
 def freeze_critic(model: Any, part: Literal["attention", "trunk"]) -> None:
-    """Keep a separate critic's attention, or all of it but its head, as it is.
-
-    Raises:
-        ValueError: The model has no separate critic, or it has no attention under a known name.
-    """
+    """Freeze a separate critic's attention, or all of it but its head; a ValueError if there is no such part."""
     if not isinstance(model.critic, SeparateCritic):
         raise ValueError(
             f"Critic(freeze={part!r}) is for a separate critic, got {type(model.critic).__name__}: the value head "

@@ -68,7 +68,6 @@ def prove_fast_paths(language_model: Any, wanted: FastPaths, scored_by: ScoredBy
         language_model: The causal model or encoder-decoder, adapters included, without its value head.
         wanted: The fast paths that the settings ask for.
         scored_by: Scores a batch by given paths.
-        temperature: The policy's.
 
     Raises:
         ValueError: The model's own call is no policy over tokens: it fails, sees later tokens, or is random.

@@ -42,7 +42,6 @@ def lm_head(language_model: Any, transform: LogitTransform, *, copied: bool = Fa
     """Hidden states -> logits; the plain module where nothing stands between it and the logits.
 
     Args:
-        language_model: Has output embeddings.
         transform: Applied to their output.
         copied: Use a frozen copy of the output embeddings.
     """

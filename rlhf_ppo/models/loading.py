@@ -37,7 +37,6 @@ def load_language_model(
     Args:
         parent_class: An `AutoModelFor...` class.
         source: A hub name, a folder (of a model or of an adapter), or a model.
-        model_args: Positional arguments of `from_pretrained`.
         peft_config: Config of a fresh adapter; ignored, with a log line, when `source` already is an adapter.
         is_trainable: Whether a loaded adapter is trained further.
         arguments: The other keyword arguments of `from_pretrained`; weights are float32 unless `dtype` is among them.

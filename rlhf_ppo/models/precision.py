@@ -57,10 +57,7 @@ def requested_precision(
     """The precision that settings ask for together; "auto" where none does.
 
     Args:
-        precision: `PPOConfig.precision`.
-        bf16: `PPOConfig.bf16`.
         mixed_precision: Of Accelerate, where set by a script or launch file; None where not.
-        device: Of the run.
         float32_only: Whether the algorithm works in float32 alone; it is then chosen unless another one is asked for.
 
     Raises:
@@ -91,7 +88,6 @@ def choose_precision(name: PrecisionName, device: torch.device, *, autocast_on_c
 
     Args:
         name: "auto": bfloat16 on a GPU that has it (compute capability 8.0), float16 on an older one, else float32.
-        device: Of the run.
         autocast_on_cpu: Whether Accelerate was asked for autocast on a CPU; otherwise linear layers cast themselves.
     """
     if device.type != "cuda":

@@ -10,8 +10,6 @@ def check_twice_differentiable(model: nn.Module, language_model: Any, *, autocas
     """Raise ValueError if the forward pass cannot be differentiated twice.
 
     Args:
-        model: The policy's model, value head included.
-        language_model: The language model in it.
         autocast: Dtype of its matrix products under autocast.
 
     Raises:

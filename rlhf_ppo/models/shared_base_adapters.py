@@ -29,7 +29,6 @@ class AdapterCritic(nn.Module):
     Args:
         model: Has the critic's and the policy's adapter.
         head: Maps the last hidden state to one number.
-        name: Name of the critic's adapter.
     """
 
     def __init__(self, model: PeftModel, head: nn.Linear, name: str = CRITIC_ADAPTER) -> None:

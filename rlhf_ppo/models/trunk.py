@@ -131,11 +131,7 @@ class Trunk:
 
 
 def layers_of(model: Any) -> Any:
-    """The module below the LM head of a language model, adapters included.
-
-    Raises:
-        ValueError: It has no such module.
-    """
+    """The module below the LM head of a language model, adapters included; a ValueError if it has none."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     for layers in (base.base_model, decoder, getattr(base, "model", None)):
@@ -175,11 +171,7 @@ def last_states(layers: Sequence[Tensor] | None, tokens: Tensor) -> Float[Tensor
 
 
 def decoder_start_token(model: Any) -> int:
-    """The token id that an encoder-decoder's decoder starts with.
-
-    Raises:
-        ValueError: Neither its configuration nor its generation settings have one.
-    """
+    """The token id that an encoder-decoder's decoder starts with; a ValueError if its configurations have none."""
     for settings in (model.config, model.generation_config):
         token: int | None = getattr(settings, "decoder_start_token_id", None)
         if token is not None:

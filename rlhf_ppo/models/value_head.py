@@ -120,11 +120,7 @@ def find_file(source: str | os.PathLike[str], filename: str, **hub_arguments: An
 
 
 def load_value_head(head: ValueHead, tensors: dict[str, Tensor], *, source: object) -> None:
-    """Copy saved tensors into `head`.
-
-    Raises:
-        ValueError: They have another architecture or width.
-    """
+    """Copy saved tensors into `head`; a ValueError if they have another architecture or width."""
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if got != expected:

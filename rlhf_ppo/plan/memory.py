@@ -65,7 +65,6 @@ def make_plan(config: PlanConfig, traces: MemoryTraces, *, devices: int = 1, rew
     """Add up the memory of one of `devices` devices.
 
     Args:
-        config: The planned run.
         traces: Memory traces of its model, see `rlhf_ppo.plan.trace_memory`.
         devices: Number of devices, with one process each.
         reward_weights: Bytes of a reward model, unsharded on every device.

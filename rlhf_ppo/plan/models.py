@@ -32,11 +32,7 @@ DTYPES = {"float32": torch.float32, "bf16-mixed": torch.float32, "bfloat16": tor
 
 
 def model_config(name: str) -> PreTrainedConfig:
-    """Return the model config of a preset or path.
-
-    Raises:
-        PlanError: Neither a preset nor a folder or file with a config.json that transformers knows.
-    """
+    """The model config of a preset or path; a PlanError if it is neither, or transformers does not know its kind."""
     if name in PRESETS:
         return PRESETS[name]
     path = Path(name)

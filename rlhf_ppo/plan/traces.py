@@ -85,11 +85,7 @@ class MemoryTraces:
 
 
 def trace_memory(plan: PlanConfig) -> MemoryTraces:
-    """Trace the memory of `plan.model`.
-
-    Raises:
-        PlanError: There is no such model.
-    """
+    """Trace the memory of `plan.model`; a PlanError if there is no such model."""
     config = model_config(plan.model)
     layers = int(config.num_hidden_layers)
     if layers <= MAX_TRACED_DEPTH:

@@ -71,11 +71,7 @@ Painter = Callable[["Canvas", Palette], None]
 
 
 def draw_plots(data: RunData) -> tuple[list[Plot], list[str]]:
-    """Draw all plots that the run has data for; also return the titles of the others.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Draw all plots that the run has data for, with matplotlib; also return the titles of the others."""
     rows = data.metrics
     specifications: list[tuple[str, str, str, str, Painter | None, float]] = []
     for figure in FIGURES:

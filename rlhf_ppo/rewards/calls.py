@@ -74,8 +74,6 @@ def call_sources(
     Coroutines run on a background event loop while ordinary functions run here.
 
     Args:
-        named: The sources.
-        request: The samples to score.
         timeout: Seconds per source; None: no limit. With a limit, an ordinary function runs in its own thread, which
             is abandoned when it does not return.
         keep_going: Whether a failed source's result is its `RewardSourceError`; otherwise the first failure is raised

@@ -68,8 +68,6 @@ def call_with_retries(
     """Call sources, and failed ones again, until each has returned valid scores or has no attempts left.
 
     Args:
-        named: The sources.
-        request: The samples to score.
         failures: Attempts, timeout, and what to do after the last attempt.
         check: Converts a raw result to rows, or raises.
         check_sample: Converts one entry of a result, or raises.

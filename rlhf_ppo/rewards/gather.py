@@ -22,7 +22,6 @@ def make_scoring(processes: Processes, *, on_main: bool) -> Scoring:
     """Make the function that scores a rollout; it is collective, and an error on one process is raised on all.
 
     Args:
-        processes: Collective operations.
         on_main: Whether process 0 scores the samples of all processes, in rank order.
     """
     return partial(score_on_main if on_main and processes.accelerator.num_processes > 1 else score_locally, processes)
@@ -74,11 +73,7 @@ def select_scores(scores: RewardScores, rows: slice, request: RewardRequest) -> 
 
 
 def _broadcast_from_main(processes: Processes, work: Callable[[], RewardScores]) -> RewardScores:
-    """Run `work()` on process 0 and broadcast its result, or its error.
-
-    Raises:
-        RewardSourceError, TypeError, ValueError: The error of process 0, with the same type and message.
-    """
+    """Run `work()` on process 0; broadcast its result, or its error with the same type and message."""
     outcome: list[Any] = [None, None]
     error: Exception | None = None
     if processes.accelerator.is_main_process:

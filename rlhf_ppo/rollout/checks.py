@@ -45,8 +45,6 @@ def check_step_inputs(
         responses: One Long [T_i] per sample, without the prompt.
         scores: One number per sample (0-dim or [1], integers too), or one per response token [T_i].
         masks: One 0/1 [T_i] per sample: 0 marks tokens that the policy did not choose. None: all ones.
-        limits: Limits of model and algorithm.
-        device: The device of the results.
         truncated: One flag per sample: it was cut off and its future was not seen. None: every response ended.
         group_size: Number of adjacent responses to one prompt.
 

@@ -96,12 +96,6 @@ class Collector:
     """Samples responses and scores them.
 
     Args:
-        model: The policy.
-        tokenizer: Its tokenizer.
-        sampler: Samples the responses.
-        sampling: Sampling settings.
-        device: The policy's device.
-        failures: Retries of reward sources, and what to do when one fails.
         synced_weights: Context for sampling: while active, the sampler has the current, unsharded weights.
         limits: Limits of the model, which sampled responses are checked against. None: no check.
         scoring: How processes share the scoring; see `make_scoring`.

@@ -68,11 +68,7 @@ def check_step_arguments(
     truncated: Sequence[bool] | Tensor | None = None,
     group_size: int = 1,
 ) -> Responses:
-    """Validate the arguments of `step()`: tensors, or episodes in their place.
-
-    Raises:
-        ValueError: Names the first invalid sample, what was expected and what it got.
-    """
+    """Validate the arguments of `step()`, tensors or episodes; a ValueError names the first invalid sample."""
     episodes = [query for query in queries if isinstance(query, Episode)] if isinstance(queries, list) else []
     if not episodes:
         return check_step_inputs(
@@ -102,7 +98,6 @@ def episode_tasks(batch: PromptBatch, copies: int, seeds: tuple[int, int]) -> It
     """Arguments of `reset` for `copies` adjacent episodes of each row: its columns, and a seed that they share.
 
     Args:
-        batch: Rows of the prompts.
         copies: Episodes per row.
         seeds: Seed of the run and kind of episode (training, evaluation): with the row's index they give its seed, on
             any number of processes. A column called "seed" replaces it.
@@ -142,8 +137,6 @@ def responses_of_episodes(
     """The batch to learn from.
 
     Args:
-        episodes: Finished episodes.
-        device: The policy's device.
         scores: One per token, [B, T]; None: the rewards of the episodes.
         group_size: Number of adjacent episodes of one task.
     """

@@ -61,7 +61,6 @@ class Scorer:
         policy: The policy's module, as prepared for its device and precision.
         reference: The frozen reference; None: the policy while `reference_context` is active.
         reference_context: Disables LoRA adapters, or loads the reference to its device.
-        kl_penalty: KL estimate used in the reward.
         rows: Maximum rows per pass.
         token_budget: Maximum padded tokens per pass.
     """
@@ -80,7 +79,6 @@ class Scorer:
         """Compute log-probabilities under policy and reference, values and KL, in passes sorted by length.
 
         Args:
-            inputs: Prompts and responses.
             precomputed: The policy's output, if it is known already; spares the policy's passes.
         """
         policy_output = self.run_passes(self.policy, inputs) if precomputed is None else precomputed

@@ -260,11 +260,7 @@ class PromptSampler:
         return {"seed": self._seed, "length": self._length, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at the saved position.
-
-        Raises:
-            ValueError: the state has another dataset length or seed.
-        """
+        """Continue at the saved position; a ValueError if the state has another dataset length or seed."""
         for name, expected in (("seed", self._seed), ("length", self._length)):
             if state[name] != expected:
                 raise ValueError(

@@ -22,8 +22,6 @@ def rebalance_empty_ranks(
     Args:
         responses: This process's responses; None: it has none.
         gather: Concatenates the lists of all processes, in rank order.
-        rank: This process's rank.
-        device: The policy's device.
 
     Raises:
         ValueError: Fewer responses (or groups) are left than processes; raised on every process.

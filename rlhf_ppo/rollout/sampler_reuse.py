@@ -28,7 +28,6 @@ class SamplerReuse:
     value).
 
     Args:
-        enabled: Whether to reuse at all.
         reduce_max: Maximum over processes.
     """
 

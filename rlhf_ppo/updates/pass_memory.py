@@ -46,7 +46,6 @@ def fit_pass(memory: PassMemory, available: float, longest: int, *, checkpointin
     """The largest pass in `available` bytes; activations are recomputed where the longest row would not fit otherwise.
 
     Args:
-        memory: What a pass needs.
         available: Bytes that nothing else will take.
         longest: Tokens of the longest row, which a pass has at least.
         checkpointing: Whether they are recomputed anyway.
@@ -71,7 +70,6 @@ def pass_memory_from_saved(saved: float, config: Any, *, copies: float) -> PassM
 
     Args:
         saved: Bytes per token.
-        config: Of the model.
         copies: Bytes of weights in the dtype of the products.
     """
     shape = config.get_text_config()

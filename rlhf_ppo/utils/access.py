@@ -20,7 +20,6 @@ def is_authorized(header: str | None, token: str | None) -> bool:
     """Whether an `Authorization` header carries the token, as `Bearer TOKEN` or as the password of `Basic`.
 
     Args:
-        header: The request's header, if it has one.
         token: The server's token; None lets everyone in.
     """
     if token is None:

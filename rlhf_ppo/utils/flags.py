@@ -66,7 +66,6 @@ def add_flags(
     """Add a flag for each field of a dataclass, which may be spelled with `_` or `-`.
 
     Args:
-        parser: The parser.
         config: The dataclass, with a docstring under each field.
         hidden: Fields whose flags the help leaves out.
         left_out: Fields without a flag.
@@ -98,20 +97,12 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\
 
 
 def read_value(text: str) -> Any:
-    """A value as YAML reads it.
-
-    Raises:
-        yaml.YAMLError: It cannot be read.
-    """
+    """A value as YAML reads it, or a yaml.YAMLError."""
     return yaml.load(text, _Loader)  # a safe loader
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Settings of a YAML or JSON file, by name.
-
-    Raises:
-        ValueError: The file cannot be read, or holds no names and values.
-    """
+    """Settings of a YAML or JSON file, by name; a ValueError if it cannot be read or holds no names and values."""
     try:
         content = read_value(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -11,11 +11,7 @@ def accepts_argument(call: Callable[..., Any], argument: str) -> bool:
 
 
 def parameter_name(call: Callable[..., Any], *spellings: str) -> str:
-    """The first of these names that `call` takes: an argument's name today, then its earlier ones.
-
-    Raises:
-        TypeError: It takes none of them.
-    """
+    """The first of an argument's names, newest first, that `call` takes; a TypeError if it takes none."""
     for name in spellings:
         if accepts_argument(call, name):
             return name

@@ -62,11 +62,7 @@ class Recognized:
 
 
 def recognize(row: Row, where: str) -> Recognized:
-    """Tell what `row` is and convert it.
-
-    Raises:
-        BadRow: It has no known layout, or a value of it is malformed.
-    """
+    """Tell what `row` is and convert it; a BadRow if it has no known layout, or a malformed value."""
     if argilla.question_column(row) and argilla.fields(row):
         return _converted(argilla.ARGILLA, row, where, argilla.used_columns(row))
     if is_best_of_k(row):
@@ -101,11 +97,7 @@ def recognize(row: Row, where: str) -> Recognized:
 
 
 def _otherwise(row: Row, where: str) -> Recognized:
-    """Recognize a row of no layout by its names in lower case.
-
-    Raises:
-        BadRow: They have no known layout, either.
-    """
+    """Recognize a row of no layout by its names in lower case, or raise a BadRow."""
     lower = with_lower_names(row)
     if lower is not None:
         found_lower = recognize(lower, where)

@@ -51,11 +51,7 @@ def is_blank(row: Row, *names: str) -> bool:
 
 
 def number(row: Row, name: str) -> float:
-    """A finite number of a row.
-
-    Raises:
-        ValueError: It is none.
-    """
+    """A finite number of a row, or a ValueError."""
     found = read_number(row.get(name))
     if not math.isfinite(found):
         raise ValueError(f"field {name!r} must be a number, got {row.get(name)!r:.40}.")
@@ -63,11 +59,7 @@ def number(row: Row, name: str) -> float:
 
 
 def choice(row: Row, name: str, verdicts: Mapping[str, int]) -> int:
-    """The verdict that a value stands for.
-
-    Raises:
-        ValueError: It stands for none.
-    """
+    """The verdict that a value stands for, or a ValueError."""
     value = row.get(name)
     key = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower()
     if key not in verdicts:
@@ -89,11 +81,7 @@ def ranking(prompt: Any, completions: Sequence[Any], scores: Sequence[float], **
 
 
 def items(row: Row, name: str, *fields: str) -> list[Mapping[str, Any]]:
-    """A list of objects that have `fields`.
-
-    Raises:
-        ValueError: It is none.
-    """
+    """A list of objects that have `fields`, or a ValueError."""
     value = row[name]
     if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
         raise ValueError(f"field {name!r} must be a list of objects with {list(fields)}, got {value!r:.60}.")

@@ -35,9 +35,6 @@ class IsolatedRandomState:
     Libraries that call `random.seed(seed)` change the numbers of the whole process, and environments that run at the
     same time disturb each other. Calls inside `active()` run one at a time, go on with the environment's own stream,
     and leave the global generators as they were.
-
-    Args:
-        seed: Starts the stream.
     """
 
     seed: int

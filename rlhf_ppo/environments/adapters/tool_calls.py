@@ -45,11 +45,7 @@ def json_calls(reply: str) -> list[ToolCall]:
 
 
 def detect_parser(tokenizer: PreTrainedTokenizerBase) -> ToolCallParser:
-    """The reader of the calls that the tokenizer's chat template writes, tried on one that it has written.
-
-    Raises:
-        ValueError: No reader is known for them.
-    """
+    """The reader of the calls that the tokenizer's template writes, tried on one; a ValueError if there is none."""
     arguments = {"text": "word", "count": 3}
     sample: Any = {"id": "call00000", "type": "function", "function": {"name": "look_up", "arguments": arguments}}
     question = {"role": "user", "content": "question"}
