@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 PAD_TOKEN = "<|pad|>"
 
 
-def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_backbone(
+    name: str, *, seed: int, trust_remote_code: bool = False, attn_implementation: str | None = None
+) -> tuple[Any, Any]:
     """Load model and tokenizer with a scalar head, in float32.
 
     A causal LM, an encoder without a head and a classifier with another number of labels get a fresh head
@@ -29,6 +31,8 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
     Args:
         name: Hub name or folder.
         seed: Seed of the fresh head and of all weights that the files lack; the global random state stays.
+        trust_remote_code: Whether code that comes with the model may run.
+        attn_implementation: Attention of transformers; None: its choice.
 
     Raises:
         ValueError: The model cannot be loaded as a sequence classifier; the message says what to try.
@@ -39,9 +43,11 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
         # the files lack, such as a pooler's, from the global generator.
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, missing, _ = read_classifier(name, trust_remote_code=trust_remote_code)
+            model, missing, _ = read_classifier(
+                name, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
+            )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         remedy = (
             "Expected a hub name or a folder made by save_pretrained that holds config.json, weights and tokenizer "
             "files. Check the spelling, and that the hub can be reached."
@@ -52,6 +58,8 @@ def load_backbone(name: str, *, seed: int, trust_remote_code: bool = False) -> t
                 "that reads images, save the language model alone, with its tokenizer, and train that; or choose one "
                 "with a classifier, such as Gemma 3 or Qwen 3.5."
             )
+        if attn_implementation is not None:
+            remedy += f" attn_implementation={attn_implementation!r} must be installed here; leave it out otherwise."
         raise ValueError(
             f"The model {name!r} could not be loaded as a sequence classifier with its tokenizer: "
             f"{_first_line(error):.200} {remedy}"

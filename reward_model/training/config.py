@@ -46,6 +46,8 @@ class RewardModelConfig:
     """Maximum global norm of the gradient, to which it is clipped."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward pass; auto is bfloat16 on GPUs that have it. Weights stay float32."""
+    attn_implementation: str | None = None
+    """Attention of transformers: eager, sdpa, flash_attention_2, ...; None: its choice. Only sdpa can be packed."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass; less memory, about a fifth more time."""
     packing: bool = True

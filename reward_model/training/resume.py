@@ -34,6 +34,7 @@ _FIXED = ("seed", "batch_size", "lora_rank", "lora_alpha")
 _IGNORED = (
     "model", "output_dir", "overwrite", "resume", "checkpoints", "trackers", "progress", "log_every",
     "micro_batch_size", "packing", "fast_products", "gradient_checkpointing", "trust_remote_code", "merge_adapter",
+    "attn_implementation",
 )  # fmt: skip
 """Settings that change no weight. The model is compared by its weights."""
 

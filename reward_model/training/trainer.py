@@ -100,7 +100,12 @@ def train_reward_model(
     trackers = tracker_names(config.trackers)
     checkpoint = find_checkpoint(config) if config.resume else None
     train_rows, held_out = as_comparisons(train, "train"), as_comparisons(evaluation, "evaluation")
-    model, tokenizer = load_backbone(config.model, seed=config.seed, trust_remote_code=config.trust_remote_code)
+    model, tokenizer = load_backbone(
+        config.model,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+    )
     rule = _text_rule(config, tokenizer, model, train_rows)
     prepare_tokenizer(tokenizer, rule, source=config.model)
     disable_dropout(model)

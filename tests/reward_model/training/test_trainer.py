@@ -104,6 +104,13 @@ def test_a_base_without_a_classifier_is_refused_with_a_way_out(tmp_path: Path) -
         load_backbone(str(tmp_path / "gone"), seed=0)
 
 
+def test_a_chosen_attention_is_the_one_that_trains_and_one_that_is_not_installed_is_named(tiny_base: Path) -> None:
+    model, _ = load_backbone(str(tiny_base), seed=0, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match=r"attn_implementation='sage' must be installed here"):
+        load_backbone(str(tiny_base), seed=0, attn_implementation="sage")
+
+
 def test_encoders_and_rotary_decoders_train_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder = BertForSequenceClassification(
