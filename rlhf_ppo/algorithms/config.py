@@ -20,10 +20,10 @@ class GAE:
     value_lam: float | None = None
     """λ of the value targets; None: `lam`. At 1, targets do not depend on the critic (VC-PPO, Yuan et al. 2025)."""
     length_alpha: float | None = None
-    """α of λ = 1 - 1 / (α · length), clipped to [0.5, 1], instead of `lam` (VAPO, Yue et al. 2025); None: `lam`."""
+    """α in λ = 1 - 1 / (α · length), clipped to [0.5, 1] (VAPO, Yue et al. 2025); None: λ is `lam`."""
     unit: Literal["token", "turn"] = "token"
-    """What γ, λ and `length_alpha` count: tokens, or turns (Turn-PPO, arXiv 2512.17008), whose tokens share one
-    advantage. A response without observations is one turn."""
+    """Unit in which γ, λ and `length_alpha` count time. With "turn" (Turn-PPO, arXiv 2512.17008), all tokens of a turn
+    share one advantage, and a response without observations is one turn."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -45,15 +45,15 @@ class Critic:
     vf_coef: float = 0.1
     """c_1: weight of the value loss."""
     clip_range_value: float | None = 0.2
-    """Largest change from the old value before the loss is clipped, in units of reward; None: not clipped."""
+    """How far a value may move from the old value before its loss is clipped, in units of reward; None: not clipped."""
     warmup_iterations: int = 0
     """Initial iterations that fit the critic alone, to Monte Carlo returns of the frozen policy (VC-PPO)."""
     learning_rate: float | None = None
     """Learning rate of value head or separate critic in the default optimizer; None: the policy's."""
     extra_fits: int = 0
-    """Further fits of the critic alone after each update, each of `ppo_epochs` passes over the batch."""
+    """How often the critic alone is fitted again after each update; a fit makes `ppo_epochs` passes over the batch."""
     freeze: Literal["nothing", "attention", "trunk"] = "nothing"
-    """Which weights of a separate critic (`attach_critic`) stay as they are."""
+    """Which weights of a separate critic (`attach_critic`) are not trained; "trunk": all but its head."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -74,7 +74,7 @@ class PPOClip(ClippedSurrogate):
     """PPO with the clipped surrogate (Schulman et al. 2017, eq. 7)."""
 
     dual_clip: float | None = None
-    """c > 1: bound of the objective for negative advantages (Ye et al. 2020), with ratio clipping; None: no bound."""
+    """c > 1: bounds the objective where the advantage is negative (Ye et al. 2020); None: no bound."""
     gae: GAE = field(default_factory=GAE)
     critic: Critic = field(default_factory=Critic)
 
@@ -88,8 +88,8 @@ class PPOPenalty:
     target_kl: float = 0.01
     """d_targ, nats per action: β doubles above 1.5 d_targ and halves below d_targ / 1.5."""
     exact: bool = False
-    """Penalize the exact KL over the vocabulary, which stores the old hidden states; False: its unbiased estimate from
-    the sampled tokens, ρ - 1 - log ρ."""
+    """Penalize the exact KL over the vocabulary, which stores the old policy's hidden states. False: penalize its
+    unbiased estimate from the sampled tokens, ρ - 1 - log ρ."""
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
     gae: GAE = field(default_factory=GAE)
@@ -100,9 +100,9 @@ class PPOPenalty:
 class TRPO(TrustRegionConfig):
     """Trust region policy optimization (Schulman et al. 2015), for policies of up to about 100 M parameters.
 
-    One natural-gradient step per batch. Learning rate, `ppo_epochs` and `mini_batch_size` apply to the value head only,
-    which is fitted after the step on fixed hidden states. Raises ValueError under FSDP and ZeRO, and with parameters or
-    autocast in low precision.
+    It takes one natural-gradient step per batch. Then the value head is fitted on fixed hidden states; learning rate,
+    `ppo_epochs` and `mini_batch_size` apply to this fit only. Raises ValueError under FSDP and ZeRO, and with
+    parameters or autocast in low precision.
     """
 
     ent_coef: float = 0.0
@@ -168,7 +168,7 @@ class ReinforcePlusPlus(ClippedSurrogate):
 class RLOO(ClippedSurrogate):
     """REINFORCE leave-one-out (Ahmadian et al. 2024): the other responses to a prompt are its baseline.
 
-    Ratio clipping is for more than one epoch.
+    Ratio clipping has an effect only with more than one optimizer step per batch.
     """
 
 
@@ -182,7 +182,8 @@ class GRPO(ClippedSurrogate):
     normalize_std: bool = True
     """Divide by the group's standard deviation; False: Dr. GRPO (Liu et al. 2025)."""
     sequence_mean: bool = False
-    """Mean over responses of each response's mean (the article); False: mean over all tokens (DAPO, Yu et al. 2025)."""
+    """The loss is the mean over responses of the mean over each response's tokens, as in the article. False: the mean
+    over all tokens (DAPO, Yu et al. 2025)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +191,7 @@ class GSPO:
     """Group sequence policy optimization (Zheng et al. 2025): GRPO with one probability ratio per response."""
 
     clip_low: float = 3e-4
-    """ε below 1, of the ratio per response, a geometric mean over its tokens."""
+    """ε below 1. The clipped ratio is that of the response: the geometric mean of its tokens' ratios."""
     clip_high: float = 4e-4
     """ε above 1."""
     normalize_std: bool = True

@@ -12,7 +12,7 @@ class DivergenceMask:
     """Mask tokens with a large divergence from the old policy instead of clipping ratios (DPPO, Qi et al. 2026)."""
 
     kind: DivergenceKind = "tv"
-    """"tv": |p_old - p| of the sampled token; "kl": KL of "this token" against "any other", nats."""
+    """"tv": |p_old - p| of the sampled token; "kl": the KL over two outcomes, this token or any other, nats."""
     threshold: float
     """Tokens above this divergence are dropped if their gradient increases it."""
 
@@ -31,7 +31,8 @@ class CISPO:
     min_weight: float = 0.0
     """Smallest weight, in [0, 1]; 0: no lower bound, as in the article."""
     drop: bool = False
-    """Drop tokens beyond the bounds instead: double-sided importance sampling, with `importance_sampling="bypass"`."""
+    """Drop tokens beyond the bounds instead. With `importance_sampling="bypass"`, this is double-sided importance
+    sampling."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -49,7 +50,7 @@ class PositiveNLL:
     coef: float = 0.1
     """μ: weight against the policy loss."""
     threshold: float = 0.0
-    """Responses whose score, after scaling, is larger are good: 0 where right answers score 1 and wrong ones less."""
+    """A response is good if its score, after scaling, is larger. Use 0 if right answers score 1, and wrong ones 0."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -61,8 +62,8 @@ class PositiveNLL:
 class AdaptiveEntropy:
     """Adapt the weight of the entropy to hold the entropy at a target or above (Skywork-OR1, He et al. 2025).
 
-    After each update with entropy H the weight c grows by `step` where H < target, else shrinks by it; it acts only
-    where H <= target.
+    H is the entropy that an update measures, and c the weight. If H < target, c grows by `step`, else it shrinks by
+    `step`. The next update uses c if H <= target, and 0 otherwise.
     """
 
     target: float
@@ -72,7 +73,7 @@ class AdaptiveEntropy:
     start: float = 0.0
     """Weight of the first update."""
     largest: float = 0.1
-    """Upper bound of the weight: a target that cannot be reached would raise it without end."""
+    """Upper bound of the weight. Without it, a target that cannot be reached would raise the weight without end."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -88,7 +89,7 @@ class TopEntropyTokens:
     """Only the tokens of the batch with the largest entropy enter the policy loss (Wang et al. 2025)."""
 
     share: float = 0.2
-    """Share of the tokens that is kept, in (0, 1]. Costs one forward pass over the batch."""
+    """Share of the tokens that is kept, in (0, 1]. The choice takes one forward pass over the batch."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -101,7 +102,7 @@ class ClipCovariance:
     """Some tokens with a large covariance of log-probability and advantage leave the policy loss (Cui et al. 2025)."""
 
     share: float = 2e-4
-    """Share of all tokens that is drawn from those within the bounds."""
+    """Number of drawn tokens, as a share of all tokens. They are drawn from those within the bounds."""
     low: float = 1.0
     """Smallest covariance of a token that may be drawn."""
     high: float = 5.0
@@ -120,9 +121,9 @@ class ClippedSurrogate:
     """Settings of the policy loss that algorithms with probability ratios share."""
 
     clip_low: float = 0.2
-    """ε below 1: ratios under 1 - ε get no gradient where it would lower them further."""
+    """ε below 1: a ratio under 1 - ε gets no gradient that would lower it further."""
     clip_high: float = 0.2
-    """ε above 1; larger than `clip_low` leaves room for exploration (DAPO, Yu et al. 2025)."""
+    """ε above 1. A value above `clip_low` leaves room for exploration (DAPO, Yu et al. 2025)."""
     divergence: DivergenceMask | None = None
     """Replaces ratio clipping; None: ratio clipping."""
     cispo: CISPO | None = None
@@ -134,7 +135,7 @@ class ClippedSurrogate:
     ent_coef: float = 0.0
     """c_2: weight of the exact full-vocabulary entropy."""
     adaptive_entropy: AdaptiveEntropy | None = None
-    """Adapts c_2 to a target instead; None: `ent_coef` is constant."""
+    """Adapts c_2 to a target entropy; None: c_2 is `ent_coef`."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -27,8 +27,8 @@ class Guard:
     limit: float | None = None
     """The limit; None: the metric is only recorded."""
     action: Action = "stop"
-    """"stop": end the run with a checkpoint; "keep_best": continue, but keep no best model from beyond it; "warn":
-    continue. The last two warn when the limit is first exceeded."""
+    """"stop": end the run with a checkpoint; "warn": warn when the limit is first exceeded, and continue; "keep_best":
+    the same, but no model beyond the limit is kept as the best."""
     patience: int = 1
     """Number of successive iterations beyond the limit before the guard acts."""
 
@@ -52,11 +52,11 @@ class Guards:
     repetition: Guard = _OFF
     """Maximum share of 3-grams that occurred earlier in the same response, 0 to 1: `guard/repetition`."""
     length: Guard = _OFF
-    """Maximum factor between the mean response length now and in the first five iterations, longer or shorter:
+    """Maximum factor by which the mean response length has grown or shrunk since the first five iterations:
     `guard/length_drift`."""
     judge: Guard = _OFF
-    """Maximum lead of the held-out score's gain over that of a judge that is not trained on, in standard deviations of
-    the first evaluation: `guard/judge_lead`. Checked after each evaluation; needs `judges`."""
+    """Maximum of `guard/judge_lead`: how much more the held-out score has risen than the score of a judge that takes no
+    part in training, in standard deviations of the first evaluation. Checked after each evaluation; needs `judges`."""
     judge_name: str | None = None
     """Name of the judge; None: the one with the largest lead."""
 

@@ -43,7 +43,7 @@ class PPOConfig:
     reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"
     """Only for trackers and scripts."""
     remove_unused_columns: bool = True
-    """Drop dataset columns that are neither arguments of the model's forward nor `label`, `query`, `response`."""
+    """Drop the dataset's columns, except arguments of the model's forward and `label`, `query` and `response`."""
     # Bare `dict`: tyro then takes JSON for it, as HfArgumentParser does.
     tracker_kwargs: dict | str | None = field(default_factory=dict)  # type: ignore[type-arg]
     """Passed to the tracker as `init_kwargs`; JSON on a command line."""
@@ -64,8 +64,9 @@ class PPOConfig:
     init_kl_coef: float = 0.2
     """Initial coefficient of the KL penalty in the reward."""
     kl_penalty: KLPenalty = "kl"
-    """Per-token estimate of KL(policy || reference): log-ratio, its absolute value, half its square, exact, or k3;
-    "none" (with `init_kl_coef=0`): no KL and no reference, which saves its memory and its pass."""
+    """Estimate of KL(policy || reference) per token. "kl": the log-ratio; "abs": its absolute value; "mse": half its
+    square; "full": the exact KL over the vocabulary; "k3": exp(-log-ratio) - 1 + log-ratio; "none" (with
+    `init_kl_coef=0`): no KL and no reference model, which saves memory and a forward pass."""
     target: float = 6.0
     """Target of the adaptive controller: KL per response, nats."""
     horizon: float = 10000.0
@@ -115,8 +116,8 @@ class PPOConfig:
     whiten_rewards: bool = False
     """Scale shaped rewards to variance 1, keeping their mean, before advantages are estimated."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory for more time. On a GPU it is switched on where a row
-    does not fit otherwise, unless `token_budget` is set."""
+    """Recompute activations in the backward pass: less memory, more time. On a GPU it is switched on if a row does not
+    fit otherwise, unless `token_budget` is set."""
     is_encoder_decoder: bool | None = None
     """Set by the trainer."""
     is_peft_model: bool | None = None
@@ -135,7 +136,7 @@ class PPOConfig:
     most_skips_in_a_row: int = 5
     """Stop the run after this many successive minibatches whose loss or gradient is not finite; all are skipped."""
     dump_dir: str | None = None
-    """Folder for the dump that such a stop writes for `python -m rlhf_ppo.replay`; None: the run folder, if any."""
+    """Folder for the dump that `most_skips_in_a_row` writes, for `python -m rlhf_ppo.replay`; None: the run folder."""
     diagnose: bool = True
     """Run the doctor on the first batch and log its warnings (`PPOTrainer.diagnose`)."""
     output_dir: str | None = None
@@ -143,57 +144,58 @@ class PPOConfig:
     ent_coef: float = 0.0
     """Weight of the exact full-vocabulary entropy in the loss."""
     kl_placement: KLPlacement = "reward"
-    """Where the KL to the reference enters: the reward, the loss, or both. "split" puts the exact KL of each state into
-    the loss and that of later states into the reward. The coefficient means the same in all three, except if advantages
-    are divided by a group's standard deviation (GRPO)."""
+    """Where the KL to the reference is subtracted: in the reward, in the loss, or "split" over both. "split" puts the
+    exact KL of each state into the loss, and the KL of later states into the reward. The coefficient has the same
+    meaning in all three. The exception is GRPO, which divides advantages by the standard deviation of a group."""
     reference_placement: ReferencePlacement = "auto"
-    """Where the reference is between scoring passes: "whole" on the device; "sharded" over processes (ZeRO-3, FSDP);
-    "offloaded" to the CPU; "auto": sharded if the policy is, else whole."""
+    """Where the reference model is between scoring passes: "whole" on the device; "sharded" over processes (ZeRO-3,
+    FSDP); "offloaded" to the CPU; "auto": sharded if the policy is sharded, else whole."""
     temperature: float = 1.0
     """Divisor of the logits in rollout, reference and update."""
     importance_sampling: ImportanceMode = "auto"
-    """Correction for tokens that were sampled from another distribution. w is the learner's probability divided by the
-    sampler's. "truncate" weighs the policy loss by min(w, cap). "mask" weighs it by w, and by 0 outside [floor, cap]
-    (IcePop). "bypass" uses the sampler as the old policy of the ratio. "auto" truncates if a cap is set or the sampler
-    is known to differ."""
+    """Correction for tokens that were sampled from another distribution. w is the trainer's probability of a token
+    divided by the sampler's. "truncate" multiplies the policy loss by min(w, cap). "mask" multiplies it by w, or by 0
+    if w is outside [floor, cap] (IcePop). "bypass" uses the sampler's probabilities as the old policy in PPO's ratio.
+    "auto" truncates if a cap is set or the sampler is known to differ."""
     importance_sampling_level: ImportanceLevel = "token"
-    """What w compares: each token ("token"), the whole response ("sequence"), or the response's geometric mean over
-    tokens ("geometric")."""
+    """Which ratio w is. "token": that of each token; "sequence": that of the whole response; "geometric": the
+    geometric mean of the token ratios of the response."""
     importance_sampling_floor: float | None = None
     """Smallest w that "mask" and "bypass" keep; None: 0.5 for "mask", none for "bypass"."""
     importance_sampling_cap: float | None = None
     """Largest w, >= 1; None: 2 to truncate, 5 for "mask", none for "bypass"."""
     token_budget: int | None = None
-    """Largest number of padded tokens per forward and backward pass, in addition to the limit of `mini_batch_size`
-    rows. None: on a GPU as many as its free memory holds at the first step, unless processes shard the model; on a CPU
-    no limit."""
+    """Largest number of tokens per forward and backward pass, padding included. A pass also has at most
+    `mini_batch_size` rows. None on a CPU: no limit. None on a GPU: as many tokens as its free memory holds at the first
+    step; no limit if processes shard the model."""
     kv_budget_gib: float | None = None
     """Largest KV cache of the default sampler and of `generate`, GiB; None: half of a GPU's free memory, 4 on a CPU."""
     logits_chunk_size: int = 1024
     """Largest number of response tokens whose logits over the vocabulary are in memory at once."""
     optimizer: Literal["adam", "adamw", "adamw_8bit", "adam_tensorflow"] = "adam"
-    """The default optimizer: Adam; AdamW (weight decay 0.01); AdamW with 8-bit moments (CUDA and bitsandbytes); Adam
-    with ε placed as in TensorFlow, which makes the first steps smaller."""
+    """The default optimizer. "adamw" has a weight decay of 0.01. "adamw_8bit" has 8-bit moments, and needs CUDA and
+    bitsandbytes. "adam_tensorflow" places ε as TensorFlow does, which makes the first steps smaller."""
     adam_eps: float = 1e-8
     """ε of the default optimizer."""
     fused_adam: bool = True
-    """Use torch's fused Adam for the default optimizer: equal up to rounding, several times cheaper."""
+    """Use torch's fused Adam as the default optimizer. Its results are equal up to rounding, and it takes less time."""
 
     packing: bool = True
-    """Pack rows of unequal length in place of padding them, and run the last layer only from the last prompt token on,
-    if a check on the model finds the same results."""
+    """Pack rows of unequal length in place of padding them, and leave out the prompt's tokens but the last in the last
+    layer. Both are used only if a check on the model finds the same results."""
     fused_head: bool = True
     """Compute the LM head's gradients chunk by chunk in the forward pass, while the logits are in memory."""
     precision: PrecisionName = "auto"
     """Precision of matrix products: "float32", "bf16" or "fp16"; trained weights, norms, softmaxes and losses stay
     float32. "auto": bf16 on a GPU that has it, fp16 on an older one, float32 on a CPU."""
     bf16: bool = False
-    """The same as `precision="bf16"`; on CPUs without AVX-512-BF16 or AMX products stay in float32."""
+    """The same as `precision="bf16"`. On CPUs without AVX-512-BF16 or AMX, matrix products stay in float32."""
     reuse_logprobs: bool = True
     """In `train()`: use the sampler's log-probabilities and values in place of a scoring pass, if the first rollout
     shows that they are equal."""
     keep_freed_memory: bool = True
-    """On CPUs: keep the memory of freed tensors and do not return it to the system, because new pages cost time."""
+    """On CPUs: the process keeps the memory of freed tensors. Returning it to the system and getting new pages would
+    cost time."""
     fast_products: bool = True
     """On CPUs: compute float32 matrix products with oneDNN if it is faster than torch, and use RMSNorm and SwiGLU that
     save fewer tensors for the backward pass. Results are equal up to rounding."""

@@ -23,7 +23,7 @@ class TrainConfig:
     iterations: int = 100
     """Number of rollouts, each of `PPOConfig.batch_size` responses per process."""
     sampling: SamplingConfig
-    """How responses are sampled; its temperature must be that of `PPOConfig`."""
+    """How responses are sampled. Its temperature must be the same as `PPOConfig.temperature`."""
     output_dir: str | None = None
     """Run folder; None: nothing is written."""
     eval_every: int = 0
@@ -33,13 +33,13 @@ class TrainConfig:
     keep_last: int = 2
     """Number of checkpoints kept."""
     keep_best: str | None = None
-    """Measure of the held-out evaluation, e.g. "score", whose best model is kept in `best/`; None: no best model."""
+    """Measure of the held-out evaluation, e.g. "score": `best/` keeps the model in which it is largest; None: none."""
     keep_frontier: int = 0
     """Number of Pareto-optimal models (high `keep_best`, low KL to the reference) kept in `frontier/`."""
     max_reference_kl: float | None = None
-    """KL budget, nats per response: stop when a rollout exceeds it, and keep no "best" model beyond it."""
+    """KL budget, nats per response. The run stops when a rollout exceeds it. No model beyond it is kept as the best."""
     episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
-    """Limits of episodes with an environment, concurrency, retries; without an environment it must not be set."""
+    """Settings of episodes with an environment: limits, concurrency, retries. Do not set it without an environment."""
     missing_eos: MissingEOS | None = None
     """Penalty of a response that reached `max_new_tokens` without a stop token; None: no penalty."""
     overlong: SoftOverlong | None = None
@@ -47,7 +47,7 @@ class TrainConfig:
     mask_truncated: bool = False
     """Leave responses without a stop token out of the loss; they still count in baselines and statistics."""
     best_of: int | None = None
-    """Learn only from this many responses to each prompt, those with the highest scores (best-of-n); None: from all."""
+    """Learn only from the `best_of` responses to each prompt with the highest scores (best-of-n); None: from all."""
     dynamic_sampling: DynamicSampling | None = None
     """Replace groups in which all responses have the same score; None: keep them."""
     curriculum: Curriculum | None = None
@@ -64,7 +64,7 @@ class TrainConfig:
     """"each": every process calls the reward sources with its own samples; "once": process 0 calls them once with the
     samples of all processes."""
     max_time: float | None = None
-    """Time limit of the loop, seconds: it stops, with a checkpoint, when one more iteration would exceed it."""
+    """Time limit of the loop, seconds. If one more iteration would exceed it, the loop stops with a checkpoint."""
     resume: bool = True
     """Resume from the latest intact checkpoint in `output_dir`."""
     progress: bool = True

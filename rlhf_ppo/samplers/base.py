@@ -18,9 +18,9 @@ class SamplingConfig:
     max_new_tokens: int
     """Maximum response length in tokens, the stop token included."""
     min_new_tokens: int = 0
-    """Minimum response length in tokens: before it, stop tokens have probability 0 and stop strings are ignored."""
+    """Minimum response length in tokens. Until then, stop tokens have probability 0 and stop strings are ignored."""
     temperature: float = 1.0
-    """Logits are divided by it; below 1 the distribution becomes sharper."""
+    """Divisor of the logits; below 1 the distribution becomes sharper."""
     top_k: int = 0
     """Sample from the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -28,12 +28,12 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     """Above 1, tokens already in the prompt or response become less likely (Keskar et al. 2019, §4.1)."""
     stop_token_ids: tuple[int, ...] | None = None
-    """A response ends with the first of these tokens; None: in `train()` and `evaluate()` the end-of-sequence tokens of
-    the model's generation config and of the tokenizer, in a sampler called by itself none; (): never."""
+    """A response ends with the first of these tokens. (): none. None in `train()` and `evaluate()`: the end-of-sequence
+    tokens of the model's generation config and of the tokenizer. None in a sampler that you call yourself: none."""
     stop_strings: tuple[str, ...] = ()
     """A response ends with the token that completes one of these strings; the sampler needs a tokenizer for it."""
     num_return_sequences: int = 1
-    """Responses per prompt, in adjacent rows."""
+    """Number of responses per prompt; they are in adjacent rows."""
     do_sample: bool = True
     """False decodes greedily; temperature, top-k and top-p then have no effect."""
 
@@ -110,12 +110,12 @@ class Samples:
     responses: list[Int[Tensor, "_"]]
     """Sampled tokens, 1-D, the stop token included, without padding."""
     logprobs: list[Float[Tensor, "_"]] | None
-    """Log-probability of each token under the distribution it was sampled from (greedy: under the processed logits),
-    nats, float32. None if the sampler does not return it."""
+    """Log-probability of each token under the distribution from which it was sampled, nats, float32. For greedy tokens,
+    this is the distribution of the processed logits. None if the sampler does not return log-probabilities."""
     values: list[Float[Tensor, "_"]] | None = None
     """V(s_0) ... V(s_{T-1}) of each response by the model's value head, float32; None if not computed."""
     finished: list[bool]
-    """Whether each response ended with a stop token or string; False: cut at `max_new_tokens`."""
+    """Whether each response ended with a stop token or string. False: it was cut off at `max_new_tokens`."""
     counts: SamplingCounts = field(default_factory=SamplingCounts)
 
 
