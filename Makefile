@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 STAMP := $(VENV)/.installed
+DEMO := $(VENV)/.demo-installed
 ENGINES := $(VENV)/.engines-installed
 CLASSIC ?= .venv-trl-0.11.4
 LIBRARY := tests/functional tests/algorithms tests/models tests/rollout tests/samplers tests/reward_model
@@ -24,17 +25,19 @@ install: $(STAMP)  ## the environment in .venv with the tested versions (constra
 
 # torch goes first, exactly pinned: an index may then serve the build that fits the machine,
 # and nothing installed later can replace it. --no-compile: most modules are never imported; those that are compile then.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): EXTRA := dev
+$(DEMO): EXTRA := demo
+$(STAMP) $(DEMO): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): name another one: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) could not make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "Installing $(TORCH) into $(VENV) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
 	@echo "Installing rlhf_ppo and the versions of constraints.txt ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRA)]'
+	@touch $@ $(DEMO)
 
-demo: $(STAMP)  ## SFT, reward model, PPO and evaluation on movie reviews; options: make demo ARGS="--seed 1"
+demo: $(DEMO)  ## SFT, reward model, PPO and evaluation on movie reviews; options: make demo ARGS="--seed 1"
 	@$(BIN)/python recipes/ppo_gpt2_sentiment.py $(ARGS)
 
 test: $(STAMP)  ## the fast tier on two processes; options: make test ARGS="-k gae"

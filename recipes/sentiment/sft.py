@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -149,8 +149,10 @@ def optimize(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config
         loss = nnf.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with one_thread():  # Muon multiplies matrices that are too small to share
+            optimizers[0].step()
+        optimizers[1].step()
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad()
         return loss
 
@@ -160,6 +162,17 @@ def optimize(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config
     parts = {"model": model, "muon": optimizers[0], "adamw": optimizers[1]}
     data = data_of_steps(openings, stretches, config)
     train_steps("Language model", step, data, steps=config.steps, parts=parts, kept=kept)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread; afterwards on as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def data_of_steps(openings: torch.Tensor, stretches: torch.Tensor, config: SFTConfig) -> Iterator[torch.Tensor]:
