@@ -4,9 +4,10 @@ Each stage returns a new frozen batch; no field is filled in later. Rows are epi
 time steps (one response token each). `mask` is True exactly at the policy's actions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from itertools import chain
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +16,7 @@ from torch import Tensor
 from rlhf_ppo.utils.transfer import upload
 
 Rows = Int[Tensor, " rows"]
+Batch = TypeVar("Batch", bound="RowBatch")
 
 
 @runtime_checkable
@@ -23,23 +25,18 @@ class PolicyInputs(Protocol):
 
     def select(self, rows: Rows) -> "PolicyInputs":
         """The same inputs for `rows` alone."""
-        ...
 
     def costs(self) -> Int[Tensor, " batch"]:
         """Tokens (or steps) of each row; micro-batches are sorted and cut by them."""
-        ...
 
     def width(self) -> int:
         """T: time steps of the longest row, the columns of every [batch, time] tensor."""
-        ...
 
     def to(self, device: torch.device) -> "PolicyInputs":
         """The same inputs on a device."""
-        ...
 
     def joined(self, others: Sequence[Any]) -> "PolicyInputs":
         """Concatenate: these rows, then those of `others`, which have the same type."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +69,7 @@ class TokenInputs:
         )
 
     def joined(self, others: Sequence["TokenInputs"]) -> "TokenInputs":
-        parts = [self, *others]
-        return TokenInputs(
-            prompts=[prompt for part in parts for prompt in part.prompts],
-            responses=[response for part in parts for response in part.responses],
-        )
+        return TokenInputs(**join_columns([self, *others], ("prompts", "responses")))
 
     def response_lengths(self) -> Int[Tensor, " batch"]:
         """Tokens of each response, [B]."""
@@ -128,11 +121,40 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBatch:
-    """The batch that an update trains on: actions with their advantages and value targets."""
+class RowBatch:
+    """A batch whose fields are tensors with one row for each of `inputs`, None, or values of the whole batch."""
 
     inputs: PolicyInputs
     mask: Bool[Tensor, "batch time"]
+    """True where a step is an action of the policy."""
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def select(self: Batch, rows: Rows) -> Batch:
+        """The same batch for `rows` alone, its columns cut to the longest of these rows."""
+        inputs = self.inputs.select(rows)
+        width, index = inputs.width(), upload(rows, self.mask.device)
+        cut = self._map_tensors(lambda value: value[index][:, :width] if value.dim() > 1 else value[index])
+        return replace(self, inputs=inputs, **cut)
+
+    def to(self: Batch, device: torch.device) -> Batch:
+        return replace(self, inputs=self.inputs.to(device), **self._map_tensors(lambda value: value.to(device)))
+
+    def joined(self: Batch, others: Sequence[Batch]) -> Batch:
+        """Concatenate: these rows, then those of `others`, padded to the longest row; None where one of them is."""
+        columns = join_columns([self, *others], list(self._map_tensors(lambda value: value)))
+        return replace(self, inputs=self.inputs.joined([other.inputs for other in others]), **columns)
+
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch(RowBatch):
+    """The batch that an update trains on: actions with their advantages and value targets."""
+
     logprobs: Float[Tensor, "batch time"]
     """log π_old of the rollout policy, nats: the denominator of the probability ratio."""
     values: Float[Tensor, "batch time"]
@@ -148,34 +170,9 @@ class TrainBatch:
     old_states: Float[Tensor, "batch time hidden"] | None = None
     """Hidden states of the rollout policy, for the exact KL to it; None where no loss uses that KL."""
 
-    def __len__(self) -> int:
-        return self.mask.shape[0]
-
-    def select(self, rows: Rows) -> "TrainBatch":
-        """The same batch for `rows` alone, its columns cut to the longest of these rows."""
-        inputs = self.inputs.select(rows)
-        width, index = inputs.width(), upload(rows, self.mask.device)
-        return replace(self, inputs=inputs, **self._map_tensors(lambda value: value[index][:, :width]))
-
     def without_actions(self) -> "TrainBatch":
         """The same rows with an all-False mask: a pass over them adds 0 to every sum and gradient."""
         return replace(self, mask=torch.zeros_like(self.mask))
-
-    def to(self, device: torch.device) -> "TrainBatch":
-        """The same batch on a device."""
-        return replace(self, inputs=self.inputs.to(device), **self._map_tensors(lambda value: value.to(device)))
-
-    def joined(self, others: Sequence["TrainBatch"]) -> "TrainBatch":
-        """Concatenate: these rows, then those of `others`, padded to the longest row."""
-        changes: dict[str, Any] = {
-            name: concatenate_rows([value, *(getattr(other, name) for other in others)])
-            for name, value in self._map_tensors(lambda value: value).items()
-        }
-        return replace(self, inputs=self.inputs.joined([other.inputs for other in others]), **changes)
-
-    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def split_into_micro_batches(
@@ -218,3 +215,35 @@ def concatenate_rows(parts: Sequence[Tensor]) -> Tensor:
     width = max(part.shape[1] for part in parts)
     unpadded = [0, 0] * (parts[0].dim() - 2)
     return torch.cat([torch.nn.functional.pad(part, (*unpadded, 0, width - part.shape[1])) for part in parts])
+
+
+def join_columns(owners: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
+    """Attributes of several objects, one after the other: lists, tensors, dicts of them; None where one is None."""
+
+    def join(columns: Sequence[Any]) -> Any:
+        if any(column is None for column in columns):
+            return None
+        if isinstance(columns[0], Mapping):
+            return {name: join([column[name] for column in columns]) for name in columns[0]}
+        if isinstance(columns[0], Tensor):
+            return concatenate_rows(columns)
+        return list(chain.from_iterable(columns))
+
+    return {name: join([getattr(owner, name) for owner in owners]) for name in names}
+
+
+def select_columns(owner: object, names: Sequence[str], rows: Sequence[int]) -> dict[str, Any]:
+    """Some rows of an object's attributes: of lists, tensors, dicts of them; None and empty lists stay."""
+
+    def select(column: Any) -> Any:
+        match column:
+            case None | []:
+                return column
+            case Tensor():
+                return column[torch.tensor(rows, dtype=torch.long)]
+            case Mapping():
+                return {name: select(part) for name, part in column.items()}
+            case _:
+                return [column[row] for row in rows]
+
+    return {name: select(getattr(owner, name)) for name in names}

@@ -5,8 +5,6 @@ on reviews that the reward model never saw. Both mostly count words, so neither 
 distinct n-grams, the repetition and the samples beside them. Every mean comes with its standard error.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -23,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from rlhf_ppo.batch import join_columns
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.loop.run_folder import Estimates, RunFolder, Sample
 from rlhf_ppo.report import write_report
@@ -46,7 +45,7 @@ class Measurement:
     """Its standard error; nan with fewer than two values."""
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Measurement:
+    def of(cls, values: Sequence[float]) -> "Measurement":
         """Mean and standard error (sample standard deviation over √n) of independent values."""
         if not values:
             return cls(math.nan, math.nan)
@@ -80,7 +79,7 @@ class ReviewClassifier:
     @classmethod
     def train(
         cls, reviews: Sequence[Review], *, min_words: int = 20, max_words: int = 32, per_review: int = 6
-    ) -> ReviewClassifier:
+    ) -> "ReviewClassifier":
         """Learn from excerpts as long as the texts to be judged.
 
         Args:
@@ -108,13 +107,13 @@ class ReviewClassifier:
             return []
         return [float(p) for p in self._classifier.predict_proba(self._vectorizer.transform(texts))[:, 1]]
 
-    def accuracy(self, reviews: Sequence[Review], *, min_words: int = 20, max_words: int = 32) -> Measurement:
+    def accuracy(self, reviews: Sequence[Review], *, min_words: int = 20, max_words: int = 32) -> "Measurement":
         """Share of openings of held-out reviews whose label it tells."""
         texts, labels = labeled_excerpts(reviews, min_words=min_words, max_words=max_words)
         return Measurement.of([float((p > 0.5) == (label == 1)) for p, label in zip(self(texts), labels, strict=True)])
 
 
-def distinct_ngrams(texts: Sequence[str], n: int, *, group_size: int = GROUP_SIZE) -> Measurement:
+def distinct_ngrams(texts: Sequence[str], n: int, *, group_size: int = GROUP_SIZE) -> "Measurement":
     """Distinct-n (Li et al. 2016): different n-grams of words over all n-grams, in groups of `group_size` texts.
 
     About 0.9 for bigrams of human text; a policy that has collapsed to one phrase comes near 0. The last group is left
@@ -131,7 +130,7 @@ def distinct_ngrams(texts: Sequence[str], n: int, *, group_size: int = GROUP_SIZ
     return Measurement.of(ratios)
 
 
-def repetition(texts: Sequence[str], n: int = 2) -> Measurement:
+def repetition(texts: Sequence[str], n: int = 2) -> "Measurement":
     """Share of a text's n-grams that it has used before: 0 = never repeats itself. Short texts are left out."""
     shares = []
     for text in texts:
@@ -185,11 +184,7 @@ class ResumableEvaluation:
 
 def concatenate(chunks: list[Evaluation]) -> Evaluation:
     """One evaluation of the prompts of all chunks, in their order."""
-    return Evaluation(
-        prompts=[text for chunk in chunks for text in chunk.prompts],
-        responses=[text for chunk in chunks for text in chunk.responses],
-        measures={name: [value for chunk in chunks for value in chunk.measures[name]] for name in chunks[0].measures},
-    )
+    return Evaluation(**join_columns(chunks, ("prompts", "responses", "measures")))
 
 
 def remove_chunks(run: RunFolder) -> None:

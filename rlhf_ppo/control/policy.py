@@ -6,13 +6,12 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rlhf_ppo.batch import PolicyOutput, Rows
+from rlhf_ppo.batch import PolicyOutput, Rows, join_columns
 from rlhf_ppo.functional import (
     categorical_kl,
     categorical_metric,
@@ -51,50 +50,13 @@ class ControlInputs:
         return ControlInputs(observations=self.observations.to(device), actions=self.actions.to(device))
 
     def joined(self, others: Sequence["ControlInputs"]) -> "ControlInputs":
-        parts = [self, *others]
-        return ControlInputs(
-            observations=torch.cat([part.observations for part in parts]),
-            actions=torch.cat([part.actions for part in parts]),
-        )
+        return ControlInputs(**join_columns([self, *others], ("observations", "actions")))
 
     def flatten_time(self) -> "ControlInputs":
         """One row per step: [B T, 1, ...]."""
         return ControlInputs(
             observations=self.observations.flatten(0, 1).unsqueeze(1), actions=self.actions.flatten(0, 1).unsqueeze(1)
         )
-
-
-@runtime_checkable
-class Distribution(Protocol):
-    """Distribution over actions, from the actor's outputs [..., K]."""
-
-    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Sample in advance the noise for actions of leading shape `shape`."""
-        ...
-
-    def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        """The action sampled with `noise`."""
-        ...
-
-    def mode(self, outputs: Tensor) -> Tensor:
-        """The most likely action."""
-        ...
-
-    def logprobs(self, outputs: Tensor, actions: Tensor) -> Tensor:
-        """Log π(a|s), nats."""
-        ...
-
-    def entropy(self, outputs: Tensor) -> Tensor:
-        """S[π(.|s)], nats."""
-        ...
-
-    def outputs_and_metric(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
-        """The distribution's parameters, with gradient, and their Fisher metric."""
-        ...
-
-    def kl_from_current(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function of new outputs: KL(these outputs || new outputs), nats."""
-        ...
 
 
 class Gaussian(nn.Module):
@@ -110,6 +72,7 @@ class Gaussian(nn.Module):
         self.log_std = nn.Parameter(torch.full((size,), log_std))
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Sample in advance the noise for actions of leading shape `shape`."""
         return torch.randn(*shape, len(self.log_std), generator=generator)
 
     def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
@@ -125,10 +88,12 @@ class Gaussian(nn.Module):
         return gaussian_entropy(self.log_std).expand(outputs.shape[:-1])
 
     def outputs_and_metric(self, outputs: Tensor, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
+        """The distribution's parameters, with gradient, and their Fisher metric."""
         log_std = self.log_std.expand_as(outputs)
         return (outputs, log_std), gaussian_metric(log_std, weights)
 
     def kl_from_current(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function of new outputs: KL(these outputs || new outputs), nats."""
         log_std = self.log_std.detach().clone()
         return lambda new: gaussian_kl(outputs, log_std, new, self.log_std)
 

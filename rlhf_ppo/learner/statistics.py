@@ -4,7 +4,7 @@
 functions add metrics of this package. docs/metrics.md says what each means and which values are healthy.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -12,12 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_ppo.batch import concatenate_rows
+from rlhf_ppo.batch import join_columns
 from rlhf_ppo.functional import masked_mean, total_scores
 from rlhf_ppo.rollout.experience import Responses, ScoredResponses
 from rlhf_ppo.updates import UpdateRecord
-
-TIMINGS = ("forward_pass", "compute_rewards", "compute_advantages", "optimize_step", "calc_stats", "total")
 
 BIAS_BINS = 5
 """Parts of a response in which the bias of the critic is measured."""
@@ -55,16 +53,12 @@ class StepData:
         )  # fmt: skip
 
     def cpu(self) -> "StepData":
-        """The same data on the CPU."""
-        return self._map(lambda name, column: column.cpu())
+        columns = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: column.cpu() for name, column in columns.items() if column is not None})
 
     def concatenate(self, others: Sequence["StepData"]) -> "StepData":
         """Concatenate the rows of this process and `others`."""
-        return self._map(lambda name, column: concatenate_rows([column, *(getattr(other, name) for other in others)]))
-
-    def _map(self, change: Callable[[str, Tensor], Tensor]) -> "StepData":
-        columns = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: change(name, column) for name, column in columns.items() if column is not None})
+        return StepData(**join_columns([self, *others], [item.name for item in fields(self)]))
 
 
 def classic_statistics(

@@ -3,12 +3,9 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import torch
-
-from rlhf_ppo.batch import concatenate_rows
+from rlhf_ppo.batch import join_columns, select_columns
 from rlhf_ppo.rewards.sources import RewardScores
 from rlhf_ppo.rollout.collect import CollectedResponses
 from rlhf_ppo.samplers.base import Samples
@@ -91,65 +88,28 @@ def fill_batch(
     chosen = sorted([*spread, *others][:groups])
     rows = [group * group_size + copy for group in chosen for copy in range(group_size)]
     counts = collected.counts | {"env/groups_sampled": sampled, "env/groups_equal": sampled - len(spread)}
-    return replace(_select_responses(collected, rows), counts=counts), _select_scores(scores, rows)
+    return replace(_select_responses(collected, rows), counts=counts), scores.select(rows)
 
 
 _SAMPLE_COLUMNS = ("prompts", "responses", "finished", "logprobs", "values")
 _RESPONSE_COLUMNS = ("prompts", "responses", "columns", "episodes", "tasks")
-_SCORE_COLUMNS = ("total", "per_token", "per_source", "skipped", "dropped")
 
 
 def _concatenate_responses(parts: Sequence[CollectedResponses]) -> CollectedResponses:
-    def join(owners: Sequence[object], names: Sequence[str]) -> dict[str, Any]:
-        return {name: _join([getattr(owner, name) for owner in owners]) for name in names}
-
-    return CollectedResponses(
-        samples=Samples(**join([part.samples for part in parts], _SAMPLE_COLUMNS)), **join(parts, _RESPONSE_COLUMNS),
-        counts={name: sum(part.counts.get(name, 0) for part in parts) for name in parts[0].counts},
-    )  # fmt: skip
+    samples = Samples(**join_columns([part.samples for part in parts], _SAMPLE_COLUMNS))
+    counts = {name: sum(part.counts.get(name, 0) for part in parts) for name in parts[0].counts}
+    return CollectedResponses(samples=samples, counts=counts, **join_columns(parts, _RESPONSE_COLUMNS))
 
 
 def _select_responses(collected: CollectedResponses, rows: Sequence[int]) -> CollectedResponses:
-    samples = replace(collected.samples, **_rows_of(collected.samples, _SAMPLE_COLUMNS, rows))
-    return replace(collected, samples=samples, **_rows_of(collected, _RESPONSE_COLUMNS, rows))
-
-
-def _select_scores(scores: RewardScores, rows: Sequence[int]) -> RewardScores:
-    return replace(scores, **_rows_of(scores, _SCORE_COLUMNS, rows))
-
-
-def _join(columns: Sequence[Any]) -> Any:
-    """Lists one after the other, those of a dict by key; None where one is."""
-    if any(column is None for column in columns):
-        return None
-    if isinstance(columns[0], dict):
-        return {name: _join([column[name] for column in columns]) for name in columns[0]}
-    return list(chain.from_iterable(columns))
-
-
-def _rows_of(owner: object, names: Sequence[str], rows: Sequence[int]) -> dict[str, Any]:
-    """Some rows of the named columns."""
-
-    def select(column: Any) -> Any:
-        match column:
-            case None | []:
-                return column
-            case torch.Tensor():
-                return column[torch.tensor(rows, dtype=torch.long)]
-            case dict():
-                return {name: select(part) for name, part in column.items()}
-            case _:
-                return [column[row] for row in rows]
-
-    return {name: select(getattr(owner, name)) for name in names}
+    samples = replace(collected.samples, **select_columns(collected.samples, _SAMPLE_COLUMNS, rows))
+    return replace(collected, samples=samples, **select_columns(collected, _RESPONSE_COLUMNS, rows))
 
 
 def _concatenate_scores(parts: Sequence[RewardScores]) -> RewardScores:
-    per_token = [part.per_token for part in parts if part.per_token is not None]
-    if per_token and len(per_token) < len(parts):
+    if len({part.per_token is None for part in parts}) > 1:
         raise ValueError(
             "expected scores per token in every round of an iteration, or in none, got both: they cannot be joined. "
             "Let the reward source return one kind."
         )
-    joined = parts[0].joined(parts[1:])
-    return replace(joined, per_token=concatenate_rows(per_token) if per_token else None)
+    return parts[0].joined(parts[1:])

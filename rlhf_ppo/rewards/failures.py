@@ -1,16 +1,18 @@
-"""Retry failed reward sources; after the last attempt, raise or drop the affected samples."""
+"""Check what reward sources return and retry failed ones; after the last attempt, raise or drop the samples."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import torch
+
 from rlhf_ppo.rewards.calls import RewardRequest, RewardSourceError, WeightedSource, call_sources
+from rlhf_ppo.rewards.token_scores import token_scores
 from rlhf_ppo.utils.field_types import check_fields
 
 ScoreRow: TypeAlias = float | list[float] | None
-CheckSample: TypeAlias = Callable[[str, int, object, RewardRequest], ScoreRow]
-CheckResult: TypeAlias = Callable[[str, object, RewardRequest], list[ScoreRow]]
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +60,9 @@ class AllSourceResults:
 
 
 def call_with_retries(
-    sources: Sequence[WeightedSource],
-    request: RewardRequest,
-    failures: RewardFailures,
-    *,
-    check: CheckResult,
-    check_sample: CheckSample,
+    sources: Sequence[WeightedSource], request: RewardRequest, failures: RewardFailures
 ) -> AllSourceResults:
     """Call sources, and failed ones again, until each has returned valid scores or has no attempts left.
-
-    Args:
-        failures: Attempts, timeout, and what to do after the last attempt.
-        check: Converts a raw result to rows, or raises.
-        check_sample: Converts one entry of a result, or raises.
 
     Raises:
         RewardSourceError, TypeError, ValueError: A source failed at its last attempt and `on_failure` is "raise".
@@ -84,7 +76,7 @@ def call_with_retries(
             time.sleep(failures.backoff * 2 ** (attempt - 1))
         returned = call_sources(pending, request, timeout=failures.timeout, keep_going=keep_going)
         raw_results = {item.name: result for item, result in zip(pending, returned, strict=True)}
-        errors = _add_valid(raw_results, request, check, results)
+        errors = _add_valid(raw_results, request, results)
         results.failed_calls += len(errors)
         pending = [item for item in pending if item.name in errors]
         if not pending:
@@ -92,14 +84,14 @@ def call_with_retries(
     for name, error in errors.items():
         if failures.on_failure == "raise":
             raise error
-        rows = _salvage(name, raw_results[name], request, check_sample)
+        rows = _salvage(name, raw_results[name], request)
         results.failed_on[name] = [index for index, (_, failed) in enumerate(rows) if failed]
         results.rows[name] = [row for row, _ in rows]
     return results
 
 
 def _add_valid(
-    raw_results: Mapping[str, object], request: RewardRequest, check: CheckResult, results: AllSourceResults
+    raw_results: Mapping[str, object], request: RewardRequest, results: AllSourceResults
 ) -> dict[str, Exception]:
     """Add valid results to `results`; return source -> error for the others."""
     errors: dict[str, Exception] = {}
@@ -107,15 +99,13 @@ def _add_valid(
         try:
             if isinstance(result, RewardSourceError):
                 raise result
-            results.rows[name] = check(name, result, request)
+            results.rows[name] = _check_result(name, result, request)
         except (RewardSourceError, TypeError, ValueError) as error:
             errors[name] = error
     return errors
 
 
-def _salvage(
-    name: str, result: object, request: RewardRequest, check_sample: CheckSample
-) -> list[tuple[ScoreRow, bool]]:
+def _salvage(name: str, result: object, request: RewardRequest) -> list[tuple[ScoreRow, bool]]:
     """Valid entries of a failed result, as (entry, is dropped); drops all if the length is wrong."""
     count = len(request.prompts)
     result = result.tolist() if hasattr(result, "tolist") else result
@@ -124,7 +114,58 @@ def _salvage(
     rows: list[tuple[ScoreRow, bool]] = []
     for index, entry in enumerate(result):
         try:
-            rows.append((check_sample(name, index, entry, request), False))
+            rows.append((_check_sample(name, index, entry, request), False))
         except (TypeError, ValueError):
             rows.append((None, True))
     return rows
+
+
+def _check_result(name: str, result: object, request: RewardRequest) -> list[ScoreRow]:
+    """Convert a source's result to Python numbers; raise an error that names the source and the sample."""
+    result = result.tolist() if hasattr(result, "tolist") else result
+    if not isinstance(result, Sequence) or isinstance(result, (str, bytes)):
+        raise TypeError(
+            f"Reward source {name!r} must return a list with one entry per sample ({len(request.prompts)}), "
+            f"got {type(result).__name__}."
+        )
+    if len(result) != len(request.prompts):
+        raise ValueError(
+            f"Reward source {name!r} returned {len(result)} scores for {len(request.prompts)} samples. "
+            "Return one entry per sample, and None for those to be skipped."
+        )
+    return [_check_sample(name, index, entry, request) for index, entry in enumerate(result)]
+
+
+def _check_sample(name: str, index: int, entry: object, request: RewardRequest) -> ScoreRow:
+    entry = entry.tolist() if hasattr(entry, "tolist") else entry
+    if entry is None:
+        return None
+    length = None if request.response_lengths is None else request.response_lengths[index]
+    if isinstance(entry, Mapping) and length is not None:
+        try:
+            entry = token_scores(entry, length).tolist()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"Reward source {name!r}, sample {index}: {error}") from error
+    if isinstance(entry, (list, tuple)):
+        if len(entry) != length:
+            raise ValueError(
+                f"Reward source {name!r} returned {len(entry)} per-token scores for sample {index}, whose response "
+                f"has {'an unknown number of' if length is None else length} tokens. Return one number per token, or "
+                "one number for the whole response."
+            )
+        return [_number(name, index, value, request) for value in entry]
+    return _number(name, index, entry, request)
+
+
+def _number(name: str, index: int, value: object, request: RewardRequest) -> float:
+    if not isinstance(value, (int, float)):
+        raise TypeError(
+            f"Reward source {name!r} returned {type(value).__name__} for sample {index}, expected a number, a list of "
+            "numbers (one per token), a mapping of positions to numbers, or None."
+        )
+    if not abs(value) <= _FLOAT32_MAX:  # False for nan, too.
+        raise ValueError(
+            f"Reward source {name!r} returned {value} for sample {index} (response {request.responses[index][:60]!r}): "
+            "it would destroy the weights in one step. Return a finite number, or None to skip the sample."
+        )
+    return float(value)

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any, TypeAlias
 
 from accelerate.utils import broadcast_object_list
 
+from rlhf_ppo.batch import join_columns
 from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.rewards.sources import RewardRequest, RewardScores, RewardSourceError
 
@@ -39,7 +39,7 @@ def score_on_main(processes: Processes, prepare: Prepare, score: Score, postproc
     sizes = [len(request.prompts) for request in requests]
     rank = processes.accelerator.process_index
     start = sum(sizes[:rank])
-    own_scores = select_scores(all_scores, slice(start, start + sizes[rank]), requests[rank])
+    own_scores = select_scores(all_scores, range(start, start + sizes[rank]), requests[rank])
     if rank:
         own_scores = replace(own_scores, failed_calls=0)  # process 0 counts them
     return processes.run_or_fail_together(lambda: postprocess(own_scores))
@@ -47,29 +47,14 @@ def score_on_main(processes: Processes, prepare: Prepare, score: Score, postproc
 
 def concatenate_requests(requests: list[RewardRequest]) -> RewardRequest:
     """Concatenate requests into one, in order."""
-    lengths: list[int] | None = None
-    if all(request.response_lengths is not None for request in requests):
-        lengths = [length for request in requests for length in request.response_lengths or []]
-    names = requests[0].columns
-    return RewardRequest(
-        prompts=list(chain.from_iterable(request.prompts for request in requests)),
-        responses=list(chain.from_iterable(request.responses for request in requests)),
-        columns={name: list(chain.from_iterable(request.columns[name] for request in requests)) for name in names},
-        response_lengths=lengths,
-    )
+    return RewardRequest(**join_columns(requests, ("prompts", "responses", "columns", "response_lengths")))
 
 
-def select_scores(scores: RewardScores, rows: slice, request: RewardRequest) -> RewardScores:
+def select_scores(scores: RewardScores, rows: range, request: RewardRequest) -> RewardScores:
     """Scores of the samples `rows`, per-token scores cut to the longest response of `request`."""
+    own = scores.select(rows)
     width = max(request.response_lengths or [0], default=0)
-    return replace(
-        scores,
-        total=scores.total[rows],
-        per_token=None if scores.per_token is None else scores.per_token[rows, :width],
-        per_source={name: values[rows] for name, values in scores.per_source.items()},
-        skipped=scores.skipped[rows],
-        dropped=scores.dropped[rows],
-    )
+    return own if own.per_token is None else replace(own, per_token=own.per_token[:, :width])
 
 
 def _broadcast_from_main(processes: Processes, work: Callable[[], RewardScores]) -> RewardScores:

@@ -8,13 +8,14 @@ tokens; they are never tokenized again.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rlhf_ppo.batch import join_columns, select_columns
 from rlhf_ppo.rewards.calls import (
     Reward,
     RewardRequest,
@@ -23,7 +24,6 @@ from rlhf_ppo.rewards.calls import (
     WeightedSource,
 )
 from rlhf_ppo.rewards.failures import RAISE_ON_FAILURE, AllSourceResults, RewardFailures, ScoreRow, call_with_retries
-from rlhf_ppo.rewards.token_scores import token_scores
 
 __all__ = [
     "Reward",
@@ -38,7 +38,7 @@ __all__ = [
     "score_batch",
 ]
 
-_FLOAT32_MAX = torch.finfo(torch.float32).max
+_SCORE_COLUMNS = ("total", "per_token", "per_source", "skipped", "dropped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +65,14 @@ class RewardScores:
         return self.total if self.per_token is None else self.per_token
 
     def joined(self, others: "Sequence[RewardScores]") -> "RewardScores":
-        """Concatenate with the scores of `others`, from the same sources; `per_token` is dropped."""
+        """Concatenate with the scores of `others`, from the same sources; `per_token` is None where one of them is."""
         batches = [self, *others]
-        return RewardScores(
-            total=torch.cat([batch.total for batch in batches]),
-            per_token=None,
-            per_source={name: torch.cat([batch.per_source[name] for batch in batches]) for name in self.per_source},
-            skipped=torch.cat([batch.skipped for batch in batches]),
-            dropped=torch.cat([batch.dropped for batch in batches]),
-            failed_calls=sum(batch.failed_calls for batch in batches),
-        )
+        failed_calls = sum(batch.failed_calls for batch in batches)
+        return RewardScores(**join_columns(batches, _SCORE_COLUMNS), failed_calls=failed_calls)
+
+    def select(self, rows: Sequence[int]) -> "RewardScores":
+        """The scores of some samples, with the failed calls of all."""
+        return replace(self, **select_columns(self, _SCORE_COLUMNS, rows))
 
     def metrics(self) -> dict[str, float]:
         """Mean and standard deviation of each source over the samples it scored; fractions skipped and dropped."""
@@ -144,7 +142,7 @@ def score_batch(
         TypeError, ValueError: A result of the wrong length, type or value; the message names source and sample.
     """
     weighted_sources = named_sources(sources)
-    results = call_with_retries(weighted_sources, request, failures, check=_check_result, check_sample=_check_sample)
+    results = call_with_retries(weighted_sources, request, failures)
     rows = results.rows
     per_source = {
         item.name: torch.tensor([math.nan if row is None else math.fsum(_as_list(row)) for row in rows[item.name]])
@@ -199,57 +197,6 @@ def _sum_per_token(
             values = torch.tensor(_as_list(row), dtype=torch.float64)
             per_token[sample, lengths[sample] - len(values) : lengths[sample]] += item.weight * values
     return per_token.float()
-
-
-def _check_result(name: str, result: object, request: RewardRequest) -> list[ScoreRow]:
-    """Convert a source's result to Python numbers; raise an error that names the source and the sample."""
-    result = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(result, Sequence) or isinstance(result, (str, bytes)):
-        raise TypeError(
-            f"Reward source {name!r} must return a list with one entry per sample ({len(request.prompts)}), "
-            f"got {type(result).__name__}."
-        )
-    if len(result) != len(request.prompts):
-        raise ValueError(
-            f"Reward source {name!r} returned {len(result)} scores for {len(request.prompts)} samples. "
-            "Return one entry per sample, and None for those to be skipped."
-        )
-    return [_check_sample(name, index, entry, request) for index, entry in enumerate(result)]
-
-
-def _check_sample(name: str, index: int, entry: object, request: RewardRequest) -> ScoreRow:
-    entry = entry.tolist() if hasattr(entry, "tolist") else entry
-    if entry is None:
-        return None
-    length = None if request.response_lengths is None else request.response_lengths[index]
-    if isinstance(entry, Mapping) and length is not None:
-        try:
-            entry = token_scores(entry, length).tolist()
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"Reward source {name!r}, sample {index}: {error}") from error
-    if isinstance(entry, (list, tuple)):
-        if len(entry) != length:
-            raise ValueError(
-                f"Reward source {name!r} returned {len(entry)} per-token scores for sample {index}, whose response "
-                f"has {'an unknown number of' if length is None else length} tokens. Return one number per token, or "
-                "one number for the whole response."
-            )
-        return [_number(name, index, value, request) for value in entry]
-    return _number(name, index, entry, request)
-
-
-def _number(name: str, index: int, value: object, request: RewardRequest) -> float:
-    if not isinstance(value, (int, float)):
-        raise TypeError(
-            f"Reward source {name!r} returned {type(value).__name__} for sample {index}, expected a number, a list of "
-            "numbers (one per token), a mapping of positions to numbers, or None."
-        )
-    if not abs(value) <= _FLOAT32_MAX:  # False for nan, too.
-        raise ValueError(
-            f"Reward source {name!r} returned {value} for sample {index} (response {request.responses[index][:60]!r}): "
-            "it would destroy the weights in one step. Return a finite number, or None to skip the sample."
-        )
-    return float(value)
 
 
 def _as_list(row: float | list[float]) -> list[float]:

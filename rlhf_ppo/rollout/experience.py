@@ -8,7 +8,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rlhf_ppo.batch import PolicyOutput, Rollout, TokenInputs, episode_of_rows, pad_rows, split_into_micro_batches
+from rlhf_ppo.batch import (
+    PolicyOutput,
+    Rollout,
+    RowBatch,
+    TokenInputs,
+    episode_of_rows,
+    pad_rows,
+    split_into_micro_batches,
+)
 from rlhf_ppo.functional import classic_whiten_rewards, kl_estimate, kl_shaped_rewards, last_action_index, total_scores
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, reward_kl
@@ -17,7 +25,7 @@ _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "k3": "k3"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Responses:
+class Responses(RowBatch):
     """A checked batch of responses and scores, from `step()` or `train()`."""
 
     inputs: TokenInputs

@@ -27,7 +27,7 @@ def a_number_a_token(prompts: Sequence[str], responses: Sequence[str], label: Se
 @pytest.mark.parametrize("source", [a_number_a_token, share_of_e])
 def test_each_part_of_the_answer_to_all_is_the_answer_to_its_request(source: Any) -> None:
     everyones = score_batch({"own": source}, concatenate_requests(REQUESTS))
-    for rows, request in zip((slice(0, 2), slice(2, 3)), REQUESTS, strict=True):
+    for rows, request in zip((range(2), range(2, 3)), REQUESTS, strict=True):
         own, expected = select_scores(everyones, rows, request), score_batch({"own": source}, request)
         assert_close(own.scores, expected.scores)
         assert torch.equal(own.skipped, expected.skipped)
