@@ -1,7 +1,5 @@
 """`python -m rlhf_ppo.report RUN_DIR`: write the report of a run, or serve it while the run trains."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import threading

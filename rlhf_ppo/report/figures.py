@@ -1,7 +1,5 @@
 """Which metrics the report plots, with units and how to read the curves."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

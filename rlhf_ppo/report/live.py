@@ -1,7 +1,5 @@
 """Live report: serve the page of a run while it trains; the browser refreshes it as the run writes."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

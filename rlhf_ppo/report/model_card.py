@@ -1,7 +1,5 @@
 """README.md of a run folder: a model card with the metadata that the Hugging Face hub reads."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

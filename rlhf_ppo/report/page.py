@@ -1,10 +1,7 @@
 """Report page of a run: one self-contained HTML file, light and dark, readable on a phone."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_ppo.loop.run_folder import RunFolder, Sample
@@ -24,17 +21,6 @@ FIRST_JUDGED = 10
 CARD_PLOTS = ("reward", "kl", "frontier")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleRow:
-    """A sample with its scores as (judge, text)."""
-
-    prompt: str
-    before: str
-    after: str
-    before_scores: list[tuple[str, str]]
-    after_scores: list[tuple[str, str]]
-
-
 def write_report(run_dir: Path | str, *, title: str) -> Path:
     """Write plots/*.png, README.md (the model card) and report.html into a run folder.
 
@@ -52,37 +38,30 @@ def write_report(run_dir: Path | str, *, title: str) -> Path:
     """
     run = RunFolder.open(run_dir)
     data = read_run(run)
-    plots, missing, notes = _plots(data)
+    plots, missing = _plots(data)
     for plot in plots:
         run.write_bytes(f"plots/{plot.name}.png", plot.light)
     shown = [(plot.title, f"plots/{plot.name}.png") for plot in plots if plot.name in CARD_PLOTS]
     run.write_text("README.md", model_card(data, title=title, plots=shown))
-    return run.write_text("report.html", _page(data, title, plots, missing, [*data.notes, *notes]))
+    return run.write_text("report.html", _page(data, title, plots, missing))
 
 
 def live_page(run: RunFolder, *, title: str) -> str:
     """Render the page of a run that still trains; nothing is written."""
     data = read_run(run)
-    plots, missing, notes = _plots(data)
-    return _page(data, title, plots, missing, [*data.notes, *notes], is_live=True)
+    return _page(data, title, *_plots(data), is_live=True)
 
 
-def _plots(data: RunData) -> tuple[list[Plot], list[str], list[str]]:
+def _plots(data: RunData) -> tuple[list[Plot], list[str]]:
+    """The plots, and titles of those without data; without matplotlib none, and a note in `data`."""
     try:
-        return *draw_plots(data), []
+        return draw_plots(data)
     except ImportError:
-        return [], [], ["Plots need matplotlib: pip install matplotlib, then write the report again."]
+        data.notes.append("Plots need matplotlib: pip install matplotlib, then write the report again.")
+        return [], []
 
 
-def _page(
-    data: RunData,
-    title: str,
-    plots: Sequence[Plot],
-    missing: Sequence[str],
-    notes: Sequence[str],
-    *,
-    is_live: bool = False,
-) -> str:
+def _page(data: RunData, title: str, plots: Sequence[Plot], missing: Sequence[str], *, is_live: bool = False) -> str:
     is_judged = bool(data.after) or len(data.metrics) >= (FIRST_JUDGED if is_live else 1)
     first, risen, fallen = _select_samples(data.samples)
     responses, scales = token_view(data.tokens)
@@ -93,7 +72,7 @@ def _page(
         title=title,
         headline=headline(data),
         tiles=tiles(data),
-        notes=notes,
+        notes=data.notes,
         is_live=is_live,
         findings=findings(data) if is_judged else [],
         judged=is_judged,
@@ -107,6 +86,8 @@ def _page(
             (f"The {len(fallen)} that fell most", fallen, False),
         ],
         judge=metric_label(_judge(data.samples)),
+        metric_label=metric_label,
+        format_number=format_number,
         responses=responses,
         quantities=QUANTITIES,
         scales=scales,
@@ -115,7 +96,7 @@ def _page(
     )
 
 
-def _select_samples(samples: Sequence[Sample]) -> tuple[list[SampleRow], list[SampleRow], list[SampleRow]]:
+def _select_samples(samples: Sequence[Sample]) -> tuple[Sequence[Sample], ...]:
     """Select the first samples, and those whose score by the judge rose and fell most."""
     judge = _judge(samples)
     changes = [
@@ -125,27 +106,13 @@ def _select_samples(samples: Sequence[Sample]) -> tuple[list[SampleRow], list[Sa
     ]
     risen = sorted((change for change in changes if change[0] > 0), reverse=True)[:EXTREME_SAMPLES]
     fallen = sorted(change for change in changes if change[0] < 0)[:EXTREME_SAMPLES]
-    return (
-        [_sample_row(sample) for sample in samples[:FIRST_SAMPLES]],
-        [_sample_row(samples[index]) for _, index in risen],
-        [_sample_row(samples[index]) for _, index in fallen],
-    )
+    return samples[:FIRST_SAMPLES], [samples[index] for _, index in risen], [samples[index] for _, index in fallen]
 
 
 def _judge(samples: Sequence[Sample]) -> str:
     """Judge by which samples are ranked: an independent one if there is one, else the training reward."""
     names = [name for sample in samples[:1] for name in sample.after_scores]
     return next((name for name in (*JUDGES, *names) if name in names), "")
-
-
-def _sample_row(sample: Sample) -> SampleRow:
-    return SampleRow(
-        prompt=sample.prompt,
-        before=sample.before,
-        after=sample.after,
-        before_scores=[(metric_label(name), format_number(score)) for name, score in sample.before_scores.items()],
-        after_scores=[(metric_label(name), format_number(score)) for name, score in sample.after_scores.items()],
-    )
 
 
 def _data_uri(png: bytes) -> str:

@@ -1,7 +1,5 @@
 """Plots of a run as PNG, light and dark, by matplotlib without display or global state."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math
@@ -122,7 +120,7 @@ def _series(rows: Sequence[dict[str, float]], *names: str) -> list[tuple[float, 
 
 
 def _curves(panels: Sequence[Panel], rows: Sequence[dict[str, float]]) -> Painter:
-    def paint(canvas: Canvas, palette: Palette) -> None:
+    def paint(canvas: "Canvas", palette: Palette) -> None:
         axes = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, panel, color in zip(axes, panels, (palette.first, palette.second), strict=False):
             _curve(axis, panel, rows, palette, color)
@@ -131,7 +129,7 @@ def _curves(panels: Sequence[Panel], rows: Sequence[dict[str, float]]) -> Painte
     return paint
 
 
-def _curve(axis: Axes, panel: Panel, rows: Sequence[dict[str, float]], palette: Palette, color: str) -> None:
+def _curve(axis: "Axes", panel: Panel, rows: Sequence[dict[str, float]], palette: Palette, color: str) -> None:
     metric = _available_metric(panel, rows)
     points = _series(rows, metric)
     x, y = [point[0] for point in points], [point[1] for point in points]
@@ -155,7 +153,7 @@ def _frontier(rows: Sequence[dict[str, float]]) -> Painter | None:
     if len(points) < 2:
         return None
 
-    def paint(canvas: Canvas, palette: Palette) -> None:
+    def paint(canvas: "Canvas", palette: Palette) -> None:
         from matplotlib.patheffects import withStroke
 
         axis = canvas.subplots()
@@ -193,7 +191,7 @@ def _score_pairs(samples: Sequence[Sample]) -> dict[str, tuple[list[float], list
 
 
 def _histograms(pairs: dict[str, tuple[list[float], list[float]]]) -> Painter:
-    def paint(canvas: Canvas, palette: Palette) -> None:
+    def paint(canvas: "Canvas", palette: Palette) -> None:
         axes = canvas.subplots(len(pairs), 1, squeeze=False)[:, 0]
         for axis, (judge, pair) in zip(axes, pairs.items(), strict=True):
             edges = _edges([*pair[0], *pair[1]])

@@ -1,7 +1,5 @@
 """Read a run folder for the report; unreadable parts become notes instead of errors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Settings of a run as table rows."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any

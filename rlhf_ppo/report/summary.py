@@ -1,9 +1,7 @@
 """Summary of a run: headline, tiles, evaluation table, and signs of trouble."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+import statistics
 from dataclasses import dataclass
 
 from rlhf_ppo.loop.run_folder import Estimates
@@ -105,10 +103,9 @@ def tiles(data: RunData) -> list[Tile]:
 def findings(data: RunData) -> list[str]:
     """Sentences on signs of trouble, each with its number; empty if there are none."""
     problems = []
-    kl, variance, score = (
-        span(data, f"{name}") for name in ("objective/kl", "ppo/val/var_explained", "ppo/mean_scores")
-    )
-    clip, skipped = span(data, "ppo/policy/clipfrac"), _finite_values(data, "ppo/updates_skipped")
+    names = ("objective/kl", "ppo/val/var_explained", "ppo/mean_scores", "ppo/policy/clipfrac")
+    kl, variance, score, clip = (span(data, name) for name in names)
+    skipped = _finite_values(data, "ppo/updates_skipped")
     if kl and kl[1] < -1.0:
         problems.append(
             f"KL to the reference is {format_number(kl[1])} nats at the end. A clearly negative KL means that tokens "
@@ -149,15 +146,11 @@ def span(data: RunData, name: str) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
     tenth = max(1, len(values) // 10)
-    return _mean(values[:tenth]), _mean(values[-tenth:])
+    return statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])
 
 
 def _finite_values(data: RunData, name: str) -> list[float]:
     return [row[name] for row in data.metrics if math.isfinite(row.get(name, math.nan))]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _estimate(data: RunData, estimates: Estimates, name: str) -> str:

@@ -1,7 +1,5 @@
 """Responses with tokens colored by KL, advantage, value and log-probability."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Format numbers and name evaluation metrics for the report."""
 
-from __future__ import annotations
-
 import math
 
 EVALUATION_LABELS = {

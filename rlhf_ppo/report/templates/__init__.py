@@ -1,7 +1,5 @@
 """The templates of the report page and of the model card, and how they are filled in."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
