@@ -139,13 +139,6 @@ def separate_padding(model: Any, tokenizer: Any) -> None:
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set the rate of every dropout layer to 0: a score is a function of the text alone."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
 def max_positions(model: Any) -> int | None:
     """Maximum of positions of a model; None if its config has no limit."""
     config = model.config.get_text_config()

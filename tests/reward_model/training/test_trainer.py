@@ -132,6 +132,21 @@ def test_encoders_and_rotary_decoders_train_too(tmp_path: Path) -> None:
         assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+def test_dropout_is_off_also_where_a_model_calls_it_without_a_module(tmp_path: Path) -> None:
+    rows, scores = preference_rows(40), []
+    for dropout in (0.0, 0.5):
+        model = build("opt")
+        model.config.dropout = dropout
+        base = tmp_path / str(dropout)
+        model.save_pretrained(base)
+        tiny_tokenizer().save_pretrained(base)
+        trained = train_reward_model(
+            tiny_config(base, tmp_path / f"rm-{dropout}"), train=rows[:32], evaluation=rows[32:]
+        )
+        scores.append(RewardModel.from_pretrained(trained.path)(PROMPTS, RESPONSES))
+    assert scores[0] == scores[1]
+
+
 def test_conversations_are_trained_and_served_through_the_template(tiny_base: Path, tmp_path: Path) -> None:
     rows = [
         {
