@@ -8,12 +8,10 @@ class GuessNumber:
     """A guess costs 0.1, the right one earns 1."""
 
     def reset(self, secret: str) -> str:
-        """Begin a game."""
         self.secret = int(secret)
         return "guess"
 
     def step(self, reply: str) -> Turn:
-        """Answer a guess."""
         guess = int(reply) if reply.isdigit() else None
         if guess == self.secret:
             return Turn(reward=0.9, terminated=True)

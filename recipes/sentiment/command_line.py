@@ -1,7 +1,5 @@
 """What a user of the recipes sees: the command line, named phases, mistakes in one line, no foreign noise."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os
@@ -27,7 +25,7 @@ from rlhf_ppo import TrainState
 from rlhf_ppo.checkpoints import lock_run_folder
 from rlhf_ppo.checkpoints.folders import list_checkpoints
 from rlhf_ppo.loop.run_folder import RunFolder
-from rlhf_ppo.loop.signals import EXIT_ABORTED, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
+from rlhf_ppo.loop.signals import EXIT_ABORTED, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE, handled_signals
 from rlhf_ppo.report import serve_report
 from rlhf_ppo.utils.progress import ProgressBar
 from rlhf_ppo.utils.redaction import redacted
@@ -36,27 +34,15 @@ from .assets import AssetError
 
 _HINT = "(default: what suits the model)"
 
-
 IntByModel: TypeAlias = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_HINT)]
-
-
 FloatByModel: TypeAlias = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_HINT)]
-
-
 SwitchByModel: TypeAlias = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint=_HINT)]
-
-
 IntByCores: TypeAlias = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the cores)")]
-
-
 IntByLength: TypeAlias = Annotated[
     int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: a 25th of the iterations)")
 ]
 
-
 _RULE = re.compile(r"[\u2500-]{4,}")
-
-
 _FRAME = re.compile(r"[\u2500-\u257f]")
 
 
@@ -93,13 +79,8 @@ def leave_on_signals() -> Iterator[None]:
         line = f"Stopped by {name}. Finished phases and what this one has saved are kept; the same command goes on."
         leave(line, EXIT_RESUMABLE, None)
 
-    names = ("SIGINT", "SIGTERM", "SIGUSR1")
-    before = {known: signal.signal(known, stop) for name in names if (known := getattr(signal, name, None)) is not None}
-    try:
+    with handled_signals(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -182,7 +163,6 @@ class Phases:
         self.count, self.number, self.start = count, 0, time.perf_counter()
 
     def __call__(self, name: str) -> None:
-        """Begin the next phase."""
         self.number += 1
         self.say(f"[{self.number}/{self.count}] {name} ({time.perf_counter() - self.start:.0f} s)")
 
@@ -238,7 +218,6 @@ def use_threads(requested: int | None = None) -> None:
 
 
 CHUNKS_FOLDER = "evaluations.partial"
-
 
 IRRELEVANT_SETTINGS = {
     "output_dir", "fresh", "threads", "log_with", "save_every", "max_time", "vllm_url", "live", "live_address",

@@ -1,7 +1,5 @@
 """Settings of the sampler that a recipe generates with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal

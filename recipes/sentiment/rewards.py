@@ -1,7 +1,5 @@
 """Who rewards the policy: a reward model trained here, one trained before, or a sentiment classifier."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -154,7 +152,6 @@ def build_reward(
 PAIRS = 2200
 """Pairs that the reward model learns from: what two cores do in a minute and a half."""
 
-
 CHECKPOINTS = 20
 """Of the reward model's training, so that a killed one repeats at most 5 % of it."""
 
@@ -206,15 +203,12 @@ class SaveAndLeave(TrainerCallback):
     """After a signal: end the process behind a checkpoint of the step that runs."""
 
     def __init__(self, request: StopRequest) -> None:
-        """Take who knows of signals."""
         self.request = request
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a checkpoint."""
         control.should_save |= self.request.is_set
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave once it is written."""
         if self.request.is_set:
             done = f"step {state.global_step} of {state.max_steps} of the reward model"
             leave(

@@ -1,11 +1,9 @@
 """Settings of the recipe in groups, and the values that suit a model, an algorithm and a published run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -31,9 +29,6 @@ from .rewards import AdapterSettings
 AlgorithmName: TypeAlias = Literal["ppo-clip", "ppo-penalty", "trpo", "reinforce", "rloo", "grpo"]
 
 
-NAMES: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
-
-
 @dataclass(frozen=True)
 class AlgorithmChoice:
     """An algorithm as the recipe runs it."""
@@ -54,7 +49,6 @@ ALGORITHMS: dict[AlgorithmName, AlgorithmChoice] = {
     "rloo": AlgorithmChoice(lambda _: RLOO(), {"group_size": 4}),
     "grpo": AlgorithmChoice(lambda _: GRPO(), {"group_size": 4}),
 }
-
 
 _RENAMED = {
     "batch_size": "batch_size", "mini_batch_size": "mini_batch_size", "ppo_epochs": "ppo_epochs",
@@ -127,7 +121,7 @@ def model_settings(model: str) -> ModelSettings:
     )
 
 
-def resolve_settings(model: str, flags: RecipeSettings) -> ModelSettings:
+def resolve_settings(model: str, flags: "RecipeSettings") -> ModelSettings:
     """The settings of `model`, changed by the algorithm, then by `--preset`, then by the flags that are not None."""
     settings = replace(model_settings(model), **ALGORITHMS[flags.algorithm].changes | flags.preset_flags)
     named = {item.name: getattr(flags, item.name) for item in fields(ModelSettings)}

@@ -41,7 +41,6 @@ class DataReport:
     """Columns of the source that were not read."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts by name."""
         return asdict(self)
 
     def __str__(self) -> str:

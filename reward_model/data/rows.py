@@ -11,7 +11,6 @@ from rlhf_ppo.chat.cells import as_turns
 Row = Mapping[str, Any]
 OnBadRow = Literal["stop", "skip"]
 
-
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?(0,\d+|\d+,(\d{1,2}|\d{4,}))\s*")
 
 

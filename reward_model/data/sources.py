@@ -167,27 +167,27 @@ def _not_empty(rows: Iterator[LocatedRow], source: str) -> Iterator[LocatedRow]:
 
 
 def _jsonl_rows(path: Path, name: str, encoding: str | None) -> Iterator[LocatedRow]:
-    with open_text(path, name, newline=None, encoding=encoding) as file:
-        for number, line in enumerate(file, start=1):
-            where, line = f"{name}:{number}", line.lstrip("\ufeff")  # files put together keep their marks
-            if problem := encoding_problem(line, encoding):
-                yield where, BadRow(f"{where}: {problem}")
-            elif line.strip():
-                yield where, _parse_json_line(line, where)
+    for where, line in _lines(path, name, encoding):
+        yield where, line if isinstance(line, BadRow) else _parse_json_line(line, where)
 
 
 def prompt_lines(path: Path, encoding: str | None = None) -> Iterator[LocatedRow]:
     """Rows of a text file that holds a prompt a line; a DataError if it is missing or damaged."""
-    name = path.name
     if not path.is_file():
         raise DataError(f"There is no file {path}.")
+    for where, line in _lines(path, path.name, encoding):
+        yield where, line if isinstance(line, BadRow) else {"prompt": line}
+
+
+def _lines(path: Path, name: str, encoding: str | None) -> Iterator[tuple[str, str | BadRow]]:
+    """The lines of a text file that are not blank, each with its location."""
     with open_text(path, name, newline=None, encoding=encoding) as file:
         for number, line in enumerate(file, start=1):
-            where, text = f"{name}:{number}", line.strip("\ufeff\n")
+            where, text = f"{name}:{number}", line.strip("\ufeff\n")  # files put together keep their marks
             if problem := encoding_problem(line, encoding):
                 yield where, BadRow(f"{where}: {problem}")
             elif text.strip():
-                yield where, {"prompt": text}
+                yield where, text
 
 
 def _parse_json_line(line: str, where: str) -> Any:

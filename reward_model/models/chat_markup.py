@@ -20,7 +20,6 @@ class WholeText(str):
     prompt: str
 
     def __new__(cls, text: str, prompt: str = "") -> "WholeText":
-        """Attach `prompt` to `text`."""
         whole = super().__new__(cls, text)
         whole.prompt = prompt
         return whole

@@ -173,7 +173,6 @@ class ComparisonCollator(DataCollatorForPreference):
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Pad and stack `examples`."""
         batch: dict[str, Any] = super().torch_call(examples)
         for name in ("weight", "preference"):
             batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float)
@@ -220,7 +219,6 @@ class LengthGroupedBatches(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which determines the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:

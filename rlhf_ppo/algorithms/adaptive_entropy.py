@@ -29,7 +29,6 @@ class AdaptiveEntropyUpdate:
         self.coef = self.weight = config.start
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """Run one update and adapt the weight to the entropy it reached."""
         self.inner.objective = self.objective(self.weight)
         record = self.inner(batch)
         record.extras["policy/ent_coef"] = self.weight

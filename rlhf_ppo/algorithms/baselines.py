@@ -42,7 +42,6 @@ class UpdateWithBaseline:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the update and of the baseline."""
         return {"update": self.inner.state_dict(), "baseline": self.moving.mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -23,7 +23,6 @@ class ExtraCriticFits:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the update and of the fits."""
         return {"update": self.inner.state_dict(), "fits": self.fit.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -45,7 +45,6 @@ class CriticWarmup:
         return estimate
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
-        """Fit the critic during the warm-up, else run the usual update."""
         if not self.remaining:
             return self.inner(batch)
         self.remaining -= 1

@@ -14,7 +14,6 @@ class Coefficient:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a saved value."""
         self.value = state["value"]
 
 

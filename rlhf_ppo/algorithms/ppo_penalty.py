@@ -38,7 +38,6 @@ class AdaptiveBetaUpdate:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the update and of β."""
         return {"update": self.inner.state_dict(), "beta": self.beta.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

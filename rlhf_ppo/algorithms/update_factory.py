@@ -79,12 +79,10 @@ class UpdateFactory:
 
     @property
     def processes(self) -> Processes:
-        """Their collective operations."""
         return Processes(self.accelerator)
 
     @property
     def reduce_sum(self) -> Callable[[Tensor], Tensor]:
-        """Sum over processes."""
         return self.processes.reduce_sum
 
     def total_objective(self, term: PolicyTerm, *, critic: Critic | None, ent_coef: float, **clip: float) -> Objective:
@@ -99,8 +97,6 @@ class UpdateFactory:
         compare_with: CompareWith | None = None,
         count: Callable[[Tensor], Tensor] = count_actions,
     ) -> MinibatchUpdate:
-        """A `MinibatchUpdate` of an objective."""
-
         def compare(batch: TrainBatch) -> dict[str, Any]:
             extra = {} if compare_with is None else compare_with(batch)
             return extra | self.reference_argument(batch)
@@ -126,7 +122,6 @@ class UpdateFactory:
         return {"reference": self.accelerator.unwrap_model(self.reference)}
 
     def critic_fit(self, clip_range_value: float | None) -> CriticFit:
-        """A `CriticFit` of the policy's critic."""
         if self.sharded:
             raise ValueError(
                 f"warmup_iterations and extra_fits do not run under {self.accelerator.distributed_type}: the critic is "
@@ -150,7 +145,6 @@ class UpdateFactory:
         )  # fmt: skip
 
     def trust_region_update(self, config: TRPO) -> TrustRegionUpdate:
-        """The update of TRPO."""
         if self.pretraining is not None:
             raise ValueError(
                 "pretraining texts are mixed into minibatch steps, which TRPO does not take: its natural gradient "

@@ -14,7 +14,6 @@ from rlhf_ppo.chat.nested import UnreadableText
 
 _CONVERSATION = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 
-
 _ADJACENT = re.compile(r"""['"]\s+['"]""")
 
 

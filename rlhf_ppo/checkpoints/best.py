@@ -102,7 +102,6 @@ class BestModels:
         return {"best": self.best, "points": points}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from saved evaluations."""
         best = None if state["best"] is None else float(state["best"])
         points = [(bool(point["kept"]), _evaluated(point)) for point in state["points"]]
         self.best, self.evaluated = best, [point for _, point in points]

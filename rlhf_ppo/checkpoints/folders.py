@@ -182,7 +182,7 @@ def _file_damage(path: Path, name: str, digest: str) -> str | None:
     try:
         if not (path / name).is_file():
             return f"{name} is missing"
-        return None if _file_sha256(path / name) == digest else f"{name} has changed since it was written"
+        return None if file_sha256(path / name) == digest else f"{name} has changed since it was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
 
@@ -193,14 +193,15 @@ def _iteration(path: Path) -> int:
 
 def _files_sha256(folder: Path) -> dict[str, str]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): _file_sha256(path) for path in files}
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def _json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

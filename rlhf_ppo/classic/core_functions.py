@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from rlhf_ppo.functional.logprobs import entropy_from_logits
+from rlhf_ppo.functional.logprobs import entropy_from_logits as entropy_from_logits
 from rlhf_ppo.utils.timing import empty_cache_after
 
 WANDB_PADDING = -1
@@ -128,21 +128,3 @@ def convert_to_scalar(stats: Mapping[str, Any]) -> dict[str, Any]:
         name: value.item() if isinstance(value, Tensor | np.ndarray) and tuple(value.shape) in ((), (1,)) else value
         for name, value in stats.items()
     }
-
-
-__all__ = [
-    "WANDB_PADDING",
-    "PPODecorators",
-    "clip_by_value",
-    "convert_to_scalar",
-    "entropy_from_logits",
-    "flatten_dict",
-    "logprobs_from_logits",
-    "masked_mean",
-    "masked_var",
-    "masked_whiten",
-    "stack_dicts",
-    "stats_to_np",
-    "top_k_top_p_filtering",
-    "whiten",
-]

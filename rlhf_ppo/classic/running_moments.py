@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.functional.masked import ReduceSum
 from rlhf_ppo.learner import running_moments
 
@@ -27,21 +28,14 @@ class RunningMoments(running_moments.RunningMoments):
 
     def update(self, x: Tensor, reduce_sum: ReduceSum | None = None) -> tuple[Tensor, Tensor]:
         """Add scores; return the mean and standard deviation of these alone."""
-        return super().update(x, reduce_sum or _sum_over(self.accelerator))
+        return super().update(x, reduce_sum or Processes(self.accelerator).reduce_sum)
 
 
 def get_global_statistics(accelerator: Any, xs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and count of the entries of all processes, where a mask is 1 if one is given."""
     weights = torch.ones_like(xs) if mask is None else mask.to(xs)
-    total, count = _sum_over(accelerator)(torch.stack([(xs * weights).sum(), weights.sum()]))
+    reduce_sum = Processes(accelerator).reduce_sum
+    total, count = reduce_sum(torch.stack([(xs * weights).sum(), weights.sum()]))
     mean = total / count
-    squares = _sum_over(accelerator)(((xs - mean).square() * weights).sum())
+    squares = reduce_sum(((xs - mean).square() * weights).sum())
     return mean, squares / count, count
-
-
-def _sum_over(accelerator: Any) -> ReduceSum:
-    def reduce_sum(tensor: Tensor) -> Tensor:
-        reduced: Tensor = accelerator.reduce(tensor, reduction="sum")
-        return reduced
-
-    return reduce_sum

@@ -11,9 +11,8 @@ replaced, save a later `PPOTrainer` and `PPOConfig`, and a `create_reference_mod
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 
-from rlhf_ppo.utils.classic_paths import CLASSIC_PATHS, ClassicPaths, classic_names, lend_names
+from rlhf_ppo.utils.classic_paths import CLASSIC_PATHS, ClassicPaths, classic_names, is_module, lend_names
 
 
 def lend_to_trl() -> None:
@@ -23,20 +22,13 @@ def lend_to_trl() -> None:
     import_module("trl")
     for path in CLASSIC_PATHS:
         name = f"trl.{path}".rstrip(".")
-        if _exists(name):
+        if is_module(name):
             module = import_module(name)
             lent = {item for item in classic_names(path) if item in _REPLACED or not hasattr(module, item)}
             for item in _REPLACED & vars(module).keys():
                 delattr(module, item)
             lend_names(module, path, lent)
     sys.meta_path.append(ClassicPaths("trl"))
-
-
-def _exists(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even its package
-        return False
 
 
 _REPLACED = {"PPOTrainer", "PPOConfig", "create_reference_model"}

@@ -43,7 +43,6 @@ class Diagnosis:
         return [finding for finding in self.findings if finding.severity == "warning"]
 
     def names(self) -> set[str]:
-        """Names of all findings."""
         return {finding.name for finding in self.findings}
 
     def __str__(self) -> str:

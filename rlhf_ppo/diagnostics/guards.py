@@ -176,14 +176,12 @@ class GuardMonitor:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The baselines and the counts."""
         return {
             "lengths": list(self.lengths), "base": {name: list(pair) for name, pair in self.baseline.items()},
             "beyond": dict(self.times_beyond),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with saved baselines and counts."""
         lengths = [float(length) for length in state["lengths"]]
         baseline = {str(name): (float(mean), float(deviation)) for name, (mean, deviation) in state["base"].items()}
         times_beyond = {str(name): int(count) for name, count in state["beyond"].items()}

@@ -93,7 +93,6 @@ class SupportsTextChecks(Protocol):
 
     def check_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[str, str, str]]:
         """Problems of these texts, each as (evidence, cause, remedy)."""
-        ...
 
 
 Check: TypeAlias = Callable[[DiagnosedBatch, PreTrainedTokenizerBase], list[Finding] | None]

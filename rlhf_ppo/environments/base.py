@@ -15,7 +15,6 @@ Messages: TypeAlias = list[dict[str, Any]]
 Observation: TypeAlias = str | Messages
 """Text that is appended as it is, or messages that the chat template renders."""
 
-
 RESERVED = frozenset(
     {
         "turns", "segments", "truncated", "sampled_tokens", "observed_tokens", "failed", "retried", "timed_out",
@@ -95,11 +94,9 @@ class Environment(Protocol):
             columns: Columns of the prompt's row, and `seed`, the same within a group; only those that `reset` names
                 (all, with `**columns`).
         """
-        ...
 
     def step(self, reply: str) -> Any:
         """Return the `Turn` that answers a reply of the policy."""
-        ...
 
 
 EnvironmentFactory: TypeAlias = Callable[[], Environment]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ class EnvironmentSampler:
             episode.add_reply(sampled[row], None if logprobs is None else logprobs[row], finished=samples.finished[row])
             for row, episode in enumerate(playing)
         ]
-        calls = [partial(_send, reply) for reply in replies]
+        calls = [methodcaller("step", reply) for reply in replies]
         for episode, reply, turn in zip(playing, replies, self._call(playing, calls, counts), strict=True):
             if episode.error is None:
                 with _dropped_if_unusable(episode):
@@ -224,10 +225,6 @@ def _dropped_if_unusable(episode: LiveEpisode) -> Iterator[None]:
 
 def _is_playing(episode: LiveEpisode) -> bool:
     return episode.error is None and not episode.ended
-
-
-def _send(reply: str, environment: ReplayableEnvironment) -> Any:
-    return environment.step(reply)
 
 
 def _to_lists(rows: Sequence[Tensor]) -> list[list[Any]]:

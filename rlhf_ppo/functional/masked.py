@@ -21,7 +21,6 @@ None: the number of True entries in the mask. A number or a 0-d tensor: that man
 A tensor that broadcasts against the steps: one divisor per step (`sequence_mean_count`).
 """
 
-
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 """Dtypes that are converted to float32 before sums."""
 

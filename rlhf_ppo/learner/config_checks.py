@@ -16,15 +16,8 @@ def check_settings(config: Any) -> None:
         raise ValueError(
             f"seed must be in [0, 2^32), got {config.seed}: NumPy's generator takes no other. Use e.g. seed=0."
         )
-    positive: tuple[str, ...] = (
-        "batch_size",
-        "mini_batch_size",
-        "gradient_accumulation_steps",
-        "ppo_epochs",
-        "logits_chunk_size",
-    )
-    positive += ("most_skips_in_a_row",)
-    for name in positive:
+    counts = ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "logits_chunk_size")
+    for name in (*counts, "most_skips_in_a_row"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}: nothing would be done. Use 1.")
     for name in ("temperature", "cliprange", "horizon", "ratio_threshold", "adam_eps", "kv_budget_gib"):

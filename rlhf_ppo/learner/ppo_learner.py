@@ -62,17 +62,7 @@ from rlhf_ppo.utils.timing import empty_cache_after, timed
 class PPOLearner:
     """Policy, reference, optimizer and algorithm: `learn` takes checked responses and updates the policy.
 
-    Args:
-        config: Settings; batch sizes are per process.
-        model: The policy with its value head.
-        ref_model: The frozen reference of the KL penalty. None: a frozen copy of `model`, or `model` itself with its
-            adapters off (or switched to the adapter that training started from) when it carries LoRA adapters.
-        tokenizer: Of `model`. Must have a padding token.
-        optimizer: Over the trainable parameters of `model`; None: the one that `config.optimizer` names.
-        num_shared_layers: Lower layers that policy and copied reference share in memory, frozen.
-        lr_scheduler: Stepped once per `learn`.
-        algorithm: What is optimized; None: PPO with the clipped surrogate, from the classic fields of `config`.
-        pretraining: Texts that every optimizer step also learns (PPO-ptx); None: none.
+    The arguments are those of `PPOTrainer`, with the tokenizer required.
     """
 
     metrics: dict[str, float]

@@ -151,10 +151,8 @@ class LostRollouts:
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """The two counts."""
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from saved counts."""
         total, in_a_row = int(state["total"]), int(state["in_a_row"])
         self.total, self.in_a_row = total, in_a_row

@@ -61,7 +61,6 @@ class CurriculumSampler:
         self._last: list[int] = []
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Return itself; it never ends."""
         return self
 
     def __next__(self) -> list[int]:
@@ -87,7 +86,6 @@ class CurriculumSampler:
             self.rates[index] = 0.5 * (self.rates.get(index, rate) + rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, rates and number of draws."""
         rates = {str(index): rate for index, rate in self.rates.items()}
         return {"sampler": self.sampler.state_dict(), "rates": rates, "draws": self.draws}
 

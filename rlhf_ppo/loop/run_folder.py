@@ -10,8 +10,6 @@ Whole files are written under a temporary name and renamed: a reader never sees 
 flushed: a crash can only damage the last line, which readers skip and `resume_from` removes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -79,14 +77,14 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: Path | str) -> RunFolder:
+    def create(cls, path: Path | str) -> "RunFolder":
         """The run folder at `path`, made when missing."""
         folder = cls(Path(path))
         folder.path.mkdir(parents=True, exist_ok=True)
         return folder
 
     @classmethod
-    def open(cls, path: Path | str) -> RunFolder:
+    def open(cls, path: Path | str) -> "RunFolder":
         """The run folder at `path`; a RunFolderError if there is none."""
         if not Path(path).is_dir():
             raise RunFolderError(f"There is no run folder {str(path)!r}. Give the folder that training wrote into.")

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -27,7 +27,6 @@ class StopRequest:
 
     @property
     def is_set(self) -> bool:
-        """True once a signal has come."""
         return self.signal_name is not None
 
 
@@ -69,12 +68,19 @@ def stop_on_signals() -> Iterator[StopRequest]:
         request.signal_name = signal.Signals(number).name
         os.write(2, b"\nStopping soon, with a checkpoint. Once more: at once, without.\n")
 
+    with handled_signals(handle):
+        yield request
+
+
+@contextmanager
+def handled_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Context manager: while active, `handle` gets SIGINT, SIGTERM and SIGUSR1; the handlers before are restored."""
     # SIGUSR1 is what `sbatch --signal=USR1@120` sends before the time of a job is up; Windows does not have it.
     names = ("SIGINT", "SIGTERM", "SIGUSR1")
     numbers = [number for name in names if (number := getattr(signal, name, None)) is not None]
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield request
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -279,7 +279,6 @@ class TrainingLoop:
             state.stopped, state.interrupted = list(reasons)[first], first < len(interruptions)
 
     def _write_traces(self) -> None:
-        """Write token traces of the last iteration."""
         learner = self.learner
         if self.last_responses is None or learner.last_batch is None:
             return

@@ -42,7 +42,6 @@ COSTS = {
 }
 """What it costs to do without each fast path."""
 
-
 ScoredBy: TypeAlias = Callable[[FastPaths, TokenInputs, LossGradient | None], tuple[Tensor, Tensor, TokenStatistics]]
 """Scores a batch by given paths: the LM head's inputs, the value head's, the statistics of response tokens."""
 

@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 CLOSE, LOW_PRECISION_CLOSE = 1e-3, 0.1
 """How far the log-probabilities of a row may differ beside other rows, in nats."""
 
-
 LIMITS = (
     "attention_chunk_size", "max_position_embeddings", "original_max_position_embeddings", "sliding_window",
 )  # fmt: skip

@@ -137,7 +137,6 @@ class RewardAdapterModel:
 
     @property
     def device(self) -> torch.device:
-        """The policy's device."""
         return next(self.policy.parameters()).device
 
     @property

@@ -1,6 +1,6 @@
 """FLOPs of an iteration, and its time from measured FLOP rates."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rlhf_ppo.plan.config import PlanConfig
 from rlhf_ppo.plan.models import model_config
@@ -30,10 +30,6 @@ class FlopRates:
     rollout: float
     scoring: float
     update: float
-
-    def to_dict(self) -> dict[str, float]:
-        """Convert to a dict for JSON."""
-        return asdict(self)
 
 
 def iteration_flops(config: PlanConfig, traces: MemoryTraces) -> IterationFlops:

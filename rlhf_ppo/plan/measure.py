@@ -47,7 +47,7 @@ def measure(plan: PlanConfig) -> dict[str, Any]:
         "update": metrics["time/ppo/optimize_step"],
     }
     rates = FlopRates(**{phase: getattr(flops, phase) / value for phase, value in seconds.items()})
-    return {"peak": peak[0], "seconds": seconds, "rates": rates.to_dict(), "config": asdict(plan)}
+    return {"peak": peak[0], "seconds": seconds, "rates": asdict(rates), "config": asdict(plan)}
 
 
 def _run_iteration(plan: PlanConfig, *, tiny: bool = False) -> dict[str, float]:

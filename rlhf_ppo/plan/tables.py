@@ -49,5 +49,5 @@ def as_json(plans: Sequence[Plan], flops: IterationFlops, rates: FlopRates | Non
             for plan in plans
         ],
         "work": asdict(flops),
-        "rates": None if rates is None else rates.to_dict(),
+        "rates": None if rates is None else asdict(rates),
     }

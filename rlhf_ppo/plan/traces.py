@@ -25,7 +25,6 @@ TRACED_DEPTHS = (2, 4)
 MAX_TRACED_DEPTH = 12
 """Models with at most this many layers are traced at full depth."""
 
-
 ENGINE_STRATEGIES = ("zero1", "zero2", "zero3", "fsdp")
 """Strategies whose engine owns the gradients: the LM head's are computed in the backward pass."""
 

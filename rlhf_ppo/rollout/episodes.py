@@ -43,7 +43,6 @@ class NumberedEpisodes:
 
     @property
     def longest(self) -> int:
-        """See `lengths`."""
         return 1
 
     def batch(self, indices: Sequence[int]) -> PromptBatch:

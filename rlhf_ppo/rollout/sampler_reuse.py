@@ -72,7 +72,6 @@ class SamplerReuse:
         return {"proven": self.proven, "difference": difference, "longest": self.longest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of the comparison."""
         self.proven, self.longest = state["proven"], state.get("longest", 0)
         self.difference = math.nan if state["difference"] is None else float(state["difference"])
 

@@ -73,7 +73,6 @@ class CriticFit:
                 self._step(batch, local_minibatch, count, values, config)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the row order."""
         return self.shuffle.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

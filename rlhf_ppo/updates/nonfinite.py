@@ -43,7 +43,6 @@ class SupportsDryRun(Protocol):
 
     def dry_run(self, batch: TrainBatch, rows: Tensor) -> DryRunStep:
         """Compute the loss and gradients of an optimizer step on `rows`, without taking the step."""
-        ...
 
 
 def innermost_update(update: object) -> SupportsDryRun:

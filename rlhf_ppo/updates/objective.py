@@ -31,7 +31,6 @@ Metrics: TypeAlias = dict[str, Tensor | float]
 Objective: TypeAlias = Callable[[PolicyOutput, TrainBatch, Tensor], LossTerms]
 """(new policy output, batch, count of actions in the whole optimizer step) -> terms to minimize."""
 
-
 CompareWith: TypeAlias = Callable[[TrainBatch], dict[str, Any]]
 """Batch -> further keyword arguments of the policy: the policy to measure an exact KL to."""
 
@@ -134,7 +133,6 @@ class ComputeGradients(Protocol):
 
     def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[Metrics, list[Masked]]:
         """Set every parameter's `.grad` to that of `objective` over `rows`; return its metrics and the ratios."""
-        ...
 
 
 @runtime_checkable
@@ -143,15 +141,12 @@ class Update(Protocol):
 
     def __call__(self, batch: TrainBatch) -> UpdateRecord:
         """Train on one batch."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serializable state of row order and coefficients."""
-        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        ...
 
 
 def batch_statistics(batch: TrainBatch, rows: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ class Shuffle:
         return torch.as_tensor(self._rng.permutation(rows), device=device)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the random generator."""
         state: Any = self._rng.get_state(legacy=False)
         return {"keys": [int(key) for key in state["state"]["key"]], "position": int(state["state"]["pos"])}
 
@@ -31,11 +30,7 @@ class Shuffle:
 
 
 class UpdateState:
-    """State of an update between calls: the row order, and the number of consecutive non-finite steps.
-
-    Args:
-        seed: Seeds the row order; the same on all processes.
-    """
+    """State of an update between calls: the row order, and the number of consecutive non-finite steps."""
 
     def __init__(self, seed: int) -> None:
         self.shuffle = Shuffle(seed)

@@ -23,31 +23,24 @@ class FisherPolicy(Protocol):
 
     def __call__(self, inputs: Any, *, with_entropy: bool = False) -> PolicyOutput:
         """Score every action."""
-        ...
 
     def check_twice_differentiable(self) -> None:
         """Raise ValueError if the forward pass cannot be differentiated twice."""
-        ...
 
     def outputs_and_metric(self, inputs: Any, weights: Tensor) -> tuple[tuple[Tensor, ...], FisherMetric]:
         """The distribution's parameters at each action, with gradient, and their Fisher metric."""
-        ...
 
     def kl_from_current(self, micro_batches: Sequence[Any]) -> list[Callable[[], Tensor]]:
         """For each micro-batch, a function that returns KL(π at this call || π at its call), [B, T], nats."""
-        ...
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """The parameters of the value function alone."""
-        ...
 
     def critic_states(self, inputs: Any) -> list[Tensor]:
         """The inputs of the value head at each action, one tensor [T_i, ...] per row."""
-        ...
 
     def values_from_states(self, states: Tensor) -> Tensor:
         """V at the concatenated states of `critic_states`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

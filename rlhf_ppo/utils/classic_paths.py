@@ -6,6 +6,7 @@
 import sys
 from collections.abc import Collection, Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -70,7 +71,7 @@ _OWN_NAMES = {
 
 def classic_names(path: str) -> dict[str, str]:
     """The names of a classic module that there are here: all but those of a module that is not installed."""
-    return {name: home for name, home in CLASSIC_PATHS[path].items() if _is_there(home)}
+    return {name: home for name, home in CLASSIC_PATHS[path].items() if is_module(home)}
 
 
 def classic_name(path: str, name: str) -> Any:
@@ -78,7 +79,7 @@ def classic_name(path: str, name: str) -> Any:
     return getattr(import_module(CLASSIC_PATHS[path][name]), _OWN_NAMES.get(name, name))
 
 
-class ClassicPaths:
+class ClassicPaths(MetaPathFinder, Loader):
     """Import hook: a path of the classic that is no module of `package` gives a module with the classic's names.
 
     Args:
@@ -93,10 +94,7 @@ class ClassicPaths:
         if below == name or below not in CLASSIC_PATHS or not classic_names(below):
             return None
         is_package = any(other.startswith(f"{below}.") for other in CLASSIC_PATHS)
-        return ModuleSpec(name, self, is_package=is_package)  # type: ignore[arg-type]
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        """None: the import system makes an empty module."""
+        return ModuleSpec(name, self, is_package=is_package)
 
     def exec_module(self, module: ModuleType) -> None:
         below = module.__name__.removeprefix(f"{self.package}.")
@@ -132,7 +130,8 @@ def forward_classic_paths() -> None:
         sys.meta_path.append(ClassicPaths("rlhf_ppo"))
 
 
-def _is_there(module: str) -> bool:
+def is_module(module: str) -> bool:
+    """Whether there is such a module."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # not even its package

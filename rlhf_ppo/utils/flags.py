@@ -41,7 +41,6 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(
         self, program: str, description: str | None, *, usage: str = "%(prog)s [options]", epilog: str
     ) -> None:
-        """Set up the parser; flags are not abbreviated."""
         super().__init__(
             prog=program, usage=usage, description=description, epilog=epilog, formatter_class=_FlagHelp,
             allow_abbrev=False,

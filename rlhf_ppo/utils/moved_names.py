@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -90,17 +91,14 @@ def forward_names(
     return __getattr__
 
 
-class _MovedModules:
+class _MovedModules(MetaPathFinder, Loader):
     """Import hook: an old module path gives an empty module that forwards its names."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         if name not in MOVED_MODULES:
             return None
         is_package = any(other.startswith(f"{name}.") for other in MOVED_MODULES)
-        return ModuleSpec(name, self, is_package=is_package)  # type: ignore[arg-type]
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        """None: the import system makes an empty module."""
+        return ModuleSpec(name, self, is_package=is_package)
 
     def exec_module(self, module: ModuleType) -> None:
         module.__getattr__ = forward_names(module.__name__, *MOVED_MODULES[module.__name__])  # type: ignore[method-assign]

@@ -15,7 +15,6 @@ class ProgressBar(tqdm):  # type: ignore[misc]
     """A bar on a terminal; in a file or a pipe, such as the log of a CI job, a line now and then."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """Take tqdm's arguments."""
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         options.setdefault("dynamic_ncols", True)
         if shutil.get_terminal_size().columns < NARROW:

@@ -3,14 +3,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import rlhf_ppo.utils.openmp
-import sentiment
-from rlhf_ppo.utils.openmp import SHORT_SPIN, is_command
+from rlhf_ppo.utils.openmp import SHORT_SPIN, is_command, spin_shortly
 
 ROOT = Path(__file__).parents[2]
 CHOICES = ("OMP_WAIT_POLICY", *SHORT_SPIN)
@@ -59,11 +56,8 @@ def test_the_users_choice_stands(command: list[str], chosen: str) -> None:
     assert seen_by_torch(command, **{chosen: "7"}) == [f"{chosen}=7"]
 
 
-@pytest.mark.parametrize("spin_shortly", [sentiment.spin_shortly, rlhf_ppo.utils.openmp.spin_shortly])
 @pytest.mark.parametrize("chosen", CHOICES)
-def test_one_choice_of_the_user_is_enough_to_set_nothing(
-    spin_shortly: Callable[[], None], chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_choice_of_the_user_is_enough_to_set_nothing(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {chosen: "7"})
     spin_shortly()
     assert os.environ == {chosen: "7"}
@@ -78,7 +72,3 @@ def test_only_a_module_of_ours_is_a_command() -> None:
     assert is_command(["python", "-W", "ignore", "-m", "reward_model.train", "--help"])
     assert not is_command(["python", "-m", "pytest", "-m", "not slow", "rlhf_ppo.plan"])
     assert not is_command(["python", "mine.py"]) and not is_command(["python", "-m"])
-
-
-def test_recipes_and_commands_agree() -> None:
-    assert sentiment.SHORT_SPIN == rlhf_ppo.utils.openmp.SHORT_SPIN

@@ -2,14 +2,16 @@
 
 import json
 import random
+from collections import defaultdict
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 from ppo_guess_number import DEFAULTS, Config, check_flags, main
 
 from games.guess_number import GuessNumber, guess_number
-from games.mastermind import MASTERMIND, Mastermind, answer, fewest_guesses
+from games.mastermind import CODES, MASTERMIND, PEGS, Mastermind, answer
 from games.play import Game, TokenBudget
 from rlhf_ppo.loop.config import TrainState
 
@@ -44,6 +46,40 @@ def test_mastermind_counts_right_and_misplaced_pegs() -> None:
     assert [turn.observation for turn in turns] == ["2+0", "nonsense", "nonsense", ""]
     assert [turn.terminated for turn in turns] == [False, False, False, True]
     assert [turn.reward for turn in turns] == [-0.1] * 4
+
+
+FIRST = [CODES.index(code) for code in ("aaa", "aab", "abc")]
+"""First guesses that differ by more than the names of colors and places."""
+
+
+def fewest_guesses() -> float:
+    """Mean number of guesses of the best strategy over all codes, by exhaustive search."""
+    answers = [[answer(guess, secret) for secret in CODES] for guess in CODES]
+
+    @cache
+    def total(possible: frozenset[int]) -> int:
+        """Guesses of the best strategy, summed over the secrets that are still possible."""
+        floor = 2 * len(possible) - 1  # one secret is guessed at once, every other needs a second guess at least
+        if len(possible) <= 2:
+            return floor
+        best = 10**6
+        for guess in FIRST if len(possible) == len(CODES) else range(len(CODES)):
+            parts = defaultdict(set)
+            for secret in possible:
+                parts[answers[guess][secret]].add(secret)
+            parts.pop((PEGS, 0), None)
+            if len(possible) in map(len, parts.values()):
+                continue  # nothing is learned
+            cost = len(possible) + sum(2 * len(part) - 1 for part in parts.values())  # a lower bound
+            for part in sorted(parts.values(), key=len):
+                if cost < best:
+                    cost += total(frozenset(part)) - (2 * len(part) - 1)
+            best = min(best, cost)
+            if best == floor:
+                break
+        return best
+
+    return total(frozenset(range(len(CODES)))) / len(CODES)
 
 
 @pytest.mark.slow

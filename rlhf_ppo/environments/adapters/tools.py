@@ -49,8 +49,7 @@ def from_tools(
             return as_messages(prompt)
 
         def step(self, reply: str) -> Turn:
-            answer = None if reward is None else reward
-            return self.episode.step(reply, lambda: 0.0 if answer is None else answer(reply, **self.columns))
+            return self.episode.step(reply, lambda: 0.0 if reward is None else reward(reply, **self.columns))
 
     return ToolEnvironment
 
