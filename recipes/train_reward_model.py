@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before torch is loaded, which reads it once
     spin_shortly()
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from reward_model.evaluation.report_card import model_facts, report_card
 from reward_model.training.tracking import training_curves
 from sentiment.assets import MINILM, fetch
 from sentiment.command_line import run, use_threads
-from sentiment.evaluation import VaderJudge
+from sentiment.evaluation import VaderJudge, of_samples
 from sentiment.language_models import model_location
 from sentiment.reviews import EMBEDDED_REVIEWS, load_reviews, preference_pairs, split_reviews
 
@@ -101,13 +100,8 @@ def base_location(name: str) -> str:
 
 def write_report(folder: Path, held_out: Any) -> None:
     """The report card beside the model; the lexicon VADER, which took no part, draws the best-of-N curve."""
-    vader = VaderJudge()
-
-    def judge(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-        return vader([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-
     model = RewardModel.from_pretrained(folder)
-    card = report_card(model, as_comparisons(held_out, "held-out"), judge=judge)
+    card = report_card(model, as_comparisons(held_out, "held-out"), judge=of_samples(VaderJudge()))
     card["training"] = training_curves(folder)
     print(text_table(card))
     (folder / "report_card.json").write_text(json.dumps(card), encoding="utf-8")

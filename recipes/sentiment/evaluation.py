@@ -194,16 +194,18 @@ def remove_chunks(run: RunFolder) -> None:
 
 def load_judges(parts: ReviewParts) -> tuple[dict[str, Callable[..., list[float]]], str]:
     """VADER and a classifier trained on disjoint reviews; neither takes part in training. And a line about them."""
-    vader, classifier = VaderJudge(), ReviewClassifier.train(parts.judge)
-
-    def of_texts(judge: Callable[[Sequence[str]], list[float]]) -> Callable[..., list[float]]:
-        def source(prompts: Sequence[str], responses: Sequence[str], **_columns: Any) -> list[float]:
-            return judge([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-
-        return source
-
+    classifier = ReviewClassifier.train(parts.judge)
     line = f"second classifier: accuracy {classifier.accuracy(parts.evaluation)} on held-out excerpts"
-    return {"vader": of_texts(vader), "classifier": of_texts(classifier)}, line
+    return {"vader": of_samples(VaderJudge()), "classifier": of_samples(classifier)}, line
+
+
+def of_samples(judge: Callable[[Sequence[str]], list[float]]) -> Callable[..., list[float]]:
+    """A judge of texts as one of prompts and responses."""
+
+    def source(prompts: Sequence[str], responses: Sequence[str], **_columns: Any) -> list[float]:
+        return judge([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+
+    return source
 
 
 def prompt_datasets(

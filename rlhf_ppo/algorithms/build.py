@@ -38,8 +38,7 @@ from rlhf_ppo.algorithms.config import (
     Reinforce,
     ReinforcePlusPlus,
 )
-from rlhf_ppo.algorithms.critic_fits import ExtraCriticFits
-from rlhf_ppo.algorithms.critic_warmup import CriticWarmup
+from rlhf_ppo.algorithms.critic_fits import CriticWarmup, ExtraCriticFits
 from rlhf_ppo.algorithms.objectives import (
     clipped_surrogate,
     kl_penalized_surrogate,

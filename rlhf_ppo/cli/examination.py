@@ -1,7 +1,6 @@
 """What `rlhf-ppo doctor` does: a batch of a model's own responses under the doctor."""
 
 import torch
-from datasets import Dataset
 from transformers import AutoTokenizer
 
 from rlhf_ppo.cli.ppo_run import load_prompts
@@ -30,12 +29,9 @@ def examine(model: str, prompts: str | None, max_new_tokens: int) -> tuple[list[
         tokenizer.pad_token = tokenizer.eos_token
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(model)
     trainer = PPOTrainer(PPOConfig(batch_size=ROWS, mini_batch_size=ROWS), policy, None, tokenizer)
-    data = PromptDataset(Dataset.from_dict({"prompt": TEXTS}), tokenizer)
-    if prompts is not None:
-        given = load_prompts(prompts, tokenizer)
-        if isinstance(given, int):
-            raise ValueError(f"--prompts needs a file or dataset with a column `prompt`, got the number {given}.")
-        data = given
+    data = PromptDataset.from_texts(TEXTS, tokenizer) if prompts is None else load_prompts(prompts, tokenizer)
+    if isinstance(data, int):
+        raise ValueError(f"--prompts needs a file or dataset with a column `prompt`, got the number {data}.")
     ids = [torch.as_tensor(row) for row in data.batch(range(min(ROWS, len(data)))).input_ids]
     samples = DecodeLoop(tokenizer)(
         trainer.model.pretrained_model, ids, SamplingConfig(max_new_tokens=max_new_tokens),

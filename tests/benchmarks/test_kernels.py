@@ -1,7 +1,5 @@
 """Each fast path can be switched off by itself, and then its plain twin computes the same."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path

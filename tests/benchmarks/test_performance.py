@@ -1,7 +1,5 @@
 """The benchmark itself: its page is made from its files, its sides do the same work, its rounds can be interrupted."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Counted work of one PPO iteration on responses of very unequal lengths: gates that no machine's mood can move."""
 
-from __future__ import annotations
-
 import math
 import sys
 from dataclasses import replace

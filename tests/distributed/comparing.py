@@ -1,7 +1,5 @@
 """One process against several: how to run a scenario both ways, and how far apart the outcomes are."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Episodes on several processes: the same episodes as on one, unequal numbers of turns, one process whose fail."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

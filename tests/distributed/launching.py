@@ -1,7 +1,5 @@
 """Start a script on several processes, with a hard end: a hang is a failure with its output, never a stuck suite."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """The managed loop on several processes: whole, interrupted and resumed; or with one process that fails."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

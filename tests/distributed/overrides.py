@@ -1,7 +1,5 @@
 """One step of a trainer with an overridden method; run under torchrun, each process saves its weights."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

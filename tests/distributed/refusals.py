@@ -1,7 +1,5 @@
 """One process is handed what it must refuse; run under torchrun, each process writes down what it was told."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -4,8 +4,6 @@ Run as a script (scenarios as JSON, folder), each process takes its share of the
 serves many scenarios, because it takes longer than they do.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

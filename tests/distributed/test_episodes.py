@@ -1,7 +1,5 @@
 """Two processes play and learn what one does, although their episodes have unequal numbers of turns."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """FSDP2 is set up as it can be used, or refused with the reason; trees are made whole and cut again."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

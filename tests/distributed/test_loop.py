@@ -1,7 +1,5 @@
 """The managed loop on two processes: one set of files, exact resumption, and no hang when one process fails."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

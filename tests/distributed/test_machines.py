@@ -1,7 +1,5 @@
 """Two machines, each with its own `accelerate launch` and launch file: here both are this one."""
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Where a script overrides an inner method, several processes average their gradients, as in the classic."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Two processes take the steps of one: every statistic and every weight, whoever sampled which row."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

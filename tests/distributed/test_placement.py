@@ -1,7 +1,5 @@
 """Frozen models wait where they are told to, and compute what they would compute anywhere else."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The sentiment recipe, unchanged, on two processes under `accelerate launch`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """What one process refuses, all refuse: nobody waits for the others, nothing moves, and the next good step works."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """DeepSpeed ZeRO, launched by its files, takes the steps of one process: gradients, guards, clipping, statistics."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

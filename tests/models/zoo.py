@@ -3,8 +3,6 @@
 `python -m tests.models.zoo` writes the table of docs/models.md; with names of architectures it prints their rows.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import tempfile

@@ -24,23 +24,11 @@ from sentiment.reviews import load_reviews, split_reviews
 from tests.recipes.tiny_world import (
     save_classic_classifier,
     save_classic_policy,
-    save_gpt2,
     save_llama,
     save_reward_model,
-    write_reviews,
 )
 
 Measures = dict[str, dict[str, tuple[float, float]]]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Reviews, a policy and a reward model."""
-    folder = tmp_path_factory.mktemp("world")
-    write_reviews(folder / "reviews.csv")
-    save_reward_model(folder / "reward_model", save_gpt2(folder / "gpt2"))
-    AcceleratorState._reset_state()  # a process of its own would have trained it
-    return folder
 
 
 def settings(world: Path, output: Path, **changes: Any) -> recipe.Config:

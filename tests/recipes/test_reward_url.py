@@ -4,23 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from reward_model import RewardModel
 from sentiment import rewards
 from sentiment.reviews import load_reviews, split_reviews
-from tests.recipes.tiny_world import save_gpt2, save_reward_model, write_reviews
 from tests.reward_model.conftest import serving
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Reviews and a reward model."""
-    folder = tmp_path_factory.mktemp("world")
-    write_reviews(folder / "reviews.csv")
-    save_reward_model(folder / "reward_model", save_gpt2(folder / "gpt2"))
-    AcceleratorState._reset_state()
-    return folder
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Everything that the sentiment recipe needs, tiny and local: reviews, policies, reward models, the classic pair."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ deleting), which hits the microseconds of a rename that no clock would. A run is
 weights, metrics, best model and frontier are compared with those of a run that nobody disturbed.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import itertools

@@ -1,7 +1,5 @@
 """Checkpoints as earlier versions wrote them."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

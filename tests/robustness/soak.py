@@ -11,8 +11,6 @@ each; with responses of every length it takes a thousand iterations and more to 
 anything else that grows shows.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

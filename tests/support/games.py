@@ -1,7 +1,5 @@
 """Small environments for tests: they count, echo, remember, fail on demand."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

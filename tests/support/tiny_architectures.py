@@ -1,8 +1,6 @@
 """Tiny random models of every text-generating architecture of the installed transformers,
 built from config classes."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

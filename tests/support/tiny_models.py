@@ -4,8 +4,6 @@ Every builder draws its weights from `seed` without touching the global random s
 seed give equal models and a test's own draws do not depend on which helpers ran before.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch
