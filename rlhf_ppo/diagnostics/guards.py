@@ -7,7 +7,7 @@ texts, repetitions, one text for every prompt. Each guard monitors one metric th
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from rlhf_ppo.utils.field_types import check_fields
@@ -209,8 +209,7 @@ def with_kl_budget(guards: Guards, max_reference_kl: float | None) -> Guards:
     """Add a KL limit to guards that have none."""
     if max_reference_kl is None or guards.kl.limit is not None:
         return guards
-    settings = {item.name: getattr(guards, item.name) for item in fields(Guards)}
-    return Guards(**settings | {"kl": Guard(limit=max_reference_kl)})
+    return replace(guards, kl=Guard(limit=max_reference_kl))
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

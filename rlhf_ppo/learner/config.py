@@ -129,7 +129,7 @@ class PPOConfig:
     global_batch_size: int | None = None
     """Set by the trainer: sum over all processes."""
     dataset_num_proc: int | None = None
-    """Processes of `datasets` when it filters columns."""
+    """Only for scripts: columns are dropped without further processes."""
     total_ppo_epochs: int | None = None
     """Derived: ceil(steps / batch_size)."""
 

@@ -21,10 +21,11 @@ MIXED = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Dtypes of the parts of a run; norms, softmaxes, losses and the optimizer's state are float32 throughout."""
+    """Dtypes of the parts of a run; norms, softmaxes, losses and the optimizer's state are float32 throughout.
 
-    master: torch.dtype = torch.float32
-    """Of the trained weights: steps of PPO's size are lost in the rounding of bfloat16."""
+    So are trained weights: steps of PPO's size are lost in the rounding of bfloat16.
+    """
+
     compute: torch.dtype = torch.float32
     """Of the matrix products of layers, forward and backward."""
     head: torch.dtype = torch.float32
