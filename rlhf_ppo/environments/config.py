@@ -16,17 +16,17 @@ class EpisodeConfig:
     """Maximum number of tokens after the prompt, observations included; None: as many as the model has positions. A
     turn begins only if a whole reply fits; otherwise the episode is truncated."""
     history: Literal["auto", "append"] = "auto"
-    """With "auto" and a critic, a turn before which the chat template rewrites the conversation so far (for instance
-    strips the thinking of earlier replies) begins a segment: a row of its own, whose first value stands for the future
-    of the row before. "append": all turns follow one another in one row, as they were sampled."""
+    """What happens if the chat template rewrites the conversation so far (strips the thinking of earlier replies, for
+    instance). "auto", with a critic: the next turn begins a segment. A segment is a row of its own; the row before
+    bootstraps from the segment's first value. "append": all turns are in one row, as they were sampled."""
     max_concurrency: int = 32
     """Maximum number of environments that run at the same time. With 1, and no timeout, they run in the main thread."""
     timeout: float | None = 120.0
     """Seconds per call of an environment; one that takes longer has failed. None: no limit."""
     retries: int = 1
-    """How often a failed call is repeated: in a new environment, with the same seed and the same replies before. An
-    episode whose retries fail is dropped, with its group, and counted as `env/failed`; with a critic, one that times
-    out after its first turn is truncated instead, and counted as `env/timed_out`."""
+    """How often a failed call is repeated: in a new environment, with the same seed and the same earlier replies. If
+    all retries fail, the episode is dropped with its group, and counted as `env/failed`. One exception, with a critic:
+    an episode that times out after its first turn is truncated, and counted as `env/timed_out`."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -19,7 +19,8 @@ MAX_DRAWS = 10
 class Curriculum:
     """Settings of a curriculum by success rate: the share of the responses to a prompt that score above a threshold.
 
-    Prompts that were never sampled are taken. The rate of a prompt is the mean of its last rate and its present one.
+    A prompt that was never sampled is taken. When a prompt is sampled again, its rate becomes the mean of the old rate
+    and the new one.
     """
 
     threshold: float = 0.0
@@ -29,7 +30,7 @@ class Curriculum:
     high: float = 0.95
     """Prompts with a larger rate are too easy and mostly left out."""
     keep: float = 0.1
-    """Probability of taking a prompt outside the band all the same: its rate changes with the policy."""
+    """Probability of taking a prompt outside the band. It is not 0, because the rate changes with the policy."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -23,7 +23,7 @@ class DynamicSampling:
     """
 
     max_rounds: int = 10
-    """Bound of the rounds of sampling per iteration; what is missing then is filled with groups of equal scores."""
+    """Maximum number of sampling rounds per iteration. After them, groups of equal scores fill the batch."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -42,7 +42,7 @@ class SoftOverlong:
     """Penalty of long responses (DAPO, Yu et al. 2025): 0 up to the buffer, then linear to `penalty` at the limit."""
 
     buffer: int
-    """Tokens before `max_new_tokens` over which the penalty grows."""
+    """The penalty grows over this number of tokens before `max_new_tokens`."""
     penalty: float = 1.0
     """Penalty at `max_new_tokens`, in units of the score."""
 

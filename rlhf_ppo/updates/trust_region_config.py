@@ -50,7 +50,8 @@ class TrustRegionConfig:
     max_kl: float = 0.01
     """δ, nats per action: the step's KL in the quadratic model. Steps with a true mean KL above 1.5 δ are rejected."""
     damping: float = 0.1
-    """Added to the Fisher matrix's diagonal for the step's direction, not its length; language models need 0.1 to 1."""
+    """Added to the Fisher matrix's diagonal for the step's direction, but not for its length. Language models need 0.1
+    to 1."""
     curvature_fraction: float = 0.25
     """Fraction of rows for the Fisher-vector products; gradient and line search use all rows."""
     cg_iterations: int = 10
