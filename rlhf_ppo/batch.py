@@ -135,18 +135,19 @@ class RowBatch:
         """The same batch for `rows` alone, its columns cut to the longest of these rows."""
         inputs = self.inputs.select(rows)
         width, index = inputs.width(), upload(rows, self.mask.device)
-        cut = self._map_tensors(lambda value: value[index][:, :width] if value.dim() > 1 else value[index])
+        cut = self.map_tensors(lambda value: value[index][:, :width] if value.dim() > 1 else value[index])
         return replace(self, inputs=inputs, **cut)
 
     def to(self: Batch, device: torch.device) -> Batch:
-        return replace(self, inputs=self.inputs.to(device), **self._map_tensors(lambda value: value.to(device)))
+        return replace(self, inputs=self.inputs.to(device), **self.map_tensors(lambda value: value.to(device)))
 
     def joined(self: Batch, others: Sequence[Batch]) -> Batch:
         """Concatenate: these rows, then those of `others`, padded to the longest row; None where one of them is."""
-        columns = join_columns([self, *others], list(self._map_tensors(lambda value: value)))
+        columns = join_columns([self, *others], list(self.map_tensors(lambda value: value)))
         return replace(self, inputs=self.inputs.joined([other.inputs for other in others]), **columns)
 
-    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Fields that are tensors, by name, each changed."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
 

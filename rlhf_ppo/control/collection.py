@@ -60,7 +60,4 @@ class Collector:
 def flatten_time(batch: TrainBatch) -> TrainBatch:
     """One row per step, so that minibatches mix time steps and environments: [N, T] -> [N T, 1]."""
     inputs: Any = batch.inputs
-    columns = {
-        name: getattr(batch, name).reshape(-1, 1) for name in ("mask", "logprobs", "values", "advantages", "returns")
-    }
-    return replace(batch, inputs=inputs.flatten_time(), **columns)
+    return replace(batch, inputs=inputs.flatten_time(), **batch.map_tensors(lambda value: value.reshape(-1, 1)))

@@ -108,8 +108,7 @@ def _decode_config(value: Any) -> Any:
 
 def _tensors(batch: TrainBatch) -> dict[str, Tensor]:
     inputs: Any = batch.inputs
-    values = {item.name: getattr(batch, item.name) for item in fields(batch)}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in values.items() if isinstance(value, Tensor)}
+    tensors = batch.map_tensors(lambda value: value.detach().cpu().contiguous())
     for name in ("prompts", "responses"):
         rows = [row.cpu() for row in getattr(inputs, name)]
         tensors[f"{name}.tokens"] = torch.cat(rows)

@@ -1,6 +1,6 @@
 """dL/d log π(a_t) and dL/dH_t of an objective per token, computed before the loss of the micro-batch is known."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,8 +61,7 @@ def _flat_columns(batch: TrainBatch) -> dict[str, Any]:
     lengths, width = inputs.response_lengths(), batch.mask.shape[1]
     is_token = torch.arange(width) < lengths[:, None]
     index = upload(is_token.flatten().nonzero().squeeze(1), batch.mask.device)
-    columns = {item.name: getattr(batch, item.name) for item in fields(batch)}
-    return {name: value.flatten(0, 1)[index] for name, value in columns.items() if isinstance(value, Tensor)}
+    return batch.map_tensors(lambda value: value.flatten(0, 1)[index])
 
 
 def _loss_at(objective: Objective, logprobs: Tensor, entropy: Tensor | None, part: TrainBatch, count: Tensor) -> Tensor:
