@@ -23,7 +23,6 @@ from rlhf_ppo.control import (
     ControlConfig,
     ControlTrainer,
     EnvironmentConfig,
-    EvaluationResult,
     Randomization,
     control_algorithm,
 )
@@ -134,7 +133,7 @@ def main(config: Config) -> dict[str, Estimates]:
     phase.say(f"  {draw_learning_curve(folder, title=f'{config.algorithm} on {config.env}, seed {config.seed}')}")
     if config.frames:
         phase.say(f"  {_frames(trainer, folder, config.frames)}")
-    return {name: _estimates(episodes) for name, episodes in played.items()}
+    return {name: {"return": (episodes.mean, episodes.stderr)} for name, episodes in played.items()}
 
 
 def _frames(trainer: ControlTrainer, folder: RunFolder, count: int) -> str:
@@ -142,10 +141,6 @@ def _frames(trainer: ControlTrainer, folder: RunFolder, count: int) -> str:
         return str(draw_frames(trainer, folder, count=count))
     except RuntimeError as error:  # no OpenGL: the run itself is done
         return str(error)
-
-
-def _estimates(episodes: EvaluationResult) -> Estimates:
-    return {"return": (episodes.mean, episodes.stderr)}
 
 
 if __name__ == "__main__":

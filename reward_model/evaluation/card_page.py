@@ -54,11 +54,12 @@ def html_page(card: Mapping[str, Any], *, title: str, facts: Mapping[str, str]) 
     boxes = "".join(f"<div class=tile>{html.escape(name)}<b>{value}</b></div>" for name, value in tiles.items())
     sections = "".join(_html_section(name, rows) for name, rows in _sections(card))
     origin = _html_section("Model", list(facts.items()))
+    figures = base64.b64encode(draw_figures(card)).decode()
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
         f"<h1>{html.escape(title)}</h1><p class=note>Reward model report card: held-out comparisons, ties left out of "
         f"accuracies, intervals at 95 %.</p><div class=tiles>{boxes}</div>"
-        f'<img alt="Reliability, scores, accuracy by length, training" src="data:image/png;base64,{_encoded(card)}">'
+        f'<img alt="Reliability, scores, accuracy by length, training" src="data:image/png;base64,{figures}">'
         f"{sections}{origin}</html>\n"
     )
 
@@ -218,10 +219,6 @@ def _change(value: float | None) -> str:
 def _html_section(title: str, rows: Sequence[tuple[str, str]]) -> str:
     body = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
     return f"<h2>{html.escape(title)}</h2><table>{body}</table>"
-
-
-def _encoded(card: Mapping[str, Any]) -> str:
-    return base64.b64encode(draw_figures(card)).decode()
 
 
 def _draw_reliability(axis: Any, bins: Sequence[Sequence[float]]) -> None:

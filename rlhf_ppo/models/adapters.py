@@ -22,7 +22,6 @@ from rlhf_ppo.utils.moved_names import forward_old_names
 _Context: TypeAlias = AbstractContextManager[None]
 
 REFERENCE_ADAPTER = "reference"
-SCORE_HEADS = ("score",)
 
 
 @contextmanager
@@ -213,7 +212,7 @@ def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments
     config.inference_mode = True
     config.modules_to_save = None  # a causal model has no place for the classifier's head: it is returned
     weights: dict[str, Tensor] = load_peft_weights(source, device="cpu", **hub_arguments)
-    head_weights = {key: tensor for key, tensor in weights.items() if _is_score_head(key)}
+    head_weights = {key: tensor for key, tensor in weights.items() if "score" in key.split(".")}
     head_state = {key.rsplit(".", 1)[-1]: tensor for key, tensor in head_weights.items()}
     if "weight" not in head_state:
         raise ValueError(
@@ -253,10 +252,6 @@ def _without_shared_weights(model: PeftModel, weights: dict[str, Tensor], source
                 "base, or load it separately."
             )
     return {key: tensor for key, tensor in weights.items() if key not in shared}
-
-
-def _is_score_head(key: str) -> bool:
-    return any(part in SCORE_HEADS for part in key.split("."))
 
 
 forward_old_names(__name__)
