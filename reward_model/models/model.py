@@ -15,7 +15,7 @@ from reward_model.models.contract import Contract
 from reward_model.models.text import Texts, encode, prepare_tokenizer
 from rlhf_ppo.batch import pad_rows, split_into_micro_batches
 from rlhf_ppo.chat.nested import UnreadableText
-from rlhf_ppo.kernels.packing import can_be_packed
+from rlhf_ppo.kernels.packing import packing_matches
 from rlhf_ppo.kernels.unpadded import unpadded
 from rlhf_ppo.models.device import default_device
 
@@ -188,7 +188,7 @@ class RewardModel:
         """Context manager: while active, padding is not computed on a CPU; products are torch's, bit for bit."""
         layers = layers_of(self.model)
         if self._can_pack is None and len({len(row) for row in rows}) > 1:
-            self._can_pack = self.model.device.type == "cpu" and can_be_packed(layers, rows)
+            self._can_pack = self.model.device.type == "cpu" and packing_matches(layers, rows)
         with unpadded(layers) if self._can_pack else nullcontext():
             yield
 

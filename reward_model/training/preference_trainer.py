@@ -21,7 +21,7 @@ from reward_model.training.losses import (
     weighted_mean,
 )
 from rlhf_ppo.kernels.linear_layers import use_fast_layers, use_plain_layers
-from rlhf_ppo.kernels.packing import can_be_packed
+from rlhf_ppo.kernels.packing import packing_matches
 from rlhf_ppo.kernels.unpadded import unpadded
 
 
@@ -76,7 +76,9 @@ class PreferenceTrainer(RewardTrainer):
 
     def _can_pack(self) -> bool:
         dataset: Any = self.train_dataset
-        return can_be_packed(self._layers, [torch.tensor(dataset[0][name]) for name in ("chosen_ids", "rejected_ids")])
+        return packing_matches(
+            self._layers, [torch.tensor(dataset[0][name]) for name in ("chosen_ids", "rejected_ids")]
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedBatches:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ppo.diagnostics.findings import Diagnosis, Finding, finding
 from rlhf_ppo.environments import EnvironmentFactory, Episode
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
-from rlhf_ppo.rollout.collect import CollectedResponses
+from rlhf_ppo.rollout.collect import DecodedResponses
 from rlhf_ppo.rollout.episodes import episode_rows
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
@@ -63,7 +63,7 @@ class DiagnosedBatch:
     @classmethod
     def of_rollout(
         cls,
-        collected: CollectedResponses,
+        collected: DecodedResponses,
         scores: RewardScores,
         sampling: SamplingConfig,
         sources: RewardSources | None,

@@ -64,7 +64,7 @@ def to_device(weights: Tensor, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceModel:
     """The frozen reference model, prepared, and the context in which it can score."""
 
     module: nn.Module
@@ -76,7 +76,7 @@ class Reference:
 
 def place_reference(
     module: nn.Module, accelerator: Accelerator, placement: ReferencePlacement, *, policy: Iterable[Tensor]
-) -> Reference:
+) -> ReferenceModel:
     """Prepare the reference model as `PPOConfig.reference_placement` asks.
 
     Args:
@@ -104,15 +104,15 @@ def place_reference(
         )
     if sharded and placement in ("auto", "sharded"):
         prepared = _shard_with_fsdp(module, accelerator) if has_fsdp else _shard_with_zero(module, accelerator)
-        return Reference(prepared, sharded=True)
+        return ReferenceModel(prepared, sharded=True)
     if engine is None and not has_fsdp:
         module = accelerator.prepare_model(module, evaluation_mode=True)
     elif accelerator.mixed_precision in _HALF_DTYPES:  # as the engine casts the policy: parameters, not buffers
         for parameter in module.parameters():
             parameter.data = parameter.data.to(_HALF_DTYPES[accelerator.mixed_precision])
     if placement == "offloaded":
-        return Reference(module, OffloadedWeights(module, device, excluded=policy).on_device)
-    return Reference(module.to(device).eval())
+        return ReferenceModel(module, OffloadedWeights(module, device, excluded=policy).on_device)
+    return ReferenceModel(module.to(device).eval())
 
 
 _HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

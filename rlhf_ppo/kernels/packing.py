@@ -120,7 +120,7 @@ def _has_window_in_mask_alone(layers: Any) -> bool:
     return len(others) < len(codes) and not any("sliding_window" in repr(code.co_consts) for code in others)
 
 
-def can_be_packed(model: Any, rows: Sequence[Tensor]) -> bool:
+def packing_matches(model: Any, rows: Sequence[Tensor]) -> bool:
     """Whether this architecture computes the same when packed: a trial on the beginnings of two rows.
 
     False for attention other than torch's, and for models that carry other state from one token to the next.

@@ -16,8 +16,8 @@ from rlhf_ppo.kernels.packing import packed_hidden
 def unpadded(layers: Any) -> Iterator[None]:
     """Context manager: while active, `layers` packs rows that come padded on the right; states at padding are 0.
 
-    The caller still gets [rows, width, hidden]. Only for layers that `can_be_packed` accepts. Gradients may be computed
-    after it.
+    The caller still gets [rows, width, hidden]. Only for layers that `packing_matches` accepts. Gradients may be
+    computed after it.
 
     Args:
         layers: The `base_model` of a causal architecture. Calls of any other kind go through it unchanged.

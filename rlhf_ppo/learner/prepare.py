@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf_ppo.distributed.deepspeed import keep_head_gathered
 from rlhf_ppo.distributed.fsdp import fsdp_sharding, set_fsdp_root
-from rlhf_ppo.distributed.placement import Reference, place_reference
+from rlhf_ppo.distributed.placement import ReferenceModel, place_reference
 from rlhf_ppo.kernels.allocator import keep_freed_memory
 from rlhf_ppo.kernels.linear_layers import use_fast_layers
 from rlhf_ppo.kernels.varlen_attention import matches_plain_attention
@@ -32,7 +32,7 @@ class PreparedModels:
     optimizer: Optimizer
     lr_scheduler: Any
     """Accelerate's wrapper of the given scheduler, or None."""
-    reference: Reference | None
+    reference: ReferenceModel | None
     """The frozen reference; None if the model is its own reference, with its adapters off."""
 
 

@@ -7,11 +7,11 @@ from typing import TypeAlias
 
 from rlhf_ppo.batch import join_columns, select_columns
 from rlhf_ppo.rewards.sources import RewardScores
-from rlhf_ppo.rollout.collect import CollectedResponses
+from rlhf_ppo.rollout.collect import DecodedResponses
 from rlhf_ppo.samplers.base import Samples
 from rlhf_ppo.utils.field_types import check_fields
 
-RolloutResult: TypeAlias = tuple[CollectedResponses, RewardScores, dict[str, float]]
+RolloutResult: TypeAlias = tuple[DecodedResponses, RewardScores, dict[str, float]]
 """Responses, scores, seconds."""
 
 
@@ -32,8 +32,8 @@ class DynamicSampling:
 
 
 def roll_out(
-    sample: Callable[[], CollectedResponses],
-    score: Callable[[CollectedResponses], RewardScores],
+    sample: Callable[[], DecodedResponses],
+    score: Callable[[DecodedResponses], RewardScores],
     is_stopped: Callable[[], bool],
     *,
     dynamic: DynamicSampling | None,
@@ -50,7 +50,7 @@ def roll_out(
         group_size: Number of adjacent responses to one prompt.
         any_process: Whether a condition holds on any process.
     """
-    rounds: list[tuple[CollectedResponses, RewardScores]] = []
+    rounds: list[tuple[DecodedResponses, RewardScores]] = []
     times = {"time/generate": 0.0, "time/reward": 0.0}
     while True:
         start = time.perf_counter()
@@ -76,8 +76,8 @@ def groups_with_spread(scores: RewardScores, group_size: int) -> list[int]:
 
 
 def fill_batch(
-    rounds: Sequence[tuple[CollectedResponses, RewardScores]], groups: int, group_size: int
-) -> tuple[CollectedResponses, RewardScores]:
+    rounds: Sequence[tuple[DecodedResponses, RewardScores]], groups: int, group_size: int
+) -> tuple[DecodedResponses, RewardScores]:
     """A batch of `groups` groups: those with a spread, and others where they are too few, in the order of sampling."""
     collected = _concatenate_responses([part for part, _ in rounds])
     scores = _concatenate_scores([part for _, part in rounds])
@@ -95,13 +95,13 @@ _SAMPLE_COLUMNS = ("prompts", "responses", "finished", "logprobs", "values")
 _RESPONSE_COLUMNS = ("prompts", "responses", "columns", "episodes", "tasks")
 
 
-def _concatenate_responses(parts: Sequence[CollectedResponses]) -> CollectedResponses:
+def _concatenate_responses(parts: Sequence[DecodedResponses]) -> DecodedResponses:
     samples = Samples(**join_columns([part.samples for part in parts], _SAMPLE_COLUMNS))
     counts = {name: sum(part.counts.get(name, 0) for part in parts) for name in parts[0].counts}
-    return CollectedResponses(samples=samples, counts=counts, **join_columns(parts, _RESPONSE_COLUMNS))
+    return DecodedResponses(samples=samples, counts=counts, **join_columns(parts, _RESPONSE_COLUMNS))
 
 
-def _select_responses(collected: CollectedResponses, rows: Sequence[int]) -> CollectedResponses:
+def _select_responses(collected: DecodedResponses, rows: Sequence[int]) -> DecodedResponses:
     samples = replace(collected.samples, **select_columns(collected.samples, _SAMPLE_COLUMNS, rows))
     return replace(collected, samples=samples, **select_columns(collected, _RESPONSE_COLUMNS, rows))
 

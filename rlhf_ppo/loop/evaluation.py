@@ -11,7 +11,7 @@ import torch
 from rlhf_ppo.batch import TokenInputs, pad_rows
 from rlhf_ppo.learner.statistics import row_sums
 from rlhf_ppo.rewards.sources import RewardSources, named_sources
-from rlhf_ppo.rollout.collect import CollectedResponses, Collector
+from rlhf_ppo.rollout.collect import Collector, DecodedResponses
 from rlhf_ppo.rollout.episodes import NumberedEpisodes, episode_rows, responses_of_episodes
 from rlhf_ppo.rollout.experience import Scorer
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -103,7 +103,7 @@ def mean_and_stderr(values: Sequence[float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def reference_measures(scorer: Scorer, collected: CollectedResponses) -> dict[str, list[float]]:
+def reference_measures(scorer: Scorer, collected: DecodedResponses) -> dict[str, list[float]]:
     """KL to the reference and likelihood under it, one number per response or episode, over the policy's own tokens.
 
     `kl` is the k1 estimate summed over a response, nats; `kl_k3` the non-negative k3 estimate (Schulman 2020);

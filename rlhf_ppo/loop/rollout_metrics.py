@@ -3,12 +3,12 @@
 from rlhf_ppo.diagnostics.guards import repetition
 from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.rewards.sources import RewardScores
-from rlhf_ppo.rollout.collect import CollectedResponses
+from rlhf_ppo.rollout.collect import DecodedResponses
 from rlhf_ppo.rollout.episodes import episode_metrics
 
 
 def rollout_metrics(
-    processes: Processes, collected: CollectedResponses, scores: RewardScores
+    processes: Processes, collected: DecodedResponses, scores: RewardScores
 ) -> tuple[dict[str, float], float]:
     """Metrics of scores and episodes, and the mean share of repeated 3-grams. Collective."""
     first, *rest = processes.gather_objects([scores])

@@ -29,7 +29,7 @@ from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
 from rlhf_ppo.loop.token_traces import token_traces
 from rlhf_ppo.rewards.offload import offload_sources
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
-from rlhf_ppo.rollout.collect import CollectedResponses
+from rlhf_ppo.rollout.collect import DecodedResponses
 from rlhf_ppo.rollout.episodes import NumberedEpisodes
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -148,7 +148,7 @@ class TrainingLoop:
         if restored is not None:
             self.state.iteration, self.state.best = restored.iteration, self.best.best
 
-    def _roll_out(self) -> tuple[CollectedResponses, RewardScores, dict[str, float]] | None:
+    def _roll_out(self) -> tuple[DecodedResponses, RewardScores, dict[str, float]] | None:
         """Sample and score responses: (responses, scores, seconds). None after a stop: the rollout is discarded."""
         parts: dict[str, Stateful] = {**self.per_process_state(), "prompts": self.prompt_sampler}
         before = {name: part.state_dict() for name, part in parts.items()}
@@ -188,7 +188,7 @@ class TrainingLoop:
                 part.load_state_dict(before[name])
             self.keeper.save(self.state.iteration, required=False)
 
-    def _learn(self, collected: CollectedResponses, scores: RewardScores, times: dict[str, float]) -> None:
+    def _learn(self, collected: DecodedResponses, scores: RewardScores, times: dict[str, float]) -> None:
         learner = self.learner
         start = time.perf_counter()
         if collected.prompts:

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     from rlhf_ppo.plan.fit import with_fitted_pass_size
     from rlhf_ppo.plan.memory import make_plan
     from rlhf_ppo.plan.tables import as_json, as_text
-    from rlhf_ppo.plan.traces import trace_memory, weight_bytes
+    from rlhf_ppo.plan.traces import frozen_model_bytes, trace_memory
 
     try:
         if measure:
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         rates = None if rates is None else _read_rates(rates)
         plan = with_fitted_pass_size(plan)
         traces = trace_memory(plan)
-        reward = 0.0 if plan.reward_model is None else float(weight_bytes(plan, plan.reward_model))
+        reward = 0.0 if plan.reward_model is None else float(frozen_model_bytes(plan, plan.reward_model))
         plans = [make_plan(plan, traces, devices=count, reward_weights=reward) for count in gpus]
         measurement = _run_measurement(plan) if measure else None
     except PlanError as error:

@@ -93,8 +93,8 @@ def trace_memory(plan: PlanConfig) -> MemoryTraces:
     return first.extrapolate(second, (layers - TRACED_DEPTHS[0]) / (TRACED_DEPTHS[1] - TRACED_DEPTHS[0]))
 
 
-def weight_bytes(plan: PlanConfig, name: str) -> int:
-    """Bytes of the weights of another, frozen model in the plan's precision."""
+def frozen_model_bytes(plan: PlanConfig, name: str) -> int:
+    """Bytes of the weights of a frozen model, such as a reward model, in the plan's precision."""
     frozen = PlanConfig(model=name, precision="bfloat16" if plan.precision == "nf4" else plan.precision)
     with torch.device("meta"):
         policy = build_policy(model_config(name), frozen)

@@ -55,7 +55,7 @@ class SoftOverlong:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectedResponses:
+class DecodedResponses:
     """Sampled responses with their texts and dataset columns."""
 
     samples: Samples
@@ -128,7 +128,7 @@ class Collector:
         environment = self.environment and replace(self.environment, keep_timed_out=False)
         return replace(self, environment=environment, episode_seeds=(seed, 1))
 
-    def sample(self, batch: PromptBatch, generator: torch.Generator) -> CollectedResponses:
+    def sample(self, batch: PromptBatch, generator: torch.Generator) -> DecodedResponses:
         """Sample `num_return_sequences` adjacent responses to each prompt, or play as many episodes."""
         if self.environment is not None:
             return self._play(self.environment, batch, generator)
@@ -137,7 +137,7 @@ class Collector:
             samples = self.sampler(self.model, prompts, self.sampling, generator=generator)
         num_copies = self.sampling.num_return_sequences
         check_count(samples, len(prompts) * num_copies)
-        return CollectedResponses(
+        return DecodedResponses(
             samples=samples,
             prompts=[text for text in batch.texts for _ in range(num_copies)],
             responses=self.tokenizer.batch_decode(
@@ -150,7 +150,7 @@ class Collector:
 
     def _play(
         self, environment: EnvironmentSampler, batch: PromptBatch, generator: torch.Generator
-    ) -> CollectedResponses:
+    ) -> DecodedResponses:
         """Play `num_return_sequences` adjacent episodes for each row; groups with a failed one are left out."""
         copies = self.sampling.num_return_sequences
         tasks = list(episode_tasks(batch, copies, self.episode_seeds))
@@ -174,14 +174,14 @@ class Collector:
             name: [column[row // copies] for row in kept] for name, column in batch.columns.items()
         }
         columns["transcripts"] = [decode(episode.response_ids) for episode in episodes]
-        return CollectedResponses(
+        return DecodedResponses(
             samples=samples, prompts=[decode(episode.prompt_ids) for episode in episodes],
             responses=["\n".join(map(decode, episode.replies())) for episode in episodes],
             columns=columns, episodes=episodes, counts=played.counts(), tasks=[tasks[row] for row in kept],
         )  # fmt: skip
 
     def score(
-        self, collected: CollectedResponses, sources: RewardSources | None, missing_eos: MissingEOS | None = None
+        self, collected: DecodedResponses, sources: RewardSources | None, missing_eos: MissingEOS | None = None
     ) -> RewardScores:
         """Check the responses, score their texts, and apply `missing_eos` to those without a stop token.
 
@@ -199,7 +199,7 @@ class Collector:
         with self.sources_context():
             return score_batch(sources, request, self.failures)
 
-    def _make_request(self, collected: CollectedResponses) -> RewardRequest:
+    def _make_request(self, collected: DecodedResponses) -> RewardRequest:
         if self.limits is not None and collected.prompts:
             check_samples(collected.segments(), self.limits, device=self.device)
         return RewardRequest(
@@ -210,7 +210,7 @@ class Collector:
         )
 
     def _complete_scores(
-        self, scores: RewardScores, collected: CollectedResponses, missing_eos: MissingEOS | None
+        self, scores: RewardScores, collected: DecodedResponses, missing_eos: MissingEOS | None
     ) -> RewardScores:
         if collected.episodes is not None:
             return add_environment_rewards(scores, collected.episodes)
@@ -228,7 +228,7 @@ class Collector:
         return replace(scores, total=total)
 
     def _penalize_length(
-        self, scores: RewardScores, collected: CollectedResponses, overlong: SoftOverlong
+        self, scores: RewardScores, collected: DecodedResponses, overlong: SoftOverlong
     ) -> RewardScores:
         lengths = torch.tensor([len(response) for response in collected.samples.responses])
         penalty = overlong.penalty * soft_overlong_penalty(
@@ -250,7 +250,7 @@ class Collector:
         chosen = order[:, : self.best_of].sort(dim=1).values + torch.arange(len(order))[:, None] * copies
         return [int(row) for row in chosen[complete].flatten()]
 
-    def responses(self, collected: CollectedResponses, scores: RewardScores) -> Responses | None:
+    def responses(self, collected: DecodedResponses, scores: RewardScores) -> Responses | None:
         """Select the samples to learn from, in the form that `learn` takes; None if all were skipped."""
         rows = self.kept_rows(scores)
         if not rows:

@@ -230,7 +230,7 @@ SWITCHES = {
         paired=False,
     ),
     "unpadded": Switch(
-        "kernels/unpadded", "padded rows", {"kernels.packing.can_be_packed": _always(False)}, workloads=("rm-pairs",),
+        "kernels/unpadded", "padded rows", {"kernels.packing.packing_matches": _always(False)}, workloads=("rm-pairs",),
         phases=("epoch",), paired=False,
     ),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, BloomConfig, BloomForCausalLM
 
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.kernels import packing
-from rlhf_ppo.kernels.packing import can_be_packed
+from rlhf_ppo.kernels.packing import packing_matches
 from rlhf_ppo.models.scoring import TokenPolicy
 from tests.models.zoo import build
 from tests.samplers.test_decode_loop import ARCHITECTURES
@@ -94,14 +94,14 @@ def test_a_model_that_sees_its_neighbors_is_found_out(monkeypatch: pytest.Monkey
 
     model = tiny_gpt2()
     rows = [torch.arange(2, 9), torch.arange(4, 9)]
-    assert can_be_packed(model.base_model, rows)
+    assert packing_matches(model.base_model, rows)
     plain = packing.packed_attention
 
     def leaking(*arguments: Any, row_groups: Any, **settings: Any) -> Any:
         return plain(*arguments, row_groups=[(1, sum(count * length for count, length in row_groups))], **settings)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, packing.ATTENTION_NAME, leaking)
-    assert not can_be_packed(model.base_model, rows)
+    assert not packing_matches(model.base_model, rows)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on switching checkpointing on
@@ -137,4 +137,4 @@ def test_a_window_hides_what_is_further_back_in_its_own_row_alone() -> None:
 def test_a_window_that_only_the_mask_knows_is_not_packed(name: str, packs: bool) -> None:
     """Short rows, as those of the trial, are the same: they are within the window."""
     layers = build(name).base_model
-    assert can_be_packed(layers, [torch.arange(5, 12), torch.arange(20, 25)]) == packs
+    assert packing_matches(layers, [torch.arange(5, 12), torch.arange(20, 25)]) == packs

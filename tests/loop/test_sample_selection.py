@@ -11,7 +11,7 @@ from rlhf_ppo import functional as F
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.loop.dynamic_sampling import DynamicSampling, fill_batch, groups_with_spread, roll_out
 from rlhf_ppo.rewards.sources import RewardScores
-from rlhf_ppo.rollout.collect import CollectedResponses, SoftOverlong
+from rlhf_ppo.rollout.collect import DecodedResponses, SoftOverlong
 from rlhf_ppo.rollout.experience import Responses
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
@@ -29,7 +29,7 @@ def scores_of(totals: list[float], skipped: tuple[int, ...] = ()) -> RewardScore
     )  # fmt: skip
 
 
-def responses_of(first: int, count: int) -> CollectedResponses:
+def responses_of(first: int, count: int) -> DecodedResponses:
     """Responses that are one token each, with its number as text."""
     numbers = range(first, first + count)
     samples = Samples(
@@ -37,7 +37,7 @@ def responses_of(first: int, count: int) -> CollectedResponses:
         finished=[True] * count,
     )  # fmt: skip
     texts = [str(n) for n in numbers]
-    return CollectedResponses(samples=samples, prompts=["p"] * count, responses=texts, columns={"id": [*numbers]})
+    return DecodedResponses(samples=samples, prompts=["p"] * count, responses=texts, columns={"id": [*numbers]})
 
 
 def test_a_group_has_a_spread_if_its_scores_differ_and_none_was_skipped() -> None:
