@@ -12,12 +12,16 @@ def rms_norm(x: Float[Tensor, "*batch d"], weight: Float[Tensor, " d"], eps: flo
 
     Kept for the backward pass: x and one number a row.
     """
+    if not torch.is_grad_enabled():
+        return (x * _inverse_rms(x, eps)).mul_(weight)
     result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return result
 
 
 def swiglu(gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """SiLU(gate) · up (Shazeer 2020, eq. 6, without its products); SiLU(gate) is computed twice instead of kept."""
+    if not torch.is_grad_enabled():
+        return _gated(gate, up)
     result: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     return result
 
@@ -33,6 +37,8 @@ def rotate(
         sin: Likewise.
     """
     first, second = sin.chunk(2, dim=-1)
+    if not torch.is_grad_enabled():
+        return _rotated(x, cos, first, second, 1.0)
     result: Tensor = _Rotation.apply(x, cos, first, second, 1.0)  # type: ignore[no-untyped-call]
     return result
 
@@ -83,16 +89,20 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: float) -> Tensor:
         ctx.save_for_backward(cos, first, second)
         ctx.sign = sign
-        rotated = x * cos
-        ours, theirs = rotated.chunk(2, dim=-1), x.chunk(2, dim=-1)
-        ours[0].addcmul_(theirs[1], first, value=-sign)
-        ours[1].addcmul_(theirs[0], second, value=sign)
-        return rotated
+        return _rotated(x, cos, first, second, sign)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, first, second = ctx.saved_tensors
         return _Rotation.apply(grad, cos, second, first, -ctx.sign), None, None, None, None  # type: ignore[no-untyped-call]
+
+
+def _rotated(x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: float) -> Tensor:
+    rotated = x * cos
+    ours, theirs = rotated.chunk(2, dim=-1), x.chunk(2, dim=-1)
+    ours[0].addcmul_(theirs[1], first, value=-sign)
+    ours[1].addcmul_(theirs[0], second, value=sign)
+    return rotated
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:

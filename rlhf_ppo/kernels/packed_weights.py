@@ -5,7 +5,7 @@ lays out anew in every call. Packed once, it is only read. Plain twin: the layer
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -22,9 +22,11 @@ logger = logging.getLogger(__name__)
 ROWS = {torch.float32: range(4, 65), torch.bfloat16: range(2, 65)}
 """Rows of a product that take less time with a packed weight: fewer are no matrix product for oneDNN, and with more the
 layout is a small part."""
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that read the same input; one product with all their weights is faster than one for each."""
 MIN_WEIGHTS = {torch.float32: 2**19, torch.bfloat16: 2**16}
-"""Fewest entries of a weight that is packed: below, the call itself takes longer than torch's."""
-MIN_STEPS = {torch.float32: 48, torch.bfloat16: 16}
+"""Fewest entries of the weights of a product that are packed: below, the call itself takes longer than torch's."""
+MIN_STEPS = {torch.float32: 24, torch.bfloat16: 16}
 """Fewest steps for which packing pays: it takes the time that some 20 steps gain in float32, some 10 in bfloat16."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 """How far a product may differ in the trial, relative to the largest entry."""
@@ -53,18 +55,20 @@ class PackedWeights:
             return
         self._tried = True
         equal: dict[tuple[Any, ...], bool] = {}
-        for layer in self.model.modules():
-            weight = _weight(layer)
-            if weight is None or steps < MIN_STEPS[weight.dtype]:
+        for layers in _layers_of_one_input(self.model):
+            weights = [weight for layer in layers if (weight := _weight(layer)) is not None]
+            if len(weights) < len(layers) or not _pays(weights, steps):
                 continue
-            kind = (type(layer), weight.shape, weight.dtype)
-            if equal.get(kind, True):
-                packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-                forward = partial(_forward, layer, packed, weight.dtype, type(layer).forward)
-                equal.setdefault(kind, _is_equal(layer, forward))
-                if equal[kind]:
-                    vars(layer)["forward"] = forward
-                    self.layers.append(layer)
+            kind = tuple((type(layer), w.shape, w.dtype) for layer, w in zip(layers, weights, strict=True))
+            if not equal.get(kind, True):
+                continue
+            product = _PackedProduct(layers, weights)
+            forwards = [partial(product, index) for index in range(len(layers))]
+            if kind not in equal:
+                equal[kind] = all(map(_is_equal, layers, forwards))
+            for layer, forward in zip(layers, forwards, strict=True) if equal[kind] else ():
+                vars(layer)["forward"] = forward
+                self.layers.append(layer)
         if self.layers:
             logger.info("decoding with packed weights in %d layers", len(self.layers))
 
@@ -90,10 +94,13 @@ def packing_is_faster(dtype: torch.dtype) -> bool:
     """Whether packed weights win clearly here; measured once a process."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return False
-    x, weight = torch.randn(12, 576).to(dtype), torch.randn(1536, 576).to(dtype)
+    x, weights = torch.randn(12, 576).to(dtype), torch.randn(12, 1536, 576).to(dtype).unbind()  # more than caches hold
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-        ours, theirs = measure_seconds(lambda: _product(x, packed, None), lambda: nn.functional.linear(x, weight))
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight, 16) for weight in weights]
+        ours, theirs = measure_seconds(
+            lambda: [_product(x, weight, None) for weight in packed],
+            lambda: [nn.functional.linear(x, weight) for weight in weights],
+        )
     except RuntimeError as refusal:
         logger.info("decoding in %s with plain weights: %s", dtype, refusal)
         return False
@@ -101,36 +108,82 @@ def packing_is_faster(dtype: torch.dtype) -> bool:
     return theirs / ours > MIN_SPEEDUP
 
 
-def _weight(layer: nn.Module) -> Tensor | None:
+def _weight(layer: nn.Module | None) -> Tensor | None:
     """The [out, in] weight of a layer in the dtype of its products; None where it is not packed."""
     plain = FAST_LINEAR_CLASSES.keys() | set(FAST_LINEAR_CLASSES.values())
     if type(layer) not in plain or "forward" in vars(layer):
         return None
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    weight: Tensor = layer.weight.detach()  # type: ignore[union-attr,operator]
     dtype = getattr(layer, "matmul_dtype", None) or weight.dtype
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    small = weight.numel() < MIN_WEIGHTS.get(dtype, weight.numel() + 1)
-    if small or weight.device.type != "cpu" or type(weight) is not Tensor or not packing_is_faster(dtype):
+    plain_weight = type(weight) is Tensor and weight.device.type == "cpu" and dtype in MIN_WEIGHTS
+    if not plain_weight or not packing_is_faster(dtype):
         return None
     return (weight.t() if isinstance(layer, Conv1D) else weight).to(dtype).contiguous()
 
 
-def _forward(
-    layer: Any, packed: Tensor, dtype: torch.dtype, plain: Callable[[nn.Module, Tensor], Tensor], x: Tensor
-) -> Tensor:
-    """The layer's output: by the packed weight where that is faster, else its own."""
-    rows = x.numel() // max(x.shape[-1], 1)
-    if rows not in ROWS[dtype] or torch.is_grad_enabled():
-        return plain(layer, x)
-    bias = layer.bias
-    inside = bias if bias is not None and bias.dtype == dtype else None
-    flat = _product(x.reshape(rows, -1).to(dtype), packed, inside)
-    if not torch.is_autocast_enabled("cpu"):
-        flat = flat.to(x.dtype)
-    if bias is not None and inside is None:
-        flat = flat + bias.to(flat.dtype)
-    return flat.view(*x.shape[:-1], flat.shape[-1])
+def _pays(weights: list[Tensor], steps: int) -> bool:
+    """Whether one product with all of `weights` may win back the time of packing them."""
+    dtype, width = weights[0].dtype, weights[0].shape[1]
+    alike = all(weight.dtype == dtype and weight.shape[1] == width for weight in weights)
+    return alike and sum(map(Tensor.numel, weights)) >= MIN_WEIGHTS[dtype] and steps >= MIN_STEPS[dtype]
+
+
+class _PackedProduct:
+    """The product of layers that read one input, by their packed weights: the first to be called computes it for all.
+
+    Args:
+        layers: Their own `forward` is called where packed weights are not faster.
+        weights: One of each layer, in the dtype of the product.
+    """
+
+    def __init__(self, layers: list[Any], weights: list[Tensor]) -> None:
+        self.layers, self.dtype = layers, weights[0].dtype
+        whole = torch.cat(weights) if weights[1:] else weights[0]
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(whole, 16)
+        self.bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None
+        self.sizes = [len(weight) for weight in weights]
+        self.outputs: dict[int, Tensor] = {}
+        self.input: Tensor | None = None
+
+    def __call__(self, index: int, x: Tensor) -> Tensor:
+        """The output of layer `index`."""
+        rows = x.numel() // max(x.shape[-1], 1)
+        if rows not in ROWS[self.dtype] or torch.is_grad_enabled():
+            layer = self.layers[index]
+            plain: Tensor = type(layer).forward(layer, x)
+            return plain
+        if len(self.sizes) == 1:
+            return self._product(x, rows)
+        if x is not self.input or index not in self.outputs:
+            self.input = x
+            self.outputs = dict(enumerate(self._product(x, rows).split(self.sizes, dim=-1)))
+        output = self.outputs.pop(index)
+        if not self.outputs:
+            self.input = None
+        return output
+
+    def _product(self, x: Tensor, rows: int) -> Tensor:
+        inside = self.bias if self.bias is not None and self.bias.dtype == self.dtype else None
+        flat = _product(x.reshape(rows, -1).to(self.dtype), self.packed, inside)
+        if flat.dtype != x.dtype and not torch.is_autocast_enabled("cpu"):
+            flat = flat.to(x.dtype)
+        if self.bias is not None and inside is None:
+            flat = flat + self.bias.to(flat.dtype)
+        return flat.view(*x.shape[:-1], flat.shape[-1])
+
+
+def _layers_of_one_input(model: nn.Module) -> Iterator[list[Any]]:
+    """Linear layers that read the same input, by the names that `transformers` has for them; then each one."""
+    for parent in model.modules():
+        for names in SIBLINGS:
+            children = [parent._modules.get(name) for name in names]
+            layers = [getattr(child, "base_layer", child) for child in children]  # below an adapter
+            if len({getattr(layer, "bias", None) is None for layer in layers}) == 1:
+                yield layers
+    for layer in model.modules():
+        yield [layer]
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,15 +191,15 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-def _is_equal(layer: Any, forward: Callable[[Tensor], Tensor]) -> bool:
+def _is_equal(layer: Any, forward: "partial[Tensor]") -> bool:
     """Whether a layer gives the same with its packed weight: a trial on some rows."""
     width = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
     x = torch.linspace(-1, 1, 5 * width).view(5, width).sin().to(layer.weight.dtype)
+    dtype: torch.dtype = forward.func.dtype  # type: ignore[attr-defined]
     try:
         plain, other = type(layer).forward(layer, x), forward(x)  # hooks of the layer read a model's own states
     except RuntimeError as refusal:
         logger.info("%s keeps its plain weight: %s", type(layer).__name__, refusal)
         return False
-    dtype = forward.args[2] if isinstance(forward, partial) else plain.dtype
     difference, largest = (plain - other).abs().max(), plain.abs().max()
     return other.dtype == plain.dtype and bool(difference <= TOLERANCE[dtype] * largest)

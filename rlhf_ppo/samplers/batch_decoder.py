@@ -24,8 +24,6 @@ from rlhf_ppo.utils.transfer import upload
 
 PREFILL_POSITIONS = 2**14
 """Positions of prompts, padding included, that run through the model at once: enough to keep a GPU busy."""
-PACK_AFTER = 8
-"""Steps after which weights are packed, because all responses may be short."""
 
 
 class BatchDecoder:
@@ -69,8 +67,8 @@ class BatchDecoder:
             self._mark_ended(step)
             if step + 1 == longest or ((step + 1) % self.interval == 0 and not self._any_unfinished()):
                 return
-            if self.packed is not None and step == PACK_AFTER:
-                self.packed.pack(steps=longest - step)
+            if self.packed is not None and step == 0:  # not before: all responses may end here
+                self.packed.pack(steps=longest)
             logits = self._advance(step)
 
     def _prefill(self, prompts: list[Tensor], rows: list[int]) -> Float[Tensor, "rows vocab"]:

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 
-from rlhf_ppo.samplers import batch_decoder
+from rlhf_ppo.kernels.packed_weights import MIN_STEPS
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.benchmarks.records import add_rounds
@@ -48,7 +48,7 @@ def by_loop(model: Any, workload: Workload) -> int:
 
 def by_plain_loop(model: Any, workload: Workload) -> int:
     """The same without packed weights."""
-    with patch.object(batch_decoder, "PACK_AFTER", 10**9):
+    with patch.dict(MIN_STEPS, dict.fromkeys(MIN_STEPS, 10**9)):
         return by_loop(model, workload)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_ppo.kernels import linear_layers, packed_weights
 from rlhf_ppo.kernels.linear_layers import use_fast_layers
@@ -23,6 +24,19 @@ SAMPLING = SamplingConfig(max_new_tokens=24, stop_token_ids=tuple(range(0, 1024,
 
 def wide_llama(dtype: torch.dtype = torch.float32) -> Any:
     return tiny_llama(vocab_size=1024, hidden_size=512, num_hidden_layers=1, initializer_range=0.05, dtype=dtype)
+
+
+def with_biases() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=512, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=1024, initializer_range=0.05, attention_bias=True, mlp_bias=True, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def with_adapter() -> Any:
@@ -73,9 +87,9 @@ def packs_bfloat16() -> bool:
 
 
 @pytest.mark.parametrize(("build", "expected"), [
-    (wide_llama, 4), (lambda: wide_llama(torch.bfloat16), 8), (with_adapter, 4), (low_precision, 8),
+    (wide_llama, 7), (with_biases, 7), (lambda: wide_llama(torch.bfloat16), 8), (with_adapter, 7), (low_precision, 8),
     (lambda: tiny_gpt2(vocab_size=1024, n_embd=512, n_layer=1, initializer_range=0.05), 4),
-], ids=["llama", "bfloat16", "adapters", "bfloat16 products", "Conv1D"])  # fmt: skip
+], ids=["llama", "biases", "bfloat16", "adapters", "bfloat16 products", "Conv1D"])  # fmt: skip
 def test_the_same_is_drawn_while_rows_leave(
     monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any], expected: int
 ) -> None:
@@ -83,9 +97,8 @@ def test_the_same_is_drawn_while_rows_leave(
         pytest.skip("oneDNN packs no bfloat16 weights on this processor")
     model = build()
     with monkeypatch.context() as patches:
-        patches.setattr(batch_decoder, "PACK_AFTER", 10**9)
+        patches.setattr(packed_weights, "MIN_STEPS", dict.fromkeys(packed_weights.MIN_STEPS, 10**9))
         plain = drawn(model)
-    monkeypatch.setattr(batch_decoder, "PACK_AFTER", 2)
     found: list[Samples] = []
     assert packed_layers(monkeypatch, lambda: found.append(drawn(model))) == expected
     half = expected == 8
@@ -101,9 +114,29 @@ def test_the_same_is_drawn_while_rows_leave(
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@torch.no_grad()
+def test_layers_of_one_input_share_a_product_and_each_still_reads_what_it_is_given() -> None:
+    layer = with_biases().model.layers[0]
+    attention, x, other = layer.self_attn, *torch.randn(2, 6, 1, 512)
+    names = ("q_proj", "k_proj", "v_proj")
+    expected = {name: [getattr(attention, name)(states) for states in (x, other)] for name in names}
+    products: list[int] = []
+    with packed_weights.packed_weights(layer) as packed, pytest.MonkeyPatch.context() as patches:
+        packed.pack(steps=100)
+        plain = packed_weights._product
+        patches.setattr(packed_weights, "_product", lambda *given: products.append(1) or plain(*given))
+        for states, index in ((x, 0), (other, 1)):
+            for name in names:
+                assert_close(getattr(attention, name)(states), expected[name][index])
+        assert len(products) == 2
+        assert_close(attention.q_proj(x), expected["q_proj"][0])  # k_proj and v_proj read something else
+        assert_close(attention.k_proj(other), expected["k_proj"][1])
+        assert_close(attention.k_proj(other), expected["k_proj"][1])
+        assert_close(attention.v_proj(x), expected["v_proj"][0])
+
+
 def test_a_layer_that_packing_would_change_keeps_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_weights, "_product", lambda x, packed, bias: torch.zeros(len(x), packed.shape[0]))
-    monkeypatch.setattr(batch_decoder, "PACK_AFTER", 2)
     model = wide_llama()
     assert packed_layers(monkeypatch, lambda: drawn(model)) == 0
 
@@ -113,7 +146,6 @@ def test_weights_are_plain_again_after_an_error_and_never_packed_for_short_respo
 ) -> None:
     model, limits = wide_llama(), SamplingConfig(max_new_tokens=8)
     assert packed_layers(monkeypatch, lambda: DecodeLoop()(model, PROMPTS, limits)) == 0
-    monkeypatch.setattr(batch_decoder, "PACK_AFTER", 2)
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
