@@ -20,6 +20,7 @@ from reward_model.training.losses import (
     plackett_luce_loss,
     weighted_mean,
 )
+from rlhf_ppo.kernels.liger_layers import use_liger_layers
 from rlhf_ppo.kernels.linear_layers import use_fast_layers, use_plain_layers
 from rlhf_ppo.kernels.packing import packing_matches
 from rlhf_ppo.kernels.unpadded import unpadded
@@ -51,10 +52,13 @@ class PreferenceTrainer(RewardTrainer):
         )
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """Trl's `train`; on a CPU with faster layers, which are replaced by the plain ones at the end."""
+        """Trl's `train` with faster layers, which are replaced by the plain ones at the end."""
         model: Any = self.model
         if self.settings.fast_products and self._on_cpu():
             use_fast_layers(model)
+        elif self.accelerator.device.type == "cuda" and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+            use_liger_layers(model, self.accelerator.device, half)
         try:
             return super().train(*arguments, **options)
         finally:

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_ppo.functional.logprobs import TokenStatistics
 from rlhf_ppo.kernels.linear_logprobs import FusedLinearLogprobs, LinearLogprobsSettings, LossGradient
 from rlhf_ppo.kernels.tied_embedding import TiedGradient
+from rlhf_ppo.kernels.triton_logprobs import choose_fold
 
 TOLERANCE = 1e-4
 """How far the gradient that arrives may differ from the expected one, relative to its largest entry."""
@@ -56,7 +57,8 @@ def fused_token_statistics(
         raise ValueError("expected a loss_gradient where gradients are enabled, got None: the head would get none.")
     trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     tied_gradient = tied_gradient if trained[0] else None  # the embedding's gradient comes through the states
-    settings = LinearLogprobsSettings(temperature, chunk_size, with_entropy, matmul_dtype, *trained)
+    fold = choose_fold(weight.device, len(weight), matmul_dtype or hidden.dtype)
+    settings = LinearLogprobsSettings(temperature, chunk_size, with_entropy, matmul_dtype, *trained, fold=fold)
     given = (hidden, weight, bias, tokens, settings, loss_gradient, tied_gradient)
     logprobs, entropy = _FusedTokenStatistics.apply(*given)  # type: ignore[no-untyped-call]
     return TokenStatistics(logprobs=logprobs, entropy=entropy if with_entropy else None)

@@ -4,7 +4,7 @@ Architectures of `transformers` bring classes of their own that compute the same
 class is exchanged once a module of it has given what the fused one gives.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class _FusedNorm(FusedModule):
     """An RMSNorm that keeps its input and one number a row."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        eps = _eps(self)
+        eps = norm_eps(self)
         if eps is None or not is_eager_float32_on_cpu(hidden_states, self.weight):
             return super().forward(hidden_states)  # type: ignore[no-any-return,misc]
         return rms_norm(hidden_states, self.weight, eps)
@@ -47,22 +47,25 @@ class _FusedGatedMLP(FusedModule):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
 
+_MIXINS: dict[str | None, type[FusedModule]] = {"norm": _FusedNorm, "swiglu": _FusedGatedMLP}
+
+
 def fused_class(module: nn.Module) -> type[nn.Module] | None:
     """The fused class that computes the same as the class of `module`; None if there is none."""
     kind = type(module)
     if kind not in _FUSED and not issubclass(kind, FusedModule):
-        rotating, mixin = forward_with_fused_rotary(module), _candidate(module)
+        rotating, mixin = forward_with_fused_rotary(module), _MIXINS.get(kernel_name(module))
         if rotating is not None:
-            _FUSED[kind] = _before(kind, FusedModule, forward=rotating)
-        elif mixin is not None and _computes_the_same(module, _before(kind, mixin)):
-            _FUSED[kind] = _before(kind, mixin)
+            _FUSED[kind] = class_before(kind, FusedModule, forward=rotating)
+        elif mixin is not None and _computes_the_same(module, class_before(kind, mixin)):
+            _FUSED[kind] = class_before(kind, mixin)
     fused = _FUSED.get(kind)
     # One class may have modules of several forms, such as norms with and without a weight.
-    is_another = fused is not None and issubclass(fused, _FusedNorm | _FusedGatedMLP) and _candidate(module) is None
+    is_another = fused is not None and issubclass(fused, _FusedNorm | _FusedGatedMLP) and kernel_name(module) is None
     return None if is_another else fused
 
 
-def _before(kind: type[nn.Module], mixin: type, **members: Any) -> Any:
+def class_before(kind: type[nn.Module], mixin: type, **members: Any) -> Any:
     """A class that is `kind` behind `mixin`."""
     return type(f"Fused{kind.__name__}", (mixin, kind), {"__module__": __name__, **members})
 
@@ -73,14 +76,14 @@ def plain_class(module: nn.Module) -> type[nn.Module] | None:
     return kind.__bases__[1] if issubclass(kind, FusedModule) else None
 
 
-def _candidate(module: nn.Module) -> type | None:
+def kernel_name(module: nn.Module) -> Literal["norm", "swiglu"] | None:
+    """Whether a module is an RMSNorm or a SwiGLU layer, by its names."""
     name = type(module).__name__
-    if name.endswith("RMSNorm") and _eps(module) is not None and set(dict(module.named_parameters())) == {"weight"}:
-        return _FusedNorm
+    if name.endswith("RMSNorm") and norm_eps(module) is not None and set(dict(module.named_parameters())) == {"weight"}:
+        return "norm"
     parts = dict(module.named_children())
-    if name.endswith("MLP") and set(parts) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        return _FusedGatedMLP if type(parts["act_fn"]) in SILU else None
-    return None
+    is_gated = name.endswith("MLP") and set(parts) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    return "swiglu" if is_gated and type(parts["act_fn"]) in SILU else None
 
 
 @torch.no_grad()
@@ -95,7 +98,7 @@ def _computes_the_same(module: Any, fused: Any) -> bool:
     return bool((found - expected).abs().max() <= CLOSE * expected.abs().max())
 
 
-def _eps(module: Any) -> float | None:
+def norm_eps(module: Any) -> float | None:
     """The norm's ε, by the name that its class has for it."""
     for name in ("variance_epsilon", "eps"):
         if isinstance(getattr(module, name, None), float):

@@ -26,19 +26,33 @@ Rotation: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
 def forward_with_fused_rotary(module: nn.Module) -> Callable[..., Any] | None:
     """The `forward` of an attention module with the fused rotary embedding; None if it computes something else."""
-    forward = inspect.unwrap(type(module).__dict__.get("forward", _no_forward))  # transformers 5.24 renames arguments
-    if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
-        return None
-    plain = forward.__globals__.get(NAME)
-    weight = next(module.parameters(), torch.empty(0))
+    plain, weight = plain_rotation(module), next(module.parameters(), torch.empty(0))
     if plain is None or not is_eager_float32_on_cpu(weight):
         return None
     if not isinstance(weight.data, FakeTensor) and not _rotates_alike(plain):  # a plan's weights: names must do
         return None
-    names = forward.__globals__ | {NAME: _ours_where_it_fits(plain)}
+    return forward_with_rotation(module, _ours_where_it_fits(plain))
+
+
+def plain_rotation(module: nn.Module) -> Rotation | None:
+    """The function by which an attention module rotates; None for any other module."""
+    forward = _own_forward(module)
+    if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
+        return None
+    return forward.__globals__.get(NAME)
+
+
+def forward_with_rotation(module: nn.Module, rotation: Rotation) -> Callable[..., Any]:
+    """The `forward` of an attention module that rotates by another function."""
+    forward = _own_forward(module)
+    names = forward.__globals__ | {NAME: rotation}
     ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__ = forward.__kwdefaults__
     return ours
+
+
+def _own_forward(module: nn.Module) -> Any:
+    return inspect.unwrap(type(module).__dict__.get("forward", _no_forward))  # transformers 5.24 renames arguments
 
 
 def _no_forward() -> None:

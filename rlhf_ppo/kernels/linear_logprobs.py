@@ -7,7 +7,8 @@ processor's cache, and only their probabilities are kept until the gradient of t
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -41,6 +42,10 @@ LOG_OF_ZERO_SHARE = -1e3
 float16 holds it, which -1e30 would overflow."""
 
 
+BlockFold: TypeAlias = Callable[..., tuple[Tensor, ...]]
+"""Statistics of a block's softmax: see `triton_logprobs.fold_block`."""
+
+
 @dataclass(frozen=True)
 class LinearLogprobsSettings:
     """Sampling temperature, chunking, precision, and which gradients to compute."""
@@ -52,6 +57,8 @@ class LinearLogprobsSettings:
     trains_hidden: bool
     trains_weight: bool
     trains_bias: bool
+    fold: BlockFold | None = field(default=None, kw_only=True)
+    """Computes the statistics of each block's softmax; None: torch does."""
 
 
 @dataclass(frozen=True)
@@ -184,13 +191,15 @@ class FusedLinearLogprobs:
             self.output.entropy[rows] = (highest + log_sum).squeeze(-1) - (shares * means).sum(dim=-1)
         return _Chunk(rows, probabilities, self.buffer.overlaps_gradient(rows), shares)
 
-    def _softmax(self, rows: slice, part: slice, chosen: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _softmax(self, rows: slice, part: slice, chosen: Tensor, place: Tensor) -> tuple[Tensor, ...]:
         """Of one block: max z, log Σ exp(z - max z) and Σ p z, each [rows, 1].
 
         p goes into `place` if that is not empty, and the logits of those tokens that lie in the block into `chosen`.
         """
         self.scratch.reset()
         z = self._logits(rows, part, place)
+        if self.settings.fold is not None:
+            return self._fold(z, self.tokens[rows], part.start, chosen, place)
         index = self.tokens[rows, None] - part.start
         inside = (index >= 0) & (index < z.shape[-1])
         chosen.copy_(torch.where(inside, z.gather(-1, index.clamp(0, z.shape[-1] - 1)), chosen))
@@ -206,6 +215,17 @@ class FusedLinearLogprobs:
         mean = logits.mul_(p).sum(dim=-1, keepdim=True) if self.entropy_first else log_sum
         if place.numel() > 0 and p is not place:
             place[:, : p.shape[-1]] = p
+        return largest, log_sum, mean
+
+    def _fold(self, z: Tensor, tokens: Tensor, start: int, chosen: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+        assert self.settings.fold is not None
+        if self.offset is not None:
+            z.clamp_(min=MASKED_LOGIT)
+        largest, log_sum, mean = self.settings.fold(z, tokens, start, chosen, with_entropy=self.entropy_first)
+        if self.offset is not None:
+            chosen.masked_fill_(chosen <= MASKED_LOGIT, -torch.inf)
+        if place.numel() > 0:
+            torch.exp(z.sub_(largest + log_sum), out=place[:, : z.shape[-1]])
         return largest, log_sum, mean
 
     def _logits(self, rows: slice, part: slice, place: Tensor) -> Tensor:

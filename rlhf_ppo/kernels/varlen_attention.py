@@ -1,4 +1,4 @@
-"""Attention of packed rows on a GPU by torch's variable-length kernel: one call for all rows, whatever their lengths.
+"""Attention of packed rows on a GPU by a variable-length kernel: one call for all rows, whatever their lengths.
 
 Plain twin: one call of `scaled_dot_product_attention` for each length (`kernels.packing`).
 """
@@ -6,7 +6,7 @@ Plain twin: one call of `scaled_dot_product_attention` for each length (`kernels
 import inspect
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
 from rlhf_ppo.functional.masked import HALF_PRECISION
 from rlhf_ppo.utils.transfer import upload
@@ -41,12 +42,25 @@ class RowGroups(list[tuple[int, int]]):
 
 @cache
 def kernel() -> Callable[..., Tensor] | None:
-    """`varlen_attn` with windows and grouped heads (torch 2.11); None in an older torch."""
-    if find_spec("torch.nn.attention.varlen") is None:
+    """`varlen_attn` with windows and grouped heads (torch 2.11), else FlashAttention 2 where installed, else None."""
+    if find_spec("torch.nn.attention.varlen") is not None:
+        function: Callable[..., Tensor] = import_module("torch.nn.attention.varlen").varlen_attn
+        if {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(function).parameters):
+            return function
+    if find_spec("flash_attn") is None and find_spec("kernels") is None:
         return None
-    function: Callable[..., Tensor] = import_module("torch.nn.attention.varlen").varlen_attn
-    needed = {"scale", "window_size", "enable_gqa"}
-    return function if needed <= set(inspect.signature(function).parameters) else None
+    try:
+        return partial(_flash_attention, lazy_import_flash_attention("flash_attention_2")[0][1])
+    except Exception as refusal:  # whatever a build, a version or a hub that is out of reach refuses
+        logger.info("no FlashAttention 2: %s", refusal)
+        return None
+
+
+def _flash_attention(
+    function: Callable[..., Tensor], *given: Any, scale: float | None, window_size: tuple[int, int], enable_gqa: bool
+) -> Tensor:
+    """`varlen_attn` by FlashAttention's own function, which sees grouped heads by itself."""
+    return function(*given, softmax_scale=scale, causal=True, window_size=window_size)
 
 
 def applies_to(query: Tensor) -> bool:
@@ -87,7 +101,7 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in HALF_PRECISION:
         return "the kernel that packs them computes in half precision alone"
     if kernel() is None:
-        return f"torch {torch.__version__} has no kernel that packs them, torch 2.11 has"
+        return f"torch {torch.__version__} has no kernel that packs them, torch 2.11 has, and the package `kernels`"
     generator = torch.Generator().manual_seed(0)
     heads = [torch.randn(1, count, 8, 64, generator=generator).to(device, dtype) for count in (4, 2, 2, 4)]
     query, key, value, slope = (tensor.requires_grad_() for tensor in heads)

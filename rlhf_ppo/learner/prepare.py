@@ -14,6 +14,7 @@ from rlhf_ppo.distributed.deepspeed import keep_head_gathered
 from rlhf_ppo.distributed.fsdp import fsdp_sharding, set_fsdp_root
 from rlhf_ppo.distributed.placement import ReferenceModel, place_reference
 from rlhf_ppo.kernels.allocator import keep_freed_memory
+from rlhf_ppo.kernels.liger_layers import use_liger_layers
 from rlhf_ppo.kernels.linear_layers import use_fast_layers
 from rlhf_ppo.kernels.varlen_attention import matches_plain_attention
 from rlhf_ppo.learner.config import PPOConfig
@@ -74,11 +75,12 @@ def prepare_models(
         set_fsdp_root(policy, accelerator)
     elif sharded:
         keep_head_gathered(token_policy)
+    _use_gpu_layers(accelerator.device, precision, [] if by_engine else [model, ref_model])
     scheduler = None if lr_scheduler is None else accelerator.prepare_scheduler(lr_scheduler)
     reference = None
     if ref_model is not None:
         scorer = TokenPolicy(ref_model, **settings).requires_grad_(False)
-        if not sharded and _are_alike(token_policy, scorer):
+        if not sharded and token_policy.paths and _are_alike(token_policy, scorer):  # proven: that may undo layers
             scorer.proven = token_policy.paths  # equal models by equal paths: otherwise they differ by rounding
         if not by_engine:
             _cast_reference(precision, scorer)
@@ -147,6 +149,12 @@ def _apply_precision(precision: Precision, policy: TokenPolicy) -> None:
     policy.paths  # noqa: B018  # proves them
     policy.trunk.autocast = precision.autocast
     policy.trunk.head_dtype = None if precision.autocast is None else precision.head
+
+
+def _use_gpu_layers(device: torch.device, precision: Precision, models: list[PreTrainedModelWrapper | None]) -> None:
+    for model in models if device.type == "cuda" else ():
+        if model is not None:
+            use_liger_layers(model, device, precision.compute)
 
 
 def _apply_cpu_settings(

@@ -11,6 +11,7 @@ import argparse
 import copy
 import gc
 import json
+import logging
 import time
 import traceback
 import warnings
@@ -18,12 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from rlhf_ppo.kernels import liger_layers
+from rlhf_ppo.kernels.liger_layers import use_liger_layers
+from rlhf_ppo.kernels.triton_logprobs import choose_fold
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.make_sampler import SamplerName, make_sampler
@@ -64,6 +69,7 @@ class Bench:
             cells[f"step, {build.__name__}"] = lambda build=build: self.parity(build)
             cells[f"step, {build.__name__}, plain head"] = lambda build=build: self.parity(build, fused_head=False)
         cells["float16 overflow"] = self.overflow
+        cells["Triton kernels"] = lambda: self.with_kernels("", self.triton_kernels)
         for rows in (64, 512):
             for dtype in (torch.bfloat16, torch.float32):
                 name = f"decode, loop, {rows} rows, {str(dtype).removeprefix('torch.')}"
@@ -72,6 +78,8 @@ class Bench:
         cells["decode, loop without graphs, 64 rows, bfloat16"] = lambda: self.decode(plain, torch.bfloat16, 64)
         cells["update, auto"] = self.update
         cells["update, float32"] = lambda: self.update(precision="float32")
+        for word in ("torch", "triton"):  # "auto" has both timed, and takes the faster
+            cells[f"update, kernels of {word}"] = lambda word=word: self.with_kernels(word, self.update)
         cells["update, plain head"] = lambda: self.update(fused_head=False)
         cells["iteration"] = self.iteration
         cells["iteration, checkpointing"] = lambda: self.iteration(gradient_checkpointing=True)
@@ -187,6 +195,33 @@ class Bench:
         seconds, peak = self.timed(lambda: trainer.step(*data))
         tokens = 8 * prompt + 4 * sum(lengths)
         return {"seconds": round(seconds, 3), "peak_gib": round(peak, 1), "tokens_per_s": round(tokens / seconds)}
+
+    def with_kernels(self, word: str, cell: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A cell under `RLHF_PPO_GPU_KERNELS`, with trials of its own."""
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setenv("RLHF_PPO_GPU_KERNELS", word)
+            patches.setattr(liger_layers, "_TRIALS", {})
+            choose_fold.cache_clear()
+            try:
+                return cell()
+            finally:
+                choose_fold.cache_clear()
+
+    def triton_kernels(self) -> dict[str, Any]:
+        """What the trials of the LM head's and the layers' kernels find at these shapes."""
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+        kernels = logging.getLogger("rlhf_ppo.kernels")
+        before = kernels.level
+        kernels.addHandler(handler)
+        kernels.setLevel(logging.INFO)
+        model = self.llama()
+        choose_fold(model.device, self.shape["vocab_size"], torch.bfloat16)
+        use_liger_layers(model, model.device, torch.bfloat16)
+        kernels.removeHandler(handler)
+        kernels.setLevel(before)
+        return {"said": said or "Triton or liger-kernel is not installed"}
 
     def iteration(self, **settings: Any) -> dict[str, Any]:
         """Sampling and learning, phase by phase: 512 + 512 tokens a row, in passes that the trainer fits in memory."""

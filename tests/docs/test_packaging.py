@@ -66,7 +66,7 @@ def imported(folder: Path) -> set[str]:
         ("rlhf_ppo", ("demo", "deepspeed", "control", "wandb")),
         ("reward_model", ("demo", "serve", "wandb")),
         ("recipes", ("demo", "serve", "deepspeed", "control")),
-        ("tests", ("demo", "serve", "deepspeed", "control", "control-peers", "test")),
+        ("tests", ("demo", "serve", "deepspeed", "control", "control-peers", "test", "triton")),
     ],
 )
 def test_every_third_party_import_is_a_declared_dependency(folder: str, extras: tuple[str, ...]) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from rlhf_ppo.kernels.fused_modules import FusedModule
+from rlhf_ppo.kernels.liger_layers import use_liger_layers
+from rlhf_ppo.kernels.triton_logprobs import choose_fold, fold_block
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.make_sampler import SamplerName, make_sampler
@@ -84,3 +87,18 @@ def test_a_step_is_that_of_the_cpu(build: Callable[[], Any], settings: dict[str,
     moved, apart = (after[0] - before[0]).norm(), (after[1] - after[0]).norm()
     assert moved > 0
     assert apart <= 0.02 * moved
+
+
+def test_triton_kernels_are_right_at_the_head_and_in_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("triton", "liger_kernel"):
+        pytest.importorskip(package)
+    monkeypatch.setenv("RLHF_PPO_GPU_KERNELS", "triton")
+    model: Any = tiny_llama().cuda()
+    assert choose_fold(model.device, 5000, torch.bfloat16) is fold_block
+    ids, found = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]], device="cuda"), []
+    for _ in range(2):
+        states = model.model(ids).last_hidden_state
+        found.append((states, *torch.autograd.grad(states.cos().sum(), list(model.model.parameters()))))
+        use_liger_layers(model, model.device, torch.bfloat16)
+    assert sum(isinstance(module, FusedModule) for module in model.modules()) == 9
+    assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

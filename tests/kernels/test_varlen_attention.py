@@ -94,3 +94,30 @@ def test_a_kernel_that_differs_or_fails_is_declined_with_a_line(
     assert "differ by" in lines[1]
     assert "no kernel image" in lines[2]
     assert "torch 2.11 has" in lines[3]
+
+
+def test_an_older_torch_packs_by_flash_attention_where_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"kernels"}
+    monkeypatch.setattr(varlen_attention, "find_spec", lambda name: name if name in installed else None)
+
+    def flash(*given: Any, softmax_scale: float | None, causal: bool, window_size: tuple[int, int]) -> Tensor:
+        assert causal
+        grouped = given[0].shape[1] != given[1].shape[1]
+        return reference(*given, scale=softmax_scale, window_size=window_size, enable_gqa=grouped)
+
+    def load(name: str) -> tuple[tuple[Any, ...], None]:
+        assert name == "flash_attention_2"
+        return (None, flash, None, None, None), None
+
+    def offline(name: str) -> Any:
+        raise OSError("cannot reach the hub")
+
+    for function, packs in ((load, True), (offline, False)):
+        varlen_attention.kernel.cache_clear()
+        monkeypatch.setattr(varlen_attention, "lazy_import_flash_attention", function)
+        assert varlen_attention.matches_plain_attention(torch.device("cpu"), torch.bfloat16) == packs
+    installed.clear()
+    varlen_attention.kernel.cache_clear()
+    monkeypatch.setattr(varlen_attention, "lazy_import_flash_attention", load)
+    assert varlen_attention.kernel() is None
+    varlen_attention.kernel.cache_clear()

@@ -449,7 +449,7 @@ def _driver(capability: tuple[int, int], free: int) -> dict[str, object]:
         "get_rng_state": lambda _=None: state, "get_rng_state_all": lambda: [state],
         "set_rng_state": nothing, "set_rng_state_all": nothing, "reset_peak_memory_stats": nothing,
         "max_memory_allocated": lambda _=None: 1, "memory_allocated": lambda _=None: 1,
-        "memory_reserved": lambda _=None: 1,
+        "memory_reserved": lambda _=None: 1, "device_of": contextlib.nullcontext,
     }  # fmt: skip
 
 
