@@ -4,13 +4,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Computation: TypeAlias = Callable[[], Sequence[Tensor]]
-"""Returns results and gradients."""
 MIN_SPEEDUP = 1.03
 """Least speedup of a kernel for it to be used: below, the choice could change with noise from run to run."""
 TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -18,15 +15,13 @@ TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 CALLS, REPEATS = 5, 7
 
 
-def try_kernel(kernel: Computation, plain: Computation, dtype: torch.dtype | None = None) -> tuple[bool, str]:
-    """Whether a kernel is used, and who computes and why, as a phrase.
+def try_kernel(
+    kernel: Callable[[], Sequence[Tensor]], plain: Callable[[], Sequence[Tensor]], dtype: torch.dtype | None = None
+) -> tuple[bool, str]:
+    """Whether a kernel is used, and who computes and why, as a phrase; both functions return results and gradients.
 
-    The environment variable `RLHF_PPO_GPU_KERNELS` keeps to torch, or to what is right without timing it.
-
-    Args:
-        kernel: By the kernel.
-        plain: Without it.
-        dtype: To which both round between; None: that of each result.
+    They are compared in the precision of `dtype`, or else of each result. The environment variable
+    `RLHF_PPO_GPU_KERNELS` keeps to torch, or to what is right without timing it.
 
     Raises:
         ValueError: It holds another word than `torch` or `triton`.

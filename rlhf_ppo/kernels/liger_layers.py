@@ -85,12 +85,8 @@ class _LigerGatedMLP(FusedModule):
 def use_liger_layers(model: nn.Module, device: torch.device, compute: torch.dtype) -> None:
     """Exchange the norms, gated layers and attention of `model`, in place, that liger computes the same, faster.
 
-    Logs one line. In half precision alone: Fisher products, which differentiate twice, are in float32.
-
-    Args:
-        model: It may still be elsewhere.
-        device: Where it will run.
-        compute: Dtype of its matrix products there.
+    Logs one line. In half precision alone, the `compute` dtype of matrix products on the `device` where it runs: Fisher
+    products, which differentiate twice, are in float32.
     """
     said: dict[str, None] = {}
     for module in list(model.modules()) if compute in HALF_PRECISION and liger_function("norm") else ():

@@ -18,12 +18,6 @@ from rlhf_ppo.kernels.linear_logprobs import BlockFold, FusedLinearLogprobs, Lin
 
 logger = logging.getLogger(__name__)
 
-SUMS = {"max_ptr": -torch.inf, "sum_exp_ptr": 0.0, "x_sum_exp_ptr": 0.0}
-"""What the kernel adds up for each row, and where it starts."""
-UNUSED = ("sq_sum_exp_ptr", "z_sum_ptr", "max_before_target_ptr")
-OPTIONS = {"logit_scale": 1.0, "softcap": 1.0, "inv_t": 1.0, "BLOCK_SIZE": 1024} | dict.fromkeys(
-    ("HAS_SOFTCAP", "HAS_LOG_SUM_SQ_PROBS", "HAS_MEAN_LOGITS", "HAS_IS_TOP1"), False
-)
 TRIAL_ROWS, TRIAL_WIDTH = 512, 16
 """Of the states of the trial: narrow ones, because the products are the same with and without the kernel."""
 
@@ -46,12 +40,15 @@ def fold_block(
 
     The logits of those `tokens` that lie in the block go into `chosen`.
     """
-    sums = {name: torch.full_like(chosen, value) for name, value in SUMS.items()}
-    given = {"mm_ptr": logits, "mm_stride": logits.stride(0), "n_cols": logits.shape[1], "vocab_start": start}
-    given |= {"targets_ptr": tokens, "target_logit_ptr": chosen, "HAS_ENTROPY": with_entropy}
+    largest, sum_exp, moments = (torch.full_like(chosen, value) for value in (-torch.inf, 0.0, 0.0))
+    unused: dict[str, Any] = dict.fromkeys(("sq_sum_exp_ptr", "z_sum_ptr", "max_before_target_ptr"), chosen)
+    unused |= dict.fromkeys(("HAS_SOFTCAP", "HAS_LOG_SUM_SQ_PROBS", "HAS_MEAN_LOGITS", "HAS_IS_TOP1"), False)
     with torch.cuda.device_of(logits):
-        kernel()[(len(logits),)](**given, **sums, **dict.fromkeys(UNUSED, chosen), **OPTIONS)
-    largest, sum_exp, moments = sums.values()
+        kernel()[(len(logits),)](
+            mm_ptr=logits, mm_stride=logits.stride(0), n_cols=logits.shape[1], targets_ptr=tokens, vocab_start=start,
+            max_ptr=largest, sum_exp_ptr=sum_exp, x_sum_exp_ptr=moments, target_logit_ptr=chosen,
+            logit_scale=1.0, softcap=1.0, inv_t=1.0, HAS_ENTROPY=with_entropy, BLOCK_SIZE=1024, **unused,
+        )  # fmt: skip
     return largest, sum_exp.log(), moments / sum_exp
 
 
