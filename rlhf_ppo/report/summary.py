@@ -81,8 +81,8 @@ def tiles(data: RunData) -> list[Tile]:
         return [
             Tile(
                 label=metric_label(name),
-                value=format_number(data.after[name][0]),
-                detail=f"before {format_number(data.before[name][0])}" if name in data.before else "held-out prompts",
+                value=_tile_number(data.after[name][0]),
+                detail=f"before {_tile_number(data.before[name][0])}" if name in data.before else "held-out prompts",
             )
             for name in shown
         ]
@@ -98,6 +98,10 @@ def tiles(data: RunData) -> list[Tile]:
         for label, values in spans.items()
         if values is not None
     ]
+
+
+def _tile_number(value: float) -> str:
+    return format_number(round(value, 3) + 0.0)  # a mean near 0 is 0.000: neither an exponent nor a sign says more
 
 
 def findings(data: RunData) -> list[str]:
@@ -127,9 +131,7 @@ def findings(data: RunData) -> list[str]:
             f"{format_number(100 * clip[1])} % of the ratios are clipped at the end: lower the learning rate."
         )
     if sum(skipped):
-        problems.append(
-            f"{format_number(sum(skipped))} updates were skipped because a loss or a gradient was not finite."
-        )
+        problems.append(f"{sum(skipped):,.0f} updates were skipped because a loss or a gradient was not finite.")
     if {"distinct_2"} <= data.before.keys() & data.after.keys():
         before, after = data.before["distinct_2"][0], data.after["distinct_2"][0]
         if after < 0.7 * before:

@@ -193,7 +193,7 @@ def test_each_sign_of_trouble_is_reported_with_its_number(tmp_path: Path) -> Non
         run.append_metrics(iteration, bad)
     run.write_evaluation(before={"distinct_2": (0.9, 0.01)}, after={"distinct_2": (0.3, 0.01)})
     text = "\n".join(findings(read_run(run)))
-    for sign in ("−5.00 nats", "score did not rise", "−0.200", "40.0 %", "6.00 updates", "from 0.900 to 0.300"):
+    for sign in ("−5.00 nats", "score did not rise", "−0.200", "40.0 %", "6 updates", "from 0.900 to 0.300"):
         assert sign in text
 
 
@@ -206,6 +206,12 @@ def test_a_healthy_run_has_no_findings_and_its_ends_are_means_over_a_tenth(tmp_p
     assert span(data, "ppo/mean_scores") == (0.5, 18.5)
     assert headline(data) == "20 iterations of training: mean score 0.500 → 18.5."
     assert [tile.value for tile in tiles(data)] == ["18.5", "1.00"]
+
+
+def test_a_mean_near_zero_is_shown_in_a_tile_without_exponent_and_sign(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.write_evaluation(before={"score": (-3.7e-4, 0.034)}, after={"score": (1.68, 0.03)})
+    assert [(tile.value, tile.detail) for tile in tiles(read_run(run))] == [("1.68", "before 0.000")]
 
 
 def test_the_error_of_a_change_is_that_of_a_difference(tmp_path: Path) -> None:
