@@ -9,13 +9,14 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "datasets")
 MEASURES = ("vader", "classifier", "score", "kl", "distinct_1", "distinct_2", "repetition", "perplexity", "length")
 
 
-def collect(folders: list[Path], command: str, revision: str) -> dict[str, Any]:
+def collect(folders: list[Path], command: str, revision: str, note: str) -> dict[str, Any]:
     """Everything needed to read the figures later: settings, commit, versions, machine, every seed."""
     commit = subprocess.run(["git", "rev-parse", revision], capture_output=True, text=True, check=True).stdout.strip()
     runs = []
@@ -33,6 +34,7 @@ def collect(folders: list[Path], command: str, revision: str) -> dict[str, Any]:
         )
     return {
         "command": command,
+        "note": note,
         "commit": commit,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "machine": f"{platform.machine()} CPU, no GPU",
@@ -41,14 +43,17 @@ def collect(folders: list[Path], command: str, revision: str) -> dict[str, Any]:
 
 
 def table(title: str, found: dict[str, Any]) -> str:
-    """Markdown: one row a seed and measure pair, before -> after."""
+    """Markdown: one row for each seed, each measure before -> after training."""
     head = ["seed", *MEASURES, "PPO, s"]
     lines = [
         f"# {title}",
         "",
         f"`{found['command']}`",
         "",
-        "The table shows means over held-out prompts, before → after training, ± standard error.",
+        fill(
+            f"The table shows means over held-out prompts, before → after training, ± standard error. {found['note']}",
+            160,
+        ),
         "",
     ]
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -60,7 +65,7 @@ def table(title: str, found: dict[str, Any]) -> str:
     lines += ["| prompt | before | after |", "|---|---|---|"]
     for sample in found["runs"][0]["samples"]:
         lines.append(f"| {_text(sample['prompt'])} | {_text(sample['before'])} | {_text(sample['after'])} |")
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in (*PACKAGES, "python"))
     return "\n".join([*lines, "", f"Commit {found['commit'][:12]}; {found['machine']}; {versions}.", ""])
 
 
@@ -89,8 +94,9 @@ if __name__ == "__main__":
     parser.add_argument("--title", required=True)
     parser.add_argument("--command", required=True)
     parser.add_argument("--commit", default="HEAD", help="what the runs were made with")
+    parser.add_argument("--note", default="", help="what a reader of the table must know")
     wishes = parser.parse_args()
     here = Path(__file__).parent
-    result = collect(wishes.folders, wishes.command, wishes.commit)
+    result = collect(wishes.folders, wishes.command, wishes.commit, wishes.note)
     (here / f"{wishes.name}.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     (here / f"{wishes.name}.md").write_text(table(wishes.title, result))
