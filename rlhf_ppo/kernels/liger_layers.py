@@ -67,10 +67,11 @@ def _once(*arguments: Any) -> Any:
 
 
 class _LigerNorm(FusedModule):
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if not _has_rows(x) or x.dtype != self.weight.dtype:
-            return super().forward(x)  # type: ignore[no-any-return,misc]
-        return _once(x, self.weight, norm_eps(self), 0.0, "llama", False, "norm")  # type: ignore[no-any-return]
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if not _has_rows(hidden_states) or hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)  # type: ignore[no-any-return,misc]
+        settings = norm_eps(self), 0.0, "llama", False  # nothing added to the weight; gradients that arrive stay whole
+        return _once(hidden_states, self.weight, *settings, "norm")  # type: ignore[no-any-return]
 
 
 class _LigerGatedMLP(FusedModule):
