@@ -117,8 +117,7 @@ class FusedLinearLogprobs:
         chunks = self._chunks(training=training)
         if loss_gradient is not None:
             self.entropy_first &= loss_gradient.reads_entropy or not self._entropy_can_wait()
-            # The last block's rest, and a block for the gradient to be behind: both differ with the rows.
-            tokens = len(self.head) + 2 * self.sizes.block
+            tokens = len(self.head) + self.sizes.block  # the last block's rest differs with the rows
             self.buffer.allocate(chunks, capacity=tokens * (self.buffer.shared_rows + self._max_rows(training=True)))
             self.output.grad_weight = self.buffer.gradient
         for rows in chunks:
@@ -276,7 +275,10 @@ class FusedLinearLogprobs:
         q, shares, tokens = chunk.probabilities, chunk.shares, self.tokens[chunk.rows]
         row, own = torch.arange(len(tokens), device=tokens.device), tokens // q.shape[-1]
         # A token's own block gets its share now: its entry p - 1, divided by a share, could be anything.
-        q[own, row] = (q[own, row] * shares[row, own, None]).to(q.dtype)
+        flat, index = q.flatten(0, 1), own * len(tokens) + row
+        self.scratch.reset()
+        own_blocks = torch.index_select(flat, 0, index, out=self.scratch.empty((len(tokens), q.shape[-1]), q.dtype))
+        flat.index_copy_(0, index, own_blocks.mul_(shares.gather(1, own[:, None])))
         shares = shares.scatter(1, own[:, None], 1.0)
         log_p = self.output.logprobs[chunk.rows]
         entry = torch.expm1(log_p)

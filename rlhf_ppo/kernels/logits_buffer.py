@@ -1,8 +1,8 @@
 """One buffer for a chunk's probabilities and for the LM head's gradient, which overwrites them block by block.
 
 The gradient of a block of the vocabulary is [block, hidden]; until it is known, the block's probabilities are
-[rows, block]. The probabilities begin one block later, so that a block's gradient is written only where probabilities
-of earlier blocks have been. Plain twin: two tensors.
+[rows, block]. The probabilities of all blocks end where the buffer ends, at or behind the end of the gradient: a block's
+gradient covers its own probabilities at most, which its product has read by then. Plain twin: two tensors.
 """
 
 import math
@@ -47,10 +47,8 @@ class LogitsBuffer:
             self.memory = self.head.new_empty(self.blocks * self.block * max(sizes, default=0))
             self.gradient = None if self.dtype is None else torch.zeros_like(self.head, dtype=self.dtype)
             return
-        first, later = sizes[0], max(sizes[1:], default=0)
-        # What begins later than the gradient by one block of it ends later, too, the more so the more rows there are.
-        ahead = self.blocks * max(width, first) + min(width, first)
-        size = self.block * max(ahead, self.blocks * (width + later))
+        rows = max(sizes[0], width + max(sizes[1:], default=0))
+        size = self.blocks * self.block * rows
         self.memory = memory.empty((size,), like=self.head, capacity=capacity)
         self.gradient = self.memory[: len(self.head) * width].view(self.dtype).view(self.head.shape)
 
