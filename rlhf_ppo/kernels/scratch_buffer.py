@@ -29,6 +29,7 @@ class ScratchBuffer:
     def reset(self) -> None:
         """Start an iteration: the tensors of the previous one are overwritten."""
         if self.reuse and self.used > len(self.memory):
+            self.memory = self.memory.new_empty(0)  # the old memory goes before the new comes
             self.memory = self.memory.new_empty(self.used)
         self.used = 0
 
