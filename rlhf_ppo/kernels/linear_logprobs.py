@@ -245,6 +245,7 @@ class FusedLinearLogprobs:
         slope = (-grad_logprobs if grad_entropy is None else -torch.ones_like(grad_logprobs))[:, None]
         slope /= self.settings.temperature
         shares = self._logit_gradients(chunk, grad_logprobs, grad_entropy)
+        self.scratch.release()
         for part, place, share in zip(self._blocks(), chunk.probabilities, shares.split(1, dim=-1), strict=True):
             grad_logits, factor = place[:, : part.stop - part.start], share * slope
             self.scratch.reset()

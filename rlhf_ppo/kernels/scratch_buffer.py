@@ -28,10 +28,14 @@ class ScratchBuffer:
 
     def reset(self) -> None:
         """Start an iteration: the tensors of the previous one are overwritten."""
-        if self.reuse and self.used > len(self.memory):
-            self.memory = self.memory.new_empty(0)  # the old memory goes before the new comes
-            self.memory = self.memory.new_empty(self.used)
+        if self.reuse and (needed := self.used) > len(self.memory):
+            self.release()  # before the larger memory comes
+            self.memory = self.memory.new_empty(needed)
         self.used = 0
+
+    def release(self) -> None:
+        """Give the memory back; the next loop starts with none."""
+        self.memory, self.used = self.memory.new_empty(0), 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialized tensor for this iteration."""

@@ -195,8 +195,8 @@ def test_a_heap_keeps_spare_blocks_where_cuda_keeps_none() -> None:
 
 
 def test_pages_of_their_own_leave_no_spare_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: 16 response tokens' probabilities of 512 tokens each are ahead of the head's gradient, and no more."""
-    plan = replace(SMALL, device="cpu")
+    """By hand: of 48 response tokens' probabilities of 512 tokens each, the head's gradient has room for 32."""
+    plan = replace(SMALL, device="cpu", new_tokens=24)
     assert _trace_at_depth(TINY, plan).page_mapped == 0  # too small
     monkeypatch.setattr(memory, "MIN_BYTES", 1)
     assert _trace_at_depth(TINY, plan).page_mapped == 4 * 512 * 16
