@@ -1,8 +1,8 @@
 """One buffer for a chunk's probabilities and for the LM head's gradient, which overwrites them block by block.
 
 The gradient of a block of the vocabulary is [block, hidden]; until it is known, the block's probabilities are
-[rows, block]. The probabilities of all blocks end where the buffer ends, at or behind the end of the gradient: a block's
-gradient covers its own probabilities at most, which its product has read by then. Plain twin: two tensors.
+[rows, block]. The probabilities of all blocks end where the buffer ends, at or behind the end of the gradient. So a
+block's gradient covers its own probabilities at most, which its product has read by then. Plain twin: two tensors.
 """
 
 import math
