@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import torch
 
+from rlhf_ppo.kernels.allocator import keep_freed_memory
 from rlhf_ppo.kernels.packed_weights import MIN_STEPS
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/performance-vllm.json"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the trainer does
     chosen = [
         replace(WORKLOADS[name], name=f"{name}-{options.dtype}", dtype=options.dtype) for name in options.workloads
     ]
