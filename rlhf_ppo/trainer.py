@@ -20,7 +20,7 @@ from rlhf_ppo.classic.running_moments import RunningMoments
 from rlhf_ppo.classic.surface import ClassicSurface
 from rlhf_ppo.diagnostics.doctor import diagnose, diagnose_first_batch
 from rlhf_ppo.diagnostics.dump import dump_on_failure
-from rlhf_ppo.diagnostics.findings import Diagnosis
+from rlhf_ppo.diagnostics.findings import DoctorReport
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
 from rlhf_ppo.environments import EnvironmentFactory, Episode, EpisodeConfig
 from rlhf_ppo.functional import total_scores
@@ -63,7 +63,7 @@ class PPOTrainer(ClassicSurface):
         ValueError: An argument is of the wrong type; nothing has been moved or changed then.
     """
 
-    diagnosis: Diagnosis | None
+    diagnosis: DoctorReport | None
     """The doctor's findings in the first batch; None before."""
 
     def __init__(
@@ -159,7 +159,7 @@ class PPOTrainer(ClassicSurface):
         diagnose_first_batch(self, DiagnosedBatch.of_batch(batch))
         self._push_if_best(total_scores(batch.scores, batch.mask))
 
-    def diagnose(self, batch: DiagnosedBatch | Samples) -> Diagnosis:
+    def diagnose(self, batch: DiagnosedBatch | Samples) -> DoctorReport:
         """Check that the trainer scores what the sampler drew, and return findings with their remedies.
 
         Args:

@@ -108,8 +108,8 @@ def whole_chat(tokenizer: Any, whole: WholeText) -> str | tuple[str, str]:
     markup = chat_markup(tokenizer)
     if markup.begins(whole) or markup.ends(whole.prompt) or (not whole.prompt and markup.holds_answer(whole)):
         return complete(tokenizer, whole)
-    bare = bare_text(tokenizer, whole)
-    prompt = bare_text(tokenizer, whole.prompt)
+    bare = strip_end_tokens(tokenizer, whole)
+    prompt = strip_end_tokens(tokenizer, whole.prompt)
     if not prompt or not bare.startswith(prompt) or bare.startswith(COMMON_MARKUP):
         raise UnreadableText(
             f"the text {bare[:40]!r}... is not rendered by the chat template of this reward model, and it is unknown "
@@ -122,11 +122,11 @@ def whole_chat(tokenizer: Any, whole: WholeText) -> str | tuple[str, str]:
 def complete(tokenizer: Any, text: str) -> str:
     """A rendered conversation with BOS and the closing of its last turn, as the template writes them."""
     markup = chat_markup(tokenizer)
-    bare = bare_text(tokenizer, text)
+    bare = strip_end_tokens(tokenizer, text)
     return markup.bos + bare.removesuffix(markup.closing).removesuffix(markup.closing.rstrip()) + markup.closing
 
 
-def bare_text(tokenizer: Any, text: str) -> str:
+def strip_end_tokens(tokenizer: Any, text: str) -> str:
     """`text` without padding and BOS before it, and padding and end-of-text tokens after it."""
     before = tuple(token for token in (tokenizer.pad_token, tokenizer.bos_token) if token)
     after = tuple(token for token in (tokenizer.pad_token, tokenizer.eos_token) if token)

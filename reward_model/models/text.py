@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reward_model.data.prompt_split import split_prompt
-from reward_model.models.chat_markup import WholeText, bare_text, rendered_text, whole_chat
+from reward_model.models.chat_markup import WholeText, rendered_text, strip_end_tokens, whole_chat
 from reward_model.models.contract import ContractError, TextRule
 from rlhf_ppo.chat.messages import Text, as_messages, read_text, read_tools
 from rlhf_ppo.chat.prompt import ChatPrompt
@@ -62,7 +62,7 @@ def render(
     prompt = prompt.messages if rule.template == "chat" and isinstance(prompt, ChatPrompt) else prompt
     prompt, response = read_text(prompt, "prompt"), read_text(response, "response")
     if whole is not None:
-        text = whole_chat(tokenizer, whole) if rule.template == "chat" else bare_text(tokenizer, whole)
+        text = whole_chat(tokenizer, whole) if rule.template == "chat" else strip_end_tokens(tokenizer, whole)
         if isinstance(text, str):
             return text
         prompt, response = text

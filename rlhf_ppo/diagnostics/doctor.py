@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 
 from rlhf_ppo.diagnostics.environment_checks import ENVIRONMENT_CHECKS
-from rlhf_ppo.diagnostics.findings import Diagnosis, without_consequences
+from rlhf_ppo.diagnostics.findings import DoctorReport, without_consequences
 from rlhf_ppo.diagnostics.model_checks import run_model_checks
 from rlhf_ppo.diagnostics.text_checks import TEXT_CHECKS, DiagnosedBatch, run_text_checks
 from rlhf_ppo.learner.ppo_learner import PPOLearner
@@ -12,7 +12,7 @@ from rlhf_ppo.learner.ppo_learner import PPOLearner
 logger = logging.getLogger(__name__)
 
 
-def diagnose(learner: PPOLearner, batch: DiagnosedBatch) -> Diagnosis:
+def diagnose(learner: PPOLearner, batch: DiagnosedBatch) -> DoctorReport:
     """Run all checks; those that run the model are left out if it is sharded.
 
     A warning that another one brings about is left out: it would name a wrong cause.
@@ -28,7 +28,7 @@ def diagnose(learner: PPOLearner, batch: DiagnosedBatch) -> Diagnosis:
         learner, batch, is_fresh=not learner.optimizer.state and not learner.start_kl_check.continues_ppo
     )
     findings = without_consequences([*text.findings, *model.findings])
-    return Diagnosis(findings=findings, checked=[*text.checked, *model.checked])
+    return DoctorReport(findings=findings, checked=[*text.checked, *model.checked])
 
 
 def diagnose_first_batch(learner: PPOLearner, batch: DiagnosedBatch) -> None:

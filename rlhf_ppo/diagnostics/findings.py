@@ -25,7 +25,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnosis:
+class DoctorReport:
     """The findings of one run of the doctor."""
 
     findings: list[Finding] = field(default_factory=list)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.diagnostics.findings import Diagnosis, Finding, Severity, finding
+from rlhf_ppo.diagnostics.findings import DoctorReport, Finding, Severity, finding
 from rlhf_ppo.diagnostics.resampled_logprobs import TokenDistributions, score_rows_alone
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch, select_actions, select_rows
 from rlhf_ppo.learner.ppo_learner import PPOLearner
@@ -29,7 +29,7 @@ MIN_LOG_CHANCE = math.log(1e-6)
 """Log-probability of an observation under the policy below which it counts as a finding."""
 
 
-def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bool) -> Diagnosis:
+def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bool) -> DoctorReport:
     """Run all checks that need the model, on the first rows of a batch.
 
     Args:
@@ -69,7 +69,7 @@ def run_model_checks(learner: PPOLearner, batch: DiagnosedBatch, *, is_fresh: bo
     is_fresh = is_fresh and scored.ref_logprobs is not None
     findings += _reference(batched, reference, tolerance, learner.is_peft_model) if is_fresh else []
     possible = {"sampler": subset.logprobs is not None, "sampling": subset.sampling is not None, "reference": is_fresh}
-    return Diagnosis(
+    return DoctorReport(
         findings=findings, checked=["padding", "ratio", "draws", *(name for name in possible if possible[name])]
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.diagnostics.findings import Diagnosis, Finding, finding
+from rlhf_ppo.diagnostics.findings import DoctorReport, Finding, finding
 from rlhf_ppo.environments import EnvironmentFactory, Episode
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
 from rlhf_ppo.rollout.collect import DecodedResponses
@@ -251,11 +251,11 @@ TEXT_CHECKS: dict[str, Check] = {
 
 def run_text_checks(
     batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase, checks: Mapping[str, Check] = TEXT_CHECKS
-) -> Diagnosis:
+) -> DoctorReport:
     """Run checks that need no model."""
     results = {name: check(batch, tokenizer) for name, check in checks.items()}
     made = {name: findings for name, findings in results.items() if findings is not None}
-    return Diagnosis(findings=[finding for findings in made.values() for finding in findings], checked=list(made))
+    return DoctorReport(findings=[finding for findings in made.values() for finding in findings], checked=list(made))
 
 
 def select_rows(batch: DiagnosedBatch, *, rows: int, tokens: int) -> DiagnosedBatch:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 
-def trunk_mask(ids: Tensor) -> Tensor | None:
+def right_padded_mask(ids: Tensor) -> Tensor | None:
     """The mask of rows padded on the right: on a GPU none, elsewhere ones, without which some models warn."""
     return None if ids.device.type == "cuda" else torch.ones_like(ids)
 

@@ -29,7 +29,7 @@ CHOICES = (("torch", "onednn"), ("float32", "bfloat16"))
 """What `RLHF_PPO_MATMUL` may say: who computes float32 products, and the dtype of products under `bf16=True`."""
 
 
-def forced_choice(choices: tuple[str, str]) -> bool | None:
+def choice_from_environment(choices: tuple[str, str]) -> bool | None:
     """Whether `RLHF_PPO_MATMUL` (such as `onednn,float32`) names the second of two choices; None: it names neither.
 
     Raises:
@@ -54,7 +54,7 @@ def onednn_is_faster() -> bool:
     Raises:
         ValueError: `RLHF_PPO_MATMUL` asks for oneDNN, and this build of torch carries none.
     """
-    forced = forced_choice(CHOICES[0])
+    forced = choice_from_environment(CHOICES[0])
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         if forced:
             raise ValueError(
@@ -89,7 +89,7 @@ def bfloat16_is_faster() -> bool:
     `RLHF_PPO_MATMUL` can force it.
     """
     limit_kernel_caches()
-    forced = forced_choice(CHOICES[1])
+    forced = choice_from_environment(CHOICES[1])
     if forced is not None:
         logger.info("products: %s, as RLHF_PPO_MATMUL says", CHOICES[1][forced])
         return forced

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_ppo.batch import pad_rows
 from rlhf_ppo.kernels.last_layer import last_layer_at, positions_to_read
-from rlhf_ppo.kernels.mask_reads import skip_mask_reads, trunk_mask
+from rlhf_ppo.kernels.mask_reads import right_padded_mask, skip_mask_reads
 from rlhf_ppo.kernels.varlen_attention import RowGroups, applies_to, varlen_attention
 from rlhf_ppo.utils.transfer import upload
 
@@ -54,7 +54,7 @@ def padded_hidden(model: Any, rows: Sequence[Tensor], *, first_read: Sequence[in
     ids = pad_rows(rows)
     starts = [ids.shape[1] * row for row in range(len(rows))]
     with last_layer_at(model, positions_to_read(starts, rows, first_read)), skip_mask_reads(ids.device):
-        output = model(input_ids=ids, attention_mask=trunk_mask(ids), use_cache=False)
+        output = model(input_ids=ids, attention_mask=right_padded_mask(ids), use_cache=False)
     return HiddenStates(output.last_hidden_state.flatten(0, 1), starts, ids.numel())
 
 

@@ -70,7 +70,7 @@ class PPOLearner:
     last_batch: tuple[TrainBatch, ScoredResponses] | None
     """Batch of the last update, and its scores under policy and reference; None before the first."""
     diagnosis: Any
-    """The doctor's findings in the first batch (a `diagnostics.findings.Diagnosis`); None before."""
+    """The doctor's findings in the first batch (a `diagnostics.findings.DoctorReport`); None before."""
     dump_dir: Path | None
     """Folder for the dump of an update that fails on numbers that are not finite; None: no dump."""
     reference_context: Callable[[], AbstractContextManager[object]]

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from reward_model.models.contract import Contract, TextRule
 from reward_model.models.model import RewardModel
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from rlhf_ppo.diagnostics.findings import KNOWN_FINDINGS, Diagnosis
+from rlhf_ppo.diagnostics.findings import KNOWN_FINDINGS, DoctorReport
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch, run_text_checks
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
@@ -144,7 +144,7 @@ def test_a_reward_model_says_when_its_texts_are_not_like_those_of_its_training()
         contract = Contract(text=TextRule(template=template, **settings))
         return RewardModel(tiny_gpt2(), tiny_tokenizer(chat=True), contract)
 
-    def look(source: Any, prompt: str) -> Diagnosis:
+    def look(source: Any, prompt: str) -> DoctorReport:
         known = {"prompt_texts": [prompt], "response_texts": ["good"], "sources": {"judge": source}}
         return run_text_checks(specimen([[5]], [TOKENIZER("good")["input_ids"]], **known), TOKENIZER)
 

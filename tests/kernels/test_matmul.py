@@ -23,7 +23,7 @@ def test_the_environment_can_force_the_products(
     for choice, forced, is_faster in zip(
         matmul.CHOICES, (onednn, low), (matmul.onednn_is_faster, matmul.bfloat16_is_faster), strict=True
     ):
-        assert matmul.forced_choice(choice) is forced
+        assert matmul.choice_from_environment(choice) is forced
         if forced is not None:
             assert is_faster.__wrapped__() is forced
 

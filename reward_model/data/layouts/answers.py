@@ -3,7 +3,15 @@
 import re
 from typing import Any
 
-from reward_model.data.layouts.base import Layout, are_objects, as_list, number, prompt_columns, ranking, text_source
+from reward_model.data.layouts.base import (
+    Layout,
+    are_objects,
+    as_list,
+    number,
+    prompt_columns,
+    ranking_columns,
+    text_source,
+)
 from reward_model.data.rows import Row, read_number
 
 LIST_NAMES = ("responses", "generations", "answers", "outputs")
@@ -34,7 +42,7 @@ def _objects(row: Row) -> dict[str, Any] | None:
     sign = -1 if score == "rank" else 1
     scores = [sign * number(item, score) for item in rated]
     completions, source = [item[answer] for item in rated], text_source(row, "source")
-    return ranking(prompt_columns(row)[0], completions, scores, source=source)
+    return ranking_columns(prompt_columns(row)[0], completions, scores, source=source)
 
 
 def list_columns(row: Row) -> tuple[str, str] | None:
@@ -52,7 +60,7 @@ def _lists(row: Row) -> dict[str, Any] | None:
     rated = [(answer, value) for answer, value in zip(answers, values, strict=True) if answer and value is not None]
     scores = [number({name: value}, name) for _, value in rated]
     sign = -1 if name == "ranks" else 1
-    return ranking(prompt_columns(row)[0], [answer for answer, _ in rated], [sign * score for score in scores])
+    return ranking_columns(prompt_columns(row)[0], [answer for answer, _ in rated], [sign * score for score in scores])
 
 
 _SIDES = re.compile(r"(response|answer|completion|output|reply|chosen|rejected|text)[ _-]?(a|b|[0-9])?$")
@@ -109,14 +117,14 @@ def _side_by_side(row: Row) -> dict[str, Any] | None:
     names, column = sides(row), winner_column(row)
     prompt, _ = prompt_columns(row)
     if not column:
-        return ranking(prompt, [row[n] for n in names], [number(row, n) for n in score_columns(row, names)])
+        return ranking_columns(prompt, [row[n] for n in names], [number(row, n) for n in score_columns(row, names)])
     value = row[column[0]]
     if is_tie(value):
-        return ranking(prompt, [row[name] for name in names], [0.0] * len(names))
+        return ranking_columns(prompt, [row[name] for name in names], [0.0] * len(names))
     best = side_of(value, names)
     if best is None:
         raise ValueError(f"field {column[0]!r} must name one of {names} or be 'tie', got {value!r:.40}.")
-    return ranking(prompt, [row[name] for name in names], [float(name == best) for name in names])
+    return ranking_columns(prompt, [row[name] for name in names], [float(name == best) for name in names])
 
 
 def is_best_of_k(row: Row) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reward_model.data.layouts.answers import side_of, sides
-from reward_model.data.layouts.base import Layout, as_list, prompt_columns, ranking
+from reward_model.data.layouts.base import Layout, as_list, prompt_columns, ranking_columns
 from reward_model.data.rows import Row
 
 
@@ -44,7 +44,7 @@ def _convert(row: Row) -> dict[str, Any] | None:
     if not votes:
         return None
     ranks = {name: sum(vote[name] for vote in votes) / len(votes) for name in names}
-    return ranking(prompt_columns(row)[0], [row[name] for name in names], [-ranks[name] for name in names])
+    return ranking_columns(prompt_columns(row)[0], [row[name] for name in names], [-ranks[name] for name in names])
 
 
 def _votes(row: Row, question: str, names: list[str]) -> Iterator[dict[str, float]]:

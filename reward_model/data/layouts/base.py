@@ -67,13 +67,15 @@ def choice(row: Row, name: str, verdicts: Mapping[str, int]) -> int:
     return verdicts[key]
 
 
-def pair(prompt: Any, first: Any, second: Any, verdict: float, **more: Any) -> dict[str, Any]:
+def pair_columns(prompt: Any, first: Any, second: Any, verdict: float, **more: Any) -> dict[str, Any]:
     """Our columns of two answers; a positive verdict prefers the first, a negative one the second, 0 is a tie."""
     chosen, rejected = (second, first) if verdict < 0 else (first, second)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tie": verdict == 0, **more}
 
 
-def ranking(prompt: Any, completions: Sequence[Any], scores: Sequence[float], **more: Any) -> dict[str, Any] | None:
+def ranking_columns(
+    prompt: Any, completions: Sequence[Any], scores: Sequence[float], **more: Any
+) -> dict[str, Any] | None:
     """Our columns of several answers; None if there are fewer than two, or more than two that are all equal."""
     if len(completions) < 2 or (len(completions) > 2 and len(set(scores)) == 1):
         return None

@@ -11,7 +11,7 @@ from reward_model.data.layouts.base import (
     choice,
     items,
     number,
-    pair,
+    pair_columns,
     prompt_columns,
     text_source,
 )
@@ -24,7 +24,7 @@ def _judged(name: str, prompt: str, first: str, second: str, column: str, verdic
     """A set of two answers, with the column that holds the verdict on them."""
 
     def convert(row: Row) -> dict[str, Any]:
-        return pair(row[prompt], row[first], row[second], verdict(row, column), source=text_source(row, source))
+        return pair_columns(row[prompt], row[first], row[second], verdict(row, column), source=text_source(row, source))
 
     return Layout(
         name=name, needs=(prompt, first, second, column), uses=(source,) * bool(source), convert=convert,
@@ -46,7 +46,7 @@ def _webgpt(row: Row) -> dict[str, Any]:
     text = question.get("full_text") if isinstance(question, Mapping) else question
     source = text_source(question, "dataset") if isinstance(question, Mapping) else None
     verdict = number(row, "score_0") - number(row, "score_1")
-    both = pair(text, row["answer_0"], row["answer_1"], verdict, source=source)
+    both = pair_columns(text, row["answer_0"], row["answer_1"], verdict, source=source)
     # its authors treat a score of 0 as a soft label of 50 % (Nakano et al. 2021)
     return both if verdict else {**both, "tie": None, "preference": 0.5}
 
@@ -62,13 +62,13 @@ def _summaries(row: Row) -> dict[str, Any]:
         prompt = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: {info['post']}\n\nTL;DR:"
     else:
         prompt = f"Article: {info['article']}\n\nTL;DR:"
-    return pair(prompt, first, second, choice(row, "choice", {"0": 1, "1": -1}))
+    return pair_columns(prompt, first, second, choice(row, "choice", {"0": 1, "1": -1}))
 
 
 def _arena(row: Row) -> dict[str, Any]:
     verdict = 0 if is_tie(row["winner"]) else choice(row, "winner", {"model_a": 1, "model_b": -1, "tie": 0})
     first, second = (_first_turns(row[name], row.get("turn")) for name in ("conversation_a", "conversation_b"))
-    return pair(None, first, second, verdict)
+    return pair_columns(None, first, second, verdict)
 
 
 def _first_turns(conversation: Any, turns: Any) -> Any:
@@ -87,7 +87,7 @@ def _lmsys(row: Row) -> dict[str, Any]:
             f"field 'prompt' has {len(asked)} turns, 'response_a' {len(first)} and 'response_b' {len(second)}: each "
             "question needs both answers."
         )
-    return pair(None, _turns(asked, first), _turns(asked, second), verdict)
+    return pair_columns(None, _turns(asked, first), _turns(asked, second), verdict)
 
 
 def _turns(asked: list[Any], answers: list[Any]) -> list[dict[str, Any]]:
@@ -100,17 +100,19 @@ def _multipref(row: Row) -> dict[str, Any]:
     names = ("normal_worker_annotations", "expert_worker_annotations")
     votes = [vote for name in names if row.get(name) for vote in items(row, name, "overall_pref")]
     said = [str(vote["overall_pref"]).lower()[:2] for vote in votes]
-    return pair(row["text"], row["completion_a"], row["completion_b"], said.count("a-") - said.count("b-"))
+    return pair_columns(row["text"], row["completion_a"], row["completion_b"], said.count("a-") - said.count("b-"))
 
 
 def _openai(row: Row) -> dict[str, Any]:
     asked = row["input"]
-    return pair(asked["messages"], row["preferred_output"], row["non_preferred_output"], 1, tools=asked.get("tools"))
+    return pair_columns(
+        asked["messages"], row["preferred_output"], row["non_preferred_output"], 1, tools=asked.get("tools")
+    )
 
 
 def _two_outputs(row: Row) -> dict[str, Any]:
     first, second = row["output"]
-    return pair(prompt_columns(row)[0], first, second, 1)
+    return pair_columns(prompt_columns(row)[0], first, second, 1)
 
 
 PUBLIC_SETS = (
