@@ -94,8 +94,18 @@ def states_and_gradients(model: Any) -> list[Tensor]:
     return [tensor.detach().cpu() for tensor in (states, *gradients)]
 
 
+QUICK = {
+    ("norm", "wrong"),
+    ("norm", "fails"),
+    ("norm", "not installed"),
+    ("rotary", "wrong gradient"),
+    ("swiglu", "slower"),
+}
+"""Each fault once, in one kind of layer; the others are slow tests."""
+
+
 @pytest.mark.usefixtures("_standins")
-@pytest.mark.parametrize("way", ["whole", "recomputed", "frozen norms"])
+@pytest.mark.parametrize("way", ["whole", "recomputed", pytest.param("frozen norms", marks=pytest.mark.slow)])
 def test_a_model_has_the_same_states_and_gradients_and_can_be_undone(way: str) -> None:
     model: Any = tiny_llama().cuda()
     if way == "recomputed":
@@ -147,8 +157,14 @@ def test_float32_runs_decoding_and_other_architectures_stay_plain(monkeypatch: p
 
 
 @pytest.mark.usefixtures("_standins")
-@pytest.mark.parametrize(("name", "kind"), {"norm": "RMSNorm", "swiglu": "MLP", "rotary": "Attention"}.items())
-@pytest.mark.parametrize("fault", ["wrong", "wrong gradient", "fails", "slower", "not installed"])
+@pytest.mark.parametrize(
+    ("name", "kind", "fault"),
+    [
+        pytest.param(name, kind, fault, marks=[] if (name, fault) in QUICK else pytest.mark.slow)
+        for name, kind in {"norm": "RMSNorm", "swiglu": "MLP", "rotary": "Attention"}.items()
+        for fault in ("wrong", "wrong gradient", "fails", "slower", "not installed")
+    ],
+)
 def test_what_is_wrong_fails_or_is_slower_stays_plain_and_a_line_says_why(
     name: str, kind: str, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -82,7 +82,7 @@ def statistics(*, bias: bool) -> tuple[TokenStatistics, list[Tensor]]:
     return found, [gradient.cpu() for gradient in torch.autograd.grad(loss, trained)]
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_head_gives_the_same_with_it(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
     with pretend_cuda():
         set_clock(monkeypatch, plain=2.0, kernel=1.0)
