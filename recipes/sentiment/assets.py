@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rlhf_ppo.checkpoints.folders import file_sha256
+from rlhf_ppo.utils.digests import file_sha256
 
 CACHE_VARIABLE = "RLHF_PPO_CACHE"
 """Environment variable that moves the cache away from `~/.cache/rlhf_ppo`."""

@@ -14,6 +14,8 @@ import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rlhf_ppo.utils.digests import file_sha256
+
 FORMAT = 2
 """1: optimizer and random states by `torch.save`. 2: safetensors only, with a checksum of the manifest itself."""
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -198,12 +200,3 @@ def _files_sha256(folder: Path) -> dict[str, str]:
 
 def _json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
