@@ -201,8 +201,10 @@ def test_the_recipe(tmp_path: Path, free_port: int, name: str) -> None:
         "model": folder, "reward-model": save_classic_classifier(tmp_path / "classifier"), "sampler": name,
         "dataset": write_reviews(tmp_path / "reviews.csv"), "output-dir": tmp_path / "run", "iterations": 1,
         "batch-size": 8, "mini-batch-size": 4, "new-tokens": 6, "eval-prompts": 4, "threads": 1, "log-with": "None",
-        "vllm-url": f"http://127.0.0.1:{free_port}", "lora-rank": 0,
+        "lora-rank": 0,
     }  # fmt: skip
+    if name == "vllm-server":
+        arguments["vllm-url"] = f"http://127.0.0.1:{free_port}"
     flags = [word for flag, value in arguments.items() for word in (f"--{flag}", str(value))]
     recipe = Path(__file__).parents[2] / "recipes" / "ppo_gpt2_sentiment.py"
     with serving(folder, free_port) if name == "vllm-server" else nullcontext():
