@@ -1,5 +1,6 @@
 """A trial of a GPU kernel before it is used: results and gradients are those of the plain computation, in less time."""
 
+import logging
 import math
 import os
 import time
@@ -15,16 +16,11 @@ TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 CALLS, REPEATS = 5, 7
 
 
-def try_kernel(
-    kernel: Callable[[], Sequence[Tensor]], plain: Callable[[], Sequence[Tensor]], dtype: torch.dtype | None = None
-) -> tuple[bool, str]:
-    """Whether a kernel is used, and who computes and why, as a phrase; both functions return results and gradients.
-
-    They are compared in the precision of `dtype`, or else of each result. The environment variable
-    `RLHF_PPO_GPU_KERNELS` keeps to torch, or to what is right without timing it.
+def requested_kernels() -> str:
+    """What `RLHF_PPO_GPU_KERNELS` says: "torch", "triton", or "" where kernels are measured.
 
     Raises:
-        ValueError: It holds another word than `torch` or `triton`.
+        ValueError: It holds another word.
     """
     word = os.environ.get("RLHF_PPO_GPU_KERNELS", "").strip().lower()
     if word not in ("", "torch", "triton"):
@@ -32,6 +28,23 @@ def try_kernel(
             f"RLHF_PPO_GPU_KERNELS={word!r} cannot be read: it takes 'torch' for torch's own kernels, or 'triton' for "
             "Triton kernels wherever their results are right. Unset it to have both measured."
         )
+    return word
+
+
+def level_of_missing_kernels() -> int:
+    """The level at which to log that a kernel is not installed: a warning to those who asked for it."""
+    return logging.WARNING if requested_kernels() == "triton" else logging.INFO
+
+
+def try_kernel(
+    kernel: Callable[[], Sequence[Tensor]], plain: Callable[[], Sequence[Tensor]], dtype: torch.dtype | None = None
+) -> tuple[bool, str]:
+    """Whether a kernel is used, and who computes and why, as a phrase; both functions return results and gradients.
+
+    They are compared in the precision of `dtype`, or else of each result. `requested_kernels` may keep to torch, or to
+    what is right without timing it.
+    """
+    word = requested_kernels()
     if word == "torch":
         return False, "torch (RLHF_PPO_GPU_KERNELS says so)"
     try:

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from rlhf_ppo.functional.masked import HALF_PRECISION
 from rlhf_ppo.kernels.fused_modules import SILU, FusedModule, class_before, kernel_name, norm_eps
 from rlhf_ppo.kernels.fused_rotary import Rotation, forward_with_rotation, plain_rotation
-from rlhf_ppo.kernels.gpu_trial import trial_values, try_kernel
+from rlhf_ppo.kernels.gpu_trial import level_of_missing_kernels, requested_kernels, trial_values, try_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def liger_function(name: str) -> Any:
     try:
         return getattr(import_module(f"liger_kernel.ops.{module}"), f"Liger{function}Function")
     except Exception as refusal:
-        logger.info("layers on this GPU by torch (liger-kernel: %s)", refusal)
+        logger.log(level_of_missing_kernels(), "layers on this GPU by torch (liger-kernel: %s)", refusal)
         return None
 
 
@@ -88,7 +88,11 @@ def use_liger_layers(model: nn.Module, device: torch.device, compute: torch.dtyp
 
     Logs one line. In half precision alone, the `compute` dtype of matrix products on the `device` where it runs: Fisher
     products, which differentiate twice, are in float32.
+
+    Raises:
+        ValueError: `RLHF_PPO_GPU_KERNELS` cannot be read.
     """
+    requested_kernels()
     said: dict[str, None] = {}
     for module in list(model.modules()) if compute in HALF_PRECISION and liger_function("norm") else ():
         weight = next((weight for weight in module.parameters() if weight.is_floating_point()), None)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf_ppo.kernels.gpu_trial import trial_values, try_kernel
+from rlhf_ppo.kernels.gpu_trial import level_of_missing_kernels, trial_values, try_kernel
 from rlhf_ppo.kernels.linear_logprobs import BlockFold, FusedLinearLogprobs, LinearLogprobsSettings, LossGradient
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,14 @@ TRIAL_ROWS, TRIAL_WIDTH = 512, 16
 def kernel() -> Any:
     """TRL's Triton kernel; None without Triton, or in a release of TRL that has none."""
     try:
-        found = getattr(import_module("trl.kernels.chunked_logprob"), "_forward_kernel", None)
-    except Exception:  # no such module in this release, or a Triton that does not import
+        found = import_module("trl.kernels.chunked_logprob")._forward_kernel
+        found.arg_names  # noqa: B018  without Triton it is something else
+    except Exception as refusal:  # no such module in this release, or a Triton that does not import
+        logger.log(
+            level_of_missing_kernels(), "softmax of the LM head on this GPU by torch (TRL's kernel: %s)", refusal
+        )
         return None
-    return found if hasattr(found, "arg_names") else None
+    return found
 
 
 def fold_block(

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
-from rlhf_ppo.kernels import liger_layers
+from rlhf_ppo.kernels import liger_layers, triton_logprobs
 from rlhf_ppo.kernels.fused_modules import FusedModule
 from rlhf_ppo.kernels.liger_layers import use_liger_layers
 from rlhf_ppo.kernels.linear_layers import use_plain_layers
@@ -122,6 +123,26 @@ def test_a_model_has_the_same_states_and_gradients_and_can_be_undone(way: str) -
     use_plain_layers(model)
     assert [type(module) for module in model.modules()] == before
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.usefixtures("_standins")
+def test_a_word_that_cannot_be_read_is_refused_before_any_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_PPO_GPU_KERNELS", "liger")
+    with pytest.raises(ValueError, match="RLHF_PPO_GPU_KERNELS='liger' cannot be read"):
+        use_liger_layers(tiny_llama().cuda(), torch.device("cuda:0"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("word", "level"), [("triton", "WARNING"), ("", "INFO")])
+def test_who_asks_for_kernels_that_are_not_installed_is_warned(
+    word: str, level: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("RLHF_PPO_GPU_KERNELS", word)
+    monkeypatch.setattr(liger_layers, "FUNCTIONS", {"norm": ("no_such_module", "RMSNorm")})
+    assert liger_layers.liger_function.__wrapped__("norm") is None
+    monkeypatch.setattr(triton_logprobs, "import_module", lambda name: import_module("no_such_module"))
+    assert triton_logprobs.kernel.__wrapped__() is None
+    assert [record.levelname for record in caplog.records] == [level, level]
 
 
 @pytest.mark.usefixtures("_standins")

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from rlhf_ppo.kernels import matmul
+from rlhf_ppo.kernels import matmul, packed_weights
+
+
+def test_no_trial_moves_the_random_stream_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a resumed run would go on with other random numbers than an uninterrupted one."""
+    monkeypatch.delenv("RLHF_PPO_MATMUL", raising=False)
+    before = torch.get_rng_state()
+    matmul.onednn_is_faster.__wrapped__()
+    matmul.bfloat16_is_faster.__wrapped__()
+    for dtype in (torch.float32, torch.bfloat16):
+        packed_weights.packing_is_faster.__wrapped__(dtype)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

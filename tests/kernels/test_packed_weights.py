@@ -135,6 +135,18 @@ def test_layers_of_one_input_share_a_product_and_each_still_reads_what_it_is_giv
         assert_close(attention.v_proj(x), expected["v_proj"][0])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_input_that_changes_in_place_between_two_layers_is_read_again(mode: Any) -> None:
+    with mode(), packed_weights.packed_weights(layer := with_biases().model.layers[0]) as packed:
+        attention, x = layer.self_attn, torch.randn(6, 1, 512)
+        packed.pack(steps=100)
+        attention.q_proj(x)
+        x.mul_(2.0)
+        key = attention.k_proj(x)
+        packed.release()
+        assert_close(key, attention.k_proj(x))
+
+
 def test_a_layer_that_packing_would_change_keeps_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_weights, "_product", lambda x, packed, bias: torch.zeros(len(x), packed.shape[0]))
     model = wide_llama()
