@@ -51,7 +51,7 @@ from rlhf_ppo.algorithms.ppo_penalty import AdaptiveBetaUpdate, OldPolicySnapsho
 from rlhf_ppo.algorithms.surrogate_config import ClippedSurrogate, PositiveNLL
 from rlhf_ppo.algorithms.update_factory import UpdateFactory
 from rlhf_ppo.functional import ReferenceKL
-from rlhf_ppo.updates import ComputeGradients, MinibatchConfig, Objective, Update, count_sequences
+from rlhf_ppo.updates import GradientFunction, MinibatchConfig, Objective, Update, count_sequences
 from rlhf_ppo.updates.objective import count_actions
 from rlhf_ppo.updates.pretraining import PretrainingMix, PretrainingRows, UpdateWithPretraining
 
@@ -78,7 +78,7 @@ def build_algorithm(
     accelerator: Accelerator,
     minibatch_config: Callable[[], MinibatchConfig],
     seed: int,
-    compute_gradients: ComputeGradients | None = None,
+    compute_gradients: GradientFunction | None = None,
     reference_kl: ReferenceKL | None = None,
     reference: nn.Module | None = None,
     pretraining: PretrainingMix | None = None,

@@ -18,8 +18,8 @@ from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.functional import ReferenceKL
 from rlhf_ppo.updates import (
     CompareWith,
-    ComputeGradients,
     CriticFit,
+    GradientFunction,
     MinibatchConfig,
     MinibatchUpdate,
     Objective,
@@ -48,7 +48,7 @@ class UpdateFactory:
     """The frozen reference, used by `reference_kl="full"`."""
     pretraining: PretrainingRows | None = None
     """Draws the texts that every optimizer step also learns; None: none."""
-    compute_gradients: ComputeGradients | None = None
+    compute_gradients: GradientFunction | None = None
     """Replaces autograd in minibatch updates and critic fits; None: autograd."""
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ aten: Any = torch.ops.aten
 
 
 class NumpyGradients:
-    """A `ComputeGradients` for small policies: autograd's gradients up to rounding, in a fraction of the time.
+    """A `GradientFunction` for small policies: autograd's gradients up to rounding, in a fraction of the time.
 
     Args:
         policy: A small policy in float32 on the CPU.

@@ -4,7 +4,7 @@ from rlhf_ppo.updates.critic_fit import CriticFit
 from rlhf_ppo.updates.minibatch import MinibatchConfig, MinibatchUpdate
 from rlhf_ppo.updates.objective import (
     CompareWith,
-    ComputeGradients,
+    GradientFunction,
     LossTerms,
     Objective,
     Update,
@@ -15,6 +15,6 @@ from rlhf_ppo.updates.trust_region import TrustRegionUpdate
 from rlhf_ppo.updates.trust_region_config import TrustRegionConfig
 
 __all__ = [
-    "CompareWith", "CriticFit", "ComputeGradients", "LossTerms", "MinibatchConfig", "MinibatchUpdate", "Objective",
+    "CompareWith", "CriticFit", "GradientFunction", "LossTerms", "MinibatchConfig", "MinibatchUpdate", "Objective",
     "TrustRegionConfig", "TrustRegionUpdate", "Update", "UpdateRecord", "count_sequences",
 ]  # fmt: skip

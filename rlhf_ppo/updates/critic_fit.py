@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from rlhf_ppo.batch import PolicyInputs, PolicyOutput, TrainBatch, pad_rows
 from rlhf_ppo.functional import value_loss
 from rlhf_ppo.updates.minibatch import MinibatchConfig
-from rlhf_ppo.updates.objective import ComputeGradients, LossTerms
+from rlhf_ppo.updates.objective import GradientFunction, LossTerms
 from rlhf_ppo.updates.sharding import assign_rows
 from rlhf_ppo.updates.shuffle import Shuffle
 
@@ -41,7 +41,7 @@ class CriticFit:
         config: Callable[[], MinibatchConfig],
         shuffle: Shuffle,
         clip_range_value: float | None,
-        compute_gradients: ComputeGradients | None = None,
+        compute_gradients: GradientFunction | None = None,
     ) -> None:
         self.policy, self.optimizer, self.accelerator = policy, optimizer, accelerator
         self.parameters = [parameter for parameter in policy.critic_parameters() if parameter.requires_grad]
@@ -79,7 +79,7 @@ class CriticFit:
         self.shuffle.load_state_dict(state)
 
     def _fit_without_autograd(
-        self, compute_gradients: ComputeGradients, batch: TrainBatch, config: MinibatchConfig
+        self, compute_gradients: GradientFunction, batch: TrainBatch, config: MinibatchConfig
     ) -> None:
         for _ in range(config.epochs):
             for rows in self.shuffle(len(batch), torch.device("cpu")).split(config.minibatch_size):

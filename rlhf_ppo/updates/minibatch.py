@@ -19,7 +19,7 @@ from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.updates.nonfinite import DryRunStep, NonFiniteUpdateError, nonfinite_gradients
 from rlhf_ppo.updates.objective import (
     CompareWith,
-    ComputeGradients,
+    GradientFunction,
     LossTerms,
     Masked,
     Metrics,
@@ -100,7 +100,7 @@ class MinibatchUpdate(UpdateState):
         objective: Objective,
         config: Callable[[], MinibatchConfig],
         seed: int,
-        compute_gradients: ComputeGradients | None = None,
+        compute_gradients: GradientFunction | None = None,
         compare_with: CompareWith = no_comparison,
         count: Callable[[Tensor], Tensor] = count_actions,
     ) -> None:

@@ -128,7 +128,7 @@ class UpdateRecord:
 
 
 @runtime_checkable
-class ComputeGradients(Protocol):
+class GradientFunction(Protocol):
     """Computes the gradients of one optimizer step, in place of autograd."""
 
     def __call__(self, objective: Objective, batch: TrainBatch, rows: Tensor) -> tuple[Metrics, list[Masked]]:

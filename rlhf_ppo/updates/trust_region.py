@@ -35,7 +35,7 @@ from rlhf_ppo.updates.minibatch import MinibatchConfig
 from rlhf_ppo.updates.nonfinite import DryRunStep, NonFiniteUpdateError
 from rlhf_ppo.updates.objective import (
     CompareWith,
-    ComputeGradients,
+    GradientFunction,
     LossTerms,
     Objective,
     UpdateRecord,
@@ -82,7 +82,7 @@ class TrustRegionUpdate(UpdateState):
         seed: int,
         clip_range_value: float | None = None,
         compare_with: CompareWith = no_comparison,
-        compute_gradients: ComputeGradients | None = None,
+        compute_gradients: GradientFunction | None = None,
     ) -> None:
         super().__init__(seed)
         check_processes(accelerator)

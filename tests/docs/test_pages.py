@@ -32,6 +32,12 @@ def test_links_inside_the_repository_lead_to_a_file_and_a_heading(page: Path) ->
             assert anchor in found, f"{link}: the headings of that page are {sorted(found)}"
 
 
+def test_the_readme_is_130_lines_of_100_columns_at_most() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 130
+    assert [line for line in lines if len(line) > 100] == []
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_is_in_the_api_pages(package: str) -> None:
     """A name that a page of a subpackage documents counts for its parent, which re-exports it."""
