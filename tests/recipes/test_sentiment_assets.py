@@ -151,7 +151,7 @@ def test_a_damaged_cached_file_is_fetched_again(wheel: Path) -> None:
 def test_the_cache_is_read_without_torch() -> None:
     """Processes that only wait for a folder, or for a download, start at once."""
     script = "import sentiment.assets, sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(RECIPES)})
 
 
 def test_of_two_processes_that_race_one_builds_and_both_get_the_result(tmp_path: Path) -> None:
