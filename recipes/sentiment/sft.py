@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,7 @@ def optimize(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config
     """Next-token cross-entropy for `config.steps` steps, in bfloat16 where the processor computes with it."""
     device = next(model.parameters()).device
     optimizers = make_optimizers(model, config)
+    *muons, adamw = optimizers
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
     def step(number: int, rows: torch.Tensor) -> torch.Tensor:
@@ -149,9 +152,8 @@ def optimize(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config
         loss = nnf.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        with one_thread():  # Muon multiplies matrices that are too small to share
-            optimizers[0].step()
-        optimizers[1].step()
+        list(workers.map(lambda muon: muon.step(), muons))
+        adamw.step()
         for optimizer in optimizers:
             optimizer.zero_grad()
         return loss
@@ -159,20 +161,18 @@ def optimize(model: Any, openings: torch.Tensor, stretches: torch.Tensor, config
     keep_freed_memory()
     model.train()
     model.set_attn_implementation("eager")  # torch's fused attention has a slow backward pass in bfloat16 on a CPU
-    parts = {"model": model, "muon": optimizers[0], "adamw": optimizers[1]}
+    parts = {"model": model, "adamw": adamw, **{f"muon {index}": muon for index, muon in enumerate(muons)}}
     data = data_of_steps(openings, stretches, config)
-    train_steps("Language model", step, data, steps=config.steps, parts=parts, kept=kept)
+    with single_threaded_workers() as workers:
+        train_steps("Language model", step, data, steps=config.steps, parts=parts, kept=kept)
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread; afterwards on as many as before."""
+def single_threaded_workers() -> Iterator[Executor]:
+    """As many workers as torch has threads, each with one thread: for products too small to be shared by threads."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+        yield workers
 
 
 def data_of_steps(openings: torch.Tensor, stretches: torch.Tensor, config: SFTConfig) -> Iterator[torch.Tensor]:
@@ -186,16 +186,20 @@ def data_of_steps(openings: torch.Tensor, stretches: torch.Tensor, config: SFTCo
 
 
 def make_optimizers(model: torch.nn.Module, config: SFTConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest."""
+    """A Muon for each matrix of the blocks, so that they can step at the same time; at the end AdamW for the rest."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and not name.startswith(("transformer.wte", "transformer.wpe"))
         (matrices if inner else others).append(parameter)
+    muon = partial(
+        torch.optim.Muon,
+        lr=config.matrix_learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
     return [
-        torch.optim.Muon(
-            matrices, lr=config.matrix_learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        *(muon([matrix]) for matrix in matrices),
         torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
@@ -287,6 +291,8 @@ def _restore(file: Path, parts: Mapping[str, Any]) -> int:
     if not file.is_file():
         return 0
     state = torch.load(file, map_location="cpu", weights_only=True)
+    if state["parts"].keys() != parts.keys():  # another version of this recipe kept it
+        return 0
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     return int(state["done"])

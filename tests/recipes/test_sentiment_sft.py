@@ -1,13 +1,14 @@
 """The small language model: learns, is cached by what it was made from, and can be loaded by name. No network."""
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from sentiment.assets import cache_root
+from sentiment.assets import cache_root, kept_beside
 from sentiment.command_line import MOST_THREADS, use_threads
 from sentiment.language_models import (
     AdaptationConfig,
@@ -24,6 +25,7 @@ from sentiment.sft import (
     make_optimizers,
     new_model,
     small_language_model,
+    train_language_model,
 )
 from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -101,9 +103,19 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_in_a_line() -> None:
 
 def test_every_weight_belongs_to_one_optimizer_and_the_tied_embedding_is_not_orthogonalized() -> None:
     model = new_model(TINY, train_tokenizer([REVIEWS[0].text], vocabulary_size=300))
-    muon, adam = ({id(p) for group in o.param_groups for p in group["params"]} for o in make_optimizers(model, TINY))
-    assert muon | adam == {id(p) for p in model.parameters()} and not muon & adam
-    assert id(model.get_output_embeddings().weight) in adam
+    *muons, adam = ([p for group in o.param_groups for p in group["params"]] for o in make_optimizers(model, TINY))
+    trained = [id(p) for p in chain(*muons, adam)]
+    assert sorted(trained) == sorted(id(p) for p in model.parameters())
+    assert model.get_output_embeddings().weight in set(adam)
+    assert [len(muon) for muon in muons] == [1] * (4 * TINY.n_layer)
+
+
+def test_a_state_that_another_version_kept_is_trained_over(tmp_path: Path) -> None:
+    kept = kept_beside(tmp_path / "model")
+    kept.mkdir()
+    torch.save({"done": 2, "parts": {"model": {}, "muon": {}}}, kept / "state.pt")
+    train_language_model(REVIEWS, replace(TINY, steps=3), tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_batches_visit_each_row_once_a_pass() -> None:
