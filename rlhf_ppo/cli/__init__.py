@@ -18,7 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("rlhf_ppo.replay", "compute a dumped update again"),
     "merge": ("rlhf_ppo.merge", "add LoRA adapters to the weights of their model"),
     "run": ("rlhf_ppo.cli.run", "run a script written for TRL's classic PPOTrainer (TRL <= 0.11), unchanged"),
-    "completion": ("rlhf_ppo.cli.completion", "words that the shell completes: see --help"),
+    "completion": ("rlhf_ppo.cli.completion", "what bash or zsh needs to complete this command"),
 }
 """Subcommand -> (module, what it does). Modules of `rlhf_ppo.cli` have `main(arguments) -> int`; the other commands are
 `python -m MODULE ...`."""

@@ -53,13 +53,23 @@ def test_the_shell_completes_commands_and_options(capsys: pytest.CaptureFixture[
     assert len(words) == len(set(words))
 
 
+def test_bash_runs_what_the_command_prints_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = f'rlhf-ppo() {{ echo "--output-dir"; }}\n{capsys.readouterr().out}\ncomplete -p rlhf-ppo'
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert "-W '--output-dir' rlhf-ppo" in found.stdout
+    assert main(["completion", "zsh"]) == 0 and "bashcompinit" in capsys.readouterr().out
+
+
 def test_wrong_calls_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nonsense"]) == 2
     assert main(["run", "nowhere.py"]) == 2
     assert main(["run"]) == 2
+    assert main(["completion", "fish"]) == 2
     error = capsys.readouterr().err
     assert "there is no command 'nonsense'" in error
     assert "there is no script 'nowhere.py'" in error and "name a script" in error
+    assert "expected bash or zsh, got 'fish'" in error
 
 
 @pytest.mark.parametrize("as_module", [False, True])
