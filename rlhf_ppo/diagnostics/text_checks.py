@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.batch import pad_rows
 from rlhf_ppo.diagnostics.findings import DoctorReport, Finding, finding
 from rlhf_ppo.environments import EnvironmentFactory, Episode
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
@@ -40,6 +41,8 @@ class DiagnosedBatch:
     """Responses as passed to the reward sources."""
     scores: Tensor | None = None
     """Scores per response, [B], or per token, [B, T]."""
+    token_scores: Tensor | None = None
+    """Scores per token of each segment of an episode; None: as `scores`."""
     sources: RewardSources | None = None
     """The reward sources."""
     group_size: int = 1
@@ -71,9 +74,12 @@ class DiagnosedBatch:
     ) -> "DiagnosedBatch":
         """The batch of a rollout of `train()`."""
         samples, episodes, all_scored = collected.segments(), collected.episodes, not bool(scores.skipped.any())
+        rows, per_token = episode_rows(episodes or []), scores.per_token
         return cls(
             prompts=samples.prompts, responses=samples.responses, logprobs=samples.logprobs, sampling=sampling,
-            masks=None if episodes is None else [row.mask for row in episode_rows(episodes)],
+            masks=None if episodes is None else [row.mask for row in rows],
+            token_scores=pad_rows([per_token[row.episode, row.span] for row in rows])
+            if rows and per_token is not None else None,
             prompt_texts=collected.prompts, response_texts=collected.responses, scores=scores.total[~scores.skipped],
             sources=sources, group_size=sampling.num_return_sequences if all_scored else 1, episodes=episodes,
             tasks=collected.tasks, columns=collected.columns, environment=environment,
@@ -205,9 +211,10 @@ def reward_template(batch: DiagnosedBatch, _: PreTrainedTokenizerBase) -> list[F
 
 def masked_scores(batch: DiagnosedBatch, _: PreTrainedTokenizerBase) -> list[Finding] | None:
     """Check whether scores are at tokens that the policy did not choose, which training drops."""
-    if batch.scores is None or batch.scores.dim() == 1 or batch.masks is None:
+    given = batch.scores if batch.token_scores is None else batch.token_scores
+    if given is None or given.dim() == 1 or batch.masks is None:
         return None
-    dropped = [row[: len(mask)].cpu()[~mask] for row, mask in zip(batch.scores, batch.masks, strict=True)]
+    dropped = [row[: len(mask)].cpu()[~mask] for row, mask in zip(given, batch.masks, strict=True)]
     rows = [row for row, scores in enumerate(dropped) if bool(scores.any())]
     if not rows:
         return []

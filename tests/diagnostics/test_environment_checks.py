@@ -69,6 +69,16 @@ def test_a_source_that_reads_the_observations_is_found() -> None:
     assert "source_reads_observations" not in findings(CountE, reads_replies)
 
 
+def test_scores_at_the_tokens_of_an_observation_are_found() -> None:
+    """Training drops them: replies have six tokens here, and the next one is the environment's."""
+
+    def scores_token(position: int) -> Any:
+        return lambda prompts, responses: [{position: 1.0} for _ in prompts]
+
+    assert "masked_scores" in findings(CountE, scores_token(6))
+    assert "masked_scores" not in findings(CountE, scores_token(0))
+
+
 def test_an_environment_that_does_not_react_is_found() -> None:
     assert "dead_environment" in findings(Deaf)
     assert "dead_environment" not in findings(CountE)
