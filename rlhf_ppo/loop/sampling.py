@@ -55,7 +55,7 @@ def make_prompt_sampler(
     batch_size = learner.config.batch_size // config.sampling.num_return_sequences
     sampler = PromptSampler(
         len(prompts), batch_size=batch_size, seed=seed, rank=accelerator.process_index,
-        world_size=accelerator.num_processes, lengths=prompts.lengths,
+        world_size=accelerator.num_processes, lengths=prompts.lengths, checksum=prompts.checksum,
     )  # fmt: skip
     if config.curriculum is None:
         return sampler

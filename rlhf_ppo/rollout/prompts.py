@@ -3,6 +3,7 @@
 `PromptDataset.report` counts every prompt that was truncated or dropped.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,11 @@ class PromptDataset:
         lengths: list[int] = np.diff(self._ends, prepend=0).tolist()
         return lengths
 
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of all token ids."""
+        return zlib.crc32(self._ends.tobytes(), zlib.crc32(self._tokens.numpy().tobytes()))
+
     def __getitem__(self, index: int) -> Int[Tensor, " prompt"]:
         """Token ids of one prompt, 1-D int64."""
         index = range(len(self))[index]
@@ -203,6 +209,7 @@ class PromptSampler:
         rank: this process.
         world_size: number of processes.
         lengths: tokens of each prompt; None: each process takes `batch_size` consecutive prompts.
+        checksum: of the prompts; an order that was saved for prompts with another one is refused.
     """
 
     def __init__(
@@ -214,6 +221,7 @@ class PromptSampler:
         rank: int = 0,
         world_size: int = 1,
         lengths: Sequence[int] | None = None,
+        checksum: int = 0,
     ) -> None:
         if length < 1 or batch_size < 1:
             raise ValueError(f"PromptSampler needs length >= 1 and batch_size >= 1, got {length} and {batch_size}.")
@@ -223,7 +231,7 @@ class PromptSampler:
                 f"world_size {world_size}."
             )
         self._length, self._batch_size, self._seed = length, batch_size, seed
-        self._rank, self._world_size, self._lengths = rank, world_size, lengths
+        self._rank, self._world_size, self._lengths, self._checksum = rank, world_size, lengths, checksum
         self._position = 0
         self._epoch_order: tuple[int, list[int]] | None = None
 
@@ -256,16 +264,19 @@ class PromptSampler:
         )
 
     def state_dict(self) -> dict[str, int]:
-        """Seed, dataset length and position; the same on every process, valid for any number of processes."""
-        return {"seed": self._seed, "length": self._length, "position": self._position}
+        """Seed, prompts and position; the same on every process, valid for any number of processes."""
+        return {
+            "seed": self._seed, "length": self._length, "checksum": self._checksum, "position": self._position
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at the saved position; a ValueError if the state has another dataset length or seed."""
-        for name, expected in (("seed", self._seed), ("length", self._length)):
-            if state[name] != expected:
+        """Continue at the saved position; a ValueError if the state is of another seed or of other prompts."""
+        for name, expected in (("seed", self._seed), ("length", self._length), ("checksum", self._checksum)):
+            if state.get(name, expected) != expected:  # earlier versions saved no checksum
                 raise ValueError(
                     f"The saved prompt order has {name} {state[name]}, this run has {expected}: prompts would be "
-                    "repeated and skipped. Resume with the dataset and seed of the first run, or start a new one."
+                    "repeated, skipped or other ones. Resume with the dataset and seed of the first run, or start a new "
+                    "one."
                 )
         self._position = state["position"]
 

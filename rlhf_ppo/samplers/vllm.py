@@ -43,7 +43,7 @@ class VLLMSampler:
     """Address of the server."""
     weight_transfer: WeightTransfer = "auto"
     """Server: how weights get there, "nccl" (GPUs on both sides, vLLM installed on both) or "disk" (files, any device);
-    "auto": NCCL where the trainer has a GPU and vLLM, else files."""
+    "auto": files if there is a `transfer_dir`, else NCCL where the trainer has a GPU and vLLM."""
     transfer_dir: str | None = None
     """Server: folder for these files, under one path on both machines; None: a temporary one, for a server on this
     machine."""
@@ -142,7 +142,11 @@ class VLLMSampler:
         )
 
     def _open_engine(self, policy: Any, accelerator: Any) -> Any:
-        transfer = choose_transfer(self.weight_transfer, accelerator.device) if self.mode == "server" else None
+        transfer = (
+            choose_transfer(self.weight_transfer, accelerator.device, self.transfer_dir)
+            if self.mode == "server"
+            else None
+        )
         if transfer != "disk" and not is_vllm_available():
             raise ImportError(
                 f"VLLMSampler(mode={self.mode!r}) needs vLLM, which is not installed here. "

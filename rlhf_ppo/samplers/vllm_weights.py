@@ -29,10 +29,19 @@ FILE_BYTES = 2**30
 """Largest file of weights, and what the trainer holds of them at once."""
 
 
-def choose_transfer(transfer: WeightTransfer, device: torch.device) -> Literal["nccl", "disk"]:
-    """How weights reach a server: over NCCL from a GPU with vLLM beside the trainer, else by files."""
-    if transfer != "auto":
-        return transfer
+def choose_transfer(transfer: WeightTransfer, device: torch.device, folder: str | None) -> Literal["nccl", "disk"]:
+    """How weights reach a server: by files if there is a folder for them, else over NCCL from a GPU with vLLM.
+
+    Raises:
+        ValueError: NCCL is asked for, and a folder that it would not use.
+    """
+    if transfer == "nccl" and folder is not None:
+        raise ValueError(
+            f"expected no transfer_dir with weight_transfer='nccl', got {folder!r}: NCCL sends weights without files, "
+            "so the folder would be ignored. Leave it out, or set weight_transfer='disk'."
+        )
+    if transfer != "auto" or folder is not None:
+        return "nccl" if transfer == "nccl" else "disk"
     return "nccl" if device.type == "cuda" and is_vllm_available() else "disk"
 
 

@@ -1,4 +1,4 @@
-"""TensorFlow's Adam, a linear learning-rate schedule to zero, and early allocation of Adam's moments."""
+"""TensorFlow's Adam, and a linear learning-rate schedule to zero."""
 
 import math
 from collections.abc import Callable, Iterable

@@ -31,6 +31,7 @@ from rlhf_ppo import (
     TrainConfig,
 )
 from rlhf_ppo.algorithms.baselines import MovingBaseline
+from rlhf_ppo.algorithms.build import build_algorithm
 from rlhf_ppo.algorithms.update_factory import UpdateFactory
 from rlhf_ppo.samplers.base import SamplingConfig
 from tests.loop.test_training import config, parameters, share_of_e, trainer
@@ -131,8 +132,11 @@ def test_the_full_kl_in_the_loss_needs_a_reference_of_its_own_and_whole_paramete
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match=r"FSDP.*mse"):
         UpdateFactory(**parts, reference=own._reference)
+    parts["reference_kl"] = None
     with pytest.raises(ValueError, match="warmup_iterations"):
-        UpdateFactory(**parts | {"reference_kl": None}).critic_fit(None)
+        UpdateFactory(**parts).critic_fit(None)
+    with pytest.raises(ValueError, match=r"exact=True.*does not run under .*FSDP"):
+        build_algorithm(PPOPenalty(exact=True), **parts)
 
 
 def test_while_the_critic_warms_up_the_policy_stays_bit_for_bit_and_the_critic_learns() -> None:

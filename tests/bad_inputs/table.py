@@ -5,9 +5,10 @@ from pathlib import Path
 PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
 HEAD = """# Bad inputs
 
-This page shows the error messages for {count} wrong arguments, settings and files. Each message says what was expected,
-what was received, what would have gone wrong, and what to do. A wrong input changes nothing: your model, files and
-trainer stay as they were. `python -m tests.bad_inputs.table` writes the tables from the calls in the tests.
+This page shows the error messages for {count} wrong arguments, settings and files. Each message says what is wrong.
+Most messages also say what was expected, what was received, what would have gone wrong, and what to do. A wrong input
+changes nothing: your model, files and trainer stay as they were. `python -m tests.bad_inputs.table` writes the tables
+from the calls in the tests.
 """
 
 

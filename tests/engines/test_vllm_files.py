@@ -70,6 +70,15 @@ def test_a_server_elsewhere_needs_a_folder_that_both_see() -> None:
         far.sync_weights(tiny_llama(), Accelerator())
 
 
+def test_a_folder_for_files_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_weights, "is_vllm_available", lambda: True)
+    gpu = torch.device("cuda")
+    assert vllm_weights.choose_transfer("auto", gpu, None) == "nccl"
+    assert vllm_weights.choose_transfer("auto", gpu, "/shared") == "disk"
+    with pytest.raises(ValueError, match="the folder would be ignored"):
+        vllm_weights.choose_transfer("nccl", gpu, "/shared")
+
+
 def test_a_server_that_cannot_read_the_files_is_named(server: FakeVLLM) -> None:
     server.faults["unreadable"] = True
     with pytest.raises(RuntimeError, match=r"to read the weights in .*collective_rpc method failed"):

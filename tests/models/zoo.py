@@ -28,7 +28,7 @@ from rlhf_ppo import (
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.models.dropout import disable_dropout
 from rlhf_ppo.models.trunk import call_model, decoder_start_token
-from rlhf_ppo.samplers.decode_support import unsupported_reason
+from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from tests.support.tiny_architectures import config_of
 from tests.support.tiny_models import EOS_TOKEN_ID, tiny_tokenizer
 
@@ -132,7 +132,7 @@ class _Examination:
         self.check_lora()
         paths: Any = trainer.policy.paths
         in_force = [name for name in ("head_rows", "packing", "last_layer", "fused_head") if getattr(paths, name)]
-        if unsupported_reason(self.model) is None:
+        if DecodeLoop().unsupported_reason(self.model) is None:  # by its structure, and by a trial
             in_force.append("decode_loop")
         declined = sorted(paths.declined)
         note = "" if paths.head_rows else f"plain path ({', '.join(declined) or 'encoder-decoder'})"

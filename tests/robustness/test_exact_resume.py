@@ -159,13 +159,16 @@ def test_a_reference_of_other_weights_is_refused(tmp_path: Path) -> None:
     assert torch.equal(parameters(other), before)
 
 
-def test_prompts_of_another_number_are_refused_and_nothing_has_changed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("texts", "message"), [(TEXTS[:3], "length 4, this run has 3"), ([*TEXTS[:3], "Another"], "checksum")]
+)
+def test_other_prompts_are_refused_and_nothing_has_changed(texts: list[str], message: str, tmp_path: Path) -> None:
     trainer().train(share_of_e, config(tmp_path, iterations=1, save_every=1))
     own = trainer()
     before, coefficient = parameters(own).clone(), own.kl_ctl.value
-    fewer = PromptDataset.from_texts(TEXTS[:3], own.tokenizer)
-    with pytest.raises(CheckpointError, match="The saved prompt order has length 4, this run has 3"):
-        own.train(share_of_e, config(tmp_path, iterations=2), prompts=fewer)
+    others = PromptDataset.from_texts(texts, own.tokenizer)
+    with pytest.raises(CheckpointError, match=f"The saved prompt order has {message}"):
+        own.train(share_of_e, config(tmp_path, iterations=2), prompts=others)
     assert torch.equal(parameters(own), before)
     assert own.kl_ctl.value == coefficient
 
