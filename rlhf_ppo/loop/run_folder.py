@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -138,6 +139,13 @@ class RunFolder:
                 remaining = [row for row in rows if _iteration(row) <= iteration]
                 self._replace(name, "".join(_json(row) + "\n" for row in remaining))
 
+    def set_records_aside(self) -> None:
+        """Rename metrics.jsonl and tokens.jsonl, where they are, to metrics.1.jsonl and so on."""
+        for path in (self.path / METRICS, self.path / TOKENS):
+            if path.exists():
+                asides = (path.with_suffix(f".{number}{path.suffix}") for number in count(1))
+                path.rename(next(aside for aside in asides if not aside.exists()))
+
     def config(self) -> dict[str, Any]:
         """The settings; empty if none were written."""
         return self._read_object(CONFIG)
@@ -243,9 +251,7 @@ class RunFolder:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise RunFolderError(
-                f"{name} is no JSON: {error}. Restore it, or delete it to go on without it."
-            ) from error
+            raise RunFolderError(f"{name} is no JSON: {error}. Restore it, or delete it to go on.") from error
         if not isinstance(content, dict):
             raise RunFolderError(f"{name} must hold a JSON object, it holds a {type(content).__name__}.")
         return content

@@ -66,19 +66,25 @@ class RunKeeper:
             yield
 
     def restore(self) -> RestoredCheckpoint | None:
-        """Restore the latest intact checkpoint, if there is one, and remove later lines from the run folder."""
+        """Restore the latest intact checkpoint and remove later lines from the run folder; `start_anew` without one."""
         if self.folder is None:
             return None
         restored = restore_checkpoint(
             self.learner, self.folder.path, shared=self.shared(), per_process=self.per_process()
         )
         if restored is None:
+            self.start_anew()
             return None
         self._last_saved = restored.iteration
         if self.learner.accelerator.is_main_process:
             self.folder.resume_from(restored.iteration)
         self.learner.accelerator.wait_for_everyone()
         return restored
+
+    def start_anew(self) -> None:
+        """Set the records of an earlier run in the folder aside: this one begins at iteration 1, too."""
+        if self.folder is not None and self.learner.accelerator.is_main_process:
+            self.folder.set_records_aside()
 
     def save(self, iteration: int, *, required: bool) -> None:
         """Save a checkpoint of this iteration, unless there is one.

@@ -107,6 +107,8 @@ class TrainingLoop:
         self.best.recover()
         if self.config.resume:
             self.restore()
+        else:
+            self.keeper.start_anew()
         limit = TimeLimit(self.config.max_time)
         bar = ProgressBar(
             total=self.config.iterations, initial=self.state.iteration, desc="PPO", unit="it",

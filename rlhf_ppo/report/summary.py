@@ -131,7 +131,10 @@ def findings(data: RunData) -> list[str]:
             f"{format_number(100 * clip[1])} % of the ratios are clipped at the end: lower the learning rate."
         )
     if sum(skipped):
-        problems.append(f"{sum(skipped):,.0f} updates were skipped because a loss or a gradient was not finite.")
+        problems.append(
+            f"{sum(skipped):,.0f} updates were skipped: by the ratio guard, or because a loss or gradient was no "
+            "finite number."
+        )
     if {"distinct_2"} <= data.before.keys() & data.after.keys():
         before, after = data.before["distinct_2"][0], data.after["distinct_2"][0]
         if after < 0.7 * before:

@@ -275,7 +275,7 @@ class PromptSampler:
             if state.get(name, expected) != expected:  # earlier versions saved no checksum
                 raise ValueError(
                     f"The saved prompt order has {name} {state[name]}, this run has {expected}: prompts would be "
-                    "repeated, skipped or other ones. Resume with dataset and seed of the first run, or start a new one."
+                    "repeated, skipped or others. Resume with dataset and seed of the first run, or start a new one."
                 )
         self._position = state["position"]
 

@@ -76,6 +76,8 @@ def test_a_preset_gives_way_to_settings() -> None:
     _, train, algorithm = make_configs(RunConfig(algorithm="grpo", algorithm_config={"clip_high": 0.3}))
     assert isinstance(algorithm, GRPO) and algorithm.clip_high == 0.3
     assert train.sampling.num_return_sequences == 8
+    assert make_configs(RunConfig(train={"iterations": 100}))[1].save_every == 4
+    assert make_configs(RunConfig(train={"iterations": 100, "save_every": 0}))[1].save_every == 0
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """QLoRA: adapters on a base in 4 bits. Runs where bitsandbytes is installed, which computes on CPUs too."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.kernels.linear_layers import use_plain_layers
@@ -33,14 +34,21 @@ def base(tmp_path: Path) -> str:
     return str(tmp_path / "base")
 
 
-def policy(base: str) -> AutoModelForCausalLMWithValueHead:
+FP4 = {"load_in_4bit": True}
+NF4 = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+
+
+def policy(base: str, kind: dict[str, Any] = FP4) -> AutoModelForCausalLMWithValueHead:
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return AutoModelForCausalLMWithValueHead.from_pretrained(base, peft_config=lora, load_in_4bit=True).eval()
+    return AutoModelForCausalLMWithValueHead.from_pretrained(base, peft_config=lora, **kind).eval()
 
 
-def test_a_base_in_four_bits_is_the_reference_and_does_not_move(base: str, tmp_path: Path) -> None:
-    model = policy(base)
+@pytest.mark.parametrize("kind", [FP4, NF4], ids=["fp4", "nf4"])
+def test_a_base_in_four_bits_is_the_reference_and_does_not_move(
+    base: str, kind: dict[str, Any], tmp_path: Path
+) -> None:
+    model = policy(base, kind)
     attach_critic_adapter(model)
     whole = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(base).parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -61,7 +69,7 @@ def test_a_base_in_four_bits_is_the_reference_and_does_not_move(base: str, tmp_p
     use_plain_layers(model)  # of the head, as in the model that is loaded
     expected = model.eval()(TOKENS)[0].detach()
     model.save_pretrained(tmp_path / "adapter")
-    again = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "adapter"), load_in_4bit=True).eval()
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "adapter"), **kind).eval()
     assert_close(again(TOKENS)[0], expected, atol=1e-6, rtol=0.0)
 
 

@@ -68,7 +68,9 @@ def test_an_import_leaves_the_environment_alone(statement: str) -> None:
     assert seen_by_torch(["-c", f"import sys; sys.path.append('recipes'); {statement}"]) == []
 
 
-def test_only_a_module_of_ours_is_a_command() -> None:
+def test_only_a_module_of_ours_or_our_script_is_a_command() -> None:
+    assert is_command(["python", "-m", "rlhf_ppo", "ppo"]) and is_command(["python", "/venv/bin/rlhf-ppo", "ppo"])
     assert is_command(["python", "-W", "ignore", "-m", "reward_model.train", "--help"])
     assert not is_command(["python", "-m", "pytest", "-m", "not slow", "rlhf_ppo.plan"])
+    assert not is_command(["python", "mine.py", "rlhf-ppo"]) and not is_command(["python", "-m", "rlhf_ppo_extra"])
     assert not is_command(["python", "mine.py"]) and not is_command(["python", "-m"])

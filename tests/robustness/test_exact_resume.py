@@ -179,6 +179,16 @@ def test_resume_false_leaves_no_checkpoint_of_the_run_before_it_to_go_on_from(tm
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_starts_anew_sets_the_records_of_the_one_before_aside(resume: bool, tmp_path: Path) -> None:
+    """Without a checkpoint there is nothing to go on from; the first run's lines would stand behind the second's."""
+    for iterations in (3, 1):
+        trainer().train(share_of_e, config(tmp_path, iterations=iterations, resume=resume))
+    lines = [len((tmp_path / name).read_text().splitlines()) for name in ("metrics.jsonl", "metrics.1.jsonl")]
+    assert lines == [1, 3]
+    assert [row["iteration"] for row in RunFolder.open(tmp_path).metrics()] == [1]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:checkpoint-2 was written with other settings")
 def test_a_checkpoint_of_format_1_is_read_and_goes_on_exactly(tmp_path: Path) -> None:
