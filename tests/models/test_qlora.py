@@ -62,8 +62,8 @@ def test_a_base_in_four_bits_is_the_reference_and_does_not_move(
         PPOConfig(batch_size=4, mini_batch_size=4, ppo_epochs=1, learning_rate=0.01), model,
         tokenizer=tiny_tokenizer(), dataset=PromptDataset.from_texts(TEXTS, tiny_tokenizer()),
     )  # fmt: skip
-    state = trainer.train(share_of_e, config(iterations=2))
-    assert state.history[0]["objective/kl"] == 0.0 != state.history[1]["objective/kl"]
+    state = trainer.train(share_of_e, config(iterations=3))  # the first responses may all earn 0
+    assert state.history[0]["objective/kl"] == 0.0 != state.history[-1]["objective/kl"]
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
 
     use_plain_layers(model)  # of the head, as in the model that is loaded
