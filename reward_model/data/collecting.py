@@ -141,8 +141,7 @@ class Collector:
         self._texts.append(text)
 
     def _add_answer(self, row: Row, group: str, where: str) -> None:
-        prompt = row["prompt"]
-        key = json.dumps(prompt, sort_keys=True, default=str)
+        key = json.dumps([row["prompt"], row.get("tools")], sort_keys=True, default=str)
         rating = label_number(row["label"], where)
         answers = self._answers.setdefault(key, _Answers(where, {**row, "group": group}))
         answers.ratings.setdefault(

@@ -7,9 +7,10 @@ from typing import Any
 from datasets import Dataset
 
 from reward_model.data.files import DataError, data_suffix
-from reward_model.data.layouts.base import prompt_columns
+from reward_model.data.layouts.base import are_objects, prepend_system_message, prompt_columns, system_messages
 from reward_model.data.rows import checked_row, with_lower_names
 from reward_model.data.sources import prompt_lines, read_rows
+from rlhf_ppo.chat.cells import parse_cell
 
 _OWN_NAMES = ("input_ids", "prompt", "query")
 """Columns that `PromptDataset` reads itself."""
@@ -24,7 +25,9 @@ def read_prompts(source: str, encoding: str | None = None) -> Dataset:
     """
     is_text = data_suffix(Path(source)) == ".txt"
     located = prompt_lines(Path(source), encoding) if is_text else read_rows(source, encoding=encoding)
-    rows = [_with_prompt(checked_row(row, where)) for where, row in located]
+    checked = [checked_row(row, where) for where, row in located]
+    has_system = any(map(system_messages, checked))  # then all prompts are conversations
+    rows = [_with_prompt(row, has_system=has_system) for row in checked]
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
     try:
         return Dataset.from_dict(columns)
@@ -34,10 +37,14 @@ def read_prompts(source: str, encoding: str | None = None) -> Dataset:
         raise
 
 
-def _with_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`row`; where no column has one of our names, the prompt is read as that of a comparison."""
-    if any(row.get(name) is not None for name in _OWN_NAMES):
-        return dict(row)
+def _with_prompt(row: Mapping[str, Any], *, has_system: bool) -> dict[str, Any]:
+    """`row` with its system message in the prompt; without a column of our names, the prompt is a comparison's."""
+    if own := next((name for name in _OWN_NAMES if row.get(name) is not None), None):
+        prompt = parse_cell(row[own], own)
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not has_system or not are_objects(prompt):  # no objects: token ids
+            return dict(row)
+        return {**row, own: prepend_system_message(system_messages(row) or [], prompt)}
     for names in (row, with_lower_names(row) or {}):
         prompt, used = prompt_columns(names)
         if used:

@@ -55,7 +55,8 @@ class TrainConfig:
     guards: Guards = field(default_factory=Guards)
     """Guards against reward hacking, each with a limit, an action and a patience."""
     offload_rewards: bool = False
-    """Keep the models of reward sources on the CPU between calls; useful if they share a GPU with the policy."""
+    """Keep the models of reward sources on the CPU between calls; useful if they share a GPU with the policy. They are
+    found as the source itself, as its attributes, or one level below, such as the members of an ensemble."""
     reward_failures: RewardFailures = RAISE_ON_FAILURE
     """How often a failing reward source is retried, and whether its samples are then dropped."""
     keep_history: int = 200

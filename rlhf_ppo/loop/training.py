@@ -98,7 +98,9 @@ class TrainingLoop:
             FolderInUseError: Another run uses the run folder.
         """
         offloads = self.config.offload_rewards and self.rewards is not None
-        offloaded = offload_sources(self.rewards or ()) if offloads else nullcontext(nullcontext)
+        roles = [role for role in (self.learner.model, self.learner.ref_model) if role is not None]
+        kept = [tensor for role in roles for tensor in (*role.parameters(), *role.buffers())]
+        offloaded = offload_sources(self.rewards or (), excluded=kept) if offloads else nullcontext(nullcontext)
         with self.keeper.locked(), offloaded as sources_context:
             self.collector = replace(self.collector, sources_context=sources_context)
             return self._run()

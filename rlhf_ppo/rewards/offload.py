@@ -1,24 +1,42 @@
 """Offload the models of reward sources to the CPU between scoring phases."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_ppo.distributed.placement import OffloadedWeights
 from rlhf_ppo.rewards.sources import RewardSources, named_sources
 
 
 @contextmanager
-def offload_sources(sources: RewardSources) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+def offload_sources(
+    sources: RewardSources, excluded: Iterable[Tensor] = ()
+) -> Iterator[Callable[[], AbstractContextManager[object]]]:
     """Context manager: while active, models of reward sources are on the CPU; yields the context that loads them.
 
-    A source's models are the source itself or its attributes that are `nn.Module`s.
+    A source's models are the source itself if it is an `nn.Module`; else its attributes, and theirs, that are modules.
+    Attributes may be lists, tuples or dictionaries, such as the members of an ensemble.
+
+    Args:
+        sources: The reward sources.
+        excluded: Tensors to leave in place, such as the policy's.
     """
-    models = [model for item in named_sources(sources) for model in _models(item.source) if _device(model) is not None]
-    offloaded = [OffloadedWeights(model, _device(model) or torch.device("cpu")) for model in models]
+    models = {id(model): model for item in named_sources(sources) for model in _models(item.source, levels=2)}
+    devices = {key: device for key, model in models.items() if (device := _device(model)) is not None}
+    if not devices:
+        warnings.warn(
+            "offload_rewards=True, but no reward source has a model as an attribute (or one level below): nothing is "
+            "moved. Keep the model in an attribute of the source, or set offload_rewards=False.",
+            stacklevel=2,
+        )
+    left, offloaded = list(excluded), []
+    for key, device in devices.items():
+        offloaded.append(OffloadedWeights(models[key], device, excluded=left))
+        left += offloaded[-1].tensors  # a part of this model may be an attribute, too
 
     @contextmanager
     def on_device() -> Iterator[None]:
@@ -39,7 +57,13 @@ def _device(model: nn.Module) -> torch.device | None:
     return None if parameter is None else parameter.device
 
 
-def _models(source: Any) -> list[nn.Module]:
-    if isinstance(source, nn.Module):
-        return [source]
-    return [value for value in getattr(source, "__dict__", {}).values() if isinstance(value, nn.Module)]
+def _models(value: Any, *, levels: int) -> list[nn.Module]:
+    """The modules in `value`: itself, items of a container, and attributes down to `levels`."""
+    if isinstance(value, nn.Module):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [model for item in value for model in _models(item, levels=levels)]
+    if isinstance(value, Mapping):
+        return [model for item in value.values() for model in _models(item, levels=levels)]
+    attributes = getattr(value, "__dict__", {}).values() if levels else ()
+    return [model for item in attributes for model in _models(item, levels=levels - 1)]

@@ -98,8 +98,8 @@ def named_sources(sources: RewardSources) -> tuple[WeightedSource, ...]:
     """Convert a callable, `{name: callable}` or `{name: (callable, weight)}` to `WeightedSource`s.
 
     Raises:
-        TypeError: A source is not callable.
-        ValueError: There is no source, or a weight is not finite.
+        TypeError: A source is not callable, or a list holds something else than `WeightedSource`s.
+        ValueError: There is no source, a weight is not finite, or two sources have one name.
     """
     if isinstance(sources, Mapping):
         pairs = {name: item if isinstance(item, tuple) else (item, 1.0) for name, item in sources.items()}
@@ -108,10 +108,21 @@ def named_sources(sources: RewardSources) -> tuple[WeightedSource, ...]:
         )
     elif isinstance(sources, Sequence):
         weighted_sources = tuple(sources)
+        if other := next((item for item in sources if not isinstance(item, WeightedSource)), None):
+            raise TypeError(
+                f"A list of reward sources holds `WeightedSource`s, got {type(other).__name__}: it has no name or "
+                "weight. Pass {name: callable} or {name: (callable, weight)}."
+            )
     else:
         weighted_sources = (WeightedSource(name=getattr(sources, "__name__", type(sources).__name__), source=sources),)
     if not weighted_sources:
         raise ValueError("No reward source was given: PPO needs at least one. Pass a callable or {name: callable}.")
+    names = [item.name for item in weighted_sources]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"Each reward source needs a name of its own, got {repeated} more than once among {names}: the scores of "
+            "one would replace those of the other. Rename them."
+        )
     return weighted_sources
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from reward_model.data.prompts import read_prompts
 from rlhf_ppo import GRPO, AutoModelForCausalLMWithValueHead, PPOClip
 from rlhf_ppo.cli.ppo import main, parse
 from rlhf_ppo.cli.ppo_run import load_prompts, make_configs
@@ -139,6 +140,15 @@ def test_prompts_are_read_with_their_encoding(world: Path, name: str, tmp_path: 
     assert isinstance(prompts, PromptDataset) and prompts.batch([0, 1]).texts == texts
     with pytest.raises(ValueError, match=r"not UTF-8 text .* --encoding cp1252"):
         load_prompts(str(tmp_path / name), tokenizer)
+
+
+def test_the_system_column_is_part_of_the_prompt(tmp_path: Path) -> None:
+    said, asked = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}
+    rows = [{"prompt": "Hi", "system": "Be kind."}, {"prompt": "Hi", "system": None}, {"prompt": [asked], "system": ""}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_prompts(str(tmp_path / "prompts.jsonl"))["prompt"] == [[said, asked], [asked], [asked]]
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"prompt": "Hi", "system": ""}))
+    assert read_prompts(str(tmp_path / "plain.jsonl"))["prompt"] == ["Hi"]
 
 
 @pytest.mark.parametrize(

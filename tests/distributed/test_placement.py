@@ -1,6 +1,7 @@
 """Frozen models wait where they are told to, and compute what they would compute anywhere else."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
 from rlhf_ppo.distributed import placement
 from rlhf_ppo.distributed.placement import OffloadedWeights
+from rlhf_ppo.rewards.offload import offload_sources
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
@@ -85,6 +87,39 @@ def test_reward_models_wait_between_questions_and_come_home_after_the_run() -> N
     assert waiting[0] == waiting[1], "the same memory waits"
     assert waiting[0] not in judge.seen
     assert places(judge.model) != waiting[0]
+
+
+def test_members_of_an_ensemble_and_parts_of_a_model_wait_too_but_not_the_policy() -> None:
+    body, policy = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), nn.Linear(1, 1)
+    members = [SimpleNamespace(model=nn.Linear(1, 1)), SimpleNamespace(model=policy)]
+    source = Judge()
+    source.__dict__ |= {"model": body, "head": body[1], "members": members}
+    home, kept = places(nn.ModuleList([body, members[0].model])), places(policy)
+    with offload_sources(source, excluded=policy.parameters()) as on_device:
+        with on_device():
+            assert not set(places(nn.ModuleList([body, members[0].model]))) & set(home)
+        assert places(nn.ModuleList([body, members[0].model])) == home
+        assert places(policy) == kept
+
+
+def test_the_device_of_a_part_is_read_before_the_whole_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    body, seen = nn.Sequential(nn.Linear(2, 1)), list[torch.device]()
+
+    def moved(module: nn.Module, device: torch.device, **_: Any) -> Any:
+        seen.append(device)
+        module.to("meta")  # another device
+        return SimpleNamespace(tensors=[], load=lambda: None)
+
+    monkeypatch.setattr("rlhf_ppo.rewards.offload.OffloadedWeights", moved)
+    source = Judge()
+    source.__dict__ |= {"model": body, "head": body[0]}
+    with offload_sources(source):
+        assert seen == [CPU, CPU]
+
+
+def test_a_source_without_a_model_to_offload_is_named_by_a_warning() -> None:
+    with pytest.warns(UserWarning, match="nothing is moved"), offload_sources(lambda **_: [0.0]):
+        pass
 
 
 def test_an_offloaded_reference_gives_the_steps_of_one_at_hand() -> None:

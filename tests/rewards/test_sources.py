@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_ppo.rewards.sources import RewardRequest, RewardSourceError, named_sources, score_batch
+from rlhf_ppo.rewards.sources import RewardRequest, RewardSourceError, WeightedSource, named_sources, score_batch
 from tests.support.patience import PATIENCE
 
 REQUEST = RewardRequest(
@@ -241,6 +241,18 @@ def test_sources_must_be_callables_with_finite_weights(monkeypatch: pytest.Monke
         named_sources({"judge": (length, math.nan)})
     with pytest.raises(ValueError, match="at least one"):
         named_sources({})
+
+
+def test_sources_of_one_name_are_refused_because_one_would_replace_the_other() -> None:
+    sources = [WeightedSource(name="judge", source=length), WeightedSource(name="judge", source=lambda **_: [0.0] * 3)]
+    with pytest.raises(ValueError, match=r"a name of its own, got \['judge'\] more than once"):
+        score_batch(sources, REQUEST)
+
+
+def test_a_list_of_functions_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # A user runs without shape checks.
+    with pytest.raises(TypeError, match=r"got function.*Pass \{name: callable\}"):
+        named_sources([length])  # type: ignore[list-item]
 
 
 def test_a_request_whose_parts_differ_in_length_is_refused() -> None:

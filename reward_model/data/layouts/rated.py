@@ -37,7 +37,10 @@ def _rated(row: Row) -> dict[str, Any]:
     prompt, completion = prompt_columns(row)[0], row[answer]
     if answer in CONVERSATION_NAMES:
         prompt, completion = list(completion[:-1]), [completion[-1]]
-    return {"prompt": prompt, "completion": completion, "label": row[rating], "source": text_source(row, "source")}
+    return {
+        "prompt": prompt, "completion": completion, "label": row[rating], "source": text_source(row, "source"),
+        "tools": row.get("tools"),
+    }  # fmt: skip
 
 
 def _thread(row: Row) -> dict[str, Any]:

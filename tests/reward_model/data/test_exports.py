@@ -179,3 +179,16 @@ def test_scores_are_written_where_they_may_be(
     with pytest.raises(ValueError, match=r"None of the 1 rows can be read\. The first one: data.jsonl:1: field"):
         score_command.main(arguments)
     assert (tmp_path / "o.bad_rows.jsonl").is_file()
+
+
+def test_tools_of_rated_answers_are_kept_and_tell_questions_apart(written: Callable[..., str]) -> None:
+    question = [{"role": "user", "content": "What is the weather?"}]
+    tools = [[{"type": "function", "function": {"name": name}}] for name in ("weather", "search")]
+    answers = [[{"role": "assistant", "content": text}] for text in ("sunny", "no idea")]
+    rows = [
+        {"prompt": question, "completion": answer, "label": index == 0, "tools": schemas}
+        for schemas in tools
+        for index, answer in enumerate(answers)
+    ]
+    comparisons = load_comparisons(written(rows)).comparisons
+    assert [list(comparison.tools) for comparison in comparisons] == tools
