@@ -7,8 +7,10 @@ EVALUATION_LABELS = {
     "vader": ("VADER compound", "sentiment by a lexicon, from −1 to 1"),
     "classifier": ("P(positive)", "sentiment by a second classifier, from 0 to 1"),
     "kl": ("KL to reference", "nats per response; how far the policy has moved"),
+    "kl_k3": ("KL (k3)", "the same KL by an estimate that is never negative for a response"),
     "distinct_1": ("distinct-1", "share of different words; low means repetition"),
     "distinct_2": ("distinct-2", "share of different word pairs; low means repetition"),
+    "repetition": ("repetition", "share of a response's word pairs that it has used before"),
     "perplexity": ("perplexity", "under the reference; high means unusual text, very low means repetition"),
     "length": ("length", "tokens per response"),
 }
