@@ -120,6 +120,7 @@ class Assignable(PPOLearner):
         If the block raises, every attribute is put back.
         """
         before, order = dict(vars(self)), self.algorithm.update.state_dict()
+        prepared = [list(parts) for parts in self._prepared_parts()]
         self._is_built = False
         try:
             yield
@@ -128,7 +129,18 @@ class Assignable(PPOLearner):
         except BaseException:
             vars(self).clear()
             vars(self).update(before)
+            for parts, former in zip(self._prepared_parts(), prepared, strict=True):
+                parts[:] = former
             raise
+
+    def _prepared_parts(self) -> tuple[list[Any], ...]:
+        """Accelerate's lists of what it has prepared: it unscales the gradients of every optimizer in them."""
+        return self.accelerator._models, self.accelerator._optimizers, self.accelerator._schedulers
+
+    def _forget_prepared(self, *replaced: object) -> None:
+        """Take parts that are replaced out of Accelerate's lists, which would keep them."""
+        for parts in self._prepared_parts():
+            parts[:] = [part for part in parts if all(part is not one for one in replaced)]
 
     def _replace(self, name: str, part: Any) -> None:
         """Replace `model`, `ref_model`, `optimizer`, ..., and prepare all of them anew."""
@@ -139,6 +151,7 @@ class Assignable(PPOLearner):
             )
         check_is_due = self.start_kl_check.is_due
         with self.rebuilding():
+            self._forget_prepared(self.policy, self._reference, self.optimizer, self.lr_scheduler)
             setattr(self, name, part)
             if name == "model":
                 check_is_due, self.is_peft_model = True, part.is_peft_model
@@ -228,6 +241,7 @@ def _set_optimizer(trainer: Assignable, optimizer: Any) -> None:
 def _set_scheduler(trainer: Assignable, scheduler: Any) -> None:
     plain = getattr(scheduler, "scheduler", scheduler)
     check_scheduler(plain)
+    trainer._forget_prepared(trainer.lr_scheduler)
     vars(trainer)["lr_scheduler"] = None if plain is None else trainer.accelerator.prepare_scheduler(plain)
 
 

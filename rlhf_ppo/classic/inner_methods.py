@@ -30,6 +30,7 @@ from rlhf_ppo.functional import (
 )
 from rlhf_ppo.learner.finite_checks import warn_of_negative_kl
 from rlhf_ppo.rollout.checks import ModelLimits, check_step_inputs
+from rlhf_ppo.updates.optimizer_steps import AccelerateSteps
 
 _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "k3": "k3"}
 
@@ -153,12 +154,17 @@ class ClassicInnerMethods(Assignable):
         if self.accelerator.sync_gradients:
             limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
             norm = float(self.accelerator.clip_grad_norm_(self.model_params, limit))
-            if self._accepts(float(loss.detach()), norm):
-                self.optimizer.step()
+            steps, accepted = AccelerateSteps(self.policy, self.optimizer, self.accelerator), False
+            try:
+                accepted = self._accepts(loss.detach(), norm, can_overflow=steps.can_overflow())
+            finally:
+                self._mean_ratio = 0.0
+                if not accepted:
+                    steps.drop()
+            if accepted:
+                steps.apply()
             else:
                 stats |= {f"loss/{name}": torch.zeros_like(policy) for name in ("policy", "value", "total")}
-            self._mean_ratio = 0.0
-            self.optimizer.zero_grad()
         return stats
 
     def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
@@ -193,7 +199,7 @@ class ClassicInnerMethods(Assignable):
     def gather_stats(self, stats: dict[str, Any]) -> dict[str, Any]:
         """Average the single numbers over processes; arrays stay those of this process."""
         return {
-            name: self.accelerator.reduce(value, reduction="mean") if _is_number(value) else value
+            name: self.accelerator.reduce(value, reduction="mean") if _is_number(name, value) else value
             for name, value in stats.items()
         }
 
@@ -206,10 +212,16 @@ class ClassicInnerMethods(Assignable):
             self.optimizer.zero_grad()
         return exceeded
 
-    def _accepts(self, loss: float, norm: float) -> bool:
-        """Whether the optimizer may take the step: loss and gradient are finite, and the ratio is not too large."""
-        config, ratio = self.config, self._mean_ratio
+    def _accepts(self, local_loss: Tensor, norm: float, *, can_overflow: bool) -> bool:
+        """Whether the optimizer may take the step: loss and gradient are finite, and the ratio is not too large.
+
+        Loss and ratio are means over processes, so that all of them decide the same.
+        """
+        config, local = self.config, torch.stack([local_loss.float(), local_loss.new_tensor(self._mean_ratio).float()])
+        loss, ratio = self.accelerator.reduce(local, reduction="mean").tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite and can_overflow:
+            return False  # a part of float16's search for its scale, no fault of the batch
         self._skips_in_a_row = 0 if finite else self._skips_in_a_row + 1
         if self._skips_in_a_row >= config.most_skips_in_a_row:
             raise FloatingPointError(
@@ -222,7 +234,7 @@ class ClassicInnerMethods(Assignable):
                 f"Skipped a minibatch whose loss ({loss}) or gradient norm ({norm}) is not finite; the optimizer did "
                 "not move.", stacklevel=3,
             )  # fmt: skip
-        elif ratio > config.ratio_threshold:
+        elif not ratio <= config.ratio_threshold:
             warnings.warn(
                 f"The average ratio of batch ({ratio:.2f}) exceeds threshold {config.ratio_threshold:.2f}. Skipping "
                 "batch; the optimizer did not move.", stacklevel=3,
@@ -281,5 +293,7 @@ def _std(values: Tensor) -> Tensor:
     return values.float().std() if len(values) > 1 else torch.zeros(())
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0
+def _is_number(name: str, value: object) -> bool:
+    """Whether a statistic is one number on every process; a mean over minibatches is one of shape [1]."""
+    is_mean = name.startswith("ppo/") and name not in ("ppo/policy/advantages", "ppo/policy/ratio")
+    return isinstance(value, Tensor) and (value.dim() == 0 or (is_mean and value.shape == (1,)))

@@ -1,6 +1,7 @@
 """Methods of the classic trainer around `step()`: generation, dataloader, logging, saving."""
 
 import inspect
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import datasets
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -163,11 +165,34 @@ class ClassicSurface(ClassicInnerMethods):
     def _save_pretrained(self, save_directory: str | Path) -> None:
         super().save_pretrained(save_directory)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Push model and tokenizer to the hub."""
-        if self.accelerator.is_main_process:
-            self.model.push_to_hub(repo_id, **kwargs)
-            self.tokenizer.push_to_hub(repo_id, **kwargs)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Push model using huggingface_hub.",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        allow_patterns: list[str] | str | None = None,
+        ignore_patterns: list[str] | str | None = None,
+        delete_patterns: list[str] | str | None = None,
+    ) -> None:
+        """Upload what `save_pretrained` writes, to a repository that is created if missing.
+
+        Every process calls it where parameters are sharded. The arguments are those of huggingface_hub's
+        `ModelHubMixin.push_to_hub`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_pretrained(folder)
+            if not self.accelerator.is_main_process:
+                return
+            api = HfApi(token=token)
+            api.upload_folder(
+                repo_id=api.create_repo(repo_id, private=private, exist_ok=True).repo_id, folder_path=folder,
+                commit_message=commit_message, revision=branch, create_pr=create_pr, allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns, delete_patterns=delete_patterns,
+            )  # fmt: skip
 
     def create_model_card(self, path: str, model_name: str | None = None) -> None:
         """Write `README.md` with what was trained and how to load it."""

@@ -1,6 +1,7 @@
 """Inner methods that a script overrides are called by `step()`, as in the classic, and training stays the same."""
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -239,3 +240,57 @@ def test_a_score_that_is_not_finite_is_refused_there_too() -> None:
     with pytest.raises(ValueError, match=r"scores\[1\] must be finite"):
         trainer.step(QUERIES, RESPONSES, [SCORES[0], torch.tensor(float("nan")), *SCORES[2:]])
     assert torch.equal(weights(trainer), before)
+
+
+class OtherRank:
+    """`Accelerator.reduce` as it is where another process has the given numbers."""
+
+    def __init__(self, other: list[float]) -> None:
+        self.other = torch.tensor(other)
+
+    def __call__(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        return (tensor + self.other) / 2 if reduction == "mean" else tensor
+
+
+@pytest.mark.parametrize(("ratio", "moves"), [(12.0, True), (30.0, False), (float("nan"), False)])
+@pytest.mark.filterwarnings("ignore:.*Skip")
+def test_all_processes_take_a_step_or_none_does(ratio: float, moves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean ratio of two processes decides: here it is 1, on the other 12 (mean 6.5), 30 (15.5) or nan."""
+    trainer = trainer_of(CallsSuper, ratio_threshold=10.0, ppo_epochs=1)
+    before = weights(trainer)
+    monkeypatch.setattr(trainer.accelerator, "reduce", OtherRank([0.0, ratio]))
+    trainer.step(QUERIES, RESPONSES, SCORES)
+    assert torch.equal(weights(trainer), before) == (not moves)
+
+
+def test_single_statistics_of_minibatches_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have shape [1]; ratios of one token, too, which stay those of the process."""
+    trainer = trainer_of(CallsSuper)
+    monkeypatch.setattr(trainer.accelerator, "reduce", OtherRank([3.0]))
+    statistics = {
+        "ppo/loss/total": torch.ones(1),
+        "ppo/policy/ratio": torch.ones(1),
+        "objective/kl_dist": torch.ones(1),
+    }
+    got = {name: value.tolist() for name, value in trainer.gather_stats(statistics).items()}
+    assert got == {"ppo/loss/total": [2.0], "ppo/policy/ratio": [1.0], "objective/kl_dist": [1.0]}
+
+
+@pytest.mark.parametrize("settings", [{"init_scale": 2.0**126}, {"ratio_threshold": 1e-3}], ids=["overflow", "ratio"])
+@pytest.mark.filterwarnings("ignore:The average ratio")
+def test_a_skipped_minibatch_leaves_the_loss_scaler_ready_for_the_next(
+    settings: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 scales the loss; here by so much that the first gradients are infinite, or ratios are refused."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=settings.pop("init_scale", 1.0), backoff_factor=2.0**-100)
+    trainer = trainer_of(CallsSuper, most_skips_in_a_row=1, **settings)
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
+    for name, value in {"native_amp": True, "scaler": scaler, "autocast": nullcontext}.items():
+        monkeypatch.setattr(trainer.accelerator, name, value)
+    trainer.optimizer.scaler = scaler
+    before, models = weights(trainer), len(trainer.accelerator._models)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    assert (len(trainer.accelerator._optimizers), len(trainer.accelerator._models)) == (1, models)
+    trainer.step(QUERIES, RESPONSES, SCORES)
+    assert scaler.get_scale() <= 2.0**26
+    assert torch.equal(weights(trainer), before) == ("ratio_threshold" in settings)

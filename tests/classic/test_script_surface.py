@@ -19,8 +19,11 @@ from rlhf_ppo import (
     AutoModelForSeq2SeqLMWithValueHead,
     PPOConfig,
     PPOTrainer,
+    SeparateCritic,
+    attach_critic,
     create_reference_model,
 )
+from rlhf_ppo.classic import surface
 from tests.support.tiny_models import EOS_TOKEN_ID, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 
 QUERIES = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
@@ -281,6 +284,31 @@ def test_saving_takes_the_hubs_keywords(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="save_pretrained would not read commit_message"):
         trainer.save_pretrained(tmp_path / "never", commit_message="a")
     assert not (tmp_path / "never").exists()
+
+
+def test_an_upload_is_what_save_pretrained_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the folder of a separate critic, which the model itself does not save; the hub is a stand-in."""
+    calls: list[Any] = []
+
+    class Api:
+        def __init__(self, token: Any = None) -> None:
+            calls.append(token)
+
+        def create_repo(self, repo_id: str, **settings: Any) -> Any:
+            calls.append((repo_id, settings))
+            return SimpleNamespace(repo_id="me/" + repo_id)
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, revision: Any, **_: Any) -> None:
+            calls.append((repo_id, revision))
+            files.extend(path.name for path in Path(folder_path).iterdir())
+
+    files: list[str] = []
+    monkeypatch.setattr(surface, "HfApi", Api)
+    model = policy()
+    attach_critic(model, SeparateCritic.from_policy(model))
+    trainer_of(model).push_to_hub("poet", private=True, token="t", branch="best")
+    assert calls == ["t", ("poet", {"private": True, "exist_ok": True}), ("me/poet", "best")]
+    assert {"critic", "config.json", "model.safetensors", "README.md", "tokenizer_config.json"} <= set(files)
 
 
 def test_the_doctor_lets_the_prompts_of_an_encoder_decoder_end_in_its_stop_token() -> None:
