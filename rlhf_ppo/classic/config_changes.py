@@ -15,7 +15,8 @@ _READ_AT_EACH_STEP = {
     "score_clip", "whiten_rewards", "output_dir", "importance_sampling_cap",
     "importance_sampling", "importance_sampling_level", "importance_sampling_floor", "token_budget",
 }  # fmt: skip
-_OF_THE_ALGORITHM = {"cliprange", "cliprange_value", "vf_coef", "gamma", "lam", "ent_coef"}
+OF_THE_ALGORITHM = {"cliprange", "cliprange_value", "vf_coef", "gamma", "lam", "ent_coef"}
+"""Fields of `PPOConfig` that describe its own algorithm, `PPOConfig.algorithm()`."""
 _OF_THE_KL = {"kl_penalty", "kl_placement"}
 _OF_THE_CONTROLLER = {"adap_kl_ctrl", "init_kl_coef", "target", "horizon"}
 _OLD_NAMES = {"forward_batch_size": "mini_batch_size", "optimize_cuda_cache": "optimize_device_cache"}
@@ -35,7 +36,7 @@ def change_setting(trainer: Any, name: str) -> None:
         fill_runtime_fields(config, processes, trainer.is_encoder_decoder, bool(trainer.is_peft_model))
     elif name in _OLD_NAMES:
         setattr(config, _OLD_NAMES[name], value)
-    elif name in _OF_THE_ALGORITHM | _OF_THE_KL:
+    elif name in OF_THE_ALGORITHM | _OF_THE_KL:
         _change_algorithm(trainer, name)
     elif name in _OF_THE_CONTROLLER:
         _change_controller(trainer, name)
@@ -57,7 +58,7 @@ def change_setting(trainer: Any, name: str) -> None:
 
 
 def _change_algorithm(trainer: Any, name: str) -> None:
-    if name in _OF_THE_ALGORITHM and not trainer.uses_default_algorithm:
+    if name in OF_THE_ALGORITHM and not trainer.uses_default_algorithm:
         raise ValueError(
             f"PPOConfig.{name} does not belong to this trainer's algorithm, which was passed as "
             f"{trainer.algorithm_config}: set here, it would change nothing. Build a trainer with another one."
@@ -68,7 +69,7 @@ def _change_algorithm(trainer: Any, name: str) -> None:
             "measure. Build the trainer with this kl_penalty."
         )
     with trainer.rebuilding():
-        if name in _OF_THE_ALGORITHM:
+        if name in OF_THE_ALGORITHM:
             trainer.algorithm_config = trainer.config.algorithm()
         trainer.build_algorithm()
 

@@ -1,7 +1,8 @@
 """`rlhf-ppo ppo`: a PPO run from a YAML file, flags, or both.
 
 Settings of the run itself have flags. The sections `ppo`, `train`, `sampling` and `algorithm_config` hold the fields of
-`PPOConfig`, `TrainConfig`, `SamplingConfig` and of the algorithm; `--ppo.learning_rate 1e-5` sets one of them.
+`PPOConfig`, `TrainConfig`, `SamplingConfig` and of the algorithm; `--ppo.learning_rate 1e-5` or
+`--algorithm_config.gae.lam 0.9` sets one of them.
 """
 
 import argparse
@@ -54,8 +55,8 @@ def parse(arguments: list[str]) -> tuple[RunConfig, bool]:
     file, print_config = given.pop("config"), given.pop("print_config")
     settings = ({} if file is None else read_settings(file)) | given
     refuse_unknown(settings, [item.name for item in fields(RunConfig)], "setting")
-    for section, name, value in of_sections:
-        settings[section] = dict(settings.get(section) or {}) | {name: value}
+    for path, value in of_sections:
+        _set(settings, path, value)
     settings = {name: value for name, value in settings.items() if value is not None}
     if type(settings.get("prompts")) is int:  # a number of episodes
         settings["prompts"] = str(settings["prompts"])
@@ -79,19 +80,28 @@ def option_names() -> list[str]:
     return [name for action in _parser()._actions for name in action.option_strings]
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str, Any]]]:
-    """Flags of the run itself, and `--section.field value` or `--section.field=value` as section, field, value."""
+def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
+    for depth, name in enumerate(path[:-1], 1):
+        settings[name] = inner = {} if settings.get(name) is None else settings[name]
+        if not isinstance(inner, dict):
+            raise ValueError(f"--{'.'.join(path)} needs fields in {'.'.join(path[:depth])}, got the value {inner!r}.")
+        settings = inner
+    settings[path[-1]] = value
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
+    """Flags of the run itself; and of `--section.field value` or `--section.field=value` the path and the value."""
     own: list[str] = []
     of_sections = []
     words = iter(arguments)
     for word in words:
         flag, equals, value = word.partition("=")
-        section, dot, name = flag.removeprefix("--").partition(".")
-        if not (flag.startswith("--") and dot and section in SECTIONS):
+        path = flag.removeprefix("--").replace("-", "_").split(".")
+        if not (flag.startswith("--") and len(path) > 1 and path[0] in SECTIONS):
             own.append(word)
             continue
         text = value if equals else next(words, None)
         if text is None:
             raise ValueError(f"{flag} needs a value.")
-        of_sections.append((section, name.replace("-", "_"), read_value(text)))
+        of_sections.append((path, read_value(text)))
     return own, of_sections

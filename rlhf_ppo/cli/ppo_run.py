@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -25,12 +25,17 @@ from rlhf_ppo.algorithms.config import (
     PPOPenalty,
     Reinforce,
     ReinforcePlusPlus,
+    critic_settings,
 )
+from rlhf_ppo.classic.config_changes import OF_THE_ALGORITHM
 from rlhf_ppo.cli.run_config import RunConfig, refuse_unknown
+from rlhf_ppo.cli.sections import build
+from rlhf_ppo.learner.arguments import make_optimizer
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.loop.config import TrainConfig, TrainState
+from rlhf_ppo.models.critic import SeparateCritic, attach_critic
 from rlhf_ppo.models.pretrained import AutoModelForCausalLMWithValueHead
-from rlhf_ppo.presets import published_run
+from rlhf_ppo.presets import PublishedRun, published_run
 from rlhf_ppo.report import RunFolder, serve_report, write_report
 from rlhf_ppo.report.run_data import read_run
 from rlhf_ppo.report.summary import headline
@@ -38,6 +43,7 @@ from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.make_sampler import SamplerName, default_importance_cap, make_sampler
 from rlhf_ppo.trainer import PPOTrainer
+from rlhf_ppo.updates.optimizers import linear_to_zero
 from rlhf_ppo.utils.model_names import check_model_name
 
 ALGORITHMS: dict[str, Callable[..., AlgorithmConfig]] = {
@@ -63,7 +69,7 @@ def run(config: RunConfig) -> TrainState:
     held_out = None if config.eval_prompts is None else load_prompts(config.eval_prompts, tokenizer, config.encoding)
     reward = None if config.reward is None else load_reward(config.reward)
     environment = None if config.environment is None else import_name(config.environment)
-    trainer = PPOTrainer(ppo, _policy(config), None, tokenizer, algorithm=algorithm)
+    trainer = make_trainer(config, ppo, train, algorithm, tokenizer)
     title = f"PPO on {config.model}"
     with contextlib.ExitStack() as served:
         if (config.live or config.live_address) and trainer.accelerator.is_main_process:
@@ -91,43 +97,74 @@ def make_configs(config: RunConfig) -> tuple[PPOConfig, TrainConfig, AlgorithmCo
     Raises:
         ValueError: An unknown name, with the nearest one, or a value that its configuration refuses.
     """
-    refuse_unknown([config.algorithm], ALGORITHMS, "algorithm")
     refuse_unknown([config.sampler], get_args(SamplerName), "sampler")
+    for section, name in ("ppo", "output_dir"), ("train", "output_dir"), ("train", "sampling"):
+        if name in getattr(config, section):
+            raise ValueError(f"`{section}.{name}` is the setting `{name}` here: write it without `{section}`.")
     preset = None if config.preset is None else published_run(config.preset)
-    algorithm = _make(ALGORITHMS[config.algorithm], config.algorithm_config, "algorithm_config")
-    if preset is not None and preset.algorithm is not None:
-        algorithm = replace(preset.algorithm, **config.algorithm_config)
+    ppo = {**({} if preset is None else preset.settings), **config.ppo}
+    if ppo.get("importance_sampling", "auto") in ("auto", "truncate"):
+        ppo.setdefault("importance_sampling_cap", default_importance_cap(config.sampler))  # type: ignore[arg-type]
+    made: PPOConfig = build(PPOConfig, ppo, "ppo")
+    algorithm = _make_algorithm(config, preset, made)
     group_size = GROUP_SIZE if isinstance(algorithm, RLOO | GRPO | GSPO) else 1
-    ppo = {"importance_sampling_cap": default_importance_cap(config.sampler)}  # type: ignore[arg-type]
     sampling: dict[str, Any] = {"max_new_tokens": 64, "num_return_sequences": group_size}
-    train: dict[str, Any] = {"output_dir": config.output_dir}
     if preset is not None:
-        ppo |= preset.settings
         known = {"num_return_sequences": preset.group_size, "max_new_tokens": preset.new_tokens}
         sampling |= {name: value for name, value in known.items() if value is not None}
-        train |= {"missing_eos": preset.missing_eos}
-    made = _make(PPOConfig, ppo | config.ppo, "ppo")
-    sampled = _make(SamplingConfig, {"temperature": made.temperature} | sampling | config.sampling, "sampling")
-    loop: TrainConfig = _make(TrainConfig, train | {"sampling": sampled} | config.train, "train")
+    sampled = build(SamplingConfig, {"temperature": made.temperature} | sampling | config.sampling, "sampling")
+    train: dict[str, Any] = {"output_dir": config.output_dir, "sampling": sampled}
+    train |= {"iterations": made.total_ppo_epochs} if "steps" in ppo else {}
+    train |= {} if preset is None else preset.train_settings(sampled.max_new_tokens)
+    loop: TrainConfig = build(TrainConfig, train | config.train, "train")
     if "save_every" not in config.train:  # a run that is killed goes on, too
         loop = replace(loop, save_every=max(1, loop.iterations // SAVES))
     return made, loop, algorithm
 
 
-def _make(kind: Callable[..., Any], values: Mapping[str, Any], section: str) -> Any:
-    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-    refuse_unknown(values, known, f"field of `{section}`")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"`{section}` does not fit: {error}") from error
+def _make_algorithm(config: RunConfig, preset: PublishedRun | None, ppo: PPOConfig) -> AlgorithmConfig:
+    """The algorithm, with the fields of `algorithm_config`; PPO-Clip begins with the classic fields of `ppo`."""
+    name = config.algorithm or "ppo-clip"
+    refuse_unknown([name], ALGORITHMS, "algorithm")
+    own = None if preset is None else preset.algorithm
+    if preset is not None and config.algorithm is not None and (own is not None or name != "ppo-clip"):
+        raise ValueError(f"the preset {config.preset} has another algorithm than {name}: leave one of them out.")
+    if own is None and name == "ppo-clip":
+        return build(ppo.algorithm(), config.algorithm_config, "algorithm_config")  # type: ignore[no-any-return]
+    start = ALGORITHMS[name] if own is None else own
+    if ignored := sorted(OF_THE_ALGORITHM & config.ppo.keys()):
+        raise ValueError(
+            f"`ppo.{ignored[0]}` is read by ppo-clip alone, not by {config.preset or name}: set a field of "
+            f"`algorithm_config` in its place ({', '.join(item.name for item in fields(start))})."  # type: ignore[arg-type]
+        )
+    return build(start, config.algorithm_config, "algorithm_config")  # type: ignore[no-any-return]
 
 
-def _policy(config: RunConfig) -> AutoModelForCausalLMWithValueHead:
+def make_trainer(
+    config: RunConfig,
+    ppo: PPOConfig,
+    train: TrainConfig,
+    algorithm: AlgorithmConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> PPOTrainer:
+    """The trainer, with the separate critic and the schedule of the preset; says what the preset leaves out."""
     adapters = None
     if rank := config.lora_rank:
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return AutoModelForCausalLMWithValueHead.from_pretrained(config.model, peft_config=adapters)
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(config.model, peft_config=adapters)
+    optimizer = schedule = None
+    preset = None if config.preset is None else published_run(config.preset)
+    if preset is not None and preset.separate_critic and policy.critic is None:
+        attach_critic(policy, SeparateCritic.from_policy(policy))
+    if preset is not None and preset.anneal:
+        optimizer = make_optimizer(policy, ppo, None, critic_settings(algorithm))
+        schedule = linear_to_zero(optimizer, train.iterations)
+    trainer = PPOTrainer(
+        ppo, policy, None, tokenizer, optimizer=optimizer, lr_scheduler=schedule, algorithm=algorithm
+    )  # fmt: skip
+    if preset is not None and preset.remarks and trainer.accelerator.is_main_process:
+        sys.stderr.write(f"preset {config.preset}: {preset.remarks}\n")
+    return trainer
 
 
 def load_prompts(source: str, tokenizer: PreTrainedTokenizerBase, encoding: str | None = None) -> PromptDataset | int:

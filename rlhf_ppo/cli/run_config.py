@@ -27,8 +27,8 @@ class RunConfig:
     """Held-out prompts, as --prompts."""
     encoding: str | None = None
     """Encoding of text files of prompts, such as cp1252; None: UTF-8, or what a byte order mark says."""
-    algorithm: str = "ppo-clip"
-    """ppo-clip, ppo-penalty, trpo, reinforce, reinforce++, rloo, grpo or gspo."""
+    algorithm: str | None = None
+    """ppo-clip, ppo-penalty, trpo, reinforce, reinforce++, rloo, grpo or gspo; None: the preset's, or ppo-clip."""
     preset: str | None = None
     """Settings of a published run (docs/presets.md)."""
     sampler: str = "loop"

@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeAlias
 
 from rlhf_ppo.algorithms import AlgorithmConfig
 from rlhf_ppo.learner.config import PPOConfig
+from rlhf_ppo.loop.dynamic_sampling import DynamicSampling
 from rlhf_ppo.presets.verifiable_rewards import RECENT, Values
-from rlhf_ppo.rollout.collect import MissingEOS
+from rlhf_ppo.rollout.collect import MissingEOS, SoftOverlong
 from rlhf_ppo.utils.moved_names import forward_old_names
 
 ClassicPresetName: TypeAlias = Literal["ziegler2019", "stiennon2020", "nplus2024", "trl-classic"]
@@ -50,6 +51,15 @@ class PublishedRun:
     def config(self, **changes: Any) -> PPOConfig:
         """Make a `PPOConfig` with these settings; `changes` override them."""
         return PPOConfig(**{**self.settings, **changes})
+
+    def train_settings(self, new_tokens: int) -> dict[str, Any]:
+        """Fields of `TrainConfig` that the preset sets, for responses of at most `new_tokens` tokens."""
+        share = self.overlong_share
+        return {
+            "missing_eos": self.missing_eos,
+            "overlong": None if share is None else SoftOverlong(buffer=max(1, round(share * new_tokens))),
+            "dynamic_sampling": DynamicSampling() if self.dynamic_sampling else None,
+        }
 
 
 _LHP = "openai/lm-human-preferences"
@@ -149,7 +159,7 @@ PRESETS: Mapping[str, PublishedRun] = MappingProxyType(
             },
             anneal=True, separate_critic=True,
             remarks="Temperature, clip ranges and the weight of the value loss are PPOConfig's defaults: the source "
-            "names none.",
+            "names none. `rlhf-ppo ppo` initializes the critic from the policy.",
         ),
         "nplus2024": _make_run(
             "The N+ implementation details of RLHF with PPO", _NPLUS2024,
@@ -158,7 +168,8 @@ PRESETS: Mapping[str, PublishedRun] = MappingProxyType(
                 "anneal": _NPLUS, "separate_critic": f"{_NPLUS}: a value model initialized from the reward model",
             },
             new_tokens=53, missing_eos=MissingEOS(penalty=1.0, mode="replace"), anneal=True, separate_critic=True,
-            remarks="It placed the score after the stop token; this library places it at the stop token.",
+            remarks="It placed the score after the stop token; this library places it at the stop token. `rlhf-ppo "
+            "ppo` initializes the critic from the policy.",
         ),
         "trl-classic": _make_run(
             "Defaults of TRL's classic PPOConfig", {name: (value, _TRL) for name, value in _CLASSIC.items()}

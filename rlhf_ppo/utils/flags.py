@@ -104,6 +104,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """Settings of a YAML or JSON file, by name; a ValueError if it cannot be read or holds no names and values."""
     try:
         content = read_value(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -9,11 +9,16 @@ import yaml
 from transformers import AutoTokenizer
 
 from reward_model.data.prompts import read_prompts
-from rlhf_ppo import GRPO, AutoModelForCausalLMWithValueHead, PPOClip
+from rlhf_ppo import GRPO, AutoModelForCausalLMWithValueHead, PPOClip, SeparateCritic
+from rlhf_ppo.algorithms import GAE, TopEntropyTokens
 from rlhf_ppo.cli.ppo import main, parse
-from rlhf_ppo.cli.ppo_run import load_prompts, make_configs
+from rlhf_ppo.cli.ppo_run import load_prompts, make_configs, make_trainer
 from rlhf_ppo.cli.run_config import RunConfig
+from rlhf_ppo.diagnostics.guards import Guard, Guards
+from rlhf_ppo.loop.dynamic_sampling import DynamicSampling
+from rlhf_ppo.presets import PRESETS, published_run
 from rlhf_ppo.report import RunFolder
+from rlhf_ppo.rollout.collect import SoftOverlong
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.recipes.tiny_world import save_gpt2, save_reward_model
 
@@ -81,6 +86,71 @@ def test_a_preset_gives_way_to_settings() -> None:
     assert make_configs(RunConfig(train={"iterations": 100, "save_every": 0}))[1].save_every == 0
 
 
+def test_classic_fields_sections_and_lists_reach_their_configurations(tmp_path: Path) -> None:
+    """`ppo.lam` and the like were ignored, and no file or flag could set a nested configuration or a tuple."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "ppo: {cliprange: 0.05, lam: 0.8}\nsampling: {stop_strings: ['!'], stop_token_ids: [3]}\n"
+        "train: {guards: {kl: {limit: 10}}}\nalgorithm_config: {tokens: {type: TopEntropyTokens, share: 0.3}}\n"
+    )
+    nested = ["--train.guards.kl.patience=2", "--algorithm_config.gae.value-lam", "1"]
+    _, train, algorithm = make_configs(parse([str(file), *nested])[0])
+    assert train.guards == Guards(kl=Guard(limit=10, patience=2))
+    assert (train.sampling.stop_strings, train.sampling.stop_token_ids) == (("!",), (3,))
+    assert algorithm == PPOClip(
+        clip_low=0.05, clip_high=0.05, gae=GAE(lam=0.8, value_lam=1), tokens=TopEntropyTokens(share=0.3)
+    )  # fmt: skip
+
+
+def test_a_preset_brings_its_loop_and_its_algorithm_whose_fields_may_be_set() -> None:
+    """Dynamic sampling and the penalty of long responses were left out, and fields checked against PPO-Clip's."""
+    settings = RunConfig(preset="dapo", algorithm_config={"sequence_mean": True}, sampling={"max_new_tokens": 100})
+    _, train, algorithm = make_configs(settings)
+    assert train.dynamic_sampling == DynamicSampling() and train.overlong == SoftOverlong(buffer=20)
+    assert algorithm == GRPO(clip_high=0.28, sequence_mean=True)
+    assert make_configs(RunConfig(preset="dapo", train={"overlong": None}))[1].overlong is None
+    assert make_configs(RunConfig(preset="ziegler2019", ppo={"steps": 5120}))[1].iterations == 10
+    assert make_configs(RunConfig(preset="sao", sampler="continuous"))[0].importance_sampling_cap is None
+
+
+@pytest.mark.parametrize(("preset", "is_annealed"), [("nplus2024", True), ("sao", False)])
+def test_a_preset_brings_its_critic_and_its_schedule(
+    world: Path, preset: str, is_annealed: bool, capsys: Any
+) -> None:  # fmt: skip
+    """The value head was trained in place of the critic, at a constant rate, and `sao` failed."""
+    settings = RunConfig(model=str(world / "gpt2"), preset=preset, train={"iterations": 4})
+    ppo, train, algorithm = make_configs(settings)
+    trainer = make_trainer(settings, ppo, train, algorithm, AutoTokenizer.from_pretrained(world / "gpt2"))
+    assert isinstance(trainer.model.critic, SeparateCritic)
+    assert (trainer.lr_scheduler is not None) is is_annealed
+    assert capsys.readouterr().err == f"preset {preset}: {published_run(preset).remarks}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_runs(world: Path, preset: str, tmp_path: Path) -> None:
+    sizes = ["--ppo.batch_size=8", "--ppo.mini_batch_size", "4", "--sampling.num_return_sequences", "4"]
+    run = [*options(world, tmp_path / "run"), "--preset", preset, "--reward", f"{world / 'rewards.py'}:length"]
+    assert main([*run, *sizes]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "dapo", "algorithm": "ppo-clip"}, "the preset dapo has another algorithm than ppo-clip"),
+        ({"preset": "nplus2024", "algorithm": "grpo"}, "the preset nplus2024 has another algorithm than grpo"),
+        ({"preset": "orz", "ppo": {"lam": 0.9}}, "`ppo.lam` is read by ppo-clip alone, not by orz"),
+        ({"algorithm": "grpo", "ppo": {"ent_coef": 0.1}}, "`ppo.ent_coef` is read by ppo-clip alone, not by grpo"),
+        ({"algorithm_config": {"gae": {"lamda": 1}}}, "no field of `algorithm_config.gae` 'lamda' .did you mean 'lam'"),
+        ({"algorithm_config": {"tokens": {}}}, "`algorithm_config.tokens` needs `type`, one of TopEntropyTokens, Clip"),
+        ({"train": {"output_dir": "x"}}, "`train.output_dir` is the setting `output_dir` here"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_configs(RunConfig(**settings))
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -88,7 +158,8 @@ def test_a_preset_gives_way_to_settings() -> None:
         (["--algorithm", "rlooo"], 1, "there is no algorithm 'rlooo' (did you mean 'rloo'?)"),
         (["--sampler", "vlm"], 1, "there is no sampler 'vlm'"),
         (["--ppo.batch_size"], 2, "--ppo.batch_size needs a value"),
-        (["missing.yaml"], 2, "missing.yaml cannot be read as YAML"),
+        (["missing.yaml"], 2, "there is no file missing.yaml"),
+        (["--train.guards.kl", "3", "--train.guards.kl.limit", "4"], 2, "needs fields in train.guards.kl"),
         (["--prompts", "p.jsonl", "--reward", "nowhere:it"], 1, "There is no file p.jsonl"),
         ([], 1, "--prompts is missing"),
         (["--model", "/no/such/folder"], 1, "there is no model folder /no/such/folder"),

@@ -17,14 +17,16 @@ from pathlib import Path
 import pytest
 import tyro
 
-from rlhf_ppo import PPOConfig, TrainConfig
+from rlhf_ppo import PPOClip, PPOConfig, TrainConfig
 from rlhf_ppo.cli import COMMANDS, main
+from rlhf_ppo.cli.ppo import parse
+from rlhf_ppo.cli.ppo_run import make_configs
 from rlhf_ppo.samplers.base import SamplingConfig
 from tests.docs.pages import PAGES, ROOT, blocks, commands
 
 TARGETS = set(re.findall(r"^([a-z-]+)(?=[ a-z-]*:)", (ROOT / "Makefile").read_text(), re.MULTILINE))
 FOREIGN = ("pip", "git", "cd", "ssh", "srun", "vllm", "conda")
-SECTIONS = {"ppo": PPOConfig, "train": TrainConfig, "sampling": SamplingConfig}
+SECTIONS = {"ppo": PPOConfig, "train": TrainConfig, "sampling": SamplingConfig, "algorithm_config": PPOClip}
 LAUNCHER = ("--config_file", "--num_processes", "--cpu")
 """Options of `accelerate launch`."""
 
@@ -76,9 +78,9 @@ def program_of(words: list[str]) -> tuple[str, list[str]]:
 def check_options(program: str, arguments: list[str]) -> None:
     """Each option must be in the program's help, or a field of the section that it names in `rlhf-ppo ppo`."""
     for option in (word.partition("=")[0] for word in arguments if word.startswith("--")):
-        section, _, name = option.removeprefix("--").partition(".")
+        section, *name = option.removeprefix("--").split(".")
         if program == "ppo" and section in SECTIONS:
-            assert name in {item.name for item in fields(SECTIONS[section])}, f"there is no {option}"
+            assert name[0] in {item.name for item in fields(SECTIONS[section])}, f"there is no {option}"
         elif program != "run" and not option.startswith("--tyro-"):
             spelled = {option, option.replace("-", "_").replace("__", "--", 1), option.replace("_", "-")}
             assert any(one in help_of(program) for one in spelled), f"{program} has no option {option}"
@@ -101,3 +103,11 @@ def test_the_commands_of_a_page_name_programs_and_options_that_are_there(page: P
             assert find_spec(program) is not None, command
         if program.startswith("recipes/") or not program.endswith((".py", ".sh", "run")) or program == "run":
             check_options(program, arguments)
+
+
+def test_the_settings_files_of_the_command_line_page_are_read(tmp_path: Path) -> None:
+    files = [block.text for block in blocks((ROOT / "docs/command-line.md").read_text()) if block.language == "yaml"]
+    assert len(files) == 2
+    for text in files:
+        (tmp_path / "run.yaml").write_text(text)
+        make_configs(parse([str(tmp_path / "run.yaml")])[0])

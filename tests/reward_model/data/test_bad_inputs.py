@@ -135,7 +135,7 @@ BAD_SETTINGS: list[tuple[str, list[str], str]] = [
     ("columns without =", ["--columns", "chosen"], "--columns takes ours=theirs"),
     ("everything too long", ["--max_length", "2"], "max_length=2 tokens"),
     ("resume without checkpoint", ["--resume"], "holds no checkpoint"),
-    ("no configuration file", ["--config", "gone.yaml"], "gone.yaml cannot be read as YAML"),
+    ("no configuration file", ["--config", "gone.yaml"], "there is no file gone.yaml"),
     ("ensemble of none", ["--ensemble", "0"], "ensemble must be >= 1"),
 ]
 
