@@ -83,7 +83,7 @@ def prepare_models(
         if not sharded and token_policy.paths and _are_alike(token_policy, scorer):  # proven: that may undo layers
             scorer.proven = token_policy.paths  # equal models by equal paths: otherwise they differ by rounding
         if not by_engine:
-            _cast_reference(precision, scorer)
+            _cast_reference(precision, scorer, model)
         reference = place_reference(scorer, accelerator, config.reference_placement, policy=list(model.parameters()))
         if not (token_policy.has_plain_head() and scorer.has_plain_head()):
             token_policy.fused_scoring = scorer.fused_scoring = False
@@ -138,10 +138,10 @@ def _use_float32_masters(model: PreTrainedModelWrapper, ref_model: PreTrainedMod
         ref_model.float()
 
 
-def _cast_reference(precision: Precision, reference: TokenPolicy) -> None:
+def _cast_reference(precision: Precision, reference: TokenPolicy, model: PreTrainedModelWrapper) -> None:
     _apply_precision(precision, reference)
-    if precision.reference is not None:
-        cast_linear_layers(reference.language_model, precision.reference)
+    if precision.reference is not None:  # layers that it shares with the policy are saved in float32
+        cast_linear_layers(reference.language_model, precision.reference, keep=model.parameters())
 
 
 def _apply_precision(precision: Precision, policy: TokenPolicy) -> None:

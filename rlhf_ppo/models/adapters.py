@@ -141,14 +141,24 @@ def adapters_to_save(model: PeftModel, policy: str) -> list[str]:
     return [name for name in model.peft_config if name in (policy, REFERENCE_ADAPTER)]
 
 
+def changes_base(config: PeftConfig) -> bool:
+    """Whether PEFT changes the base's weights as it adds such an adapter: PiSSA, OLoRA, CorDA, LoftQ and the like."""
+    start = getattr(config, "init_lora_weights", True)
+    return isinstance(start, str) and start.lower() not in ("eva", "gaussian", "mica", "orthogonal")
+
+
+def with_plain_start(config: PeftConfig) -> Any:
+    """A copy of an adapter's config, which leaves the base as it is."""
+    config = copy.deepcopy(config)
+    if changes_base(config):
+        config.init_lora_weights = True  # type: ignore[attr-defined]
+    return config
+
+
 def add_reference_adapter(model: PeftModel, source: str) -> None:
     """Add a frozen copy of the adapter `source` under the name "reference"."""
-    config = copy.deepcopy(model.peft_config[source])
+    config = with_plain_start(model.peft_config[source])
     config.inference_mode = True
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = (
-            True  # the default: other initializations (PiSSA, LoftQ) would change the base's weights
-        )
     with preserve_requires_grad(model):
         model.add_adapter(REFERENCE_ADAPTER, config)
         weights = get_peft_model_state_dict(model, adapter_name=source)
@@ -209,6 +219,7 @@ def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments
         ValueError: The folder has no score head, or weights of the base that are not the policy's.
     """
     config = PeftConfig.from_pretrained(source, **hub_arguments)
+    _check_one_base(model, config)
     config.inference_mode = True
     config.modules_to_save = None  # a causal model has no place for the classifier's head: it is returned
     weights: dict[str, Tensor] = load_peft_weights(source, device="cpu", **hub_arguments)
@@ -231,6 +242,18 @@ def add_reward_adapter(model: PeftModel, source: str, name: str, **hub_arguments
     score.load_state_dict(head_state)
     device = next(model.parameters()).device
     return score.requires_grad_(False).to(torch.device("cpu") if device.type == "meta" else device)
+
+
+def _check_one_base(model: PeftModel, config: PeftConfig) -> None:
+    named = [("reward adapter", config), *(("policy's adapter", each) for each in model.peft_config.values())]
+    for whose, each in named:
+        if changes_base(each):
+            raise ValueError(
+                f"expected adapters that leave the base as it is, got a {whose} with init_lora_weights="
+                f"{getattr(each, 'init_lora_weights', None)!r}: a part of the base's weights is in that adapter, so "
+                "the reward model would give other scores here. Train the adapter with init_lora_weights=True, or load "
+                "the reward model separately."
+            )
 
 
 def _without_shared_weights(model: PeftModel, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -130,14 +131,14 @@ def use_float32_masters(model: nn.Module) -> int:
     return trained
 
 
-def cast_linear_layers(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_linear_layers(model: nn.Module, dtype: torch.dtype, *, keep: Iterable[nn.Parameter] = ()) -> None:
     """Cast the weights of a frozen model's linear layers, in place; its calls then run under autocast to that dtype.
 
     Results are those of float32 weights under autocast. Embeddings, norms and weights tied to embeddings stay as they
-    are, and so does what is trained.
+    are, and so does what is trained or in `keep`.
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    kept = {id(weight) for module in embeddings for weight in module.parameters()}
+    kept = {id(weight) for weight in (*keep, *(weight for module in embeddings for weight in module.parameters()))}
     for module in model.modules():
         for weight in module.parameters(recurse=False) if type(module) in (nn.Linear, Conv1D) else ():
             if not weight.requires_grad and weight.dtype == torch.float32 and id(weight) not in kept:

@@ -1,6 +1,5 @@
 """A critic and a reward model as further adapters on the policy's frozen base, which is in memory only once."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +66,14 @@ def attach_critic_adapter(
         bias: See `gain`.
 
     Raises:
-        ValueError: The model has no adapters, has a critic already, is an encoder-decoder, or has no reward adapter.
+        ValueError: The model has no adapters, has a critic already, is an encoder-decoder, or has no reward adapter;
+            or an initialization of the critic's adapter would change the base.
     """
     _check_critic(model, peft_config, from_reward_adapter)
     peft_model: PeftModel = model.pretrained_model
     source = str(model.rm_adapter_name if from_reward_adapter else model.policy_adapter_name)
-    config: Any = copy.deepcopy(peft_model.peft_config[source] if peft_config is None else peft_config)
+    own: Any = peft_model.peft_config[source]
+    config = adapters.with_plain_start(own if peft_config is None else peft_config)
     config.inference_mode = False
     config.modules_to_save = None  # a trained LM head is the policy's
     head = nn.Linear(last_hidden_size(model.config), 1)
@@ -80,9 +81,10 @@ def attach_critic_adapter(
     nn.init.zeros_(head.bias)
     with adapters.preserve_requires_grad(peft_model):
         peft_model.add_adapter(CRITIC_ADAPTER, config)
-        if from_reward_adapter:
+        if from_reward_adapter or (peft_config is None and adapters.changes_base(own)):  # a part of the trunk is there
             weights = get_peft_model_state_dict(peft_model, adapter_name=source, save_embedding_layers=False)
             set_peft_model_state_dict(peft_model, weights, adapter_name=CRITIC_ADAPTER)
+        if from_reward_adapter:
             with torch.no_grad():
                 head.weight.copy_(gain * model.score.weight)
                 head.bias.fill_(bias if model.score.bias is None else gain * float(model.score.bias) + bias)
@@ -109,6 +111,12 @@ def _check_critic(model: PreTrainedModelWrapper, peft_config: LoraConfig | None,
         raise ValueError(
             "expected from_reward_adapter or peft_config, got both: the critic has the shape of the adapter that it "
             "starts from. Leave peft_config out."
+        )
+    if peft_config is not None and adapters.changes_base(peft_config):
+        raise ValueError(
+            "expected an adapter that leaves the base as it is, got init_lora_weights="
+            f"{peft_config.init_lora_weights!r}: PEFT would change the policy's own weights with it. Use "
+            "init_lora_weights=True."
         )
 
 

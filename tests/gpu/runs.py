@@ -11,7 +11,10 @@ from tests.support.tiny_models import tiny_llama, tiny_tokenizer
 LENGTHS = (3, 1, 5, 7, 2, 8, 4, 6)
 
 
-def trainer(model: PreTrainedModel | None = None, *, algorithm: Any = None, peft: Any = None, **settings: Any):
+def trainer(
+    model: PreTrainedModel | None = None, *, algorithm: Any = None, peft: Any = None, shared: int | None = None,
+    **settings: Any,
+):  # fmt: skip
     """A trainer of a two-layer model on the device."""
     torch.manual_seed(0)
     model = tiny_llama() if model is None else model
@@ -19,7 +22,7 @@ def trainer(model: PreTrainedModel | None = None, *, algorithm: Any = None, peft
     wrapped = kind.from_pretrained(model, peft_config=peft)
     defaults: dict[str, Any] = {"batch_size": 8, "mini_batch_size": 8, "ppo_epochs": 1, "learning_rate": 1e-3}
     config = PPOConfig(**defaults | settings)
-    return PPOTrainer(config, wrapped, tokenizer=tiny_tokenizer(), algorithm=algorithm)
+    return PPOTrainer(config, wrapped, tokenizer=tiny_tokenizer(), algorithm=algorithm, num_shared_layers=shared)
 
 
 def batch(*, on_device: bool = True) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:

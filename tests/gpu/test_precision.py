@@ -59,6 +59,15 @@ def test_the_reference_s_layers_are_bfloat16_and_start_equal_to_the_policy(gpu: 
     assert reference(input_ids=ids).logits.shape == (1, 3, 320)  # a call of one's own runs, too
 
 
+def test_layers_that_the_reference_shares_stay_float32_in_the_policy(gpu: Counts) -> None:
+    made = trainer(tiny_gpt2(), diagnose=False, shared=1)
+    assert {weight.dtype for weight in made.model.parameters()} == {SINGLE}
+    assert made.ref_model.pretrained_model.transformer.h[1].mlp.c_fc.weight.dtype == HALF
+    ids = torch.tensor([[5, 6, 7]], device="cuda")
+    assert made.model.pretrained_model(input_ids=ids).logits.dtype == SINGLE  # a call outside of autocast
+    assert made.step(*batch())["objective/kl"] == 0.0
+
+
 @pytest.mark.parametrize("settings", [{"precision": "float32"}, {"accelerator_kwargs": {"mixed_precision": "no"}}])
 def test_float32_is_float32_everywhere(gpu: Counts, settings: dict[str, Any]) -> None:
     before = torch.backends.cuda.matmul.allow_tf32

@@ -16,7 +16,7 @@ from reward_model.models.contract import Contract, ContractError, Normalization,
 from reward_model.models.on_policy import reward_on_policy
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.models.adapters import adapter_parameters, describe_trainable_parameters
+from rlhf_ppo.models.adapters import active_adapter, adapter_parameters, describe_trainable_parameters
 from rlhf_ppo.models.shared_base_adapters import CRITIC_ADAPTER, attach_critic_adapter, attach_reward_adapter
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.support.tiny_models import tiny_llama, tiny_tokenizer
@@ -132,6 +132,29 @@ def test_a_critic_adapter_starts_at_zero_and_its_loss_moves_nothing_of_the_polic
     assert model.pretrained_model.active_adapter == "default"
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("lora_A.default" in name for name in trained) and not any("v_head" in name for name in trained)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_initialization_that_moves_the_base_moves_it_for_no_second_adapter(
+    base: Path, reward_folder: Path, start: str, tmp_path: Path
+) -> None:
+    model, tokens = policy(base, init_lora_weights=start), torch.tensor([[5, 6, 7]])
+    before, states = model(tokens)[0], model.pretrained_model.base_model.model.model(tokens).last_hidden_state
+    with pytest.raises(ValueError, match="policy's adapter with init_lora_weights"):
+        attach_reward_adapter(model, str(reward_folder))
+    attach_critic_adapter(model)
+    assert torch.equal(model(tokens)[0], before)
+    with active_adapter(model.pretrained_model, CRITIC_ADAPTER):  # the critic's trunk is the policy's
+        assert_close(model.pretrained_model.base_model.model.model(tokens).last_hidden_state, states)
+    model = policy(base)
+    before = model(tokens)[0]
+    with pytest.raises(ValueError, match="leaves the base as it is"):
+        attach_critic_adapter(model, lora(init_lora_weights=start))
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    get_peft_model(classifier, lora(task_type="SEQ_CLS", init_lora_weights=start)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a reward adapter with init_lora_weights"):
+        attach_reward_adapter(model, str(tmp_path))
+    assert torch.equal(model(tokens)[0], before)
 
 
 def test_a_critic_adapter_that_starts_as_the_reward_model_gives_its_score(base: Path, reward_folder: Path) -> None:

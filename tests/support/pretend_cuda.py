@@ -399,9 +399,9 @@ class _Functions(TorchFunctionMode):
     def _set_data(target, value) -> bool:
         """`target.data = value`, over a change of device."""
         ours = [type(tensor) is PretendTensor or type(tensor.detach()) is PretendTensor for tensor in (target, value)]
-        if all(ours) and target.shape == value.shape and target.dtype == value.dtype:
+        if all(ours) and target.shape == value.shape:
             target._inner = value._inner
-            return True
+            return bool(target.dtype == value.dtype)  # torch sets another dtype of the wrapper
         if ours[0] == ours[1]:
             return False
         new = value.detach()
