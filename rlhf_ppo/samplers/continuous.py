@@ -68,12 +68,13 @@ class ContinuousBatching:
                 f"ContinuousBatching needs a causal model with `generate_batch`, got {type(causal_lm).__name__}: it "
                 "has no paged KV cache. Use DecodeLoop() or TransformersGenerate()."
             )
+        seed = draw_seed(generator) % 2**32  # outside of the block, which puts the global random state back
         devices = [causal_lm.device] if causal_lm.device.type == "cuda" else []
         with torch.random.fork_rng(devices), EvalMode(causal_lm):
             outputs = causal_lm.generate_batch(
                 [prompt.tolist() for prompt in prompts],
                 generation_config=_generation_config(config),
-                continuous_batching_config=self._cache_config(causal_lm, prompts, config, draw_seed(generator) % 2**32),
+                continuous_batching_config=self._cache_config(causal_lm, prompts, config, seed),
                 progress_bar=False,
                 warmup=causal_lm.device.type == "cuda",
             )

@@ -16,7 +16,7 @@ from rlhf_ppo.models.lm_head import relative_gap
 from rlhf_ppo.models.small_batch import is_low_precision, small_batch
 from rlhf_ppo.models.trunk import call_model
 from rlhf_ppo.samplers.base import Samples, SamplingConfig, pad_prompts
-from rlhf_ppo.samplers.decode_support import cache_window_is_too_short, unwrap_peft
+from rlhf_ppo.samplers.decode_support import cache_window_is_too_short, plain_generation_config, unwrap_peft
 from rlhf_ppo.samplers.kv_cache import computed_dtype
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def generation_plan(model: Any) -> GenerationPlan:
         if cache_window_is_too_short(base):
             plans = [plan for plan in plans if not plan.use_cache]
         devices = [base.device] if base.device.type == "cuda" else []
-        with EvalMode(base), torch.no_grad(), torch.random.fork_rng(devices):
+        with EvalMode(base), torch.no_grad(), torch.random.fork_rng(devices), plain_generation_config(base):
             right = next((plan for plan in plans if _generates_own_logits(base, plan)), None)
         if right is None and not _has_finite_logits(base):
             return plans[0]  # diverged: sampling says so

@@ -1,5 +1,6 @@
 """Which models the decode loop supports, and a contiguous input for their LM head."""
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rlhf_ppo.kernels.packing import names_in_forward
@@ -17,6 +18,8 @@ from rlhf_ppo.models.trunk import learned_positions
 from rlhf_ppo.samplers.kv_cache import supports_row_selection
 
 REQUIRED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "use_cache")
+START_SETTINGS = ("bos_token_id", "decoder_start_token_id")
+"""Of a generation config: what an encoder-decoder's response starts from."""
 
 
 def unsupported_reason(model: Any) -> str | None:
@@ -49,6 +52,25 @@ def cache_window_is_too_short(model: Any) -> bool:
     windowed = any(type(layer) is DynamicSlidingWindowLayer for layer in DynamicCache(config=config).layers)
     masks = {name for name in names_in_forward(model) if name.startswith("create_") and "mask" in name}
     return windowed and masks == {"create_causal_mask"}
+
+
+@contextmanager
+def plain_generation_config(model: Any) -> Iterator[None]:
+    """Context manager: while active, the model's generation config says only which token its decoder starts with.
+
+    The forced tokens, beams, minimum lengths and filters of such a config would act beside a call's own settings.
+    """
+    owners = [unwrap_peft(model), *([model] if "generation_config" in vars(model) else [])]
+    configs = [owner.generation_config for owner in owners]
+    defaults = {name: value for name, value in vars(GenerationConfig()).items() if name not in START_SETTINGS}
+    for owner, own in zip(owners, configs, strict=True):
+        owner.generation_config = copy.copy(own)
+        vars(owner.generation_config).update(defaults)
+    try:
+        yield
+    finally:
+        for owner, own in zip(owners, configs, strict=True):
+            owner.generation_config = own
 
 
 @contextmanager

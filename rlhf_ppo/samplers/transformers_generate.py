@@ -1,7 +1,9 @@
 """Sampler over `model.generate`, for models that the decode loop does not support."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -22,8 +24,10 @@ from rlhf_ppo.samplers.base import (
     unwrap_causal_lm,
 )
 from rlhf_ppo.samplers.decode_proof import GenerationPlan, generation_plan, position_settings
-from rlhf_ppo.samplers.decode_support import check_ids
+from rlhf_ppo.samplers.decode_support import check_ids, plain_generation_config
 from rlhf_ppo.samplers.logits_processing import DecodingRules
+
+logger = logging.getLogger(__name__)
 
 
 class _StopRecorder(StoppingCriteria):
@@ -46,8 +50,9 @@ class _StopRecorder(StoppingCriteria):
 class TransformersGenerate:
     """Sampler over `model.generate`, for every model that has it, encoder-decoders included.
 
-    Finished rows stay in the batch until the last one ends. Log-probabilities are not returned: the scores of
-    `generate` would hold the whole vocabulary for every token.
+    `SamplingConfig` alone decides, as in the decode loop: of the model's generation config (forced tokens, beams,
+    minimum lengths, filters) only the decoder's start token is read. Finished rows stay in the batch until the last one
+    ends. Log-probabilities are not returned: the scores of `generate` would hold the whole vocabulary for every token.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -74,6 +79,8 @@ class TransformersGenerate:
         responses: list[Tensor] = [torch.empty(0)] * (len(prompts) * num_copies)
         finished = [False] * len(responses)
         check_ids(causal_lm, prompts)
+        if (forced := getattr(causal_lm.generation_config, "forced_bos_token_id", None)) is not None:
+            _warn_of_forced_start(type(causal_lm).__name__, str(forced))
         plan = generation_plan(causal_lm)
         batches = _batches([len(prompt) for prompt in prompts], max(1, self.max_rows // num_copies), pads=plan.pads)
         devices = [causal_lm.device] if causal_lm.device.type == "cuda" else []
@@ -82,7 +89,8 @@ class TransformersGenerate:
                 torch.manual_seed(draw_seed(generator))
             for batch in batches:
                 rows = [prompts[i] for i in batch]
-                outputs = _generate(causal_lm, rows, rules, plan, static_cache=self.static_cache)
+                with plain_generation_config(causal_lm):
+                    outputs = _generate(causal_lm, rows, rules, plan, static_cache=self.static_cache)
                 for offset, (response, ended) in enumerate(outputs):
                     row = batch[offset // num_copies] * num_copies + offset % num_copies
                     responses[row], finished[row] = response, ended
@@ -93,6 +101,14 @@ class TransformersGenerate:
             finished=finished,
             counts=SamplingCounts(response_tokens=sum(len(response) for response in responses)),
         )
+
+
+@cache
+def _warn_of_forced_start(name: str, token: str) -> None:
+    logger.warning(
+        "The generation config of %s forces token %s at the start of a response; the sampler does not, because the "
+        "policy is trained on what it samples itself.", name, token,
+    )  # fmt: skip
 
 
 def _batches(lengths: list[int], size: int, *, pads: bool) -> list[list[int]]:

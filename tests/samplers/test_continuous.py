@@ -68,6 +68,12 @@ def test_the_global_random_state_and_the_training_mode_stay() -> None:
     assert model.training
 
 
+def test_without_a_generator_every_call_draws_anew() -> None:
+    model = tiny_gpt2()
+    first, second = (SMALL(model, PROMPTS[:1], DRAW).responses[0].tolist() for _ in range(2))
+    assert first != second
+
+
 @pytest.mark.parametrize(
     "rule", [{"repetition_penalty": 1.5}, {"min_new_tokens": 2}, {"stop_strings": ("e",)}], ids=str
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
@@ -77,6 +78,25 @@ def test_a_generator_decides_and_the_global_random_state_stays() -> None:
         runs.append(TransformersGenerate()(model, prompts(3, 5), DRAW, generator=seeded()))
         assert torch.equal(before, torch.get_rng_state())
     assert [r.tolist() for r in runs[0].responses] == [r.tolist() for r in runs[1].responses]
+
+
+@pytest.mark.parametrize(
+    "build", [tiny_t5, tiny_gpt2, lambda: get_peft_model(tiny_gpt2(), LoraConfig(fan_in_fan_out=True))]
+)
+def test_settings_of_the_generation_config_do_not_act(build: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, queries = build(), prompts(3, 5)
+    config = SamplingConfig(max_new_tokens=6, stop_token_ids=(EOS_TOKEN_ID,), do_sample=False)
+    expected = TransformersGenerate()(model, queries, config)
+    settings: dict[str, Any] = {"forced_eos_token_id": EOS_TOKEN_ID, "min_length": 20, "no_repeat_ngram_size": 1}
+    first = [int(row[0]) for row in expected.responses]
+    settings |= {"forced_bos_token_id": 7, "suppress_tokens": first, "min_p": 0.9, "num_beams": 4}
+    own = model.generation_config
+    own.update(**settings)
+    samples = TransformersGenerate()(model, queries, config)
+    assert [row.tolist() for row in samples.responses] == [row.tolist() for row in expected.responses]
+    assert samples.finished == expected.finished
+    assert model.generation_config is own and own.num_beams == 4
+    assert "forces token 7" in caplog.text
 
 
 def test_an_encoder_decoder_s_responses_do_not_hold_the_start_token() -> None:
