@@ -198,6 +198,13 @@ class PPOTrainer(ClassicSurface):
                 f"expected a trainer without overridden inner methods in train(), got {', '.join(overridden)}: only "
                 "step() calls them. Run your own loop with generate() and step(), or remove the override."
             )
+        if self.config.push_to_hub_if_best_kwargs:
+            raise ValueError(
+                "expected no push_to_hub_if_best_kwargs in train(), which only step() reads: no model would ever be "
+                "pushed. Set TrainConfig.keep_best, and push the folder best/ after the run."
+            )
+        if config.output_dir is None:
+            config = replace(config, output_dir=self.config.output_dir)
         if prompts is None:
             if not isinstance(self.dataset, PromptDataset):
                 raise ValueError("train() needs prompts: pass `prompts`, or build the trainer with a PromptDataset")

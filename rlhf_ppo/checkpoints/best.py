@@ -77,10 +77,14 @@ class BestModels:
     def consider(self, iteration: int, summary: Mapping[str, Mapping[str, float]], *, is_eligible: bool = True) -> None:
         """Save the current model if its evaluation makes it the best (and it is eligible) or puts it on the frontier.
 
+        Nothing is considered if the evaluation has no response, or if only earlier ones had the measure.
+
         Raises:
-            ValueError: The evaluation has no such measure.
+            ValueError: The first evaluation has no such measure.
         """
         if self.measure not in summary:
+            if not summary or self.evaluated:
+                return
             raise ValueError(f"keep_best names {self.measure!r}, the evaluation has {sorted(summary)}")
         kl = summary["kl"]["mean"] if "kl" in summary else 0.0  # without a reference there is no KL
         point = EvaluatedModel(iteration=iteration, measure=summary[self.measure]["mean"], kl=kl)

@@ -212,6 +212,7 @@ def _update(trainer: ClassicInnerMethods, batch: _Batch) -> list[_Minibatch]:
     count, size = len(batch.prompts), config.mini_batch_size
     shuffle: Any = trainer.algorithm.update
     record: list[_Minibatch] = []
+    trainer.optimizer.zero_grad()  # what a loss outside of the update, or an interrupted one, has left
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     try:
         for _ in range(config.ppo_epochs):

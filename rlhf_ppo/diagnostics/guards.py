@@ -6,8 +6,8 @@ texts, repetitions, one text for every prompt. Each guard monitors one metric th
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from rlhf_ppo.utils.field_types import check_fields
@@ -17,7 +17,6 @@ NGRAM = 3
 """n of the n-grams that `repetition` counts."""
 BASELINE_ITERATIONS = 5
 """Iterations whose mean response length is the baseline of `length`."""
-_NOT_JUDGES = frozenset({"score", "kl", "kl_k3", "reference_nll", "length"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class Guards:
 
     def each(self) -> list[tuple[str, Guard]]:
         """(Name, guard) of every guard."""
-        return [(name, getattr(self, name)) for name in _METRICS]
+        return [(name, getattr(self, name)) for name in _METRICS if name != _BUDGET]
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,11 @@ class _GuardedMetric:
     meaning: str
 
 
+_BUDGET = "max_reference_kl"
+_KL = _GuardedMetric("KL budget", "objective/kl", False, "nats", "the policy has left the texts that the reward knows")
 _METRICS = {
-    "kl": _GuardedMetric(
-        "KL budget", "objective/kl", False, "nats", "the policy has left the texts that the reward knows"
-    ),
+    _BUDGET: _KL,
+    "kl": _KL,
     "entropy": _GuardedMetric("entropy floor", "ppo/policy/entropy", True, "nats", "the policy says one thing only"),
     "repetition": _GuardedMetric("repetition", "guard/repetition", False, "of 3-grams", "responses repeat themselves"),
     "length": _GuardedMetric(
@@ -104,6 +104,8 @@ class GuardMonitor:
     """Checks the guards after every iteration and evaluation, and stores their baselines. The same on every process."""
 
     guards: Guards
+    max_reference_kl: float | None = None
+    """Limit of the KL that stops a run, whatever the guard `kl` does; None: none."""
     lengths: list[float] = field(default_factory=list)
     """Mean response length of the first iterations."""
     baseline: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -123,25 +125,17 @@ class GuardMonitor:
         factor = length / (math.fsum(self.lengths) / len(self.lengths))
         return {"guard/repetition": repetition, "guard/length_drift": max(factor, 1 / factor)}
 
-    def compare(self, measures: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Compute the lead of the held-out score over the judges; empty without judges.
+    def compare(self, measures: Mapping[str, Sequence[float]], judges: Collection[str]) -> dict[str, float]:
+        """Compute the lead of the held-out score over the judges; empty without judges, or without a response.
 
         Args:
             measures: Measures of the evaluation, one number per response.
-
-        Raises:
-            ValueError: The evaluation has no judge `Guards.judge_name`.
+            judges: Names of the judges among the measures.
         """
-        estimates = {name: _mean_and_deviation(measures[name]) for name in measures}
-        judges = [name for name in measures if name not in _NOT_JUDGES and self.guards.judge_name in (None, name)]
-        if self.guards.judge_name is not None and not judges:
-            judged = sorted(set(measures) - _NOT_JUDGES)
-            raise ValueError(
-                f"Guards.judge_name is {self.guards.judge_name!r}, the evaluation has {judged}: there is nothing to "
-                "compare the score with. Name one of them, or pass it in `judges`."
-            )
+        judges = [name for name in judges if name in measures and self.guards.judge_name in (None, name)]
         if not judges:
             return {}
+        estimates = {name: _mean_and_deviation(measures[name]) for name in ("score", *judges)}
         if not self.baseline:
             self.baseline = {name: estimates[name] for name in ("score", *judges)}
         gains = {
@@ -154,7 +148,8 @@ class GuardMonitor:
     def verdict(self, metrics: Mapping[str, float]) -> "GuardVerdict":
         """Check all guards against the metrics of an iteration; guards whose metric is missing are skipped."""
         crossed: dict[str, str] = {}
-        for name, guard in self.guards.each():
+        guards = {_BUDGET: Guard(limit=self.max_reference_kl)} | dict(self.guards.each())
+        for name, guard in guards.items():
             guarded = _METRICS[name]
             value = metrics.get(guarded.metric)
             if guard.limit is None or value is None:
@@ -167,7 +162,7 @@ class GuardMonitor:
             if self.times_beyond[name] == guard.patience and guard.action != "stop":
                 warnings.warn(f"Guard at work ({guard.action}). {sentence}. See docs/guards.md.", stacklevel=2)
             crossed[name] = sentence
-        actions = {name: getattr(self.guards, name).action for name in crossed}
+        actions = {name: guards[name].action for name in crossed}
         stops = [sentence for name, sentence in crossed.items() if actions[name] == "stop"]
         return GuardVerdict(
             stop=stops[0] if stops else None,
@@ -203,13 +198,6 @@ def repetition(tokens: Sequence[int], n: int = NGRAM) -> float:
     """Share of the n-grams that occurred earlier in the same response; 0 if there is no n-gram."""
     grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def with_kl_budget(guards: Guards, max_reference_kl: float | None) -> Guards:
-    """Add a KL limit to guards that have none."""
-    if max_reference_kl is None or guards.kl.limit is not None:
-        return guards
-    return replace(guards, kl=Guard(limit=max_reference_kl))
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

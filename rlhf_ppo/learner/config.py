@@ -54,7 +54,7 @@ class PPOConfig:
     tracker_project_name: str = "rlhf_ppo"
     """Project name given to the tracker."""
     push_to_hub_if_best_kwargs: dict | str | None = field(default_factory=dict)  # type: ignore[type-arg]
-    """If given (with `repo_id`): push the model whenever the mean score is the best so far; JSON on a command line."""
+    """With `repo_id`: `step()` pushes the model whenever the mean score is the best; JSON on a command line."""
     steps: int = 20000
     """Total number of episodes; `total_ppo_epochs` = ceil(steps / batch_size) calls of `step()`."""
     learning_rate: float = 1.41e-5
@@ -140,7 +140,7 @@ class PPOConfig:
     diagnose: bool = True
     """Run the doctor on the first batch and log its warnings (`PPOTrainer.diagnose`)."""
     output_dir: str | None = None
-    """Default run folder of `train()`."""
+    """Run folder of `train()` where `TrainConfig.output_dir` is None; None: nothing is written."""
     ent_coef: float = 0.0
     """Weight of the exact full-vocabulary entropy in the loss."""
     kl_placement: KLPlacement = "reward"

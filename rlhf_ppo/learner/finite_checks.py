@@ -49,7 +49,8 @@ def check_learnable(responses: Responses, processes: Processes, *, has_critic: b
             "expected a response that takes part in the loss, got none: with mask_truncated, each of the batch was cut "
             "before a stop token. Raise max_new_tokens, check the stop tokens, or set mask_truncated=False."
         )
-    if responses.continues is not None and bool(responses.continues.any()) and not has_critic:
+    has_segments = responses.continues is not None and bool(responses.continues.any())
+    if not has_critic and processes.any_process(has_segments):
         raise ValueError(
             "expected an algorithm with a critic for episodes with several contexts, got one without: the reward of "
             "later segments would reach no action before them. Use PPOClip, or episodes of one context."

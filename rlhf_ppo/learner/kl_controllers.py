@@ -4,6 +4,9 @@ from typing import Protocol, runtime_checkable
 
 from rlhf_ppo.algorithms.penalty_beta import Coefficient, check_finite_kl
 
+MIN_FACTOR = 0.1
+"""Least factor of one update of `AdaptiveKLController`."""
+
 
 @runtime_checkable
 class KLController(Protocol):
@@ -40,7 +43,10 @@ class AdaptiveKLController(Coefficient):
     """A KL coefficient adapted to hold the KL to the reference near a target (Ziegler et al. 2019, §2.2).
 
         e = clip(KL / target - 1, -0.2, 0.2)
-        kl_coef ← kl_coef · (1 + e · n / horizon)
+        kl_coef ← kl_coef · max(1 + e · n / horizon, 0.1)
+
+    With n > 4.5 horizons the equation of the paper could make the coefficient 0 or negative, which would reward the
+    distance from the reference: it falls to a tenth at most.
 
     Args:
         init_kl_coef: The coefficient at the start.
@@ -73,4 +79,4 @@ class AdaptiveKLController(Coefficient):
         """
         check_finite_kl(current)
         error = min(max(current / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * n_steps / self.horizon
+        self.value *= max(1 + error * n_steps / self.horizon, MIN_FACTOR)

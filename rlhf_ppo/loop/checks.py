@@ -10,6 +10,7 @@ from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.environments import EnvironmentFactory, EpisodeConfig
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.config import TrainConfig
+from rlhf_ppo.loop.evaluation import REFERENCE_MEASURES, judge_names
 from rlhf_ppo.rewards.failures import RewardFailures
 from rlhf_ppo.rewards.sources import RewardSourceError, RewardSources, named_sources
 from rlhf_ppo.rollout.episodes import NumberedEpisodes
@@ -34,19 +35,7 @@ def check_inputs(
     check_environment(learner, config, environment, [prompts, eval_prompts], rewards)
     if rewards is not None:
         named_sources(rewards)
-    if judges is not None:
-        named_sources(judges)
-    if config.eval_every and eval_prompts is None:
-        raise ValueError(
-            f"expected held-out prompts for eval_every={config.eval_every}, got none: no evaluation would ever be "
-            "made. Pass `eval_prompts=` to train(), or set eval_every=0."
-        )
-    if config.guards.judge.limit is not None and (judges is None or not config.eval_every):
-        raise ValueError(
-            f"expected judges and evaluations for guards.judge, got judges={judges!r:.40} and "
-            f"eval_every={config.eval_every}: the score could run away unseen. Pass `judges=` to train() and set "
-            "eval_every, or leave guards.judge without a limit."
-        )
+    check_evaluation(learner, config, eval_prompts, judges, environment)
     vocab_size = learner.limits.vocab_size
     if vocab_size is not None and any(token >= vocab_size for token in config.sampling.stops):
         raise ValueError(
@@ -63,6 +52,49 @@ def check_inputs(
         sets = [prompts] if eval_prompts is None else [prompts, eval_prompts]
         longest = max(dataset.longest for dataset in sets)
         check_positions(learner.model.pretrained_model.config, longest + config.sampling.max_new_tokens)
+
+
+def check_evaluation(
+    learner: PPOLearner,
+    config: TrainConfig,
+    eval_prompts: PromptDataset | NumberedEpisodes | None,
+    judges: RewardSources | None,
+    environment: EnvironmentFactory | None,
+) -> None:
+    """Refuse arguments that would be ignored, or fail at the first held-out evaluation (ValueError, TypeError)."""
+    names, processes = judge_names(judges), learner.accelerator.num_processes
+    if taken := [name for name in names if name in ("score", *REFERENCE_MEASURES)]:
+        raise ValueError(
+            f"expected judges with names of their own, got {taken[0]!r}: the evaluation has a measure of this name, "
+            "and one would replace the other. Pass judges={'another name': judge}."
+        )
+    if config.eval_every and eval_prompts is None:
+        raise ValueError(
+            f"expected held-out prompts for eval_every={config.eval_every}, got none: no evaluation would ever be "
+            "made. Pass `eval_prompts=` to train(), or set eval_every=0."
+        )
+    if config.guards.judge.limit is not None and (judges is None or not config.eval_every):
+        raise ValueError(
+            f"expected judges and evaluations for guards.judge, got judges={judges!r:.40} and "
+            f"eval_every={config.eval_every}: the score could run away unseen. Pass `judges=` to train() and set "
+            "eval_every, or leave guards.judge without a limit."
+        )
+    if config.guards.judge_name not in (None, *names):
+        raise ValueError(
+            f"Guards.judge_name is {config.guards.judge_name!r}, the judges are {names}: there is nothing to compare "
+            "the score with. Name one of them, or pass it in `judges`."
+        )
+    measures = ["score", *names, *(REFERENCE_MEASURES if learner.has_reference else ["length"])]
+    if environment is None and config.keep_best not in (None, *measures):  # an environment has numbers of its own
+        raise ValueError(
+            f"keep_best is {config.keep_best!r}, the evaluation has {measures}: no model could be compared. Name one "
+            "of them."
+        )
+    if eval_prompts is not None and len(eval_prompts) < processes:
+        raise ValueError(
+            f"{processes} processes share {len(eval_prompts)} held-out prompts: each needs one at least. Give more "
+            "prompts, or evaluate on fewer processes."
+        )
 
 
 def check_environment(
@@ -142,10 +174,11 @@ class LostRollouts:
         self.total += 1
         self.in_a_row += 1
         if self.in_a_row >= MAX_LOST_IN_A_ROW:
+            self.in_a_row = 0  # in the checkpoint, too: the run that continues from it counts anew
             raise RewardSourceError(
-                f"expected a score for some sample, got none in {self.in_a_row} rollouts in a row: nothing was learned "
-                "from them and nothing has changed. Check what the reward sources return, and start again: the run "
-                "continues from its checkpoint."
+                f"expected a score for some sample, got none in {MAX_LOST_IN_A_ROW} rollouts in a row: nothing was "
+                "learned from them and nothing has changed. Check what the reward sources return, and start again: the "
+                "run continues from its checkpoint, if it has an output_dir."
             )
         warnings.warn("A rollout was lost: reward sources failed on every sample. Sampling another.", stacklevel=3)
         return True

@@ -25,7 +25,7 @@ class TrainConfig:
     sampling: SamplingConfig
     """How responses are sampled. Its temperature must be the same as `PPOConfig.temperature`."""
     output_dir: str | None = None
-    """Run folder; None: nothing is written."""
+    """Run folder; None: `PPOConfig.output_dir`. If both are None, nothing is written."""
     eval_every: int = 0
     """Iterations between two evaluations on the held-out prompts; 0: no evaluation."""
     save_every: int = 0

@@ -16,6 +16,9 @@ from rlhf_ppo.rollout.episodes import NumberedEpisodes, episode_rows, responses_
 from rlhf_ppo.rollout.experience import Scorer
 from rlhf_ppo.rollout.prompts import PromptDataset
 
+REFERENCE_MEASURES = ("kl", "kl_k3", "reference_nll", "length")
+"""What `reference_measures` returns."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -56,12 +59,14 @@ def evaluate(
     batch = prompts.batch(list(range(len(prompts))) if rows is None else list(rows))
     collected = single_response.sample(batch, torch.Generator().manual_seed(seed))
     scores = single_response.score(collected, rewards)
-    if not collected.prompts:  # the environments of this process failed
-        return Evaluation(prompts=[], responses=[])
     measures = {"score": scores.total.masked_fill(scores.skipped, math.nan).tolist()}
     if judges is not None:
         judged = single_response.score(collected, judges).per_source
-        measures |= {item.name: judged[item.name].tolist() for item in named_sources(judges)}
+        measures |= {name: judged[name].tolist() for name in judge_names(judges)}
+    if not collected.prompts:  # every episode of this process failed
+        row = [torch.zeros(1, dtype=torch.long, device=collector.device)]
+        scorer(TokenInputs(prompts=row, responses=row))  # the passes of sharded models are collective
+        return Evaluation(prompts=[], responses=[])
     measures |= reference_measures(scorer, collected)
     if collected.episodes is None:
         return Evaluation(prompts=collected.prompts, responses=collected.responses, measures=measures)
@@ -70,6 +75,11 @@ def evaluate(
     measures = {name: [row.get(name, math.nan) for row in numbers] for name in names} | measures
     transcripts = [str(text) for text in collected.columns["transcripts"]]
     return Evaluation(prompts=collected.prompts, responses=transcripts, measures=measures)
+
+
+def judge_names(judges: RewardSources | None) -> list[str]:
+    """Names of the judges, which are those of their measures."""
+    return [] if judges is None else [item.name for item in named_sources(judges)]
 
 
 def merge_evaluations(parts: Sequence[Evaluation]) -> Evaluation:

@@ -110,6 +110,24 @@ class RunKeeper:
         else:
             self._last_saved, self.checkpoint_is_overdue = iteration, False
 
+    @contextmanager
+    def saved_before_error(
+        self, iteration: int, prepare: Callable[[], None] = lambda: None, *, together: bool = False
+    ) -> Iterator[None]:
+        """Context manager: if an error in it ends the run, call `prepare` and save a checkpoint of this iteration.
+
+        Args:
+            together: Whether all processes raise the error if one does. If not, only a single process saves: saving is
+                collective.
+        """
+        try:
+            yield
+        except Exception:
+            if together or self.learner.accelerator.num_processes == 1:
+                prepare()
+                self.save(iteration, required=False)
+            raise
+
     def write(self, iteration: int, action: Callable[[RunFolder], object]) -> None:
         """Call `action` on the run folder, on the main process; an OSError (disk full) only warns."""
         if self.folder is None or not self.learner.accelerator.is_main_process:
@@ -118,3 +136,14 @@ class RunKeeper:
             action(self.folder)
         except OSError as error:
             warnings.warn(f"iteration {iteration} is missing from {self.folder.path}: {error}", stacklevel=2)
+
+
+def restorer(parts: Mapping[str, Stateful]) -> Callable[[], None]:
+    """Return a function that restores the present states of `parts`."""
+    before = {name: part.state_dict() for name, part in parts.items()}
+
+    def restore() -> None:
+        for name, part in parts.items():
+            part.load_state_dict(before[name])
+
+    return restore

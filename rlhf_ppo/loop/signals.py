@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -66,7 +66,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if request.is_set:
             raise KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
-        os.write(2, b"\nStopping soon, with a checkpoint. Once more: at once, without.\n")
+        with suppress(OSError):  # such as EPIPE: `tee` of a pipeline got the signal, too, and has ended
+            os.write(2, b"\nStopping soon, with a checkpoint. Once more: at once, without.\n")
 
     with handled_signals(handle):
         yield request

@@ -1,7 +1,7 @@
 """The managed loop of `PPOTrainer.train`: prompts -> responses -> scores -> `learn`, evaluation, checkpoints, stop."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -11,19 +11,20 @@ from rlhf_ppo.checkpoints.best import BestModels
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
 from rlhf_ppo.checkpoints.resume import Stateful
 from rlhf_ppo.diagnostics.doctor import diagnose_first_batch
-from rlhf_ppo.diagnostics.guards import GuardMonitor, GuardVerdict, with_kl_budget
+from rlhf_ppo.diagnostics.guards import GuardMonitor, GuardVerdict
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
 from rlhf_ppo.environments import EnvironmentFactory
 from rlhf_ppo.functional import total_scores
+from rlhf_ppo.learner.finite_checks import check_learnable
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import scalar_statistics
 from rlhf_ppo.loop.checks import LostRollouts, check_inputs
 from rlhf_ppo.loop.config import Callback, TrainConfig, TrainState, check_settings
 from rlhf_ppo.loop.curriculum import update_curriculum
 from rlhf_ppo.loop.dynamic_sampling import roll_out
-from rlhf_ppo.loop.evaluation import Evaluation, evaluate, merge_evaluations
+from rlhf_ppo.loop.evaluation import Evaluation, evaluate, judge_names, merge_evaluations
 from rlhf_ppo.loop.rollout_metrics import progress_postfix, rollout_metrics
-from rlhf_ppo.loop.run_keeper import RunKeeper
+from rlhf_ppo.loop.run_keeper import RunKeeper, restorer
 from rlhf_ppo.loop.sampling import make_collector, make_prompt_sampler, with_model_stops
 from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
 from rlhf_ppo.loop.token_traces import token_traces
@@ -84,7 +85,7 @@ class TrainingLoop:
             frontier_size=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=learner.save_pretrained,
             is_main_process=accelerator.is_main_process,
         )  # fmt: skip
-        self.guard_monitor = GuardMonitor(with_kl_budget(config.guards, config.max_reference_kl))
+        self.guard_monitor = GuardMonitor(config.guards, config.max_reference_kl)
         self.lost_rollouts = LostRollouts(learner.processes, config.reward_failures)
         learner.dump_dir = learner.dump_dir or folder
         self.state = TrainState()
@@ -118,12 +119,16 @@ class TrainingLoop:
         )  # fmt: skip
         with bar, stop_on_signals() as self._stop_request:
             while self.state.iteration < self.config.iterations and self.state.stopped is None:
-                rollout = self._roll_out()
-                if rollout is None:
+                undo = restorer({**self.per_process_state(), "prompts": self.prompt_sampler})
+                with self.keeper.saved_before_error(self.state.iteration, undo):
+                    rollout = self._roll_out()
+                if rollout is None or self._is_stop_requested():
+                    self._discard_and_stop(undo)
                     break
-                if self.lost_rollouts.is_lost(len(self.collector.kept_rows(rollout[1]))):
-                    continue
-                self._learn(*rollout)
+                with self.keeper.saved_before_error(self.state.iteration, undo, together=True):
+                    if self.lost_rollouts.is_lost(len(self.collector.kept_rows(rollout[1]))):
+                        continue
+                self._learn(*rollout, undo=undo)
                 bar.update()
                 bar.set_postfix(progress_postfix(self.state.metrics))
                 self._after_iteration(limit)
@@ -153,46 +158,30 @@ class TrainingLoop:
             self.state.iteration, self.state.best = restored.iteration, self.best.best
 
     def _roll_out(self) -> tuple[DecodedResponses, RewardScores, dict[str, float]] | None:
-        """Sample and score responses: (responses, scores, seconds). None after a stop: the rollout is discarded."""
-        parts: dict[str, Stateful] = {**self.per_process_state(), "prompts": self.prompt_sampler}
-        before = {name: part.state_dict() for name, part in parts.items()}
+        """Sample and score responses: (responses, scores, seconds). None after a stop between two rounds."""
         group_size = self.config.sampling.num_return_sequences
-        try:
-            rollout = roll_out(
-                lambda: self.collector.sample(self.prompts.batch(next(self.prompt_sampler)), self.generator),
-                lambda collected: update_curriculum(
-                    self.prompt_sampler, self.collector.score(collected, self.rewards, self.config.missing_eos)
-                ),
-                self._is_stop_requested, dynamic=self.config.dynamic_sampling, group_size=group_size,
-                groups=self.learner.config.batch_size // group_size, any_process=self.learner.processes.any_process,
-            )  # fmt: skip
-        except Exception:
-            self._save_before_error(parts, before)
-            raise
-        if rollout is None or self._is_stop_requested():
-            self._discard_and_stop(parts, before)
-            return None
-        return rollout
+        return roll_out(
+            lambda: self.collector.sample(self.prompts.batch(next(self.prompt_sampler)), self.generator),
+            lambda collected: update_curriculum(
+                self.prompt_sampler, self.collector.score(collected, self.rewards, self.config.missing_eos)
+            ),
+            self._is_stop_requested, dynamic=self.config.dynamic_sampling, group_size=group_size,
+            groups=self.learner.config.batch_size // group_size, any_process=self.learner.processes.any_process,
+        )  # fmt: skip
 
     def _is_stop_requested(self) -> bool:
         """Whether any process has received a signal."""
         return self.learner.processes.any_process(self._stop_request.is_set)
 
-    def _discard_and_stop(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
+    def _discard_and_stop(self, undo: Callable[[], None]) -> None:
         """Restore the state before the rollout, save a checkpoint, and stop."""
-        for name, part in parts.items():
-            part.load_state_dict(before[name])
+        undo()
         self.state.stopped, self.state.interrupted = self._stop_request.signal_name or "signal", True
         self.keeper.save(self.state.iteration, required=True)
 
-    def _save_before_error(self, parts: Mapping[str, Stateful], before: Mapping[str, object]) -> None:
-        """Save the finished iterations before an error in a rollout ends the run; only on a single process."""
-        if self.learner.accelerator.num_processes == 1:  # saving is collective, and the others may not have failed
-            for name, part in parts.items():
-                part.load_state_dict(before[name])
-            self.keeper.save(self.state.iteration, required=False)
-
-    def _learn(self, collected: DecodedResponses, scores: RewardScores, times: dict[str, float]) -> None:
+    def _learn(
+        self, collected: DecodedResponses, scores: RewardScores, times: dict[str, float], *, undo: Callable[[], None]
+    ) -> None:
         learner = self.learner
         start = time.perf_counter()
         if collected.prompts:
@@ -200,7 +189,9 @@ class TrainingLoop:
             diagnose_first_batch(learner, batch)
         local = self.collector.responses(collected, scores)
         process, device = learner.accelerator.process_index, learner.current_device
-        responses = rebalance_empty_ranks(local, learner.processes.gather_objects, process, device)
+        with self.keeper.saved_before_error(self.state.iteration, undo, together=True):
+            responses = rebalance_empty_ranks(local, learner.processes.gather_objects, process, device)
+            check_learnable(responses, learner.processes, has_critic=learner.algorithm.has_critic)
         statistics = learner.learn(responses)
         self.last_responses = responses
         self.state.iteration += 1
@@ -226,11 +217,6 @@ class TrainingLoop:
         if self.eval_prompts is None:
             raise ValueError("there are no held-out prompts: pass `eval_prompts`")
         accelerator = self.learner.accelerator
-        if len(self.eval_prompts) < accelerator.num_processes:
-            raise ValueError(
-                f"{accelerator.num_processes} processes share {len(self.eval_prompts)} held-out prompts: each needs "
-                "one at least. Give more prompts, or evaluate on fewer processes."
-            )
         rows = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
         collector = self.collector.for_evaluation(seed)
         evaluation = evaluate(
@@ -244,17 +230,19 @@ class TrainingLoop:
         is_last = state.iteration == config.iterations
         summary = None
         if config.eval_every and (is_last or state.iteration % config.eval_every == 0):
-            state.evaluation = self.evaluate()
+            with self.keeper.saved_before_error(state.iteration, self._record):
+                state.evaluation = self.evaluate()
             summary = state.evaluation.summary()
             state.metrics.update({f"eval/{name}": value["mean"] for name, value in summary.items()})
-            state.metrics.update(self.guard_monitor.compare(state.evaluation.measures))
+            state.metrics.update(self.guard_monitor.compare(state.evaluation.measures, judge_names(self.judges)))
         verdict = self.guard_monitor.verdict(state.metrics)
         state.metrics.update(verdict.metrics)
         if summary is not None and config.keep_best is not None:
             self.best.consider(state.iteration, summary, is_eligible=verdict.may_keep)
             state.best = self.best.best
         self._record()
-        self._find_reason_to_stop(limit, verdict)
+        with self.keeper.saved_before_error(state.iteration):  # a callback may fail
+            self._find_reason_to_stop(limit, verdict)
         if is_last or state.stopped is not None:
             self._write_traces()
         periodic = config.save_every and (is_last or state.iteration % config.save_every == 0)

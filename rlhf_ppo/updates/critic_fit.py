@@ -56,6 +56,7 @@ class CriticFit:
         """Train the critic; `batch` holds the rows of all processes, in the same order everywhere."""
         if not self.parameters:
             return
+        self.optimizer.zero_grad()  # what a loss outside of the update, or an interrupted one, has left
         config = self.config()
         if self.compute_gradients is not None:
             self._fit_without_autograd(self.compute_gradients, batch, config)
@@ -115,7 +116,11 @@ class CriticFit:
                 total += gradient
         for parameter, total in zip(self.parameters, totals, strict=True):
             parameter.grad = self.accelerator.reduce(total, reduction="sum")
-        self.optimizer.step()
+        if self.accelerator.scaler is None:
+            self.optimizer.step()
+        elif all(bool(parameter.grad.isfinite().all()) for parameter in self.parameters if parameter.grad is not None):
+            # Accelerate's wrapper would divide these gradients, which are not scaled, by float16's loss scale.
+            getattr(self.optimizer, "optimizer", self.optimizer).step()
         self.optimizer.zero_grad()
 
     def _value_function(

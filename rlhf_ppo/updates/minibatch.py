@@ -132,6 +132,7 @@ class MinibatchUpdate(UpdateState):
         batch = all_gather_batch(batch, self.accelerator)
         self._ratios, self._rows, self._reads_entropy = [], [], None
         self._acts = batch.mask.any(dim=1).cpu()
+        self.steps.begin()
         with reuse_memory():
             self._epochs(batch, record)
         if self._rows:

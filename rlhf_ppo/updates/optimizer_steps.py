@@ -22,6 +22,9 @@ class OptimizerSteps(Protocol):
     norm_is_known: bool
     """Whether `clip` returns the gradient norm; otherwise only `apply` does."""
 
+    def begin(self) -> None:
+        """Drop what a loss outside of the update, or an interrupted update, has left in the gradients."""
+
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         """Context manager for the passes of one micro-batch; the last one synchronizes gradients over processes."""
 
@@ -49,6 +52,9 @@ class AccelerateSteps:
     def __init__(self, policy: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> None:
         self.policy, self.optimizer, self.accelerator = policy, optimizer, accelerator
         self.parameters = list(policy.parameters())  # once: a walk through all modules costs as much as a small step
+
+    def begin(self) -> None:
+        self.optimizer.zero_grad()
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         synchronize: AbstractContextManager[object] = nullcontext() if last else self.accelerator.no_sync(self.policy)
@@ -89,6 +95,9 @@ class DeepSpeedSteps:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
+
+    def begin(self) -> None:
+        """Nothing: the engine owns the gradients, and other losses do not reach them."""
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(last)

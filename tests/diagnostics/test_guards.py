@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ppo.diagnostics.guards import BASELINE_ITERATIONS, Guard, GuardMonitor, Guards, repetition, with_kl_budget
+from rlhf_ppo.diagnostics.guards import BASELINE_ITERATIONS, Guard, GuardMonitor, Guards, repetition
 
 HEALTHY = {
     "objective/kl": 3.0,
@@ -89,30 +89,38 @@ def test_the_judge_lead_is_the_scores_gain_minus_the_judges_in_first_deviations(
     own = GuardMonitor(Guards())
     first = {"score": [-1.0, 1.0], "judge": [-2.0, 2.0], "kind": [-1.0, 1.0], "kl": [0.0, 0.0]}
     later = {"score": [2.0, 4.0], "judge": [-2.0, -2.0], "kind": [2.0, 4.0], "kl": [5.0, 5.0]}
-    assert own.compare(first) == {"guard/judge_lead": 0.0}
-    assert own.compare(later)["guard/judge_lead"] == pytest.approx(4.0)
+    judges = ("judge", "kind")
+    assert own.compare(first, judges) == {"guard/judge_lead": 0.0}
+    assert own.compare(later, judges)["guard/judge_lead"] == pytest.approx(4.0)
     kind = GuardMonitor(Guards(judge_name="kind"))
-    kind.compare(first)
-    assert kind.compare(later)["guard/judge_lead"] == pytest.approx(0.0)
-    assert GuardMonitor(Guards()).compare({"score": [1.0], "kl": [0.0], "length": [3.0]}) == {}
-    with pytest.raises(ValueError, match="judge_name is 'vader', the evaluation has \\['judge', 'kind'\\]"):
-        GuardMonitor(Guards(judge_name="vader")).compare(first)
+    kind.compare(first, judges)
+    assert kind.compare(later, judges)["guard/judge_lead"] == pytest.approx(0.0)
+
+
+def test_measures_that_are_no_judges_and_an_evaluation_without_a_response_have_no_lead() -> None:
+    """`segments` of an environment is always 1: beside it, every gain of the score would be a lead."""
+    own = GuardMonitor(Guards())
+    assert own.compare({"score": [1.0], "kl": [0.0], "segments": [1.0]}, ()) == {}
+    assert own.compare({}, ("judge",)) == {}
+    assert own.baseline == {}
 
 
 def test_a_resumed_watch_compares_with_the_same_start() -> None:
     own, other = watch("kl", patience=3, action="warn"), watch("kl", patience=3, action="warn")
     own.measure(0.0, 10.0)
-    own.compare({"score": [0.0, 2.0], "judge": [0.0, 2.0]})
+    own.compare({"score": [0.0, 2.0], "judge": [0.0, 2.0]}, ["judge"])
     own.verdict({"objective/kl": 9.0})
     other.load_state_dict(json.loads(json.dumps(own.state_dict())))
     assert other == own
 
 
-def test_max_kl_is_a_kl_guard_that_stops_unless_there_is_one() -> None:
-    assert with_kl_budget(Guards(), 5.0).kl == Guard(limit=5.0)
-    own = Guards(kl=Guard(limit=2.0, action="warn"))
-    assert with_kl_budget(own, 5.0) is own
-    assert with_kl_budget(Guards(), None) == Guards()
+@pytest.mark.parametrize("guard", [Guard(), Guard(limit=2.0, action="warn"), Guard(limit=9.0)])
+def test_max_reference_kl_stops_whatever_the_guard_of_the_kl_does(guard: Guard) -> None:
+    own = GuardMonitor(Guards(kl=guard), 5.0)
+    assert own.verdict({"objective/kl": 1.0}).stop is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "limit 5" in str(own.verdict({"objective/kl": 6.0}).stop)
 
 
 @pytest.mark.parametrize(

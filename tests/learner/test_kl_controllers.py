@@ -14,6 +14,13 @@ def test_the_adaptive_controller_follows_its_equation_and_clips_the_error() -> N
         assert controller.value == pytest.approx(0.2 * factor)
 
 
+def test_a_horizon_far_below_the_batch_leaves_a_coefficient_above_zero() -> None:
+    """1 - 0.2 · 512 / 100 = -0.024 would reward the distance from the reference."""
+    controller = AdaptiveKLController(0.2, 6.0, 100)
+    controller.update(0.0, 512)
+    assert controller.value == pytest.approx(0.02)
+
+
 def test_the_adaptive_controller_settles_where_the_kl_meets_its_target() -> None:
     """A policy whose KL is 1 / kl_coef: the fixed point is kl_coef = 1 / target."""
     controller = AdaptiveKLController(1.0, 5.0, 1000)

@@ -23,7 +23,7 @@ from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
 from rlhf_ppo.samplers.transformers_generate import TransformersGenerate
 from tests.support.tiny_models import tiny_gpt2, tiny_t5, tiny_tokenizer
-from tests.support.tiny_run import TEXTS, config, parameters, share_of_e, trainer
+from tests.support.tiny_run import SAMPLING, TEXTS, config, parameters, share_of_e, trainer
 
 
 def test_ppo_raises_the_reward_of_a_tiny_policy() -> None:
@@ -163,3 +163,19 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
     own = PPOTrainer(PPOConfig(batch_size=4, mini_batch_size=4), model, tokenizer=tokenizer, dataset=prompts)
     with pytest.raises(ValueError, match="do not belong together"):
         own.train(share_of_e, config())
+
+
+def test_the_run_folder_of_the_trainers_config_is_used_where_the_loop_names_none(tmp_path: Path) -> None:
+    own = trainer(output_dir=str(tmp_path / "of the trainer"))
+    own.evaluate(own.dataset, share_of_e, SAMPLING)  # type: ignore[arg-type]
+    assert not (tmp_path / "of the trainer").exists()
+    own.train(share_of_e, config(tmp_path / "of the loop", iterations=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["of the loop"]
+    own.train(share_of_e, config(iterations=1, save_every=1))
+    assert (tmp_path / "of the trainer" / "checkpoint-1").is_dir()
+
+
+def test_a_push_that_train_would_not_make_is_refused() -> None:
+    own = trainer(push_to_hub_if_best_kwargs={"repo_id": "some/body"})
+    with pytest.raises(ValueError, match="which only step\\(\\) reads"):
+        own.train(share_of_e, config(iterations=1))

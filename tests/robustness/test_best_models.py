@@ -65,6 +65,7 @@ def test_the_best_model_within_the_budget_and_a_thinned_frontier_are_on_disk(tmp
 def test_an_evaluation_in_which_nothing_was_scored_is_no_best(tmp_path: Path) -> None:
     own = keeper(tmp_path)
     own.consider(1, summary(math.nan, 1.0))
+    own.consider(2, {})  # every episode failed
     assert own.best is None
     assert not (tmp_path / "best").exists()
 

@@ -12,7 +12,7 @@ import torch
 
 from rlhf_ppo import PPOTrainer, TrainState
 from rlhf_ppo.checkpoints import folders
-from rlhf_ppo.checkpoints.folders import find_damage, list_checkpoints
+from rlhf_ppo.checkpoints.folders import find_damage, latest_checkpoint, list_checkpoints
 from rlhf_ppo.loop import signals
 from rlhf_ppo.loop.signals import TimeLimit
 from tests.support.tiny_run import config, parameters, share_of_e, trainer
@@ -79,6 +79,20 @@ def test_an_update_that_a_signal_meets_is_finished(tmp_path: Path, monkeypatch: 
     assert (state.stopped, state.iteration, len(calls)) == ("SIGTERM", 2, 8)
     resumed, _ = run(tmp_path)
     assert torch.equal(parameters(resumed), whole())
+
+
+def test_a_stop_whose_line_nobody_reads_any_more_is_a_stop_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends `tee` of `2>&1 | tee log`, too: writing to the pipe then fails."""
+
+    def broken_pipe(*_: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("rlhf_ppo.loop.signals.os.write", broken_pipe)
+    _, state = run(tmp_path, SignalsAt(3, signal.SIGINT))
+    assert (state.iteration, state.stopped) == (2, "SIGINT")
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_a_second_signal_leaves_at_once_and_what_was_saved_is_whole(tmp_path: Path) -> None:
