@@ -139,14 +139,14 @@ def build_reward(
     """The reward source and a line about it; also puts the critic on the policy's base where that was asked for."""
     if settings.critic == "adapter":
         attach_critic_adapter(policy)
-    if settings.reward_calls == "once" and not is_main_process():
-        return _never_called, ""
-    reward: Callable[..., list[float]]
-    if settings.reward_on_base:
+    asks = settings.reward_calls == "each" or is_main_process()
+    reward: Callable[..., list[float]] = _never_called
+    line = ""
+    if settings.reward_on_base:  # on every process: DDP broadcasts all parameters
         reward, line = reward_on_policy(policy, choice), f"adapter of {choice} on the policy's base"
-    else:
+    elif asks:
         reward, line = reward_source(choice, parts)
-    return reward, f"{line}\n{describe_trainable_parameters(policy)}"
+    return (reward, f"{line}\n{describe_trainable_parameters(policy)}") if asks else (_never_called, "")
 
 
 PAIRS = 2200

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if measure:
-            options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+            _measure_here(options, "cuda" if torch.cuda.is_available() else "cpu")
         plan = read_config(config, **options) if config else PlanConfig(**options)
         if measure and plan.precision == "nf4":
             raise PlanError("--measure does not run nf4: plan it, or measure bfloat16")
@@ -69,11 +69,22 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of these settings; options override it")
     add_flags(parser, PlanConfig, overriding=True)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1], metavar="INT", help="Numbers of devices (1)")
+    parser.add_argument("--gpus", type=_devices, nargs="+", default=[1], metavar="INT", help="Numbers of devices (1)")
     parser.add_argument("--rates", metavar="FILE", help="FLOP rates of an earlier `--measure --json`")
     parser.add_argument("--measure", action="store_true", help="Run one iteration on this machine and compare")
     parser.add_argument("--json", action="store_true", help="Print everything as JSON")
     return parser
+
+
+def _devices(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _measure_here(options: dict[str, Any], device: str) -> None:
+    if options.setdefault("device", device) != device:
+        raise PlanError(f"--measure runs on this machine's device, {device}, got --device {options['device']}")
 
 
 def _read_rates(path: str) -> "FlopRates":

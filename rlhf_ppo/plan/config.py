@@ -1,6 +1,6 @@
 """Settings of a run that its memory and time depend on."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,4 +94,4 @@ def read_config(path: str | Path, **overrides: Any) -> PlanConfig:
     unknown = sorted(set(content) - known)
     if unknown:
         raise PlanError(f"{path} has {', '.join(unknown)}; the settings of a plan are {', '.join(sorted(known))}")
-    return replace(PlanConfig(**content), **{name: value for name, value in overrides.items() if value is not None})
+    return PlanConfig(**content | {name: value for name, value in overrides.items() if value is not None})

@@ -61,6 +61,7 @@ def _run_iteration(plan: PlanConfig, *, tiny: bool = False) -> dict[str, float]:
             gradient_accumulation_steps=plan.gradient_accumulation_steps, logits_chunk_size=plan.logits_chunk_size,
             gradient_checkpointing=plan.gradient_checkpointing, token_budget=plan.token_budget,
             diagnose=False,  # runs once, and no plan includes it
+            precision="float32" if plan.precision == "float32" else "auto",
             accelerator_kwargs={"mixed_precision": "bf16"} if plan.precision == "bf16-mixed" else {},
         ),
         model, tokenizer=tokenizer,

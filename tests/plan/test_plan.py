@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rlhf_ppo.plan.__main__ import main
 from rlhf_ppo.plan.compute import FlopRates, iteration_flops
 from rlhf_ppo.plan.config import read_config
 from rlhf_ppo.plan.fit import with_fitted_pass_size
+from rlhf_ppo.plan.measure import measure
 from rlhf_ppo.plan.memory import GIB, HEAP_OVERHEAD
 from rlhf_ppo.plan.models import PRESETS, build_policy, with_layers
 from rlhf_ppo.plan.traces import CONSTANT_GRADIENT, _inputs, _trace_at_depth
@@ -165,8 +167,10 @@ def test_the_command_prints_roles_phases_and_time(tmp_path: Path, capsys: pytest
         (["--model", "no-such"], "neither a preset (gpt2, 1b, 7b, 70b) nor a local folder or file"),
         (["--strategy", "magic"], "argument --strategy: invalid choice: 'magic'"),
         (["--batch-size", "0"], "batch_size must be a whole number of at least 1, got 0"),
-        (["--config", "no-such.yaml"], "no-such.yaml cannot be read"),
+        (["--config", "no-such.yaml"], "there is no file no-such.yaml"),
+        (["--gpus", "8", "0"], "argument --gpus: expected a whole number of at least 1, got 0"),
         (["--rates", "no-such.json"], "holds no measured rates"),
+        (["--measure", "--device", "cpu" if torch.cuda.is_available() else "cuda"], "runs on this machine's device"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_one_line(
@@ -179,6 +183,28 @@ def test_a_plan_that_cannot_be_made_is_one_line(
     assert status == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_options_and_file_are_merged_before_the_precision_is_chosen_and_checked(tmp_path: Path) -> None:
+    """The file alone was: its "auto" was that of a GPU, and nf4 without lora_rank was refused."""
+    (tmp_path / "plan.yaml").write_text("model: gpt2\n")
+    assert read_config(tmp_path / "plan.yaml", device="cpu") == PlanConfig(device="cpu", precision="float32")
+    (tmp_path / "four.yaml").write_text("precision: nf4\n")
+    assert read_config(tmp_path / "four.yaml", lora_rank=16).precision == "nf4"
+
+
+@pytest.mark.parametrize(("planned", "precision"), [("float32", "float32"), ("bf16-mixed", "auto")])
+def test_a_measurement_runs_the_precision_of_the_plan(
+    planned: Any, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """On a GPU, "auto" is bfloat16, also for a plan in float32."""
+    trainer = MagicMock(side_effect=InterruptedError)
+    monkeypatch.setattr("rlhf_ppo.plan.measure.PPOTrainer", trainer)
+    with pytest.raises(InterruptedError):
+        measure(replace(SMALL, precision=planned))
+    config = trainer.call_args.args[0]
+    assert config.precision == precision
+    assert config.accelerator_kwargs == ({"mixed_precision": "bf16"} if planned == "bf16-mixed" else {})
 
 
 def test_a_misspelt_setting_in_a_file_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_the_classifiers_reward_is_the_logit_of_its_positive_class(tmp_path: Pat
         for prompt, response in zip(prompts, responses, strict=True):
             expected.append(float(model(**tokenizer(prompt + response, return_tensors="pt")).logits[0, 1]))
     assert reward(prompts=prompts, responses=responses) == pytest.approx(expected, abs=1e-5)
+
+
+def test_every_process_attaches_the_reward_adapter_and_process_0_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 alone had it, and DDP broadcast its parameters to processes that had others."""
+    attach = Mock()
+    monkeypatch.setattr(rewards, "reward_on_policy", attach)
+    settings = rewards.AdapterSettings(reward_on_base=True, reward_calls="once")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        reward, line = rewards.build_reward(settings, torch.nn.Linear(1, 1), "folder", None)  # type: ignore[arg-type]
+        assert attach.call_count == int(rank) + 1 and (reward is attach.return_value) is (rank == "0") is bool(line)
+    with pytest.raises(RuntimeError, match="only process 0 asks the reward model"):
+        reward()
 
 
 def test_a_model_without_a_trained_head_is_no_reward_model(tmp_path: Path) -> None:
