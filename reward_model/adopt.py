@@ -35,15 +35,24 @@ def main(arguments: Sequence[str] | None = None) -> Contract:
         examples="  python -m reward_model.adopt other/reward-model --write",
     )
     from reward_model.models.adoption import adopt  # torch comes with it
+    from reward_model.models.loading import check_length
+    from reward_model.models.text import prepare_tokenizer
 
+    folder = Path(config.model)
+    if config.write and (folder / CONTRACT_FILE).is_file() and Contract.read(folder).layout == "own":
+        raise ValueError(
+            f"{folder / CONTRACT_FILE} was written by training: another would lose the normalization and what it says "
+            "of the data. Load the folder as it is; to change a field, edit a copy of the folder."
+        )
     parts = adopt(config.model, label=config.label, trust_remote_code=config.trust_remote_code)
     changes: dict[str, Any] = {"template": config.template} if config.template != "auto" else {}
     changes |= {"append_eos": config.append_eos} if config.append_eos is not None else {}
     changes |= {"max_length": config.max_length} if config.max_length else {}
     contract = replace(parts.contract, text=replace(parts.contract.text, **changes))
+    prepare_tokenizer(parts.tokenizer, contract.text, source=config.model)
+    check_length(parts.model, contract, config.model)
     print(json.dumps(asdict(contract), indent=2))  # noqa: T201  the command's answer
     if config.write:
-        folder = Path(config.model)
         if not folder.is_dir():
             raise ValueError(
                 f"{config.model} is a hub name, so there is no folder for {CONTRACT_FILE}. Download it first: "

@@ -212,12 +212,12 @@ def _by_source(scored: ScoredPairs) -> dict[str, Any]:
 
 
 def _by_quartile(scored: ScoredPairs, values: Tensor, unit: str) -> dict[str, Any]:
-    """Accuracy in four buckets of equal size, keyed by their range."""
-    table = {}
+    """Accuracy in four buckets of equal size, keyed by their range; those of an equal range are one."""
+    table: dict[str, list[float]] = {}
     for part in torch.tensor_split(torch.argsort(values, stable=True), min(4, len(values))):
         low, high = float(values[part[0]]), float(values[part[-1]])
-        table[f"{low:.4g} to {high:.4g} {unit}"] = asdict(pair_accuracy(scored.raw_differences[part].tolist()))
-    return table
+        table.setdefault(f"{low:.4g} to {high:.4g} {unit}", []).extend(scored.raw_differences[part].tolist())
+    return {name: asdict(pair_accuracy(differences)) for name, differences in table.items()}
 
 
 def _by_margin(scored: ScoredPairs) -> dict[str, Any]:

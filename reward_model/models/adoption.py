@@ -31,7 +31,7 @@ from reward_model.models.contract import (
     TextRule,
     tokenizer_sha256,
 )
-from reward_model.models.loading import ADAPTER_FILE, check_tokenizer, load_adapter, load_classifier
+from reward_model.models.loading import ADAPTER_FILE, check_length, check_tokenizer, load_adapter, load_classifier
 from rlhf_ppo.models.small_batch import is_low_precision
 from rlhf_ppo.utils.model_names import is_missing_folder
 
@@ -86,6 +86,7 @@ def load_parts(
                 f"{folder}: field {name} is {getattr(contract, name)!r}, but the files give "
                 f"{getattr(parts.contract, name)!r}: they were changed. Restore them, or write the contract again."
             )
+    check_length(parts.model, contract, folder)
     return replace(parts, contract=contract)
 
 

@@ -22,8 +22,8 @@ PAD_TOKEN = "<|pad|>"
 
 def load_backbone(
     name: str, *, seed: int, trust_remote_code: bool = False, attn_implementation: str | None = None
-) -> tuple[Any, Any]:
-    """Load model and tokenizer with a scalar head, in float32.
+) -> tuple[Any, Any, set[str]]:
+    """Load model and tokenizer with a scalar head, in float32, and tell which weights the files lack.
 
     A causal LM, an encoder without a head and a classifier with another number of labels get a fresh head
     (`initialize_head`); a one-label classifier keeps its own.
@@ -67,7 +67,7 @@ def load_backbone(
     if head_name(model) in missing or head_name(model).removesuffix(".weight") + ".bias" in missing:
         initialize_head(model, seed=seed)
     separate_padding(model, tokenizer)
-    return model, tokenizer
+    return model, tokenizer, missing
 
 
 def read_classifier(

@@ -48,13 +48,13 @@ def load_adapter(folder: Path, *, head: str | None, dtype: torch.dtype, trust_re
             model's last layer with one output, and the tokenizer as it is.
 
     Raises:
-        ContractError: The adapter does not hold the head, or its base model cannot be loaded. Without this check
-            a missing head would silently be random.
+        ContractError: The adapter does not hold the head or weights that its base lacks, or the base cannot be loaded.
+            Without this check they would silently be random.
     """
     config = PeftConfig.from_pretrained(str(folder))
     try:
         name = str(config.base_model_name_or_path)
-        base, _, _ = read_classifier(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        base, missing, _ = read_classifier(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ContractError(
             f"{folder} is a LoRA adapter on {config.base_model_name_or_path!r}, which cannot be loaded: {error} "
@@ -69,8 +69,14 @@ def load_adapter(folder: Path, *, head: str | None, dtype: torch.dtype, trust_re
             f"{folder}: field head names {name!r}, but the adapter holds no such weight: the head would be random. "
             "Save the adapter with modules_to_save=[head], or merged (merge_adapter=True)."
         )
+    held = {key.removeprefix("base_model.model.").replace(".modules_to_save", "") for key in saved}
+    if lacking := sorted(missing - held):
+        raise ContractError(
+            f"{folder}: neither the adapter nor its base {config.base_model_name_or_path!r} holds {lacking[:4]}: they "
+            "would be random numbers. Train with merge_adapter=True, or with these layers in modules_to_save."
+        )
     if head is not None:
-        separate_padding(base, AutoTokenizer.from_pretrained(folder))
+        separate_padding(base, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
     return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
 
 
@@ -83,6 +89,11 @@ def check_tokenizer(tokenizer: Any, model: Any, contract: Contract, folder: Path
             f"{found[:12]}...: it would make other tokens than the training did. Restore the tokenizer files that "
             "training wrote; the policy's tokenizer does not belong here."
         )
+    check_length(model, contract, folder)
+
+
+def check_length(model: Any, contract: Contract, folder: str | Path) -> None:
+    """Check that the model has a position for each token of the longest text."""
     limit = max_positions(model)
     if limit is not None and contract.text.max_length > limit:
         raise ContractError(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from rlhf_ppo.utils.installed import accepts_argument, parameter_name
 
 _FOLLOW_ACCURACY = ("reduce_lr_on_plateau", "greedy")
 """Schedules that take a metric at each evaluation instead of a step: the held-out accuracy."""
+
+
+def follows_accuracy(config: RewardModelConfig) -> bool:
+    """Whether training reads the held-out accuracy: to stop early, or in its schedule."""
+    return config.early_stop_patience > 0 or config.schedule in _FOLLOW_ACCURACY
 
 
 def schedule_arguments(config: RewardModelConfig) -> dict[str, Any]:
@@ -97,16 +103,19 @@ def trainer_arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
     )
 
 
-def lora_config(model: Any, *, rank: int, alpha: int) -> LoraConfig:
+def lora_config(model: Any, *, rank: int, alpha: int, missing: Iterable[str] = ()) -> LoraConfig:
     """LoRA configuration: adapters on the backbone's linear layers; what is above it is fully trained and saved.
 
     Args:
         alpha: Their scale is alpha / rank.
+        missing: Weights that the base's files lack, such as a pooler's. Their layers are fully trained and saved, too.
     """
     head = head_name(model).removesuffix(".weight").split(".")[0]
     # DistilBERT's `pre_classifier` is as new as the head, and PEFT takes it for one by the end of its name.
     above = [name for name, part in model.named_children() if isinstance(part, nn.Linear)]
-    saved = list(dict.fromkeys([head, *above]))
+    layers = sorted({name.rpartition(".")[0] for name in missing})
+    new = [name for name in layers if name.split(".")[0] != head and not list(model.get_submodule(name).children())]
+    saved = list(dict.fromkeys([head, *above, *new]))
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=rank,
@@ -135,6 +144,6 @@ def _step_counts(config: RewardModelConfig, rows: int) -> dict[str, Any]:
         "save_steps": save or 500,
         "save_total_limit": 3 if config.early_stop_patience else 2,  # the newest two, and the best
         "load_best_model_at_end": config.early_stop_patience > 0,
-        "metric_for_best_model": "accuracy",
+        "metric_for_best_model": "accuracy" if follows_accuracy(config) else None,
         "logging_steps": config.log_every,
     }

@@ -9,6 +9,7 @@ from typing import Any
 from reward_model.data.comparisons import Comparison
 from reward_model.data.rows import OnBadRow
 from reward_model.evaluation.scoring import held_out_metrics, score_completions
+from reward_model.models.contract import CONTRACT_FILE, Contract
 from reward_model.models.encoding import split_encodable
 from reward_model.models.ensemble import EnsembleRewardModel, save_ensemble
 from reward_model.models.model import RewardModel
@@ -37,7 +38,14 @@ def train_ensemble(
     output, state = Path(config.output_dir), processes()
     recover_replaced_folder(output)
     parts = output.with_name(output.name + ".members")
-    if output.exists() and not (config.overwrite or (config.resume and parts.exists())):
+    has_finished = config.resume and not parts.exists() and (output / CONTRACT_FILE).is_file()
+    folders = [output / f"member-{i}" if has_finished else parts / str(i) for i in range(members)]
+    if has_finished and len(Contract.read(output).members) != members:
+        raise ValueError(
+            f"resume=True, but {output} is a finished model of {len(Contract.read(output).members)} members, got "
+            f"members={members}. Give the same number, choose another output_dir, or set overwrite=True."
+        )
+    if output.exists() and not (config.overwrite or has_finished or (config.resume and parts.exists())):
         raise FileExistsError(f"The folder {output} exists. Choose another output_dir, or set overwrite=True.")
     if parts.exists() and not (config.overwrite or config.resume):
         raise FileExistsError(
@@ -47,12 +55,13 @@ def train_ensemble(
     state.wait_for_everyone()  # before the first process makes a folder
     data: dict[str, Any] = {"train": train, "evaluation": evaluation, "data_report": facts, "on_bad_row": on_bad_row}
     results = []
-    for index in range(members):
-        member = replace(config, seed=config.seed + index, output_dir=str(parts / str(index)))
+    for index, folder in enumerate(folders):
+        member = replace(config, seed=config.seed + index, output_dir=str(folder))
         if config.resume and not is_resumable(member):  # it has not begun
             member = replace(member, resume=False, overwrite=True)
         results.append(train_reward_model(member, **data))
-    folders = [result.path for result in results]
+    if has_finished:
+        return replace(results[0], path=output, metrics=Contract.read(output).metrics)
     metrics: dict[str, float] = {}
     if state.is_main_process:
         trust = config.trust_remote_code

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from reward_model.models.contract import TextRule, tokenizer_sha256
 from reward_model.models.encoding import EncodedComparisons, fingerprint
@@ -125,7 +125,10 @@ def run_identity(
 
 
 def check_resumable(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raise a CheckpointError for a checkpoint of other data, model or order; warn of further settings that changed."""
+    """Raise a CheckpointError for a checkpoint of other data, model or order, or a finished run of other settings.
+
+    A warning names the other settings that differ from those of the checkpoint.
+    """
     file = checkpoint / folders.STATE
     saved = folders.read_json(file if file.is_file() else checkpoint / TRAINING)
     before, now = saved["settings"], identity["settings"]
@@ -149,12 +152,29 @@ def check_resumable(checkpoint: Path, identity: dict[str, Any]) -> None:
                 "measured on would be mixed with something else. Resume with the data and model of the first run, or "
                 "set overwrite=True instead of resume=True to start again."
             )
+    if changed and not file.is_file():
+        raise CheckpointError(
+            f"{checkpoint} is a finished run with other settings: {', '.join(changed.values())}. It is not trained "
+            "again. Resume with the settings of the first run, set overwrite=True instead of resume=True to start "
+            "again, or choose another output_dir."
+        )
     if changed:
         warnings.warn(
             f"{checkpoint.name} was written with other settings: {', '.join(changed.values())}. The run uses the new "
             "ones, except for learning_rate and weight_decay, which are those of the saved optimizer.",
             stacklevel=3,
         )
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """The early stopping of transformers, which a resumed run continues with the count of its checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Read the count that the checkpoint holds; the patience is that of the settings."""
+        super().on_train_begin(args, state, control, **options)  # type: ignore[no-untyped-call]
+        saved = state.stateful_callbacks.get(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class SealCheckpoints(TrainerCallback):

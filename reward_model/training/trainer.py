@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from reward_model.data.comparisons import Comparison, Row, as_comparisons
 from reward_model.data.rows import OnBadRow
@@ -25,11 +25,12 @@ from reward_model.models.encoding import (
 )
 from reward_model.models.model import RewardModel
 from reward_model.models.text import prepare_tokenizer
-from reward_model.training.arguments import check_schedule, lora_config, trainer_arguments
+from reward_model.training.arguments import check_schedule, follows_accuracy, lora_config, trainer_arguments
 from reward_model.training.config import RewardModelConfig
 from reward_model.training.preference_trainer import PreferenceTrainer
 from reward_model.training.resume import (
     TRAINING,
+    EarlyStopping,
     SealCheckpoints,
     check_output,
     check_resumable,
@@ -101,7 +102,7 @@ def train_reward_model(
     trackers = tracker_names(config.trackers)
     checkpoint = find_checkpoint(config) if config.resume else None
     train_rows, held_out = as_comparisons(train, "train"), as_comparisons(evaluation, "evaluation")
-    model, tokenizer = load_backbone(
+    model, tokenizer, missing = load_backbone(
         config.model,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
@@ -113,7 +114,7 @@ def train_reward_model(
     encoded = encode_comparisons(train_rows, tokenizer, rule, on_bad_row=on_bad_row)
     encoded_held_out = encode_comparisons(held_out, tokenizer, rule, on_bad_row=on_bad_row)
     bad_rows = [*encoded.bad_rows, *encoded_held_out.bad_rows]
-    _check_early_stop(config, encoded_held_out)
+    _check_decided(config, encoded_held_out)
     identity = run_identity(config, model, tokenizer, rule, encoded, encoded_held_out)
     if checkpoint is not None:
         check_resumable(checkpoint, identity)
@@ -132,7 +133,7 @@ def train_reward_model(
         records = [MetricsFileCallback(folder), SealCheckpoints(identity)]
         if processes().is_main_process:
             records += tracker_callbacks(trackers, folder, checkpoint)
-        trainer = _build_trainer(config, model, tokenizer, encoded, encoded_held_out, [*records, *callbacks])
+        trainer = _build_trainer(config, model, tokenizer, encoded, encoded_held_out, [*records, *callbacks], missing)
         _run(trainer, checkpoint)
         result = _finish(trainer, config, contract, identity, encoded_held_out.kept, reference_samples)
     return replace(result, data=contract.data, bad_rows=bad_rows)
@@ -155,11 +156,12 @@ def _build_trainer(
     train: EncodedComparisons,
     evaluation: EncodedComparisons,
     callbacks: Sequence[TrainerCallback],
+    missing: set[str],
 ) -> PreferenceTrainer:
-    stop = [EarlyStoppingCallback(config.early_stop_patience)] if config.early_stop_patience else []
+    stop = [EarlyStopping(config.early_stop_patience)] if config.early_stop_patience else []
     peft_config = None
     if config.lora_rank:
-        peft_config = lora_config(model, rank=config.lora_rank, alpha=config.lora_alpha)
+        peft_config = lora_config(model, rank=config.lora_rank, alpha=config.lora_alpha, missing=missing)
     trainer = PreferenceTrainer(
         settings=config,
         has_ties=any(row.is_tie for row in train.kept),
@@ -188,12 +190,12 @@ def _run(trainer: PreferenceTrainer, checkpoint: Path | None) -> None:
         )
 
 
-def _check_early_stop(config: RewardModelConfig, evaluation: EncodedComparisons) -> None:
-    if config.early_stop_patience and not any(comparison.is_decided for comparison in evaluation.kept):
+def _check_decided(config: RewardModelConfig, evaluation: EncodedComparisons) -> None:
+    if follows_accuracy(config) and not any(comparison.is_decided for comparison in evaluation.kept):
         raise ValueError(
-            f"early_stop_patience={config.early_stop_patience} watches the held-out accuracy, but none of the "
-            f"{len(evaluation.kept)} held-out comparisons is decided: all are ties or have a preference of 0.5. Hold "
-            "out others, or set early_stop_patience=0."
+            f"early_stop_patience={config.early_stop_patience} and schedule={config.schedule} watch the held-out "
+            f"accuracy, but none of the {len(evaluation.kept)} held-out comparisons is decided: all are ties or have a "
+            "preference of 0.5. Hold out others, or set early_stop_patience=0 and another schedule."
         )
 
 
@@ -223,6 +225,8 @@ def _finish(
     """Evaluate, normalize and save on the main process, atomically."""
     output = Path(config.output_dir)
     trained = trainer.accelerator.unwrap_model(trainer.model)
+    if (forward := vars(trained).pop("_original_forward", None)) is not None:
+        trained.forward = forward  # accelerate's computes in bfloat16; what is measured is what is saved
     metrics: dict[str, float] = {}
     if trainer.accelerator.is_main_process:
         if isinstance(trained, PeftModel) and config.merge_adapter:

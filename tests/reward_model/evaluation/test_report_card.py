@@ -82,6 +82,14 @@ def test_the_card_of_a_good_model(reward_model: RewardModel) -> None:
     assert curve == sorted(curve), "the judge is the model itself, so more choice is better"
 
 
+def test_quartiles_of_one_range_are_one_bucket_with_all_their_pairs(reward_model: RewardModel) -> None:
+    rows = [row | {"margin": 2.0 if index < 10 else 1.0} for index, row in enumerate(preference_rows(40))]
+    buckets = report_card(reward_model, as_comparisons(rows, "rows"))["by_margin"]["buckets"]
+    assert {name: bucket["count"] for name, bucket in buckets.items()} == {
+        "1 to 1 labeled": 30, "2 to 2 labeled": 10,
+    }  # fmt: skip
+
+
 def files(tmp_path: Path, tiny_base: Path) -> dict[str, str]:
     rows = [row | {"prompt": f"Film {i}: the movie was "} for i, row in enumerate(preference_rows(120))]
     data = tmp_path / "pairs.jsonl"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import (
 from reward_model import ContractError, RewardModel
 from reward_model.adopt import main as adopt
 from reward_model.evaluate import main as evaluate
+from reward_model.models.contract import CONTRACT_FILE
 from reward_model.models.ensemble import load_reward_model
 from reward_model.score import main as score
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
@@ -250,6 +252,27 @@ def test_an_inferred_contract_is_logged_and_can_be_written_and_changed(
     tiny_tokenizer().save_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ContractError, match="field tokenizer_sha256"):
+        RewardModel.from_pretrained(folder)
+
+
+def test_the_contract_that_training_wrote_is_not_replaced(trained_folder: Path) -> None:
+    before = (trained_folder / CONTRACT_FILE).read_bytes()
+    with pytest.raises(ValueError, match=r"was written by training.*lose the normalization"):
+        adopt([str(trained_folder), "--write"])
+    assert (trained_folder / CONTRACT_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [(["--max_length", "2048"], "is 2048, the model has 128 positions"), (["--template", "chat"], "no chat template")],
+)
+def test_a_contract_that_the_model_cannot_keep_is_not_written(option: list[str], message: str, tmp_path: Path) -> None:
+    folder = saved(classifier(CONFIGS["gpt2"]), tmp_path)
+    with pytest.raises(ContractError, match=message):
+        adopt([str(folder), *option, "--write"])
+    contract = adopt([str(folder)])
+    replace(contract, text=replace(contract.text, max_length=2048)).write(folder)
+    with pytest.raises(ContractError, match="is 2048, the model has 128 positions"):
         RewardModel.from_pretrained(folder)
 
 

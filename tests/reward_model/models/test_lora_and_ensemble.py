@@ -6,20 +6,31 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertModel,
+)
 
 from reward_model import ContractError, RewardModel, train_reward_model
+from reward_model.data.comparisons import as_comparisons
+from reward_model.models.contract import Contract
 from reward_model.models.ensemble import EnsembleRewardModel, load_reward_model, save_ensemble
 from reward_model.models.loading import load_adapter
+from reward_model.models.on_policy import reward_on_policy
 from reward_model.training.arguments import lora_config
 from reward_model.training.ensemble import train_ensemble
 from reward_model.training.trainer import _finish
+from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.checkpoints.folders import recover_replaced_folder
 from tests.reward_model.conftest import preference_rows, tiny_config
-from tests.support.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 PROMPTS, RESPONSES = ["The movie was "] * 3, ["great", "awful and boring", "lovely good"]
 
@@ -77,6 +88,25 @@ def test_an_adapter_keeps_all_that_is_new_above_the_backbone(tmp_path: Path) -> 
     assert_close(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own
+def test_an_adapter_holds_what_its_base_lacks_and_is_refused_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pooler of BERT: a masked language model comes without one."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=VOCAB_SIZE, **sizes)).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    changes = {"lora_rank": 2, "merge_adapter": False}
+    trained, loaded = scores_before_and_after_saving(tmp_path / "base", tmp_path / "rm", monkeypatch, **changes)
+    assert_close(loaded.raw_scores(PROMPTS, RESPONSES), trained, atol=1e-6, rtol=0)
+    weights = load_file(tmp_path / "rm" / "adapter_model.safetensors")
+    kept = {name: value for name, value in weights.items() if "pooler" not in name}
+    save_file(kept, tmp_path / "rm" / "adapter_model.safetensors")
+    with pytest.raises(ContractError, match=r"neither the adapter nor its base .*bert\.pooler\.dense.*random numbers"):
+        RewardModel.from_pretrained(tmp_path / "rm")
+
+
 def test_auto_classes_load_merged_adapters(tiny_base: Path, tmp_path: Path) -> None:
     rows = preference_rows(60)
     config = tiny_config(tiny_base, tmp_path / "rm", lora_rank=4)
@@ -99,6 +129,28 @@ def test_an_adapter_without_its_head_is_refused(tiny_base: Path, tmp_path: Path)
         RewardModel.from_pretrained(path)
 
 
+def test_code_of_an_adapters_tokenizer_runs_if_it_is_trusted(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    rows = preference_rows(60)
+    config = tiny_config(tiny_base, tmp_path / "rm", lora_rank=4, merge_adapter=False)
+    path = train_reward_model(config, train=rows[:40], evaluation=rows[40:]).path
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    loaded = RewardModel.from_pretrained(path, trust_remote_code=True)
+    adapter = LoraConfig(r=2, fan_in_fan_out=True)
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(str(tiny_base), peft_config=adapter)
+    shared = reward_on_policy(policy, path, trust_remote_code=True)
+    assert_close(shared.raw_scores(PROMPTS, RESPONSES), loaded.raw_scores(PROMPTS, RESPONSES), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        RewardModel.from_pretrained(path)
+
+
 def test_an_adapter_whose_base_moved_away_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     rows = preference_rows(60)
     config = tiny_config(tiny_base, tmp_path / "rm", lora_rank=4, merge_adapter=False)
@@ -113,8 +165,6 @@ def test_an_adapter_whose_base_moved_away_is_refused(tiny_base: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def ensemble_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from reward_model.data.comparisons import as_comparisons
-
     rows = as_comparisons(preference_rows(140), "rows")
     config = tiny_config(tiny_base, tmp_path_factory.mktemp("ensemble") / "rm")
     return train_ensemble(config, 3, rows[:100], rows[100:], {}).path
@@ -129,6 +179,17 @@ def test_an_ensemble_is_the_mean_of_its_members_normalized_scores(ensemble_folde
     cautious = load_reward_model(ensemble_folder, caution=2.0)
     expected = alone.mean(dim=0) - 2.0 * alone.std(dim=0)
     assert_close(cautious(PROMPTS, RESPONSES), expected.tolist(), atol=1e-6, rtol=0)
+
+
+def test_a_finished_ensemble_is_not_trained_again(ensemble_folder: Path, tiny_base: Path) -> None:
+    rows = as_comparisons(preference_rows(140), "rows")
+    config = tiny_config(tiny_base, ensemble_folder, resume=True)
+    before = {path: path.stat().st_mtime_ns for path in ensemble_folder.rglob("*")}
+    found = train_ensemble(config, 3, rows[:100], rows[100:], {})
+    assert found.path == ensemble_folder and found.metrics == Contract.read(ensemble_folder).metrics
+    assert {path: path.stat().st_mtime_ns for path in ensemble_folder.rglob("*")} == before
+    with pytest.raises(ValueError, match=r"finished model of 3 members, got members=2"):
+        train_ensemble(config, 2, rows[:100], rows[100:], {})
 
 
 def test_members_of_an_ensemble_differ(ensemble_folder: Path) -> None:

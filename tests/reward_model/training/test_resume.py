@@ -122,6 +122,16 @@ def test_other_settings_are_named(interrupted: RewardModelConfig) -> None:
         train_reward_model(changed(interrupted, learning_rate=0.01, centering=0.1), **DATA)
 
 
+def test_patience_counts_on_in_a_resumed_run(tiny_base: Path, tmp_path: Path) -> None:
+    """The accuracy stays: evaluations after steps 2, 4, 6, 8 and 10 count 0, 1, 2, 3 and 4."""
+    settings: dict[str, Any] = {"evaluations": 10, "early_stop_patience": 4, "epochs": 3.0, "learning_rate": 1e-12}
+    config = tiny_config(tiny_base, tmp_path / "rm", **(SETTINGS | settings | {"log_every": 1}))
+    with pytest.raises(KeyboardInterrupt):
+        train_reward_model(config, **DATA, callbacks=[StopAt(9)])
+    path = train_reward_model(changed(config, resume=True), **DATA).path
+    assert lines(path)[-1]["step"] == 10
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     name: str, runs: Path, interrupted: RewardModelConfig
@@ -184,6 +194,8 @@ def test_a_finished_run_is_not_trained_again(runs: Path, tiny_base: Path, tmp_pa
     assert found.path == tmp_path / "whole" and contents(found.path) == before and found.metrics["pairs"] == 30
     with pytest.raises(CheckpointError, match="seed=1"):
         train_reward_model(changed(config, seed=1), **DATA)
+    with pytest.raises(CheckpointError, match=r"finished run with other settings: epochs=3.0 \(was 1.0\)"):
+        train_reward_model(changed(config, epochs=3.0), **DATA)
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification, FNetConfig, FNetModel
 
 from reward_model import Comparison, RewardModel, train_reward_model
+from reward_model.data.comparisons import as_comparisons
+from reward_model.evaluation.scoring import fit_normalization, held_out_metrics, score_completions
 from reward_model.models.backbone import PAD_TOKEN, initialize_head, load_backbone
 from reward_model.models.contract import Contract
 from reward_model.models.encoding import LengthGroupedBatches
@@ -32,7 +34,7 @@ def test_a_decoder_that_pads_with_its_end_of_text_token_gets_a_padding_token(tmp
     tokenizer.pad_token = tokenizer.eos_token
     tiny_gpt2().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model, found = load_backbone(str(tmp_path), seed=0)
+    model, found, _ = load_backbone(str(tmp_path), seed=0)
     assert found.pad_token == PAD_TOKEN and found.pad_token_id != found.eos_token_id
     assert model.config.pad_token_id == found.pad_token_id
     assert model.get_input_embeddings().weight.shape[0] >= len(found)
@@ -105,7 +107,7 @@ def test_a_base_without_a_classifier_is_refused_with_a_way_out(tmp_path: Path) -
 
 
 def test_a_chosen_attention_is_the_one_that_trains_and_one_that_is_not_installed_is_named(tiny_base: Path) -> None:
-    model, _ = load_backbone(str(tiny_base), seed=0, attn_implementation="eager")
+    model, *_ = load_backbone(str(tiny_base), seed=0, attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
     with pytest.raises(ValueError, match=r"attn_implementation='sage' must be installed here"):
         load_backbone(str(tiny_base), seed=0, attn_implementation="sage")
@@ -169,6 +171,35 @@ def test_early_stop_keeps_the_best_weights(tiny_base: Path, tmp_path: Path) -> N
         tiny_config(tiny_base, tmp_path / "rm", **settings), train=rows[:100], evaluation=rows[100:]
     )
     assert trained.metrics["accuracy"] > 0.9
+
+
+def test_metrics_and_normalization_are_those_of_the_saved_model_in_any_precision(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    rows = preference_rows(100)
+    config = tiny_config(tiny_base, tmp_path / "rm", precision="bfloat16")
+    trained = train_reward_model(config, train=rows[:80], evaluation=rows[80:])
+    model = RewardModel.from_pretrained(trained.path)
+    scored = score_completions(model, as_comparisons(rows[80:], "rows"))
+    fitted = fit_normalization(scored.raw[0].tolist(), "evaluation")
+    assert model.contract.normalization.gain == pytest.approx(fitted.gain, rel=1e-6)
+    assert trained.metrics == pytest.approx(held_out_metrics(scored), rel=1e-6)
+
+
+def test_held_out_ties_are_evaluated_and_refused_only_where_the_accuracy_is_followed(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    rows = preference_rows(40)
+    ties = [row | {"tie": True} for row in rows[30:]]
+    config = tiny_config(tiny_base, tmp_path / "rm", evaluations=2, schedule="reduce_lr_on_plateau")
+    with pytest.raises(ValueError, match=r"schedule=reduce_lr_on_plateau.*none of the 10 held-out .* is decided"):
+        train_reward_model(config, train=rows[:30], evaluation=ties)
+    assert (
+        "accuracy"
+        not in train_reward_model(
+            tiny_config(tiny_base, tmp_path / "rm", evaluations=2), train=rows[:30], evaluation=ties
+        ).metrics
+    )
 
 
 def test_rankings_of_unequal_length_train(tiny_base: Path, tmp_path: Path) -> None:
