@@ -17,6 +17,8 @@ _IGNORED_SETTINGS = (
     "exp_name", "log_with", "world_size", "global_backward_batch_size", "global_batch_size", "total_ppo_epochs",
     "dataset_num_proc", "output_dir",
 )  # fmt: skip
+_SAVED_SETTINGS = ("learning_rate", "adam_eps", "optimizer", "fused_adam", "init_kl_coef")
+"""Settings that are part of the saved state of optimizer and KL controller."""
 
 
 def trained_parameters(learner: PPOLearner) -> dict[str, torch.Tensor]:
@@ -70,12 +72,13 @@ def check_compatibility(learner: PPOLearner, saved: SavedCheckpoint) -> None:
             "started from; the checkpoint has the trained weights."
         )
     before, now = saved.identity.get("settings") or {}, run_identity(learner)["settings"]
-    changed = [f"{key}={now[key]!r} (was {before[key]!r})" for key in before if before[key] != now[key]]
+    changed = [key for key in before if before[key] != now[key]]
     if changed:
+        differences = ", ".join(f"{key}={now[key]!r} (was {before[key]!r})" for key in changed)
+        kept = ", ".join(key for key in changed if key in _SAVED_SETTINGS)
+        which = f"the new values, except for {kept}, whose saved values go on" if kept else "the new values"
         warnings.warn(
-            f"{saved.path.name} was written with other settings: {', '.join(changed)}. The run uses the new "
-            "ones, except for the learning rate, which is that of the saved optimizer.",
-            stacklevel=4,
+            f"{saved.path.name} was written with other settings: {differences}. The run uses {which}.", stacklevel=4
         )
 
 
@@ -106,6 +109,13 @@ def _check_optimizer(learner: PPOLearner, saved: SavedCheckpoint) -> None:
             f"has {len(parameters)} in {len(sizes)}: it was written by a run of another optimizer. Build the "
             "optimizer of the first run."
         )
+    expected, found = (_numbers(each) for each in (learner.optimizer.param_groups, groups))
+    if expected != found:
+        raise CheckpointError(
+            f"{saved.path.name} holds an optimizer with the settings {', '.join(sorted(found))}, this run's has "
+            f"{', '.join(sorted(expected))}: it was written by a run of another optimizer. Build the optimizer of the "
+            "first run, or choose another output_dir."
+        )
     for index, parameter in zip(indices, parameters, strict=True):
         for name, value in saved.optimizer["state"].get(index, {}).items():
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
@@ -113,3 +123,17 @@ def _check_optimizer(learner: PPOLearner, saved: SavedCheckpoint) -> None:
                     f"{saved.path.name} holds {name} of shape {tuple(value.shape)} for a parameter of shape "
                     f"{tuple(parameter.shape)}: it was written by a run of another model. Choose another output_dir."
                 )
+
+
+def _numbers(groups: list[dict[str, Any]]) -> set[str]:
+    """Names of an optimizer's own settings that are numbers.
+
+    Left out: flags, which torch fills in and which differ between versions, and what a schedule adds (`initial_lr`).
+    """
+    kinds = (int, float, list, tuple, torch.Tensor)
+    numbers = {
+        name for group in groups for name, value in group.items()
+        if isinstance(value, kinds) and not isinstance(value, bool)
+    }  # fmt: skip
+    added = {name for name in numbers if name.endswith(("_lr", "_momentum"))}
+    return numbers - added - {"params", "param_names"}

@@ -155,7 +155,8 @@ def _shared_state(learner: PPOLearner, shared: StatefulByName) -> dict[str, Stat
         "kl_controller": learner.kl_ctl, "running": learner.running, "update": learner.algorithm.update,
         "reuse": learner.reuse, **shared,
     }  # fmt: skip
-    return state if learner.lr_scheduler is None else {**state, "lr_scheduler": learner.lr_scheduler}
+    optional = {"lr_scheduler": learner.lr_scheduler, "loss_scale": learner.accelerator.scaler}
+    return state | {name: part for name, part in optional.items() if part is not None}
 
 
 def _trained_state(learner: PPOLearner) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from rlhf_ppo import (
     Reinforce,
     TrainConfig,
 )
+from rlhf_ppo.checkpoints import restore_checkpoint, save_checkpoint
 from rlhf_ppo.checkpoints.folders import MANIFEST, CheckpointError, list_checkpoints, read_json, write_json
 from rlhf_ppo.checkpoints.nested_state import load_nested_state, save_nested_state
 from rlhf_ppo.loop.run_folder import RunFolder
@@ -145,6 +146,39 @@ def test_changed_settings_are_named_when_a_run_goes_on_with_them(tmp_path: Path)
     trainer().train(share_of_e, config(tmp_path, iterations=1, save_every=1))
     with pytest.warns(UserWarning, match=r"other settings: ppo_epochs=3 \(was 2\)"):
         trainer(ppo_epochs=3).train(share_of_e, config(tmp_path, iterations=2))
+
+
+def test_changed_settings_that_the_saved_state_overrules_are_named_as_such(tmp_path: Path) -> None:
+    trainer().train(share_of_e, config(tmp_path, iterations=1, save_every=1))
+    own = trainer(init_kl_coef=0.7, adam_eps=1e-3, optimizer="adamw", ppo_epochs=3)
+    with pytest.warns(
+        UserWarning, match=r"new values, except for adam_eps, init_kl_coef, optimizer, whose saved"
+    ) as said:
+        own.train(share_of_e, config(tmp_path, iterations=1))
+    assert "ppo_epochs=3 (was 2)" in str(said[0].message)
+    assert own.kl_ctl.value < 0.21
+    assert [own.optimizer.param_groups[0][name] for name in ("eps", "weight_decay")] == [1e-8, 0.0]
+
+
+def test_another_kind_of_optimizer_is_refused_and_nothing_has_changed(tmp_path: Path) -> None:
+    """Adam has a weight decay, TensorFlow's has none: with the saved groups its first step would be a KeyError."""
+    trainer(optimizer="adam_tensorflow").train(share_of_e, config(tmp_path, iterations=1, save_every=1))
+    own = trainer()
+    before = parameters(own).clone()
+    with pytest.raises(
+        CheckpointError, match=r"the settings betas, eps, lr, this run's has betas, eps, lr, weight_decay"
+    ):
+        own.train(share_of_e, config(tmp_path, iterations=2))
+    assert torch.equal(before, parameters(own))
+
+
+def test_the_loss_scale_of_float16_is_saved(tmp_path: Path) -> None:
+    first, second = trainer(), trainer()
+    for own, scale in ((first, 8.0), (second, 65536.0)):
+        own.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    save_checkpoint(first, tmp_path, iteration=1)
+    restore_checkpoint(second, tmp_path)
+    assert second.accelerator.scaler.get_scale() == 8.0
 
 
 def test_a_reference_of_other_weights_is_refused(tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def test_no_secret_reaches_run_folder_tracker_checkpoint_or_model_card(tmp_path:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     own = PPOTrainer(settings, model, tokenizer=tokenizer, dataset=trainer().dataset)
     RunFolder.create(tmp_path).write_config({"hub_token": SECRET, "reward_url": f"http://a:{SECRET}@b/score"})
+    own.trackers.begin()
+    settings.push_to_hub_if_best_kwargs = {}  # which `train()` refuses
     own.train(share_of_e, config(tmp_path, iterations=1, save_every=1))
     own.save_pretrained(tmp_path / "model")
     own.accelerator.end_training()
