@@ -2,12 +2,13 @@
 
 import asyncio
 import inspect
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Any
 
 from rlhf_ppo.rewards.calls import background_loop
@@ -18,7 +19,8 @@ def run_concurrently(
 ) -> list[Any | BaseException]:
     """Results of `calls` in their order; the exception in place of the result of a call that raised or timed out.
 
-    A call that exceeds the time limit is abandoned in its daemon thread, and another thread takes its place.
+    A call that exceeds the time limit is abandoned in its daemon thread, and another thread takes its place. The time
+    in which it waits for others (`running_call().waiting()`) does not count.
 
     Args:
         calls: Functions without arguments; they may use `resolve_awaitable` on awaitables.
@@ -27,14 +29,22 @@ def run_concurrently(
     """
     if workers == 1 and timeout is None:
         return [_result_or_error(call) for call in calls]
-    tasks = [_Task(call) for call in calls]
+    tasks = [Task(call, timeout) for call in calls]
     queue = deque(tasks)
     for _ in range(min(workers, len(tasks))):
         _start_worker(queue)
     for task in tasks:
-        if not task.wait(timeout):
+        if not task.wait():
             _start_worker(queue)
-    return [task.outcome(timeout) for task in tasks]
+    return [task.outcome() for task in tasks]
+
+
+def running_call() -> "Task | None":
+    """The call that `run_concurrently` runs in this thread; None outside."""
+    return getattr(_THREAD, "task", None)
+
+
+_THREAD = threading.local()
 
 
 def resolve_awaitable(result: Any) -> Any:
@@ -55,11 +65,12 @@ def _result_or_error(call: Callable[[], Any]) -> Any | BaseException:
         return error
 
 
-class _Task:
-    """One call, its result, and whether it was abandoned."""
+class Task:
+    """One call, its time limit in seconds, its result, and whether it was abandoned."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Callable[[], Any], timeout: float | None) -> None:
         self.call = call
+        self.timeout = math.inf if timeout is None else timeout
         self.future: Future[Any] = Future()
         self.started = threading.Event()
         self.start = 0.0
@@ -67,28 +78,42 @@ class _Task:
 
     def run(self) -> None:
         self.start = time.monotonic()
+        _THREAD.task = self
         self.started.set()
         try:
             self.future.set_result(_result_or_error(self.call))
         except BaseException as error:  # nobody else would hear of it: this is a thread
             self.future.set_result(error)
 
-    def wait(self, timeout: float | None) -> bool:
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Context manager: while active, the time of the call stands still."""
+        before, self.start = time.monotonic() - self.start, math.inf
+        try:
+            yield
+        finally:
+            self.start = time.monotonic() - before
+
+    def is_overdue(self) -> bool:
+        """Whether the call has used more time than it may."""
+        return time.monotonic() > self.start + self.timeout
+
+    def wait(self) -> bool:
         """Wait until the call is done; False if it exceeded its time limit and was abandoned."""
         self.started.wait()
-        try:
-            self.future.result(None if timeout is None else max(0.0, self.start + timeout - time.monotonic()))
-        except FutureTimeoutError:
-            self.is_abandoned = True
+        while not (self.future.done() or self.is_overdue()):
+            seconds = self.start + self.timeout - time.monotonic()
+            wait([self.future], None if self.timeout == math.inf else min(max(0.0, seconds), 1.0))  # it may start later
+        self.is_abandoned = not self.future.done()
         return not self.is_abandoned
 
-    def outcome(self, timeout: float | None) -> Any | BaseException:
+    def outcome(self) -> Any | BaseException:
         if self.is_abandoned:
-            return TimeoutError(f"no answer within {timeout:g} s")
+            return TimeoutError(f"no answer within {self.timeout:g} s")
         return self.future.result()
 
 
-def _start_worker(queue: deque[_Task]) -> None:
+def _start_worker(queue: deque[Task]) -> None:
     def work() -> None:
         while True:
             try:

@@ -62,6 +62,8 @@ class ReplayableEnvironment:
             answer = resolve_awaitable(environment.reset(**accepted_columns(environment.reset, self.columns)))
             first = deepcopy(answer)  # the environment may go on with its list of messages
             check_observation(first, "the result of reset()")
+            if first == []:
+                raise ValueError("reset() returned no message: there is nothing to answer. Return one, or text.")
             if self.turns and first != self.first:
                 raise ReplayError("reset() returned another first observation for the same columns and seed")
             self.first, self.template_kwargs = first, getattr(environment, "chat_template_kwargs", {})

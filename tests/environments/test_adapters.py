@@ -1,7 +1,9 @@
 """Adapters: environments of other libraries, as stand-ins of their interfaces, and the real ones where installed."""
 
 import random
+import threading
 from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from rlhf_ppo.environments.adapters import (
     from_skyrl_gym,
     from_textarena,
 )
+from rlhf_ppo.environments.concurrency import run_concurrently
 from rlhf_ppo.environments.live import ReplayableEnvironment
 
 
@@ -78,6 +81,38 @@ def test_environments_that_share_the_global_generators_hear_their_own_numbers_an
         environment.start()
     turns = [[environment.step(reply) for environment in environments] for reply in ("go", "go", "end")]
     assert [first for first, _ in turns] == alone[1]
+    assert all(np.array_equal(one, other) for one, other in zip(before, np.random.get_state(), strict=True))
+
+
+def test_a_call_that_hangs_keeps_no_other_from_the_global_generators() -> None:
+    """The others wait for it longer than their own time limit; when it wakes up, it changes nothing any more."""
+    release, left = threading.Event(), threading.Event()
+
+    class Hanging(GemGame):
+        def step(self, reply: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+            release.wait()
+            return "", 0.0, False, False, {}
+
+    def play_on(environment: ReplayableEnvironment) -> Turn:
+        try:
+            return environment.step("go")
+        finally:
+            if environment is environments[0]:
+                left.set()
+
+    expected = play(from_gem(GemGame), "go")[1]
+    games = [Hanging, GemGame, GemGame]
+    environments = [ReplayableEnvironment(from_gem(game), {"seed": 7}) for game in games]
+    for environment in environments:
+        environment.start()
+    calls = [partial(play_on, environment) for environment in environments]
+    hung, *others = run_concurrently(calls, workers=3, timeout=1.0)
+    assert isinstance(hung, TimeoutError)
+    assert others == expected * 2
+    np.random.rand()  # the run goes on
+    before = np.random.get_state()
+    release.set()
+    left.wait()
     assert all(np.array_equal(one, other) for one, other in zip(before, np.random.get_state(), strict=True))
 
 

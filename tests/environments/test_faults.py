@@ -285,3 +285,32 @@ def test_an_observation_that_the_chat_template_refuses_drops_its_episode_alone()
     with pytest.warns(UserWarning, match="no tools"):
         played = runner(torch.nn.Identity(), [{"number": number} for number in range(3)], SAMPLING)
     assert [episode is None for episode in played.episodes] == [False, True, False]
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "messages"])
+def test_half_a_character_in_an_observation_is_read_as_a_replacement_character(chat: bool) -> None:
+    """As from a tool that returns what the policy wrote, half an emoji; two halves in a row are the emoji."""
+
+    def playing(text: str) -> Any:
+        observation = [{"role": "user", "content": text}] if chat else text
+
+        class Echo:
+            def reset(self) -> Any:
+                return observation
+
+            def step(self, reply: str) -> Turn:
+                return Turn(observation, terminated=reply == "ee")
+
+        (episode,) = play(Echo, Script("e", "ee"), chat=chat)
+        return episode.prompt_ids.tolist(), episode.response_ids.tolist()
+
+    assert playing("a \ud83d b \ud83d\ude00") == playing("a \ufffd b \N{GRINNING FACE}")
+
+
+def test_an_empty_conversation_drops_its_episode() -> None:
+    class Silent(Chat):
+        def reset(self) -> list[dict[str, str]]:
+            return []
+
+    with pytest.warns(UserWarning, match="reset\\(\\) returned no message"):
+        assert play(Silent, Script("e"), chat=True) == []
