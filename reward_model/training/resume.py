@@ -174,7 +174,7 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **options)  # type: ignore[no-untyped-call]
         saved = state.stateful_callbacks.get(type(self).__name__, self.state())
         self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
-        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class SealCheckpoints(TrainerCallback):

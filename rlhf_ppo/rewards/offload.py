@@ -18,14 +18,14 @@ def offload_sources(
 ) -> Iterator[Callable[[], AbstractContextManager[object]]]:
     """Context manager: while active, models of reward sources are on the CPU; yields the context that loads them.
 
-    A source's models are the source itself if it is an `nn.Module`; else its attributes, and theirs, that are modules.
-    Attributes may be lists, tuples or dictionaries, such as the members of an ensemble.
+    A source's models are the source itself if it is an `nn.Module`; else the modules among its attributes, and among
+    theirs and the items of lists and dictionaries, such as the members of an ensemble.
 
     Args:
         sources: The reward sources.
         excluded: Tensors to leave in place, such as the policy's.
     """
-    models = {id(model): model for item in named_sources(sources) for model in _models(item.source, levels=2)}
+    models = {id(model): model for item in named_sources(sources) for model in _models(item.source, levels=3)}
     devices = {key: device for key, model in models.items() if (device := _device(model)) is not None}
     if not devices:
         warnings.warn(
@@ -58,12 +58,11 @@ def _device(model: nn.Module) -> torch.device | None:
 
 
 def _models(value: Any, *, levels: int) -> list[nn.Module]:
-    """The modules in `value`: itself, items of a container, and attributes down to `levels`."""
+    """The modules in `value`: itself, or what its items and attributes hold, down to `levels`."""
     if isinstance(value, nn.Module):
         return [value]
-    if isinstance(value, list | tuple):
-        return [model for item in value for model in _models(item, levels=levels)]
-    if isinstance(value, Mapping):
-        return [model for item in value.values() for model in _models(item, levels=levels)]
-    attributes = getattr(value, "__dict__", {}).values() if levels else ()
-    return [model for item in attributes for model in _models(item, levels=levels - 1)]
+    if not levels:
+        return []
+    mapping = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+    parts = value if isinstance(value, list | tuple) else mapping.values()
+    return [model for part in parts for model in _models(part, levels=levels - 1)]
