@@ -93,8 +93,10 @@ class PPOTrainer(ClassicSurface):
         self.running = RunningMoments(self.accelerator)
         self.data_collator = training_data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.dataset, self.dataloader = dataset, None
-        if not isinstance(dataset, PromptDataset):  # a loop of the user's own
-            self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        if dataset is None or isinstance(dataset, PromptDataset):  # `train` may first restore which run to continue
+            self.trackers.begin_when_used()
+        else:  # a loop of the user's own
+            self.dataloader = self.prepare_dataloader(dataset, data_collator)
             self.trackers.begin()
         self.follow_assignments(default_optimizer=optimizer is None, default_algorithm=algorithm is None)
 
@@ -127,6 +129,7 @@ class PPOTrainer(ClassicSurface):
         Raises:
             ValueError: The batch is malformed; nothing has changed then.
         """
+        self.trackers.begin()
         if overridden_methods(self):
             if truncated is not None or group_size != 1 or any_batch_size or responses is None or scores is None:
                 raise ValueError(

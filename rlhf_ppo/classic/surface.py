@@ -50,6 +50,7 @@ class ClassicSurface(ClassicInnerMethods):
         Returns:
             A [1, L] tensor for a tensor, a list of 1-D tensors for a list; a pair (policy, reference) if asked for.
         """
+        self.trackers.begin()  # of a loop of the user's own, which may use the tracker's package itself
         settings = {
             "length_sampler": length_sampler, "batch_size": batch_size, "return_prompt": return_prompt,
             **generation_kwargs,

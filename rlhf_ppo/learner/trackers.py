@@ -1,6 +1,7 @@
 """Accelerate's trackers: started once, without secrets, and continued by a resumed run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,20 @@ class Trackers:
             purge = {"purge_step": int(self._resumed_state["step"]) + 1}
             arguments["tensorboard"] = purge | arguments.get("tensorboard", {})
         self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=arguments)
+
+    def begin_when_used(self) -> None:
+        """Let `log` and `get_tracker` of the accelerator begin first: a script may call them itself."""
+
+        def begun(method: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(method)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.begin()
+                return method(*args, **kwargs)
+
+            return call
+
+        for name in ("log", "get_tracker"):
+            setattr(self.accelerator, name, begun(getattr(self.accelerator, name)))
 
     def log(self, values: Mapping[str, Any], step: int, *, own_rows: bool = True) -> None:
         """Log the values of one step; TensorBoard shows NumPy arrays as histograms.

@@ -1,7 +1,9 @@
 """A resumed run goes on in the tracker's run that it began."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import create_autospec
 
 import accelerate.tracking
@@ -10,9 +12,10 @@ import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf_ppo import PPOConfig
+from rlhf_ppo import PPOConfig, PPOTrainer
 from rlhf_ppo.learner.trackers import Trackers
-from tests.support.tiny_run import config, share_of_e, trainer
+from rlhf_ppo.rollout.prompts import PromptDataset
+from tests.support.tiny_run import TEXTS, config, share_of_e, trainer
 
 
 @pytest.mark.parametrize(("tracker", "name"), [("wandb", "id"), ("trackio", "name")])
@@ -61,12 +64,23 @@ def test_a_tracker_that_cannot_log_is_refused(log_with: str, message: str, monke
         trainer(log_with=log_with)
 
 
-def test_tensorboard_shows_each_iteration_of_a_resumed_run_once(tmp_path: Path) -> None:
+def without_dataset(**settings: Any) -> PPOTrainer:
+    """A trainer whose prompts are passed to `train()`."""
+    like = trainer(**settings)
+    return PPOTrainer(like.config, like.model, tokenizer=like.tokenizer)
+
+
+@pytest.mark.parametrize("build", [trainer, without_dataset])
+def test_tensorboard_shows_each_iteration_of_a_resumed_run_once(
+    build: Callable[..., PPOTrainer], tmp_path: Path
+) -> None:
     """The first part logs iteration 3 without saving it; the second logs it again."""
 
     def run(iterations: int, save_every: int) -> None:
-        own = trainer(log_with="tensorboard", project_kwargs={"logging_dir": str(tmp_path / "tracked")})
-        own.train(share_of_e, config(tmp_path / "run", iterations=iterations, save_every=save_every))
+        own = build(log_with="tensorboard", project_kwargs={"logging_dir": str(tmp_path / "tracked")})
+        prompts = PromptDataset.from_texts(TEXTS, own.tokenizer)
+        settings = config(tmp_path / "run", iterations=iterations, save_every=save_every)
+        own.train(share_of_e, settings, prompts=prompts)
         own.accelerator.end_training()
 
     run(3, save_every=2)
@@ -76,3 +90,18 @@ def test_tensorboard_shows_each_iteration_of_a_resumed_run_once(tmp_path: Path) 
     events = EventAccumulator(str(tmp_path / "tracked" / "rlhf_ppo"))
     events.Reload()
     assert [event.step for event in events.Scalars("objective/kl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("use", ["log", "get_tracker", "generate"])
+def test_a_loop_without_a_dataset_finds_its_tracker_begun(use: str, tmp_path: Path) -> None:
+    """`train()` may have to restore which run the tracker continues; a loop of the user's own may log at once."""
+    own = without_dataset(log_with="tensorboard", project_kwargs={"logging_dir": str(tmp_path)})
+    assert own.accelerator.trackers == []
+    calls = {
+        "log": lambda: own.accelerator.log({"loss": 1.0}, step=1),
+        "get_tracker": lambda: own.accelerator.get_tracker("tensorboard", unwrap=True).add_scalar("loss", 1.0, 1),
+        "generate": lambda: own.generate(torch.tensor([5, 6]), max_new_tokens=1),
+    }
+    calls[use]()
+    assert len(own.accelerator.trackers) == 1
+    own.accelerator.end_training()
