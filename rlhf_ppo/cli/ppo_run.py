@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -81,8 +81,17 @@ def run(config: RunConfig) -> TrainState:
         )  # fmt: skip
     trainer.save_pretrained(f"{config.output_dir}/model")
     if trainer.accelerator.is_main_process:
+        folder = RunFolder.open(config.output_dir)
+        sections: dict[str, Any] = {
+            "ppo": ppo,
+            "train": train,
+            "sampling": train.sampling,
+            "algorithm_config": algorithm,
+        }
+        own = {name: value for name, value in asdict(config).items() if name not in sections}
+        folder.write_config(own | {name: asdict(section) for name, section in sections.items()})
         page = write_report(config.output_dir, title=title)
-        result = headline(read_run(RunFolder.open(config.output_dir)))
+        result = headline(read_run(folder))
         sys.stdout.write(f"{result}\nmodel: {config.output_dir}/model\nreport: {page}\n")
     return state
 

@@ -55,6 +55,9 @@ def test_a_run_by_flags_leaves_metrics_model_and_report(world: Path, tmp_path: P
     assert status == 0, said.err
     assert "live report: http://127.0.0.1:" in said.out and "2 iterations of training: mean score" in said.out
     assert f"report: {tmp_path / 'run' / 'report.html'}" in said.out
+    settings = RunFolder.open(tmp_path / "run").config()
+    assert settings["model"] == str(world / "gpt2") and settings["ppo"]["batch_size"] == 4
+    assert settings["algorithm_config"]["gae"]["lam"] == 0.95
     assert len(RunFolder.open(tmp_path / "run").metrics()) == 2
     AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "run" / "model"))
 
