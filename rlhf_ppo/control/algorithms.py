@@ -3,6 +3,7 @@
 from typing import Literal, TypeAlias, get_args
 
 from rlhf_ppo.algorithms import GAE, TRPO, AlgorithmConfig, Critic, LearnedValue, PPOClip, PPOPenalty, Reinforce
+from rlhf_ppo.algorithms.config import critic_settings
 
 AlgorithmName: TypeAlias = Literal["ppo-clip", "ppo-penalty", "trpo", "reinforce"]
 
@@ -42,7 +43,13 @@ def control_algorithm(
 
 
 def discount(algorithm: AlgorithmConfig) -> float:
-    """The discount γ; a ValueError for algorithms that need groups of responses or the exact KL to an old policy."""
+    """The discount γ; a ValueError for algorithms and settings that control does not know."""
+    critic = critic_settings(algorithm)
+    if critic is not None and (critic.learning_rate is not None or critic.freeze != "nothing"):
+        raise ValueError(
+            f"expected Critic(learning_rate=None, freeze='nothing'), got {critic.learning_rate} and {critic.freeze!r}: "
+            "control has one optimizer and trains the whole critic, so they would change nothing. Leave them out."
+        )
     match algorithm:
         case Reinforce():
             return algorithm.gamma

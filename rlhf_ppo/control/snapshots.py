@@ -1,10 +1,15 @@
 """Save and restore the state of an environment as JSON, so that a resumed run continues in mid-episode."""
 
+import warnings
+from collections import deque
 from collections.abc import Iterator
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import mujoco
 import numpy as np
+from gymnasium import Space
+from gymnasium.envs.registration import EnvSpec
 
 from rlhf_ppo.control.randomization import DomainRandomization
 
@@ -20,9 +25,20 @@ def snapshot(env: Any) -> dict[str, Any]:
     if isinstance(getattr(base, "model", None), mujoco.MjModel):
         derived = {name: getattr(base.data, name).tolist() for name in _DERIVED}
         return state | {"physics": _physics_state(base).tolist(), "derived": derived}
-    return state | {
-        "attributes": {name: _to_json(value) for name, value in vars(base).items() if _is_serializable(value)}
-    }
+    attributes, unsaved = {}, []
+    for name, value in vars(base).items():
+        try:
+            attributes[name] = _to_json(value)
+        except TypeError:
+            if not isinstance(value, _STATELESS) and value is not base.np_random:
+                unsaved.append(name)
+    if unsaved:
+        warnings.warn(
+            f"The state of {base} in {', '.join(unsaved)} cannot be saved, as it is not made of numbers, texts and "
+            "arrays: a run that resumes from this checkpoint differs from an uninterrupted one if it changes within "
+            "an episode.", stacklevel=2,
+        )  # fmt: skip
+    return state | {"attributes": attributes}
 
 
 def restore_snapshot(env: Any, state: dict[str, Any]) -> None:
@@ -41,9 +57,10 @@ def restore_snapshot(env: Any, state: dict[str, Any]) -> None:
             target = getattr(base.data, name)
             target[...] = np.reshape(values, target.shape)
     for name, value in state.get("attributes", {}).items():
-        setattr(base, name, np.asarray(value["array"], value["dtype"]) if isinstance(value, dict) else value)
+        setattr(base, name, _from_json(value))
 
 
+_STATELESS = (Space, EnvSpec, FunctionType, MethodType, ModuleType, type)
 _STATE_SPEC = mujoco.mjtState.mjSTATE_INTEGRATION
 _DERIVED = ("xpos", "xipos", "site_xpos", "cinert", "cvel", "cfrc_ext", "qfrc_actuator", "qfrc_constraint")
 """Derived quantities that Gymnasium's rewards and observations read before a step recomputes them."""
@@ -63,11 +80,39 @@ def _wrapper_chain(env: Any) -> Iterator[Any]:
         env = env.env
 
 
-def _is_serializable(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, np.ndarray, np.floating, np.integer))
-
-
 def _to_json(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return {"array": value.tolist(), "dtype": str(value.dtype)}
-    return value.item() if isinstance(value, np.generic) else value
+    """A value as JSON, with its types; a TypeError for anything but numbers, texts, arrays and collections of them."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufU":
+        return {"array" if isinstance(value, np.ndarray) else "scalar": value.tolist(), "dtype": str(value.dtype)}
+    if type(value) in (list, tuple, set, deque):
+        return {type(value).__name__: [_to_json(part) for part in value]} | _length_limit(value)
+    if type(value) is dict:
+        return {"dict": [[_to_json(name), _to_json(part)] for name, part in value.items()]}
+    raise TypeError(type(value))
+
+
+def _length_limit(value: Any) -> dict[str, int]:
+    return {"maxlen": value.maxlen} if isinstance(value, deque) and value.maxlen is not None else {}
+
+
+def _from_json(value: Any) -> Any:
+    """The value of `_to_json`."""
+    match value:
+        case {"array": numbers, "dtype": dtype}:
+            return np.asarray(numbers, dtype)
+        case {"scalar": number, "dtype": dtype}:
+            return np.dtype(dtype).type(number)
+        case {"list": parts}:
+            return [_from_json(part) for part in parts]
+        case {"tuple": parts}:
+            return tuple(_from_json(part) for part in parts)
+        case {"set": parts}:
+            return {_from_json(part) for part in parts}
+        case {"deque": parts}:
+            return deque((_from_json(part) for part in parts), value.get("maxlen"))
+        case {"dict": items}:
+            return {_from_json(name): _from_json(part) for name, part in items}
+        case _:
+            return value

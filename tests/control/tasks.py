@@ -1,5 +1,6 @@
 """Small environments whose every number is known beforehand."""
 
+from collections import deque
 from typing import Any
 
 import gymnasium as gym
@@ -27,6 +28,24 @@ class Corridor(gym.Env[Any, Any]):
         self.time += 1
         self.heard.append(float(action[0]))
         return np.array([float(self.time)]), 1.0 + float(action[0]), self.time == self.length, False, {}
+
+
+class Remembering(Corridor):
+    """Rewards and observations of `Corridor` change with what was heard, which is kept in collections of all kinds."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.recent, self.counts, self.pair = deque([0.0], maxlen=3), {0: np.float32(0)}, (0, [0.0])
+        self.seen: set[int] = set()
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        _, reward, *rest = super().step(action)
+        self.recent.append(float(action[0]))
+        self.counts[self.time % 3] = self.counts.get(self.time % 3, np.float32(0)) + np.float32(reward)
+        self.pair = self.pair[0] + 1, [*self.pair[1][-2:], reward]
+        self.seen.add(round(reward))
+        state = sum(self.recent) + float(self.counts.get(1, 0)) + sum(self.pair[1]) + len(self.seen)
+        return np.array([state]), reward + 0.1 * state, *rest
 
 
 def corridor(*, terminates: int | None = None, truncates: int | None = None) -> Any:

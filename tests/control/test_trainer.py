@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ppo import GRPO, PPOPenalty
+from rlhf_ppo import GRPO, Critic, PPOClip, PPOPenalty
 from rlhf_ppo.checkpoints import FolderInUseError
 from rlhf_ppo.control import ControlConfig, ControlTrainer, EnvironmentConfig, Randomization, control_algorithm
-from tests.control.tasks import Corridor, register
+from tests.control.tasks import Corridor, Remembering, register
 from tests.robustness.another_run import another_run_in
 
 TINY: dict[str, Any] = {"environments": 4, "rollout_steps": 64, "minibatch_size": 64, "epochs": 2, "hidden": (8,)}
@@ -54,6 +54,37 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, algo
     assert found == expected[2:]
     assert whole.environments.state_dict() == second.environments.state_dict()
     assert whole.normalizer.state_dict() == second.normalizer.state_dict()
+
+
+@pytest.mark.parametrize("task", ["MountainCar-v0", "Remembering-v0"])
+def test_tasks_whose_state_is_in_collections_resume_exactly(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MountainCar-v0 keeps its state in a tuple."""
+    register(monkeypatch, "Remembering-v0", Remembering, max_episode_steps=20)
+    own = config(task, lowered=False, total_steps=2 * 256)
+    whole, first, second = (ControlTrainer(own) for _ in range(3))
+    whole.train()
+    first.step()
+    first.save(tmp_path)
+    second.train(tmp_path)
+    assert same(whole, second)
+    assert whole.environments.state_dict() == second.environments.state_dict()
+    for one, other in zip(whole.environments.envs, second.environments.envs, strict=True):
+        for name, value in vars(one.unwrapped).items():
+            assert type(getattr(other.unwrapped, name)) is type(value), name
+
+
+def test_a_state_that_cannot_be_saved_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Opaque(Corridor):
+        def reset(self, **settings: Any) -> Any:
+            self.body = object()
+            return super().reset(**settings)
+
+    register(monkeypatch, "Opaque-v0", Opaque, max_episode_steps=20)
+    trainer = ControlTrainer(config("Opaque-v0", lowered=False))
+    with pytest.warns(UserWarning, match=r"in body cannot be saved"):
+        trainer.save(tmp_path)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -151,6 +182,9 @@ def test_algorithms_that_need_more_than_control_has_are_refused() -> None:
         ControlTrainer(replace(config(), algorithm=GRPO()))
     with pytest.raises(ValueError, match=r"expected PPOPenalty\(exact=False\)"):
         ControlTrainer(replace(config(), algorithm=PPOPenalty(exact=True)))
+    for critic in (Critic(learning_rate=1e-3), Critic(freeze="trunk")):
+        with pytest.raises(ValueError, match=r"control has one optimizer and trains the whole critic"):
+            ControlTrainer(replace(config(), algorithm=PPOClip(critic=critic)))
 
 
 FIGURES = [
