@@ -1,6 +1,7 @@
 """`PPOTrainer`, the main class: `generate`, `step`, `train`. One iteration is `PPOLearner.learn`."""
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -95,6 +96,11 @@ class PPOTrainer(ClassicSurface):
         self.dataset, self.dataloader = dataset, None
         if dataset is None or isinstance(dataset, PromptDataset):  # `train` may first restore which run to continue
             self.trackers.begin_when_used()
+            if data_collator is not None:
+                warnings.warn(
+                    "data_collator is not used: it is that of `trainer.dataloader`, and there is none without a "
+                    "`dataset` of rows. Pass `dataset`, or leave data_collator out.", UserWarning, stacklevel=2,
+                )  # fmt: skip
         else:  # a loop of the user's own
             self.dataloader = self.prepare_dataloader(dataset, data_collator)
             self.trackers.begin()

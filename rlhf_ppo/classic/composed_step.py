@@ -18,11 +18,12 @@ from rlhf_ppo.classic.core_functions import convert_to_scalar, logprobs_from_log
 from rlhf_ppo.classic.inner_methods import ClassicInnerMethods
 from rlhf_ppo.functional import total_scores
 from rlhf_ppo.learner.finite_checks import check_finite_scores
+from rlhf_ppo.learner.importance_correction import check_sampler_logprobs
 from rlhf_ppo.learner.running_moments import normalize_scores
 from rlhf_ppo.learner.statistics import Statistics
 from rlhf_ppo.rollout.checks import check_step_inputs
 from rlhf_ppo.rollout.experience import Responses, ScoredResponses
-from rlhf_ppo.utils.timing import timed
+from rlhf_ppo.utils.timing import empty_cache_after, timed
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +62,15 @@ def composed_step(
     _check_supported(trainer)
     trainer.check_assignments()
     timing: dict[str, float] = {}
-    with _right_padding(trainer), timed(timing, "total"):
+    empty_cache = empty_cache_after(trainer.config.optimize_device_cache)
+    with _right_padding(trainer), timed(timing, "total"), empty_cache:
         checked = trainer.processes.run_or_fail_together(
             lambda: check_step_inputs(
                 *trainer._step_safety_checker(trainer.config.batch_size, queries, responses, scores, response_masks),
                 limits=replace(trainer.limits, batch_size=None), device=trainer.current_device,
             )
         )  # fmt: skip
+        check_sampler_logprobs(checked, trainer.importance_correction)
         before_update(checked)
         with torch.no_grad():
             batch = _score(trainer, checked, timing)
@@ -126,6 +129,8 @@ def _check_supported(trainer: ClassicInnerMethods) -> None:
         "pretraining texts": trainer.pretraining is not None,
         "a separate critic": trainer.model.critic is not None,
         "parameters sharded by FSDP or DeepSpeed": trainer.accelerator.distributed_type in ("FSDP", "DEEPSPEED"),
+        f"dump_dir={config.dump_dir!r}": config.dump_dir is not None,
+        f"token_budget={config.token_budget}": config.token_budget is not None,
     }
     for setting, is_used in unsupported.items():
         if is_used:

@@ -48,6 +48,11 @@ def check_arguments(
     if dataset is not None and not isinstance(dataset, torch.utils.data.Dataset | datasets.Dataset | PromptDataset):
         raise ValueError(f"dataset must be a torch.utils.data.Dataset or datasets.Dataset, got {type(dataset)}")
     check_scheduler(lr_scheduler)
+    if config.use_score_norm and not config.use_score_scaling:
+        warnings.warn(
+            "use_score_norm=True does nothing without use_score_scaling=True, as in TRL's classic: scores stay as they "
+            "are. Set both, or neither.", UserWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 def check_models(config: PPOConfig, model: object, ref_model: object) -> None:

@@ -234,6 +234,19 @@ def test_what_the_classic_did_not_know_is_refused_with_an_override(tmp_path: Any
     assert torch.equal(weights(trainer), before)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dump_dir": "somewhere"}, r"got dump_dir='somewhere'"),
+        ({"token_budget": 100}, r"got token_budget=100"),
+        ({"importance_sampling": "mask"}, r"needs the sampler's log-probability"),
+    ],
+)
+def test_settings_that_the_inner_methods_do_not_read_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer_of(CallsSuper, **settings).step(QUERIES, RESPONSES, SCORES)
+
+
 def test_a_score_that_is_not_finite_is_refused_there_too() -> None:
     trainer = trainer_of(CallsSuper)
     before = weights(trainer)

@@ -311,6 +311,13 @@ def test_an_upload_is_what_save_pretrained_writes(monkeypatch: pytest.MonkeyPatc
     assert {"critic", "config.json", "model.safetensors", "README.md", "tokenizer_config.json"} <= set(files)
 
 
+def test_arguments_that_nothing_would_read_are_named() -> None:
+    with pytest.warns(UserWarning, match="use_score_norm=True does nothing without use_score_scaling"):
+        trainer_of(use_score_norm=True)
+    with pytest.warns(UserWarning, match="data_collator is not used"):
+        PPOTrainer(PPOConfig(batch_size=2, mini_batch_size=1), policy(), None, tiny_tokenizer(), data_collator=list)
+
+
 def test_the_doctor_lets_the_prompts_of_an_encoder_decoder_end_in_its_stop_token() -> None:
     """T5's do; a causal model's prompt that ends so is a finding."""
     prompts = [torch.cat([query, torch.tensor([EOS_TOKEN_ID])]) for query in QUERIES]
