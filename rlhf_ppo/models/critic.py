@@ -1,6 +1,7 @@
 """A separate critic with its own transformer, initialized from the policy or from a reward model."""
 
 import copy
+import logging
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
-from rlhf_ppo.models.adapters import merged_model
+from rlhf_ppo.models.adapters import REFERENCE_ADAPTER, merged_model
 from rlhf_ppo.models.dropout import disable_dropout
 from rlhf_ppo.models.trunk import layers_of
 from rlhf_ppo.models.value_head import last_hidden_size
+
+logger = logging.getLogger(__name__)
 
 CRITIC_FOLDER, CRITIC_HEAD = "critic", "head.safetensors"
 """Where a separate critic is saved beside the policy."""
@@ -152,9 +155,23 @@ def save_critic(model: Any, folder: Path) -> None:
         save_file(dict(model.critic.head.state_dict()), folder / CRITIC_FOLDER / CRITIC_HEAD)
 
 
-def attach_saved_critic(model: Any, source: object) -> None:
+def forget_earlier_parts(model: Any, folder: Path) -> None:
+    """Delete the files by which parts of an earlier policy in `folder` would be found and loaded with this one."""
+    adapters = model.pretrained_model.peft_config if model.is_peft_model else ()
+    found_by = {
+        "adapter_config.json": model.is_peft_model,
+        f"{REFERENCE_ADAPTER}/adapter_config.json": REFERENCE_ADAPTER in adapters,
+        f"{CRITIC_FOLDER}/{CRITIC_HEAD}": isinstance(model.critic, SeparateCritic),
+    }
+    for name, is_saved_anew in found_by.items():
+        if not is_saved_anew and (folder / name).is_file():
+            (folder / name).unlink()
+            logger.warning("Deleted %s of the policy that was saved in %s before.", name, folder)
+
+
+def attach_saved_critic(model: Any, source: str) -> None:
     """Attach the critic that `save_critic` wrote beside a policy, if `source` is a folder with one."""
-    folder = Path(source) / CRITIC_FOLDER if isinstance(source, str | Path) else Path()
+    folder = Path(source) / CRITIC_FOLDER
     if not (folder / CRITIC_HEAD).is_file():
         return
     state = load_file(folder / CRITIC_HEAD)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlhf_ppo.models import adapters, critic, loading
+from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.models.value_head import (
     HUB_ARGUMENTS,
     VALUE_HEAD_PREFIX,
@@ -120,13 +121,9 @@ class PreTrainedModelWrapper(nn.Module):
         head_arguments = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         language_model = loading.load_language_model(
-            cls.transformers_parent_class,
-            source,
-            *model_args,
-            peft_config=peft_config,
-            is_trainable=is_trainable,
+            cls.transformers_parent_class, source, *model_args, peft_config=peft_config, is_trainable=is_trainable,
             arguments=kwargs,
-        )
+        )  # fmt: skip
         score = None
         if reward_adapter is not None:
             if not isinstance(language_model, PeftModel):
@@ -151,7 +148,7 @@ class PreTrainedModelWrapper(nn.Module):
         saved = find_file(source, "adapter_config.json", **{**hub, "subfolder": subfolder})
         if self.is_peft_model and is_trainable and saved is not None:
             adapters.load_reference_adapter(self.pretrained_model, os.fspath(saved.parent))
-        critic.attach_saved_critic(self, source)
+        critic.attach_saved_critic(self, os.path.join(source, hub.get("subfolder") or ""))  # noqa: PTH118
 
     def __getattr__(self, name: str) -> Any:
         """Read public attributes (and FSDP's `_no_split_modules`) that the wrapper lacks from the language model."""
@@ -229,12 +226,10 @@ class PreTrainedModelWrapper(nn.Module):
                 "This model does not support reward modeling adapter: it was loaded without one, so there is nothing "
                 "to score with. Pass `reward_adapter='folder'` to from_pretrained."
             )
-        was_training = self.pretrained_model.training
-        self.pretrained_model.eval()
-        with adapters.active_adapter(self.pretrained_model, self.rm_adapter_name), torch.no_grad():
+        model = self.pretrained_model
+        with EvalMode(model), adapters.active_adapter(model, self.rm_adapter_name), torch.no_grad():
             output = self._run(input_ids, attention_mask, **kwargs)
             scores: Tensor = self.score(output.hidden_states[-1].to(self.score.weight.dtype))
-        self.pretrained_model.train(was_training)
         return scores
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
@@ -266,6 +261,8 @@ class PreTrainedModelWrapper(nn.Module):
             kwargs: Passed on to the language model's `save_pretrained`, such as `max_shard_size`.
         """
         state = dict(self.state_dict() if state_dict is None else state_dict)
+        if kwargs.get("is_main_process", True):
+            critic.forget_earlier_parts(self, Path(save_directory))
         if not self.is_peft_model:
             self.pretrained_model.save_pretrained(save_directory, state_dict=state, **kwargs)
             return

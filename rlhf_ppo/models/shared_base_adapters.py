@@ -13,6 +13,7 @@ from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.kernels.linear_layers import plain_layers
 from rlhf_ppo.models import adapters
 from rlhf_ppo.models.critic import state_values
+from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
 from rlhf_ppo.models.trunk import layers_of
 from rlhf_ppo.models.value_head import last_hidden_size
@@ -161,17 +162,13 @@ class RewardAdapterModel:
         """Logits [rows, labels] at each row's last token, in the score head's precision."""
         peft_model: PeftModel = self.policy.pretrained_model
         last = attention_mask.long().sum(dim=1) - 1
-        was_training = peft_model.training
-        peft_model.eval()
-        try:
-            with adapters.active_adapter(peft_model, str(self.policy.rm_adapter_name)), plain_layers(peft_model):
-                hidden = layers_of(peft_model)(
-                    # The padding token may exist only in the reward model's own embedding table.
-                    input_ids=input_ids.masked_fill(attention_mask == 0, 0), attention_mask=attention_mask,
-                    use_cache=False,
-                ).last_hidden_state  # fmt: skip
-        finally:
-            peft_model.train(was_training)
+        scoring = adapters.active_adapter(peft_model, str(self.policy.rm_adapter_name))
+        with EvalMode(peft_model), scoring, plain_layers(peft_model):
+            hidden = layers_of(peft_model)(
+                # The padding token may exist only in the reward model's own embedding table.
+                input_ids=input_ids.masked_fill(attention_mask == 0, 0), attention_mask=attention_mask,
+                use_cache=False,
+            ).last_hidden_state  # fmt: skip
         states = hidden[torch.arange(len(last), device=hidden.device), last]
         score = self.policy.score.to(states.device)
         logits: Any = score(states.to(score.weight.dtype))

@@ -127,6 +127,8 @@ def test_a_critic_is_saved_with_the_policy_and_found_again(tmp_path: Path) -> No
     nn.init.normal_(trainer.model.critic.head.weight)  # type: ignore[union-attr]
     trainer.save_pretrained(tmp_path)
     again = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path))
+    in_parent = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path.parent), subfolder=tmp_path.name)
+    assert in_parent.critic is not None
     inputs = TokenInputs(prompts=QUERIES, responses=RESPONSES)
     assert again.critic is not None and trainer.model.critic is not None
     for mine, theirs in zip(again.critic(inputs), trainer.model.critic(inputs), strict=True):

@@ -17,7 +17,8 @@ from rlhf_ppo.models import (
     prepare_reference_adapter,
     reference_adapter,
 )
-from rlhf_ppo.models.shared_base_adapters import attach_reward_adapter
+from rlhf_ppo.models.critic import SeparateCritic, attach_critic, save_critic
+from rlhf_ppo.models.shared_base_adapters import RewardAdapterModel, attach_reward_adapter
 from tests.models.zoo import build
 from tests.support.tiny_models import tiny_gpt2, tiny_llama
 
@@ -170,6 +171,26 @@ def test_a_run_that_started_from_the_base_goes_on_with_the_base_as_reference(bas
     assert prepare_reference_adapter(again) is None
 
 
+def test_a_folder_that_is_saved_into_again_keeps_nothing_of_the_earlier_policy(
+    base: Path, sft: Path, tmp_path: Path
+) -> None:
+    """Of supervised adapters, full weights and fresh adapters, each after the other."""
+    folder, load = str(tmp_path / "out"), AutoModelForCausalLMWithValueHead.from_pretrained
+    supervised = load(str(sft), is_trainable=True)
+    prepare_reference_adapter(supervised)
+    attach_critic(supervised, SeparateCritic.from_policy(supervised))
+    for model in (supervised, trained(load(str(base))), trained(load(str(base), peft_config=lora()))):
+        model.save_pretrained(folder)
+        if model is supervised:
+            save_critic(model, Path(folder))
+        again = load(folder, is_trainable=True).eval()
+        assert_close(again(TOKENS), model.eval()(TOKENS))
+        assert again.is_peft_model == model.is_peft_model
+        assert (again.critic is None) == (model is not supervised)
+        if again.is_peft_model:
+            assert (prepare_reference_adapter(again) == "reference") == (model is supervised)
+
+
 def test_switching_to_the_reference_leaves_flags_and_adapter_as_they_were(sft: Path) -> None:
     """PEFT turns gradients on for each adapter it activates, a frozen one included."""
     for is_trainable in (True, False):
@@ -227,6 +248,14 @@ def test_a_reward_adapter_scores_as_the_classifier_did_whatever_the_policy_learn
     assert_close(scores[:, -1, :], expected, atol=1e-5, rtol=1e-5)
     assert flags(model) == before
     assert torch.equal(model(TOKENS)[0], policy)
+    model.train().pretrained_model.base_model.model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    for call in (model.compute_reward_score, RewardAdapterModel(model)):
+        call(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
+        assert [module.training for module in model.modules()] == modes
+        with pytest.raises(IndexError):  # no such token
+            call(input_ids=TOKENS + 10_000, attention_mask=torch.ones_like(TOKENS))
+        assert [module.training for module in model.modules()] == modes
 
 
 def test_a_bias_in_the_adapter_is_no_bias_of_the_score_head(tmp_path: Path) -> None:
