@@ -20,7 +20,7 @@ from rlhf_ppo.models.trunk import call_model
 
 @contextmanager
 def preserve_base_weights(model: nn.Module) -> Iterator[None]:
-    """Context manager: on exit, restore the weights below adapters bit for bit.
+    """Context manager: on exit, restore the weights below adapters bit for bit, and unmerge what an error left merged.
 
     Merging and unmerging adapters leaves rounding errors in the base, which is the reference policy. The copy is on the
     CPU.
@@ -31,9 +31,13 @@ def preserve_base_weights(model: nn.Module) -> Iterator[None]:
         for layer in layers
         for parameter in layer.get_base_layer().parameters()
     ]
+    merged = [layer for layer in layers if layer.merged]
     try:
         yield
     finally:
+        for layer in layers:
+            if layer.merged and layer not in merged:
+                layer.unmerge()
         for parameter, value in saved:
             parameter.data.copy_(value)
 

@@ -92,10 +92,10 @@ def read_value_head(source: str | os.PathLike[str], **hub_arguments: Any) -> dic
         source: A folder, or the name of a hub repository.
         hub_arguments: `cache_dir`, `revision`, `token`, ... for a hub repository.
     """
-    files = WEIGHT_FILES
+    weight_files = WEIGHT_FILES
     if find_file(source, "adapter_config.json", **hub_arguments) is not None:
-        files = WEIGHT_FILES[2:] + WEIGHT_FILES[:2]  # `model.safetensors` beside an adapter is of another policy
-    for filename in files:
+        weight_files = WEIGHT_FILES[2:] + WEIGHT_FILES[:2]  # `model.safetensors` beside an adapter is of another policy
+    for filename in weight_files:
         path = find_file(source, filename, **hub_arguments)
         if path is None:
             continue

@@ -15,7 +15,14 @@ from trl.import_utils import is_vllm_available
 from rlhf_ppo.models.merging import preserve_base_weights
 from rlhf_ppo.samplers.base import Samples, SamplingConfig, SamplingCounts, check_prompts, unwrap_causal_lm
 from rlhf_ppo.samplers.logits_processing import DecodingRules
-from rlhf_ppo.samplers.vllm_weights import WeightTransfer, choose_transfer, compute_dtype, open_in_process, open_server
+from rlhf_ppo.samplers.vllm_weights import (
+    WeightTransfer,
+    choose_transfer,
+    compute_dtype,
+    open_in_process,
+    open_server,
+    send_active_adapter_alone,
+)
 
 ONE_MODE = {
     "server": ("base_url", "weight_transfer", "transfer_dir", "group_port", "timeout"),
@@ -88,6 +95,7 @@ class VLLMSampler:
         policy = unwrap_causal_lm(model)
         if self._engine is None:
             self._engine = self._open_engine(policy, accelerator)
+            send_active_adapter_alone(self._engine)
         self._engine.model = policy
         with preserve_base_weights(policy):
             self._engine.sync_weights()

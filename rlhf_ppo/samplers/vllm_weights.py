@@ -8,7 +8,7 @@ import importlib
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -98,6 +98,26 @@ def open_server(
     dtype = getattr(torch, info["model_config"]["dtype"].removeprefix("torch.")) if info else torch.float32
     engine.sync_weights = partial(_reload_from_files, engine, folder, dtype)
     return engine
+
+
+def send_active_adapter_alone(engine: Any) -> None:
+    """Send the modules that the active adapter saves (`modules_to_save`) by their plain names, and no other adapter's.
+
+    TRL's client takes the adapter "default" for the only one.
+    """
+    weights, rename, marker = engine._iter_named_params, engine._fix_param_name_to_vllm, "modules_to_save."
+
+    def keep_adapter_name(name: str, extra_prefixes: Sequence[str] = ()) -> str:
+        return str(rename(name, [prefix for prefix in extra_prefixes or () if marker not in prefix]))
+
+    def active_weights() -> Iterator[tuple[str, Tensor]]:
+        active = getattr(engine.model, "active_adapter", None)
+        for name, weight in weights():
+            place, _, of_adapter = name.partition(marker)
+            if marker not in name or of_adapter.startswith(f"{active}."):
+                yield place + of_adapter.removeprefix(f"{active}."), weight
+
+    engine._fix_param_name_to_vllm, engine._iter_named_params = keep_adapter_name, active_weights
 
 
 def _check_head(policy: Any, info: dict[str, Any]) -> None:

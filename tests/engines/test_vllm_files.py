@@ -1,11 +1,13 @@
 """Weights that go to a vLLM server by files: no GPU, and no vLLM where the trainer runs."""
 
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rlhf_ppo.samplers import vllm_weights
 from rlhf_ppo.samplers.vllm import VLLMSampler
@@ -47,6 +49,31 @@ def test_adapters_arrive_merged(server: FakeVLLM) -> None:
     merged = adapted.merge_and_unload()
     for name, parameter in server.model.named_parameters():
         torch.testing.assert_close(parameter, merged.get_parameter(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("own", ["default", "policy"])
+def test_a_head_in_the_policy_s_adapter_arrives_and_no_other_adapter_s_does(server: FakeVLLM, own: str) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = get_peft_model(tiny_llama(seed=0), lora, adapter_name=own)
+    for name in {"default", "policy", "reference"} - {own}:
+        adapted.add_adapter(name, lora)
+    adapted.set_adapter(own)
+    heads = adapted.base_model.model.lm_head.modules_to_save
+    with torch.no_grad():
+        heads[own].weight.mul_(2.0)
+    sampler(server).sync_weights(adapted, Accelerator())
+    assert torch.equal(server.model.lm_head.weight, heads[own].weight)
+
+
+def test_after_an_error_on_the_way_the_base_is_whole(server: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = get_peft_model(tiny_llama(seed=0), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    monkeypatch.setattr(vllm_weights, "save_file", Mock(side_effect=OSError("disk full")))
+    monkeypatch.setattr(vllm_weights, "FILE_BYTES", 5000)
+    with pytest.raises(OSError, match="disk full"):
+        sampler(server).sync_weights(adapted, Accelerator())
+    assert not any(layer.merged for layer in adapted.modules() if isinstance(layer, BaseTunerLayer))
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
 
 
 def test_weights_go_in_the_dtype_that_the_server_computes_in(server: FakeVLLM) -> None:
