@@ -29,7 +29,7 @@ class TrainConfig:
     eval_every: int = 0
     """Iterations between two evaluations on the held-out prompts; 0: no evaluation."""
     save_every: int = 0
-    """Iterations between two checkpoints; 0: only when the loop is stopped early."""
+    """Iterations between two checkpoints; 0: only when the loop is stopped early, or ended by an error."""
     keep_last: int = 2
     """Number of checkpoints kept."""
     keep_best: str | None = None

@@ -1,6 +1,7 @@
 """Episodes on several processes: the same episodes as on one, unequal numbers of turns, one process whose fail."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class FailsOnProcessOne(Unequal):
         return super().reset(seed)
 
 
+def counts_e(responses: Sequence[str], **_: Any) -> list[float]:
+    """A judge."""
+    return [float(response.count("e")) for response in responses]
+
+
 class Collective(DecodeLoop):
     """A sampler that all processes must call equally often, as vLLM's client: each call is a collective."""
 
@@ -77,8 +83,7 @@ def run(*, processes: int, environment: type[Unequal] = Unequal, sampler: Sample
     update._minibatches = lambda rows: [torch.arange(rows)]  # two processes have the same rows in another order
     config = TrainConfig(iterations=2, sampling=GREEDY, progress=False, episodes=EpisodeConfig(retries=0))
     state = own.train(None, config, prompts=EPISODES, environment=environment, sampler=sampler)
-    shown = Rewritten if environment is Rewritten else Unequal
-    evaluation = own.evaluate(EPISODES, None, GREEDY, environment=shown)
+    evaluation = own.evaluate(EPISODES, None, GREEDY, environment=environment, judges={"judge": counts_e})
     weights = {name: parameter.detach().clone() for name, parameter in own.model.named_parameters()}
     return {"weights": weights, "metrics": state.metrics, "measures": evaluation.measures}
 

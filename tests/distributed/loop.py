@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ if __name__ == "__main__":
         skipping = trainer()
         skipping.train(skips_all_of_process_one, unjudged(Path(sys.argv[2])))
         torch.save(whole_weights(skipping), Path(sys.argv[2]) / f"{PartialState().process_index}.pt")
+        with suppress(ValueError):  # on both processes, so that both can save
+            trainer().train(lambda responses: [None] * len(responses), unjudged(Path(sys.argv[2]) / "lost"))
         skipping.accelerator.wait_for_everyone()
         trainer().train(dies_on_process_one, replace(unjudged(Path(sys.argv[2])), resume=False))
     else:

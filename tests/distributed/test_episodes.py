@@ -48,5 +48,7 @@ def test_a_sampler_that_all_processes_must_call_together_does_not_hang(folder: P
 def test_a_process_whose_environments_all_fail_learns_from_the_others_episodes(folder: Path) -> None:
     first, second = outcomes(folder, "failing")
     assert first["metrics"]["env/failed"] == episodes.EPISODES // 2
+    assert len(first["measures"]["judge"]) == episodes.EPISODES // 2  # the evaluation is of the others', too
+    assert first["measures"] == second["measures"]
     for name, weight in first["weights"].items():
         assert torch.equal(second["weights"][name], weight)

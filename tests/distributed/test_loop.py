@@ -152,7 +152,8 @@ def test_a_process_without_samples_learns_from_the_others_and_a_killed_one_ends_
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, expected in first.items():
         assert torch.equal(second[name], expected), name
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.1.jsonl").read_text().splitlines()]
     assert [row["env/reward_skipped"] for row in rows] == [0.5] * 4
+    assert (tmp_path / "lost" / "checkpoint-0" / "manifest.json").is_file()
     assert "Signal 9 (SIGKILL)" in output
     assert "rank      : 1" in output
