@@ -19,3 +19,11 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         if rows[row][1 : 1 + len(ids)] == ids:
             rows[row] = rows[row][1:]
     return rows
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for half a character (a lone surrogate), which no tokenizer encodes.
+
+    A policy that calls a tool with half an emoji hears it back.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.chat.encoding import encode_texts
+from rlhf_ppo.chat.encoding import encode_texts, whole_characters
 from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.chat.template import render_chat
 from rlhf_ppo.environments.base import Messages, Observation
@@ -53,7 +53,7 @@ class Renderer:
     def prompt(self, observation: Observation, template_kwargs: Mapping[str, Any]) -> list[int]:
         """Token ids of the first observation, up to the start of the first reply; never empty."""
         if isinstance(observation, str):
-            (ids,) = encode_texts(self.tokenizer, [_whole_characters(observation)])
+            (ids,) = encode_texts(self.tokenizer, [whole_characters(observation)])
         else:
             conversation = _Conversation(self.tokenizer, observation, template_kwargs)
             if not self._checked:
@@ -81,7 +81,7 @@ class Renderer:
     def whole(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> list[int]:
         """Token ids of a whole conversation, up to the start of the next reply."""
         text = _Conversation(self.tokenizer, messages, template_kwargs).render()
-        return list(self.tokenizer(_whole_characters(text), add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self.tokenizer(whole_characters(text), add_special_tokens=False, verbose=False)["input_ids"])
 
     def continuation(
         self,
@@ -108,7 +108,7 @@ class Renderer:
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._encoded:
-            self._encoded[text] = self.tokenizer(_whole_characters(text), add_special_tokens=False)["input_ids"]
+            self._encoded[text] = self.tokenizer(whole_characters(text), add_special_tokens=False)["input_ids"]
         return self._encoded[text]
 
     def _first_token(self) -> int:
@@ -120,14 +120,6 @@ class Renderer:
                 "to continue from. Let reset() return text."
             )
         return int(token)
-
-
-def _whole_characters(text: str) -> str:
-    """The text with U+FFFD for half a character (a lone surrogate), which no tokenizer encodes.
-
-    A policy that calls a tool with half an emoji hears it back.
-    """
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ppo.chat.encoding import encode_texts
+from rlhf_ppo.chat.encoding import encode_texts, whole_characters
 
 
 class TextHistory:
@@ -124,7 +124,7 @@ class TextEnvironment:
                 answer = f"Tool error: {error}"
         if len(answer) > self.max_tool_response:
             answer = answer[: self.max_tool_response - 3] + "..."
-        answer += self.response_token
+        answer = whole_characters(answer) + self.response_token
         history.append_segment(answer, self._encode(answer, add_special_tokens=False), system=True)
         return history
 

@@ -1,5 +1,6 @@
-"""One step of a trainer with an overridden method; run under torchrun, each process saves its weights."""
+"""One step of trainers with an overridden method; run under torchrun, each process saves its weights."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,14 @@ class CallsSuper(PPOTrainer):
         return super().compute_rewards(*args)
 
 
+class Skewed(PPOTrainer):
+    """On process 0, all ratios are 12, which is more than the threshold; on the others, 1."""
+
+    def train_minibatch(self, old_logprobs: Any, *args: Any) -> Any:
+        shift = math.log(12.0) if self.accelerator.is_main_process else 0.0
+        return super().train_minibatch(old_logprobs - shift, *args)
+
+
 def step(cls: type[PPOTrainer], rows: slice, size: int) -> torch.Tensor:
     """The weights after a step of SGD on some of the rows."""
     torch.manual_seed(0)
@@ -35,7 +44,8 @@ def step(cls: type[PPOTrainer], rows: slice, size: int) -> torch.Tensor:
 
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
-    torch.save(step(CallsSuper, slice(2 * rank, 2 * rank + 2), 2), folder / f"{rank}.pt")
+    for cls in (CallsSuper, Skewed):
+        torch.save(step(cls, slice(2 * rank, 2 * rank + 2), 2), folder / f"{cls.__name__}-{rank}.pt")
 
 
 if __name__ == "__main__":

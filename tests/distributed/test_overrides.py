@@ -15,6 +15,9 @@ pytestmark = pytest.mark.distributed
 def test_two_processes_with_an_override_take_the_step_of_one_without(tmp_path: Path) -> None:
     """Both have as many tokens, so that the mean of their means is the mean over all."""
     torchrun(2, Path(__file__).with_name("overrides.py"), str(tmp_path))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (first, second), skewed = (
+        [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)] for name in ("CallsSuper", "Skewed")
+    )
     assert torch.equal(first, second)
+    assert torch.equal(*skewed)  # the mean ratio of both, 6.5, is within the threshold of 10
     assert torch.allclose(first, step(PPOTrainer, slice(None), 4), atol=2e-6)

@@ -106,3 +106,10 @@ def test_a_model_plays_and_the_trainer_learns_from_the_episodes() -> None:
     queries, responses, masks, rewards, _ = game.run(["The movie", "A"])
     statistics = trainer.step(queries, responses, rewards, masks)
     assert statistics["ppo/mean_scores"] == pytest.approx(sum(map(float, rewards)) / 2)
+
+
+def test_half_a_character_from_a_tool_is_read_as_a_replacement_character() -> None:
+    playing = environment(["<request><half>x<call>"], max_turns=1)
+    playing.tools["half"] = lambda _: "a \ud83d"
+    (history,) = playing.run(["?"], truth=["?"])[-1]
+    assert history.last_text_segment == "a \ufffd<response>"
