@@ -54,7 +54,7 @@ class PPOTrainer(ClassicSurface):
         dataset: Rows for `dataloader`, or the prompts of `train`; None: neither.
         optimizer: Over the trainable parameters of `model`; None: the one that `config.optimizer` names.
         data_collator: Collator of `dataloader`.
-        num_shared_layers: Lower layers that policy and copied reference share in memory, frozen.
+        num_shared_layers: Lower layers that policy and copied reference share in memory, frozen; only without adapters.
         lr_scheduler: Stepped once per `step()`.
         training_data_collator: Pads the rows that `step` scores; None: `step` scores response tokens without padding.
         algorithm: What is optimized; None: PPO with the clipped surrogate, from the classic fields of `config`.

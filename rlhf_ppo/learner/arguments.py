@@ -102,6 +102,17 @@ def check_parts(model: PreTrainedModelWrapper, ref_model: PreTrainedModelWrapper
         )
 
 
+def check_shared_layers(config: PPOConfig, model: PreTrainedModelWrapper, num_shared_layers: int | None) -> None:
+    """Raise a ValueError for shared layers without a copied reference to share them with."""
+    if num_shared_layers is not None and (config.kl_penalty == "none" or model.is_peft_model):
+        found = "kl_penalty='none'" if config.kl_penalty == "none" else "a policy with adapters, its own reference"
+        raise ValueError(
+            f"expected no num_shared_layers with {found}, got {num_shared_layers}: no reference is copied, so the "
+            "layers would be neither shared nor frozen. Leave it at None, and call `requires_grad_(False)` on layers "
+            "to freeze them."
+        )
+
+
 def check_optimizer(model: torch.nn.Module, optimizer: Optimizer | None) -> None:
     """Check that a given optimizer holds the model's parameters; warn where it lacks the value head's.
 

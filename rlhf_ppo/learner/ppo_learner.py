@@ -18,7 +18,7 @@ from rlhf_ppo.algorithms.config import critic_settings
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.functional import value_bias_by_position
-from rlhf_ppo.learner.arguments import fill_runtime_fields, make_accelerator, make_optimizer
+from rlhf_ppo.learner.arguments import check_shared_layers, fill_runtime_fields, make_accelerator, make_optimizer
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.finite_checks import check_finite_scores, check_learnable, warn_of_negative_kl
 from rlhf_ppo.learner.importance_correction import (
@@ -91,6 +91,8 @@ class PPOLearner:
         algorithm: AlgorithmConfig | None = None,
         pretraining: PretrainingMix | None = None,
     ) -> None:
+        if ref_model is None:
+            check_shared_layers(config, model, num_shared_layers)
         set_seed(config.seed)
         self._differing_sampler: str | None = None
         self._fitted_budget: int | None = None

@@ -1,11 +1,15 @@
-"""The setting that names the optimizer."""
+"""The setting that names the optimizer, and arguments that cannot act."""
+
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
-from rlhf_ppo import PPOConfig
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf_ppo.learner.arguments import default_optimizer
+from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 
 def model() -> nn.Module:
@@ -49,3 +53,16 @@ def test_eight_bits_without_a_gpu_are_refused_with_a_way_out() -> None:
 def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises((ValueError, TypeError), match="optimizer"):
         PPOConfig(optimizer="sgd")
+
+
+@pytest.mark.parametrize(
+    ("settings", "adapter", "found"),
+    [({"kl_penalty": "none", "init_kl_coef": 0.0}, None, "'none'"), ({}, LoraConfig(fan_in_fan_out=True), "adapters")],
+)
+def test_layers_to_share_without_a_copied_reference_are_refused(
+    settings: dict[str, Any], adapter: LoraConfig | None, found: str
+) -> None:
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), peft_config=adapter)
+    config = PPOConfig(batch_size=2, mini_batch_size=2, **settings)
+    with pytest.raises(ValueError, match=f"expected no num_shared_layers with .*{found}"):
+        PPOTrainer(config, policy, tokenizer=tiny_tokenizer(), num_shared_layers=1)
