@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_ppo.functional.masked import HALF_PRECISION, at_least_float32
 from rlhf_ppo.kernels import chunk_sizes, memory
+from rlhf_ppo.kernels.float16_range import divide_by_largest, multiply_by
 from rlhf_ppo.kernels.logits_buffer import LogitsBuffer
 from rlhf_ppo.kernels.matmul import matmul
 from rlhf_ppo.kernels.scratch_buffer import ScratchBuffer
@@ -102,7 +103,8 @@ class FusedLinearLogprobs:
         self.head = memory.cast(weight, self.inputs.dtype)
         self.offset = None if bias is None else bias.to(self.inputs.dtype)
         zeros = torch.zeros(len(tokens), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if settings.trains_hidden else None
+        single = torch.float32 if hidden.dtype == torch.float16 else None  # until the loss's scale is applied
+        grad_hidden = torch.zeros_like(hidden, dtype=single) if settings.trains_hidden else None
         grad_bias = torch.zeros_like(bias) if bias is not None and settings.trains_bias else None
         self.output = HeadOutput(zeros, zeros.clone(), zeros.clone(), zeros.clone(), grad_hidden, grad_bias)
         self.grad_dtype = weight.dtype if settings.trains_weight else None
@@ -241,6 +243,7 @@ class FusedLinearLogprobs:
     def _add_gradients(self, chunk: _Chunk, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
         """Add the gradients of some rows."""
         inputs, output = self.inputs[chunk.rows], self.output
+        unit, grad_logprobs, grad_entropy = divide_by_largest(inputs.dtype, grad_logprobs, grad_entropy)
         grad_hidden = torch.zeros_like(output.logprobs[chunk.rows, None].expand(inputs.shape))
         slope = (-grad_logprobs if grad_entropy is None else -torch.ones_like(grad_logprobs))[:, None]
         slope /= self.settings.temperature
@@ -250,16 +253,17 @@ class FusedLinearLogprobs:
             grad_logits, factor = place[:, : part.stop - part.start], share * slope
             self.scratch.reset()
             if output.grad_bias is not None:
-                output.grad_bias[part] += (factor.t().to(grad_logits.dtype) @ grad_logits)[0].to(output.grad_bias.dtype)
+                product = multiply_by(unit, factor.t().to(grad_logits.dtype) @ grad_logits)
+                output.grad_bias[part] += product[0].to(output.grad_bias.dtype)
             if output.grad_hidden is not None:
                 grad_hidden.addcmul_(matmul(grad_logits, self.head[part], scratch=self.scratch), share)
             if output.grad_weight is not None:
                 scaled = torch.mul(inputs, factor, out=self.scratch.empty(inputs.shape, inputs.dtype))
                 gradient = output.grad_weight[part]
                 accumulate = gradient.copy_ if chunk.overlaps_gradient else gradient.add_
-                accumulate(matmul(grad_logits.t(), scaled, scratch=self.scratch))
+                accumulate(multiply_by(unit, matmul(grad_logits.t(), scaled, scratch=self.scratch)))
         if output.grad_hidden is not None:
-            output.grad_hidden[chunk.rows] = (grad_hidden * slope).to(output.grad_hidden.dtype)
+            output.grad_hidden[chunk.rows] = multiply_by(unit, grad_hidden * slope).to(output.grad_hidden.dtype)
         if self.settings.with_entropy and not self.entropy_first:
             # H = -log p - Σ (p_j - 1[j = token]) z_j, and Σ (p_j - 1[j = token]) w_j has just been taken.
             others = (inputs * grad_hidden).sum(dim=-1) / self.settings.temperature

@@ -142,6 +142,26 @@ def test_a_block_without_a_share_spoils_no_gradient_in_half_precision(
         assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 
+@pytest.mark.parametrize("ent_coef", [0.0, 0.7])
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.float16])
+def test_derivatives_below_the_range_of_float16_are_kept(ent_coef: float, hidden_dtype: torch.dtype) -> None:
+    """The scale of the loss is applied to the gradients, after the products."""
+    hidden, weight, bias, tokens = (*(part.detach() for part in parts(torch.float32)[:3]), parts()[3])
+    hidden, weight, bias = hidden.to(hidden_dtype).requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+    small, scale = 1e-9, 2.0**16
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        states = hidden if dtype == torch.float16 else hidden.float()
+        given = LossGradient(lambda logprobs, entropy, _: (
+            torch.full_like(logprobs, small), None if entropy is None else torch.full_like(entropy, small * ent_coef)
+        ))  # fmt: skip
+        found = fused_token_statistics(states, weight, bias, tokens, loss_gradient=given, matmul_dtype=dtype)
+        loss = small * scale * (found.logprobs + ent_coef * found.entropy).sum()
+        gradients.append(torch.autograd.grad(loss, (hidden, weight, bias)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+
+
 def linear_loss_gradient(ent_coef: float) -> LossGradient:
     """Of the sum of log-probabilities and weighed entropies."""
     return LossGradient(lambda logprobs, entropy, _: (
