@@ -86,6 +86,8 @@ def test_tensorboard_shows_each_iteration_of_a_resumed_run_once(
     run(3, save_every=2)
     for path in (tmp_path / "run").glob("checkpoint-3"):
         path.rename(tmp_path / "away")
+    for path in (tmp_path / "tracked" / "rlhf_ppo").glob("events*"):
+        path.rename(path.with_name("0.tfevents"))  # files are read by name, which need not be their order in one second
     run(4, save_every=2)
     events = EventAccumulator(str(tmp_path / "tracked" / "rlhf_ppo"))
     events.Reload()
