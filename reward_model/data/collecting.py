@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,11 +20,11 @@ _LIKE_A_PROMPT = re.compile(r"(^|_)(prompt|question|instruction|query|context|in
 
 @dataclass
 class _Answers:
-    """The rated answers of one prompt: where the first was, its row, and the rating of each answer."""
+    """The rated answers of one prompt: where the first was, its row, and the ratings of each answer."""
 
     where: str
     row: dict[str, Any]
-    ratings: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    ratings: dict[str, tuple[Any, list[float]]] = field(default_factory=dict)
 
 
 class Collector:
@@ -123,7 +124,7 @@ class Collector:
             case "rated":
                 self._add_answer(recognized.row, self._group(row), where)
             case "thread":
-                self._threads.add(recognized.row, where)
+                self._threads.add(recognized.row, where, self._group(row))
             case "labeled":
                 self._add_text(recognized.row, where)
             case "comparison":
@@ -131,7 +132,10 @@ class Collector:
                 self._comparisons.append(parse_recognized(recognized, where))
 
     def _group(self, row: Row) -> str:
-        return "" if self.group is None else json.dumps(row.get(self.group), sort_keys=True, default=str)
+        """The row's group; "" where it has none: empty cells are nothing that rows have in common."""
+        value = None if self.group is None else row.get(self.group)
+        is_empty = value is None or value == "" or (isinstance(value, float) and value != value)
+        return "" if is_empty else json.dumps(value, sort_keys=True, default=str)
 
     def _add_text(self, row: Row, where: str) -> None:
         text = row.get("text")
@@ -144,16 +148,15 @@ class Collector:
         key = json.dumps([row["prompt"], row.get("tools")], sort_keys=True, default=str)
         rating = label_number(row["label"], where)
         answers = self._answers.setdefault(key, _Answers(where, {**row, "group": group}))
-        answers.ratings.setdefault(
-            json.dumps(row["completion"], sort_keys=True, default=str), (row["completion"], rating)
-        )
+        text = json.dumps(row["completion"], sort_keys=True, default=str)
+        answers.ratings.setdefault(text, (row["completion"], []))[1].append(rating)
 
     def _rankings(self) -> Iterator[tuple[str, Row]]:
-        """The answers of each prompt as a ranking, if their ratings differ."""
+        """The answers of each prompt as a ranking by their mean ratings, if these differ."""
         for answers in self._answers.values():
-            rated = list(answers.ratings.values())
-            if len({rating for _, rating in rated}) < 2:
-                self.undecided += len(rated)
+            completions, ratings = zip(*answers.ratings.values(), strict=True)
+            scores = [statistics.mean(values) for values in ratings]  # exact: equal ratings stay equal
+            if len(set(scores)) < 2:
+                self.undecided += sum(map(len, ratings))
                 continue
-            completions, scores = zip(*rated, strict=True)
-            yield answers.where, {**answers.row, "completions": list(completions), "scores": list(scores)}
+            yield answers.where, {**answers.row, "completions": list(completions), "scores": scores}

@@ -56,8 +56,9 @@ def describe_split(train: Sequence[Comparison], held_out: Sequence[Comparison]) 
 
 
 def _kind(comparisons: Sequence[Comparison]) -> str:
-    if any(comparison.group for comparison in comparisons):
-        return "group"
+    grouped = sum(bool(comparison.group) for comparison in comparisons)
+    if grouped:
+        return "group" if grouped == len(comparisons) else "group (by prompt where it is empty)"
     if all(comparison.prompt for comparison in comparisons):
         return "prompt (without such a column: by what both texts begin with)"
     begins = [bool(comparison.prompt or shared_beginning(comparison.completions)) for comparison in comparisons]

@@ -16,12 +16,12 @@ class MessageThreads:
         """Messages with fewer than two ranked replies of the assistant, or with an unknown beginning."""
         self._messages: dict[str, dict[str, Any]] = {}
 
-    def add(self, row: Row, where: str) -> None:
-        """Add a message, or a whole tree; a BadRow if a message lacks text or role."""
+    def add(self, row: Row, where: str, group: str = "") -> None:
+        """Add a message, or a whole tree, with the group it is held out with; a BadRow if text or role is missing."""
         if isinstance(row.get("prompt"), Mapping):
-            self._add_tree(row["prompt"], None, where, levels=200)
+            self._add_tree(row["prompt"], None, where, group, levels=200)
         else:
-            self._add(row, row.get("parent_id"), where)
+            self._add(row, row.get("parent_id"), where, group)
 
     def rankings(self) -> Iterator[tuple[str, Row]]:
         """Yield (location, row) of a ranking for each message with two or more ranked replies."""
@@ -36,19 +36,18 @@ class MessageThreads:
                 self.alone += 1
                 continue
             texts = [[{"role": "assistant", "content": message["text"]}] for message in ranked]
-            yield (
-                ranked[0]["where"],
-                {"prompt": path, "completions": texts, "ranks": ranks, "source": ranked[0]["lang"]},
-            )
+            first = ranked[0]
+            ranking = {"prompt": path, "completions": texts, "ranks": ranks}
+            yield first["where"], {**ranking, "source": first["lang"], "group": first["group"]}
 
-    def _add_tree(self, node: Any, parent: str | None, where: str, *, levels: int) -> None:
+    def _add_tree(self, node: Any, parent: str | None, where: str, group: str, *, levels: int) -> None:
         if not isinstance(node, Mapping) or not levels:
             raise BadRow(f"{where}: the tree must hold messages of at most 200 levels, got {node!r:.60}.")
-        self._add(node, parent, where)
+        self._add(node, parent, where, group)
         for reply in node.get("replies") or []:
-            self._add_tree(reply, node.get("message_id"), where, levels=levels - 1)
+            self._add_tree(reply, node.get("message_id"), where, group, levels=levels - 1)
 
-    def _add(self, row: Row, parent: Any, where: str) -> None:
+    def _add(self, row: Row, parent: Any, where: str, group: str) -> None:
         role, text = _ROLES.get(str(row.get("role"))), row.get("text")
         if role is None or not isinstance(text, str) or not text.strip():
             raise BadRow(
@@ -62,6 +61,7 @@ class MessageThreads:
         self._messages[str(row.get("message_id"))] = {
             "role": role, "text": text, "rank": rank, "parent": None if parent is None else str(parent),
             "deleted": row.get("deleted") is True, "where": where, "lang": lang if isinstance(lang, str) else None,
+            "group": group,
         }  # fmt: skip
 
     def _path(self, key: str | None) -> list[dict[str, str]] | None:

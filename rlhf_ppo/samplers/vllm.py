@@ -211,6 +211,7 @@ def _configure(engine: Any, config: SamplingConfig) -> None:
         "min_tokens": config.min_new_tokens,
         "stop_token_ids": list(config.stops),
         "stop": list(config.stop_strings),
+        "skip_special_tokens": False,  # else vLLM searches a text without them, which some stop strings are
     }
 
 

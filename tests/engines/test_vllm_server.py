@@ -76,6 +76,7 @@ def test_the_wire_carries_the_client_s_protocol(sampler: VLLMSampler, server: Fa
     asked = server.requests[-1][1]
     assert asked["prompt"] == [[5, 6, 7], [8, 9]] and asked["n"] == 2  # each prompt once
     assert asked["ignore_eos"] is True and asked["stop_token_ids"] == list(DRAW.stop_token_ids)
+    assert asked["skip_special_tokens"] is False  # vLLM looks for stop strings in the text that it decodes
 
 
 def test_adapters_arrive_merged_and_the_base_stays_bit_for_bit(sampler: VLLMSampler, server: FakeVLLM) -> None:

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from reward_model import BadRow, RewardModel, preview
 from reward_model import score as score_command
+from reward_model.data.collecting import Collector
 from reward_model.data.comparisons import parse_row
 from reward_model.data.preparation import describe_split, load_comparisons, split_by_prompt
 from reward_model.train import main
@@ -58,6 +59,55 @@ def test_a_group_is_held_out_together_and_the_share_of_known_prompts_is_said() -
         ValueError, match=r"group names \['filme'\], which no row has; the rows have \['chosen', 'film'"
     ):
         load(*rows, group="filme")
+
+
+@pytest.mark.parametrize("empty", [None, "", float("nan")], ids=str)
+def test_rows_without_a_group_are_held_out_by_prompt(empty: object) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"p{number}", "chosen": "a", "rejected": "b", "film": empty} for number in range(90)
+    ]
+    rows += [row | {"prompt": f"q{number}", "film": 1.5} for number, row in enumerate(rows[:10])]
+    for row in rows if empty == "" else []:
+        row["film"] = str(row["film"])
+    for seed in range(5):
+        train, held_out = split_by_prompt(load(*rows, group="film").comparisons, fraction=0.2, seed=seed)
+        assert 20 <= len(held_out) <= 29
+        assert not {c.group for c in train if c.group} & {c.group for c in held_out}
+
+
+@pytest.mark.parametrize("as_tree", [True, False], ids=["trees", "messages"])
+def test_messages_of_a_tree_are_held_out_with_their_group(as_tree: bool) -> None:
+    """The replies to the first and to the second question of a tree are two comparisons."""
+
+    def message(key: str, role: str, rank: int | None, parent: str | None, *replies: Any) -> dict[str, Any]:
+        named = {"message_id": key, "parent_id": parent, "text": f"text {key}", "role": role, "rank": rank}
+        return named | {"replies": list(replies)}
+
+    rows: list[dict[str, Any]] = []
+    for name in map(str, range(20)):
+        last = [message(f"{name}{end}", "assistant", rank, f"{name}d") for rank, end in enumerate("ef")]
+        follow = message(f"{name}d", "prompter", None, f"{name}b", *last)
+        answers = [
+            message(f"{name}b", "assistant", 0, f"{name}a", follow),
+            message(f"{name}c", "assistant", 1, f"{name}a"),
+        ]
+        tree = message(f"{name}a", "prompter", None, None, *answers)
+        flat = [part | {"replies": None, "message_tree_id": name} for part in (tree, *answers, follow, *last)]
+        rows += [{"prompt": tree, "message_tree_id": name}] if as_tree else flat
+    collector = Collector({}, "stop", group="message_tree_id")
+    collector.read(("row", row) for row in rows)
+    train, held_out = split_by_prompt(collector.comparisons(seed=0, pair_rounds=1), fraction=0.2, seed=0)
+    assert (len(train), len(held_out)) == (32, 8)
+    assert not {c.group for c in train} & {c.group for c in held_out}
+
+
+def test_several_ratings_of_one_answer_are_averaged() -> None:
+    rate = lambda text, *labels: [{"prompt": "p", "completion": text, "label": label} for label in labels]
+    (ranking,) = load(*rate("a", 5.0, 1.0, 1.0), *rate("b", 3.0)).comparisons
+    best = ranking.completions[ranking.ranks.index(min(ranking.ranks))] if ranking.ranks else ranking.completions[0]
+    assert best == "b", "the mean of a's ratings is 7/3"
+    other = [row | {"prompt": "q"} for row in rate("a", 0.1, 0.1, 0.1) + rate("b", 0.1)]
+    assert load(*rate("a", 5.0), *rate("b", 3.0), *other).report.undecided == 4
 
 
 def test_labeled_texts_have_no_group() -> None:

@@ -32,6 +32,7 @@ class SamplingParams:
     min_tokens: int = 0
     stop_token_ids: list[int] = field(default_factory=list)
     stop: list[str] = field(default_factory=list)
+    skip_special_tokens: bool = True
 
 
 class RequestOutput:
@@ -41,6 +42,7 @@ class RequestOutput:
 def draw(model: Any, prompts: list[list[int]], params: SamplingParams) -> Any:
     """Responses of the project's own loop under vLLM's names of the settings."""
     assert params.ignore_eos, "the model's own end-of-sequence token would end responses"
+    assert not params.skip_special_tokens, "stop strings that are special tokens would not be seen"
     config = SamplingConfig(
         max_new_tokens=params.max_tokens, min_new_tokens=params.min_tokens, top_p=params.top_p, top_k=params.top_k,
         temperature=params.temperature or 1.0, do_sample=params.temperature > 0, num_return_sequences=params.n,
