@@ -178,3 +178,8 @@ def test_settings_of_generate_are_read_as_generate_reads_them() -> None:
 )
 def test_settings_beyond_the_decode_loop_are_left_to_generate(setting: dict[str, Any]) -> None:
     assert as_sampling_config(tiny_gpt2(), {"max_new_tokens": 4, **setting}) is None
+
+
+def test_a_misspelt_setting_is_refused_whatever_its_value() -> None:
+    with pytest.raises(ValueError, match=r"not used by the model: \['topk'\]"):
+        generate_responses(tiny_gpt2(), tiny_tokenizer(), queries(3), max_new_tokens=2, do_sample=True, topk=0)
