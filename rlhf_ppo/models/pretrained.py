@@ -256,7 +256,7 @@ class PreTrainedModelWrapper(nn.Module):
         `pytorch_model.bin`.
 
         Args:
-            save_directory: Created if missing.
+            save_directory: Created if missing. Of an earlier policy saved there, nothing is loaded any more.
             state_dict: Instead of `self.state_dict()`, for weights gathered from several processes.
             kwargs: Passed on to the language model's `save_pretrained`, such as `max_shard_size`.
         """

@@ -181,7 +181,8 @@ def attach_reward_adapter(
     """Add the reward model's adapter in `folder` to a loaded policy, and return the reward model.
 
     Raises:
-        ValueError: The policy has no adapters, the folder is missing, or the reward model was trained on another base.
+        ValueError: The policy has no adapters, the folder is missing, or the reward model was trained on another base
+            (one that PiSSA or the like has changed for an adapter, too).
     """
     if not model.is_peft_model:
         raise ValueError(
