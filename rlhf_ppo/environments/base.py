@@ -46,7 +46,7 @@ class Turn:
             self, "reward", _number("Turn.reward", self.reward, "raise an exception to drop the episode")
         )
         for name in ("terminated", "truncated"):
-            value = _item(getattr(self, name))
+            value = single_item(getattr(self, name))
             if not isinstance(value, bool):
                 raise TypeError(
                     f"Turn.{name} must be True or False, got {value!r:.80}: it would be unknown whether the episode "
@@ -63,14 +63,14 @@ class Turn:
         object.__setattr__(self, "info", info)
 
 
-def _item(value: Any) -> Any:
+def single_item(value: Any) -> Any:
     """The number in an array or a tensor of one; anything else unchanged."""
     is_array = isinstance(value, np.generic | np.ndarray | Tensor)
     return value.item() if is_array and value.reshape(-1).shape == (1,) else value
 
 
 def _number(name: str, value: Any, alternative: str) -> float:
-    number = _item(value)
+    number = single_item(value)
     if not isinstance(number, Real) or not abs(number) <= _LARGEST:  # type: ignore[operator]
         raise ValueError(
             f"{name} must be a finite number within float32, got {value!r:.80}: it would destroy the weights or a "

@@ -15,7 +15,11 @@ from rlhf_ppo.rewards.calls import background_loop
 
 
 def run_concurrently(
-    calls: Sequence[Callable[[], Any]], *, workers: int, timeout: float | None
+    calls: Sequence[Callable[[], Any]],
+    *,
+    workers: int,
+    timeout: float | None,
+    after_late: Sequence[Callable[[], Any]] | None = None,
 ) -> list[Any | BaseException]:
     """Results of `calls` in their order; the exception in place of the result of a call that raised or timed out.
 
@@ -26,6 +30,7 @@ def run_concurrently(
         calls: Functions without arguments; they may use `resolve_awaitable` on awaitables.
         workers: Maximum number of calls at the same time.
         timeout: Seconds per call, from its start; None: no limit.
+        after_late: For each call, what is called in its thread when it ends after it was abandoned; None: nothing.
     """
     if workers == 1 and timeout is None:
         return [_result_or_error(call) for call in calls]
@@ -33,9 +38,11 @@ def run_concurrently(
     queue = deque(tasks)
     for _ in range(min(workers, len(tasks))):
         _start_worker(queue)
-    for task in tasks:
+    for index, task in enumerate(tasks):
         if not task.wait():
             _start_worker(queue)
+            if after_late is not None:  # at once, if the call has ended meanwhile
+                task.future.add_done_callback(lambda _, clean_up=after_late[index]: clean_up())
     return [task.outcome() for task in tasks]
 
 

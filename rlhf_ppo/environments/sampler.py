@@ -179,6 +179,7 @@ class EnvironmentSampler:
                 [partial(calls[row], episodes[row].environment) for row in pending],
                 workers=self.config.max_concurrency,
                 timeout=None if self.config.timeout is None else self.config.timeout * (1 + repeated),
+                after_late=[episodes[row].environment.close for row in pending],
             )
             for row, outcome in zip(pending, outcomes, strict=True):
                 failed = isinstance(outcome, BaseException)

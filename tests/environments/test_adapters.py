@@ -20,6 +20,7 @@ from rlhf_ppo.environments.adapters import (
     from_skyrl_gym,
     from_textarena,
 )
+from rlhf_ppo.environments.adapters.conversion import finite_numbers
 from rlhf_ppo.environments.concurrency import run_concurrently
 from rlhf_ppo.environments.live import ReplayableEnvironment
 
@@ -145,6 +146,12 @@ def test_skyrl_gym_is_made_from_the_columns_and_answers_with_messages() -> None:
     assert turns == [Turn(user("no"), info=info), Turn([], 1.0, terminated=True, info=info)]
     with pytest.raises(ValueError, match=r"postprocessed_action.*stop strings"):
         play(from_skyrl_gym(make_skyrl), "42!", **columns)
+
+
+def test_numbers_of_an_info_may_be_numpy_s_or_in_a_tensor() -> None:
+    kept = {"a": np.float32(0.5), "b": np.int64(2), "c": np.bool_(True), "d": np.array([3.0]), "e": torch.tensor(4)}
+    left_out = {"f": np.float32("nan"), "g": np.array([1.0, 2.0]), "h": np.str_("text"), "i": None}
+    assert finite_numbers(kept | left_out) == {"a": 0.5, "b": 2.0, "c": 1.0, "d": 3.0, "e": 4.0}
 
 
 class ArenaGame:

@@ -16,6 +16,7 @@ from rlhf_ppo.environments import EnvironmentSampler, EpisodeConfig, Turn
 from rlhf_ppo.environments.concurrency import run_concurrently
 from tests.environments.test_episodes import SAMPLING, Script, play
 from tests.support.games import Chat, CountE
+from tests.support.patience import PATIENCE
 from tests.support.tiny_models import tiny_tokenizer
 from tests.support.tiny_run import config, trainer
 
@@ -139,6 +140,23 @@ def test_an_episode_that_times_out_before_its_first_answer_is_dropped_with_a_cri
 
     with pytest.warns(UserWarning, match="no answer within 0.2 s"):
         assert play(Hangs, Script("e"), keep_timed_out=True, timeout=0.2, retries=0) == []
+
+
+def test_an_environment_that_answers_after_its_time_limit_is_closed() -> None:
+    answer, closed = threading.Event(), threading.Semaphore(0)
+
+    class Late(CountE):
+        def step(self, reply: str) -> Turn:
+            answer.wait()
+            return super().step(reply)
+
+        def close(self) -> None:
+            closed.release()
+
+    with pytest.warns(UserWarning, match="no answer within"):
+        assert play(Late, Script("e"), tasks=2, timeout=0.2, retries=1) == []
+    answer.set()
+    assert all(closed.acquire(timeout=PATIENCE) for _ in range(4)), "two environments, each made twice"
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,17 @@ def test_a_call_is_answered_by_a_tool_message_and_a_reply_without_one_ends_the_e
     assert turns[1] == Turn(reward=1.0, terminated=True, info=counts)
 
 
+def test_a_result_that_json_cannot_hold_is_read_as_text() -> None:
+    def sales() -> dict[Any, int]:
+        """Sales of each day."""
+        return {(2026, 1): 3}
+
+    call = '<tool_call>{"name": "sales", "arguments": {}}</tool_call>'
+    _, (turn,) = play(from_tools([sales], tokenizer_with(HERMES)), call, prompt="?")
+    assert turn.observation == [tool("sales", "{(2026, 1): 3}")]
+    assert turn.info == {"called_tool": 1, "calls": 1, "failed_calls": 0}
+
+
 @pytest.mark.parametrize(
     ("reply", "error"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_ppo.environments.base import RESERVED, Observation
+from rlhf_ppo.environments.base import RESERVED, Observation, single_item
 from rlhf_ppo.environments.concurrency import Task, running_call
 
 
@@ -21,7 +21,8 @@ def as_observation(text: str, *, chat: bool) -> Observation:
 
 def finite_numbers(info: Mapping[str, Any] | None) -> dict[str, float]:
     """The entries that can be logged: finite numbers and truth values; `reported_` before names of the trainer's."""
-    numbers = {name: value for name, value in (info or {}).items() if isinstance(value, bool | int | float)}
+    items = {name: single_item(value) for name, value in (info or {}).items()}
+    numbers = {name: value for name, value in items.items() if isinstance(value, bool | int | float)}
     named = {f"reported_{name}" if name in RESERVED else str(name): float(value) for name, value in numbers.items()}
     return {name: value for name, value in named.items() if math.isfinite(value)}
 

@@ -123,10 +123,9 @@ class _ToolEpisode:
         try:
             if call.name not in self.tools:
                 raise ValueError(f"there is no tool {call.name}, but {', '.join(self.tools)}")
-            result = resolve_awaitable(self.tools[call.name](**self._typed(call)))
+            return _as_text(resolve_awaitable(self.tools[call.name](**self._typed(call))))
         except Exception as error:  # of any tool: the policy reads it
             return self._error(error)
-        return result if isinstance(result, str) else json.dumps(result, default=str)
 
     def _typed(self, call: ToolCall) -> dict[str, Any]:
         """Arguments in which texts of formats without types are numbers and lists again."""
@@ -144,6 +143,14 @@ class _ToolEpisode:
 
     def _message(self, name: str, content: str) -> dict[str, Any]:
         return {"role": "tool", "name": name, "content": content}
+
+
+def _as_text(result: Any) -> str:
+    """Text as it is; else JSON, or Python's text of what JSON cannot hold, such as dates as keys."""
+    try:
+        return result if isinstance(result, str) else json.dumps(result, default=str)
+    except (TypeError, ValueError):
+        return str(result)
 
 
 def _methods(environment: Any) -> list[Tool]:
