@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rlhf_ppo.rewards.calls import background_loop
@@ -42,7 +43,7 @@ def run_concurrently(
         if not task.wait():
             _start_worker(queue)
             if after_late is not None:  # at once, if the call has ended meanwhile
-                task.future.add_done_callback(lambda _, clean_up=after_late[index]: clean_up())
+                task.future.add_done_callback(partial(_ignore_result, after_late[index]))
     return [task.outcome() for task in tasks]
 
 
@@ -63,6 +64,10 @@ def resolve_awaitable(result: Any) -> Any:
         return await result
 
     return asyncio.run_coroutine_threadsafe(wait(), background_loop()).result()
+
+
+def _ignore_result(call: Callable[[], Any], _: Future[Any]) -> None:
+    call()
 
 
 def _result_or_error(call: Callable[[], Any]) -> Any | BaseException:

@@ -13,7 +13,10 @@ flushed: a crash can only damage the last line, which readers skip and `resume_f
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import count
 from pathlib import Path
@@ -135,8 +138,7 @@ class RunFolder:
         """
         for name in (METRICS, TOKENS):
             if (self.path / name).exists():
-                rows, _ = self._lines(name)
-                remaining = [row for row in rows if _iteration(row) <= iteration]
+                remaining = (row for row in self._lines(name) if _iteration(row) <= iteration)
                 self._replace(name, "".join(_json(row) + "\n" for row in remaining))
 
     def set_records_aside(self) -> None:
@@ -150,30 +152,30 @@ class RunFolder:
         """The settings; empty if none were written."""
         return self._read_object(CONFIG)
 
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self, unreadable: Counter[str] | None = None) -> list[dict[str, float]]:
         """Metrics of each iteration, in order; the later row if there are two. null is read as nan."""
-        rows, _ = self._lines(METRICS)
-        latest = {_iteration(row): row for row in rows if "iteration" in row}
-        return [_floats(latest[iteration]) for iteration in sorted(latest)]
+        rows = self._lines(METRICS, unreadable)
+        latest = {_iteration(row): _floats(row) for row in rows if "iteration" in row}
+        return [latest[iteration] for iteration in sorted(latest)]
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Iterations and values of one metric, without iterations where it is missing or not finite."""
         points = [(row["iteration"], row[name]) for row in self.metrics() if math.isfinite(row.get(name, math.nan))]
         return [iteration for iteration, _ in points], [value for _, value in points]
 
-    def samples(self) -> list[Sample]:
+    def samples(self, unreadable: Counter[str] | None = None) -> list[Sample]:
         """The held-out samples; empty if none were written."""
         scores = ("before_scores", "after_scores")
-        rows = [row | {key: _floats(row.get(key) or {}) for key in scores} for row in self._lines(SAMPLES)[0]]
-        return [_build(Sample, row, SAMPLES) for row in rows]
+        rows = self._lines(SAMPLES, unreadable)
+        return [_build(Sample, row | {key: _floats(row.get(key) or {}) for key in scores}, SAMPLES) for row in rows]
 
-    def tokens(self) -> list[TokenTrace]:
+    def tokens(self, unreadable: Counter[str] | None = None) -> list[TokenTrace]:
         """The responses of the token view; empty if none were written."""
         numbers = ("logprobs", "kl", "values", "advantages")
-        rows = [
-            row | {key: [_number(x) for x in row.get(key, [])] for key in numbers} for row in self._lines(TOKENS)[0]
+        return [
+            _build(TokenTrace, row | {key: [_number(x) for x in row.get(key, [])] for key in numbers}, TOKENS)
+            for row in self._lines(TOKENS, unreadable)
         ]
-        return [_build(TokenTrace, row, TOKENS) for row in rows]
 
     def evaluation(self) -> dict[str, Estimates]:
         """Mean and standard error of each metric under "before" and "after"; either may be missing."""
@@ -191,8 +193,10 @@ class RunFolder:
 
     def unreadable_lines(self) -> dict[str, int]:
         """Number of unreadable lines per file; files without any are left out."""
-        counts = {name: self._lines(name)[1] for name in (METRICS, SAMPLES, TOKENS)}
-        return {name: count for name, count in counts.items() if count}
+        counts: Counter[str] = Counter()
+        for name in (METRICS, SAMPLES, TOKENS):
+            deque(self._lines(name, counts), maxlen=0)
+        return dict(counts)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file into the folder, atomically; return its path."""
@@ -226,24 +230,18 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())  # a checkpoint of this iteration must not outlive its line
 
-    def _lines(self, name: str) -> tuple[list[dict[str, Any]], int]:
-        """The objects of a JSON-lines file, and the number of lines that are not JSON objects."""
-        try:
-            lines = (self.path / name).read_text(encoding="utf-8", errors="replace").split("\n")
-        except FileNotFoundError:
-            return [], 0
-        rows, unreadable = [], 0
-        for line in lines:
-            if line.strip():
+    def _lines(self, name: str, unreadable: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the objects of a JSON-lines file, one at a time; count other lines in `unreadable[name]`."""
+        with suppress(FileNotFoundError), (self.path / name).open(encoding="utf-8", errors="replace") as file:
+            for line in file:
                 try:
                     row = json.loads(line)
                 except ValueError:
                     row = None
                 if isinstance(row, dict):
-                    rows.append(row)
-                else:
-                    unreadable += 1
-        return rows, unreadable
+                    yield row
+                elif line.strip() and unreadable is not None:
+                    unreadable[name] += 1
 
     def _read_object(self, name: str) -> dict[str, Any]:
         try:
@@ -273,7 +271,9 @@ def _to_json_types(value: Any) -> Any:
 
 
 def _floats(row: Mapping[str, Any]) -> dict[str, float]:
-    return {name: _number(value) for name, value in row.items() if value is None or isinstance(value, int | float)}
+    """The numbers of a row; rows share the texts of their names, which take more memory than the numbers."""
+    numbers = ((name, value) for name, value in row.items() if value is None or isinstance(value, int | float))
+    return {sys.intern(name): _number(value) for name, value in numbers}
 
 
 def _number(value: Any) -> float:

@@ -1,5 +1,6 @@
 """Read a run folder for the report; unreadable parts become notes instead of errors."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -38,20 +39,20 @@ def read_run(run: RunFolder) -> RunData:
             return empty
 
     no_estimates: dict[str, Estimates] = {}
-    no_counts: dict[str, int] = {}
+    unreadable: Counter[str] = Counter()
     evaluation = read_or_note(run.evaluation, no_estimates)
     data = RunData(
         name=run.path.resolve().name,
         config=read_or_note(run.config, {}),
-        metrics=read_or_note(run.metrics, []),
+        metrics=read_or_note(lambda: run.metrics(unreadable), []),
         before=evaluation.get("before", {}),
         after=evaluation.get("after", {}),
-        samples=read_or_note(run.samples, []),
-        tokens=read_or_note(run.tokens, []),
+        samples=read_or_note(lambda: run.samples(unreadable), []),
+        tokens=read_or_note(lambda: run.tokens(unreadable), []),
         model_folder=_model_folder(run),
         notes=notes,
     )
-    for name, count in read_or_note(run.unreadable_lines, no_counts).items():
+    for name, count in unreadable.items():
         notes.append(f"{count} of the lines in {name} could not be read and were skipped.")
     return data
 

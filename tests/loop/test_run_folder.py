@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,21 @@ def test_files_with_other_contents_are_named(tmp_path: Path) -> None:
 def test_opening_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="There is no run folder"):
         RunFolder.open(tmp_path / "nowhere")
+
+
+def test_a_long_run_is_read_line_by_line(tmp_path: Path) -> None:
+    """Beside the rows that are returned, no text and no second copy of them is in memory."""
+    names = [f"objective/a_metric_with_a_long_name_{number}" for number in range(40)]
+    lines = [json.dumps({"iteration": row, **dict.fromkeys(names, row + 0.5)}) for row in range(300)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    run = RunFolder.open(tmp_path)
+    run.metrics()
+    tracemalloc.start()
+    try:
+        rows = run.metrics()
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 300
+    assert peak < 1.2 * held
+    assert len({id(name) for row in rows for name in row}) == 41
