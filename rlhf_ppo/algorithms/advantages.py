@@ -137,9 +137,9 @@ def group_baseline(config: ReinforcePlusPlus) -> BaselineFunction:
     """The mean undiscounted return of the responses to the same prompt; `no_baseline` without `group_baseline`."""
 
     def baseline(rollout: Rollout, returns: Tensor) -> Tensor:
-        totals = _episode_returns(rollout)
+        totals = _episode_returns(rollout).double()  # the mean of equal returns is then exactly their value
         centered = grpo_advantages(totals, rollout.group_size, normalize_std=False, eps=0.0)
-        return (totals - centered)[:, None].expand_as(returns)
+        return (totals - centered).to(returns.dtype)[:, None].expand_as(returns)
 
     return baseline if config.group_baseline else no_baseline
 

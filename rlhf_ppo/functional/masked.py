@@ -108,7 +108,7 @@ def whiten(
 
         x' = (x - mean) / sqrt(var + eps)   [+ mean, where shift_mean is False]
 
-    Positions outside the mask become 0. A single step has variance 0 and becomes 0 (or keeps its value, where the
+    Positions outside the mask become 0. Equal values, such as a single step, become 0 (or keep their value, where the
     mean is kept), never nan. Half precision is converted to float32.
 
     Args:
@@ -131,14 +131,22 @@ def whitening_statistics(
     unbiased: bool = True,
     eps: float = 1e-8,
     reduce_sum: ReduceSum = identity,
+    scale_equal: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean and 1 / sqrt(var + eps) over the masked steps of all processes, which `whiten` applies. Collective."""
+    """Mean and 1 / sqrt(var + eps) over the masked steps of all processes, which `whiten` applies. Collective.
+
+    Where all values are equal up to rounding, the second is 1: 1 / sqrt(eps) would enlarge whatever it multiplies.
+    TRL's classic trainer did that (`scale_equal`).
+    """
     x = at_least_float32(zero_where_masked(x, mask))
     total, count = reduce_sum(torch.stack([x.sum(), mask.sum().to(x.dtype)])).unbind()
     mean = total / count.clamp(min=1)
     # Squares are summed around the global mean: E[x²] - E[x]² loses all digits where |mean| >> std.
     squares = reduce_sum(zero_where_masked(x - mean, mask).square().sum())
-    return mean, torch.rsqrt(squares / (count - int(unbiased)).clamp(min=1) + eps)
+    variance = squares / (count - int(unbiased)).clamp(min=1)
+    scale = torch.rsqrt(variance + eps)
+    is_equal = variance <= (8 * torch.finfo(x.dtype).eps * mean).square()
+    return mean, scale if scale_equal else scale.masked_fill(is_equal, 1.0)
 
 
 def last_action_index(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, " batch"]:

@@ -187,7 +187,7 @@ def classic_whiten_rewards(
     Raises:
         ValueError: A row has no action.
     """
-    mean, scale = whitening_statistics(rewards, mask, reduce_sum=reduce_sum)
+    mean, scale = whitening_statistics(rewards, mask, reduce_sum=reduce_sum, scale_equal=True)
     whitened = zero_where_masked((zero_where_masked(rewards, mask) - mean) * scale + mean, mask)
     whitened_zero = mean - mean * scale
     steps = torch.arange(1, int(tail.max()) + 1, device=rewards.device) if len(tail) else tail

@@ -282,6 +282,7 @@ class PPOLearner:
         return RewardShaping(
             kl_coef=float(self.kl_ctl.value), kl_placement=self.config.kl_placement,
             whiten_rewards=self.config.whiten_rewards, gamma=self.config.gamma, lam=self.config.lam,
+            classic_padding=self.algorithm_config == self.config.algorithm(),
             separate_prompts=self.is_encoder_decoder, reduce_sum=self.processes.reduce_sum,
             reduce_max=self.processes.reduce_max,
         )  # fmt: skip

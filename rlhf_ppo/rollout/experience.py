@@ -17,7 +17,15 @@ from rlhf_ppo.batch import (
     pad_rows,
     split_into_micro_batches,
 )
-from rlhf_ppo.functional import classic_whiten_rewards, kl_estimate, kl_shaped_rewards, last_action_index, total_scores
+from rlhf_ppo.functional import (
+    classic_whiten_rewards,
+    kl_estimate,
+    kl_shaped_rewards,
+    last_action_index,
+    total_scores,
+    whiten,
+    whitening_statistics,
+)
 from rlhf_ppo.models.scoring import TokenPolicy
 from rlhf_ppo.rollout.kl_placement import KLPenalty, KLPlacement, reward_kl
 
@@ -141,6 +149,8 @@ class RewardShaping:
     kl_coef: float
     kl_placement: KLPlacement = "reward"
     whiten_rewards: bool = False
+    classic_padding: bool = True
+    """Whether whitened rewards contain what the padding adds in TRL's classic trainer, whose γ and λ follow."""
     gamma: float = 1.0
     lam: float = 0.95
     separate_prompts: bool = False
@@ -161,7 +171,13 @@ def shape_rollout(
     kl_in_reward = reward_kl(scored.kl, mask, shaping.kl_placement)
     rewards, penalty = kl_shaped_rewards(kl_in_reward, responses.scores, mask, kl_coef=shaping.kl_coef)
     last = last_action_index(mask)
+    reference_kl_coef = 0.0 if shaping.kl_placement == "reward" else shaping.kl_coef
     if shaping.whiten_rewards:
+        _, scale = whitening_statistics(rewards, mask, reduce_sum=shaping.reduce_sum)
+        reference_kl_coef *= float(scale)  # the KL in the loss in the units of the rewards
+    if shaping.whiten_rewards and not shaping.classic_padding:
+        rewards = whiten(rewards, mask, shift_mean=False, reduce_sum=shaping.reduce_sum)
+    elif shaping.whiten_rewards:
         tail = _padding_after_last_action(responses.inputs, last, shaping)
         rewards = classic_whiten_rewards(
             rewards, mask, tail=tail, gamma=shaping.gamma, lam=shaping.lam, reduce_sum=shaping.reduce_sum
@@ -176,7 +192,7 @@ def shape_rollout(
         terminated=is_last & ~is_truncated[:, None], truncated=is_last & is_truncated[:, None],
         ref_logprobs=scored.ref_logprobs, scores=_episode_scores(responses), group_size=responses.group_size,
         excluded=responses.excluded,
-        reference_kl_coef=0.0 if shaping.kl_placement == "reward" else shaping.kl_coef,
+        reference_kl_coef=reference_kl_coef,
     )  # fmt: skip
     return rollout, penalty
 
