@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from rlhf_ppo.algorithms.config import critic_settings
 from rlhf_ppo.classic.config_changes import change_setting
-from rlhf_ppo.learner.arguments import check_models, check_scheduler, default_optimizer
+from rlhf_ppo.learner.arguments import check_models, check_scheduler, make_optimizer
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import Statistics
 from rlhf_ppo.models import PreTrainedModelWrapper, prepare_reference_adapter, reference_adapter
@@ -174,7 +175,9 @@ class Assignable(PPOLearner):
         optimizer = _plain(self.optimizer)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = any(parameter.requires_grad and id(parameter) not in known for parameter in self.model.parameters())
-        return default_optimizer(self.model, self.config) if missing and self.uses_default_optimizer else optimizer
+        if not missing or not self.uses_default_optimizer:
+            return optimizer
+        return make_optimizer(self.model, self.config, None, critic_settings(self.algorithm_config))
 
 
 def _plain(optimizer: Any) -> Any:

@@ -92,5 +92,4 @@ def _change_learning_rate(trainer: Any) -> None:
             "PPOConfig.learning_rate belongs to the default optimizer without a scheduler, and this trainer has "
             "one of yours: set here, it would change nothing. Change the 'lr' of trainer.optimizer.param_groups."
         )
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = trainer.config.learning_rate
+    trainer.optimizer.param_groups[0]["lr"] = trainer.config.learning_rate  # a second group has the critic's own rate

@@ -75,6 +75,8 @@ class PPOLearner:
     """Folder for the dump of an update that fails on numbers that are not finite; None: no dump."""
     reference_context: Callable[[], AbstractContextManager[object]]
     """Context manager: while active, the reference is on its device, or `model` has its adapters off."""
+    sources_context: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Context manager: while active, the models of reward sources that `train` offloads are on their devices."""
     update_context: Callable[[], AbstractContextManager[object]]
     """Context manager around every update; the trainer's writes a dump if an update fails."""
 

@@ -30,7 +30,6 @@ def make_collector(
         environment: Makes the environment of an episode; None: responses of one turn.
     """
     sampler = sampler or DecodeLoop(learner.tokenizer, kv_budget_bytes=learner.config.kv_budget_bytes)
-    learner.expect_sampler(why_it_differs(sampler) or _low_precision(learner))
     text_config = learner.model.pretrained_model.config.get_text_config(decoder=True)
     episodes = environment and EnvironmentSampler(
         factory=environment, sampler=sampler, tokenizer=learner.tokenizer, device=learner.current_device,
@@ -43,8 +42,14 @@ def make_collector(
         sampler=sampler, failures=config.reward_failures, synced_weights=partial(synced_weights, learner, sampler),
         overlong=config.overlong, mask_truncated=config.mask_truncated, best_of=config.best_of,
         environment=episodes or None, episode_seeds=(learner.config.seed, 0),
-        limits=learner.limits, scoring=make_scoring(learner.processes, on_main=config.reward_calls == "once"),
+        limits=learner.limits, sources_context=learner.sources_context,
+        scoring=make_scoring(learner.processes, on_main=config.reward_calls == "once"),
     )  # fmt: skip
+
+
+def why_sampler_differs(learner: PPOLearner, sampler: Sampler) -> str | None:
+    """Why the distribution of `sampler` is known to differ from the policy's; None: it does not."""
+    return why_it_differs(sampler) or _low_precision(learner)
 
 
 def make_prompt_sampler(

@@ -25,7 +25,7 @@ from rlhf_ppo.loop.dynamic_sampling import roll_out
 from rlhf_ppo.loop.evaluation import Evaluation, evaluate, judge_names, merge_evaluations
 from rlhf_ppo.loop.rollout_metrics import progress_postfix, rollout_metrics
 from rlhf_ppo.loop.run_keeper import RunKeeper, restorer
-from rlhf_ppo.loop.sampling import make_collector, make_prompt_sampler, with_model_stops
+from rlhf_ppo.loop.sampling import make_collector, make_prompt_sampler, why_sampler_differs, with_model_stops
 from rlhf_ppo.loop.signals import StopRequest, TimeLimit, stop_on_signals
 from rlhf_ppo.loop.token_traces import token_traces
 from rlhf_ppo.rewards.offload import offload_sources
@@ -71,7 +71,7 @@ class TrainingLoop:
             learner, config, prompts=self.prompts, eval_prompts=self.eval_prompts, rewards=self.rewards,
             judges=self.judges, environment=self.environment,
         )  # fmt: skip
-        accelerator, seed = learner.accelerator, learner.config.seed
+        accelerator, seed, self._batch_size = learner.accelerator, learner.config.seed, learner.config.batch_size
         self.collector = make_collector(learner, config, self.sampler, self.environment)
         self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.prompt_sampler = make_prompt_sampler(learner, config, self.prompts)
@@ -104,7 +104,12 @@ class TrainingLoop:
         offloaded = offload_sources(self.rewards or (), excluded=kept) if offloads else nullcontext(nullcontext)
         with self.keeper.locked(), offloaded as sources_context:
             self.collector = replace(self.collector, sources_context=sources_context)
-            return self._run()
+            self.learner.expect_sampler(why_sampler_differs(self.learner, self.collector.sampler))
+            self.learner.sources_context = sources_context
+            try:
+                return self._run()
+            finally:
+                self.learner.sources_context = nullcontext
 
     def _run(self) -> TrainState:
         self.best.recover()
@@ -159,6 +164,7 @@ class TrainingLoop:
 
     def _roll_out(self) -> tuple[DecodedResponses, RewardScores, dict[str, float]] | None:
         """Sample and score responses: (responses, scores, seconds). None after a stop between two rounds."""
+        self._follow_settings()
         group_size = self.config.sampling.num_return_sequences
         return roll_out(
             lambda: self.collector.sample(self.prompts.batch(next(self.prompt_sampler)), self.generator),
@@ -168,6 +174,20 @@ class TrainingLoop:
             self._is_stop_requested, dynamic=self.config.dynamic_sampling, group_size=group_size,
             groups=self.learner.config.batch_size // group_size, any_process=self.learner.processes.any_process,
         )  # fmt: skip
+
+    def _follow_settings(self) -> None:
+        """Sample at the learner's present temperature, which a callback may have changed."""
+        settings, sampling = self.learner.config, self.config.sampling
+        if settings.batch_size != self._batch_size:
+            raise ValueError(
+                f"expected PPOConfig.batch_size={self._batch_size} until train() returns, got {settings.batch_size}: "
+                "the prompts of an epoch are divided into batches of the former size. Set it back, or set it between "
+                "two calls of train()."
+            )
+        if settings.temperature != sampling.temperature:
+            sampling = replace(sampling, temperature=settings.temperature)
+            self.config = replace(self.config, sampling=sampling)
+            self.collector = replace(self.collector, sampling=sampling)
 
     def _is_stop_requested(self) -> bool:
         """Whether any process has received a signal."""

@@ -89,6 +89,22 @@ def test_reward_models_wait_between_questions_and_come_home_after_the_run() -> N
     assert places(judge.model) != waiting[0]
 
 
+def test_an_evaluation_in_a_callback_scores_with_reward_models_on_their_device() -> None:
+    judge, waiting, own = Judge(), [], trainer()
+    sampling = SamplingConfig(max_new_tokens=2)
+    config = TrainConfig(iterations=1, sampling=sampling, offload_rewards=True, progress=False)
+
+    def evaluate(*_: object) -> None:
+        waiting.append(places(judge.model))
+        own.evaluate(own.dataset, judge, sampling)  # type: ignore[arg-type]
+
+    own.train(judge, config, callbacks=[evaluate])
+    assert len(judge.seen) == 2
+    assert waiting[0] not in judge.seen
+    own.evaluate(own.dataset, judge, sampling)  # type: ignore[arg-type]
+    assert judge.seen[2] == places(judge.model), "after the run nothing is moved"
+
+
 def test_members_of_an_ensemble_and_parts_of_a_model_wait_too_but_not_the_policy() -> None:
     body, policy = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), nn.Linear(1, 1)
     members = [SimpleNamespace(model=nn.Linear(1, 1)), SimpleNamespace(model=policy)]

@@ -58,6 +58,14 @@ def test_the_critic_learns_at_its_own_rate() -> None:
     assert head == pytest.approx(0.1, rel=0.01)
 
 
+def test_the_critic_keeps_its_rate_when_that_of_the_policy_or_the_model_changes() -> None:
+    trainer = own(learning_rate=0.1)
+    trainer.config.learning_rate = 2e-3
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [2e-3, 0.1]
+    trainer.model = policy()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [2e-3, 0.1]
+
+
 def test_a_schedule_has_a_part_for_the_critic() -> None:
     """The critic's rate halves after the first step, the policy's stays."""
     model = policy()
