@@ -172,7 +172,7 @@ class Assignable(PPOLearner):
 
     def _present_optimizer(self) -> Optimizer:
         """The optimizer; a default one is built anew if it does not hold all trained parameters of `model`."""
-        optimizer = _plain(self.optimizer)
+        optimizer: Optimizer = _plain(self.optimizer)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = any(parameter.requires_grad and id(parameter) not in known for parameter in self.model.parameters())
         if not missing or not self.uses_default_optimizer:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rlhf_ppo.learner.arguments import fill_runtime_fields
 from rlhf_ppo.learner.config import PPOConfig
+from rlhf_ppo.learner.importance_correction import check_ratio
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController
 
 _NAMES_ONLY = {"exp_name", "task_name", "model_name", "query_dataset", "reward_model", "steps", "total_ppo_epochs"}
@@ -13,7 +14,7 @@ _READ_AT_EACH_STEP = {
     "gradient_accumulation_steps", "max_grad_norm", "optimize_device_cache", "early_stopping", "target_kl",
     "compare_steps", "ratio_threshold", "use_score_scaling", "use_score_norm", "most_skips_in_a_row", "diagnose",
     "score_clip", "whiten_rewards", "output_dir", "importance_sampling_cap",
-    "importance_sampling", "importance_sampling_level", "importance_sampling_floor", "token_budget",
+    "importance_sampling_level", "importance_sampling_floor", "token_budget",
 }  # fmt: skip
 OF_THE_ALGORITHM = {"cliprange", "cliprange_value", "vf_coef", "gamma", "lam", "ent_coef"}
 """Fields of `PPOConfig` that describe its own algorithm, `PPOConfig.algorithm()`."""
@@ -48,6 +49,8 @@ def change_setting(trainer: Any, name: str) -> None:
         _change_learning_rate(trainer)
     elif name == "dump_dir":
         trainer.dump_dir = None if config.dump_dir is None else Path(config.dump_dir)
+    elif name == "importance_sampling":
+        check_ratio(config.importance_sampling, trainer.algorithm_config)
     elif name == "reuse_logprobs":
         trainer.reuse.enabled = config.reuse_logprobs
     elif name in PPOConfig.__dataclass_fields__ and name not in _NAMES_ONLY | _READ_AT_EACH_STEP:

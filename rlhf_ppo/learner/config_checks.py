@@ -31,11 +31,12 @@ def check_settings(config: Any) -> None:
     )  # fmt: skip
     _check_norm_and_kl(config)
     check_kl_placement(config.kl_penalty, config.kl_placement, config.init_kl_coef)
-    if config.reference_placement == "offloaded" and (config.kl_penalty, config.kl_placement) == ("full", "loss"):
+    is_read_in_update = config.kl_penalty == "full" and config.kl_placement != "reward"
+    if config.reference_placement == "offloaded" and is_read_in_update:
         raise ValueError(
             "reference_placement='offloaded' keeps the reference off the device during the update, where "
-            "kl_penalty='full' in the loss reads it in every pass. Use reference_placement='whole', or "
-            "kl_penalty='mse'."
+            f"kl_penalty='full' with kl_placement={config.kl_placement!r} reads it in every pass. Use "
+            "reference_placement='whole', or kl_penalty='mse' with kl_placement='loss'."
         )
     if config.learning_rate < 0 or not math.isfinite(config.learning_rate):
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from rlhf_ppo.algorithms import AlgorithmConfig, Reinforce
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.functional import ImportanceLevel, importance_ratio, importance_weights
 from rlhf_ppo.rollout.experience import Responses
@@ -72,6 +73,15 @@ def resolve_correction(
     defaults = USUAL_BAND if mode == "mask" else (0.0, float("inf"))
     low, high = defaults[0] if floor is None else floor, defaults[1] if cap is None else cap
     return ImportanceCorrection(mode="mask" if mode == "mask" else "bypass", level=level, low=low, high=high)
+
+
+def check_ratio(mode: ImportanceMode, algorithm: AlgorithmConfig) -> None:
+    """Raise a ValueError if "bypass" puts μ into a ratio that the algorithm does not have."""
+    if mode == "bypass" and isinstance(algorithm, Reinforce):
+        raise ValueError(
+            "importance_sampling='bypass' replaces π_old by the sampler's distribution in the probability ratio, which "
+            "Reinforce does not have: nothing would be corrected. Use 'truncate' or 'mask'."
+        )
 
 
 def check_sampler_logprobs(responses: Responses, correction: ImportanceCorrection | None) -> None:

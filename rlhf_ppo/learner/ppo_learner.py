@@ -23,6 +23,7 @@ from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.finite_checks import check_finite_scores, check_learnable, warn_of_negative_kl
 from rlhf_ppo.learner.importance_correction import (
     ImportanceCorrection,
+    check_ratio,
     check_sampler_logprobs,
     correct_for_sampler,
     local_mismatch,
@@ -100,6 +101,7 @@ class PPOLearner:
         self._fitted_budget: int | None = None
         self.config, self.pretraining, self.tokenizer = config, pretraining, tokenizer
         self.algorithm_config = algorithm or config.algorithm()
+        check_ratio(config.importance_sampling, self.algorithm_config)
         float32_only = isinstance(self.algorithm_config, TrustRegionConfig)
         self.accelerator, self.precision = make_accelerator(config, float32_only=float32_only)
         self.is_distributed, self.current_device = self.accelerator.num_processes > 1, self.accelerator.device

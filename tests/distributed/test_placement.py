@@ -156,3 +156,5 @@ def test_what_cannot_be_placed_so_is_refused_with_the_reason() -> None:
         trainer(reference_placement="sharded")
     with pytest.raises(ValueError, match=r"keeps the reference off the device during the update.*mse"):
         trainer(reference_placement="offloaded", kl_penalty="full", kl_placement="loss")
+    with pytest.raises(ValueError, match="kl_penalty='full' with kl_placement='split' reads it in every pass"):
+        trainer(reference_placement="offloaded", kl_penalty="full", kl_placement="split")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, Reinforce, TrainConfig
 from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.functional import ppo_clip_loss
 from rlhf_ppo.learner.importance_correction import (
@@ -25,6 +25,7 @@ from rlhf_ppo.samplers.base import Samples, SamplingConfig
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
 from rlhf_ppo.samplers.transformers_generate import TransformersGenerate
 from tests.functional.cases import numbers
+from tests.support import tiny_run
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 SAMPLING = SamplingConfig(max_new_tokens=5)
@@ -206,3 +207,12 @@ def test_an_engine_that_is_known_to_differ_is_corrected_and_said(caplog: pytest.
     assert 0.9 < metrics["sampler/weight_mean"] < 1.1
     (line,) = said()
     assert line.startswith("torch.bfloat16 rounds differently token by token than in one pass: each token is weighted")
+
+
+def test_the_sampler_s_distribution_in_a_ratio_that_reinforce_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"which Reinforce does not have: nothing would be corrected. Use 'truncate'"):
+        tiny_run.trainer(algorithm=Reinforce(), importance_sampling="bypass")
+    own = tiny_run.trainer(algorithm=Reinforce())
+    with pytest.raises(ValueError, match="Reinforce does not have"):
+        own.config.importance_sampling = "bypass"
+    assert own.config.importance_sampling == "auto"
