@@ -39,6 +39,7 @@ class ReplayableEnvironment:
 
     Args:
         columns: Columns of the prompt's row, and the seed.
+        template_defaults: What is passed to the chat template unless the environment wants something else.
     """
 
     factory: EnvironmentFactory
@@ -47,9 +48,10 @@ class ReplayableEnvironment:
     first: Observation = ""
     """The first observation."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """What the environment wants to be passed to the chat template."""
+    """What is passed to the chat template: `template_defaults`, and over them what the environment wants."""
     turns: list[tuple[str, Turn]] = field(default_factory=list)
     """Replies, each with its answer."""
+    template_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def start(self) -> None:
         """Make the environment and reset it; repeat the replies of a run that failed later.
@@ -66,7 +68,8 @@ class ReplayableEnvironment:
                 raise ValueError("reset() returned no message: there is nothing to answer. Return one, or text.")
             if self.turns and first != self.first:
                 raise ReplayError("reset() returned another first observation for the same columns and seed")
-            self.first, self.template_kwargs = first, getattr(environment, "chat_template_kwargs", {})
+            own_kwargs = getattr(environment, "chat_template_kwargs", {})
+            self.first, self.template_kwargs = first, {**self.template_defaults, **own_kwargs}
             for number, (reply, turn) in enumerate(self.turns):
                 if self._answer(reply) != turn:
                     raise ReplayError(f"turn {number} had another answer for the same columns, seed and replies")

@@ -82,6 +82,7 @@ class EnvironmentSampler:
         sampling: SamplingConfig,
         *,
         generator: torch.Generator | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> PlayedEpisodes:
         """Play one episode for each task.
 
@@ -90,12 +91,13 @@ class EnvironmentSampler:
             tasks: Arguments of `reset`, one mapping per episode.
             sampling: Settings of a reply.
             generator: Random generator of the sampler.
+            template_kwargs: Passed to the chat template, unless the environment has others.
         """
         renderer = Renderer(self.tokenizer, may_rewrite=self.may_rewrite and self.config.history == "auto")
         live = [
             LiveEpisode(
-                ReplayableEnvironment(self.factory, task), renderer, self.config, sampling.max_new_tokens,
-                self.max_positions,
+                ReplayableEnvironment(self.factory, task, template_defaults=template_kwargs or {}), renderer,
+                self.config, sampling.max_new_tokens, self.max_positions,
             )
             for task in tasks
         ]  # fmt: skip

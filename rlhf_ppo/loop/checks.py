@@ -127,6 +127,7 @@ def check_environment(
             f"environment must be a class, or a function that makes one environment for each episode, got "
             f"{environment!r:.80}: episodes at the same time would share their state. Pass the class itself."
         )
+    _check_not_cut(prompts)
     unsupported = {
         "missing_eos": config.missing_eos is not None, "overlong": config.overlong is not None,
         "curriculum": config.curriculum is not None,
@@ -138,6 +139,16 @@ def check_environment(
             "episode. Let the environment's rewards say what a long reply, or one without an end, costs; use a causal "
             "model."
         )
+
+
+def _check_not_cut(prompts: Sequence[PromptDataset | NumberedEpisodes | None]) -> None:
+    """Refuse prompts that were cut: environments read them whole."""
+    for dataset in prompts:
+        if isinstance(dataset, PromptDataset) and dataset.report.truncated:
+            raise ValueError(
+                f"expected whole prompts for an environment, got {dataset.report.describe()}: environments read the "
+                "columns, so prompts would be longer than max_prompt_tokens. Use truncation='drop', or raise the limit."
+            )
 
 
 @dataclass

@@ -155,7 +155,9 @@ class Collector:
         copies = self.sampling.num_return_sequences
         tasks = list(episode_tasks(batch, copies, self.episode_seeds))
         with self.synced_weights():
-            played = environment(self.model, tasks, self.sampling, generator=generator)
+            played = environment(
+                self.model, tasks, self.sampling, generator=generator, template_kwargs=batch.template_kwargs
+            )
         groups = [played.episodes[start : start + copies] for start in range(0, len(tasks), copies)]
         kept = [row for row in range(len(tasks)) if None not in groups[row // copies]]
         episodes = [episode for row in kept if (episode := played.episodes[row]) is not None]

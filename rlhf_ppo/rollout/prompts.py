@@ -6,7 +6,7 @@
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import datasets
@@ -46,6 +46,8 @@ class PromptBatch:
     """Texts decoded from `input_ids`; those of conversations are `ChatPrompt`s: with role markers, and messages."""
     columns: dict[str, list[Any]]
     """The dataset's columns for reward sources, the original prompt column included."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """The dataset's `chat_template_kwargs`."""
 
 
 class PromptDataset:
@@ -62,7 +64,7 @@ class PromptDataset:
         max_prompt_tokens: maximum prompt length in tokens; None: no limit.
         truncation: how longer prompts are handled: "keep_end" cuts the start, "keep_start" cuts the end, "drop" drops
             the row, "error" raises ValueError.
-        chat_template_kwargs: passed to the chat template of conversations.
+        chat_template_kwargs: passed to the chat template of conversations, an environment's messages included.
         on_bad_row: "stop" raises at a row whose prompt cannot be read, "skip" drops and counts it.
 
     Raises:
@@ -85,11 +87,12 @@ class PromptDataset:
         check_dataset(dataset)
         _check_settings(truncation, max_prompt_tokens, on_bad_row)
         self._tokenizer, self._dataset = tokenizer, dataset.with_format(None)
+        self._template_kwargs = dict(chat_template_kwargs or {})
         column = find_prompt_column(self._dataset, column)
         self._form: PromptForm = first_form(self._dataset[column], column, on_bad_row)
         _check_truncation(truncation, self._form)
         counts: Counter[str] = Counter()
-        rows: list[int] = []
+        self._rows: list[int] = []
         encoded: list[NDArray[np.int32]] = []
         for row, ids in enumerate(
             encode_prompts(self._dataset, column, self._form, tokenizer, chat_template_kwargs, on_bad_row)
@@ -101,17 +104,16 @@ class PromptDataset:
             outcome = "empty" if not ids else "too_long" if fit is None else "truncated" if len(fit) < len(ids) else ""
             counts[outcome] += 1
             if fit:
-                rows.append(row)
+                self._rows.append(row)
                 encoded.append(np.asarray(fit, np.int32))
                 counts["ending_in_eos"] += fit[-1] == tokenizer.eos_token_id
-        self._rows = rows
         self._ends = np.cumsum([len(ids) for ids in encoded])
         self._tokens = torch.from_numpy(np.concatenate([np.empty(0, np.int32), *encoded]))
         self.report = PromptReport(
             column=column,
             form=self._form,
             rows=len(dataset),
-            kept=len(rows),
+            kept=len(self._rows),
             truncated=counts["truncated"],
             too_long=counts["too_long"],
             empty=counts["empty"],
@@ -120,7 +122,7 @@ class PromptDataset:
             max_prompt_tokens=max_prompt_tokens,
             truncation=truncation,
         )
-        if not rows:
+        if not self._rows:
             raise ValueError(f"No prompt is left: {self.report.describe()}. Check the column and max_prompt_tokens.")
 
     @classmethod
@@ -174,7 +176,10 @@ class PromptDataset:
             conversations = [read_conversation(value, column) for value in columns[column]]
             texts = [ChatPrompt(text, messages) for text, messages in zip(texts, conversations, strict=True)]
         columns = {name: values for name, values in columns.items() if name not in _TOKEN_COLUMNS}
-        return PromptBatch(indices=list(indices), input_ids=input_ids, texts=texts, columns=columns)
+        return PromptBatch(
+            indices=list(indices), input_ids=input_ids, texts=texts, columns=columns,
+            template_kwargs=self._template_kwargs,
+        )  # fmt: skip
 
 
 def _check_truncation(truncation: Truncation, form: PromptForm) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from rlhf_ppo import (
@@ -28,8 +29,9 @@ from rlhf_ppo.loop.config import TrainState
 from rlhf_ppo.loop.dynamic_sampling import DynamicSampling
 from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.report.token_view import token_view
+from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
-from tests.support.games import CountE
+from tests.support.games import Chat, CountE
 from tests.support.tiny_models import EOS_TOKEN_ID, tiny_gpt2, tiny_tokenizer
 from tests.support.tiny_run import SAMPLING, config, parameters, share_of_e, trainer
 
@@ -297,3 +299,27 @@ def test_dynamic_sampling_replaces_groups_of_episodes_that_earn_the_same() -> No
     assert state.metrics["env/groups_sampled"] >= 4
     assert own.diagnosis is not None
     assert "reward_survives_empty_reply" in own.diagnosis.checked
+
+
+def test_an_environment_s_messages_are_rendered_with_the_options_of_the_dataset() -> None:
+    """The environment's own options count before them."""
+    own = trainer()
+    own.tokenizer.chat_template = "{{ mood }} {{ size }}{% for m in messages %} {{ m['content'] }}{% endfor %} :"
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "hello"}]}] * 2)
+    prompts = PromptDataset(rows, own.tokenizer, chat_template_kwargs={"mood": "calm", "size": "small"})
+
+    def large() -> Chat:
+        game = Chat()
+        game.chat_template_kwargs = {"size": "large"}  # type: ignore[attr-defined]
+        return game
+
+    for environment, beginning in ((Chat, "calm small hello"), (large, "calm large hello")):
+        played = own.evaluate(prompts, None, SAMPLING, environment=environment)
+        assert all(text.startswith(beginning) for text in played.prompts)
+
+
+def test_prompts_that_were_cut_are_refused_with_an_environment() -> None:
+    own = trainer()
+    prompts = PromptDataset.from_texts(["The movie was a movie", "The"], own.tokenizer, max_prompt_tokens=2)
+    with pytest.raises(ValueError, match="expected whole prompts for an environment, got 2 of 2 prompts"):
+        own.evaluate(prompts, None, SAMPLING, environment=CountE)
