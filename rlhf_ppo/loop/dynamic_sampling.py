@@ -40,6 +40,7 @@ def roll_out(
     groups: int,
     group_size: int,
     any_process: Callable[[bool], bool],
+    best_of: int | None = None,
 ) -> RolloutResult | None:
     """Sample and score a batch; None after a stop. Collective.
 
@@ -49,6 +50,7 @@ def roll_out(
         groups: Number of groups of a batch on this process.
         group_size: Number of adjacent responses to one prompt.
         any_process: Whether a condition holds on any process.
+        best_of: Number of responses of a group that are learned from, those with the highest scores; None: all.
     """
     rounds: list[tuple[DecodedResponses, RewardScores]] = []
     times = {"time/generate": 0.0, "time/reward": 0.0}
@@ -63,26 +65,27 @@ def roll_out(
         times["time/reward"] += time.perf_counter() - start
         if dynamic is None or is_stopped():
             return *rounds[0], times
-        spread = sum(len(groups_with_spread(scores, group_size)) for _, scores in rounds)
+        spread = sum(len(groups_with_spread(scores, group_size, best_of)) for _, scores in rounds)
         if len(rounds) == dynamic.max_rounds or not any_process(spread < groups):
-            return *fill_batch(rounds, groups, group_size), times
+            return *fill_batch(rounds, groups, group_size, best_of), times
 
 
-def groups_with_spread(scores: RewardScores, group_size: int) -> list[int]:
-    """Indices of the groups whose total scores differ, and of which no response was skipped."""
+def groups_with_spread(scores: RewardScores, group_size: int, best_of: int | None = None) -> list[int]:
+    """Indices of the groups whose (`best_of` highest) total scores differ, and of which no response was skipped."""
     totals, skipped = scores.total.view(-1, group_size), scores.skipped.view(-1, group_size)
+    totals = totals.sort(dim=1, descending=True).values[:, :best_of]
     differs = (totals != totals[:, :1]).any(dim=1) & ~skipped.any(dim=1)
     return [int(group) for group in differs.nonzero().flatten()]
 
 
 def fill_batch(
-    rounds: Sequence[tuple[DecodedResponses, RewardScores]], groups: int, group_size: int
+    rounds: Sequence[tuple[DecodedResponses, RewardScores]], groups: int, group_size: int, best_of: int | None = None
 ) -> tuple[DecodedResponses, RewardScores]:
     """A batch of `groups` groups: those with a spread, and others where they are too few, in the order of sampling."""
     collected = _concatenate_responses([part for part, _ in rounds])
     scores = _concatenate_scores([part for _, part in rounds])
     sampled = len(scores.total) // group_size
-    spread = groups_with_spread(scores, group_size)
+    spread = groups_with_spread(scores, group_size, best_of)
     skipped = scores.skipped.view(-1, group_size).any(dim=1).tolist()
     others = sorted(set(range(sampled)) - set(spread), key=lambda group: (skipped[group], group))
     chosen = sorted([*spread, *others][:groups])
@@ -107,6 +110,13 @@ def _select_responses(collected: DecodedResponses, rows: Sequence[int]) -> Decod
 
 
 def _concatenate_scores(parts: Sequence[RewardScores]) -> RewardScores:
+    if any(part.per_token is not None for part in parts):  # a round in which all samples were skipped has none
+        parts = [
+            replace(part, per_token=part.total.new_zeros(len(part.total), 0))
+            if part.per_token is None and part.skipped.all()
+            else part
+            for part in parts
+        ]
     if len({part.per_token is None for part in parts}) > 1:
         raise ValueError(
             "expected scores per token in every round of an iteration, or in none, got both: they cannot be joined. "

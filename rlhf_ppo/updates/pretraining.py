@@ -78,8 +78,9 @@ class PretrainingGradients:
         update, accelerator = self.update, self.update.accelerator
         texts, tokens = self.rows(accelerator.process_index, accelerator.num_processes)
         total = torch.zeros((), device=device)
-        for start in range(0, len(texts), update.config.micro_batch_size or len(texts)):
-            part = texts[start : start + (update.config.micro_batch_size or len(texts))]
+        costs = torch.tensor([len(text) for text in texts], dtype=torch.long)
+        for rows in update.config.micro_batches(costs) if texts else []:
+            part = [texts[row] for row in rows.tolist()]
             with update.steps.micro_batch(last=False):
                 output = update.policy(_as_inputs(part, device))
                 loss = -output.logprobs.sum() / tokens  # 0 beyond the end of a text

@@ -44,6 +44,19 @@ def test_a_group_has_a_spread_if_its_scores_differ_and_none_was_skipped() -> Non
     assert groups_with_spread(scores_of([1, 1, 0, 1, 2, 3, 0, 5], skipped=(6,)), 2) == [1, 2]
 
 
+def test_the_spread_is_that_of_the_responses_that_are_learned_from() -> None:
+    scores = scores_of([1, 1, 0, 3, 2, 1])
+    assert groups_with_spread(scores, 3) == [0, 1]
+    assert groups_with_spread(scores, 3, best_of=2) == [1]
+
+
+def test_a_round_whose_samples_were_all_skipped_joins_scores_per_token() -> None:
+    per_token = replace(scores_of([1, 2]), per_token=torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    rounds = [(responses_of(0, 2), scores_of([0, 0], skipped=(0, 1))), (responses_of(2, 2), per_token)]
+    _, scores = fill_batch(rounds, 1, 2)
+    assert scores.scores.tolist() == [[1.0, 0.0], [0.0, 2.0]]
+
+
 def test_a_batch_is_filled_with_groups_of_spread_and_otherwise_with_the_first_others() -> None:
     """Three of six groups: 1 and 4 have a spread; of the others 0 comes first, and 2 was skipped."""
     rounds = [

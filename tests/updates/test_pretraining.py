@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_ppo import TRPO, PPOClip
+from rlhf_ppo.updates import pretraining
 from rlhf_ppo.updates.pretraining import PretrainingMix, PretrainingRows
 from tests.classic.test_classic import QUERIES, RESPONSES, SCORES, policy, trainer_of, weights
 
@@ -94,3 +95,16 @@ def test_texts_and_algorithms_that_cannot_be_mixed_are_refused() -> None:
     with pytest.raises(ValueError, match="which TRPO does not take"):
         trainer_of(arguments={"pretraining": PretrainingMix(texts=TEXTS), "algorithm": TRPO()})
     assert trainer_of(arguments={"pretraining": PretrainingMix(texts=TEXTS), "algorithm": PPOClip()}).pretraining
+
+
+def test_the_token_budget_limits_the_passes_over_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    as_inputs = pretraining._as_inputs
+
+    def seen(texts: Any, device: torch.device) -> Any:
+        sizes.append(len(texts))
+        return as_inputs(texts, device)
+
+    monkeypatch.setattr(pretraining, "_as_inputs", seen)
+    stepped(PretrainingMix(texts=TEXTS, rows=3), mini_batch_size=2, token_budget=4)
+    assert sizes == [1, 1, 1]
