@@ -24,8 +24,9 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _reads_dropout_from_config(module: nn.Module) -> bool:
-    config = vars(vars(module).get("config", module))
-    names = {name for name, value in config.items() if "drop" in name and isinstance(value, float) and value > 0}
+    config = vars(module).get("config", module)
+    values = getattr(config, "__dict__", {})  # a module may call something else its config (Idefics)
+    names = {name for name, value in values.items() if "drop" in name and isinstance(value, float) and value > 0}
     methods = chain.from_iterable(vars(kind).items() for kind in type(module).__mro__)
     codes = [inspect.unwrap(f).__code__ for name, f in methods if inspect.isfunction(f) and name != "__init__"]
     return any((names - vars(module).keys()).intersection(code.co_names) for code in codes)

@@ -28,3 +28,11 @@ def test_two_passes_in_training_mode_are_equal_and_the_config_stays(name: str) -
     assert torch.equal(first, second)
     assert model.config.to_dict() == before
     assert all(module.training for module in model.modules())
+
+
+def test_a_module_may_call_a_number_its_config() -> None:
+    """Idefics does."""
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5))
+    model[0].config = 0.5
+    disable_dropout(model)
+    assert model[0].p == 0.0
