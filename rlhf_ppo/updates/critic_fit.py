@@ -1,5 +1,6 @@
 """Fit the critic alone: after a trust-region step, or before the policy trains (value pretraining)."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -116,11 +117,11 @@ class CriticFit:
                 total += gradient
         for parameter, total in zip(self.parameters, totals, strict=True):
             parameter.grad = self.accelerator.reduce(total, reduction="sum")
-        if self.accelerator.scaler is None:
-            self.optimizer.step()
-        elif all(bool(parameter.grad.isfinite().all()) for parameter in self.parameters if parameter.grad is not None):
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)
+        if bool(norm.isfinite()):  # otherwise no step: Adam's moments would keep what is not finite
             # Accelerate's wrapper would divide these gradients, which are not scaled, by float16's loss scale.
-            getattr(self.optimizer, "optimizer", self.optimizer).step()
+            scaled = self.accelerator.scaler is not None
+            (getattr(self.optimizer, "optimizer", self.optimizer) if scaled else self.optimizer).step()
         self.optimizer.zero_grad()
 
     def _value_function(

@@ -172,3 +172,22 @@ def test_the_values_of_a_separate_critic_are_its_own_in_every_rollout() -> None:
     assert trainer.last_batch is not None
     batch, _ = trainer.last_batch
     assert bool((batch.values[batch.mask] != 0).all())
+
+
+@pytest.mark.parametrize("limit", [1e-3, None])
+def test_fits_of_the_critic_alone_clip_its_gradient_and_leave_out_what_is_not_finite(
+    limit: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = policy()
+    arguments = {
+        "algorithm": PPOClip(critic=Critic(warmup_iterations=1)),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=1.0),
+    }
+    trainer = trainer_of(model, ppo_epochs=1, mini_batch_size=2, batch_size=2, max_grad_norm=limit, arguments=arguments)
+    if limit is None:
+        grad = torch.autograd.grad
+        monkeypatch.setattr(torch.autograd, "grad", lambda *args: [part * float("nan") for part in grad(*args)])
+    before = parts(trainer)[1]
+    trainer.step(QUERIES, RESPONSES, SCORES)
+    moved = float((parts(trainer)[1] - before).norm())
+    assert moved == pytest.approx(limit or 0.0, rel=0.01)
