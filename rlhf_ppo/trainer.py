@@ -190,6 +190,9 @@ class PPOTrainer(ClassicSurface):
     ) -> TrainState:
         """Run the managed loop: prompts -> responses -> scores -> `learn`, for `config.iterations`.
 
+        Another call on the same trainer trains on, with the prompts and random numbers of the first one. For others,
+        set more iterations in one call.
+
         Args:
             rewards: One text callable, or several by name with weights; `(prompts=, responses=, **columns) -> scores`.
                 With an environment they are added at the end of an episode; None: its rewards alone.

@@ -230,7 +230,7 @@ class TrainingLoop:
     def _record(self) -> None:
         learner, metrics = self.learner, self.state.metrics
         learner.current_step = self.state.iteration
-        learner.trackers.log(metrics, self.state.iteration)
+        learner.trackers.log(metrics, max(self.state.iteration, learner.trackers.step + 1))  # goes on in later calls
         self.keeper.write(self.state.iteration, lambda folder: folder.append_metrics(self.state.iteration, metrics))
 
     def evaluate(self, *, seed: int = 0) -> Evaluation:

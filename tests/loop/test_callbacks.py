@@ -42,3 +42,12 @@ def test_a_batch_size_that_a_callback_sets_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"expected PPOConfig.batch_size=8 until train\(\) returns, got 16"):
         own.train(share_of_e, config(iterations=2), callbacks=[grow])
+
+
+def test_another_call_of_train_logs_at_steps_that_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights & Biases drops a row whose step lies behind the last one."""
+    own, steps = trainer(), list[int]()
+    monkeypatch.setattr(own.accelerator, "log", lambda values, step: steps.append(step))
+    for _ in range(2):
+        own.train(share_of_e, config(iterations=2))
+    assert steps == [1, 2, 3, 4]
