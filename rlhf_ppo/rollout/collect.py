@@ -268,10 +268,13 @@ class Collector:
         responses: list[Tensor] = [samples.responses[row].to(self.device) for row in rows]
         logprobs = samples.logprobs
         values = samples.values if self.sampling.samples_from_policy else None
+        own_scores = scores.scores[rows].to(self.device)
+        if own_scores.dim() == 2:  # the longest response may be one that was skipped
+            own_scores = own_scores[:, : max(map(len, responses))]
         return Responses(
             inputs=TokenInputs(prompts=[samples.prompts[row].to(self.device) for row in rows], responses=responses),
             mask=pad_rows([torch.ones(len(response)) for response in responses]).bool().to(self.device),
-            scores=scores.scores[rows].to(self.device),
+            scores=own_scores,
             group_size=group_size,
             excluded=torch.tensor([not samples.finished[row] for row in rows], device=self.device)
             if self.mask_truncated

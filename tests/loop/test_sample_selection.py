@@ -57,6 +57,19 @@ def test_a_round_whose_samples_were_all_skipped_joins_scores_per_token() -> None
     assert scores.scores.tolist() == [[1.0, 0.0], [0.0, 2.0]]
 
 
+def test_scores_per_token_are_learned_from_if_the_longest_response_is_skipped() -> None:
+    def draw(model: Any, prompts: list[torch.Tensor], config: SamplingConfig, **settings: Any) -> Samples:
+        return DecodeLoop()(model, prompts, config, limits=[6, *[2] * (len(prompts) - 1)], **settings)
+
+    def source(prompts: list[str], responses: list[str]) -> list[dict[int, float] | None]:
+        return [None, *({0: float(row)} for row in range(1, len(prompts)))]
+
+    own, sampling = trainer(), replace(PAIRS, num_return_sequences=1)
+    state = own.train(source, TrainConfig(iterations=1, sampling=sampling, progress=False), sampler=draw)
+    assert state.metrics["env/reward_skipped"] == 1 / own.config.batch_size
+    assert own.last_batch is not None and own.last_batch[0].mask.shape == (own.config.batch_size - 1, 2)
+
+
 def test_a_batch_is_filled_with_groups_of_spread_and_otherwise_with_the_first_others() -> None:
     """Three of six groups: 1 and 4 have a spread; of the others 0 comes first, and 2 was skipped."""
     rounds = [
