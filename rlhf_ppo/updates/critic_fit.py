@@ -88,8 +88,7 @@ class CriticFit:
                 compute_gradients(self._objective, batch, rows)
                 for parameter in self._policy_parameters:  # the optimizer skips parameters without a gradient
                     parameter.grad = None
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self._step_optimizer(config)
 
     def _objective(self, output: PolicyOutput, micro_batch: TrainBatch, count: Tensor) -> LossTerms:
         loss, _ = value_loss(
@@ -117,6 +116,9 @@ class CriticFit:
                 total += gradient
         for parameter, total in zip(self.parameters, totals, strict=True):
             parameter.grad = self.accelerator.reduce(total, reduction="sum")
+        self._step_optimizer(config)
+
+    def _step_optimizer(self, config: MinibatchConfig) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)
         if bool(norm.isfinite()):  # otherwise no step: Adam's moments would keep what is not finite
             # Accelerate's wrapper would divide these gradients, which are not scaled, by float16's loss scale.
