@@ -13,18 +13,11 @@ from tests.benchmarks.switches import SWITCHES
 from tests.benchmarks.workloads import WORKLOADS
 
 IN_FLOAT32 = [name for name, switch in SWITCHES.items() if switch.equal and "cpu-bf16" not in switch.workloads[:1]]
-FAST_TIER = ("fused_head",)
-"""tests/kernels holds each fast path to its twin; the slow tier switches each off as the measurement does it."""
+"""tests/kernels holds each fast path to its twin; here each is switched off as the measurement does it."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in FAST_TIER else pytest.mark.slow)
-        for name in IN_FLOAT32
-        if name != "unpadded"
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in IN_FLOAT32 if name != "unpadded"])
 def test_a_fast_path_off_takes_the_same_step(name: str, tmp_path: Path) -> None:
     """Statistics, log-probabilities and every parameter."""
     switch = SWITCHES[name]

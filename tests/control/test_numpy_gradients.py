@@ -55,7 +55,12 @@ def updated(
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("ppo-clip", "joints"), ("ppo-penalty", "choices"), ("reinforce", "joints")]
+    ("name", "kind"),
+    [
+        ("ppo-clip", "joints"),
+        pytest.param("ppo-penalty", "choices", marks=pytest.mark.slow),
+        pytest.param("reinforce", "joints", marks=pytest.mark.slow),
+    ],
 )
 def test_the_lowered_update_takes_the_steps_of_autograd(name: Any, kind: str) -> None:
     """Shuffled minibatches of 8 rows, masked ones among them, entropy and clipped values in the loss."""

@@ -69,11 +69,11 @@ def test_nothing_is_blamed_where_no_fault_is_planted(trainer: PPOTrainer, honest
 @pytest.mark.parametrize(
     ("settings", "from_tokens"),
     [
-        ({"temperature": 0.6}, "temperature"),
+        pytest.param({"temperature": 0.6}, "temperature", marks=pytest.mark.slow),
         ({"temperature": 0.1}, "temperature"),
         ({"temperature": 2.5}, "unlikely_tokens"),
-        ({"top_k": 8}, "truncated"),
-        ({"top_p": 0.6}, "truncated"),
+        pytest.param({"top_k": 8}, "truncated", marks=pytest.mark.slow),
+        pytest.param({"top_p": 0.6}, "truncated", marks=pytest.mark.slow),
         ({"do_sample": False}, "truncated"),
         ({"repetition_penalty": 1.3}, None),
         ({"min_new_tokens": 32}, None),

@@ -101,8 +101,8 @@ def test_a_head_gives_the_same_with_it(monkeypatch: pytest.MonkeyPatch, bias: bo
 @pytest.mark.parametrize(
     ("kernel", "seconds", "said"),
     [
-        (Definition(), 1.0, "a Triton kernel (2.00 times as fast)"),
-        (Definition(), 2.0, "torch (a Triton kernel is 1.00 times as fast)"),
+        pytest.param(Definition(), 1.0, "a Triton kernel (2.00 times as fast)", marks=pytest.mark.slow),
+        pytest.param(Definition(), 2.0, "torch (a Triton kernel is 1.00 times as fast)", marks=pytest.mark.slow),
         (Wrong(), 1.0, "torch (a Triton kernel's results differ by"),
         (Failing(), 1.0, "torch (a Triton kernel fails: RuntimeError: out of resources"),
     ],

@@ -92,7 +92,16 @@ NOT_CAUSAL = {"rembert"} if transformers.__version__.startswith("5.10.") else se
 """Attends to later tokens in that release, although it is a decoder: the policy refuses it."""
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - NOT_CAUSAL))
+FAST_TIER = ("cohere", "falcon-h1", "granite", "modernbert-decoder")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST_TIER else pytest.mark.slow)
+        for name in sorted(CONFIGS.keys() - NOT_CAUSAL)
+    ],
+)
 def test_a_step_scores_what_the_models_own_call_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And learns: its first ratios are 1, so gradients and scores are those of one model."""
     monkeypatch.setattr("rlhf_ppo.kernels.linear_layers.onednn_is_faster", lambda: True)

@@ -96,9 +96,8 @@ def test_transcripts_of_random_play_are_words_of_the_tokenizer(game: Game) -> No
         assert tokenizer.decode(tokenizer(text)["input_ids"]).split() == text.split()
 
 
-@pytest.mark.parametrize(
-    ("game", "algorithm"), [("guess-number", "ppo-turn"), pytest.param("mastermind", "rloo", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("game", "algorithm"), [("guess-number", "ppo-turn"), ("mastermind", "rloo")])
 def test_a_tiny_run_writes_its_metrics_and_results(tmp_path: Path, game: str, algorithm: str) -> None:
     config = replace(
         DEFAULTS[game], algorithm=algorithm, tokens=1, batch_size=8, mini_batch_size=4, group_size=2, transcripts=64,

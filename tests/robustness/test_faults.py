@@ -283,7 +283,7 @@ def server() -> Iterator[str]:
         ("hangs", "did not answer within 0.2 s"),
         ("dies", "answered 500 1 times"),
         pytest.param("lies", "sent no 8 scores", marks=pytest.mark.slow),
-        ("nan", "sent nan as score 0 of 8"),
+        pytest.param("nan", "sent nan as score 0 of 8", marks=pytest.mark.slow),
         pytest.param("odd", "sent no 8 scores", marks=pytest.mark.slow),
     ],
 )

@@ -33,7 +33,8 @@ def test_where_activations_are_recomputed_anyway_more_tokens_fit() -> None:
     assert fit_pass(NEED, 5000, 8, checkpointing=True) == PassSize(300, True)
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [2, 4])
 def test_the_count_per_token_is_that_of_the_planner_s_trace(layers: int) -> None:
     """Two rows more of the traced pass, over the tokens that they have: counted by other code, at other lengths."""
     config = LlamaConfig(

@@ -35,7 +35,15 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("build", [tiny_gpt2, pytest.param(tiny_llama, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}, {"centering": 0.01}], ids=["full", "lora", "centering"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"lora_rank": 4}, marks=pytest.mark.slow),
+        pytest.param({"centering": 0.01}, marks=pytest.mark.slow),
+    ],
+    ids=["full", "lora", "centering"],
+)
 def test_training_ends_at_the_weights_of_plain_training(
     build: Any, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

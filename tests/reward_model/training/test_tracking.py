@@ -134,7 +134,7 @@ def rates(base: Path, output: Path, **settings: Any) -> list[float]:
     [
         ({}, [1 / 2] + [(20 - step) / 19 for step in range(1, 20)]),
         ({"warmup": 0.2}, [(step + 1) / 5 for step in range(4)] + [(20 - step) / 16 for step in range(4, 20)]),
-        ({"warmup": 0.0}, [(20 - step) / 20 for step in range(20)]),
+        pytest.param({"warmup": 0.0}, [(20 - step) / 20 for step in range(20)], marks=pytest.mark.slow),
         ({"schedule": "polynomial", "schedule_arguments": ["power=2", "lr_end=0"], "warmup": 0.0},
          [((20 - step) / 20) ** 2 for step in range(20)]),
         ({"schedule": "warmup_stable_decay", "schedule_arguments": ["num_decay_steps=5", "decay_type=linear"]},
