@@ -92,8 +92,7 @@ def test_before_the_first_step_every_ratio_is_one_and_every_kl_zero(name: str) -
 @pytest.mark.parametrize(
     "placement, penalty",
     [
-        *(pytest.param("loss", kind, marks=pytest.mark.slow) for kind in ("mse", "k3")),
-        ("loss", "full"),
+        *(pytest.param("loss", kind, marks=pytest.mark.slow) for kind in ("mse", "k3", "full")),
         ("split", "full"),
     ],
 )

@@ -74,7 +74,7 @@ def weights(trainer: PPOTrainer) -> torch.Tensor:
         ({"kl_penalty": "full", "ent_coef": 0.05, "temperature": 0.9, "sgd": 0.001}, {}),
         ({"mini_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}, {}),
         ({"kind": "t5", "early_stopping": True, "target_kl": 1e-6}, {"response_masks": MASKS}),
-        ({"kind": "lora", "gradient_checkpointing": True, "ppo_epochs": 1}, {}),
+        pytest.param({"kind": "lora", "gradient_checkpointing": True, "ppo_epochs": 1}, {}, marks=pytest.mark.slow),
         ({}, {"scores": [torch.linspace(-1, 1, len(response)) for response in RESPONSES]}),
     ],
     ids=["masks", "whitening", "left", "full", "accumulation", "t5", "lora", "per token"],

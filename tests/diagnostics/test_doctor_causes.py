@@ -300,10 +300,10 @@ class Played:
     ("played", "name"),
     [
         (Played(Deaf), "dead_environment"),
-        (Played(Deaf, group_size=2), "dead_environment"),
+        pytest.param(Played(Deaf, group_size=2), "dead_environment", marks=pytest.mark.slow),
         (Played(Hopeless, group_size=2), "groups_without_variance"),
         (Played(ReadsTheTool), "reward_survives_empty_reply"),
-        (Played(PaysAlways, group_size=2), "reward_survives_empty_reply"),
+        pytest.param(Played(PaysAlways, group_size=2), "reward_survives_empty_reply", marks=pytest.mark.slow),
         (Played(CountE, reads_all), "source_reads_observations"),
         (Played(CountE), None),
     ],

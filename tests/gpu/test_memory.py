@@ -23,9 +23,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], object]:
     AcceleratorState._reset_state(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "recomputes"),
-    [pytest.param(None, False, marks=pytest.mark.slow), pytest.param(24, False, marks=pytest.mark.slow), (10, True)],
+    [(None, False), (24, False), (10, True)],
     ids=["all fits", "in parts", "no row fits"],
 )
 def test_passes_fit_and_the_step_is_the_same(

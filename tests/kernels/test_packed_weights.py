@@ -87,7 +87,8 @@ def packs_bfloat16() -> bool:
 
 
 @pytest.mark.parametrize(("build", "expected"), [
-    (wide_llama, 7), (with_biases, 7), (lambda: wide_llama(torch.bfloat16), 8), (with_adapter, 7), (low_precision, 8),
+    pytest.param(wide_llama, 7, marks=pytest.mark.slow), (with_biases, 7),
+    (lambda: wide_llama(torch.bfloat16), 8), (with_adapter, 7), (low_precision, 8),
     (lambda: tiny_gpt2(vocab_size=1024, n_embd=512, n_layer=1, initializer_range=0.05), 4),
 ], ids=["llama", "biases", "bfloat16", "adapters", "bfloat16 products", "Conv1D"])  # fmt: skip
 def test_the_same_is_drawn_while_rows_leave(

@@ -92,7 +92,7 @@ NOT_CAUSAL = {"rembert"} if transformers.__version__.startswith("5.10.") else se
 """Attends to later tokens in that release, although it is a decoder: the policy refuses it."""
 
 
-FAST_TIER = ("cohere", "falcon-h1", "granite", "modernbert-decoder")
+FAST_TIER = ("cohere", "granite", "modernbert-decoder")
 
 
 @pytest.mark.parametrize(

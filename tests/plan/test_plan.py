@@ -66,7 +66,9 @@ def test_live_bytes_are_counted_from_birth_to_end() -> None:
     [TINY, LlamaConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=9)],
     ids=["gpt2", "llama"],
 )  # fmt: skip
-@pytest.mark.parametrize("settings", [{}, {"lora_rank": 4}, {"precision": "bf16-mixed"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, marks=pytest.mark.slow), {"lora_rank": 4}, {"precision": "bf16-mixed"}], ids=str
+)
 def test_bytes_without_content_are_those_of_the_real_pass(shape: Any, settings: dict[str, Any]) -> None:
     """The same forward and backward pass with real tensors, counted alike: within 2 percent."""
     plan, peaks = replace(SMALL, new_tokens=56, **settings), []

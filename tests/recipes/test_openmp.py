@@ -51,7 +51,10 @@ def test_what_is_run_has_the_short_spin_before_torch_is_loaded(command: list[str
     assert seen_by_torch(command) == [f"{name}={value}" for name, value in SHORT_SPIN.items()]
 
 
-@pytest.mark.parametrize(("command", "chosen"), [(COMMANDS[0], "OMP_WAIT_POLICY"), (COMMANDS[2], "GOMP_SPINCOUNT")])
+@pytest.mark.parametrize(
+    ("command", "chosen"),
+    [pytest.param(COMMANDS[0], "OMP_WAIT_POLICY", marks=pytest.mark.slow), (COMMANDS[2], "GOMP_SPINCOUNT")],
+)
 def test_the_users_choice_stands(command: list[str], chosen: str) -> None:
     assert seen_by_torch(command, **{chosen: "7"}) == [f"{chosen}=7"]
 
