@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.batch import TokenInputs, TrainBatch
-from rlhf_ppo.updates.minibatch import MinibatchUpdate
+from rlhf_ppo.updates.minibatch import MinibatchConfig, MinibatchUpdate
 from rlhf_ppo.updates.objective import Masked, Metrics, Objective, Update, UpdateRecord
 
 
@@ -48,14 +48,14 @@ class PretrainingRows:
         self.position = 0
         """Number of texts drawn so far; the only state."""
 
-    def __call__(self, process: int, processes: int) -> tuple[list[Tensor], int]:
-        """The next texts of this process, and the number of learned tokens of all processes."""
+    def __call__(self, processes: int) -> tuple[list[list[Tensor]], int]:
+        """The next texts of each process, and the number of learned tokens of all processes."""
         count, drawn = len(self.mix.texts), range(self.position, self.position + self.mix.rows)
         epochs = {position // count for position in drawn}
         orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(count) for epoch in epochs}
         texts = [self.mix.texts[int(orders[position // count][position % count])] for position in drawn]
         self.position = drawn.stop
-        return texts[process::processes], sum(len(text) - 1 for text in texts)
+        return [texts[process::processes] for process in range(processes)], sum(len(text) - 1 for text in texts)
 
 
 class PretrainingGradients:
@@ -76,10 +76,10 @@ class PretrainingGradients:
 
     def _accumulate(self, device: torch.device) -> Tensor:
         update, accelerator = self.update, self.update.accelerator
-        texts, tokens = self.rows(accelerator.process_index, accelerator.num_processes)
+        all_texts, tokens = self.rows(accelerator.num_processes)
         total = torch.zeros((), device=device)
-        costs = torch.tensor([len(text) for text in texts], dtype=torch.long)
-        for rows in update.config.micro_batches(costs) if texts else []:
+        texts = all_texts[accelerator.process_index]
+        for rows in passes_of_all(all_texts, update.config)[accelerator.process_index]:
             part = [texts[row] for row in rows.tolist()]
             with update.steps.micro_batch(last=False):
                 output = update.policy(_as_inputs(part, device))
@@ -108,6 +108,21 @@ class UpdateWithPretraining:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.inner.load_state_dict(state["update"])
         self.rows.position = int(state["texts"])
+
+
+def passes_of_all(all_texts: list[list[Tensor]], config: MinibatchConfig) -> list[list[Tensor]]:
+    """Positions of the texts of each pass, by process: equally many passes, because with sharded weights all take part.
+
+    Args:
+        all_texts: Equally many of each process.
+    """
+    costs = [torch.tensor([len(text) for text in texts], dtype=torch.long) for texts in all_texts]
+    passes = [config.micro_batches(cost) for cost in costs]
+    for own in passes:
+        while len(own) < max(map(len, passes)):  # then one of them has two texts
+            largest = max(range(len(own)), key=lambda index: len(own[index]))
+            own[largest : largest + 1] = own[largest].tensor_split(2)
+    return passes
 
 
 def _as_inputs(texts: Sequence[Tensor], device: torch.device) -> TokenInputs:

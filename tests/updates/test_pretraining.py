@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_ppo import TRPO, PPOClip
-from rlhf_ppo.updates import pretraining
-from rlhf_ppo.updates.pretraining import PretrainingMix, PretrainingRows
+from rlhf_ppo.updates import MinibatchConfig, pretraining
+from rlhf_ppo.updates.pretraining import PretrainingMix, PretrainingRows, passes_of_all
 from tests.classic.test_classic import QUERIES, RESPONSES, SCORES, policy, trainer_of, weights
 
 TEXTS = [torch.tensor(row) for row in ([5, 6, 7, 8], [9, 10], [11, 12, 13])]
@@ -66,15 +66,11 @@ def test_every_setting_changes_what_is_learned(change: dict[str, Any]) -> None:
 
 def test_every_text_is_drawn_once_a_pass_and_processes_share_a_draw() -> None:
     rows = PretrainingRows(PretrainingMix(texts=TEXTS, rows=3), seed=4)
-    texts, tokens = rows(0, 1)
+    (texts,), tokens = rows(1)
     assert tokens == 6 and {len(text) for text in texts} == {4, 2, 3}
-    shares = []
-    for process in (0, 1):
-        again = PretrainingRows(PretrainingMix(texts=TEXTS, rows=3), seed=4)
-        share, count = again(process, 2)
-        assert count == 6
-        shares += share
-    assert sorted(map(len, shares)) == [2, 3, 4]
+    shares, count = PretrainingRows(PretrainingMix(texts=TEXTS, rows=3), seed=4)(2)
+    assert count == 6 and len(shares) == 2
+    assert sorted(map(len, [*shares[0], *shares[1]])) == [2, 3, 4]
 
 
 def test_a_resumed_update_draws_the_texts_that_come_next() -> None:
@@ -108,3 +104,11 @@ def test_the_token_budget_limits_the_passes_over_texts(monkeypatch: pytest.Monke
     monkeypatch.setattr(pretraining, "_as_inputs", seen)
     stepped(PretrainingMix(texts=TEXTS, rows=3), mini_batch_size=2, token_budget=4)
     assert sizes == [1, 1, 1]
+
+
+def test_all_processes_make_equally_many_passes_over_their_texts() -> None:
+    """Under sharded weights a pass waits for all: here one process has long texts, the other short ones."""
+    short, long = torch.arange(5, 8), torch.arange(5, 25)
+    first, second = passes_of_all([[long, long], [short, short]], MinibatchConfig(token_budget=24))
+    assert len(first) == len(second) == 2
+    assert sorted(torch.cat(second).tolist()) == [0, 1]
