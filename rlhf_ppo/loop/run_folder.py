@@ -18,10 +18,10 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from rlhf_ppo.utils.files import rename_aside
 from rlhf_ppo.utils.redaction import redacted
 
 Estimates: TypeAlias = dict[str, tuple[float, float]]
@@ -145,8 +145,7 @@ class RunFolder:
         """Rename metrics.jsonl and tokens.jsonl, where they are, to metrics.1.jsonl and so on."""
         for path in (self.path / METRICS, self.path / TOKENS):
             if path.exists():
-                asides = (path.with_suffix(f".{number}{path.suffix}") for number in count(1))
-                path.rename(next(aside for aside in asides if not aside.exists()))
+                rename_aside(path)
 
     def config(self) -> dict[str, Any]:
         """The settings; empty if none were written."""

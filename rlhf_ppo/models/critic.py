@@ -17,6 +17,7 @@ from rlhf_ppo.models.adapters import REFERENCE_ADAPTER, merged_model
 from rlhf_ppo.models.dropout import disable_dropout
 from rlhf_ppo.models.trunk import layers_of
 from rlhf_ppo.models.value_head import last_hidden_size
+from rlhf_ppo.utils.files import rename_aside
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def save_critic(model: Any, folder: Path) -> None:
 
 
 def forget_earlier_parts(model: Any, folder: Path) -> None:
-    """Delete the files by which parts of an earlier policy in `folder` would be found and loaded with this one."""
+    """Rename the files by which parts of an earlier policy in `folder` would be found and loaded with this one."""
     adapters = model.pretrained_model.peft_config if model.is_peft_model else ()
     found_by = {
         "adapter_config.json": model.is_peft_model,
@@ -165,8 +166,8 @@ def forget_earlier_parts(model: Any, folder: Path) -> None:
     }
     for name, is_saved_anew in found_by.items():
         if not is_saved_anew and (folder / name).is_file():
-            (folder / name).unlink()
-            logger.warning("Deleted %s of the policy that was saved in %s before.", name, folder)
+            aside = rename_aside(folder / name)
+            logger.warning("%s is of the policy that was saved in %s before: renamed to %s.", name, folder, aside.name)
 
 
 def attach_saved_critic(model: Any, source: str) -> None:

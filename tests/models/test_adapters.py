@@ -174,7 +174,7 @@ def test_a_run_that_started_from_the_base_goes_on_with_the_base_as_reference(bas
 def test_a_folder_that_is_saved_into_again_keeps_nothing_of_the_earlier_policy(
     base: Path, sft: Path, tmp_path: Path
 ) -> None:
-    """Of supervised adapters, full weights and fresh adapters, each after the other."""
+    """Of supervised adapters, full weights and fresh adapters, each after the other; what is replaced is renamed."""
     folder, load = str(tmp_path / "out"), AutoModelForCausalLMWithValueHead.from_pretrained
     supervised = load(str(sft), is_trainable=True)
     prepare_reference_adapter(supervised)
@@ -189,6 +189,8 @@ def test_a_folder_that_is_saved_into_again_keeps_nothing_of_the_earlier_policy(
         assert (again.critic is None) == (model is not supervised)
         if again.is_peft_model:
             assert (prepare_reference_adapter(again) == "reference") == (model is supervised)
+    kept = ("adapter_config.1.json", "reference/adapter_config.1.json", "critic/head.1.safetensors")
+    assert all((tmp_path / "out" / name).is_file() for name in kept)
 
 
 def test_switching_to_the_reference_leaves_flags_and_adapter_as_they_were(sft: Path) -> None:
