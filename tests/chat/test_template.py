@@ -39,3 +39,32 @@ def test_a_template_that_raises_refuses_the_conversation_by_its_reason() -> None
     tokenizer.chat_template = "{{ messages[7].role + 5 }}"
     with pytest.raises(UnreadableText, match="the chat template refuses"):
         render_chat(tokenizer, [{"role": "user", "content": "y"}])
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}'])
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        ("{{ c.function.arguments | tojson }}", '{"city": "Rome"}'),  # Qwen 2.5
+        ("{% for k, v in c.function.arguments | items %}<{{ k }}>{{ v }}{% endfor %}", "<city>Rome"),  # Qwen 3.5
+        ("{{ '\\n' + c.function.arguments }}", '\n{"city": "Rome"}'),  # DeepSeek V3
+        ("{{ c.function.arguments if c.function.arguments is string else c.function.arguments.city }}", "Rome"),
+    ],
+)
+def test_arguments_are_written_once_whether_they_come_as_json_or_as_an_object(
+    arguments: object, template: str, written: str
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}" + template + "{% endfor %}{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert render_chat(tokenizer, read_messages(turns, "prompt")) == written
+
+
+def test_arguments_that_are_no_json_stay_as_they_are() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].tool_calls[0].arguments }}"
+    turn = {"role": "assistant", "content": "x", "tool_calls": [{"name": "weather", "arguments": "{city: Rome"}]}
+    assert render_chat(tokenizer, read_messages([turn], "prompt")) == "{city: Rome"

@@ -147,6 +147,30 @@ def test_arguments_of_formats_without_types_get_those_of_the_schema() -> None:
     assert turn.observation == [tool("look_up", '{"found": "6"}')]
 
 
+@pytest.mark.parametrize(
+    ("written", "received"), [("False", "False"), ("true", "True"), ("None", "None"), ("0", "0"), ("maybe", "'maybe'")]
+)
+def test_truth_values_are_read_as_json_or_python_write_them(written: str, received: str) -> None:
+    def switch(on: bool) -> str:
+        """Switch the light.
+
+        Args:
+            on: Whether it burns.
+        """
+        return repr(on)
+
+    reply = f"<tool_call><function=switch><parameter=on>\n{written}\n</parameter></function></tool_call>"
+    _, (turn,) = play(from_tools([switch], tokenizer_with(HERMES)), reply, prompt="?")
+    assert turn.observation == [tool("switch", received)]
+
+
+def test_several_calls_in_one_reply_are_all_answered() -> None:
+    calls = [f'{{"name": "multiply", "parameters": {{"a": 6, "b": {b}}}}}' for b in (7, 8)]
+    for separator in ("; ", ";", "\n"):
+        _, (turn,) = play(from_tools([multiply], tokenizer_with(LLAMA)), separator.join(calls), prompt="?")
+        assert turn.observation == [tool("multiply", "42"), tool("multiply", "48")]
+
+
 def test_a_template_that_hides_the_tools_or_their_results_is_refused() -> None:
     for template in (HERMES.replace("{{ tool | tojson }}", ""), "{{ tools | tojson }}{{ messages[0].content }}"):
         with pytest.raises(ValueError, match=r"shows the tools.*Set another chat_template"):

@@ -36,12 +36,13 @@ def tagged_calls(reply: str) -> list[ToolCall]:
 
 
 def json_calls(reply: str) -> list[ToolCall]:
-    """A reply that begins with a call, or a list of calls, as JSON (Llama 3.1; Mistral, whose mark is special)."""
-    text = _after_thinking(reply).strip()
-    if not text.startswith(("{", "[{")):
-        return []
-    found = _load(text)
-    return [_json_call(call) for call in (found if isinstance(found, list) else [found])]
+    """A reply that begins with calls as JSON, one by one or in a list (Llama; Mistral, whose mark is special)."""
+    text, calls = _after_thinking(reply).strip(), []
+    while text.startswith(("{", "[{")):
+        found, end = _load(text)
+        calls += [_json_call(call) for call in (found if isinstance(found, list) else [found])]
+        text = text[end:].lstrip("; \n")
+    return calls
 
 
 def detect_parser(tokenizer: PreTrainedTokenizerBase) -> ToolCallParser:
@@ -82,7 +83,7 @@ def _after_thinking(reply: str) -> str:
 
 def _tagged_call(body: str) -> ToolCall:
     if body.startswith("{"):
-        return _json_call(_load(body))
+        return _json_call(_load(body)[0])
     function = _FUNCTION.match(body)
     pairs: list[tuple[str, str]] = (_PARAMETER if function else _ARGUMENT).findall(body)
     name = function[1] if function else body.partition("<arg_key>")[0]
@@ -92,14 +93,15 @@ def _tagged_call(body: str) -> ToolCall:
 def _json_call(call: Any) -> ToolCall:
     name = call.get("name") if isinstance(call, dict) else None
     arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
-    arguments = _load(arguments) if isinstance(arguments, str) else arguments
+    arguments = _load(arguments)[0] if isinstance(arguments, str) else arguments
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise ValueError('a call must be {"name": ..., "arguments": {...}}')
     return ToolCall(name, arguments)
 
 
-def _load(text: str) -> Any:
+def _load(text: str) -> tuple[Any, int]:
+    """The value of JSON that `text` begins with, and where it ends."""
     try:
-        return json.JSONDecoder().raw_decode(text)[0]
+        return json.JSONDecoder().raw_decode(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"a call must be JSON: {error}") from error

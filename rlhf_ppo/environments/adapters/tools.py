@@ -17,6 +17,8 @@ from rlhf_ppo.environments.base import EnvironmentFactory, Messages, Turn, accep
 from rlhf_ppo.environments.concurrency import resolve_awaitable
 
 Tool = Callable[..., Any]
+_PYTHON_NAMES = {"True": "true", "False": "false", "None": "null"}
+"""Values that some templates write as Python does (Qwen Coder, Qwen 3.5), in JSON."""
 
 
 def from_tools(
@@ -134,7 +136,7 @@ class _ToolEpisode:
         for name, value in arguments.items():
             if isinstance(value, str) and properties.get(name, {}).get("type", "string") != "string":
                 with suppress(json.JSONDecodeError):
-                    arguments[name] = json.loads(value)
+                    arguments[name] = json.loads(_PYTHON_NAMES.get(value.strip(), value))
         return arguments
 
     def _error(self, error: Exception) -> str:
