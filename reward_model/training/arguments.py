@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import LoraConfig, TaskType
 from torch import nn
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
@@ -101,6 +103,19 @@ def trainer_arguments(config: RewardModelConfig, rows: int) -> RewardConfig:
         **_step_counts(config, rows),
         **versioned,
     )
+
+
+def check_placement(accelerator: Accelerator) -> None:
+    """Raise a ValueError if every process would hold a part of each weight: the first one measures and saves alone."""
+    engine = accelerator.state.deepspeed_plugin
+    has_zero3 = engine is not None and engine.zero_stage == 3
+    if has_zero3 or accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            f"expected whole weights on each process, got {'ZeRO-3' if has_zero3 else 'FSDP'}: after training, the "
+            "first process measures and saves the reward model alone, and would wait for the others' parts forever. "
+            "Launch with recipes/launch/ddp.yaml; lora_rank, gradient_checkpointing and smaller micro-batches save "
+            "memory."
+        )
 
 
 def lora_config(model: Any, *, rank: int, alpha: int, missing: Iterable[str] = ()) -> LoraConfig:

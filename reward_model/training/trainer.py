@@ -25,7 +25,13 @@ from reward_model.models.encoding import (
 )
 from reward_model.models.model import RewardModel
 from reward_model.models.text import prepare_tokenizer
-from reward_model.training.arguments import check_schedule, follows_accuracy, lora_config, trainer_arguments
+from reward_model.training.arguments import (
+    check_placement,
+    check_schedule,
+    follows_accuracy,
+    lora_config,
+    trainer_arguments,
+)
 from reward_model.training.config import RewardModelConfig
 from reward_model.training.preference_trainer import PreferenceTrainer
 from reward_model.training.resume import (
@@ -174,6 +180,7 @@ def _build_trainer(
         callbacks=[*stop, *callbacks],
         peft_config=peft_config,
     )
+    check_placement(trainer.accelerator)
     for callback in (ProgressCallback, PrinterCallback):  # one of them is set, and prints dicts
         trainer.remove_callback(callback)
     if config.progress:

@@ -1,7 +1,10 @@
-"""Encode texts with special tokens, without a second BOS where a chat template has written one."""
+"""Encode texts without a second BOS where a chat template has written one, and decode what continues a text."""
 
 from collections.abc import Sequence
 from typing import Any
+
+_CONTEXT = 8
+"""Tokens of a prompt that are decoded before its response."""
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -19,6 +22,20 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         if rows[row][1 : 1 + len(ids)] == ids:
             rows[row] = rows[row][1:]
     return rows
+
+
+def continued_text(tokenizer: Any, prompt: Sequence[int], response: Sequence[int]) -> str:
+    """The text that a response adds to its prompt, without special tokens.
+
+    Decoders of SentencePiece (Llama 2, Mistral, Phi 3) drop the space that a text begins with. Behind a prompt, this
+    space divides two words.
+    """
+    before = prompt[-_CONTEXT:]
+    alone, start, both = (
+        str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (response, before, [*before, *response])
+    )
+    continued = both.removeprefix(start)
+    return continued if both.startswith(start) and continued.endswith(alone) else alone
 
 
 def whole_characters(text: str) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
+from rlhf_ppo.chat.encoding import continued_text
+from rlhf_ppo.chat.prompt import ChatPrompt
 from rlhf_ppo.environments.episode import Episode
 from rlhf_ppo.environments.sampler import EnvironmentSampler
 from rlhf_ppo.functional import missing_eos_penalty, soft_overlong_penalty
@@ -140,13 +142,18 @@ class Collector:
         return DecodedResponses(
             samples=samples,
             prompts=[text for text in batch.texts for _ in range(num_copies)],
-            responses=self.tokenizer.batch_decode(
-                [response.tolist() for response in samples.responses], skip_special_tokens=True
-            ),
+            responses=self._decode(samples, batch, num_copies),
             columns={
                 name: [item for item in column for _ in range(num_copies)] for name, column in batch.columns.items()
             },
         )
+
+    def _decode(self, samples: Samples, batch: PromptBatch, copies: int) -> list[str]:
+        """Texts of the responses: they continue their prompts, unless they are messages or come from a decoder."""
+        rows = [response.tolist() for response in samples.responses]
+        continues = [not (isinstance(text, ChatPrompt) or self.model.is_encoder_decoder) for text in batch.texts]
+        prompts = [prompt.tolist() if continues[row // copies] else [] for row, prompt in enumerate(samples.prompts)]
+        return [continued_text(self.tokenizer, *pair) for pair in zip(prompts, rows, strict=True)]
 
     def _play(
         self, environment: EnvironmentSampler, batch: PromptBatch, generator: torch.Generator

@@ -1,10 +1,15 @@
 """Training: what each setting changes, and runs that stop, resume or start from other kinds of model."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification, FNetConfig, FNetModel
 
@@ -14,6 +19,7 @@ from reward_model.evaluation.scoring import fit_normalization, held_out_metrics,
 from reward_model.models.backbone import PAD_TOKEN, initialize_head, load_backbone
 from reward_model.models.contract import Contract
 from reward_model.models.encoding import LengthGroupedBatches
+from reward_model.training.arguments import check_placement
 from tests.models.zoo import build
 from tests.reward_model.conftest import preference_rows, tiny_config
 from tests.support.tiny_models import CHAT_TEMPLATE, tiny_gpt2, tiny_llama, tiny_tokenizer
@@ -209,6 +215,25 @@ def test_rankings_of_unequal_length_train(tiny_base: Path, tmp_path: Path) -> No
     ] * 40
     trained = train_reward_model(tiny_config(tiny_base, tmp_path / "rm"), train=rows, evaluation=rows[:20])
     assert trained.metrics["accuracy"] == 1.0
+
+
+def test_sharded_weights_are_refused_before_training(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under FSDP2 two processes trained to the end, and then waited for each other."""
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType.FSDP))
+    rows, config = preference_rows(20), tiny_config(tiny_base, tmp_path / "rm")
+    with pytest.raises(ValueError, match=r"whole weights on each process, got FSDP.*ddp\.yaml"):
+        train_reward_model(config, train=rows[:16], evaluation=rows[16:])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("stage", "refused"), [(1, False), (2, False), (3, True)])
+def test_of_deepspeed_only_zero_3_shards_weights(stage: int, refused: bool) -> None:
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+    accelerator: Any = SimpleNamespace(state=state, distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="got ZeRO-3") if refused else nullcontext():
+        check_placement(accelerator)
 
 
 def test_steps_see_texts_of_similar_length_in_an_order_that_the_epoch_changes() -> None:
