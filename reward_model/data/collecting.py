@@ -11,7 +11,7 @@ from typing import Any
 from reward_model.data.comparisons import Comparison, parse_recognized
 from reward_model.data.layouts import Recognized, recognize
 from reward_model.data.pairs import label_number, pairs_from_labels
-from reward_model.data.rows import BadRow, OnBadRow, Row, checked_row, rename_columns, set_aside
+from reward_model.data.rows import BadRow, OnBadRow, Row, checked_row, rename_columns, set_aside, with_class_names
 from reward_model.data.sources import LocatedRow
 from reward_model.data.threads import MessageThreads
 
@@ -110,7 +110,7 @@ class Collector:
             self.bad_rows.append(set_aside(error, where, row, self.on_bad_row))
 
     def _take(self, row: Row | BadRow, where: str) -> None:
-        row = checked_row(row, where)
+        row = with_class_names(checked_row(row, where))
         self.names |= set(map(str, row))
         self.seen |= {str(name) for name, value in row.items() if value not in (None, "")}
         self.texts |= {str(name) for name, value in row.items() if value and isinstance(value, str | list)}

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,7 @@ def excerpt(text: str, *, max_words: int, min_words: int | None = None, generato
 
 _GOOD = "positive", "pos", "good", "true", "yes", "y", "desirable", "chosen", "like", "thumbs up", "👍"
 _BAD = "negative", "neg", "bad", "false", "no", "n", "undesirable", "rejected", "dislike", "thumbs down", "👎"
+_STARS = re.compile(r"(\d+) stars?")
 _WORDS = dict.fromkeys(_GOOD, 1.0) | dict.fromkeys(_BAD, 0.0)
 
 
@@ -76,6 +78,8 @@ def label_number(label: Any, where: str) -> float:
     """Convert a label to a number; booleans and words such as positive/negative become 1 and 0."""
     if isinstance(label, str) and (word := label.strip().lower().replace("_", " ")) in _WORDS:
         return _WORDS[word]
+    if isinstance(label, str) and (stars := _STARS.fullmatch(label.strip().lower())):
+        return float(stars[1])
     number = float(label) if isinstance(label, bool) else read_number(label)
     if not math.isfinite(number):
         raise BadRow(f"{where}: field 'label' must be a number, true/false or positive/negative, got {label!r:.40}.")

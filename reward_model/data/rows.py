@@ -14,6 +14,23 @@ OnBadRow = Literal["stop", "skip"]
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?(0,\d+|\d+,(\d{1,2}|\d{4,}))\s*")
 
 
+class ClassNumber(int):
+    """The number of a class in a column of `datasets.ClassLabel`, with the name of the class."""
+
+    name: str
+
+    def __new__(cls, number: int, name: str) -> "ClassNumber":
+        """Attach `name` to `number`."""
+        value = super().__new__(cls, number)
+        value.name = name
+        return value
+
+
+def with_class_names(row: Row) -> Row:
+    """`row` with names in place of class numbers, whose order may be any: positive, negative."""
+    return {name: value.name if isinstance(value, ClassNumber) else value for name, value in row.items()}
+
+
 class BadRow(ValueError):
     """A malformed row; the message names its location, the field, what was expected and what was found."""
 

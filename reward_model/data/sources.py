@@ -7,11 +7,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.table import pa as pyarrow
 
 from reward_model.data.files import DataError, data_suffix, encoding_problem, open_text
-from reward_model.data.rows import BadRow, Row
+from reward_model.data.rows import BadRow, ClassNumber, Row
 from reward_model.data.tables import table_rows
 
 __all__ = ["DataError", "LocatedRow", "prompt_lines", "read_rows"]
@@ -146,6 +146,8 @@ def _load(source: str, split: str) -> Dataset:
 
 def _dataset_rows(data: Iterable[Any], location: str) -> Iterator[LocatedRow]:
     rows, number = iter(data), 0
+    features = data.features if isinstance(data, Dataset) else {}
+    classes = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
     while True:
         try:
             row = next(rows)
@@ -153,8 +155,15 @@ def _dataset_rows(data: Iterable[Any], location: str) -> Iterator[LocatedRow]:
             return
         except Exception as error:  # a value that pyarrow cannot turn into Python's, such as bytes that are no UTF-8
             raise DataError(f"{location} {number} cannot be read: {_reason(error)} Write the data again.") from error
+        if classes:
+            row |= {name: _class_number(row[name], names) for name, names in classes.items()}
         yield f"{location} {number}", row
         number += 1
+
+
+def _class_number(number: int | None, names: Sequence[str]) -> ClassNumber | None:
+    """A class with its name; None if the row has none, which `datasets` also writes as -1."""
+    return None if number is None or number < 0 else ClassNumber(number, names[number])
 
 
 def _not_empty(rows: Iterator[LocatedRow], source: str) -> Iterator[LocatedRow]:

@@ -117,7 +117,13 @@ def _is_undecided(row: Row) -> bool:
     is_judged = bool(sides(row)) and is_blank(row, *WINNER_NAMES)
     would_be_rated = rated_columns(row) is None and rated_columns({**row, RATING_NAMES[0]: 0}) is not None
     lacks_rating = would_be_rated and is_blank(row, *RATING_NAMES)
-    return is_judged or lacks_rating or any(layout.verdict and layout.lacks_verdict(row) for layout in PUBLIC_SETS)
+    lacks_label = _given(row, "text") and "label" in row and is_blank(row, "label") and rated_columns(row) is None
+    return (
+        is_judged
+        or lacks_rating
+        or lacks_label
+        or any(layout.verdict and layout.lacks_verdict(row) for layout in PUBLIC_SETS)
+    )
 
 
 def _given(row: Row, name: str) -> bool:

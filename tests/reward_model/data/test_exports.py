@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from reward_model import BadRow
 from reward_model import score as score_command
@@ -72,6 +73,7 @@ def test_records_that_nobody_annotated_are_undecided(written: Callable[..., str]
         {"context": "Q", "response1": "a", "response2": "b", "overall_preference": None},
         {"prompt": "Q", "response_a": "a", "response_b": "b", "preference": ""},
         {"prompt": "Q", "completion": "a", "label": None},
+        {"text": "a", "label": None},
         {"conversation_a": [{"role": "user", "content": "Q"}], "conversation_b": [], "winner": None},
     ],
 )
@@ -123,6 +125,35 @@ def test_a_codec_that_makes_no_text_is_no_encoding(encoding: str, written: Calla
 def test_labels_may_be_words(labels: tuple[str, str], written: Callable[..., str]) -> None:
     rows = [{"prompt": "Q", "completion": text, "label": label} for text, label in zip("ab", labels, strict=True)]
     assert texts(written(rows)) == [("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("names", "better"),
+    [(["neg", "pos"], "one"), (["positive", "negative"], "zero"), (["5 stars", "1 star"], "zero"), (["0", "1"], "one")],
+)
+def test_class_labels_are_read_by_their_names_whatever_their_order(
+    names: list[str], better: str, tmp_path: Path
+) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = {"text": ["zero", "one", "unlabeled"], "label": [0, 1, -1]}
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    for source in (Dataset.from_dict(rows, features=features), str(tmp_path / "train.parquet")):
+        loaded = load_comparisons(source)
+        assert loaded.report.undecided == 1
+        assert [pair.completions[0] for pair in loaded.comparisons] == [better]
+
+
+def test_classes_without_an_order_are_no_labels_and_may_be_verdicts() -> None:
+    moods = Features({"text": Value("string"), "label": ClassLabel(names=["joy", "anger"])})
+    with pytest.raises(BadRow, match=r"'label' must be a number.*got 'joy'"):
+        load_comparisons(Dataset.from_dict({"text": ["zero", "one"], "label": [0, 1]}, features=moods))
+    texts = {"prompt": "q", "response_a": "A", "response_b": "B"}
+    verdict = ClassLabel(names=["tie", "model_b", "model_a"])
+    features = Features({name: Value("string") for name in texts} | {"winner": verdict})
+    rows = [texts | {"prompt": f"q{number}", "winner": number} for number in (0, 1, 2)]
+    ranks = [pair.ranks for pair in load_comparisons(Dataset.from_list(rows, features=features)).comparisons]
+    firsts = [pair.completions[0] for pair in load_comparisons(Dataset.from_list(rows, features=features)).comparisons]
+    assert (ranks, firsts[1:]) == ([(0, 0), (0, 1), (0, 1)], ["B", "A"])
 
 
 def test_an_answer_without_a_score_is_left_out_of_the_ranking(written: Callable[..., str]) -> None:
