@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 
 from reward_model.models.backbone import (
     head_name,
-    max_positions,
     quiet_transformers,
     read_classifier,
     separate_padding,
@@ -33,6 +32,7 @@ from reward_model.models.contract import (
 )
 from reward_model.models.loading import ADAPTER_FILE, check_length, check_tokenizer, load_adapter, load_classifier
 from rlhf_ppo.models.small_batch import is_low_precision
+from rlhf_ppo.models.trunk import max_positions
 from rlhf_ppo.utils.model_names import is_missing_folder
 
 logger = logging.getLogger(__name__)

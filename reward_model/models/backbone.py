@@ -139,14 +139,6 @@ def separate_padding(model: Any, tokenizer: Any) -> None:
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def max_positions(model: Any) -> int | None:
-    """Maximum of positions of a model; None if its config has no limit."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    padding_offset = 2 if config.model_type in {"roberta", "xlm-roberta", "camembert"} else 0
-    return None if limit is None else int(limit) - padding_offset
-
-
 def short_name(name: str) -> str:
     """A hub name unchanged; of a folder only the last part, so that the contract holds no local path."""
     return Path(name).name if Path(name).exists() else name

@@ -8,8 +8,9 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from reward_model.models.backbone import head_name, max_positions, read_classifier, separate_padding
+from reward_model.models.backbone import head_name, read_classifier, separate_padding
 from reward_model.models.contract import Contract, ContractError, tokenizer_sha256
+from rlhf_ppo.models.trunk import max_positions
 
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

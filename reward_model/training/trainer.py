@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from reward_model.data.comparisons import Comparison, Row, as_comparisons
 from reward_model.data.rows import OnBadRow
 from reward_model.evaluation.scoring import fit_normalization, held_out_metrics, score_completions
-from reward_model.models.backbone import head_name, load_backbone, max_positions, short_name
+from reward_model.models.backbone import head_name, load_backbone, short_name
 from reward_model.models.contract import Contract, TextRule, tokenizer_sha256
 from reward_model.models.encoding import (
     ComparisonCollator,
@@ -56,6 +56,7 @@ from reward_model.training.tracking import (
 from rlhf_ppo.chat.messages import Text
 from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.models.dropout import disable_dropout
+from rlhf_ppo.models.trunk import max_positions
 
 logger = logging.getLogger(__name__)
 

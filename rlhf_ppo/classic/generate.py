@@ -167,7 +167,7 @@ class _GenerateCall:
         new = settings.get("max_new_tokens")
         length = settings.get("max_length") if new is None else longest + new
         if length is not None and not self.model.config.is_encoder_decoder:
-            check_positions(self.model.config, length)
+            check_positions(self.model, length)
         settings = settings if plan.use_cache else {**settings, "use_cache": False}
         if settings.get("stop_strings"):
             settings.setdefault("tokenizer", self.tokenizer)

@@ -265,7 +265,7 @@ class PPOLearner:
             batch_size=self.config.batch_size,
             needs_groups=self.algorithm.needs_groups,
             vocab_size=getattr(model_config, "vocab_size", None),
-            max_positions=learned_positions(language_model.config),
+            max_positions=learned_positions(language_model),
             start_token_id=decoder_start_token(self.model.pretrained_model) if self.is_encoder_decoder else None,
         )
 

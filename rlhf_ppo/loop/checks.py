@@ -51,7 +51,7 @@ def check_inputs(
     if not learner.is_encoder_decoder and environment is None:
         sets = [prompts] if eval_prompts is None else [prompts, eval_prompts]
         longest = max(dataset.longest for dataset in sets)
-        check_positions(learner.model.pretrained_model.config, longest + config.sampling.max_new_tokens)
+        check_positions(learner.model.pretrained_model, longest + config.sampling.max_new_tokens)
 
 
 def check_evaluation(

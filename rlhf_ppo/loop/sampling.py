@@ -10,6 +10,7 @@ from rlhf_ppo.functional.masked import HALF_PRECISION
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.loop.config import TrainConfig
 from rlhf_ppo.loop.curriculum import CurriculumSampler
+from rlhf_ppo.models.trunk import max_positions
 from rlhf_ppo.rewards.gather import make_scoring
 from rlhf_ppo.rollout.collect import Collector
 from rlhf_ppo.rollout.episodes import NumberedEpisodes
@@ -30,10 +31,9 @@ def make_collector(
         environment: Makes the environment of an episode; None: responses of one turn.
     """
     sampler = sampler or DecodeLoop(learner.tokenizer, kv_budget_bytes=learner.config.kv_budget_bytes)
-    text_config = learner.model.pretrained_model.config.get_text_config(decoder=True)
     episodes = environment and EnvironmentSampler(
         factory=environment, sampler=sampler, tokenizer=learner.tokenizer, device=learner.current_device,
-        config=config.episodes, max_positions=getattr(text_config, "max_position_embeddings", None),
+        config=config.episodes, max_positions=max_positions(learner.model.pretrained_model),
         any_process=learner.processes.any_process, keep_timed_out=learner.algorithm.has_critic,
         may_rewrite=learner.algorithm.has_critic,
     )  # fmt: skip

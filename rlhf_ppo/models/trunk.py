@@ -182,14 +182,24 @@ def decoder_start_token(model: Any) -> int:
     )
 
 
-def learned_positions(config: Any) -> int | None:
-    """Rows of a model's table of position embeddings; None for rotary positions, which go on beyond any length."""
-    text_config = config.get_text_config(decoder=True)
-    rotary = ("rope_parameters", "rope_scaling", "rope_theta")
-    if any(getattr(text_config, name, None) is not None for name in rotary):
+def max_positions(model: Any) -> int | None:
+    """Tokens for which a model says that it has positions; None if it says nothing.
+
+    RoBERTa and its relatives begin to count behind the position of their padding.
+    """
+    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is None or limit < 1:  # XLNet says -1
         return None
-    limit: int | None = getattr(text_config, "max_position_embeddings", None)
-    return limit
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = [index for table in tables if (index := getattr(table, "padding_idx", None)) is not None]
+    return limit - max(padding, default=-1) - 1
+
+
+def learned_positions(model: Any) -> int | None:
+    """Tokens that a model has position embeddings for; None for rotary positions, which go on beyond any length."""
+    text_config = model.config.get_text_config(decoder=True)
+    rotary = ("rope_parameters", "rope_scaling", "rope_theta")
+    return None if any(getattr(text_config, name, None) is not None for name in rotary) else max_positions(model)
 
 
 def _flat(features: Float[Tensor, "rows width features"], starts: list[int]) -> HiddenStates:

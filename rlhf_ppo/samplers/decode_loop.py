@@ -115,7 +115,7 @@ class DecodeLoop:
         value_head = None  # a separate critic has states of its own: the head's values are not its values
         if right and isinstance(model, PreTrainedModelWrapper) and model.critic is None:
             value_head = model.v_head
-        check_positions(causal_lm.config, max(map(len, prompts), default=0) + config.max_new_tokens)
+        check_positions(causal_lm, max(map(len, prompts), default=0) + config.max_new_tokens)
         check_ids(causal_lm, prompts)
         with EvalMode(model):
             return loop._decode(causal_lm, prompts, config, value_head, generator=generator, limits=limits)

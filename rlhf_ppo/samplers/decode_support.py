@@ -93,9 +93,9 @@ def contiguous_head_inputs(model: Any) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def check_positions(config: Any, length: int) -> None:
+def check_positions(model: Any, length: int) -> None:
     """Raise ValueError if a learned position table is shorter than `length`; rotary models pass."""
-    limit = learned_positions(config)
+    limit = learned_positions(model)
     if limit is not None and length > limit:
         raise ValueError(
             f"The longest prompt plus max_new_tokens must be at most max_position_embeddings = {limit}, got {length}: "
