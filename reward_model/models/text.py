@@ -45,10 +45,13 @@ def encode(
     text = text.rstrip("\n") if rule.strip_newlines else text
     # A chat template writes the special tokens itself.
     options: dict[str, Any] = {"add_special_tokens": rule.template == "plain", "verbose": False}
+    bos = tokenizer.bos_token if rule.template == "chat" and text.startswith(tokenizer.bos_token or "\0") else None
     if truncate:
         options |= {"truncation": True, "max_length": max_length}
         text = text_tail(tokenizer, text, tokens=max_length)
     ids = list(tokenizer(text, **options)["input_ids"])
+    if bos is not None:  # the cut takes it where the tokenizer has not added it
+        ids[0] = tokenizer.bos_token_id
     if rule.append_eos and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)
     return ids

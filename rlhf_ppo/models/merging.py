@@ -14,6 +14,7 @@ from rlhf_ppo.models.adapters import merged_model
 from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.models.lm_head import relative_gap
 from rlhf_ppo.models.pretrained import PreTrainedModelWrapper
+from rlhf_ppo.models.saving import save_language_model
 from rlhf_ppo.models.small_batch import is_low_precision, small_batch
 from rlhf_ppo.models.trunk import call_model
 
@@ -57,7 +58,7 @@ def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -
     """
     language_model: Any = model.pretrained_model
     if not model.is_peft_model:
-        language_model.save_pretrained(os.fspath(folder))
+        save_language_model(language_model, os.fspath(folder))
         return
     if model.is_loaded_in_4bit or model.is_loaded_in_8bit:
         raise ValueError(
@@ -82,4 +83,4 @@ def save_merged(model: PreTrainedModelWrapper, folder: str | os.PathLike[str]) -
             f"expected the merged model to give the policy's logits, got a gap of {gap:.1e} of the largest: this "
             "kind of adapter cannot be merged. Save it with `save_pretrained`, and load it with PEFT."
         )
-    merged.save_pretrained(Path(folder))
+    save_language_model(merged, Path(folder))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlhf_ppo.models import adapters, critic, loading
 from rlhf_ppo.models.dropout import EvalMode
+from rlhf_ppo.models.saving import save_language_model
 from rlhf_ppo.models.value_head import (
     HUB_ARGUMENTS,
     VALUE_HEAD_PREFIX,
@@ -264,7 +265,7 @@ class PreTrainedModelWrapper(nn.Module):
         if kwargs.get("is_main_process", True):
             critic.forget_earlier_parts(self, Path(save_directory))
         if not self.is_peft_model:
-            self.pretrained_model.save_pretrained(save_directory, state_dict=state, **kwargs)
+            save_language_model(self.pretrained_model, save_directory, state_dict=state, **kwargs)
             return
         if kwargs.get("is_main_process", True):
             write_value_head(Path(save_directory), state)

@@ -214,8 +214,10 @@ def _answerable(messages: Any, row: int, column: str) -> Any:
     return messages
 
 
-def fit_prompt(ids: Sequence[int], row: int, limit: int | None, truncation: Truncation) -> Sequence[int] | None:
-    """Truncate a prompt to `limit` tokens; None if `truncation` drops it."""
+def fit_prompt(
+    ids: Sequence[int], row: int, limit: int | None, truncation: Truncation, *, bos: int | None = None
+) -> Sequence[int] | None:
+    """Truncate a prompt to `limit` tokens, its BOS token `bos` kept; None if `truncation` drops it."""
     if limit is None or len(ids) <= limit:
         return ids
     if truncation == "error":
@@ -225,4 +227,6 @@ def fit_prompt(ids: Sequence[int], row: int, limit: int | None, truncation: Trun
         )
     if truncation == "drop":
         return None
-    return ids[-limit:] if truncation == "keep_end" else ids[:limit]
+    if truncation == "keep_start":
+        return ids[:limit]
+    return [*ids[:1], *ids[1 - limit :]] if limit > 1 and ids[0] == bos else ids[-limit:]

@@ -62,8 +62,8 @@ class PromptDataset:
         tokenizer: the policy's tokenizer.
         column: the prompt column; None: the first that exists of "input_ids", "prompt", "query".
         max_prompt_tokens: maximum prompt length in tokens; None: no limit.
-        truncation: how longer prompts are handled: "keep_end" cuts the start, "keep_start" cuts the end, "drop" drops
-            the row, "error" raises ValueError.
+        truncation: how longer prompts are handled: "keep_end" cuts the start (but a BOS token), "keep_start" cuts the
+            end, "drop" drops the row, "error" raises ValueError.
         chat_template_kwargs: passed to the chat template of conversations, an environment's messages included.
         on_bad_row: "stop" raises at a row whose prompt cannot be read, "skip" drops and counts it.
 
@@ -100,7 +100,7 @@ class PromptDataset:
             if ids is None:
                 counts["unreadable"] += 1
                 continue
-            fit = fit_prompt(ids, row, max_prompt_tokens, truncation)
+            fit = fit_prompt(ids, row, max_prompt_tokens, truncation, bos=tokenizer.bos_token_id)
             outcome = "empty" if not ids else "too_long" if fit is None else "truncated" if len(fit) < len(ids) else ""
             counts[outcome] += 1
             if fit:

@@ -43,6 +43,15 @@ def test_prompts_and_observations_have_one_bos(tokenizer: Any) -> None:
     assert Renderer(tokenizer).prompt("<eos>good", {}) == expected
 
 
+def test_a_prompt_whose_start_is_cut_keeps_its_bos(tokenizer: Any) -> None:
+    texts = ["The movie was good", "good"]
+    whole = tokenizer(texts[0])["input_ids"]
+    for limit, expected in ((3, [BOS, *whole[-2:]]), (1, whole[-1:])):
+        cut, short = PromptDataset.from_texts(texts, tokenizer, max_prompt_tokens=limit)
+        assert cut.tolist() == expected
+    assert short.tolist() == tokenizer("good")["input_ids"][-1:]
+
+
 def test_a_text_environment_has_one_bos(tokenizer: Any) -> None:
     environment = TextEnvironment(tiny_gpt2(), tokenizer, prompt="<eos>", max_turns=0)
     *_, histories = environment.run(["good"])

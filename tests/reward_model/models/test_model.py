@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_model import ContractError, RewardModel, TextRule
-from reward_model.models.text import encode
+from reward_model.models.text import encode, prepare_tokenizer
 from tests.support.tiny_models import tiny_tokenizer
 
 PROMPTS = ["The movie was ", "The movie was ", "", "My morning "]
@@ -98,6 +98,17 @@ def test_chat_texts_go_through_the_template_once() -> None:
     messages = [{"role": "user", "content": "Hello"}], [{"role": "assistant", "content": "Good movie"}]
     assert from_text == encode(tokenizer, rule, *messages, truncate=False)
     assert tokenizer.decode(from_text) == "user: Hello\nassistant: Good movie\n"
+
+
+def test_a_long_conversation_loses_its_beginning_but_not_its_bos() -> None:
+    tokenizer = prepare_tokenizer(tiny_tokenizer(chat=True), TextRule(template="chat", append_eos=False), source="here")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    rule = TextRule(template="chat", append_eos=False, max_length=8)
+    whole = encode(tokenizer, rule, "Hello " * 500, "Good movie", truncate=False)
+    assert whole[0] == tokenizer.bos_token_id
+    cut = encode(tokenizer, rule, "Hello " * 500, "Good movie", truncate=True)
+    assert cut == [tokenizer.bos_token_id, *whole[-7:]]
 
 
 @pytest.mark.parametrize(
