@@ -24,6 +24,8 @@ _REPLY = "REPLY0PLACEHOLDER"
 _TEXT = "TEXT0PLACEHOLDER"
 """Stands for the text of a message."""
 _ANSWER = {"role": "user", "content": _TEXT}
+_BEFORE, _WORD = "\n", "a"
+"""A text that no tokenizer joins with what follows, and a word."""
 _OPENED = re.compile(r"(<think>|\[THINK\])\s*\Z")
 """Thinking that a template begins before the reply."""
 _THOUGHTS = [
@@ -100,9 +102,9 @@ class Renderer:
             finished: Whether the reply ended with a stop token or string.
         """
         if isinstance(observation, str):
-            return self._encode(observation)
+            return self._encode_behind(observation)
         messages = first if isinstance(first, list) else [{"role": "user", "content": first}]
-        ids = self._encode(_Conversation(self.tokenizer, messages, template_kwargs).after_reply(observation))
+        ids = self._encode_behind(_Conversation(self.tokenizer, messages, template_kwargs).after_reply(observation))
         # The template ends the reply with the token that the policy has sampled itself.
         return ids[1:] if finished and ids[:1] == [last_token] else ids
 
@@ -110,6 +112,13 @@ class Renderer:
         if text not in self._encoded:
             self._encoded[text] = self.tokenizer(whole_characters(text), add_special_tokens=False)["input_ids"]
         return self._encoded[text]
+
+    def _encode_behind(self, text: str) -> list[int]:
+        """Token ids of a text that follows another one; alone, tokenizers of SentencePiece put a space before it."""
+        start = self._encode(_BEFORE)
+        puts_space = self._encode(_BEFORE + _WORD)[len(start) :] != self._encode(_WORD)
+        both = self._encode(_BEFORE + text) if puts_space else []
+        return both[len(start) :] if puts_space and both[: len(start)] == start else self._encode(text)
 
     def _first_token(self) -> int:
         token = self.tokenizer.bos_token_id

@@ -1,5 +1,6 @@
 """A text that a chat template has rendered keeps its one BOS token on every path that tokenizes texts."""
 
+from functools import partial
 from typing import Any
 
 import datasets
@@ -11,7 +12,9 @@ from rlhf_ppo.environments.rendering import Renderer
 from rlhf_ppo.environments.text_environment import TextEnvironment
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.support.tiny_models import EOS_TOKEN_ID as BOS
-from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import sentencepiece_tokenizer, tiny_gpt2, tiny_tokenizer
+
+CHAT = {"role": "user", "content": "the film"}
 
 
 @pytest.fixture
@@ -56,3 +59,16 @@ def test_a_text_environment_has_one_bos(tokenizer: Any) -> None:
     environment = TextEnvironment(tiny_gpt2(), tokenizer, prompt="<eos>", max_turns=0)
     *_, histories = environment.run(["good"])
     assert histories[0].tokens.tolist() == tokenizer("good")["input_ids"]
+
+
+@pytest.mark.parametrize("make", [sentencepiece_tokenizer, partial(tiny_tokenizer, chat=True)])
+@pytest.mark.parametrize(
+    ("first", "observation"),
+    [("film", ", was"), ("film", " good"), ("film", "\n good"), ("film", ""), ([CHAT], [CHAT | {"content": "good"}])],
+)
+def test_an_observation_adds_its_own_text_alone(make: Any, first: Any, observation: Any) -> None:
+    tokenizer = make()
+    reply = tokenizer("the film")["input_ids"]
+    ids = Renderer(tokenizer).continuation(first, observation, reply[-1], finished=False, template_kwargs={})
+    said = observation if isinstance(observation, str) else "\nuser: good\nassistant: "
+    assert tokenizer.decode([*reply, *ids]) == "the film" + said

@@ -5,25 +5,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from rlhf_ppo.rollout.collect import Collector
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import Samples, SamplingConfig
-from tests.support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
-
-
-def sentencepiece_tokenizer() -> Any:
-    """Writes a space before each word, and drops the first one of a decoded text, as Llama 2's tokenizer does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<s>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator(["user: assistant: the film was good"] * 5, trainer=trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
-    )
+from tests.support.tiny_models import sentencepiece_tokenizer, tiny_tokenizer
 
 
 def response_text(tokenizer: Any, prompt: Any, answer: list[int], *, encoder_decoder: bool = False) -> str:

@@ -73,6 +73,18 @@ def tiny_tokenizer(*, padding_side: str = "left", chat: bool = False) -> PreTrai
     return tokenizer
 
 
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space before a text and drops it when it decodes, as those of Llama 2 and Mistral do."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["user: assistant: the film was good, \n a"] * 5, trainer=trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
 def tiny_gpt2(
     *,
     vocab_size: int = VOCAB_SIZE,
