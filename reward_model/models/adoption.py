@@ -77,7 +77,7 @@ def load_parts(
         model = load_classifier(folder, contract, dtype=dtype, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         check_tokenizer(tokenizer, model, contract, folder)
-        padded = _can_be_padded(model.eval(), tokenizer)
+        padded = can_be_padded(model.eval(), tokenizer)
         return ModelParts(model=model, tokenizer=tokenizer, contract=contract, can_be_padded=padded)
     parts = adopt(folder, dtype=dtype, label=contract.label, trust_remote_code=trust)
     for name in ("head", "layout", "tokenizer_sha256"):
@@ -131,7 +131,7 @@ def adopt(
         normalization=_normalization(config) if layout == "openrlhf" else Normalization(),
     )
     return ModelParts(
-        model=model, tokenizer=tokenizer, contract=contract, can_be_padded=_can_be_padded(model.eval(), tokenizer)
+        model=model, tokenizer=tokenizer, contract=contract, can_be_padded=can_be_padded(model.eval(), tokenizer)
     )
 
 
@@ -267,7 +267,7 @@ def _normalization(config: PreTrainedConfig) -> Normalization:
 
 
 @torch.inference_mode()
-def _can_be_padded(model: Any, tokenizer: Any) -> bool:
+def can_be_padded(model: Any, tokenizer: Any) -> bool:
     """Whether padding on the right leaves the score of a short text alone, but for rounding."""
     rows = [tokenizer(text)["input_ids"] for text in ("A text", "A much longer text than the other one")]
     width = len(rows[1])

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from reward_model.data.comparisons import Comparison, Row, as_comparisons
 from reward_model.data.rows import OnBadRow
 from reward_model.evaluation.scoring import fit_normalization, held_out_metrics, score_completions
+from reward_model.models.adoption import can_be_padded
 from reward_model.models.backbone import head_name, load_backbone, short_name
 from reward_model.models.contract import Contract, TextRule, tokenizer_sha256
 from reward_model.models.encoding import (
@@ -239,7 +240,9 @@ def _finish(
     if trainer.accelerator.is_main_process:
         if isinstance(trained, PeftModel) and config.merge_adapter:
             trained = trained.merge_and_unload()
-        reward_model = RewardModel(trained, trainer.processing_class, contract)
+        tokenizer: Any = trainer.processing_class
+        limit = {} if can_be_padded(trained.eval(), tokenizer) else {"max_tokens": 1}  # as it will be loaded
+        reward_model = RewardModel(trained, tokenizer, contract, **limit)
         scored = score_completions(reward_model, held_out)
         metrics = held_out_metrics(scored)
         raw, reference = scored.raw[0].tolist(), "evaluation"

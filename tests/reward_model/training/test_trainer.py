@@ -102,6 +102,9 @@ def test_an_encoder_that_reads_its_padding_is_scored_text_by_text(tmp_path: Path
     loaded = RewardModel.from_pretrained(trained.path)
     alone = [loaded([prompt], [response])[0] for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
     assert_close(loaded(PROMPTS, RESPONSES), alone)
+    held_out = as_comparisons(rows[20:], "held out")
+    scores = [loaded([row.prompt], [text])[0] for row in held_out for text in row.completions]
+    assert_close(torch.tensor(scores).mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
 
 
 def test_a_base_without_a_classifier_is_refused_with_a_way_out(tmp_path: Path) -> None:
