@@ -1,5 +1,6 @@
 """How many tokens a forward and backward pass may have in a GPU's memory, and whether activations are recomputed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class PassMemory:
     kept: float
     """Per token, where activations are kept for the backward pass."""
     recomputed: float
-    """Per token, where each layer's are recomputed in it."""
+    """Per token, where each layer's are recomputed in it; a separate critic's are kept."""
     fixed: float
     """However many tokens there are: a chunk of logits, weights in the dtype of the products."""
 
@@ -57,26 +58,37 @@ def fit_pass(memory: PassMemory, available: float, longest: int, *, checkpointin
 
 
 def pass_memory(policy: TokenPolicy) -> PassMemory:
-    """What a pass of `policy` needs: its layers' saved tensors are counted in two short passes."""
+    """What a pass of `policy` needs: its layers' saved tensors are counted in two short passes.
+
+    The graph of a separate critic is alive beside the policy's until the backward pass, so both are counted.
+    """
     policy.paths  # noqa: B018  # proved before anything is counted
-    few, many = (_saved_bytes(policy, tokens) for tokens in TRIAL_TOKENS)
+    saved = _saved_per_token(policy.critic_states, policy)
+    critic = policy.separate_critic
+    of_critic = 0.0 if critic is None else _saved_per_token(policy.critic_values, policy)
+    critic_config = getattr(critic, "backbone", policy).config  # one on the policy's base has the policy's layers
     weights = sum(weight.numel() for weight in policy.parameters() if weight.dtype == torch.float32)
     copies = 0 if policy.trunk.autocast is None else weights * policy.trunk.autocast.itemsize
-    return pass_memory_from_saved((many - few) / (TRIAL_TOKENS[1] - TRIAL_TOKENS[0]), policy.config, copies=copies)
+    critic_layer = of_critic / critic_config.get_text_config().num_hidden_layers
+    return pass_memory_from_saved(saved, policy.config, copies=copies, critic=of_critic, critic_layer=critic_layer)
 
 
-def pass_memory_from_saved(saved: float, config: Any, *, copies: float) -> PassMemory:
+def pass_memory_from_saved(
+    saved: float, config: Any, *, copies: float, critic: float = 0.0, critic_layer: float = 0.0
+) -> PassMemory:
     """What a pass needs, from what its layers save.
 
     Args:
         saved: Bytes per token.
         copies: Bytes of weights in the dtype of the products.
+        critic: Bytes per token that a separate critic's layers save.
+        critic_layer: Those of one of its layers.
     """
     shape = config.get_text_config()
     layers, hidden = shape.num_hidden_layers, shape.hidden_size * torch.float32.itemsize
-    working = WORKING_LAYERS * saved / layers
+    working = WORKING_LAYERS * max(saved / layers, critic_layer)  # one backward pass runs after the other
     return PassMemory(
-        kept=saved + working, recomputed=layers * hidden + saved / layers + working,
+        kept=saved + critic + working, recomputed=layers * hidden + saved / layers + critic + working,
         fixed=2.0 * GPU_SIZES.whole_logits + copies,
     )  # fmt: skip
 
@@ -89,8 +101,13 @@ def unallocated_state(model: nn.Module, optimizer: Optimizer) -> int:
     return gradients + (0 if has_state else 2 * sum(weight.nbytes for weight in trained))
 
 
-def _saved_bytes(policy: TokenPolicy, tokens: int) -> int:
-    """Bytes that a row's pass through the layers keeps for the backward pass; weights are the same for every length."""
+def _saved_per_token(run: Callable[[TokenInputs], object], policy: TokenPolicy) -> float:
+    """Bytes that a row's pass keeps for the backward pass, per token; weights are the same for every length."""
+    few, many = (_saved_bytes(run, tokens, policy) for tokens in TRIAL_TOKENS)
+    return (many - few) / (TRIAL_TOKENS[1] - TRIAL_TOKENS[0])
+
+
+def _saved_bytes(run: Callable[[TokenInputs], object], tokens: int, policy: TokenPolicy) -> int:
     device = next(policy.parameters()).device
     row = torch.ones(tokens // 2, dtype=torch.long, device=device)
     saved: dict[int, int] = {}
@@ -101,6 +118,6 @@ def _saved_bytes(policy: TokenPolicy, tokens: int) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        kept = policy.critic_states(TokenInputs(prompts=[row], responses=[row]))
+        kept = run(TokenInputs(prompts=[row], responses=[row]))
     assert kept  # until here, so that no address is given twice
     return sum(saved.values())

@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
+from rlhf_ppo.models.critic import SeparateCritic, attach_critic
 from rlhf_ppo.models.scoring import TokenPolicy
+from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter
 from rlhf_ppo.plan.config import PlanConfig
 from rlhf_ppo.plan.traces import _trace_at_depth
 from rlhf_ppo.updates.optimizers import adam
@@ -61,6 +64,23 @@ def test_every_architecture_is_counted_and_left_as_it_was(build: Any) -> None:
     assert need.kept > need.recomputed > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("shares_base", [False, True])
+def test_the_pass_of_a_separate_critic_is_counted_beside_the_policy_s(shares_base: bool) -> None:
+    """It is as large as the policy's, and its graph is alive at the same time."""
+    peft = LoraConfig(target_modules="all-linear") if shares_base else None
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama(), peft_config=peft)
+    alone = pass_memory(TokenPolicy(model))
+    if shares_base:
+        attach_critic_adapter(model)
+    else:
+        attach_critic(model, SeparateCritic.from_policy(model))
+    both = pass_memory(TokenPolicy(model))
+    layers = model.config.num_hidden_layers
+    saved = alone.kept / (1 + 2 / layers)
+    assert both.kept - alone.kept == pytest.approx(saved, rel=0.1)
+    assert both.recomputed - alone.recomputed == pytest.approx(both.kept - alone.kept)
 
 
 def test_gradients_and_moments_are_expected_until_they_are_there() -> None:
