@@ -1,10 +1,12 @@
-"""Encode texts without a second BOS where a chat template has written one, and decode what continues a text."""
+"""Encode texts without a second BOS where a chat template has written one, and decode what a model has sampled."""
 
 from collections.abc import Sequence
 from typing import Any
 
 _CONTEXT = 8
 """Tokens of a prompt that are decoded before its response."""
+_UNKNOWN = IndexError, KeyError, OverflowError, TypeError, ValueError
+"""What tokenizers raise at an id that is none of their tokens."""
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -24,6 +26,26 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return rows
 
 
+def decode_tokens(tokenizer: Any, ids: Sequence[int], **options: Any) -> str:
+    """The text of tokens; those that the tokenizer does not know have none.
+
+    Models have more embeddings than their tokenizers have tokens, and may sample the others. Fast tokenizers leave
+    them out, tokenizers in Python raise.
+    """
+    try:
+        return str(tokenizer.decode(ids, **options))
+    except _UNKNOWN:
+        return str(tokenizer.decode([token for token in ids if _is_known(tokenizer, token)], **options))
+
+
+def _is_known(tokenizer: Any, token: int) -> bool:
+    try:
+        tokenizer.decode([token])
+    except _UNKNOWN:
+        return False
+    return True
+
+
 def continued_text(tokenizer: Any, prompt: Sequence[int], response: Sequence[int]) -> str:
     """The text that a response adds to its prompt, without special tokens.
 
@@ -32,7 +54,7 @@ def continued_text(tokenizer: Any, prompt: Sequence[int], response: Sequence[int
     """
     before = prompt[-_CONTEXT:]
     alone, start, both = (
-        str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (response, before, [*before, *response])
+        decode_tokens(tokenizer, ids, skip_special_tokens=True) for ids in (response, before, [*before, *response])
     )
     continued = both.removeprefix(start)
     return continued if both.startswith(start) and continued.endswith(alone) else alone

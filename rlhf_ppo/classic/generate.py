@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.chat.encoding import decode_tokens
 from rlhf_ppo.models.dropout import EvalMode
 from rlhf_ppo.samplers.base import SamplingConfig, check_prompts, pad_prompts, unwrap_causal_lm
 from rlhf_ppo.samplers.decode_loop import DecodeLoop
@@ -154,7 +155,7 @@ class _GenerateCall:
         strings = self.kwargs.get("stop_strings", settings.stop_strings)
         strings = [strings] if isinstance(strings, str) else list(strings or ())
         for end in range(start + 1, len(row) if strings else 0):
-            text = self.tokenizer.decode(row[start:end])
+            text = decode_tokens(self.tokenizer, row[start:end].tolist())
             if any(string in text for string in strings):
                 return row[:end]
         return row

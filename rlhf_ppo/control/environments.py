@@ -110,6 +110,7 @@ class Environments:
         for index, env in enumerate(self.envs):
             env_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
             self.observations[index], _ = env.reset(seed=env_seed)
+        self._check_observations()
 
     def __len__(self) -> int:
         return len(self.envs)
@@ -119,6 +120,9 @@ class Environments:
 
         Args:
             actions: [N, A] of a Gaussian, clipped to the action space here; [N, 1] of a categorical.
+
+        Raises:
+            ValueError: An observation is not finite.
         """
         env_actions = self._to_env_actions(actions)
         count = len(self.envs)
@@ -136,6 +140,7 @@ class Environments:
             if ended or cut:
                 self._ended[index] = True
                 self.finished.append((self._returns[index], self._lengths[index]))
+        self._check_observations()
         return Step(rewards, terminated, truncated, mask)
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,6 +170,15 @@ class Environments:
         """Close all environments."""
         for env in self.envs:
             env.close()
+
+    def _check_observations(self) -> None:
+        if np.isfinite(self.observations).all():
+            return
+        index, entry = np.argwhere(~np.isfinite(self.observations))[0]
+        raise ValueError(
+            f"expected finite observations, got {self.observations[index, entry]} in entry {entry} from environment "
+            f"{index}, {self._lengths[index]} steps into its episode: actions and losses would be nan. Repair the task."
+        )
 
     def _to_env_actions(self, actions: np.ndarray) -> list[Any]:
         if isinstance(self.action_space, gym.spaces.Discrete):

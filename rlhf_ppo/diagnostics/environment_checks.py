@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.chat.encoding import decode_tokens
 from rlhf_ppo.diagnostics.findings import Finding, finding
 from rlhf_ppo.diagnostics.text_checks import Check, DiagnosedBatch
 from rlhf_ppo.environments import Episode
@@ -94,7 +95,7 @@ def groups_without_variance(batch: DiagnosedBatch, _: PreTrainedTokenizerBase) -
 
 
 def _decode(rows: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [str(tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in rows]
+    return [decode_tokens(tokenizer, row.tolist(), skip_special_tokens=True) for row in rows]
 
 
 def _observations(episodes: Sequence[Episode], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.batch import pad_rows
+from rlhf_ppo.chat.encoding import decode_tokens
 from rlhf_ppo.diagnostics.findings import DoctorReport, Finding, finding
 from rlhf_ppo.environments import EnvironmentFactory, Episode
 from rlhf_ppo.rewards.sources import RewardScores, RewardSources, named_sources
@@ -170,7 +171,7 @@ def retokenization(batch: DiagnosedBatch, tokenizer: PreTrainedTokenizerBase) ->
     masks = batch.masks or [torch.ones(len(response), dtype=torch.bool) for response in batch.responses]
     own = [response[mask.to(response.device)] for response, mask in zip(batch.responses, masks, strict=True)]
     rows = [[token for token in response.tolist() if token not in special] for response in own]
-    texts = [str(tokenizer.decode(row)) for row in rows]
+    texts = [decode_tokens(tokenizer, row) for row in rows]
     findings: list[Finding] = []
     if batch.response_texts is not None and batch.masks is None:
         differing = [row for row, text in enumerate(texts) if text.strip() != batch.response_texts[row].strip()]

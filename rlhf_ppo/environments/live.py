@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rlhf_ppo.chat.encoding import decode_tokens
 from rlhf_ppo.environments.base import (
     Environment,
     EnvironmentFactory,
@@ -174,7 +175,7 @@ class LiveEpisode:
         self.logprobs = None if self.logprobs is None or logprobs is None else self.logprobs + logprobs
         self.turn_ends.append(len(self.response))
         self._finished_reply, self._last_reply = finished, len(tokens)
-        return str(self.renderer.tokenizer.decode(tokens, skip_special_tokens=True))
+        return decode_tokens(self.renderer.tokenizer, tokens, skip_special_tokens=True)
 
     def add_turn(self, reply: str, turn: Turn) -> None:
         """Credit the reward to the last token of the reply, append the observation, and decide whether that was all."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.chat.encoding import encode_texts, whole_characters
+from rlhf_ppo.chat.encoding import decode_tokens, encode_texts, whole_characters
 from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.chat.template import render_chat
 from rlhf_ppo.environments.base import Messages, Observation
@@ -76,8 +76,8 @@ class Renderer:
         They may be the marks of the thinking that the template drops. The first mark is often the end of the context.
         """
         ends = finished and reply[-1] in self.tokenizer.all_special_ids
-        text = str(self.tokenizer.decode(reply[:-1] if ends else reply))
-        opened = _OPENED.search(str(self.tokenizer.decode(context[-32:])))
+        text = decode_tokens(self.tokenizer, reply[:-1] if ends else reply)
+        opened = _OPENED.search(decode_tokens(self.tokenizer, context[-32:]))
         return text if opened is None or text.startswith(opened[1]) else opened[0] + text
 
     def whole(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> list[int]:

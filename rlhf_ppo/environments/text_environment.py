@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ppo.chat.encoding import encode_texts, whole_characters
+from rlhf_ppo.chat.encoding import decode_tokens, encode_texts, whole_characters
 
 
 class TextHistory:
@@ -152,14 +152,14 @@ class TextEnvironment:
             output = self.model.generate(**batch, **(stops | self.generation_kwargs))
         for history, row in zip(histories, output[:, batch["input_ids"].shape[1] :], strict=True):
             tokens = self._without_padding(row)
-            history.append_segment(self.tokenizer.decode(tokens), tokens, system=False)
+            history.append_segment(decode_tokens(self.tokenizer, tokens.tolist()), tokens, system=False)
         return histories
 
     def _without_padding(self, row: Tensor) -> Tensor:
         """A row up to its end-of-sequence token, or to the string that stopped it."""
         is_padding = row == self.tokenizer.pad_token_id
         length = len(row) - int(is_padding.flip(0).long().cumprod(0).sum())
-        text = self.tokenizer.decode(row[:length])
+        text = decode_tokens(self.tokenizer, row[:length].tolist())
         is_stopped = self.call_token in text or self.submit_token in text
         if length < len(row) and not is_stopped and self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
             length += 1  # the first is sampled, the others are padding

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.batch import TokenInputs, TrainBatch
+from rlhf_ppo.chat.encoding import decode_tokens
 from rlhf_ppo.loop.run_folder import TokenTrace
 from rlhf_ppo.rollout.experience import ScoredResponses
 
@@ -36,7 +37,7 @@ def token_traces(
         traces.append(
             TokenTrace(
                 iteration=iteration,
-                prompt=str(tokenizer.decode(inputs.prompts[row].tolist(), skip_special_tokens=True)),
+                prompt=decode_tokens(tokenizer, inputs.prompts[row].tolist(), skip_special_tokens=True),
                 score=scores[row],
                 tokens=token_texts(tokenizer, response),
                 own=[] if bool(batch.mask[row, : len(response)].all()) else batch.mask[row, : len(response)].tolist(),
@@ -53,7 +54,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
     """
     texts, decoded = [], ""
     for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:end].tolist(), clean_up_tokenization_spaces=False))
+        text = decode_tokens(tokenizer, ids[:end].tolist(), clean_up_tokenization_spaces=False)
         if end < len(ids):
             text = text.rstrip(_INCOMPLETE_CHARACTER)
         texts.append(text[len(decoded) :])

@@ -136,12 +136,14 @@ class PreTrainedModelWrapper(nn.Module):
             score = adapters.add_reward_adapter(language_model, reward_adapter, reward_adapter_name, **token)
         model = cls(language_model, score_module=score, rm_adapter_name=reward_adapter_name, **head_arguments)
         if isinstance(source, str | os.PathLike):
-            model._load_saved_parts(source, hub, is_trainable=is_trainable)
+            model._load_saved_parts(source, hub, is_trainable=is_trainable, variant=kwargs.get("variant"))
         return model
 
-    def _load_saved_parts(self, source: str | os.PathLike[str], hub: dict[str, Any], *, is_trainable: bool) -> None:
+    def _load_saved_parts(
+        self, source: str | os.PathLike[str], hub: dict[str, Any], *, is_trainable: bool, variant: str | None
+    ) -> None:
         """Load the saved value head and, if training continues, the adapter saved as reference."""
-        tensors = read_value_head(source, **hub)
+        tensors = read_value_head(source, variant=variant, **hub)
         if tensors is not None:
             load_value_head(self.v_head, tensors, source=source)
             self.value_head_was_loaded = True

@@ -81,7 +81,9 @@ def last_hidden_size(config: PretrainedConfig) -> int:
     return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
 
-def read_value_head(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[str, Tensor] | None:
+def read_value_head(
+    source: str | os.PathLike[str], *, variant: str | None = None, **hub_arguments: Any
+) -> dict[str, Tensor] | None:
     """Read the tensors of a value head saved in a folder or hub repository; None if there is none.
 
     Tries safetensors first, then TRL's classic `pytorch_model.bin` (with `weights_only=True`), sharded or not; reads
@@ -90,9 +92,12 @@ def read_value_head(source: str | os.PathLike[str], **hub_arguments: Any) -> dic
 
     Args:
         source: A folder, or the name of a hub repository.
+        variant: Part of the file names, as of `from_pretrained`, such as "fp16".
         hub_arguments: `cache_dir`, `revision`, `token`, ... for a hub repository.
     """
-    weight_files = WEIGHT_FILES
+    weight_files: tuple[str, ...] = WEIGHT_FILES
+    if variant is not None:
+        weight_files = tuple(f"{stem}.{variant}.{kind}" for stem, _, kind in (n.rpartition(".") for n in WEIGHT_FILES))
     if find_file(source, "adapter_config.json", **hub_arguments) is not None:
         weight_files = WEIGHT_FILES[2:] + WEIGHT_FILES[:2]  # `model.safetensors` beside an adapter is of another policy
     for filename in weight_files:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.batch import TokenInputs, pad_rows
-from rlhf_ppo.chat.encoding import continued_text
+from rlhf_ppo.chat.encoding import continued_text, decode_tokens
 from rlhf_ppo.chat.prompt import ChatPrompt
 from rlhf_ppo.environments.episode import Episode
 from rlhf_ppo.environments.sampler import EnvironmentSampler
@@ -177,7 +177,7 @@ class Collector:
         )  # fmt: skip
 
         def decode(tokens: Tensor) -> str:  # `batch_decode` makes one text of no row
-            return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+            return decode_tokens(self.tokenizer, tokens.tolist(), skip_special_tokens=True)
 
         columns: dict[str, list[object]] = {
             name: [column[row // copies] for row in kept] for name, column in batch.columns.items()

@@ -6,8 +6,9 @@ from typing import Any
 import datasets
 import pytest
 from tokenizers import processors
+from transformers import ByT5Tokenizer
 
-from rlhf_ppo.chat.encoding import encode_texts
+from rlhf_ppo.chat.encoding import continued_text, decode_tokens, encode_texts
 from rlhf_ppo.environments.rendering import Renderer
 from rlhf_ppo.environments.text_environment import TextEnvironment
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -72,3 +73,14 @@ def test_an_observation_adds_its_own_text_alone(make: Any, first: Any, observati
     ids = Renderer(tokenizer).continuation(first, observation, reply[-1], finished=False, template_kwargs={})
     said = observation if isinstance(observation, str) else "\nuser: good\nassistant: "
     assert tokenizer.decode([*reply, *ids]) == "the film" + said
+
+
+def test_tokens_that_the_tokenizer_does_not_know_have_no_text() -> None:
+    """Embeddings are padded to a round number. Fast tokenizers leave such ids out, ByT5's in Python raises."""
+    fast, slow = tiny_tokenizer(), ByT5Tokenizer()
+    assert decode_tokens(fast, [*fast("good")["input_ids"], 400]) == "good"
+    known = slow("good", add_special_tokens=False)["input_ids"]
+    with pytest.raises(ValueError, match="range"):
+        slow.decode([*known, 600])
+    assert decode_tokens(slow, [*known, 600]) == "good"
+    assert continued_text(slow, known, [600, *known]) == "good"

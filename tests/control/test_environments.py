@@ -1,6 +1,7 @@
 """Vector environments: what ends, what is cut, what goes on, and what a checkpoint brings back."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,3 +139,19 @@ def test_states_of_another_number_of_environments_are_refused() -> None:
 def test_tasks_that_do_not_exist_or_do_not_fit_are_refused(task: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_environment(EnvironmentConfig(id=task))
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_an_observation_that_is_not_finite_is_named(lost: float) -> None:
+    """A robot's lost sensor would be blamed on the reward, on extreme scores, or on nothing."""
+
+    class LostSensor(Corridor):
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            observation, *rest = super().step(action)
+            return np.where(self.time == 3, lost, observation), *rest
+
+    environments = Environments([corridor(), LostSensor()], seed=0)
+    for _ in range(2):
+        environments.step(np.zeros((2, 1)))
+    with pytest.raises(ValueError, match=f"got {lost} in entry 0 from environment 1, 3 steps into its episode"):
+        environments.step(np.zeros((2, 1)))

@@ -102,3 +102,11 @@ def test_a_head_of_another_width_is_an_error_naming_both() -> None:
     with pytest.raises(ValueError, match=r"belongs to another model") as error:
         load_value_head(head, {"summary.weight": torch.ones(1, 8), "summary.bias": torch.ones(1)}, source="folder")
     assert "(1, 8)" in str(error.value) and "(1, 32)" in str(error.value)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "50KB"])
+def test_a_head_saved_as_a_variant_is_read_back(max_shard_size: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size=max_shard_size)
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(loaded.v_head.summary.weight, model.v_head.summary.weight)
