@@ -104,8 +104,8 @@ class Trackers:
 
         Args:
             step: Their place on the axis.
-            own_rows: Whether nobody else logs to the tracker. False leaves the step to it (TensorBoard excepted):
-                Weights & Biases drops a row whose step lies behind one that the script has logged.
+            own_rows: Whether nobody else logs to the tracker. False leaves the step to Weights & Biases, which drops a
+                row whose step lies behind one that the script has logged.
         """
         self.begin()
         self.step = step
@@ -118,7 +118,7 @@ class Trackers:
                 if value.size:
                     writer.add_histogram(name, value, step)
             values = {name: value for name, value in values.items() if name not in arrays}
-        has_step = own_rows or self.config.log_with == "tensorboard"
+        has_step = own_rows or self.config.log_with != "wandb"  # without one, MLflow writes everything to step 0
         self.accelerator.log(values, step=step if has_step else None)
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,6 +38,19 @@ def test_a_tracked_run_is_saved_and_given_back_on_resume(tracker: str, name: str
     assert accelerator.init_trackers.call_args.kwargs["init_kwargs"] == expected
 
 
+@pytest.mark.parametrize(
+    ("tracker", "own_rows", "step"),
+    [("mlflow", False, 3), ("comet_ml", True, 3), ("wandb", True, 3), ("wandb", False, None)],
+)
+def test_only_weights_and_biases_counts_the_rows_of_a_script_itself(
+    tracker: str, own_rows: bool, step: int | None
+) -> None:
+    """MLflow takes a row without a step for one of step 0."""
+    accelerator = create_autospec(Accelerator, instance=True)
+    Trackers(accelerator, PPOConfig(log_with=tracker)).log({"objective/kl": 1.0}, 3, own_rows=own_rows)
+    assert accelerator.log.call_args.kwargs == {"step": step}
+
+
 def test_settings_that_no_tracker_would_read_and_a_missing_folder_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tracker_kwargs=\{'tensorboard': \{'flush_secs'"):
         trainer(log_with="tensorboard", project_kwargs={"logging_dir": "logs"}, tracker_kwargs={"flush_secs": 1})
