@@ -190,8 +190,8 @@ class PPOTrainer(ClassicSurface):
     ) -> TrainState:
         """Run the managed loop: prompts -> responses -> scores -> `learn`, for `config.iterations`.
 
-        Another call on the same trainer trains on, with the prompts and random numbers of the first one. For others,
-        set more iterations in one call.
+        Another call on the same trainer trains on: it goes on in the order of the same prompts, and in the random
+        numbers. A call that resumes continues those of its checkpoint.
 
         Args:
             rewards: One text callable, or several by name with weights; `(prompts=, responses=, **columns) -> scores`.

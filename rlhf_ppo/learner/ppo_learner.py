@@ -74,6 +74,10 @@ class PPOLearner:
     """The doctor's findings in the first batch (a `diagnostics.findings.DoctorReport`); None before."""
     dump_dir: Path | None
     """Folder for the dump of an update that fails on numbers that are not finite; None: no dump."""
+    rollout_generator: torch.Generator
+    """Draws the responses of this process, in one call of `train` after the other."""
+    prompt_sampler: Iterator[list[int]] | None
+    """Gave the prompts in the last call of `train`; None before."""
     reference_context: Callable[[], AbstractContextManager[object]]
     """Context manager: while active, the reference is on its device, or `model` has its adapters off."""
     sources_context: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -119,7 +123,8 @@ class PPOLearner:
         self.metrics, self.last_batch, self.diagnosis, self.current_step = {}, None, None, 0
         self.dump_dir = None if config.dump_dir is None else Path(config.dump_dir)
         self.update_context = nullcontext
-        self.trackers = Trackers(self.accelerator, config)
+        self.trackers, self.prompt_sampler = Trackers(self.accelerator, config), None
+        self.rollout_generator = torch.Generator().manual_seed(config.seed + 100003 * self.accelerator.process_index)
 
     def _prepare(
         self, reference: PreTrainedModelWrapper | None, optimizer: Optimizer, lr_scheduler: LRScheduler | None

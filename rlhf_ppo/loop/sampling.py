@@ -55,13 +55,20 @@ def why_sampler_differs(learner: PPOLearner, sampler: Sampler) -> str | None:
 def make_prompt_sampler(
     learner: PPOLearner, config: TrainConfig, prompts: PromptDataset | NumberedEpisodes
 ) -> PromptSampler | CurriculumSampler:
-    """Build the sampler of this process's batches of prompts, with the curriculum if there is one."""
+    """Build the sampler of this process's batches of prompts, with the curriculum if there is one.
+
+    It goes on where the last call of `train` stopped in the same prompts.
+    """
     accelerator, seed = learner.accelerator, learner.config.seed
     batch_size = learner.config.batch_size // config.sampling.num_return_sequences
     sampler = PromptSampler(
         len(prompts), batch_size=batch_size, seed=seed, rank=accelerator.process_index,
         world_size=accelerator.num_processes, lengths=prompts.lengths, checksum=prompts.checksum,
     )  # fmt: skip
+    earlier = learner.prompt_sampler
+    earlier = earlier.sampler if isinstance(earlier, CurriculumSampler) else earlier
+    if isinstance(earlier, PromptSampler):
+        sampler.go_on_from(earlier)
     if config.curriculum is None:
         return sampler
     return CurriculumSampler(sampler, config.curriculum, batch_size, seed, learner.processes)

@@ -71,9 +71,8 @@ class TrainingLoop:
             learner, config, prompts=self.prompts, eval_prompts=self.eval_prompts, rewards=self.rewards,
             judges=self.judges, environment=self.environment,
         )  # fmt: skip
-        accelerator, seed, self._batch_size = learner.accelerator, learner.config.seed, learner.config.batch_size
+        self.generator, self._batch_size = learner.rollout_generator, learner.config.batch_size
         self.collector = make_collector(learner, config, self.sampler, self.environment)
-        self.generator = torch.Generator(device="cpu").manual_seed(seed + 100003 * accelerator.process_index)
         self.prompt_sampler = make_prompt_sampler(learner, config, self.prompts)
         self.keeper = RunKeeper(
             learner, config.output_dir, shared=self.shared_state, per_process=self.per_process_state,
@@ -83,7 +82,7 @@ class TrainingLoop:
         self.best = BestModels(
             folder=folder, measure=config.keep_best or "score",
             frontier_size=config.keep_frontier, max_reference_kl=config.max_reference_kl, save=learner.save_pretrained,
-            is_main_process=accelerator.is_main_process,
+            is_main_process=learner.accelerator.is_main_process,
         )  # fmt: skip
         self.guard_monitor = GuardMonitor(config.guards, config.max_reference_kl)
         self.lost_rollouts = LostRollouts(learner.processes, config.reward_failures)
@@ -112,6 +111,7 @@ class TrainingLoop:
                 self.learner.sources_context = nullcontext
 
     def _run(self) -> TrainState:
+        self.learner.prompt_sampler = self.prompt_sampler  # another call goes on from here
         self.best.recover()
         if self.config.resume:
             self.restore()

@@ -284,6 +284,11 @@ class PromptSampler:
                 )
         self._position = state["position"]
 
+    def go_on_from(self, earlier: "PromptSampler") -> None:
+        """Begin at the position of an earlier order, if that is of the same prompts."""
+        if (earlier._length, earlier._checksum) == (self._length, self._checksum):
+            self._position = earlier._position
+
     def _index_at(self, position: int) -> int:
         epoch, offset = divmod(position, self._length)
         if self._epoch_order is None or self._epoch_order[0] != epoch:

@@ -71,6 +71,26 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path: Path) -> N
     assert [row["iteration"] for row in RunFolder.open(tmp_path).metrics()] == [1, 2, 3, 4, 5]
 
 
+def test_another_call_goes_on_in_the_prompts_and_the_random_numbers() -> None:
+    """Two calls of one iteration draw what one call of two draws: four of eight prompts, and then the other four."""
+    drawn: list[list[tuple[str, str]]] = []
+
+    def records(prompts: Sequence[str], responses: Sequence[str], **_: Any) -> list[float]:
+        drawn.append(list(zip(prompts, responses, strict=True)))
+        return share_of_e(prompts, responses)
+
+    tokenizer = tiny_tokenizer()
+    prompts = PromptDataset.from_texts([f"{text} {word}" for text in TEXTS for word in ("was", "is")], tokenizer)
+    twice, once = (trainer(batch_size=4, mini_batch_size=4) for _ in range(2))
+    for _ in range(2):
+        twice.train(records, config(iterations=1), prompts=prompts)
+        twice.evaluate(prompts, share_of_e, SAMPLING)  # draws numbers of its own
+    once.train(records, config(iterations=2), prompts=prompts)
+    assert drawn[:2] == drawn[2:]
+    assert {prompt for prompt, _ in drawn[0]}.isdisjoint(prompt for prompt, _ in drawn[1])
+    assert torch.equal(parameters(twice), parameters(once))
+
+
 def test_memory_holds_the_metrics_of_the_last_iterations_and_the_run_folder_those_of_all(tmp_path: Path) -> None:
     """A list of every iteration would grow for as long as a run lasts."""
     state = trainer().train(share_of_e, config(tmp_path, iterations=4, keep_history=2))
