@@ -7,6 +7,7 @@ import torch
 
 from rlhf_ppo.checkpoints.folders import CheckpointError
 from rlhf_ppo.checkpoints.reader import SavedCheckpoint
+from rlhf_ppo.checkpoints.schedule import schedule_settings
 from rlhf_ppo.distributed.fsdp import reshard
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.models.fingerprint import weights_fingerprint
@@ -72,10 +73,13 @@ def check_compatibility(learner: PPOLearner, saved: SavedCheckpoint) -> None:
             "started from; the checkpoint has the trained weights."
         )
     before, now = saved.identity.get("settings") or {}, run_identity(learner)["settings"]
+    schedules = saved.shared.get("lr_scheduler"), learner.lr_scheduler and learner.lr_scheduler.state_dict()
+    then, today = (schedule_settings(learner, state) for state in schedules)
+    before, now = before | then, now | {name: today.get(name) for name in then}
     changed = [key for key in before if before[key] != now[key]]
     if changed:
         differences = ", ".join(f"{key}={now[key]!r} (was {before[key]!r})" for key in changed)
-        kept = ", ".join(key for key in changed if key in _SAVED_SETTINGS)
+        kept = ", ".join(key for key in changed if key in (*_SAVED_SETTINGS, *then))
         which = f"the new values, except for {kept}, whose saved values go on" if kept else "the new values"
         warnings.warn(
             f"{saved.path.name} was written with other settings: {differences}. The run uses {which}.", stacklevel=4

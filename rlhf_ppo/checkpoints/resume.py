@@ -24,6 +24,7 @@ from rlhf_ppo.checkpoints.reader import (
     SavedCheckpoint,
     read_checkpoint,
 )
+from rlhf_ppo.checkpoints.schedule import follow_schedule
 from rlhf_ppo.distributed.fsdp import gather_nested_tensors, shard_like, shard_optimizer_state
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 
@@ -133,6 +134,7 @@ def restore_checkpoint(
             parts.pop("random", None)
         _load_all(parts)
         _load_parameters(learner, saved)
+        follow_schedule(learner)
     except CheckpointError:
         raise
     except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:

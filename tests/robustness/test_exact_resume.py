@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from peft import LoraConfig
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from rlhf_ppo import (
     GRPO,
@@ -31,6 +31,7 @@ from rlhf_ppo.checkpoints.nested_state import load_nested_state, save_nested_sta
 from rlhf_ppo.loop.run_folder import RunFolder
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
+from rlhf_ppo.updates.optimizers import linear_to_zero
 from tests.robustness.old_format import as_format_1
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 from tests.support.tiny_run import TEXTS, config, parameters, share_of_e, trainer
@@ -224,6 +225,34 @@ def test_a_run_that_starts_anew_sets_the_records_of_the_one_before_aside(resume:
 
 
 @pytest.mark.slow
+def scheduled(schedule: Callable[[torch.optim.Optimizer], LRScheduler]) -> PPOTrainer:
+    own = trainer()
+    own.lr_scheduler = schedule(own.optimizer)
+    return own
+
+
+def test_a_resumed_run_of_more_iterations_follows_its_own_longer_schedule(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two iterations anneal the rate to 0; after them, four have half of it left: 1 - 2/4, then 1 - 3/4."""
+    short = scheduled(lambda optimizer: linear_to_zero(optimizer, 2))
+    short.train(share_of_e, config(tmp_path, iterations=2, save_every=1))
+    assert not caplog.messages
+    longer = scheduled(lambda optimizer: linear_to_zero(optimizer, 4))
+    history = longer.train(share_of_e, config(tmp_path, iterations=4)).history
+    assert [row["ppo/learning_rate"] for row in history] == pytest.approx([1e-3 / 2, 1e-3 / 4])
+    assert "its learning rate after 2 iterations is 0.0005 (was 0)" in "".join(caplog.messages)
+
+
+def test_the_saved_settings_of_a_schedule_of_torch_s_are_said_to_go_on(tmp_path: Path) -> None:
+    short = scheduled(lambda optimizer: LinearLR(optimizer, total_iters=2))
+    short.train(share_of_e, config(tmp_path, iterations=1, save_every=1))
+    longer = scheduled(lambda optimizer: LinearLR(optimizer, total_iters=4))
+    message = r"lr_scheduler.total_iters=4 \(was 2\). The run uses the new values, except for lr_scheduler.total_iters"
+    with pytest.warns(UserWarning, match=message):
+        longer.train(share_of_e, config(tmp_path, iterations=2))
+
+
 @pytest.mark.filterwarnings("ignore:checkpoint-2 was written with other settings")
 def test_a_checkpoint_of_format_1_is_read_and_goes_on_exactly(tmp_path: Path) -> None:
     """Earlier versions pickled the optimizer and kept the rest in one JSON file, and knew nothing of reuse."""
