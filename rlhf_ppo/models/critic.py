@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -45,13 +46,17 @@ class SeparateCritic(nn.Module):
         """Initialize from a reward model: V after a full response is its score (Stiennon et al. 2020, appendix B.1).
 
         Args:
-            classifier: A causal sequence classifier with one label (`AutoModelForSequenceClassification`), copied.
+            classifier: A causal sequence classifier with one label (`AutoModelForSequenceClassification`), copied, its
+                adapter merged. The copy is trained, also where the classifier is frozen.
             gain: Scale of the reward model's normalization: V = gain · raw + bias.
             bias: See `gain`.
 
         Raises:
-            ValueError: The classifier is not causal, or has more than one label.
+            ValueError: The classifier is not causal, has more than one label, or its weights are quantized.
         """
+        _check_not_quantized(classifier, "Load the reward model in another precision.")
+        if isinstance(classifier, PeftModel):
+            classifier = copy.deepcopy(classifier).merge_and_unload()
         score = getattr(classifier, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             raise ValueError(
@@ -63,7 +68,7 @@ class SeparateCritic(nn.Module):
         with torch.no_grad():
             head.weight.copy_(gain * score.weight)
             head.bias.fill_(bias if score.bias is None else gain * float(score.bias) + bias)
-        return cls(copy.deepcopy(classifier.base_model), head)
+        return cls(copy.deepcopy(classifier.base_model).requires_grad_(True), head)
 
     @classmethod
     def from_policy(cls, model: Any) -> "SeparateCritic":
@@ -72,11 +77,7 @@ class SeparateCritic(nn.Module):
         Raises:
             ValueError: The policy's weights are quantized.
         """
-        if model.is_loaded_in_4bit or model.is_loaded_in_8bit:
-            raise ValueError(
-                "expected a policy in float32, bfloat16 or float16, got one in 4 or 8 bits: a copy of such weights "
-                "cannot be trained. Use attach_critic_adapter, or SeparateCritic.from_reward_model."
-            )
+        _check_not_quantized(model, "Use attach_critic_adapter, or SeparateCritic.from_reward_model.")
         head = nn.Linear(last_hidden_size(model.config), 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
@@ -87,6 +88,14 @@ class SeparateCritic(nn.Module):
     def forward(self, inputs: TokenInputs) -> list[Float[Tensor, " states"]]:
         """V(s_0) ... V(s_T) of each row, without padding, float32."""
         return state_values(self.backbone, self.head, inputs)
+
+
+def _check_not_quantized(model: Any, remedy: str) -> None:
+    if any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
+        raise ValueError(
+            "expected a model in float32, bfloat16 or float16 to start from, got one in 4 or 8 bits: a copy of such "
+            f"weights cannot be trained. {remedy}"
+        )
 
 
 def state_values(backbone: nn.Module, head: nn.Linear, inputs: TokenInputs) -> list[Float[Tensor, " states"]]:

@@ -1,9 +1,11 @@
 """A critic beside the policy: it starts as the reward model, and its loss pulls at no weight of the policy."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 from transformers import (
     BertConfig,
@@ -123,6 +125,31 @@ def test_dropout_inside_attention_is_off_in_training_too() -> None:
     assert model.critic is not None
     first, second = (torch.cat(list(model.critic.train()(inputs()))) for _ in range(2))
     assert_close(first, second, rtol=0, atol=0)
+
+
+def test_a_frozen_reward_model_becomes_a_critic_that_learns() -> None:
+    frozen = classifier().requires_grad_(False)
+    critic = SeparateCritic.from_reward_model(frozen)
+    assert all(parameter.requires_grad for parameter in critic.parameters())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_reward_model_with_an_adapter_becomes_a_critic_with_its_scores() -> None:
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], init_lora_weights=False)
+    adapted: Any = get_peft_model(classifier(), lora).eval()
+    critic = SeparateCritic.from_reward_model(adapted)
+    assert isinstance(adapted, PeftModel) and all(parameter.requires_grad for parameter in critic.parameters())
+    rows = [torch.cat(pair) for pair in zip(inputs().prompts, inputs().responses, strict=True)]
+    scores = torch.cat([adapted(input_ids=row[None]).logits.flatten() for row in rows])
+    assert_close(torch.stack([values[-1] for values in critic(inputs())]), scores)
+
+
+def test_a_quantized_reward_model_is_refused() -> None:
+    quantized: Any = classifier()
+    quantized.is_loaded_in_4bit = True
+    with pytest.raises(ValueError, match="in 4 or 8 bits: a copy of such weights cannot be trained"):
+        SeparateCritic.from_reward_model(quantized)
 
 
 def test_encoders_several_labels_and_foreign_tokenizers_are_refused() -> None:
