@@ -82,7 +82,7 @@ class EnvironmentSampler:
         sampling: SamplingConfig,
         *,
         generator: torch.Generator | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
+        template_kwargs: Sequence[Mapping[str, Any]] = (),
     ) -> PlayedEpisodes:
         """Play one episode for each task.
 
@@ -91,15 +91,15 @@ class EnvironmentSampler:
             tasks: Arguments of `reset`, one mapping per episode.
             sampling: Settings of a reply.
             generator: Random generator of the sampler.
-            template_kwargs: Passed to the chat template, unless the environment has others.
+            template_kwargs: One mapping per episode, passed to the chat template unless the environment has others.
         """
         renderer = Renderer(self.tokenizer, may_rewrite=self.may_rewrite and self.config.history == "auto")
         live = [
             LiveEpisode(
-                ReplayableEnvironment(self.factory, task, template_defaults=template_kwargs or {}), renderer,
+                ReplayableEnvironment(self.factory, task, template_defaults=options), renderer,
                 self.config, sampling.max_new_tokens, self.max_positions,
             )
-            for task in tasks
+            for task, options in zip(tasks, template_kwargs or [{}] * len(tasks), strict=True)
         ]  # fmt: skip
         counts = _Counts()
         self._begin(live, counts)

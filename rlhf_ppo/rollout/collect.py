@@ -161,10 +161,9 @@ class Collector:
         """Play `num_return_sequences` adjacent episodes for each row; groups with a failed one are left out."""
         copies = self.sampling.num_return_sequences
         tasks = list(episode_tasks(batch, copies, self.episode_seeds))
+        options = [kwargs for kwargs in batch.template_kwargs for _ in range(copies)]
         with self.synced_weights():
-            played = environment(
-                self.model, tasks, self.sampling, generator=generator, template_kwargs=batch.template_kwargs
-            )
+            played = environment(self.model, tasks, self.sampling, generator=generator, template_kwargs=options)
         groups = [played.episodes[start : start + copies] for start in range(0, len(tasks), copies)]
         kept = [row for row in range(len(tasks)) if None not in groups[row // copies]]
         episodes = [episode for row in kept if (episode := played.episodes[row]) is not None]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ppo.chat.messages import read_tools
 from rlhf_ppo.chat.prompt import ChatPrompt
 from rlhf_ppo.rollout.prompt_encoding import (
     OnBadRow,
@@ -46,8 +47,8 @@ class PromptBatch:
     """Texts decoded from `input_ids`; those of conversations are `ChatPrompt`s: with role markers, and messages."""
     columns: dict[str, list[Any]]
     """The dataset's columns for reward sources, the original prompt column included."""
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """The dataset's `chat_template_kwargs`."""
+    template_kwargs: list[Mapping[str, Any]] = field(default_factory=list)
+    """What the chat template gets: the dataset's `chat_template_kwargs`, and the `tools` of a conversation."""
 
 
 class PromptDataset:
@@ -170,16 +171,16 @@ class PromptDataset:
         texts = [
             str(self._tokenizer.decode(ids, skip_special_tokens=self._form != "conversation")) for ids in input_ids
         ]
+        options: list[Mapping[str, Any]] = [self._template_kwargs] * len(indices)
         columns: dict[str, list[Any]] = self._dataset[[self._rows[index] for index in indices]]
         if self._form == "conversation":
             column = self.report.column
             conversations = [read_conversation(value, column) for value in columns[column]]
+            tools = [read_tools(value, "tools") for value in columns.get("tools", [None] * len(indices))]
+            options = [self._template_kwargs | ({"tools": schemas} if schemas else {}) for schemas in tools]
             texts = [ChatPrompt(text, messages) for text, messages in zip(texts, conversations, strict=True)]
         columns = {name: values for name, values in columns.items() if name not in _TOKEN_COLUMNS}
-        return PromptBatch(
-            indices=list(indices), input_ids=input_ids, texts=texts, columns=columns,
-            template_kwargs=self._template_kwargs,
-        )  # fmt: skip
+        return PromptBatch(list(indices), input_ids, texts, columns, options)
 
 
 def _check_truncation(truncation: Truncation, form: PromptForm) -> None:

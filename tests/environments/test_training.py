@@ -1,5 +1,6 @@
 """`train(environment=)`, `evaluate(environment=)`, `step(episodes)`: learning, rewards, seeds, resume, errors."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,26 @@ def test_an_environment_s_messages_are_rendered_with_the_options_of_the_dataset(
     for environment, beginning in ((Chat, "calm small hello"), (large, "calm large hello")):
         played = own.evaluate(prompts, None, SAMPLING, environment=environment)
         assert all(text.startswith(beginning) for text in played.prompts)
+
+
+def test_the_tools_of_a_row_are_rendered_unless_the_environment_has_its_own() -> None:
+    own = trainer()
+    own.tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}{% for m in messages %}{{ m['content'] }}{% endfor %} :"
+    )
+    message = [{"role": "user", "content": "hello"}]
+    tools: list[Any] = [[{"name": "add"}, {"name": "sub"}], None, '[{"name": "mul"}]']
+    rows = Dataset.from_dict({"prompt": [message] * 3, "tools": [json.dumps(tools[0]), *tools[1:]]})
+    prompts = PromptDataset(rows, own.tokenizer)
+
+    def with_tools() -> Chat:
+        game = Chat()
+        game.chat_template_kwargs = {"tools": [{"name": "look"}]}  # type: ignore[attr-defined]
+        return game
+
+    for environment, beginnings in ((Chat, ["add sub ", "", "mul "]), (with_tools, ["look "] * 3)):
+        played = own.evaluate(prompts, None, SAMPLING, environment=environment)
+        assert [text.split("hello")[0] for text in played.prompts] == beginnings
 
 
 def test_prompts_that_were_cut_are_refused_with_an_environment() -> None:
