@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from rlhf_ppo.models.value_head import find_file
 from rlhf_ppo.utils.model_names import check_model_name
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,10 @@ def load_backbone(
         attn_implementation: Attention of transformers; None: its choice.
 
     Raises:
-        ValueError: The model cannot be loaded as a sequence classifier; the message says what to try.
+        ValueError: The model cannot be loaded as a sequence classifier, or is an adapter; the message says what to try.
     """
     check_model_name(name)
+    _check_no_adapter(name)
     try:
         # Transformers would report the missing head, which is read from the loading info below. It draws weights that
         # the files lack, such as a pooler's, from the global generator.
@@ -68,6 +70,19 @@ def load_backbone(
         initialize_head(model, seed=seed)
     separate_padding(model, tokenizer)
     return model, tokenizer, missing
+
+
+def _check_no_adapter(name: str) -> None:
+    if find_file(name, "adapter_config.json") is None:
+        return
+    config = PeftConfig.from_pretrained(name)
+    remedy = f"Merge it, `rlhf-ppo merge {name} FOLDER`, and train from FOLDER."
+    if str(config.task_type) == "SEQ_CLS":
+        remedy = "Train that reward model with merge_adapter=True, and go on from its folder."
+    raise ValueError(
+        f"expected a whole model to begin with, got {name}, an adapter on {config.base_model_name_or_path}: "
+        f"transformers loads it frozen, so that nothing would be learned. {remedy}"
+    )
 
 
 def read_classifier(

@@ -10,8 +10,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
-from transformers import BertConfig, BertForSequenceClassification, FNetConfig, FNetModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    FNetConfig,
+    FNetModel,
+)
 
 from reward_model import Comparison, RewardModel, train_reward_model
 from reward_model.data.comparisons import as_comparisons
@@ -120,6 +128,19 @@ def test_a_chosen_attention_is_the_one_that_trains_and_one_that_is_not_installed
     assert model.config._attn_implementation == "eager"
     with pytest.raises(ValueError, match=r"attn_implementation='sage' must be installed here"):
         load_backbone(str(tiny_base), seed=0, attn_implementation="sage")
+
+
+@pytest.mark.parametrize(
+    ("task", "remedy"), [("CAUSAL_LM", "rlhf-ppo merge .* and train from FOLDER"), ("SEQ_CLS", "merge_adapter=True")]
+)
+def test_an_adapter_is_no_model_to_begin_with(task: str, remedy: str, tiny_base: Path, tmp_path: Path) -> None:
+    """transformers would load it frozen: there was nothing to train, and torch said so in its own words."""
+    kind = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    lora = LoraConfig(task_type=task, target_modules=["c_attn"], fan_in_fan_out=True)
+    get_peft_model(kind.from_pretrained(tiny_base), lora).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"got .*, an adapter on .*{remedy}"):
+        load_backbone(str(tmp_path), seed=0)
 
 
 def test_encoders_and_rotary_decoders_train_too(tmp_path: Path) -> None:
