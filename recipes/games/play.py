@@ -40,11 +40,11 @@ class RunConfig:
     transcripts: int
     """Number of transcripts to imitate."""
     tokens: int
-    """Number of tokens that PPO samples before it ends."""
+    """Number of tokens that PPO samples on each process before it ends."""
     batch_size: int = 512
-    """Episodes per rollout."""
+    """Episodes per rollout, on each process."""
     mini_batch_size: int = 128
-    """Episodes per optimizer step of PPO."""
+    """Episodes per optimizer step of PPO, on each process."""
     learning_rate: float = 1e-3
     """Learning rate of PPO; it rises over 10 iterations, then falls linearly to 0 with the sampled tokens."""
 

@@ -56,7 +56,7 @@ class PPOConfig:
     push_to_hub_if_best_kwargs: dict | str | None = field(default_factory=dict)  # type: ignore[type-arg]
     """With `repo_id`: `step()` pushes the model whenever the mean score is the best; JSON on a command line."""
     steps: int = 20000
-    """Total number of episodes; `total_ppo_epochs` = ceil(steps / batch_size) calls of `step()`."""
+    """Number of episodes on each process; `total_ppo_epochs` = ceil(steps / batch_size) calls of `step()`."""
     learning_rate: float = 1.41e-5
     """Learning rate of the default optimizer."""
     adap_kl_ctrl: bool = True
@@ -86,7 +86,7 @@ class PPOConfig:
     forward_batch_size: int | None = None
     """Deprecated name of `mini_batch_size`."""
     mini_batch_size: int = 128
-    """Responses per forward and backward pass."""
+    """Responses per forward and backward pass, on each process."""
     gradient_accumulation_steps: int = 1
     """Passes per optimizer step. The loss is the mean over all tokens of the step, however they are divided."""
     world_size: int | None = None
@@ -123,7 +123,7 @@ class PPOConfig:
     is_peft_model: bool | None = None
     """Set by the trainer."""
     backward_batch_size: int | None = None
-    """Derived: mini_batch_size x gradient_accumulation_steps, the responses of one optimizer step."""
+    """Derived: mini_batch_size x gradient_accumulation_steps, the responses of one optimizer step on each process."""
     global_backward_batch_size: int | None = None
     """Set by the trainer: sum over all processes."""
     global_batch_size: int | None = None

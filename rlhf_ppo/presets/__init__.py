@@ -27,7 +27,8 @@ class PublishedRun:
 
     title: str
     settings: Mapping[str, Any]
-    """Fields of `PPOConfig`; all others keep their defaults."""
+    """Fields of `PPOConfig`; all others keep their defaults. A paper's sizes and steps are those of all processes,
+    the fields are per process: divide them by the number of processes."""
     sources: Mapping[str, str]
     """Source of each value in `settings` and of each field below."""
     new_tokens: int | None = None
