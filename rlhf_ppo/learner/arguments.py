@@ -78,14 +78,15 @@ def check_models(config: PPOConfig, model: object, ref_model: object) -> None:
 
 
 def check_parts(model: PreTrainedModelWrapper, ref_model: PreTrainedModelWrapper | None) -> None:
-    """Check that the language model is trained, whole, and not larger than its reference.
+    """Check that the language model is trained, whole, and neither larger than its reference nor a part of it.
 
     Raises:
-        ValueError: No parameter of the language model is trained, an adapter was added behind the wrapper's back, or
-            the reference has fewer token embeddings.
+        ValueError: No parameter of the language model is trained, an adapter was added behind the wrapper's back, the
+            reference has fewer token embeddings, or holds trained parameters.
     """
     language_model: Any = model.pretrained_model
-    if not any(parameter.requires_grad for parameter in language_model.parameters()):
+    trained = {id(parameter) for parameter in language_model.parameters() if parameter.requires_grad}
+    if not trained:
         raise ValueError(
             f"expected a policy that can learn, got {type(language_model).__name__} without a trained parameter: the "
             "value head alone would be trained. An adapter from a folder is frozen unless you load it with "
@@ -99,6 +100,12 @@ def check_parts(model: PreTrainedModelWrapper, ref_model: PreTrainedModelWrapper
         raise ValueError(
             f"expected a ref_model with the policy's {sizes[0]} token embeddings, got {sizes[1]}: it could not read "
             "the added tokens. Resize both (`resize_token_embeddings`), or pass `ref_model=None` for a copy."
+        )
+    if any(id(parameter) in trained for parameter in ref_model.pretrained_model.parameters()):
+        raise ValueError(
+            "expected a ref_model of its own, got one around the language model that is trained (PEFT puts adapters "
+            "into the model it is given): the reference would move with the policy, and the KL would always be 0. Load "
+            "the reference a second time, or pass `ref_model=None`."
         )
 
 

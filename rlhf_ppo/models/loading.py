@@ -175,6 +175,12 @@ def check_language_model(model: LanguageModel) -> None:
     check_transformers_adapters(model)
     if isinstance(model, PeftModel):
         _check_adapter(model.active_peft_config)
+        active = getattr(model.base_model, "active_adapters", [])
+        if len(active) > 1:
+            raise ValueError(
+                f"expected one active adapter, got {active}: PPO trains and saves one, and the policy would lose the "
+                "others. Merge them into the base (`merge_and_unload`) before you add the one to train."
+            )
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise ValueError(
             "The model does not have a language model head, please use a model that has one: "

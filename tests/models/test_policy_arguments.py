@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -49,6 +49,26 @@ def test_adapters_of_transformers_own_are_refused() -> None:
     model.pretrained_model.add_adapter(LoraConfig(**LORA))
     with pytest.raises(ValueError, match="adapters of transformers' own"):
         trainer_of(model)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(**LORA)])
+def test_a_reference_around_the_trained_model_is_refused_and_nothing_is_frozen(lora: LoraConfig | None) -> None:
+    """PEFT puts its layers into the base it is given, so that this reference would have the policy's adapter."""
+    base = tiny_llama()
+    reference, model = policy(base), policy(base, peft_config=lora)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="the reference would move with the policy"):
+        trainer_of(model, reference)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+
+
+def test_two_active_adapters_are_refused() -> None:
+    """The trainer switched to the first, and the policy lost the other."""
+    model = get_peft_model(tiny_llama(), LoraConfig(**LORA))
+    model.add_adapter("second", LoraConfig(**LORA))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"expected one active adapter, got \['default', 'second'\]"):
+        policy(model)
 
 
 def test_a_reference_with_fewer_tokens_than_the_policy_is_refused() -> None:
