@@ -149,7 +149,7 @@ def _tool_call(call: object, place: str) -> dict[str, Any]:
             f"{place} must name a function, got {call!r:.60}. "
             'Write {"function": {"name": ..., "arguments": {...}}}.'
         )
-    function = {"arguments": {}, **function}
+    function = {**function, "arguments": function.get("arguments", {})}  # in the order in which they came
     return {**call, "function": function} if "function" in call else function
 
 

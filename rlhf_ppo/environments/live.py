@@ -4,13 +4,13 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from rlhf_ppo.chat.encoding import decode_tokens
+from rlhf_ppo.chat.encoding import decode_tokens, whole_characters
+from rlhf_ppo.chat.messages import read_messages
 from rlhf_ppo.environments.base import (
     Environment,
     EnvironmentFactory,
@@ -63,8 +63,8 @@ class ReplayableEnvironment:
         with self._closed_on_error():
             self.environment = environment = self.factory()
             answer = resolve_awaitable(environment.reset(**accepted_columns(environment.reset, self.columns)))
-            first = deepcopy(answer)  # the environment may go on with its list of messages
-            check_observation(first, "the result of reset()")
+            check_observation(answer, "the result of reset()")
+            first = _read(answer)
             if first == []:
                 raise ValueError("reset() returned no message: there is nothing to answer. Return one, or text.")
             if self.turns and first != self.first:
@@ -112,7 +112,23 @@ class ReplayableEnvironment:
                 "rewarded. Return rlhf_ppo.environments.Turn(observation, reward, terminated, truncated), or wrap "
                 "another library's environment: rlhf_ppo.environments.adapters.from_gem reads Gymnasium's tuples."
             )
-        return replace(turn, observation=deepcopy(turn.observation))
+        return turn if turn.terminated else replace(turn, observation=_read(turn.observation))
+
+
+def _read(observation: Observation) -> Observation:
+    """Messages as they are read everywhere, in a copy: the environment may go on with its list."""
+    if isinstance(observation, str) or not observation:
+        return observation
+    return read_messages(_whole(observation), "observation")
+
+
+def _whole(value: Any) -> Any:
+    """`value` with whole characters in all its texts: an environment may repeat half of one that the policy sampled."""
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, Mapping):
+        return {name: _whole(part) for name, part in value.items()}
+    return [_whole(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass

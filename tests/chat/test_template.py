@@ -19,7 +19,7 @@ def test_a_call_reaches_the_text_without_the_nulls_of_its_column_and_no_content_
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = WITH_CALLS
     text = render_chat(tokenizer, read_messages(TURNS, "prompt"), tools=[{"name": "weather"}])
-    assert text == '[weather]user: Hi\nassistant: {"arguments": {"city": "Rome"}, "name": "weather"}\n'
+    assert text == '[weather]user: Hi\nassistant: {"name": "weather", "arguments": {"city": "Rome"}}\n'
 
 
 def test_a_template_that_cannot_do_without_content_gets_an_empty_one() -> None:

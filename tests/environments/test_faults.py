@@ -325,6 +325,31 @@ def test_half_a_character_in_an_observation_is_read_as_a_replacement_character(c
     assert playing("a \ud83d b \ud83d\ude00") == playing("a \ufffd b \N{GRINNING FACE}")
 
 
+def test_messages_of_an_environment_are_read_as_those_of_data_sets_are() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls or '' }}\n{% endfor %}assistant: "
+    )
+    call = {"name": "f", "arguments": {"a": 1, "filler": None}}
+
+    class Parts:
+        def reset(self) -> list[dict[str, Any]]:
+            return [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+
+        def step(self, reply: str) -> Turn:
+            called = {"role": "assistant", "content": "x", "tool_calls": [call]}
+            return Turn([called, {"from": "human", "role": "user", "content": ["a", "b"]}], terminated=reply == "ee")
+
+    runner = EnvironmentSampler(
+        factory=Parts, sampler=Script("e", "ee"), tokenizer=tokenizer, device=torch.device("cpu"),
+        config=EpisodeConfig(),
+    )  # fmt: skip
+    (episode,) = runner(torch.nn.Identity(), [{}], SAMPLING).episodes
+    assert episode is not None
+    assert tokenizer.decode(episode.prompt_ids) == "user: hi\nassistant: "
+    assert "[{'name': 'f', 'arguments': {'a': 1}}]\nuser: ab\n" in tokenizer.decode(episode.response_ids)
+
+
 def test_an_empty_conversation_drops_its_episode() -> None:
     class Silent(Chat):
         def reset(self) -> list[dict[str, str]]:
