@@ -193,8 +193,6 @@ def accepted_keywords(source: WeightedSource, request: RewardRequest) -> dict[st
         parameters = inspect.signature(source.source).parameters.values()
     except (TypeError, ValueError):  # Some builtins have no signature: pass everything.
         return available
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return available
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for parameter in by_name:
         if parameter.name not in available and parameter.default is parameter.empty:
@@ -202,6 +200,8 @@ def accepted_keywords(source: WeightedSource, request: RewardRequest) -> dict[st
                 f"Reward source {source.name!r} wants {parameter.name!r}, which is no column of the dataset "
                 f"(it is given {', '.join(available)}). Rename the argument, give it a default, or add the column."
             )
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return available
     accepted = {parameter.name for parameter in by_name}
     return {name: value for name, value in available.items() if name in accepted}
 

@@ -54,8 +54,12 @@ def test_an_argument_that_is_no_column_is_named() -> None:
     def wants(responses: list[str], completions: list[str]) -> list[float]:
         return []
 
-    with pytest.raises(TypeError, match=r"'wants' wants 'completions', .* given prompts, responses, label"):
-        score_batch(wants, REQUEST)
+    def of_trl(completions: list[str], **columns: Any) -> list[float]:
+        raise AssertionError(completions, columns)
+
+    for source in (wants, of_trl):
+        with pytest.raises(TypeError, match=r"' wants 'completions', .* given prompts, responses, label"):
+            score_batch(source, REQUEST)
 
 
 def test_sources_add_up_by_weight() -> None:
