@@ -1,5 +1,7 @@
 """Encode the prompt column of a dataset as token ids: find it, check it, tokenize and truncate."""
 
+import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -99,6 +101,14 @@ def find_prompt_column(dataset: datasets.Dataset, column: str | None) -> str:
         f"No column {' or '.join(map(repr, candidates))} in the prompt dataset; it has {', '.join(map(repr, names))}. "
         "Name the prompt column with `column=`."
     )
+
+
+def rows_checksum(dataset: datasets.Dataset, rows: Sequence[int], columns: Sequence[str]) -> int:
+    """CRC-32 of the given rows as they are written, in those of `columns` that exist."""
+    checksum = 0
+    for row in dataset.select_columns([name for name in columns if name in dataset.column_names]).select(rows):
+        checksum = zlib.crc32(json.dumps(row, default=str).encode(), checksum)
+    return checksum
 
 
 def first_form(values: Sequence[Any], column: str, on_bad_row: OnBadRow) -> PromptForm:

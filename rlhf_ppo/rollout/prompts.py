@@ -30,6 +30,7 @@ from rlhf_ppo.rollout.prompt_encoding import (
     first_form,
     fit_prompt,
     read_conversation,
+    rows_checksum,
 )
 
 _TOKEN_COLUMNS = frozenset({"input_ids", "attention_mask"})
@@ -156,7 +157,9 @@ class PromptDataset:
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of all token ids."""
+        """CRC-32 of all token ids; of the rows, where the chat template writes today's date into each prompt."""
+        if self._form == "conversation" and "strftime_now" in str(self._tokenizer.chat_template):
+            return rows_checksum(self._dataset, self._rows, (self.report.column, "tools"))
         return zlib.crc32(self._ends.tobytes(), zlib.crc32(self._tokens.numpy().tobytes()))
 
     def __getitem__(self, index: int) -> Int[Tensor, " prompt"]:
@@ -271,9 +274,7 @@ class PromptSampler:
 
     def state_dict(self) -> dict[str, int]:
         """Seed, prompts and position; the same on every process, valid for any number of processes."""
-        return {
-            "seed": self._seed, "length": self._length, "checksum": self._checksum, "position": self._position
-        }  # fmt: skip
+        return {"seed": self._seed, "length": self._length, "checksum": self._checksum, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue at the saved position; a ValueError if the state is of another seed or of other prompts."""

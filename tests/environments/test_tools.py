@@ -164,6 +164,29 @@ def test_truth_values_are_read_as_json_or_python_write_them(written: str, receiv
     assert turn.observation == [tool("switch", received)]
 
 
+@pytest.mark.parametrize(
+    ("written", "received"),
+    [
+        ('[{"to": "Rome"}]', "[{'to': 'Rome'}]"),
+        ("[{'to': 'Rome', 'on': None}]", "[{'to': 'Rome', 'on': None}]"),
+        ("[]", "[]"),
+        ("Rome", "'Rome'"),
+    ],
+)
+def test_lists_and_objects_are_read_as_json_or_python_write_them(written: str, received: str) -> None:
+    def travel(legs: list) -> str:
+        """Book a journey.
+
+        Args:
+            legs: Where to, one after the other.
+        """
+        return repr(legs)
+
+    reply = f"<tool_call><function=travel><parameter=legs>\n{written}\n</parameter></function></tool_call>"
+    _, (turn,) = play(from_tools([travel], tokenizer_with(HERMES)), reply, prompt="?")
+    assert turn.observation == [tool("travel", received)]
+
+
 def test_several_calls_in_one_reply_are_all_answered() -> None:
     calls = [f'{{"name": "multiply", "parameters": {{"a": 6, "b": {b}}}}}' for b in (7, 8)]
     for separator in ("; ", ";", "\n"):

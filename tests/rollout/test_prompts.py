@@ -1,5 +1,8 @@
 """Prompts: three forms of a dataset become token ids with every change counted; the order is seeded and resumable."""
 
+from datetime import datetime
+from types import SimpleNamespace
+
 import datasets
 import jaxtyping
 import pytest
@@ -206,6 +209,26 @@ def test_the_order_of_another_dataset_or_seed_is_not_resumed() -> None:
         sampler.load_state_dict({"seed": 5, "length": 8, "position": 0})
     with pytest.raises(ValueError, match="has seed 6, this run has 5"):
         sampler.load_state_dict({"seed": 6, "length": 7, "position": 0})
+
+
+def test_the_order_is_resumed_on_another_day_where_the_template_writes_the_date(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
+
+    def order(day: int, text: str) -> PromptSampler:
+        today = SimpleNamespace(now=lambda: datetime(2026, 12, day))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", today)
+        conversations = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]] * 3})
+        prompts = PromptDataset(conversations, tokenizer)
+        assert prompts.batch([0]).texts[0].startswith(f"0{day} Dec 2026")
+        return PromptSampler(len(prompts), batch_size=1, seed=5, checksum=prompts.checksum)
+
+    saved = order(1, "Hello").state_dict()
+    order(2, "Hello").load_state_dict(saved)
+    with pytest.raises(ValueError, match="has checksum"):
+        order(2, "Hi").load_state_dict(saved)
 
 
 @pytest.mark.parametrize("wrong", [{"length": 0}, {"batch_size": 0}, {"seed": -1}, {"rank": 2}])

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import get_json_schema
 
+from rlhf_ppo.chat.cells import parse_literal
 from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.chat.template import render_chat
 from rlhf_ppo.environments.adapters.tool_calls import ToolCall, ToolCallParser, detect_parser
@@ -136,7 +137,7 @@ class _ToolEpisode:
         for name, value in arguments.items():
             if isinstance(value, str) and properties.get(name, {}).get("type", "string") != "string":
                 with suppress(json.JSONDecodeError):
-                    arguments[name] = json.loads(_PYTHON_NAMES.get(value.strip(), value))
+                    arguments[name] = parse_literal(value) or json.loads(_PYTHON_NAMES.get(value.strip(), value))
         return arguments
 
     def _error(self, error: Exception) -> str:
