@@ -140,8 +140,8 @@ def test_every_preset_runs(world: Path, preset: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "dapo", "algorithm": "ppo-clip"}, "the preset dapo has another algorithm than ppo-clip"),
-        ({"preset": "nplus2024", "algorithm": "grpo"}, "the preset nplus2024 has another algorithm than grpo"),
+        ({"preset": "dapo", "algorithm": "ppo-clip"}, "the preset dapo brings its own algorithm, got ppo-clip"),
+        ({"preset": "nplus2024", "algorithm": "grpo"}, "the preset nplus2024 brings its own algorithm, got grpo"),
         ({"preset": "orz", "ppo": {"lam": 0.9}}, "`ppo.lam` is read by ppo-clip alone, not by orz"),
         ({"algorithm": "grpo", "ppo": {"ent_coef": 0.1}}, "`ppo.ent_coef` is read by ppo-clip alone, not by grpo"),
         ({"algorithm_config": {"gae": {"lamda": 1}}}, "no field of `algorithm_config.gae` 'lamda' .did you mean 'lam'"),
