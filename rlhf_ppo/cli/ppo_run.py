@@ -137,7 +137,7 @@ def _make_algorithm(config: RunConfig, preset: PublishedRun | None, ppo: PPOConf
     refuse_unknown([name], ALGORITHMS, "algorithm")
     own = None if preset is None else preset.algorithm
     if preset is not None and config.algorithm is not None and (own is not None or name != "ppo-clip"):
-        raise ValueError(f"the preset {config.preset} brings its own algorithm, got {name} beside it: leave one of them out.")
+        raise ValueError(f"the preset {config.preset} brings its own algorithm, got {name} beside it: leave one out.")
     if own is None and name == "ppo-clip":
         return build(ppo.algorithm(), config.algorithm_config, "algorithm_config")  # type: ignore[no-any-return]
     start = ALGORITHMS[name] if own is None else own
