@@ -181,11 +181,26 @@ def test_the_best_of_each_group_are_learned_from() -> None:
     assert own.last_batch[0].advantages[:, 0].tolist() == [1.0, -1.0, 1.0, -1.0]
 
 
+def test_dynamic_sampling_goes_on_until_the_best_of_each_group_differ() -> None:
+    """The best two of the first group are equal, though its four scores are not; a second round brings another one."""
+    rounds = iter([[4.0, 4.0, 0.0, 1.0, 1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 1.0, 1.0, 2.0, 0.0, 0.0, 1.0]])
+    own = trainer(algorithm=RLOO(), kl_penalty="none", init_kl_coef=0.0)
+    sampling = SamplingConfig(max_new_tokens=3, num_return_sequences=4)
+    run = TrainConfig(
+        iterations=1, sampling=sampling, progress=False, best_of=2, dynamic_sampling=DynamicSampling(max_rounds=2)
+    )
+    state = own.train(lambda *, responses, **_: next(rounds), run)
+    assert state.metrics["env/groups_sampled"] == 4.0
+    assert own.last_batch is not None
+    assert own.last_batch[0].advantages[:, 0].tolist() == [-1.0, 1.0, 1.0, -1.0], "of 3 and 4, and of 2 and 1"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"dynamic_sampling": DynamicSampling(), "sampling": SamplingConfig(max_new_tokens=3)}, "has no spread"),
         ({"best_of": 2, "sampling": PAIRS}, "nothing to choose or to compare"),
+        ({"best_of": 1, "sampling": PAIRS, "dynamic_sampling": DynamicSampling()}, "best_of must be at least 2"),
         ({"overlong": SoftOverlong(buffer=9), "sampling": PAIRS}, "every response would be penalized"),
     ],
 )
