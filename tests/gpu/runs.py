@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
+from rlhf_ppo.models.critic import SeparateCritic, attach_critic
 from tests.support.tiny_models import tiny_llama, tiny_tokenizer
 
 LENGTHS = (3, 1, 5, 7, 2, 8, 4, 6)
@@ -13,13 +14,15 @@ LENGTHS = (3, 1, 5, 7, 2, 8, 4, 6)
 
 def trainer(
     model: PreTrainedModel | None = None, *, algorithm: Any = None, peft: Any = None, shared: int | None = None,
-    **settings: Any,
+    critic: bool = False, **settings: Any,
 ):  # fmt: skip
     """A trainer of a two-layer model on the device."""
     torch.manual_seed(0)
     model = tiny_llama() if model is None else model
     kind = AutoModelForSeq2SeqLMWithValueHead if model.config.is_encoder_decoder else AutoModelForCausalLMWithValueHead
     wrapped = kind.from_pretrained(model, peft_config=peft)
+    if critic:
+        attach_critic(wrapped, SeparateCritic.from_policy(wrapped))
     defaults: dict[str, Any] = {"batch_size": 8, "mini_batch_size": 8, "ppo_epochs": 1, "learning_rate": 1e-3}
     config = PPOConfig(**defaults | settings)
     return PPOTrainer(config, wrapped, tokenizer=tiny_tokenizer(), algorithm=algorithm, num_shared_layers=shared)

@@ -55,6 +55,25 @@ def test_passes_fit_and_the_step_is_the_same(
 
 
 @pytest.mark.slow
+def test_a_pass_with_a_separate_critic_has_fewer_tokens(card: Callable[[int], object]) -> None:
+    """The layers of both are kept, and two of the policy's two work: 3 parts of memory in place of 2."""
+    budgets = {}
+    for critic in (False, True):
+        with card(MANY):
+            made = trainer(precision="float32", critic=critic)
+            state = unallocated_state(made.model, made.optimizer)
+            need = pass_memory(made.policy) if not critic else need
+        AcceleratorState._reset_state(True)
+        with card(int((need.fixed + 30.5 * need.kept) / 0.8) + state):
+            made = trainer(precision="float32", diagnose=False, critic=critic)
+            made.step(*batch())
+            budgets[critic] = made._fitted_budget
+        AcceleratorState._reset_state(True)
+    assert budgets[False] == 30
+    assert budgets[True] == pytest.approx(20, abs=2)
+
+
+@pytest.mark.slow
 def test_a_budget_of_the_user_s_is_kept(card: Callable[[int], object], capsys: pytest.CaptureFixture[str]) -> None:
     with card(2**20):
         made = trainer(token_budget=16, diagnose=False)
