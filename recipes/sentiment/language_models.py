@@ -22,6 +22,7 @@ from transformers import (
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead
 from rlhf_ppo.models.loading import with_quantization_config
+from rlhf_ppo.models.saving import save_language_model
 from rlhf_ppo.utils.model_names import is_missing_folder
 
 from .assets import SMOLLM2, build_once, cache_root, fetch, fingerprint, kept_beside
@@ -232,7 +233,7 @@ def adapt(base: Path, texts: Sequence[str], config: AdaptationConfig, folder: Pa
             LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
     optimize_adapter(model.to(device), rows, config, device, kept_beside(folder))
-    model.merge_and_unload().cpu().save_pretrained(folder)
+    save_language_model(model.merge_and_unload().cpu(), folder)
     tokenizer.save_pretrained(folder)
 
 

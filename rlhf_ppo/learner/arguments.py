@@ -121,7 +121,7 @@ def check_shared_layers(config: PPOConfig, model: PreTrainedModelWrapper, num_sh
 
 
 def check_optimizer(model: torch.nn.Module, optimizer: Optimizer | None) -> None:
-    """Check that a given optimizer holds the model's parameters; warn where it lacks the value head's.
+    """Check that a given optimizer holds the model's parameters; warn where it lacks the value head's or the critic's.
 
     Raises:
         ValueError: It holds none of them.
@@ -135,11 +135,11 @@ def check_optimizer(model: torch.nn.Module, optimizer: Optimizer | None) -> None
             f"expected an optimizer over the model's parameters, got one over {len(held)} tensors of another model: no "
             "weight of the policy would move. Build it from `model.parameters()` of the model that you pass."
         )
-    missing = [name for name, parameter in trained.items() if name.startswith("v_head") and id(parameter) not in held]
+    missing = [name for name in trained if name.startswith(("v_head", "critic")) and id(trained[name]) not in held]
     if missing:
         warnings.warn(
-            f"The optimizer does not hold the value head ({', '.join(missing)}): it stays as it is, and so do its "
-            "values. Build the optimizer from `model.parameters()`.", UserWarning, stacklevel=4,
+            f"The optimizer does not hold the value head or critic ({', '.join(missing[:4])}): its values stay as they "
+            "are. Attach a critic, then build it from `model.parameters()`.", UserWarning, stacklevel=4,
         )  # fmt: skip
 
 

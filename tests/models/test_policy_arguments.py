@@ -10,7 +10,8 @@ from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, SeparateCritic, attach_critic
+from rlhf_ppo.models.shared_base_adapters import attach_critic_adapter
 from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
@@ -93,6 +94,17 @@ def test_an_optimizer_without_the_value_head_is_said() -> None:
     model = policy()
     with pytest.warns(UserWarning, match="does not hold the value head"):
         trainer_of(model, optimizer=torch.optim.Adam(model.pretrained_model.parameters(), lr=1e-3))
+
+
+@pytest.mark.parametrize(
+    "attach", [lambda model: attach_critic(model, SeparateCritic.from_policy(model)), attach_critic_adapter]
+)
+def test_an_optimizer_that_was_built_before_the_critic_is_said(attach: Any) -> None:
+    model = policy(peft_config=LoraConfig(**LORA))
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad])
+    attach(model)
+    with pytest.warns(UserWarning, match=r"does not hold the value head or critic \(critic\."):
+        trainer_of(model, optimizer=optimizer)
 
 
 def test_a_dataset_smaller_than_a_batch_is_refused() -> None:
