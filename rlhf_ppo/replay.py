@@ -27,6 +27,8 @@ class Replay:
     """Parameters that are not finite themselves."""
     samples: list[int]
     """Rows of the batch whose loss or gradient alone is not finite."""
+    lacks_texts: bool = False
+    """Whether the step also learned pretraining texts, which a dump does not hold."""
 
     @property
     def is_reproduced(self) -> bool:
@@ -42,6 +44,7 @@ class Replay:
         lines.append(f"samples that are not finite by themselves: {self.samples or 'none'}")
         lines.append(f"parameters with such a gradient: {', '.join(self.broken_gradients[:5]) or 'none'}")
         lines.append(f"parameters that are not finite: {', '.join(self.broken_parameters[:5]) or 'none'}")
+        lines += ["recomputed without the step's pretraining texts, which are not in the dump"] * self.lacks_texts
         return "\n".join([*lines, "reproduced" if self.is_reproduced else "NOT reproduced"])
 
 
@@ -53,7 +56,7 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
             model cannot be found by its name.
 
     Raises:
-        ValueError: There is no dump, or it is of another format.
+        ValueError: There is no dump, it is of another format, or a part of the update is not in it.
     """
     import torch  # here, so that the help comes without it
     from accelerate import Accelerator
@@ -84,8 +87,10 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
     update = build_algorithm(
         dumped_algorithm(record["algorithm"]), policy=policy, optimizer=optimizer, accelerator=accelerator,
         minibatch_config=lambda: MinibatchConfig(**record["minibatch"]), seed=0,
+        reference_kl=record.get("reference_kl"),
     ).update  # fmt: skip
-    update.load_state_dict(record["update"])
+    has_texts = "texts" in record["update"]
+    update.load_state_dict(record["update"]["update"] if has_texts else record["update"])
     batch = read_batch(folder).to(accelerator.device)
     rows = torch.tensor(record["rows"], device=accelerator.device)
     update_rule = innermost_update(update)
@@ -94,7 +99,7 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
     return Replay(
         recorded={name: float(value) for name, value in record["metrics"].items() if name in all_rows.metrics},
         metrics=all_rows.metrics, broken_gradients=all_rows.nonfinite_gradients,
-        broken_parameters=nonfinite_parameters(model), samples=broken_rows,
+        broken_parameters=nonfinite_parameters(model), samples=broken_rows, lacks_texts=has_texts,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from rlhf_ppo.algorithms import AlgorithmConfig
 from rlhf_ppo.batch import TokenInputs, TrainBatch
 from rlhf_ppo.learner.finite_checks import nonfinite_parameters
 from rlhf_ppo.learner.ppo_learner import PPOLearner
+from rlhf_ppo.rollout.kl_placement import loss_kl_estimator
 from rlhf_ppo.updates.nonfinite import NonFiniteUpdateError
 
 FORMAT = 1
@@ -46,13 +47,11 @@ def write_dump(learner: PPOLearner, error: NonFiniteUpdateError, folder: Path) -
     """Write `folder/dump-N` atomically and return its path. Every process calls it; the main one writes."""
     number = len(list(folder.glob("dump-*")))
     final, partial = folder / f"dump-{number}", folder / f".dump-{number}.partial"
-    with learner.gathered_state_dict() as state:
-        if learner.accelerator.is_main_process:
-            partial.mkdir(parents=True, exist_ok=True)
-            learner.model.save_pretrained(str(partial / MODEL), state_dict=state)
-            save_file(_tensors(error.batch), partial / BATCH)
-            (partial / FACTS).write_text(json.dumps(_facts(learner, error), indent=2), encoding="utf-8")
-            partial.rename(final)
+    learner.save_weights(partial / MODEL)
+    if learner.accelerator.is_main_process:
+        save_file(_tensors(error.batch), partial / BATCH)
+        (partial / FACTS).write_text(json.dumps(_facts(learner, error), indent=2), encoding="utf-8")
+        partial.rename(final)
     learner.accelerator.wait_for_everyone()
     return final
 
@@ -72,7 +71,20 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found_format = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"expected a dump of format {FORMAT}, got {found_format!r}: use the version that wrote it.")
+    for part, is_missing in _not_in_a_dump(record).items():
+        if is_missing:
+            raise ValueError(
+                f"expected an update that a dump holds as a whole, got one with {part}: {folder} has the batch and the "
+                "weights, but not that part, so the step would be recomputed without it. Look at them by hand."
+            )
     return record
+
+
+def _not_in_a_dump(record: dict[str, Any]) -> dict[str, bool]:
+    return {
+        "the KL to a reference model over the whole vocabulary": record.get("reference_kl") == "full",
+        "the exact KL to the policy before the update": record["algorithm"]["settings"].get("exact", False),
+    }
 
 
 def read_batch(folder: Path) -> TrainBatch:
@@ -130,6 +142,7 @@ def _facts(learner: PPOLearner, error: NonFiniteUpdateError) -> dict[str, Any]:
         "metrics": {name: repr(value) for name, value in error.metrics.items()},  # JSON has no nan
         "algorithm": _encode_config(learner.algorithm_config),
         "update": learner.algorithm.update.state_dict(),
+        "reference_kl": loss_kl_estimator(config.kl_penalty, config.kl_placement),
         "minibatch": asdict(learner.config.minibatch()),
         "scoring": {"temperature": config.temperature, "chunk_size": config.logits_chunk_size},
         "gradient_checkpointing": config.gradient_checkpointing,

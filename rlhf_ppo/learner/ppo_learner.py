@@ -217,17 +217,20 @@ class PPOLearner:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Save model, value head, tokenizer and a model card; the folder also loads as a plain causal LM."""
+        self.save_weights(save_directory)
+        if self.accelerator.is_main_process:
+            self.tokenizer.save_pretrained(save_directory)
+            write_model_card(Path(save_directory))
+
+    def save_weights(self, save_directory: str | Path) -> None:
+        """Save model, value head and a separate critic. Every process calls it; the main one writes."""
         with self.gathered_state_dict() as state:
             if self.accelerator.is_main_process:
                 self.model.save_pretrained(save_directory, state_dict=state)
-        if self.accelerator.is_main_process:
-            self.tokenizer.save_pretrained(save_directory)
         if self.model.critic is not None:
             with self.gathered_parameters():
                 if self.accelerator.is_main_process:
                     save_critic(self.model, Path(save_directory))
-        if self.accelerator.is_main_process:
-            write_model_card(Path(save_directory))
 
     @contextmanager
     def gathered_parameters(self, *, of_reference: bool = False) -> Iterator[None]:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ppo import GRPO, TRPO, AlgorithmConfig, PPOClip, PPOPenalty, PPOTrainer
+from rlhf_ppo import GRPO, TRPO, AlgorithmConfig, PPOClip, PPOPenalty, PPOTrainer, PretrainingMix
 from rlhf_ppo.diagnostics.dump import FACTS
+from rlhf_ppo.models.critic import SeparateCritic, attach_critic
 from rlhf_ppo.replay import main, replay
-from rlhf_ppo.updates.nonfinite import NonFiniteUpdateError
-from tests.classic.test_classic import QUERIES, RESPONSES, SCORES, trainer_of, weights
+from rlhf_ppo.updates.nonfinite import NonFiniteUpdateError, innermost_update
+from tests.classic.test_classic import QUERIES, RESPONSES, SCORES, policy, trainer_of, weights
 
 EXTREME = [torch.tensor(1e30), torch.tensor(-1.0)]
 """Finite, but its square is not: the value loss overflows."""
@@ -72,20 +73,51 @@ def test_the_dump_replays_what_the_run_saw(dumped: tuple[PPOTrainer, Path], caps
 
 
 def test_a_finite_step_replays_number_by_number(tmp_path: Path) -> None:
-    """The refusal is ours (a loss said to be nan), so that every other number of the replay can be compared."""
-    trainer = trainer_of(ppo_epochs=1, most_skips_in_a_row=1, dump_dir=str(tmp_path), token_budget=16)
-    update: Any = trainer.algorithm.update
-    whole = update.steps.clip
-    update.steps.clip = lambda limit: math.nan * whole(limit)
-    with pytest.raises(NonFiniteUpdateError):
-        trainer.step(QUERIES, RESPONSES, SCORES)
-    found = replay(tmp_path / "dump-0")
+    found = replay(dump_of_a_finite_step(tmp_path, token_budget=16))
     assert not found.is_reproduced  # the gradient norm was not nan after all
     assert found.samples == []
     for name, value in found.recorded.items():
         if name != "policy/grad_norm":
             assert math.isclose(value, found.metrics[name], rel_tol=1e-5, abs_tol=1e-6), name
     assert main([str(tmp_path / "dump-0")]) == 1
+
+
+def dump_of_a_finite_step(folder: Path, model: Any = None, **settings: Any) -> Path:
+    """The refusal is ours: a gradient norm said to be nan."""
+    trainer = trainer_of(model, ppo_epochs=1, most_skips_in_a_row=1, dump_dir=str(folder), **settings)
+    steps: Any = innermost_update(trainer.algorithm.update).steps
+    whole = steps.clip
+    steps.clip = lambda limit: math.nan * whole(limit)
+    with pytest.raises(NonFiniteUpdateError):
+        trainer.step(QUERIES, RESPONSES, SCORES)
+    return folder / "dump-0"
+
+
+def test_a_separate_critic_and_the_kl_in_the_loss_are_in_the_replay(tmp_path: Path) -> None:
+    """The values were those of an untrained head, and the KL was left out."""
+    model = policy()
+    attach_critic(model, SeparateCritic.from_policy(model))
+    torch.nn.init.normal_(model.critic.head.weight)
+    found = replay(dump_of_a_finite_step(tmp_path, model, kl_penalty="k3", kl_placement="loss", init_kl_coef=5.0))
+    for name in ("loss/policy", "loss/value", "loss/total"):
+        assert math.isclose(found.recorded[name], found.metrics[name], rel_tol=1e-5, abs_tol=1e-7), name
+
+
+def test_a_step_with_pretraining_texts_is_replayed_without_them_and_says_so(tmp_path: Path) -> None:
+    mix = PretrainingMix(texts=[torch.tensor([3, 4, 5])], rows=1)
+    found = replay(dump_of_a_finite_step(tmp_path, arguments={"pretraining": mix}))
+    assert "without the step's pretraining texts" in str(found)
+    assert math.isclose(found.recorded["loss/policy"], found.metrics["loss/policy"], rel_tol=1e-5, abs_tol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kl_penalty": "full", "kl_placement": "loss"}, {"arguments": {"algorithm": PPOPenalty(exact=True)}}],
+    ids=["reference", "old policy"],
+)
+def test_a_dump_that_lacks_a_part_of_the_update_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"expected an update that a dump holds as a whole, got one with the .*KL"):
+        replay(dump_of_a_finite_step(tmp_path, **settings))
 
 
 def test_parameters_that_are_broken_already_are_named_before_anything_moves() -> None:
