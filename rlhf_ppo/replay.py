@@ -64,7 +64,6 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
     from rlhf_ppo.algorithms import build_algorithm
     from rlhf_ppo.diagnostics.dump import MODEL, dumped_algorithm, read_batch, read_facts
     from rlhf_ppo.learner.finite_checks import nonfinite_parameters
-    from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
     from rlhf_ppo.models.dropout import disable_dropout
     from rlhf_ppo.models.scoring import TokenPolicy
     from rlhf_ppo.updates import MinibatchConfig
@@ -72,10 +71,7 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
 
     folder = Path(folder)
     record = read_facts(folder)
-    if model is None:
-        kind = AutoModelForSeq2SeqLMWithValueHead if record["is_encoder_decoder"] else AutoModelForCausalLMWithValueHead
-        options: dict[str, Any] = {"is_trainable": True} if (folder / MODEL / "adapter_config.json").is_file() else {}
-        model = kind.from_pretrained(str(folder / MODEL), dtype=getattr(torch, record["dtype"]), **options)
+    model = _load_model(folder / MODEL, record) if model is None else model
     policy = TokenPolicy(model, **record["scoring"])
     if record["gradient_checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -101,6 +97,16 @@ def replay(folder: str | Path, model: Any = None) -> Replay:
         metrics=all_rows.metrics, broken_gradients=all_rows.nonfinite_gradients,
         broken_parameters=nonfinite_parameters(model), samples=broken_rows, lacks_texts=has_texts,
     )  # fmt: skip
+
+
+def _load_model(folder: Path, record: dict[str, Any]) -> Any:
+    import torch
+
+    from rlhf_ppo.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+
+    kind = AutoModelForSeq2SeqLMWithValueHead if record["is_encoder_decoder"] else AutoModelForCausalLMWithValueHead
+    options: dict[str, Any] = {"is_trainable": True} if (folder / "adapter_config.json").is_file() else {}
+    return kind.from_pretrained(str(folder), dtype=getattr(torch, record["dtype"]), **options)
 
 
 def main(arguments: list[str] | None = None) -> int:
