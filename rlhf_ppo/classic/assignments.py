@@ -26,8 +26,8 @@ class Assignable(PPOLearner):
 
     _is_built = False
     """Whether assignments are those of a script; False inside the constructor."""
-    _held_without_model_at_first = 0
-    """Tensors of the optimizer that were not the model's when both were put together."""
+    _unmatched_at_first = (0, 0)
+    """`_unmatched()` when model and optimizer were put together."""
     _script_context: Callable[[], AbstractContextManager[object]] | None = None
     """The `optional_peft_ctx` that a script assigned."""
 
@@ -46,7 +46,7 @@ class Assignable(PPOLearner):
         """
         self.uses_default_optimizer, self.uses_default_algorithm = default_optimizer, default_algorithm
         self._is_own_reference = self.has_reference and not self.has_separate_reference
-        self._is_built, self._held_without_model_at_first = True, len(self._held_without_model())
+        self._is_built, self._unmatched_at_first = True, self._unmatched()
         self.config.notify(self._setting_changed)
 
     def learn(self, responses: Responses) -> Statistics:
@@ -85,7 +85,8 @@ class Assignable(PPOLearner):
         if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
             return  # nothing could be assigned, and the optimizer holds shards
         check_models(self.config, self.model, self.ref_model)
-        if len(self._held_without_model()) > self._held_without_model_at_first:
+        replaced, added = (now - first for now, first in zip(self._unmatched(), self._unmatched_at_first, strict=True))
+        if replaced > 0:
             raise ValueError(
                 "expected a trainer.model with the tensors that it was built with, got one in which some were replaced "
                 "(as `resize_token_embeddings` does): the optimizer would move the old ones. Change the model first, "
@@ -99,6 +100,12 @@ class Assignable(PPOLearner):
                 f"{len(trained)} trained tensors: nothing would be learned. Assign "
                 "trainer.optimizer = torch.optim.Adam(trainer.model.parameters(), lr=...)."
             )
+        if added > 0:
+            raise ValueError(
+                f"expected the trained parameters that the optimizer was built with, got {added} more, unfrozen or "
+                "attached since then (as `attach_critic` does): they would never be learned. Change the model first, "
+                "then build the trainer; or assign trainer.optimizer."
+            )
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         if scheduler is not None and _plain(scheduler.optimizer) is not _plain(self.optimizer):
             raise ValueError(
@@ -106,10 +113,11 @@ class Assignable(PPOLearner):
                 "not follow it. Assign trainer.lr_scheduler, too, or None."
             )
 
-    def _held_without_model(self) -> set[int]:
-        """Identities of the optimizer's tensors that the model does not have."""
+    def _unmatched(self) -> tuple[int, int]:
+        """How many tensors the optimizer has and the model not, and how many are trained and not in the optimizer."""
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        return held - {id(parameter) for parameter in self.model.parameters()}
+        trained = {id(parameter): parameter.requires_grad for parameter in self.model.parameters()}
+        return len(held - trained.keys()), sum(trained[key] for key in trained.keys() - held)
 
     def _setting_changed(self, name: str) -> None:
         change_setting(self, name)
@@ -168,7 +176,7 @@ class Assignable(PPOLearner):
                 placement = self.reference_context if self.has_separate_reference else nullcontext
                 self.reference_context = partial(_both, placement, context)
             self.start_kl_check.is_due &= check_is_due and context is None
-            self._held_without_model_at_first = len(self._held_without_model())
+            self._unmatched_at_first = self._unmatched()
 
     def _present_optimizer(self) -> Optimizer:
         """The optimizer; a default one is built anew if it does not hold all trained parameters of `model`."""

@@ -18,6 +18,8 @@ from rlhf_ppo import (
     PPOConfig,
     PPOPenalty,
     PPOTrainer,
+    SeparateCritic,
+    attach_critic,
 )
 from tests.support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 
@@ -262,3 +264,22 @@ def test_a_vocabulary_that_is_resized_in_a_model_in_use_is_refused() -> None:
 def test_an_optimizer_may_hold_tensors_besides_the_models() -> None:
     model, own = policy(), torch.nn.Parameter(torch.zeros(1))
     step(trainer_of(model, optimizer=torch.optim.SGD([*model.parameters(), own], lr=1e-3)))
+
+
+@pytest.mark.parametrize("later", ["unfrozen", "critic"])
+def test_parameters_that_came_after_the_optimizer_are_refused_until_one_holds_them(later: str) -> None:
+    model: Any = policy()
+    model.pretrained_model.transformer.h[0].requires_grad_(False)
+    trainer = trainer_of(model)
+    step(trainer)
+    if later == "critic":
+        attach_critic(model, SeparateCritic.from_policy(model))
+    else:
+        model.pretrained_model.transformer.h[0].requires_grad_(True)
+    with pytest.raises(ValueError, match="more, unfrozen or attached since then"):
+        step(trainer)
+    part: Any = model.critic if later == "critic" else model.pretrained_model.transformer.h[0]
+    before = torch.cat([parameter.detach().flatten() for parameter in part.parameters()])
+    trainer.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    step(trainer)
+    assert not torch.equal(torch.cat([parameter.detach().flatten() for parameter in part.parameters()]), before)
