@@ -53,7 +53,7 @@ class CriticWarmup:
             self.fit.policy, batch, self.objective, self.accelerator, self.fit.config(), self.compare_with
         )
         self.fit(batch)
-        record.extras["val/warmup_remaining"] = float(self.remaining)
+        record.critic_only, record.extras["val/warmup_remaining"] = True, float(self.remaining)
         return record
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,6 +20,8 @@ _IGNORED_SETTINGS = (
 )  # fmt: skip
 _SAVED_SETTINGS = ("learning_rate", "adam_eps", "optimizer", "fused_adam", "init_kl_coef")
 """Settings that are part of the saved state of optimizer and KL controller."""
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""States of an optimizer that are shaped like their parameter; others may be factored (Adafactor), or quantized."""
 
 
 def trained_parameters(learner: PPOLearner) -> dict[str, torch.Tensor]:
@@ -122,7 +124,7 @@ def _check_optimizer(learner: PPOLearner, saved: SavedCheckpoint) -> None:
         )
     for index, parameter in zip(indices, parameters, strict=True):
         for name, value in saved.optimizer["state"].get(index, {}).items():
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+            if name in _MOMENTS and isinstance(value, torch.Tensor) and value.shape != parameter.shape:
                 raise CheckpointError(
                     f"{saved.path.name} holds {name} of shape {tuple(value.shape)} for a parameter of shape "
                     f"{tuple(parameter.shape)}: it was written by a run of another model. Choose another output_dir."

@@ -19,6 +19,7 @@ from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import Statistics
 from rlhf_ppo.models import PreTrainedModelWrapper, prepare_reference_adapter, reference_adapter
 from rlhf_ppo.rollout.experience import Responses
+from rlhf_ppo.rollout.sampler_reuse import SamplerReuse
 
 
 class Assignable(PPOLearner):
@@ -163,7 +164,8 @@ class Assignable(PPOLearner):
             self._forget_prepared(self.policy, self._reference, self.optimizer, self.lr_scheduler)
             setattr(self, name, part)
             if name == "model":
-                check_is_due, self.is_peft_model = True, part.is_peft_model
+                check_is_due, self.is_peft_model, self._fitted_budget = True, part.is_peft_model, None
+                self.reuse = SamplerReuse(self.config.reuse_logprobs, self.processes.reduce_max)  # nothing is proven
             if name in ("model", "ref_model", "is_peft_model"):
                 asked = name == "is_peft_model" or self.ref_model is None
                 self._is_own_reference = self.has_reference and bool(self.is_peft_model) and asked

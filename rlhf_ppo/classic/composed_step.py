@@ -23,6 +23,7 @@ from rlhf_ppo.learner.running_moments import normalize_scores
 from rlhf_ppo.learner.statistics import Statistics
 from rlhf_ppo.rollout.checks import check_step_inputs
 from rlhf_ppo.rollout.experience import Responses, ScoredResponses
+from rlhf_ppo.updates.optimizers import learning_rate
 from rlhf_ppo.utils.timing import empty_cache_after, timed
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def composed_step(
             if trainer.is_distributed:
                 stats = trainer.gather_stats(stats)
             stats = convert_to_scalar(stats_to_np(stats))
-        stats["ppo/learning_rate"] = float(trainer.optimizer.param_groups[0]["lr"])
+        stats["ppo/learning_rate"] = learning_rate(trainer.optimizer)
         trainer.kl_ctl.update(float(stats["objective/kl"]), len(batch.scores) * trainer.accelerator.num_processes)
         if trainer.lr_scheduler is not None:
             getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler).step()

@@ -55,6 +55,7 @@ from rlhf_ppo.rollout.experience import Responses, RewardShaping, ScoredResponse
 from rlhf_ppo.rollout.kl_placement import loss_kl_estimator
 from rlhf_ppo.rollout.sampler_reuse import SamplerReuse
 from rlhf_ppo.updates import MinibatchConfig, TrustRegionConfig, UpdateRecord
+from rlhf_ppo.updates.optimizers import learning_rate
 from rlhf_ppo.updates.pretraining import PretrainingMix
 from rlhf_ppo.utils.seeding import set_seed
 from rlhf_ppo.utils.timing import empty_cache_after, timed
@@ -130,9 +131,8 @@ class PPOLearner:
         self, reference: PreTrainedModelWrapper | None, optimizer: Optimizer, lr_scheduler: LRScheduler | None
     ) -> None:
         """Move the models to their device, wrap them for the processes, and build the algorithm on them."""
-        models = (self.model, reference)
         prepared = prepare_models(
-            self.accelerator, self.config, *models, optimizer, lr_scheduler, precision=self.precision
+            self.accelerator, self.config, self.model, reference, optimizer, lr_scheduler, precision=self.precision
         )
         self.policy, self.optimizer, self.lr_scheduler = prepared.policy, prepared.optimizer, prepared.lr_scheduler
         found = prepared.reference
@@ -202,7 +202,7 @@ class PPOLearner:
         first, *rest = self.processes.gather_objects([local_data.cpu()])
         data: StepData = first.concatenate(rest)  # rows of all processes: what follows is the same on each
         statistics = classic_statistics(
-            data, record, kl_coef=float(self.kl_ctl.value), learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            data, record, kl_coef=float(self.kl_ctl.value), learning_rate=learning_rate(self.optimizer),
             has_critic=self.algorithm.has_critic,
         )  # fmt: skip
         work, mismatches, biases = zip(*self.processes.gather_objects([local_work]), strict=True)
@@ -212,7 +212,8 @@ class PPOLearner:
             self.metrics |= bias_metrics(torch.stack(biases).sum(dim=0))
         if data.ref_logprobs is not None:
             warn_of_negative_kl(kl := float(statistics["objective/kl"]), self.config.kl_penalty)
-            self.kl_ctl.update(kl, len(data.scores))
+            if not record.critic_only:
+                self.kl_ctl.update(kl, len(data.scores))
         return statistics
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -268,11 +269,10 @@ class PPOLearner:
     def limits(self) -> ModelLimits:
         """Limits that the inputs of `step()` are checked against."""
         language_model = self.model.pretrained_model
-        model_config = language_model.config.get_text_config(decoder=True)
         return ModelLimits(
             batch_size=self.config.batch_size,
             needs_groups=self.algorithm.needs_groups,
-            vocab_size=getattr(model_config, "vocab_size", None),
+            vocab_size=getattr(language_model.config.get_text_config(decoder=True), "vocab_size", None),
             max_positions=learned_positions(language_model),
             start_token_id=decoder_start_token(self.model.pretrained_model) if self.is_encoder_decoder else None,
         )

@@ -177,18 +177,18 @@ class TrainingLoop:
         )  # fmt: skip
 
     def _follow_settings(self) -> None:
-        """Sample at the learner's present temperature, which a callback may have changed."""
-        settings, sampling = self.learner.config, self.config.sampling
+        """Sample from the learner's present model at its present temperature, which a callback may have changed."""
+        learner, settings, sampling = self.learner, self.learner.config, self.config.sampling
         if settings.batch_size != self._batch_size:
             raise ValueError(
                 f"expected PPOConfig.batch_size={self._batch_size} until train() returns, got {settings.batch_size}: "
                 "the prompts of an epoch are divided into batches of the former size. Set it back, or set it between "
                 "two calls of train()."
             )
-        if settings.temperature != sampling.temperature:
-            sampling = replace(sampling, temperature=settings.temperature)
-            self.config = replace(self.config, sampling=sampling)
-            self.collector = replace(self.collector, sampling=sampling)
+        if settings.temperature != sampling.temperature or self.collector.model is not learner.model:
+            self.config = replace(self.config, sampling=replace(sampling, temperature=settings.temperature))
+            self.collector = make_collector(learner, self.config, self.sampler, self.environment)
+            learner.expect_sampler(why_sampler_differs(learner, self.collector.sampler))
 
     def _is_stop_requested(self) -> bool:
         """Whether any process has received a signal."""

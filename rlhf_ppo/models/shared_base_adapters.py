@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -89,9 +90,18 @@ def attach_critic_adapter(
             with torch.no_grad():
                 head.weight.copy_(gain * model.score.weight)
                 head.bias.fill_(bias if model.score.bias is None else gain * float(model.score.bias) + bias)
+        _delete_unused_parts(peft_model)
     critic = AdapterCritic(peft_model, head.to(model.v_head.summary.weight.device))
     model.v_head.requires_grad_(False)
     model.critic = critic.requires_grad_(True)
+
+
+def _delete_unused_parts(model: PeftModel) -> None:
+    """Delete the parts of the critic's adapter outside of the layers that it runs, such as that on the LM head."""
+    used = {id(module) for module in layers_of(model).modules()}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and id(module) not in used:
+            module.delete_adapter(CRITIC_ADAPTER)
 
 
 def _check_critic(model: PreTrainedModelWrapper, peft_config: LoraConfig | None, from_reward_adapter: bool) -> None:

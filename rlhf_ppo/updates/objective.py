@@ -96,6 +96,8 @@ class UpdateRecord:
     skipped: int = 0
     """Optimizer steps that were dropped because of the ratio guard or a non-finite gradient."""
     stopped_early: bool = False
+    critic_only: bool = False
+    """Whether the update left the policy as it was, because the critic warms up."""
     extras: dict[str, float] = field(default_factory=dict)
     """Metrics that only this algorithm has, one number per update."""
 

@@ -10,6 +10,12 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
+def learning_rate(optimizer: Optimizer) -> float:
+    """Rate of the first parameter group; nan where the optimizer finds its own (Adafactor with `lr=None`)."""
+    rate = optimizer.param_groups[0]["lr"]
+    return math.nan if rate is None else float(rate)
+
+
 class TensorFlowAdam(Optimizer):
     """Adam with ε beside the *uncorrected* second moment (Kingma & Ba 2015, the form at the end of §2).
 

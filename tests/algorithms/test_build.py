@@ -143,10 +143,12 @@ def test_while_the_critic_warms_up_the_policy_stays_bit_for_bit_and_the_critic_l
     policy = [parameter.clone() for parameter in own.model.pretrained_model.parameters()]
     head = own.model.v_head.summary.weight.clone()
     history = own.train(share_of_e, config(iterations=3)).history
+    assert own.kl_ctl.value == own.config.init_kl_coef  # it waits, because the KL of a frozen policy says nothing
     assert all(torch.equal(a, b) for a, b in zip(policy, own.model.pretrained_model.parameters(), strict=True))
     assert not torch.equal(head, own.model.v_head.summary.weight)
     assert history[-1]["ppo/val/error"] < history[0]["ppo/val/error"]
     own.learn(own_responses(own))
+    assert own.kl_ctl.value != own.config.init_kl_coef
     assert not all(torch.equal(a, b) for a, b in zip(policy, own.model.pretrained_model.parameters(), strict=True))
 
 

@@ -1,6 +1,7 @@
 """What a callback may do during `train()`: evaluate, and change settings, which takes effect or is refused."""
 
 import pytest
+import torch
 
 from rlhf_ppo import PPOTrainer, TrainState
 from tests.support.tiny_run import SAMPLING, config, share_of_e, trainer
@@ -32,6 +33,21 @@ def test_a_temperature_that_a_callback_sets_is_that_of_the_next_rollout() -> Non
 
     history = own.train(share_of_e, config(iterations=2), callbacks=[cool]).history
     assert history[1]["sampler/logprob_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_model_that_a_callback_assigns_samples_the_next_rollout(reuse: bool) -> None:
+    """Otherwise π_old would be the log-probabilities of the model before, which proved equal to its own policy's."""
+    own, other = trainer(reuse_logprobs=reuse), trainer().model
+    with torch.no_grad():
+        other.pretrained_model.transformer.wte.weight.mul_(2.0)
+
+    def assign(learner: PPOTrainer, _: TrainState) -> None:
+        learner.model = other
+
+    history = own.train(share_of_e, config(iterations=3), callbacks=[assign]).history
+    assert all(row["sampler/logprob_difference"] < 1e-5 for row in history)
+    assert [row.get("sampler/reused") for row in history] == ([0.0, 0.0, 1.0] if reuse else [None] * 3)
 
 
 def test_a_batch_size_that_a_callback_sets_is_refused() -> None:

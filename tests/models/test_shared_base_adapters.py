@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from reward_model import RewardModel
 from reward_model.models.contract import Contract, ContractError, Normalization, TextRule, tokenizer_sha256
 from reward_model.models.on_policy import reward_on_policy
-from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, Critic, PPOClip, PPOConfig, PPOTrainer
 from rlhf_ppo.batch import TokenInputs
 from rlhf_ppo.models.adapters import active_adapter, adapter_parameters, describe_trainable_parameters
 from rlhf_ppo.models.shared_base_adapters import CRITIC_ADAPTER, attach_critic_adapter, attach_reward_adapter
 from rlhf_ppo.rollout.prompts import PromptDataset
 from tests.support.tiny_models import tiny_llama, tiny_tokenizer
-from tests.support.tiny_run import TEXTS, config
+from tests.support.tiny_run import TEXTS, config, share_of_e
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -132,6 +132,24 @@ def test_a_critic_adapter_starts_at_zero_and_its_loss_moves_nothing_of_the_polic
     assert model.pretrained_model.active_adapter == "default"
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("lora_A.default" in name for name in trained) and not any("v_head" in name for name in trained)
+
+
+def test_a_critic_adapter_has_no_part_that_its_values_do_not_run_through(base: Path) -> None:
+    """A part on the LM head would get no gradient: an error of the critic's own fits, and of DDP."""
+    model = policy(base, target_modules=["q_proj", "lm_head"])
+    before = model(INPUTS.prompts[0][None])[0]
+    attach_critic_adapter(model)
+    assert torch.equal(model(INPUTS.prompts[0][None])[0], before)
+    names = set(adapter_parameters(model.pretrained_model, CRITIC_ADAPTER))
+    assert names and not any("lm_head" in name for name in names)
+    torch.cat(model.critic(INPUTS)).sum().backward()  # type: ignore[misc]
+    assert all(parameter.grad is not None for parameter in model.critic.parameters())  # type: ignore[union-attr]
+    trainer = PPOTrainer(
+        PPOConfig(batch_size=4, mini_batch_size=4), model, tokenizer=tiny_tokenizer(),
+        dataset=PromptDataset.from_texts(TEXTS, tiny_tokenizer()), algorithm=PPOClip(critic=Critic(extra_fits=1)),
+    )  # fmt: skip
+    trainer.train(share_of_e, config(iterations=2))
+    assert model.pretrained_model.active_adapter == "default"
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

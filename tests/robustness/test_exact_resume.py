@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
+from transformers import Adafactor
 
 from rlhf_ppo import (
     GRPO,
@@ -303,3 +304,15 @@ def test_a_run_of_two_processes_goes_on_with_one_and_says_what_is_not_exact(tmp_
         ends.append(parameters(resumed))
     assert torch.equal(*ends)
     assert not torch.equal(ends[0], parameters(first))
+
+
+@pytest.mark.parametrize("kind", [Adafactor, torch.optim.Adafactor])
+def test_a_run_with_an_optimizer_of_factored_moments_goes_on_exactly(kind: Any, tmp_path: Path) -> None:
+    """A matrix has a moment for each row and column. transformers's Adafactor finds its own rate."""
+
+    def build() -> PPOTrainer:
+        own = trainer()
+        own.optimizer = kind(own.model.parameters())
+        return own
+
+    compare(build, tmp_path)
