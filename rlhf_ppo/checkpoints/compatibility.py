@@ -116,7 +116,7 @@ def _check_optimizer(learner: PPOLearner, saved: SavedCheckpoint) -> None:
             "optimizer of the first run."
         )
     expected, found = (_numbers(each) for each in (learner.optimizer.param_groups, groups))
-    if expected != found:
+    if (expected ^ found) - _counts([*learner.optimizer.param_groups, *groups]):
         raise CheckpointError(
             f"{saved.path.name} holds an optimizer with the settings {', '.join(sorted(found))}, this run's has "
             f"{', '.join(sorted(expected))}: it was written by a run of another optimizer. Build the optimizer of the "
@@ -143,3 +143,11 @@ def _numbers(groups: list[dict[str, Any]]) -> set[str]:
     }  # fmt: skip
     added = {name for name in numbers if name.endswith(("_lr", "_momentum"))}
     return numbers - added - {"params", "param_names"}
+
+
+def _counts(groups: list[dict[str, Any]]) -> set[str]:
+    """Names of positive whole numbers: an optimizer may add a count of its steps in the first (apex's FusedAdam)."""
+    return {
+        name for group in groups for name, value in group.items()
+        if (value > 0 if isinstance(value, int) else isinstance(value, torch.Tensor) and not value.is_floating_point())
+    }  # fmt: skip

@@ -23,6 +23,7 @@ from rlhf_ppo.learner.running_moments import normalize_scores
 from rlhf_ppo.learner.statistics import Statistics
 from rlhf_ppo.rollout.checks import check_step_inputs
 from rlhf_ppo.rollout.experience import Responses, ScoredResponses
+from rlhf_ppo.updates.optimizer_steps import drop_unfinished_step
 from rlhf_ppo.updates.optimizers import learning_rate
 from rlhf_ppo.utils.timing import empty_cache_after, timed
 
@@ -218,7 +219,7 @@ def _update(trainer: ClassicInnerMethods, batch: _Batch) -> list[_Minibatch]:
     count, size = len(batch.prompts), config.mini_batch_size
     shuffle: Any = trainer.algorithm.update
     record: list[_Minibatch] = []
-    trainer.optimizer.zero_grad()  # what a loss outside of the update, or an interrupted one, has left
+    drop_unfinished_step(trainer.optimizer, accelerator)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     try:
         for _ in range(config.ppo_epochs):

@@ -6,7 +6,11 @@ from rlhf_ppo.cli import COMMANDS
 from rlhf_ppo.cli.ppo import option_names
 
 COMPLETE = 'complete -o default -W "$(rlhf-ppo completion)" rlhf-ppo'
-SHELLS = {"bash": COMPLETE, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{COMPLETE}"}
+ZSH = (
+    "(( $+functions[compdef] )) || { autoload -U +X compinit && compinit }\n"  # which bashcompinit needs
+    f"autoload -U +X bashcompinit && bashcompinit\n{COMPLETE}"
+)
+SHELLS = {"bash": COMPLETE, "zsh": ZSH}
 """What each shell has to run."""
 HELP = """usage: rlhf-ppo completion [bash|zsh]
 

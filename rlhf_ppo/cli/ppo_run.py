@@ -81,19 +81,34 @@ def run(config: RunConfig) -> TrainState:
         )  # fmt: skip
     trainer.save_pretrained(f"{config.output_dir}/model")
     if trainer.accelerator.is_main_process:
-        folder = RunFolder.open(config.output_dir)
-        sections: dict[str, Any] = {
-            "ppo": ppo,
-            "train": train,
-            "sampling": train.sampling,
-            "algorithm_config": algorithm,
-        }
+        _write_results(config, ppo, train, algorithm, state, title=title)
+    return state
+
+
+def _write_results(
+    config: RunConfig, ppo: PPOConfig, train: TrainConfig, algorithm: AlgorithmConfig, state: TrainState, *, title: str
+) -> None:
+    """Write settings and report; of a run that was finished before, leave its settings as they are, and say so."""
+    folder = RunFolder.open(config.output_dir)
+    sections: dict[str, Any] = {
+        "ppo": ppo,
+        "train": train,
+        "sampling": train.sampling,
+        "algorithm_config": algorithm,
+    }
+    was_finished = not state.metrics and state.stopped is None
+    if not (was_finished and folder.config()):
         own = {name: value for name, value in asdict(config).items() if name not in sections}
         folder.write_config(own | {name: asdict(section) for name, section in sections.items()})
-        page = write_report(config.output_dir, title=title)
-        result = headline(read_run(folder))
-        sys.stdout.write(f"{result}\nmodel: {config.output_dir}/model\nreport: {page}\n")
-    return state
+    page = write_report(config.output_dir, title=title)
+    if was_finished:
+        sys.stderr.write(
+            f"Nothing was trained: {config.output_dir} holds a run of {state.iteration} iterations, which is finished. "
+            "Choose another --output-dir, more --train.iterations, or --train.resume false to start anew.\n"
+        )
+    else:
+        sys.stdout.write(f"{headline(read_run(folder))}\n")
+    sys.stdout.write(f"model: {config.output_dir}/model\nreport: {page}\n")
 
 
 SAVES = 25

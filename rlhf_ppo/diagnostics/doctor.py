@@ -20,7 +20,8 @@ def diagnose(learner: PPOLearner, batch: DiagnosedBatch) -> DoctorReport:
     checks = TEXT_CHECKS | ENVIRONMENT_CHECKS
     if learner.is_encoder_decoder:  # prompts of T5 and its like end in the end-of-sequence token
         checks = {name: check for name, check in checks.items() if name != "eos_in_prompt"}
-    text = run_text_checks(batch, learner.tokenizer, checks)
+    with learner.sources_context():  # some call the reward sources, whose models may be offloaded
+        text = run_text_checks(batch, learner.tokenizer, checks)
     if learner.processes.sharded:
         return replace(text, findings=without_consequences(text.findings))
     # After a checkpoint was loaded, the optimizer has a state.

@@ -277,10 +277,10 @@ def make_optimizer(
     rate = None if critic is None else critic.learning_rate
     if given is None:
         return default_optimizer(model, config, rate)
-    if rate is not None:
+    if rate is not None and rate not in [group.get("initial_lr", group["lr"]) for group in given.param_groups]:
         raise ValueError(
-            f"expected no optimizer beside Critic(learning_rate={rate}), got one: the rate would be ignored. Give your "
-            "optimizer a group of the critic's parameters with that rate, or leave the optimizer out."
+            f"expected no optimizer beside Critic(learning_rate={rate}), or one with that rate, which would be "
+            "ignored. Give your optimizer a group of the critic's parameters with that rate, or leave it out."
         )
     return given
 

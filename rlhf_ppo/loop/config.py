@@ -167,7 +167,7 @@ def _check_selection(learner: PPOLearner, config: TrainConfig) -> None:
             f"dynamic_sampling compares responses to one prompt, got num_return_sequences={copies}: a single response "
             "has no spread, and every prompt would be sampled anew. Set num_return_sequences to 2 or more."
         )
-    least = 2 if learner.algorithm.needs_groups or config.dynamic_sampling is not None else 1
+    least = 2 if learner.algorithm.needs_groups else 1
     if best_of is not None and not least <= best_of < copies:
         raise ValueError(
             f"best_of must be at least {least} and below num_return_sequences={copies}, got {best_of}: there would be "

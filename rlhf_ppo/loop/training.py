@@ -173,7 +173,7 @@ class TrainingLoop:
             ),
             self._is_stop_requested, dynamic=self.config.dynamic_sampling, group_size=group_size,
             groups=self.learner.config.batch_size // group_size, any_process=self.learner.processes.any_process,
-            best_of=self.config.best_of,
+            best_of=self.config.best_of if self.learner.algorithm.needs_groups else None,
         )  # fmt: skip
 
     def _follow_settings(self) -> None:

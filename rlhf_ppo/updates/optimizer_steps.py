@@ -44,6 +44,13 @@ class OptimizerSteps(Protocol):
         """Whether a gradient that is not finite may come from the loss scale of float16, which `drop` then lowers."""
 
 
+def drop_unfinished_step(optimizer: Optimizer, accelerator: Accelerator) -> None:
+    """Drop what a loss outside of the update, or an interrupted update, has left: gradients, and their unscaling."""
+    optimizer.zero_grad()
+    if accelerator.scaler is not None:  # it refuses to unscale twice; `update` would count the step and move the scale
+        accelerator.scaler._per_optimizer_states.clear()
+
+
 class AccelerateSteps:
     """Optimizer steps under DDP, FSDP, or on one process."""
 
@@ -54,7 +61,7 @@ class AccelerateSteps:
         self.parameters = list(policy.parameters())  # once: a walk through all modules costs as much as a small step
 
     def begin(self) -> None:
-        self.optimizer.zero_grad()
+        drop_unfinished_step(self.optimizer, self.accelerator)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         synchronize: AbstractContextManager[object] = nullcontext() if last else self.accelerator.no_sync(self.policy)

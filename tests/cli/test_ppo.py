@@ -62,6 +62,19 @@ def test_a_run_by_flags_leaves_metrics_model_and_report(world: Path, tmp_path: P
     AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "run" / "model"))
 
 
+def test_a_finished_run_says_that_it_trained_nothing_and_keeps_its_settings(
+    world: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = [*options(world, tmp_path / "run"), "--reward", f"{world / 'rewards.py'}:length"]
+    assert main([*run, "--train.iterations", "1"]) == 0
+    capsys.readouterr()
+    assert main([*run, "--train.iterations", "1", "--train.keep_last", "7"]) == 0
+    said = capsys.readouterr()
+    assert "Nothing was trained" in said.err and "another --output-dir" in said.err
+    assert "mean score" not in said.out and "report: " in said.out
+    assert RunFolder.open(tmp_path / "run").config()["train"]["keep_last"] != 7
+
+
 @pytest.mark.slow
 def test_a_reward_models_folder_is_a_reward(world: Path, tmp_path: Path) -> None:
     save_reward_model(tmp_path / "rm", world / "gpt2")
@@ -127,6 +140,17 @@ def test_a_preset_brings_its_critic_and_its_schedule(
     assert isinstance(trainer.model.critic, SeparateCritic)
     assert (trainer.lr_scheduler is not None) is is_annealed
     assert capsys.readouterr().err.endswith(f"preset {preset}: {published_run(preset).remarks}\n")
+
+
+def test_the_critic_of_an_annealed_preset_may_have_its_own_rate(world: Path) -> None:
+    """It was refused for an optimizer that nobody had passed."""
+    critic = {"critic": {"learning_rate": 1e-3}}
+    settings = RunConfig(
+        model=str(world / "gpt2"), preset="nplus2024", train={"iterations": 4}, algorithm_config=critic
+    )
+    ppo, train, algorithm = make_configs(settings)
+    trainer = make_trainer(settings, ppo, train, algorithm, AutoTokenizer.from_pretrained(world / "gpt2"))
+    assert trainer.lr_scheduler.get_last_lr() == [ppo.learning_rate, 1e-3]
 
 
 @pytest.mark.slow

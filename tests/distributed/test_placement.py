@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TrainConfig
+from rlhf_ppo.diagnostics.environment_checks import ENVIRONMENT_CHECKS
 from rlhf_ppo.distributed import placement
 from rlhf_ppo.distributed.placement import OffloadedWeights
 from rlhf_ppo.rewards.offload import offload_sources
@@ -75,7 +76,8 @@ def trainer(**settings: Any) -> PPOTrainer:
     """A tiny one with prompts."""
     tokenizer = tiny_tokenizer()
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(n_layer=1, n_embd=8, n_head=1))
-    config = PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1, learning_rate=1e-3, diagnose=False, **settings)
+    sizes: dict[str, Any] = {"batch_size": 2, "mini_batch_size": 2, "ppo_epochs": 1, "diagnose": False}
+    config = PPOConfig(learning_rate=1e-3, **sizes | settings)
     return PPOTrainer(config, model, tokenizer=tokenizer, dataset=PromptDataset.from_texts(["I", "We"], tokenizer))
 
 
@@ -87,6 +89,15 @@ def test_reward_models_wait_between_questions_and_come_home_after_the_run() -> N
     assert waiting[0] == waiting[1], "the same memory waits"
     assert waiting[0] not in judge.seen
     assert places(judge.model) != waiting[0]
+
+
+def test_the_doctor_asks_reward_models_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, asked = Judge(), []
+    monkeypatch.setitem(ENVIRONMENT_CHECKS, "probe", lambda *_: asked.append(places(judge.model)) or [])
+    config = TrainConfig(iterations=1, sampling=SamplingConfig(max_new_tokens=2), offload_rewards=True, progress=False)
+    waiting: list[list[int]] = []
+    trainer(diagnose=True).train(judge, config, callbacks=[lambda *_: waiting.append(places(judge.model))])
+    assert len(asked) == 1 and asked != waiting
 
 
 def test_an_evaluation_in_a_callback_scores_with_reward_models_on_their_device() -> None:

@@ -195,12 +195,21 @@ def test_dynamic_sampling_goes_on_until_the_best_of_each_group_differ() -> None:
     assert own.last_batch[0].advantages[:, 0].tolist() == [-1.0, 1.0, 1.0, -1.0], "of 3 and 4, and of 2 and 1"
 
 
+def test_without_a_comparison_in_groups_dynamic_sampling_looks_for_a_spread_of_all_scores() -> None:
+    """Then one response of a group can be learned from, and groups whose best are equal teach something."""
+    own, state = trained(
+        PPOClip(), lambda *, responses, **_: [float(row % 2) for row, _ in enumerate(responses)], best_of=1,
+        dynamic_sampling=DynamicSampling(max_rounds=2),
+    )  # fmt: skip
+    assert state.metrics["env/groups_sampled"] == 4.0 and state.metrics["env/groups_equal"] == 0.0
+    assert own.last_batch is not None and len(own.last_batch[0]) == 4
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"dynamic_sampling": DynamicSampling(), "sampling": SamplingConfig(max_new_tokens=3)}, "has no spread"),
         ({"best_of": 2, "sampling": PAIRS}, "nothing to choose or to compare"),
-        ({"best_of": 1, "sampling": PAIRS, "dynamic_sampling": DynamicSampling()}, "best_of must be at least 2"),
         ({"overlong": SoftOverlong(buffer=9), "sampling": PAIRS}, "every response would be penalized"),
     ],
 )

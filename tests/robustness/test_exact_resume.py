@@ -174,6 +174,22 @@ def test_another_kind_of_optimizer_is_refused_and_nothing_has_changed(tmp_path: 
     assert torch.equal(before, parameters(own))
 
 
+def test_an_optimizer_may_count_its_steps_in_its_groups(tmp_path: Path) -> None:
+    """As apex's FusedAdam does from its first step on: a fresh one has no such entry."""
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["step"] = group.get("step", 0) + 1
+            return super().step(closure)
+
+    for iterations in (1, 2):
+        own = trainer()
+        own.optimizer = Counting(own.model.parameters(), lr=0.1)
+        own.train(share_of_e, config(tmp_path, iterations=iterations, save_every=1))
+    assert own.optimizer.param_groups[0]["step"] == 8
+
+
 def test_the_loss_scale_of_float16_is_saved(tmp_path: Path) -> None:
     first, second = trainer(), trainer()
     for own, scale in ((first, 8.0), (second, 65536.0)):

@@ -41,6 +41,17 @@ def test_gradients_of_a_loss_outside_of_step_are_dropped(kind: type[PPOTrainer],
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("kind", [PPOTrainer, OwnLoss])
+def test_float16s_loss_scale_takes_a_step_after_an_interrupted_one(kind: type[PPOTrainer]) -> None:
+    """Ctrl-C came between the unscaling and the step: every later step raised that gradients were unscaled already."""
+    own = trainer(kind, Critic())
+    scaler = own.accelerator.scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))  # makes the scale
+    scaler.unscale_(own.optimizer.optimizer)
+    own.step(QUERIES, RESPONSES, SCORES)
+    scaler.unscale_(own.optimizer.optimizer)
+
+
 def test_a_critic_fit_under_float16s_loss_scale_takes_the_gradients_as_they_are() -> None:
     """They are not scaled, so a division by the scale would make Adam's ε large beside them; nan is no step."""
     plain, scaled = (trainer(PPOTrainer, Critic(warmup_iterations=2)) for _ in range(2))
