@@ -198,7 +198,7 @@ def _without_critic(factory: UpdateFactory, config: ReinforcePlusPlus | RLOO | G
 
 def _ppo_penalty(factory: UpdateFactory, config: PPOPenalty) -> Algorithm:
     beta = PenaltyBeta(config.beta, config.target_kl)
-    if config.exact and factory.sharded:
+    if config.exact and factory.processes.sharded:
         raise ValueError(
             f"PPOPenalty(exact=True) does not run under {factory.accelerator.distributed_type}: it copies the LM head, "
             "of which a process holds a part. Use exact=False, one process or DDP."

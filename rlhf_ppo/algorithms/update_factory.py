@@ -60,17 +60,12 @@ class UpdateFactory:
                 "reference is the policy with its adapters off. Pass a separate `ref_model`, or use kl_penalty='mse' "
                 "(k2), which has the same gradient on average."
             )
-        if self.sharded:
+        if self.processes.sharded:
             raise ValueError(
                 f"the full KL to the reference in the loss does not run under {self.accelerator.distributed_type}: "
                 "its pass reads parameters that the policy's pass has released. Use kl_penalty='mse' (k2), which has "
                 "the same gradient on average."
             )
-
-    @property
-    def sharded(self) -> bool:
-        """Whether parameters are sharded over processes."""
-        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     @property
     def module(self) -> Any:
@@ -122,7 +117,7 @@ class UpdateFactory:
         return {"reference": self.accelerator.unwrap_model(self.reference)}
 
     def critic_fit(self, clip_range_value: float | None) -> CriticFit:
-        if self.sharded:
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 f"warmup_iterations and extra_fits do not run under {self.accelerator.distributed_type}: the critic is "
                 "fitted outside of the engine that holds its parameters. Use one process or DDP, or set both to 0."
@@ -134,7 +129,7 @@ class UpdateFactory:
 
     def select_tokens(self, update: Update, config: TopEntropyTokens | ClipCovariance) -> TokenSelectionUpdate:
         """The same update on a selection of tokens."""
-        if self.sharded and isinstance(config, TopEntropyTokens):
+        if self.processes.sharded and isinstance(config, TopEntropyTokens):
             raise ValueError(
                 f"TopEntropyTokens does not run under {self.accelerator.distributed_type}: its pass over a process's "
                 "own rows would wait for parameters of the others. Use DDP or one process, or ClipCovariance."

@@ -136,6 +136,9 @@ def test_the_full_kl_in_the_loss_needs_a_reference_of_its_own_and_whole_paramete
         UpdateFactory(**parts).critic_fit(None)
     with pytest.raises(ValueError, match=r"exact=True.*does not run under .*FSDP"):
         build_algorithm(PPOPenalty(exact=True), **parts)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)  # without ZeRO-3: nothing is parted
+    build_algorithm(PPOPenalty(exact=True), **parts)
+    UpdateFactory(**parts | {"reference_kl": "full"}, reference=own._reference)
 
 
 def test_while_the_critic_warms_up_the_policy_stays_bit_for_bit_and_the_critic_learns() -> None:

@@ -43,7 +43,7 @@ from tests.support.tiny_models import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_to
 ITERATIONS = 3
 ALGORITHMS: dict[str, AlgorithmConfig | None] = {
     "ppo": None, "penalty": PPOPenalty(target_kl=1e-4), "reinforce": Reinforce(), "rloo": RLOO(), "grpo": GRPO(),
-    "gspo": GSPO(),
+    "gspo": GSPO(), "exact penalty": PPOPenalty(exact=True), "top entropy": PPOClip(tokens=TopEntropyTokens(share=0.5)),
     "further parts": PPOClip(
         positive_nll=PositiveNLL(threshold=4.0), tokens=TopEntropyTokens(share=0.5),
         adaptive_entropy=AdaptiveEntropy(target=9.0, start=0.01), critic=Critic(warmup_iterations=1, extra_fits=1),

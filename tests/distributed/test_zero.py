@@ -49,6 +49,18 @@ def test_two_processes_under_zero_take_the_steps_of_one(stage: int, tmp_path_fac
         assert difference <= TOLERANCE, f"{name}: {what} differs by {difference:.2g}"
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_needs_whole_parameters_runs_where_only_the_optimizer_is_sharded(
+    stage: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cases = {name: Scenario(shares=(5, 4), algorithm=name) for name in ("exact penalty", "top entropy")}
+    cases["full KL"] = Scenario(shares=(5, 4), settings={"kl_placement": "loss", "kl_penalty": "full"})
+    outcomes = together(cases, tmp_path_factory.mktemp(f"whole{stage}"), file=f"zero{stage}")
+    for name, scenario in cases.items():
+        what, difference = worst(alone(scenario), outcomes[name])
+        assert difference <= TOLERANCE, f"{name}: {what} differs by {difference:.2g}"
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_with_optimizer_and_parameters_in_main_memory_the_steps_are_the_same(
     stage: int, tmp_path_factory: pytest.TempPathFactory
