@@ -48,7 +48,8 @@ def _with_prompt(row: Mapping[str, Any], *, has_system: bool) -> dict[str, Any]:
     for names in (row, with_lower_names(row) or {}):
         prompt, used = prompt_columns(names)
         if used:
-            return {**row, "prompt": prompt}
+            is_text = has_system and isinstance(prompt, str)
+            return {**row, "prompt": [{"role": "user", "content": prompt}] if is_text else prompt}
     return dict(row)
 
 

@@ -172,7 +172,8 @@ class EarlyStopping(EarlyStoppingCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Read the count that the checkpoint holds; the patience is that of the settings."""
         super().on_train_begin(args, state, control, **options)  # type: ignore[no-untyped-call]
-        saved = state.stateful_callbacks.get(type(self).__name__, self.state())
+        callbacks = state.stateful_callbacks  # of a checkpoint without early stopping: none
+        saved = callbacks.setdefault(type(self).__name__, callbacks.pop("EarlyStoppingCallback", self.state()))
         self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
         control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 

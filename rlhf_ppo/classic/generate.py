@@ -204,7 +204,8 @@ def as_sampling_config(model: Any, generation_kwargs: Mapping[str, Any]) -> Samp
     supported = {name: settings.pop(name) for name in SUPPORTED_SETTINGS if settings.get(name) is not None}
     if (settings.pop("min_length", None) or 0) > 0 or any(not _is_neutral(*item) for item in settings.items()):
         return None
-    if any(value is not None and not hasattr(model.generation_config, name) for name, value in settings.items()):
+    foreign = [name for name, value in settings.items() if value is not None and name not in IGNORED_SETTINGS]
+    if not all(hasattr(model.generation_config, name) for name in foreign):
         return None  # no setting of the generation config, perhaps a misspelt one: `generate` knows, or refuses it
     supported["top_k"] = int(supported.get("top_k", DEFAULT_TOP_K))
     stops = [] if stops is None else torch.as_tensor(stops).flatten().tolist()

@@ -198,8 +198,9 @@ class ClassicInnerMethods(Assignable):
 
     def gather_stats(self, stats: dict[str, Any]) -> dict[str, Any]:
         """Average the single numbers over processes; arrays stay those of this process."""
+        reduce, device = self.accelerator.reduce, self.current_device
         return {
-            name: self.accelerator.reduce(value, reduction="mean") if _is_number(name, value) else value
+            name: reduce(value.to(device), reduction="mean") if _is_number(name, value) else value
             for name, value in stats.items()
         }
 

@@ -155,8 +155,9 @@ def test_settings_of_generate_are_read_as_generate_reads_them() -> None:
     )
     classic = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": 3, "max_new_tokens": 32}
     assert as_sampling_config(model, classic) == SamplingConfig(max_new_tokens=32, stop_token_ids=(EOS_TOKEN_ID,))
+    stops = {"stop_strings": "x", "tokenizer": tiny_tokenizer()}  # `generate` needs both
     assert as_sampling_config(
-        model, {**classic, "eos_token_id": -1, "temperature": 0.7, "repetition_penalty": 1.2, "stop_strings": "x"}
+        model, {**classic, "eos_token_id": -1, "temperature": 0.7, "repetition_penalty": 1.2, **stops}
     ) == SamplingConfig(
         max_new_tokens=32, temperature=0.7, repetition_penalty=1.2, stop_strings=("x",), stop_token_ids=()
     )

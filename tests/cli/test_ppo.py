@@ -247,6 +247,9 @@ def test_the_system_column_is_part_of_the_prompt(tmp_path: Path) -> None:
     assert read_prompts(str(tmp_path / "prompts.jsonl"))["prompt"] == [[said, asked], [asked], [asked]]
     (tmp_path / "plain.jsonl").write_text(json.dumps({"prompt": "Hi", "system": ""}))
     assert read_prompts(str(tmp_path / "plain.jsonl"))["prompt"] == ["Hi"]
+    rows = [{"instruction": "Hi", "system": "Be kind."}, {"instruction": "Hi", "system": None}]
+    (tmp_path / "alpaca.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_prompts(str(tmp_path / "alpaca.jsonl"))["prompt"] == [[said, asked], [asked]]
 
 
 @pytest.mark.parametrize(

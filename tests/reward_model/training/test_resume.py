@@ -132,6 +132,13 @@ def test_patience_counts_on_in_a_resumed_run(tiny_base: Path, tmp_path: Path) ->
     assert lines(path)[-1]["step"] == 10
 
 
+def test_early_stopping_may_begin_in_a_resumed_run(interrupted: RewardModelConfig) -> None:
+    """Saving the next checkpoint ended the run with a KeyError."""
+    settings = {"early_stop_patience": 100, "evaluations": 3}
+    with pytest.warns(UserWarning, match="early_stop_patience=100"):
+        train_reward_model(changed(interrupted, **settings), **DATA)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     name: str, runs: Path, interrupted: RewardModelConfig
