@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from rlhf_ppo.algorithms.config import critic_settings
 from rlhf_ppo.classic.config_changes import change_setting
-from rlhf_ppo.learner.arguments import check_models, check_scheduler, make_optimizer
+from rlhf_ppo.learner.arguments import check_models, check_scheduler
+from rlhf_ppo.learner.optimizer import make_optimizer
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import Statistics
 from rlhf_ppo.models import PreTrainedModelWrapper, prepare_reference_adapter, reference_adapter
@@ -163,8 +164,9 @@ class Assignable(PPOLearner):
         with self.rebuilding():
             self._forget_prepared(self.policy, self._reference, self.optimizer, self.lr_scheduler)
             setattr(self, name, part)
+            self._fitted_budget = None  # the memory that is left for a pass is another
             if name == "model":
-                check_is_due, self.is_peft_model, self._fitted_budget = True, part.is_peft_model, None
+                check_is_due, self.is_peft_model = True, part.is_peft_model
                 self.reuse = SamplerReuse(self.config.reuse_logprobs, self.processes.reduce_max)  # nothing is proven
             if name in ("model", "ref_model", "is_peft_model"):
                 asked = name == "is_peft_model" or self.ref_model is None
@@ -247,6 +249,7 @@ def _set_context(trainer: Assignable, context: Any) -> None:
 def _set_optimizer(trainer: Assignable, optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}: it could take no step.")
+    make_optimizer(trainer.model, trainer.config, _plain(optimizer), critic_settings(trainer.algorithm_config))
     trainer.uses_default_optimizer = False
     trainer._replace("optimizer", optimizer)
 

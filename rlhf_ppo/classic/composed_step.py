@@ -143,8 +143,8 @@ def _check_supported(trainer: ClassicInnerMethods) -> None:
     if "_said" not in vars(trainer):
         vars(trainer)["_said"] = True
         logger.warning(
-            "%s: step() calls the classic's inner methods one by one, which takes more time and memory than its own "
-            "pass over the response tokens.", f"{', '.join(names)} is overridden",
+            "%s is overridden: step() calls the classic's inner methods one by one, which takes more time and memory "
+            "than its own pass over the response tokens.", ", ".join(names),
         )  # fmt: skip
 
 
@@ -231,7 +231,8 @@ def _update(trainer: ClassicInnerMethods, batch: _Batch) -> list[_Minibatch]:
                     trainer._token_share = float(batch.mask[part].sum() / tokens)
                     stats = _train(trainer, batch, part)
                     record.append(_Minibatch(stats, batch.mask[part].bool(), trainer._token_share))
-            if config.early_stopping and trainer._early_stop(record[-1].stats["policy/policykl"]):
+            kl = [one.stats["policy/policykl"] * one.share for one in record[-len(rows.split(size)) :]]
+            if config.early_stopping and trainer._early_stop(sum(kl)):  # of the last optimizer step
                 break
     finally:
         accelerator.gradient_accumulation_steps, accelerator.sync_gradients, trainer._token_share = 1, True, 1.0

@@ -30,8 +30,8 @@ from rlhf_ppo.algorithms.config import (
 from rlhf_ppo.classic.config_changes import OF_THE_ALGORITHM
 from rlhf_ppo.cli.run_config import RunConfig, refuse_unknown
 from rlhf_ppo.cli.sections import build
-from rlhf_ppo.learner.arguments import make_optimizer
 from rlhf_ppo.learner.config import PPOConfig
+from rlhf_ppo.learner.optimizer import make_optimizer
 from rlhf_ppo.loop.config import TrainConfig, TrainState
 from rlhf_ppo.models.critic import SeparateCritic, attach_critic
 from rlhf_ppo.models.pretrained import AutoModelForCausalLMWithValueHead

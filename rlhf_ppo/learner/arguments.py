@@ -1,6 +1,5 @@
-"""Check the arguments of `PPOTrainer`, and build the accelerator and the default optimizer from its configuration."""
+"""Check the arguments of `PPOTrainer`, and build the accelerator from its configuration."""
 
-import importlib.util
 import os
 import warnings
 from typing import Any, cast
@@ -10,22 +9,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ppo.algorithms import Critic
 from rlhf_ppo.distributed.deepspeed import accelerator_arguments, keep_torch_optimizer
 from rlhf_ppo.distributed.fsdp import enable_fsdp2_on_cpu
 from rlhf_ppo.distributed.shutdown import wait_for_gloo_threads
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.trackers import check_tracker
 from rlhf_ppo.models import PreTrainedModelWrapper
-from rlhf_ppo.models.critic import freeze_critic
 from rlhf_ppo.models.loading import check_transformers_adapters
 from rlhf_ppo.models.precision import MIXED, Precision, accelerate_device, choose_precision, requested_precision
 from rlhf_ppo.rollout.prompts import PromptDataset
-from rlhf_ppo.updates.optimizers import adam
 
 
 def check_arguments(
@@ -235,66 +231,3 @@ def fill_runtime_fields(config: PPOConfig, processes: int, is_encoder_decoder: b
         is_encoder_decoder=is_encoder_decoder,
         is_peft_model=is_peft_model,
     )
-
-
-def default_optimizer(model: torch.nn.Module, config: PPOConfig, critic_rate: float | None = None) -> Optimizer:
-    """Build the optimizer that `config.optimizer` names over the trainable parameters; fused if their dtypes allow it.
-
-    With `critic_rate` the critic's parameters are a second group, with that rate.
-
-    Raises:
-        ValueError: `adamw_8bit` without a CUDA device or without bitsandbytes.
-    """
-    groups: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = config.fused_adam and all(parameter.is_floating_point() for parameter in groups)
-    if critic_rate is not None:
-        critic: Any = model.critic if model.critic is not None else model.v_head
-        ids = {id(parameter) for parameter in critic.parameters()}
-        groups = [
-            {"params": [parameter for parameter in groups if id(parameter) not in ids]},
-            {"params": [parameter for parameter in groups if id(parameter) in ids], "lr": critic_rate},
-        ]
-    rate, eps = config.learning_rate, config.adam_eps
-    match config.optimizer:
-        case "adamw_8bit":
-            return _adamw_8bit(groups, rate, eps)
-        case "adamw":
-            return AdamW(groups, lr=rate, eps=eps, fused=fused or None)
-        case _:
-            return adam(groups, lr=rate, eps=eps, tensorflow=config.optimizer == "adam_tensorflow", fused=fused)
-
-
-def make_optimizer(
-    model: PreTrainedModelWrapper, config: PPOConfig, given: Optimizer | None, critic: Critic | None
-) -> Optimizer:
-    """The given optimizer, or the default one; freezes what `critic.freeze` names first.
-
-    Raises:
-        ValueError: The critic has settings that would be ignored.
-    """
-    if critic is not None and critic.freeze != "nothing":
-        freeze_critic(model, critic.freeze)
-    rate = None if critic is None else critic.learning_rate
-    if given is None:
-        return default_optimizer(model, config, rate)
-    if rate is not None and rate not in [group.get("initial_lr", group["lr"]) for group in given.param_groups]:
-        raise ValueError(
-            f"expected no optimizer beside Critic(learning_rate={rate}), or one with that rate, which would be "
-            "ignored. Give your optimizer a group of the critic's parameters with that rate, or leave it out."
-        )
-    return given
-
-
-def _adamw_8bit(parameters: list[Any], learning_rate: float, eps: float) -> Optimizer:
-    """AdamW with 8-bit moments: one byte per entry instead of four (Dettmers et al. 2022)."""
-    missing = "a CUDA device" if not torch.cuda.is_available() else None
-    if missing is None and importlib.util.find_spec("bitsandbytes") is None:
-        missing = "the package bitsandbytes (pip install bitsandbytes)"
-    if missing is not None:
-        raise ValueError(
-            f"optimizer='adamw_8bit' needs {missing}, which was not found: moments cannot be kept in 8 bits. Use "
-            "optimizer='adamw'; to save memory on a CPU, set gradient_checkpointing=True or train LoRA adapters."
-        )
-    optim = importlib.import_module("bitsandbytes.optim")
-    optimizer: Optimizer = optim.AdamW8bit(parameters, lr=learning_rate, eps=eps)
-    return optimizer

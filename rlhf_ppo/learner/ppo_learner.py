@@ -18,7 +18,7 @@ from rlhf_ppo.algorithms.config import critic_settings
 from rlhf_ppo.batch import TrainBatch
 from rlhf_ppo.distributed.collectives import Processes
 from rlhf_ppo.functional import value_bias_by_position
-from rlhf_ppo.learner.arguments import check_shared_layers, fill_runtime_fields, make_accelerator, make_optimizer
+from rlhf_ppo.learner.arguments import check_shared_layers, fill_runtime_fields, make_accelerator
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.finite_checks import check_finite_scores, check_learnable, warn_of_negative_kl
 from rlhf_ppo.learner.importance_correction import (
@@ -33,6 +33,7 @@ from rlhf_ppo.learner.importance_correction import (
 )
 from rlhf_ppo.learner.memory_fit import fitted_token_budget
 from rlhf_ppo.learner.model_card import write_model_card
+from rlhf_ppo.learner.optimizer import make_optimizer
 from rlhf_ppo.learner.prepare import prepare_models
 from rlhf_ppo.learner.running_moments import RunningMoments, normalize_scores
 from rlhf_ppo.learner.start_kl import StartKLCheck
@@ -162,10 +163,9 @@ class PPOLearner:
         correction = self.importance_correction
         check_sampler_logprobs(responses, correction)
         check_learnable(responses, self.processes, has_critic=self.algorithm.has_critic)
-        policy = self.accelerator.unwrap_model(self.policy)
+        policy, sizes = self.accelerator.unwrap_model(self.policy), responses.inputs.costs()
         if self.config.token_budget is None and self._fitted_budget is None:
-            models = self.processes, self.model, policy, self.optimizer
-            self._fitted_budget = fitted_token_budget(*models, responses.inputs.costs())
+            self._fitted_budget = fitted_token_budget(self.processes, self.model, policy, self.optimizer, sizes)
         policy.work.clear()  # an evaluation may have counted in between
         with timed(timing, "total"), empty_cache_after(self.config.optimize_device_cache):
             with timed(timing, "forward_pass"):
@@ -274,7 +274,7 @@ class PPOLearner:
             needs_groups=self.algorithm.needs_groups,
             vocab_size=getattr(language_model.config.get_text_config(decoder=True), "vocab_size", None),
             max_positions=learned_positions(language_model),
-            start_token_id=decoder_start_token(self.model.pretrained_model) if self.is_encoder_decoder else None,
+            start_token_id=decoder_start_token(language_model) if self.is_encoder_decoder else None,
         )
 
     @property

@@ -201,7 +201,7 @@ SWITCHES = {
         kept_for="kept for earlier single runs: 1,006 to 648 MiB at cpu-skew; processor not recorded",
     ),
     "fused_adam": Switch(
-        "learner/arguments", "Adam over lists of tensors", settings={"fused_adam": False}, paired=False
+        "learner/optimizer", "Adam over lists of tensors", settings={"fused_adam": False}, paired=False
     ),
     "kv_cache": Switch(
         "samplers/kv_cache", "transformers' DynamicCache", {"samplers.batch_decoder.new_cache": lambda: _dynamic_cache},

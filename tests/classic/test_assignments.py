@@ -89,6 +89,21 @@ def test_an_assigned_optimizer_takes_the_steps() -> None:
     assert torch.equal(weights(trainer), before)
 
 
+@pytest.mark.parametrize("part", ["model", "ref_model", "optimizer"])
+def test_the_size_of_a_pass_is_fitted_anew_to_the_memory_beside_an_assigned_part(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[Any] = []
+    monkeypatch.setattr("rlhf_ppo.learner.ppo_learner.fitted_token_budget", lambda *args: fits.append(args) or 64)
+    trainer = trainer_of()
+    step(trainer)
+    step(trainer)
+    assert len(fits) == 1
+    setattr(trainer, part, torch.optim.SGD(trainer.model.parameters(), lr=0.1) if part == "optimizer" else policy(1))
+    step(trainer)
+    assert len(fits) == 2
+
+
 def test_policy_optimizer_and_scheduler_may_be_assigned_one_after_the_other() -> None:
     """In the order of many scripts; the rate falls from step to step."""
     trainer = trainer_of()

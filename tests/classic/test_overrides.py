@@ -120,6 +120,22 @@ def test_step_calls_every_method_that_the_classic_called(on_the_class: bool, mon
     assert set(calls) == set(INNER_METHODS)
 
 
+def test_an_override_of_early_stopping_gets_the_kl_of_the_whole_optimizer_step() -> None:
+    """Four minibatches of unequal lengths a step. The KL of the first step is 0, that of the second twice the mean."""
+    received: list[float] = []
+
+    class Recording(PPOTrainer):
+        def _early_stop(self, policykl: torch.Tensor) -> bool:
+            received.append(float(policykl))
+            return super()._early_stop(policykl)
+
+    settings = {"mini_batch_size": 1, "gradient_accumulation_steps": 4, "ppo_epochs": 2, "sgd": 0.01}
+    trainer = trainer_of(Recording, early_stopping=True, target_kl=100.0, **settings)
+    trainer.step(QUERIES, RESPONSES, SCORES)
+    expected = trainer_of(early_stopping=True, target_kl=100.0, **settings).step(QUERIES, RESPONSES, SCORES)
+    assert received == pytest.approx([0.0, 2 * expected["ppo/policy/policykl"]], rel=1e-3, abs=1e-9)
+
+
 @pytest.mark.parametrize("masks", [None, MASKS], ids=["none", "some"])
 def test_an_override_gets_masks_only_where_the_step_got_some(masks: Any) -> None:
     """Public overrides of the classic handle masks wrongly, and never met any."""

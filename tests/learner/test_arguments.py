@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import nn
 
 from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from rlhf_ppo.learner.arguments import default_optimizer
+from rlhf_ppo.learner.optimizer import default_optimizer
 from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 

@@ -21,7 +21,7 @@ from rlhf_ppo import (
     attach_critic,
 )
 from rlhf_ppo.batch import TokenInputs
-from rlhf_ppo.learner.arguments import default_optimizer
+from rlhf_ppo.learner.optimizer import default_optimizer
 from rlhf_ppo.models.critic import freeze_critic
 from rlhf_ppo.rollout.prompts import PromptDataset
 from rlhf_ppo.samplers.base import SamplingConfig
@@ -80,8 +80,15 @@ def test_a_schedule_has_a_part_for_the_critic() -> None:
 def test_a_rate_beside_an_optimizer_of_the_callers_is_refused() -> None:
     model = policy()
     arguments = {"algorithm": Reinforce(baseline=LearnedValue(critic=Critic(learning_rate=0.1)))}
+    one_group = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="the rate would be ignored"):
-        trainer_of(model, arguments=arguments | {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})
+        trainer_of(model, arguments=arguments | {"optimizer": one_group})
+    trainer = trainer_of(model, arguments=arguments)
+    with pytest.raises(ValueError, match="the rate would be ignored"):
+        trainer.optimizer = one_group
+    with pytest.raises(ValueError, match="the rate would be ignored"):
+        trainer.optimizer = default_optimizer(model, PPOConfig(), critic_rate=0.2)
+    trainer.optimizer = default_optimizer(model, PPOConfig(), critic_rate=0.1)
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["head", "separate"])
