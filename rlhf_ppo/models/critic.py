@@ -109,6 +109,12 @@ def state_values(backbone: nn.Module, head: nn.Linear, inputs: TokenInputs) -> l
     return [row[len(prompt) - 1 : len(tokens)] for row, prompt, tokens in triples]
 
 
+def _embeddings(model: Any) -> int:
+    """Number of token embeddings, adapted or not; ZeRO-3 leaves an empty weight in place of a shard."""
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
 def attach_critic(model: Any, critic: SeparateCritic) -> None:
     """Use `critic` for the values of `model`, and freeze its value head.
 
@@ -123,8 +129,7 @@ def attach_critic(model: Any, critic: SeparateCritic) -> None:
             "expected a causal policy, got an encoder-decoder: a separate critic reads prompt and response as one "
             "sequence. Train the encoder-decoder's own value head."
         )
-    critic_size = critic.backbone.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    policy_size = model.pretrained_model.get_input_embeddings().num_embeddings
+    critic_size, policy_size = (_embeddings(part) for part in (critic.backbone, model.pretrained_model))
     if critic_size < policy_size:
         raise ValueError(
             f"the critic has {critic_size} token embeddings, the policy {policy_size}: they do not share a tokenizer, "

@@ -97,11 +97,15 @@ def attach_critic_adapter(
 
 
 def _delete_unused_parts(model: PeftModel) -> None:
-    """Delete the parts of the critic's adapter outside of the layers that it runs, such as that on the LM head."""
+    """Delete the parts of the critic's adapter outside of the layers that it runs, such as that on the LM head.
+
+    Trained tokens of a tied LM head are those of the embedding, which the critic reads.
+    """
     used = {id(module) for module in layers_of(model).modules()}
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and id(module) not in used:
-            module.delete_adapter(CRITIC_ADAPTER)
+        is_own = isinstance(module, BaseTunerLayer) and getattr(module, "tied_adapter", None) is None
+        if is_own and id(module) not in used:
+            module.delete_adapter(CRITIC_ADAPTER)  # type: ignore[operator]
 
 
 def _check_critic(model: PreTrainedModelWrapper, peft_config: LoraConfig | None, from_reward_adapter: bool) -> None:

@@ -145,6 +145,21 @@ def test_a_reward_model_with_an_adapter_becomes_a_critic_with_its_scores() -> No
     assert_close(torch.stack([values[-1] for values in critic(inputs())]), scores)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Model has `tie_word", "ignore:Input and output embeddings")
+@pytest.mark.parametrize("settings", [{"trainable_token_indices": [5, 6]}, {"target_modules": ["c_attn", "wte"]}])
+def test_a_policy_with_adapted_embeddings_takes_a_separate_critic(settings: dict[str, Any]) -> None:
+    config = LoraConfig(**{"r": 2, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM", **settings})
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), peft_config=config)
+    attach_critic(model, SeparateCritic.from_policy(model))
+    settings = {"batch_size": 2, "mini_batch_size": 2, "learning_rate": 1e-2, "diagnose": False}
+    trainer = PPOTrainer(PPOConfig(**settings), model, tokenizer=tiny_tokenizer())
+    trainer.step(inputs().prompts, inputs().responses, [torch.tensor(1.0), torch.tensor(0.0)])
+    assert any(bool(values.any()) for values in model.critic(inputs()))  # type: ignore[misc]
+    smaller = SeparateCritic.from_reward_model(classifier(vocab_size=VOCAB - 1))
+    with pytest.raises(ValueError, match=f"the critic has {VOCAB - 1} token embeddings, the policy {VOCAB}"):
+        attach_critic(model, smaller)
+
+
 def test_a_quantized_reward_model_is_refused() -> None:
     quantized: Any = classifier()
     quantized.is_loaded_in_4bit = True

@@ -152,6 +152,19 @@ def test_a_critic_adapter_has_no_part_that_its_values_do_not_run_through(base: P
     assert model.pretrained_model.active_adapter == "default"
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_critic_adapter_keeps_its_tokens_where_the_lm_head_is_tied_to_the_embedding() -> None:
+    config = lora(trainable_token_indices=[5, 8])
+    tied = tiny_llama(tie_word_embeddings=True)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tied, peft_config=config)
+    attach_critic_adapter(model)
+    nn.init.ones_(model.critic.head.weight)  # type: ignore[union-attr, arg-type]
+    torch.cat(model.critic(INPUTS)).square().sum().backward()  # type: ignore[misc]
+    own = adapter_parameters(model.pretrained_model, CRITIC_ADAPTER)
+    (tokens,) = (parameter for name, parameter in own.items() if "trainable_tokens" in name)
+    assert tokens.grad is not None and bool(tokens.grad.any(dim=1).all())  # both are in the rows
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_an_initialization_that_moves_the_base_moves_it_for_no_second_adapter(
     base: Path, reward_folder: Path, start: str, tmp_path: Path
