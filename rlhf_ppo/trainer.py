@@ -28,6 +28,7 @@ from rlhf_ppo.functional import total_scores
 from rlhf_ppo.learner.arguments import check_arguments, check_optimizer
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.statistics import Statistics
+from rlhf_ppo.loop.config import check_groups
 from rlhf_ppo.loop.evaluation import Evaluation
 from rlhf_ppo.loop.training import Callback, TrainConfig, TrainingLoop, TrainState
 from rlhf_ppo.models import PreTrainedModelWrapper
@@ -221,6 +222,7 @@ class PPOTrainer(ClassicSurface):
             if not isinstance(self.dataset, PromptDataset):
                 raise ValueError("train() needs prompts: pass `prompts`, or build the trainer with a PromptDataset")
             prompts = self.dataset
+        check_groups(self, config)
         sets = prompt_set(prompts), None if eval_prompts is None else prompt_set(eval_prompts)
         return TrainingLoop(self, sets[0], rewards, config, sets[1], judges, callbacks, sampler, environment).run()
 
@@ -239,8 +241,10 @@ class PPOTrainer(ClassicSurface):
     ) -> Evaluation:
         """Sample responses to held-out prompts, or play episodes in an environment.
 
-        Measures scores, judges, KL to the reference, perplexity under it, and the numbers of episodes.
+        Measures scores, judges, KL to the reference, perplexity under it, and the numbers of episodes. One response to
+        each prompt, whatever `sampling.num_return_sequences`.
         """
+        sampling = replace(sampling, num_return_sequences=1)
         config = TrainConfig(sampling=sampling, reward_calls=reward_calls, episodes=episodes or EpisodeConfig())
         held_out = prompt_set(prompts)
         loop = TrainingLoop(

@@ -138,7 +138,7 @@ def check_settings(learner: PPOLearner, config: TrainConfig) -> None:
             f"the tokenizer's ids go up to {len(learner.tokenizer) - 1}, but the model has {vocab_size} embeddings: "
             "they do not belong together. Load the model's own tokenizer, or resize the model's token embeddings."
         )
-    if sampling.temperature != learner.config.temperature:
+    if sampling.do_sample and sampling.temperature != learner.config.temperature:
         raise ValueError(
             f"sampling.temperature is {sampling.temperature}, PPOConfig.temperature {learner.config.temperature}: "
             "probability ratios and KL would be those of another distribution. Give both the same value."
@@ -156,7 +156,11 @@ def check_settings(learner: PPOLearner, config: TrainConfig) -> None:
             "only be watched."
         )
     _check_selection(learner, config)
-    if learner.algorithm.needs_groups and sampling.num_return_sequences < 2:
+
+
+def check_groups(learner: PPOLearner, config: TrainConfig) -> None:
+    """Raise a ValueError if an algorithm that compares responses to one prompt would get one alone to learn from."""
+    if learner.algorithm.needs_groups and config.sampling.num_return_sequences < 2:
         raise ValueError("this algorithm compares responses to one prompt: set num_return_sequences to 2 or more")
 
 

@@ -1,10 +1,12 @@
 """Held-out evaluations: names that would fail at the first one, judges beside an environment, episodes that fail."""
 
+from dataclasses import replace
 from typing import Any
 
 import datasets
 import pytest
 
+from rlhf_ppo import GRPO
 from rlhf_ppo.diagnostics.guards import Guard, Guards
 from rlhf_ppo.environments import Turn
 from rlhf_ppo.rollout.prompts import PromptDataset
@@ -31,6 +33,17 @@ def test_names_that_the_evaluation_will_not_have_are_refused_at_once(settings: d
     arguments = {"eval_prompts": own.dataset, "judges": {"judge": share_of_e}}
     with pytest.raises(ValueError, match=message):
         own.train(share_of_e, config(eval_every=1, **settings), **arguments)
+    assert own.optimizer.state == {}
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_an_evaluation_needs_neither_the_groups_of_training_nor_a_temperature_to_be_greedy(copies: int) -> None:
+    own = trainer(algorithm=GRPO(), temperature=0.7)
+    greedy = replace(SAMPLING, do_sample=False, num_return_sequences=copies)
+    evaluation = own.evaluate(own.dataset, share_of_e, greedy)  # type: ignore[arg-type]
+    assert len(evaluation.responses) == len(TEXTS)
+    with pytest.raises(ValueError, match="set num_return_sequences to 2 or more"):
+        own.train(share_of_e, replace(config(), sampling=replace(SAMPLING, temperature=0.7)))
     assert own.optimizer.state == {}
 
 
