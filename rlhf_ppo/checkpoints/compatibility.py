@@ -1,6 +1,8 @@
 """Check that a checkpoint belongs to this run: same parameters, same frozen weights, same settings."""
 
+import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,12 +16,16 @@ from rlhf_ppo.models.fingerprint import weights_fingerprint
 from rlhf_ppo.models.value_head import VALUE_HEAD_PREFIX
 from rlhf_ppo.utils.redaction import redacted
 
+logger = logging.getLogger(__name__)
+
 _IGNORED_SETTINGS = (
     "exp_name", "log_with", "world_size", "global_backward_batch_size", "global_batch_size", "total_ppo_epochs",
     "dataset_num_proc", "output_dir",
 )  # fmt: skip
 _SAVED_SETTINGS = ("learning_rate", "adam_eps", "optimizer", "fused_adam", "init_kl_coef")
 """Settings that are part of the saved state of optimizer and KL controller."""
+_DERIVED_SETTINGS = ("backward_batch_size",)
+"""Settings that follow from others."""
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """States of an optimizer that are shaped like their parameter; others may be factored (Adafactor), or quantized."""
 
@@ -32,14 +38,45 @@ def trained_parameters(learner: PPOLearner) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
 
 
-def run_identity(learner: PPOLearner) -> dict[str, Any]:
-    """Fingerprint of frozen weights and settings of this run, for `state.json`."""
-    settings = {
+def present_settings(learner: PPOLearner) -> dict[str, Any]:
+    """The settings of this run that are one value and change what is computed."""
+    return {
         name: value
         for name, value in redacted(learner.config.to_dict()).items()
         if name not in _IGNORED_SETTINGS and "/" not in name and isinstance(value, int | float | str | None)
     }
-    return {"frozen": frozen_fingerprint(learner), "settings": settings}
+
+
+def run_identity(learner: PPOLearner, first_settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Fingerprint of frozen weights and settings of this run, for `state.json`.
+
+    Args:
+        first_settings: Settings that the run began with; None: the present ones.
+    """
+    settings = present_settings(learner)
+    return {
+        "frozen": frozen_fingerprint(learner), "settings": settings,
+        "first_settings": settings if first_settings is None else dict(first_settings),
+    }  # fmt: skip
+
+
+def changed_on_the_way(learner: PPOLearner, saved: SavedCheckpoint) -> dict[str, Any]:
+    """Settings that the saved run changed after its start (a callback, for example), where this run starts as it did.
+
+    A setting with which this run starts otherwise is the user's change.
+    """
+    first, last = saved.identity.get("first_settings") or {}, saved.identity.get("settings") or {}
+    now = present_settings(learner)
+    return {name: last[name] for name in first if first[name] == now[name] != last[name]}
+
+
+def follow_settings(learner: PPOLearner, changed: Mapping[str, Any]) -> None:
+    """Go on with the settings of `changed_on_the_way`."""
+    vars(learner.config).update(changed)  # all of them first: one alone may contradict the others' first values
+    for name in changed.keys() - {*_SAVED_SETTINGS, *_DERIVED_SETTINGS}:
+        learner.config.announce(name)
+    if changed and learner.accelerator.is_main_process:
+        logger.info("settings that were changed in the saved run go on: %s", changed)
 
 
 def frozen_fingerprint(learner: PPOLearner) -> str | None:
@@ -74,7 +111,8 @@ def check_compatibility(learner: PPOLearner, saved: SavedCheckpoint) -> None:
             "or the reference): the KL would be to another model. Start from the model that the first run "
             "started from; the checkpoint has the trained weights."
         )
-    before, now = saved.identity.get("settings") or {}, run_identity(learner)["settings"]
+    before, now = saved.identity.get("settings") or {}, present_settings(learner)
+    now |= changed_on_the_way(learner, saved)
     schedules = saved.shared.get("lr_scheduler"), learner.lr_scheduler and learner.lr_scheduler.state_dict()
     then, today = (schedule_settings(learner, state) for state in schedules)
     before, now = before | then, now | {name: today.get(name) for name in then}

@@ -10,7 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from rlhf_ppo.checkpoints import folders
-from rlhf_ppo.checkpoints.compatibility import check_compatibility, run_identity, trained_parameters
+from rlhf_ppo.checkpoints.compatibility import (
+    changed_on_the_way,
+    check_compatibility,
+    follow_settings,
+    run_identity,
+    trained_parameters,
+)
 from rlhf_ppo.checkpoints.folders import CheckpointError
 from rlhf_ppo.checkpoints.nested_state import save_nested_state, write_tensors
 from rlhf_ppo.checkpoints.random_streams import RandomStreams
@@ -67,6 +73,7 @@ def save_checkpoint(
     shared: StatefulByName = _NOTHING,
     per_process: StatefulByName = _NOTHING,
     keep_last: int = 2,
+    first_settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoint-<iteration>` into `folder`, atomically. All processes call it; the main one writes.
 
@@ -77,6 +84,8 @@ def save_checkpoint(
         shared: Further state that is the same on every process.
         per_process: Further state of each process, such as `{"random": RandomStreams(generator)}`.
         keep_last: Number of checkpoints kept.
+        first_settings: The `present_settings` that the run began with. A resumed run that begins with them, too, goes
+            on with those that were changed since. None: nothing was changed.
 
     Raises:
         CheckpointNotWrittenError: Raised on every process if one could not write; the incomplete folder is removed.
@@ -96,7 +105,7 @@ def save_checkpoint(
             {name: part.state_dict() for name, part in _shared_state(learner, shared).items()}, partial / LOOP
         )
         save_nested_state(states, partial / PROCESSES)
-        folders.write_json(partial / IDENTITY, {"iteration": iteration, **run_identity(learner)})
+        folders.write_json(partial / IDENTITY, {"iteration": iteration, **run_identity(learner, first_settings)})
 
     def write_engine() -> None:
         try:
@@ -135,6 +144,7 @@ def restore_checkpoint(
         _load_all(parts)
         _load_parameters(learner, saved)
         follow_schedule(learner)
+        follow_settings(learner, changed_on_the_way(learner, saved))
     except CheckpointError:
         raise
     except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -228,15 +228,13 @@ class PPOConfig:
             raise AttributeError(
                 f"PPOConfig has no setting {name!r}; its settings are {', '.join(sorted(self.__dataclass_fields__))}"
             )
-        listeners, old = self.__dict__.get("_listeners", ()), self.__dict__.get(name)
+        old = self.__dict__.get(name)
         super().__setattr__(name, value)
-        if not listeners or value == old:
+        if "_listeners" not in vars(self) or value == old:
             return
         try:
             check_settings(self)
-            for listener in listeners:
-                if (changed := listener()) is not None:
-                    changed(name)
+            self.announce(name)
         except BaseException:
             vars(self)[name] = old
             raise
@@ -252,28 +250,28 @@ class PPOConfig:
         """
         vars(self)["_listeners"] = (*vars(self).get("_listeners", ()), WeakMethod(changed))
 
+    def announce(self, name: str) -> None:
+        """Call the methods of `notify`: the field `name` was set."""
+        for listener in vars(self).get("_listeners", ()):
+            if (changed := listener()) is not None:
+                changed(name)
+
     def algorithm(self) -> PPOClip:
         """The algorithm that the classic fields describe: PPO with the clipped surrogate."""
         return PPOClip(
-            clip_low=self.cliprange,
-            clip_high=self.cliprange,
-            ent_coef=self.ent_coef,
+            clip_low=self.cliprange, clip_high=self.cliprange, ent_coef=self.ent_coef,
             gae=GAE(gamma=self.gamma, lam=self.lam),
             critic=Critic(vf_coef=self.vf_coef, clip_range_value=self.cliprange_value),
-        )
+        )  # fmt: skip
 
     def minibatch(self) -> MinibatchConfig:
         """Settings of the update: epochs, minibatch and micro-batch sizes, clipping, early stopping."""
         return MinibatchConfig(
-            epochs=self.ppo_epochs,
-            minibatch_size=self.mini_batch_size * self.gradient_accumulation_steps,
-            micro_batch_size=self.mini_batch_size,
-            token_budget=self.token_budget,
-            max_grad_norm=self.max_grad_norm,
-            ratio_threshold=self.ratio_threshold,
-            most_skips_in_a_row=self.most_skips_in_a_row,
+            epochs=self.ppo_epochs, minibatch_size=self.mini_batch_size * self.gradient_accumulation_steps,
+            micro_batch_size=self.mini_batch_size, token_budget=self.token_budget, max_grad_norm=self.max_grad_norm,
+            ratio_threshold=self.ratio_threshold, most_skips_in_a_row=self.most_skips_in_a_row,
             target_kl=self.target_kl if self.early_stopping else None,
-        )
+        )  # fmt: skip
 
     @property
     def kv_budget_bytes(self) -> int | None:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+from rlhf_ppo.checkpoints.compatibility import present_settings
 from rlhf_ppo.checkpoints.lock import lock_run_folder
 from rlhf_ppo.checkpoints.resume import (
     CheckpointNotWrittenError,
@@ -48,6 +49,7 @@ class RunKeeper:
         self.checkpoint_is_overdue = False
         """Whether the last checkpoint could not be written."""
         self._last_saved: int | None = None
+        self._first_settings = present_settings(learner)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -100,7 +102,7 @@ class RunKeeper:
         try:
             save_checkpoint(
                 self.learner, self.folder.path, iteration=iteration, shared=self.shared(),
-                per_process=self.per_process(), keep_last=self.keep_last,
+                per_process=self.per_process(), keep_last=self.keep_last, first_settings=self._first_settings,
             )  # fmt: skip
         except CheckpointNotWrittenError as error:
             if required:
