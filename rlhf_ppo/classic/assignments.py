@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from rlhf_ppo.algorithms.config import critic_settings
 from rlhf_ppo.classic.config_changes import change_setting
-from rlhf_ppo.learner.arguments import check_models, check_scheduler
+from rlhf_ppo.learner.arguments import check_models, check_schedule_goes_on, check_scheduler
 from rlhf_ppo.learner.optimizer import make_optimizer
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import Statistics
@@ -77,8 +77,10 @@ class Assignable(PPOLearner):
         """Check before a step what could not be checked at an assignment, because another one may have followed.
 
         Raises:
-            ValueError: Optimizer, scheduler, model and reference do not belong together.
+            ValueError: Optimizer, scheduler, model and reference do not belong together, or the scheduler has ended.
         """
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        check_schedule_goes_on(scheduler)
         if self.has_reference and not self._is_own_reference and self.ref_model is None:
             raise ValueError(
                 "expected a reference model, got trainer.ref_model=None with trainer.is_peft_model=False: there is "
@@ -108,7 +110,6 @@ class Assignable(PPOLearner):
                 "attached since then (as `attach_critic` does): they would never be learned. Change the model first, "
                 "then build the trainer; or assign trainer.optimizer."
             )
-        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         if scheduler is not None and _plain(scheduler.optimizer) is not _plain(self.optimizer):
             raise ValueError(
                 "expected an lr_scheduler of trainer.optimizer, got one of another optimizer: the learning rate would "

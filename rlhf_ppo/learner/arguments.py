@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ppo.distributed.deepspeed import accelerator_arguments, keep_torch_optimizer
@@ -147,6 +147,15 @@ def check_scheduler(lr_scheduler: object) -> None:
         raise ValueError(
             "lr_scheduler must be one that needs no metric, got ReduceLROnPlateau: it is stepped once per step(), and "
             "would raise after the weights have moved. Step it yourself with a metric of your choice."
+        )
+
+
+def check_schedule_goes_on(lr_scheduler: Any) -> None:
+    """Raise ValueError if the scheduler would refuse its next step, before the weights move."""
+    if isinstance(lr_scheduler, OneCycleLR) and lr_scheduler.last_epoch >= lr_scheduler.total_steps:
+        raise ValueError(
+            f"expected a scheduler with a step left, got OneCycleLR after all its {lr_scheduler.total_steps} steps: it "
+            "would raise after the weights have moved. Build it with total_steps = number of PPO steps."
         )
 
 

@@ -1,6 +1,7 @@
 """Build the optimizer that the configuration names, and check the one that is given beside a critic's settings."""
 
 import importlib.util
+import inspect
 from typing import Any
 
 import torch
@@ -50,8 +51,14 @@ def make_optimizer(
     """The given optimizer, or the default one; freezes what `critic.freeze` names first.
 
     Raises:
-        ValueError: The critic has settings that would be ignored.
+        ValueError: The critic has settings that would be ignored, or the optimizer needs a closure.
     """
+    closure = None if given is None else inspect.signature(type(given).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"expected an optimizer that steps on gradients, got {type(given).__name__}, whose step() computes the "
+            "loss again through a closure: a PPO minibatch has none. Use torch.optim.AdamW or the like."
+        )
     if critic is not None and critic.freeze != "nothing":
         freeze_critic(model, critic.freeze)
     rate = None if critic is None else critic.learning_rate

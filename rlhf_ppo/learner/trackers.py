@@ -1,5 +1,6 @@
 """Accelerate's trackers: started once, without secrets, and continued by a resumed run."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -130,7 +131,14 @@ class Trackers:
         return runs | {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let `begin` continue the saved runs; no effect after `begin`."""
+        """Let `begin` continue the saved runs; after `begin` there is a warning that they are not continued."""
+        saved = state.get(str(self.config.log_with))
+        if self._has_begun and saved and saved != self.state_dict()[str(self.config.log_with)]:
+            warnings.warn(
+                f"The {self.config.log_with} run {saved!r} of the checkpoint is not continued: a new run had begun "
+                "before (by generate, step or a `dataset` of rows). Resume first, then sample.", UserWarning,
+                stacklevel=2,
+            )  # fmt: skip
         self._resumed_state, self.step = dict(state), int(state["step"])
 
     def _tracker_kwargs(self) -> dict[str, Any]:

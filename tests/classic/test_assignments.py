@@ -252,6 +252,29 @@ def test_what_cannot_be_exchanged_is_refused_at_the_assignment() -> None:
     step(trainer)
 
 
+def test_an_optimizer_that_needs_a_closure_is_refused_when_it_is_given() -> None:
+    trainer, model = trainer_of(), policy()
+    with pytest.raises(ValueError, match="got LBFGS, whose step"):
+        trainer.optimizer = torch.optim.LBFGS(trainer.model.parameters())
+    with pytest.raises(ValueError, match="got LBFGS, whose step"):
+        trainer_of(model, optimizer=torch.optim.LBFGS(model.parameters()))
+    step(trainer)
+
+
+def test_a_schedule_at_its_end_is_refused_before_the_weights_move() -> None:
+    model = policy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=2)
+    trainer = trainer_of(model, optimizer=optimizer, lr_scheduler=schedule)
+    step(trainer), step(trainer)
+    before = weights(trainer).clone()
+    with pytest.raises(ValueError, match="got OneCycleLR after all its 2 steps"):
+        step(trainer)
+    assert torch.equal(weights(trainer), before)
+    trainer.lr_scheduler = None
+    step(trainer)
+
+
 def test_one_configuration_serves_trainer_after_trainer_and_copies_are_free() -> None:
     config = config_of()
     first = PPOTrainer(config, policy(), None, tiny_tokenizer())

@@ -38,6 +38,17 @@ def test_a_tracked_run_is_saved_and_given_back_on_resume(tracker: str, name: str
     assert accelerator.init_trackers.call_args.kwargs["init_kwargs"] == expected
 
 
+def test_a_saved_run_that_a_tracker_in_use_cannot_continue_is_told() -> None:
+    accelerator = create_autospec(Accelerator, instance=True)
+    accelerator.is_main_process = True
+    accelerator.get_tracker.return_value = SimpleNamespace(id="run-2")
+    trackers = Trackers(accelerator, PPOConfig(log_with="wandb"))
+    trackers.begin()
+    trackers.load_state_dict({"wandb": "run-2", "trackio": None, "step": 7})  # its own: no warning
+    with pytest.warns(UserWarning, match="The wandb run 'run-1' of the checkpoint is not continued"):
+        trackers.load_state_dict({"wandb": "run-1", "trackio": None, "step": 7})
+
+
 @pytest.mark.parametrize(
     ("tracker", "own_rows", "step"),
     [("mlflow", False, 3), ("comet_ml", True, 3), ("wandb", True, 3), ("wandb", False, None)],
