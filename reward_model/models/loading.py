@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from reward_model.models.backbone import head_name, read_classifier, separate_padding
 from reward_model.models.contract import Contract, ContractError, tokenizer_sha256
-from rlhf_ppo.models.trunk import max_positions
+from rlhf_ppo.models.trunk import learned_positions
 
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -94,8 +94,8 @@ def check_tokenizer(tokenizer: Any, model: Any, contract: Contract, folder: Path
 
 
 def check_length(model: Any, contract: Contract, folder: str | Path) -> None:
-    """Check that the model has a position for each token of the longest text."""
-    limit = max_positions(model)
+    """Check that learned positions reach to the end of the longest text; rotary ones go on."""
+    limit = learned_positions(model)
     if limit is not None and contract.text.max_length > limit:
         raise ContractError(
             f"{folder}: field text.max_length is {contract.text.max_length}, the model has {limit} positions."

@@ -276,6 +276,16 @@ def test_a_contract_that_the_model_cannot_keep_is_not_written(option: list[str],
         RewardModel.from_pretrained(folder)
 
 
+def test_rotary_positions_go_on_beyond_those_of_the_training(tmp_path: Path) -> None:
+    folder = saved(classifier(CONFIGS["llama"]), tmp_path)
+    adopt([str(folder), "--max_length", "300", "--write"])
+    text = "good " * 50
+    row = tiny_tokenizer()(text)["input_ids"] + [EOS_TOKEN_ID]
+    assert 128 < len(row) < 300
+    model = RewardModel.from_pretrained(folder)
+    assert model([""], [text]) == pytest.approx(own_scores(classifier(CONFIGS["llama"]), [row]), abs=1e-5)
+
+
 def test_an_adopted_model_works_in_every_command_and_in_ppo(tmp_path: Path) -> None:
     folder = saved(classifier(CONFIGS["gpt2"]), tmp_path / "rm")
     model = load_reward_model(folder)
