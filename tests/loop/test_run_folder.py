@@ -143,5 +143,5 @@ def test_a_long_run_is_read_line_by_line(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert len(rows) == 300
-    assert peak < 1.2 * held
+    assert peak < 1.5 * held  # the text alone would be as much again
     assert len({id(name) for row in rows for name in row}) == 41

@@ -17,6 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.autograd.function import BackwardCFunction
 from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from rlhf_ppo.kernels import fused_linear_logprobs, linear_layers
@@ -481,6 +482,9 @@ def pretend_cuda(*, capability: tuple[int, int] = (9, 0), free: int = 70 * GIB) 
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda _="cuda": enabled("cpu")))
         stack.enter_context(patch.object(torch, "get_autocast_dtype", lambda _="cuda": dtype("cpu")))
         stack.enter_context(patch.object(torch.random, "fork_rng", fork_without_devices))
+        # torch 2.15 asks the driver before a step whether the stream is captured.
+        check = patch.object(Optimizer, "_accelerator_graph_capture_health_check", lambda _: None, create=True)
+        stack.enter_context(check)
         stack.enter_context(_product_patches())
         torch.__future__.set_swap_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swap)
