@@ -17,6 +17,7 @@ from rlhf_ppo.samplers.base import Samples, SamplingConfig, SamplingCounts, chec
 from rlhf_ppo.samplers.logits_processing import DecodingRules
 from rlhf_ppo.samplers.vllm_weights import (
     WeightTransfer,
+    check_tied_head,
     choose_transfer,
     compute_dtype,
     open_in_process,
@@ -87,12 +88,13 @@ class VLLMSampler:
         Raises:
             ImportError: vLLM is not installed.
             OSError: No server answers within `timeout` seconds.
-            ValueError: A quantized base; colocated, and the model has no path for the engine to load it from; or a
-                server that cannot see the files.
+            ValueError: A quantized base, or an adapter that sets a tied LM head apart; colocated, and the model has no
+                path for the engine to load it from; or a server that cannot see the files.
             NotImplementedError: The trainer is on a CPU, and `weight_transfer` is "nccl".
             RuntimeError: The server did not take the weights.
         """
         policy = unwrap_causal_lm(model)
+        check_tied_head(policy)
         if self._engine is None:
             self._engine = self._open_engine(policy, accelerator)
             send_active_adapter_alone(self._engine)

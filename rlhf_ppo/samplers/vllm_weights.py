@@ -18,6 +18,9 @@ from unittest.mock import patch
 from urllib.parse import urlparse
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 from trl.import_utils import is_vllm_available
@@ -112,12 +115,35 @@ def send_active_adapter_alone(engine: Any) -> None:
 
     def active_weights() -> Iterator[tuple[str, Tensor]]:
         active = getattr(engine.model, "active_adapter", None)
-        for name, weight in weights():
+        layers = [layer for layer in engine.model.modules() if isinstance(layer, BaseTunerLayer)]
+        of_adapters = {part for layer in layers for part in (*layer.adapter_layer_names, *layer.other_param_names)}
+        for long_name, weight in weights():
+            name = long_name.replace("token_adapter.", "")  # of `trainable_token_indices`
+            if not of_adapters.isdisjoint(name.split(".")):
+                continue  # merged already
             place, _, of_adapter = name.partition(marker)
             if marker not in name or of_adapter.startswith(f"{active}."):
                 yield place + of_adapter.removeprefix(f"{active}."), weight
 
     engine._fix_param_name_to_vllm, engine._iter_named_params = keep_adapter_name, active_weights
+
+
+def check_tied_head(policy: Any) -> None:
+    """Raise ValueError if an adapter sets an LM head apart from the embedding it is tied to: an engine has one weight.
+
+    LoRA on one of the two would be merged into both. A head of its own (`modules_to_save`) would not be read.
+    """
+    if not (isinstance(policy, PeftModel) and policy.config.get_text_config(decoder=True).tie_word_embeddings):
+        return
+    base: Any = policy.get_base_model()
+    parts: list[Any] = [base.get_output_embeddings(), base.get_input_embeddings()]
+    copies = any(isinstance(part, ModulesToSaveWrapper) for part in parts) and parts[0].weight is not parts[1].weight
+    if copies or any(isinstance(part, BaseTunerLayer) for part in parts):
+        raise ValueError(
+            "expected adapters that leave a tied embedding and LM head alone, or train whole tokens "
+            "(`trainable_token_indices`), got one on the embedding or the head: vLLM keeps a single weight for both, "
+            "and would sample from another policy. Use DecodeLoop(), other target_modules, or an untied model."
+        )
 
 
 def _check_head(policy: Any, info: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """Weights that go to a vLLM server by files: no GPU, and no vLLM where the trainer runs."""
 
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rlhf_ppo.samplers import vllm_weights
@@ -63,6 +64,39 @@ def test_a_head_in_the_policy_s_adapter_arrives_and_no_other_adapter_s_does(serv
         heads[own].weight.mul_(2.0)
     sampler(server).sync_weights(adapted, Accelerator())
     assert torch.equal(server.model.lm_head.weight, heads[own].weight)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6], init_lora_weights=False),
+        LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False),
+        AdaLoraConfig(target_modules=["q_proj"], init_r=4, total_step=10, init_lora_weights=False),
+    ],
+    ids=["tokens", "embeddings", "adalora"],
+)
+def test_adapters_on_tokens_and_of_other_kinds_arrive_merged(server: FakeVLLM, config: Any) -> None:
+    adapted, drawing = get_peft_model(tiny_llama(seed=0), config).eval(), sampler(server)
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    drawing.sync_weights(adapted, Accelerator())
+    assert largest_gap(adapted, drawing(adapted, PROMPTS, DRAW)) < 1e-4
+    with adapted.disable_adapter():
+        assert largest_gap(adapted, drawing(adapted, PROMPTS, DRAW)) > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}],
+)
+def test_an_adapter_that_sets_a_tied_head_apart_is_refused(settings: dict[str, Any]) -> None:
+    """The engine has one weight for embedding and head: it would sample from another policy, without a word."""
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **settings})
+    adapted = get_peft_model(tiny_llama(tie_word_embeddings=True), config)
+    with pytest.raises(ValueError, match="vLLM keeps a single weight for both"):
+        VLLMSampler(timeout=0, tokenizer=tiny_tokenizer()).sync_weights(adapted, Accelerator())
 
 
 def test_after_an_error_on_the_way_the_base_is_whole(server: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
