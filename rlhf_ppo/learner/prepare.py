@@ -133,7 +133,12 @@ def enable_checkpointing(model: PreTrainedModelWrapper, policy: TokenPolicy) -> 
 
 
 def _use_float32_masters(model: PreTrainedModelWrapper, ref_model: PreTrainedModelWrapper | None) -> None:
-    """Give weights that are trained in half precision float32 masters; the reference then starts equal."""
+    """Give weights that are trained in half precision float32 masters; the reference then starts equal.
+
+    A separate critic is a model of its own: a frozen base under the policy's adapters keeps its dtype beside it.
+    """
+    if model.critic is not None:
+        use_float32_masters(model.critic)
     if use_float32_masters(model) and ref_model is not None:
         ref_model.float()
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
-from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from rlhf_ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, SeparateCritic, attach_critic
 from rlhf_ppo.kernels import fused_layers, fused_modules
 from rlhf_ppo.kernels.linear_layers import has_fast_layers
 from rlhf_ppo.models import scoring
@@ -27,3 +28,18 @@ def test_layers_that_are_declined_in_the_policy_are_declined_in_the_reference(mo
     assert not has_fast_layers(trainer.ref_model)
     metrics = trainer.step(*([torch.tensor([5, 6]), torch.tensor([7])] for _ in range(2)), [torch.tensor(1.0)] * 2)
     assert metrics["objective/kl"] == 0
+
+
+def test_a_frozen_bfloat16_base_stays_so_beside_a_separate_critic_that_gets_float32_masters() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama(dtype=torch.bfloat16), peft_config=config)
+    attach_critic(model, SeparateCritic.from_policy(model))
+    trainer = PPOTrainer(PPOConfig(batch_size=2, mini_batch_size=2, diagnose=False), model, tokenizer=tiny_tokenizer())
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    trainer.step(*([torch.tensor([5, 6]), torch.tensor([7])] for _ in range(2)), [torch.tensor(1.0)] * 2)
+    dtypes = {weight.requires_grad: weight.dtype for name, weight in model.named_parameters() if "v_head" not in name}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    moved = {
+        name.partition(".")[0] for name, weight in model.named_parameters() if not torch.equal(weight, before[name])
+    }
+    assert moved == {"pretrained_model", "critic"}
