@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,7 +20,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_p
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, "-m", "tests.robustness.kill_campaign", "--kills", "5", "--results", str(results)],
-        cwd=ROOT, env=environment, check=True, timeout=280,
+        cwd=ROOT, env=environment, check=True, timeout=PATIENCE,
     )  # fmt: skip
     found = json.loads(results.read_text())
     assert found["kills"] >= 5
