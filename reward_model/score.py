@@ -117,7 +117,7 @@ def _read(config: ScoreConfig, model: Any) -> tuple[list[_Sample], list[dict[str
 
 def _sample(original: Mapping[str, Any], row: Mapping[str, Any], model: Any, where: str) -> _Sample:
     """What is scored of a row: prompt and response, or a whole conversation."""
-    from reward_model.models.text import render
+    from reward_model.models.text import encode
 
     name = next((name for name in ANSWER_NAMES if row.get(name) is not None), None)
     prompt, _ = prompt_columns(row)
@@ -135,7 +135,7 @@ def _sample(original: Mapping[str, Any], row: Mapping[str, Any], model: Any, whe
         prompt = "" if prompt is None else read_text(parse_cell(prompt, "prompt"), "prompt")
         response = read_text(parse_cell(row[name], name), name)
         tools = read_tools(row.get("tools"), "tools")
-        render(model.tokenizer, model.contract.text, prompt, response, tools=tools)
+        encode(model.tokenizer, model.contract.text, prompt, response, truncate=True, tools=tools)
     except ValueError as error:
         raise BadRow(f"{where}: {error}") from error
     return _Sample(dict(original), prompt, response, tools)

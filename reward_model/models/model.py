@@ -139,9 +139,6 @@ class RewardModel:
         """Raw scores of token ids, computed in batches of similar length and at most `max_tokens` padded tokens."""
         if not rows:
             return []
-        for index, row in enumerate(rows):
-            if not row:
-                raise ValueError(f"Sample {index} has no tokens (prompt and response are empty): nothing to score.")
         scores = torch.zeros(len(rows))
         for micro_batch in split_into_micro_batches(
             torch.tensor([len(row) for row in rows]), token_budget=self.max_tokens

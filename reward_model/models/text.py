@@ -8,6 +8,7 @@ from reward_model.data.prompt_split import split_prompt
 from reward_model.models.chat_markup import WholeText, rendered_text, strip_end_tokens, whole_chat
 from reward_model.models.contract import ContractError, TextRule
 from rlhf_ppo.chat.messages import Text, as_messages, read_text, read_tools
+from rlhf_ppo.chat.nested import UnreadableText
 from rlhf_ppo.chat.prompt import ChatPrompt
 from rlhf_ppo.chat.template import render_chat
 
@@ -38,7 +39,7 @@ def encode(
             caller drops and counts it (training).
 
     Raises:
-        UnreadableText: A text cannot be read, or the chat template refuses the conversation.
+        UnreadableText: A text cannot be read, has no tokens, or the chat template refuses the conversation.
     """
     max_length = rule.max_length - 1 if rule.append_eos else rule.max_length
     text = render(tokenizer, rule, prompt, response, tools=tools)
@@ -54,6 +55,8 @@ def encode(
         ids[0] = tokenizer.bos_token_id
     if rule.append_eos and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise UnreadableText("prompt and response have no tokens: there is nothing to score. Leave the sample out.")
     return ids
 
 

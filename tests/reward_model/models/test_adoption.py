@@ -286,6 +286,19 @@ def test_rotary_positions_go_on_beyond_those_of_the_training(tmp_path: Path) -> 
     assert model([""], [text]) == pytest.approx(own_scores(classifier(CONFIGS["llama"]), [row]), abs=1e-5)
 
 
+def test_a_sample_without_tokens_is_refused_and_set_aside_on_request(tmp_path: Path) -> None:
+    """A classifier of several labels gets no end-of-text token."""
+    folder = saved(classifier(CONFIGS["gpt2"], labels=2), tmp_path / "rm")
+    with pytest.raises(ValueError, match="sample 1: prompt and response have no tokens"):
+        RewardModel.from_pretrained(folder, label="1")(["", ""], ["good", ""])
+    rows = [{"prompt": "", "response": text} for text in ("good", "", "bad")]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [str(folder), "--label", "1", "--data", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "o")]
+    with pytest.raises(ValueError, match=r"texts\.jsonl:2: prompt and response have no tokens"):
+        score(command)
+    assert len(score([*command, "--on_bad_row", "skip"])) == 2
+
+
 def test_an_adopted_model_works_in_every_command_and_in_ppo(tmp_path: Path) -> None:
     folder = saved(classifier(CONFIGS["gpt2"]), tmp_path / "rm")
     model = load_reward_model(folder)
