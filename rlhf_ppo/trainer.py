@@ -25,7 +25,7 @@ from rlhf_ppo.diagnostics.findings import DoctorReport
 from rlhf_ppo.diagnostics.text_checks import DiagnosedBatch
 from rlhf_ppo.environments import EnvironmentFactory, Episode, EpisodeConfig
 from rlhf_ppo.functional import total_scores
-from rlhf_ppo.learner.arguments import check_arguments, check_optimizer
+from rlhf_ppo.learner.arguments import check_arguments, check_optimizer, check_pretraining
 from rlhf_ppo.learner.config import PPOConfig
 from rlhf_ppo.learner.statistics import Statistics
 from rlhf_ppo.loop.config import check_groups
@@ -87,6 +87,7 @@ class PPOTrainer(ClassicSurface):
         check_arguments(config, model, ref_model, tokenizer, dataset, lr_scheduler)
         assert tokenizer is not None  # narrowed by the check above
         check_optimizer(model, optimizer)
+        check_pretraining(model, pretraining)
         super().__init__(
             config, model, ref_model, tokenizer, optimizer, num_shared_layers, lr_scheduler, algorithm=algorithm,
             pretraining=pretraining,

@@ -21,7 +21,9 @@ from rlhf_ppo.learner.trackers import check_tracker
 from rlhf_ppo.models import PreTrainedModelWrapper
 from rlhf_ppo.models.loading import check_transformers_adapters
 from rlhf_ppo.models.precision import MIXED, Precision, accelerate_device, choose_precision, requested_precision
+from rlhf_ppo.models.trunk import learned_positions
 from rlhf_ppo.rollout.prompts import PromptDataset
+from rlhf_ppo.updates.pretraining import PretrainingMix
 
 
 def check_arguments(
@@ -103,6 +105,22 @@ def check_parts(model: PreTrainedModelWrapper, ref_model: PreTrainedModelWrapper
             "into the model it is given): the reference would move with the policy, and the KL would always be 0. Load "
             "the reference a second time, or pass `ref_model=None`."
         )
+
+
+def check_pretraining(model: PreTrainedModelWrapper, mix: PretrainingMix | None) -> None:
+    """Raise a ValueError for a pretraining text that the model cannot read: it would end the run in its update."""
+    language_model = model.pretrained_model
+    vocab_size = getattr(language_model.config.get_text_config(decoder=True), "vocab_size", None)
+    positions = learned_positions(language_model)
+    for index, text in enumerate(() if mix is None else mix.texts):
+        lowest, highest = int(text.min()), int(text.max())
+        has_ids = lowest >= 0 and (vocab_size is None or highest < vocab_size)
+        if not has_ids or (positions is not None and len(text) > positions):
+            raise ValueError(
+                f"expected pretraining texts of token ids below {vocab_size} and of at most {positions} tokens, got "
+                f"texts[{index}] with ids from {lowest} to {highest} and {len(text)} tokens: the model cannot read it. "
+                "Tokenize with the model's own tokenizer, and divide long texts."
+            )
 
 
 def check_shared_layers(config: PPOConfig, model: PreTrainedModelWrapper, num_shared_layers: int | None) -> None:

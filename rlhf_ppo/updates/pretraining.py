@@ -31,11 +31,15 @@ class PretrainingMix:
     """Texts per optimizer step, over all processes."""
 
     def __post_init__(self) -> None:
-        short = [index for index, text in enumerate(self.texts) if text.dim() != 1 or len(text) < 2]
-        if not len(self.texts) or short or self.rows < 1 or self.coef < 0:
+        wrong = [
+            index
+            for index, text in enumerate(self.texts)
+            if text.is_floating_point() or text.dim() != 1 or len(text) < 2
+        ]
+        if not len(self.texts) or wrong or self.rows < 1 or self.coef < 0:
             raise ValueError(
-                f"expected texts of at least two tokens each, rows >= 1 and coef >= 0, got {len(self.texts)} texts "
-                f"(shorter: {short[:3]}), rows={self.rows}, coef={self.coef}: there would be nothing to learn. Pass "
+                f"expected texts of at least two token ids each, rows >= 1 and coef >= 0, got {len(self.texts)} texts "
+                f"(others: {wrong[:3]}), rows={self.rows}, coef={self.coef}: there would be nothing to learn. Pass "
                 "one 1-D tensor of token ids per text."
             )
 

@@ -88,9 +88,17 @@ def test_texts_and_algorithms_that_cannot_be_mixed_are_refused() -> None:
         PretrainingMix(texts=[torch.tensor([5])])
     with pytest.raises(ValueError, match="there would be nothing to learn"):
         PretrainingMix(texts=[])
+    with pytest.raises(ValueError, match=r"at least two token ids each, .* got 1 texts \(others: \[0\]\)"):
+        PretrainingMix(texts=[torch.tensor([5.0, 6.0])])
     with pytest.raises(ValueError, match="which TRPO does not take"):
         trainer_of(arguments={"pretraining": PretrainingMix(texts=TEXTS), "algorithm": TRPO()})
     assert trainer_of(arguments={"pretraining": PretrainingMix(texts=TEXTS), "algorithm": PPOClip()}).pretraining
+
+
+@pytest.mark.parametrize("text", [torch.tensor([5, 10**6]), torch.tensor([-1, 5]), torch.full((1000,), 5)])
+def test_a_text_that_the_model_cannot_read_is_refused_before_the_first_rollout(text: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"got texts\[1\] with ids from .*: the model cannot read it"):
+        trainer_of(arguments={"pretraining": PretrainingMix(texts=[TEXTS[0], text])})
 
 
 def test_the_token_budget_limits_the_passes_over_texts(monkeypatch: pytest.MonkeyPatch) -> None:
