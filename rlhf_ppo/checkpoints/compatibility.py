@@ -116,6 +116,7 @@ def check_compatibility(learner: PPOLearner, saved: SavedCheckpoint) -> None:
     schedules = saved.shared.get("lr_scheduler"), learner.lr_scheduler and learner.lr_scheduler.state_dict()
     then, today = (schedule_settings(learner, state) for state in schedules)
     before, now = before | then, now | {name: today.get(name) for name in then}
+    before["lr_scheduler"], now["lr_scheduler"] = ("given" if state else None for state in schedules)
     changed = [key for key in before if before[key] != now[key]]
     if changed:
         differences = ", ".join(f"{key}={now[key]!r} (was {before[key]!r})" for key in changed)

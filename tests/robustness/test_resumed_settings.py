@@ -1,11 +1,13 @@
 """Settings that a callback changes on the way, as schedules do, belong to the run: a resumed one goes on with them."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LinearLR
 
 from rlhf_ppo import PPOConfig, TrainState
 from tests.support.tiny_run import config, parameters, share_of_e, trainer
@@ -48,3 +50,13 @@ def test_a_setting_that_a_resumed_run_begins_with_replaces_what_a_callback_made_
         resumed.train(share_of_e, config(tmp_path, iterations=2))
     settings = resumed.config
     assert (settings.kl_placement, settings.kl_penalty, settings.ent_coef) == ("loss", "k3", 0.2)
+
+
+@pytest.mark.parametrize("had_one", [True, False])
+def test_a_schedule_that_only_one_of_two_runs_has_is_named(tmp_path: Path, had_one: bool) -> None:
+    first, second = trainer(), trainer()
+    (first if had_one else second).lr_scheduler = LinearLR((first if had_one else second).optimizer.optimizer)
+    first.train(share_of_e, config(tmp_path, iterations=1, save_every=1))
+    message = "lr_scheduler=None (was 'given')" if had_one else "lr_scheduler='given' (was None)"
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        second.train(share_of_e, config(tmp_path, iterations=2))
