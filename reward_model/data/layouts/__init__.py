@@ -28,6 +28,7 @@ from reward_model.data.layouts.base import (
     Kind,
     Layout,
     is_blank,
+    messages_of_cell,
     prepend_system_message,
     prompt_columns,
     system_messages,
@@ -139,12 +140,13 @@ def _own(row: Row, columns: tuple[str, ...]) -> Recognized:
         changed["prompt"] = prompt
         used |= set(prompt_used)
     said = system_messages(row)
-    if not prompt_used and said is not None and isinstance(row.get("chosen"), list | tuple):
+    answers = {name: messages_of_cell(row.get(name)) for name in ("chosen", "rejected")}
+    if not prompt_used and said is not None and isinstance(answers["chosen"], list | tuple):
         used |= set(SYSTEM_NAMES)
         changed |= {
-            name: prepend_system_message(said, row[name])
-            for name in ("chosen", "rejected")
-            if isinstance(row.get(name), list | tuple)
+            name: prepend_system_message(said, messages)
+            for name, messages in answers.items()
+            if isinstance(messages, list | tuple)
         }
     if row.get("source") is None and isinstance(row.get("subset"), str):  # as RewardBench has it
         changed["source"] = row["subset"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from reward_model.data.rows import Row, read_number
-from rlhf_ppo.chat.cells import parse_literal
+from rlhf_ppo.chat.cells import parse_cell, parse_literal
 
 Kind = Literal["comparison", "rated", "labeled", "thread", "undecided"]
 """What a row is: a pair or ranking, a completion with a rating, a text with a label, messages of a tree, no verdict."""
@@ -110,6 +110,14 @@ def text_source(row: Row, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def messages_of_cell(value: Any) -> Any:
+    """The messages that a table holds as text; else `value`, also if it is malformed, which reading it says."""
+    try:
+        return parse_cell(value, "")
+    except ValueError:
+        return value
+
+
 def is_unanswered(value: Any) -> bool:
     """Whether `value` is a list of messages whose last one is not the assistant's."""
     if not are_objects(value):
@@ -136,7 +144,7 @@ def prompt_columns(row: Row) -> tuple[Any, tuple[str, ...]]:
         name, used = talk, (*used, talk)
     if name is None:
         return None, ()
-    prompt, further, before = row[name], row.get("input"), system_messages(row)
+    prompt, further, before = messages_of_cell(row[name]), row.get("input"), system_messages(row)
     if name == "instruction" and isinstance(prompt, str) and isinstance(further, str):
         prompt = f"{prompt}\n\n{further}" if further.strip() else prompt
         used = (*used, "input")

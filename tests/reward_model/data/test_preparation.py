@@ -230,6 +230,17 @@ def test_a_system_message_is_said_once_and_earlier_turns_are_not_lost(column: st
     assert load(pair | {"prompt": "Who?", "messages": talk}).comparisons[0].prompt == [system, *talk]
 
 
+@pytest.mark.parametrize("has_prompt", [True, False])
+def test_a_table_says_the_system_message_before_messages_that_it_holds_as_text(has_prompt: bool) -> None:
+    asked, said = [{"role": "user", "content": "Who?"}], {"role": "assistant", "content": "Ann."}
+    answers = {"chosen": [said], "rejected": [{**said, "content": "Bob."}]}
+    if not has_prompt:
+        answers = {side: asked + messages for side, messages in answers.items()}
+    cells = answers | ({"prompt": asked} if has_prompt else {})
+    (found,) = load({"system": "Be brief.", **{name: json.dumps(cell) for name, cell in cells.items()}}).comparisons
+    assert found.prompt == [{"role": "system", "content": "Be brief."}, *asked]
+
+
 def test_a_column_can_be_left_out_and_a_list_in_preference_is_none_of_ours() -> None:
     """R26: Argilla's list-valued `preference` blocked the file."""
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "weight": "heavy", "preference": [0.2, 0.8]}
