@@ -15,7 +15,7 @@ if {keep}:
     keep_freed_memory()
 def use():
     torch.ones(2**24)  # 64 MiB
-for _ in range(3):
+for _ in range(40):  # at first, small blocks behind the freed one may keep it from being large enough
     use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
