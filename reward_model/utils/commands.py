@@ -49,7 +49,9 @@ def parse(
         raise ValueError(f"The configuration file has unknown keys {unknown}. --help lists the known ones.")
     for name, value in settings.items():
         known[name].required = False
-        if known[name].nargs == "+" and not isinstance(value, list):
+        if known[name].nargs == "+" and isinstance(value, dict):
+            settings[name] = [f"{ours}={theirs}" for ours, theirs in value.items()]
+        elif known[name].nargs == "+" and not isinstance(value, list):
             settings[name] = [value]
     parser.set_defaults(**settings)
     values = vars(parser.parse_args(line))

@@ -119,7 +119,8 @@ def messages_of_cell(value: Any) -> Any:
 
 
 def is_unanswered(value: Any) -> bool:
-    """Whether `value` is a list of messages whose last one is not the assistant's."""
+    """Whether `value` is a list of messages, or such a cell of a table, whose last one is not the assistant's."""
+    value = messages_of_cell(value)
     if not are_objects(value):
         return False
     speaker = value[-1].get("role") or value[-1].get("from")
@@ -140,7 +141,8 @@ def prompt_columns(row: Row) -> tuple[Any, tuple[str, ...]]:
     name = next((name for name in PROMPT_NAMES if row.get(name) and (name == "prompt" or _is_said(row[name]))), None)
     talk = next((name for name in CONVERSATION_NAMES if is_unanswered(row.get(name))), None)
     used: tuple[str, ...] = tuple(filter(None, (name,)))
-    if talk and (name is None or (len(row[talk]) > 1 and _content(row[talk][-1]) == row[name])):
+    turns: Any = messages_of_cell(row[talk]) if talk else ()
+    if talk and (name is None or (len(turns) > 1 and _content(turns[-1]) == row[name])):
         name, used = talk, (*used, talk)
     if name is None:
         return None, ()

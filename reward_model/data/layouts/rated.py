@@ -9,6 +9,7 @@ from reward_model.data.layouts.base import (
     Layout,
     are_objects,
     is_unanswered,
+    messages_of_cell,
     prompt_columns,
     text_source,
 )
@@ -29,6 +30,7 @@ def rated_columns(row: Row) -> tuple[str, str] | None:
 
 
 def _is_answered(value: Any) -> bool:
+    value = messages_of_cell(value)
     return are_objects(value) and len(value) > 1 and not is_unanswered(value)
 
 
@@ -36,7 +38,8 @@ def _rated(row: Row) -> dict[str, Any]:
     answer, rating = rated_columns(row) or ("", "")
     prompt, completion = prompt_columns(row)[0], row[answer]
     if answer in CONVERSATION_NAMES:
-        prompt, completion = list(completion[:-1]), [completion[-1]]
+        turns = messages_of_cell(completion)
+        prompt, completion = list(turns[:-1]), [turns[-1]]
     return {
         "prompt": prompt, "completion": completion, "label": row[rating], "source": text_source(row, "source"),
         "tools": row.get("tools"),

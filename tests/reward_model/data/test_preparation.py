@@ -241,6 +241,16 @@ def test_a_table_says_the_system_message_before_messages_that_it_holds_as_text(h
     assert found.prompt == [{"role": "system", "content": "Be brief."}, *asked]
 
 
+def test_a_table_may_hold_rated_conversations_and_prompts_in_conversations_as_text() -> None:
+    asked = [{"role": "user", "content": "Who?"}]
+    talks = [[*asked, {"role": "assistant", "content": name}] for name in ("Ann.", "Bob.")]
+    rows: list[dict[str, Any]] = [{"messages": talk, "score": rating} for rating, talk in enumerate(talks)]
+    rows.append({"messages": asked, "chosen": "Ann.", "rejected": "Bob."})
+    cells = [{**row, "messages": json.dumps(row["messages"])} for row in rows]
+    assert load(*cells[:2]).comparisons[0].completions == load(*rows[:2]).comparisons[0].completions
+    assert load(cells[2]).comparisons[0].prompt == load(rows[2]).comparisons[0].prompt == asked
+
+
 def test_a_column_can_be_left_out_and_a_list_in_preference_is_none_of_ours() -> None:
     """R26: Argilla's list-valued `preference` blocked the file."""
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "weight": "heavy", "preference": [0.2, 0.8]}

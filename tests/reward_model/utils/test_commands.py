@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from reward_model.preview import main as preview
 from reward_model.train import main as train
 
 
@@ -39,6 +40,13 @@ def test_a_setting_of_a_file_is_checked_as_that_of_a_flag(setting: str, message:
     (tmp_path / "run.yaml").write_text(f"data: x.jsonl\nmodel: gpt2\noutput_dir: o\nlearning_rate: 1e-4\n{setting}\n")
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         train(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_columns_of_a_file_may_be_a_mapping(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "a?", "better": "yes", "worse": "no"}\n')
+    mapping = "{prompt: question, chosen: better, rejected: worse}"
+    (tmp_path / "run.yaml").write_text(f"data: {tmp_path}/rows.jsonl\ncolumns: {mapping}\n")
+    assert preview(["--config", str(tmp_path / "run.yaml")]).report.comparisons == 1
 
 
 def test_a_misspelled_flag_is_named_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
