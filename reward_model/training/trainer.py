@@ -57,7 +57,7 @@ from reward_model.training.tracking import (
 from rlhf_ppo.chat.messages import Text
 from rlhf_ppo.checkpoints import folders
 from rlhf_ppo.models.dropout import disable_dropout
-from rlhf_ppo.models.trunk import max_positions
+from rlhf_ppo.models.trunk import learned_positions
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _text_rule(config: RewardModelConfig, tokenizer: Any, model: Any, rows: Sequ
     eos = config.append_eos
     if eos is None:  # a chat template closes its turns itself
         eos = template == "plain" and tokenizer.eos_token_id is not None
-    limit = max_positions(model)
+    limit = learned_positions(model)
     return TextRule(template=template, append_eos=eos, max_length=min(config.max_length, limit or config.max_length))
 
 

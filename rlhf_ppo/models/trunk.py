@@ -1,6 +1,7 @@
 """Run prompts and responses through a language model: through its layers below the LM head, or by its own call."""
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from rlhf_ppo.kernels.packing import HiddenStates, packed_hidden, padded_hidden
 from rlhf_ppo.models.lm_head import LogitTransform
 from rlhf_ppo.utils.transfer import upload
 
+_POSITION_TABLE = re.compile(r"wpe|\w*(pos\w*(emb|enc)|embed_pos)\w*")
 Features = tuple[Float[Tensor, "actions features"], Float[Tensor, "states hidden"]]
 
 
@@ -196,10 +198,21 @@ def max_positions(model: Any) -> int | None:
 
 
 def learned_positions(model: Any) -> int | None:
-    """Tokens that a model has position embeddings for; None for rotary positions, which go on beyond any length."""
+    """Tokens that a model has position embeddings for; None for rotary and relative positions, or none at all."""
     text_config = model.config.get_text_config(decoder=True)
     rotary = ("rope_parameters", "rope_scaling", "rope_theta")
-    return None if any(getattr(text_config, name, None) is not None for name in rotary) else max_positions(model)
+    is_rotary = any(getattr(text_config, name, None) is not None for name in rotary)
+    return max_positions(model) if not is_rotary and _has_position_table(model) else None
+
+
+def _has_position_table(model: nn.Module) -> bool:
+    """Whether a module or tensor is named like one; DeBERTa and Jamba have a `max_position_embeddings` without it."""
+    for module in model.modules():
+        parts = vars(module) | module._parameters | module._buffers | module._modules
+        for name, part in parts.items():
+            if isinstance(part, Tensor | nn.Module) and _POSITION_TABLE.fullmatch(name):
+                return True
+    return False
 
 
 def _flat(features: Float[Tensor, "rows width features"], starts: list[int]) -> HiddenStates:

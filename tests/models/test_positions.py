@@ -7,6 +7,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DebertaV2Config,
     LlamaConfig,
     PreTrainedConfig,
     RobertaConfig,
@@ -53,6 +54,23 @@ def test_rotary_positions_go_on_and_relative_ones_have_no_limit() -> None:
         XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=16)
     )
     assert (max_positions(xlnet), learned_positions(xlnet)) == (None, None)
+
+
+@pytest.mark.parametrize("has_table", [True, False])
+def test_deberta_reads_beyond_the_positions_of_its_configuration_unless_it_has_a_table_of_them(has_table: bool) -> None:
+    config = DebertaV2Config(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=40, relative_attention=True, position_buckets=8, position_biased_input=has_table,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert learned_positions(model) == (40 if has_table else None)
+    assert runs(model, 60) is not has_table
+
+
+@pytest.mark.parametrize("name", ["bart", "biogpt", "codegen", "ctrl", "gptj", "openai-gpt", "opt", "xglm"])
+def test_tables_are_found_under_every_name(name: str) -> None:
+    model = AutoModelForCausalLM.from_config(config_of(name))
+    assert max_positions(model) is not None and learned_positions(model) == max_positions(model)
 
 
 def tiny(config: PreTrainedConfig) -> PreTrainedConfig:

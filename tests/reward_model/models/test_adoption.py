@@ -276,14 +276,17 @@ def test_a_contract_that_the_model_cannot_keep_is_not_written(option: list[str],
         RewardModel.from_pretrained(folder)
 
 
-def test_rotary_positions_go_on_beyond_those_of_the_training(tmp_path: Path) -> None:
-    folder = saved(classifier(CONFIGS["llama"]), tmp_path)
+@pytest.mark.parametrize("name", ["llama", "deberta"])
+def test_rotary_and_relative_positions_go_on_beyond_those_of_the_training(name: str, tmp_path: Path) -> None:
+    relative = {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}
+    config = CONFIGS["llama"] if name == "llama" else DebertaV2Config(**SIZES, **relative)
+    folder = saved(classifier(config), tmp_path)
     adopt([str(folder), "--max_length", "300", "--write"])
     text = "good " * 50
     row = tiny_tokenizer()(text)["input_ids"] + [EOS_TOKEN_ID]
     assert 128 < len(row) < 300
     model = RewardModel.from_pretrained(folder)
-    assert model([""], [text]) == pytest.approx(own_scores(classifier(CONFIGS["llama"]), [row]), abs=1e-5)
+    assert model([""], [text]) == pytest.approx(own_scores(classifier(config), [row]), abs=1e-5)
 
 
 def test_a_sample_without_tokens_is_refused_and_set_aside_on_request(tmp_path: Path) -> None:

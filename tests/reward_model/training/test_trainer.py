@@ -54,6 +54,18 @@ def test_a_decoder_that_pads_with_its_end_of_text_token_gets_a_padding_token(tmp
     assert model.get_input_embeddings().weight.shape[0] >= len(found)
 
 
+@pytest.mark.parametrize(("build_model", "longest"), [(tiny_gpt2, 128), (tiny_llama, 200)])
+def test_only_learned_positions_bound_the_texts(build_model: Any, longest: int, tmp_path: Path) -> None:
+    model = build_model()
+    assert model.config.max_position_embeddings == 128
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    rows = preference_rows(24)
+    config = tiny_config(tmp_path / "base", tmp_path / "rm", max_length=200)
+    trained = train_reward_model(config, train=rows[:16], evaluation=rows[16:])
+    assert Contract.read(trained.path).text.max_length == longest
+
+
 def test_scores_are_normalized_on_the_held_out_completions(reward_model: RewardModel) -> None:
     rows = preference_rows(260)[200:]
     scores = torch.tensor(
