@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from rlhf_ppo.algorithms.config import critic_settings
 from rlhf_ppo.classic.config_changes import change_setting
 from rlhf_ppo.learner.arguments import check_models, check_schedule_goes_on, check_scheduler
+from rlhf_ppo.learner.config_checks import check_sizes
 from rlhf_ppo.learner.optimizer import make_optimizer
 from rlhf_ppo.learner.ppo_learner import PPOLearner
 from rlhf_ppo.learner.statistics import Statistics
@@ -77,8 +78,10 @@ class Assignable(PPOLearner):
         """Check before a step what could not be checked at an assignment, because another one may have followed.
 
         Raises:
-            ValueError: Optimizer, scheduler, model and reference do not belong together, or the scheduler has ended.
+            ValueError: Optimizer, scheduler, model and reference do not belong together, the sizes do not divide, or
+                the scheduler has ended.
         """
+        check_sizes(self.config)
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         check_schedule_goes_on(scheduler)
         if self.has_reference and not self._is_own_reference and self.ref_model is None:

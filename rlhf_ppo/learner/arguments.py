@@ -32,6 +32,7 @@ def check_arguments(
     """Raise a ValueError for the first argument of `PPOTrainer` of a wrong type; nothing has been moved by then."""
     if not isinstance(config, PPOConfig):
         raise ValueError(f"config must be a PPOConfig, got {type(config)}")
+    config.check()  # fields may have been set since it was built
     if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
         raise ValueError(
             "You have to specify repo_id in order to push the model to the hub! Got push_to_hub_if_best_kwargs = "

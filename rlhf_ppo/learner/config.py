@@ -12,7 +12,7 @@ from rlhf_ppo.algorithms import GAE, Critic, PPOClip
 from rlhf_ppo.distributed.placement import ReferencePlacement
 from rlhf_ppo.functional import ImportanceLevel
 from rlhf_ppo.learner.argument_names import keep_argument_names_apart
-from rlhf_ppo.learner.config_checks import check_settings, parse_json_object
+from rlhf_ppo.learner.config_checks import check_settings, check_sizes, parse_json_object
 from rlhf_ppo.learner.importance_correction import ImportanceMode
 from rlhf_ppo.learner.kl_controllers import AdaptiveKLController, FixedKLController, KLController
 from rlhf_ppo.models.precision import PrecisionName
@@ -204,19 +204,17 @@ class PPOConfig:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs"):
             value = getattr(self, name)
             setattr(self, name, parse_json_object(name, value) if isinstance(value, str) else value or {})
-        check_settings(self)
         if self.forward_batch_size is not None:
             self.mini_batch_size = self.forward_batch_size
         if self.optimize_cuda_cache is not None:
             self.optimize_device_cache = self.optimize_cuda_cache
+        self.check()
+
+    def check(self) -> None:
+        """Check the settings, one by one and the sizes together, and set the derived fields."""
+        check_settings(self)
+        check_sizes(self)
         self.derive_sizes()
-        size = self.mini_batch_size * self.gradient_accumulation_steps
-        if self.batch_size % size:
-            raise ValueError(
-                "`batch_size` must be a multiple of `mini_batch_size * gradient_accumulation_steps`, inexact division: "
-                f"{self.batch_size} / {self.backward_batch_size} = {self.batch_size / size}. "
-                "A remainder would be dropped or weigh more than the others; choose sizes that divide."
-            )
 
     def derive_sizes(self) -> None:
         """Set the derived fields: `backward_batch_size` and `total_ppo_epochs`."""

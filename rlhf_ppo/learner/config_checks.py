@@ -45,6 +45,17 @@ def check_settings(config: Any) -> None:
         )
 
 
+def check_sizes(config: Any) -> None:
+    """Check that `batch_size` is a multiple of the responses of an optimizer step."""
+    size = config.mini_batch_size * config.gradient_accumulation_steps
+    if config.batch_size % size:
+        raise ValueError(
+            "`batch_size` must be a multiple of `mini_batch_size * gradient_accumulation_steps`, inexact division: "
+            f"{config.batch_size} / {size} = {config.batch_size / size}. "
+            "A remainder would be dropped or weigh more than the others; choose sizes that divide."
+        )
+
+
 def _check_norm_and_kl(config: Any) -> None:
     if config.max_grad_norm is not None and not config.max_grad_norm > 0:
         raise ValueError(

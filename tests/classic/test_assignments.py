@@ -211,6 +211,31 @@ def test_a_wrong_value_is_refused_at_the_assignment() -> None:
     step(trainer)
 
 
+@pytest.mark.parametrize("name", ["mini_batch_size", "gradient_accumulation_steps"])
+def test_sizes_that_do_not_divide_the_batch_are_refused_before_the_step(name: str) -> None:
+    """Not at the assignment, since another one may follow: a row left over would weigh as much as all others."""
+    trainer = trainer_of()
+    before = weights(trainer)
+    setattr(trainer.config, name, 4)
+    with pytest.raises(ValueError, match=r"`batch_size` must be a multiple of .*: 2 / 4 = 0\.5"):
+        step(trainer)
+    assert torch.equal(weights(trainer), before)
+    trainer.config.batch_size = 4
+    trainer.step(QUERIES * 2, RESPONSES * 2, SCORES * 2)
+
+
+def test_settings_that_are_changed_before_the_trainer_is_built_are_checked_and_derived_then() -> None:
+    config = config_of()
+    config.mini_batch_size = 4
+    with pytest.raises(ValueError, match=r"`batch_size` must be a multiple of .*: 2 / 4 = 0\.5"):
+        PPOTrainer(config, policy(), None, tiny_tokenizer())
+    config.batch_size = 8
+    PPOTrainer(config, policy(), None, tiny_tokenizer())
+    assert (config.global_backward_batch_size, config.total_ppo_epochs) == (4, 2500)
+    with pytest.raises(ValueError, match="mini_batch_size must be at least 1, got 0"):
+        PPOConfig(forward_batch_size=0)
+
+
 def test_settings_of_what_the_script_has_made_itself_are_refused() -> None:
     """An algorithm, an optimizer, a controller of one's own does not read them."""
     model = policy()
